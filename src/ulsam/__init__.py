@@ -1,0 +1,21 @@
+"""ULSAM: ultra-lightweight subspace attention for compact CNNs.
+
+Importing this package imports nothing heavy: each public name is loaded when first used (PEP 562).
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'ulsam' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(["__version__", *_HOME])

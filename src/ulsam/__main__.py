@@ -1,0 +1,5 @@
+import sys
+
+from ulsam.cli import main
+
+sys.exit(main())

@@ -1,0 +1,54 @@
+"""The command line: `ulsam VERB ...`, one module a verb, imported only when that verb is called.
+
+A command module has two functions: ``configure(parser)`` adds its arguments, ``run(args)`` calls the library and
+prints.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ulsam import __version__
+from ulsam.errors import UlsamError
+
+COMMANDS = {
+    "demo": "draw birds, train a net without and with ULSAM, show both",
+    "train": "train a net on a folder of pictures",
+    "eval": "measure a trained net on a folder of pictures",
+    "predict": "name what is in pictures",
+    "info": "print what a model file holds",
+    "candidates": "list the blocks of a net that ULSAM can replace",
+    "profile": "count parameters, MACs and activations, block by block",
+    "paper": "the paper's cost tables beside what this code counts",
+    "birds": "draw the generated bird data set as an image folder",
+    "prepare": "turn an official data-set archive into an image folder",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 a mistake the user can fix, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="ulsam", description="Subspace attention for compact CNNs: edit, train, compare, ship."
+    )
+    parser.add_argument("--version", action="version", version=f"ulsam {__version__}")
+    verbs = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if argv and argv[0] == name:
+            importlib.import_module(f"ulsam.cli.{name}").configure(sub)
+    args = parser.parse_args(argv)
+    try:
+        importlib.import_module(f"ulsam.cli.{args.command}").run(args)
+        return 0
+    except UlsamError as error:
+        print(f"ulsam: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ulsam: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

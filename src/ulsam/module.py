@@ -1,0 +1,176 @@
+"""The layer: ultra-lightweight subspace attention (Saini et al., WACV 2020, arXiv 2006.15102, section 3)."""
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ulsam.errors import UlsamError
+
+Form = Literal["equations", "released", "folded"]
+
+
+def divisors(n: int) -> list[int]:
+    """The numbers of groups that divide ``n`` channels.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+class ULSAM(nn.Module):
+    """Subspace attention: each group of channels gets its own spatial map, is multiplied by it and added back.
+
+    With the input split along channels into ``groups`` subspaces F_n of G = channels / groups channels::
+
+        A_n = softmax over H*W of pointwise_n(maxpool3x3(depthwise(F_n)))     one map [B, 1, H, W] a subspace
+        y_n = A_n * F_n + F_n
+
+    All subspaces are computed at once: ``depthwise`` is one scale a channel, ``pointwise`` one grouped convolution.
+
+    Forms, each exact:
+
+    - ``"equations"``: the paper's equations; 2 * channels parameters, no bias, no normalisation.
+    - ``"released"``: the authors' released module: both convolutions have a bias and are followed by BatchNorm and ReLU
+      (also before the softmax); 5 * channels + 3 * groups parameters. The released BatchNorm momentum of 0.9 (PyTorch's
+      sense: the running statistics are nearly the last batch's) makes evaluation depend on that one batch, so the
+      default here is PyTorch's 0.1; ``momentum=0.9`` gives the released behaviour.
+    - ``"folded"``: what :meth:`fold` makes of the released form for inference; biases and ReLU, no BatchNorm.
+
+    Args:
+        channels: C of the input [B, C, H, W]; H and W are free, and may differ from call to call.
+        groups: number of subspaces g; divides ``channels``.
+        form: see above.
+        momentum: BatchNorm momentum of the released form; the other forms have none.
+
+    Raises:
+        UlsamError: ``groups`` does not divide ``channels``, the form is unknown, or an input is not [B, channels, H, W].
+
+    >>> layer = ULSAM(32, groups=4)
+    >>> x = torch.randn(2, 32, 7, 5)
+    >>> layer(x).shape, layer.attention(x).shape
+    (torch.Size([2, 32, 7, 5]), torch.Size([2, 4, 7, 5]))
+    >>> sum(p.numel() for p in layer.parameters())
+    64
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int = 4,
+        *,
+        form: Form = "equations",
+        momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise UlsamError(f"channels must be 1 or more, not {channels}")
+        if groups < 1 or channels % groups:
+            raise UlsamError(f"groups={groups} does not divide {channels} channels; valid: {divisors(channels)}")
+        if form not in get_args(Form):
+            raise UlsamError(f"unknown form {form!r}; valid: {', '.join(get_args(Form))}")
+        self.channels = channels
+        self.groups = groups
+        self.form: Form = form
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.depthwise = nn.Conv2d(channels, channels, 1, groups=channels, bias=form != "equations", **made)
+        self.pointwise = nn.Conv2d(channels, groups, 1, groups=groups, bias=form != "equations", **made)
+        if form == "released":
+            self.depthwise_norm = nn.BatchNorm2d(channels, momentum=momentum, **made)
+            self.pointwise_norm = nn.BatchNorm2d(groups, momentum=momentum, **made)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """The attention maps of ``x`` [B, C, H, W]: [B, groups, H, W], each summing to 1 over H*W.
+
+        float64 inputs give float64 maps, all others float32: the softmax is accumulated there.
+        """
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise UlsamError(f"ULSAM takes a feature map [B, {self.channels}, H, W], not {_shape(x)}")
+        h = self.depthwise(x)
+        if self.form == "released":
+            h = self.depthwise_norm(h)
+        if self.form != "equations":
+            h = F.relu(h)
+        h = self.pointwise(F.max_pool2d(h, 3, stride=1, padding=1))
+        if self.form == "released":
+            h = self.pointwise_norm(h)
+        if self.form != "equations":
+            h = F.relu(h)
+        exact = torch.float64 if h.dtype == torch.float64 else torch.float32
+        return h.flatten(2).softmax(-1, dtype=exact).view_as(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape, dtype and memory layout."""
+        maps = self.attention(x).to(x.dtype).unsqueeze(2)
+        subspaces = x.unflatten(1, (self.groups, -1))
+        return torch.addcmul(subspaces, subspaces, maps).flatten(1, 2)
+
+    @torch.no_grad()
+    def fold(self) -> "ULSAM":
+        """The inference form, a new layer in eval mode: BatchNorm folded into the convolutions, same outputs to 1e-5.
+
+        The other forms have no BatchNorm: their fold is a copy.
+        """
+        folded = copy.deepcopy(self).eval()
+        if self.form == "released":
+            folded.form = "folded"
+            folded.depthwise = fuse_conv_bn_eval(folded.depthwise, folded.depthwise_norm)
+            folded.pointwise = fuse_conv_bn_eval(folded.pointwise, folded.pointwise_norm)
+            del folded.depthwise_norm, folded.pointwise_norm
+        return folded
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, groups={self.groups}, form={self.form!r}"
+
+
+def _shape(x: Tensor) -> str:
+    tokens = ", which looks like tokens [B, N, C]" if x.ndim == 3 else ""
+    return f"{list(x.shape)}{tokens}"
+
+
+_RELEASED = {
+    "conv_dws": "depthwise",
+    "bn_dws": "depthwise_norm",
+    "conv_point": "pointwise",
+    "bn_point": "pointwise_norm",
+}
+_RELEASED_KEY = re.compile(r"^(.*?)subspaces\.(\d+)\.(conv_dws|bn_dws|conv_point|bn_point)\.(\w+)$")
+
+
+def convert_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate a state dict of the authors' released module to the keys of ``ULSAM(..., form="released")``.
+
+    ``subspaces.N.{conv_dws,bn_dws,conv_point,bn_point}.*`` of all N are joined along their first dimension. A prefix
+    before ``subspaces`` is kept, so a whole net's state dict can be passed; other keys go through untouched.
+
+    Raises:
+        UlsamError: no key of the released module in ``state``, or a subspace missing in the numbering.
+
+    >>> state = {f"subspaces.{n}.conv_point.weight": torch.full((1, 8, 1, 1), float(n)) for n in range(4)}
+    >>> convert_released(state)["pointwise.weight"].shape
+    torch.Size([4, 8, 1, 1])
+    """
+    parts: dict[str, dict[int, Tensor]] = {}
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if match := _RELEASED_KEY.match(key):
+            prefix, index, layer, leaf = match.groups()
+            parts.setdefault(f"{prefix}{_RELEASED[layer]}.{leaf}", {})[int(index)] = value
+        else:
+            out[key] = value
+    if not parts:
+        raise UlsamError("no key subspaces.N.{conv_dws,bn_dws,conv_point,bn_point}.* in this state dict")
+    for key, found in parts.items():
+        if sorted(found) != list(range(len(found))):
+            raise UlsamError(f"{key}: subspaces {sorted(found)} found, expected 0..{max(found)} without a gap")
+        ordered = [found[n] for n in range(len(found))]
+        out[key] = ordered[0] if ordered[0].ndim == 0 else torch.cat(ordered)
+    return out

@@ -1,0 +1,119 @@
+"""One forward pass on the meta device: what flows through every module of a net, and what it costs.
+
+Surgery finds channels and shapes here, `ulsam.cost` its counts. Nothing is computed and no weight is copied.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ulsam.errors import UlsamError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Flow:
+    """What one module did in the pass of one picture.
+
+    ``macs`` are its multiply-accumulates in convolutions and matrix products (PyTorch's FLOP formulas, halved),
+    ``activations`` the number of elements those put out; both with what is inside the module.
+    """
+
+    calls: int = 0
+    input_shape: Shape | None = None  # None: not exactly one tensor in, in exactly one call
+    output_shape: Shape | None = None  # None: not exactly one tensor out, in exactly one call
+    macs: int = 0
+    activations: int = 0
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """C, H, W of one picture for ``model``: what timm says of it, else 224 x 224 with its first convolution's channels.
+
+    >>> default_input_size(nn.Sequential(nn.Conv2d(1, 8, 3)))
+    (1, 224, 224)
+    """
+    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    _, height, width = config.get("input_size") or (3, 224, 224)
+    return stem, height, width
+
+
+def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str, Flow]:
+    """Send one picture through a meta copy of ``model`` in eval mode; the flow of every module by name ("" = the net).
+
+    Args:
+        model: any module that takes one tensor [B, C, H, W]; it is not run and not changed.
+        input_size: C, H, W; by default :func:`default_input_size`.
+
+    Raises:
+        UlsamError: the forward pass fails at this size.
+
+    >>> flow = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (3, 12, 12))
+    >>> flow["0"]
+    Flow(calls=1, input_shape=(1, 3, 12, 12), output_shape=(1, 8, 10, 10), macs=21600, activations=800)
+    """
+    size = tuple(input_size or default_input_size(model))
+    shadow = _on_meta(model)
+    flows = {module: Flow() for module in shadow.modules()}
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        running.pop()
+        flow = flows[module]
+        flow.calls += 1
+        one_in = flow.calls == 1 and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        one_out = flow.calls == 1 and isinstance(output, Tensor)
+        flow.input_shape = tuple(args[0].shape) if one_in else None
+        flow.output_shape = tuple(output.shape) if one_out else None
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            out = func(*args, **kwargs)
+            formula = flop_registry.get(func._overloadpacket)
+            if formula is not None:
+                macs = int(formula(*args, **kwargs, out_val=out)) // 2
+                elements = (out if isinstance(out, Tensor) else out[0]).numel()
+                for module in set(running):
+                    flows[module].macs += macs
+                    flows[module].activations += elements
+            return out
+
+    for module in flows:
+        module.register_forward_pre_hook(enter, prepend=True)
+        module.register_forward_hook(leave, with_kwargs=True)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        with torch.no_grad(), Count():
+            shadow(torch.empty(1, *size, dtype=dtype, device="meta"))
+    except Exception as error:  # whatever the net's own code raises at this size
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UlsamError(
+            f"{type(model).__name__} does not run on one picture of {list(size)} (C, H, W): {reason}; pass input_size"
+        ) from error
+    return {name: flows[module] for name, module in shadow.named_modules(remove_duplicate=False)}
+
+
+def _on_meta(model: ModelT) -> ModelT:
+    """A copy of ``model`` in eval mode whose tensors have shapes but no memory."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if "replaced_module" in vars(module):  # what an edit put aside stays behind
+            memo[id(module.replaced_module)] = ()
+        for value in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
+            if isinstance(value, nn.Parameter):
+                memo[id(value)] = nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+            elif isinstance(value, Tensor):
+                memo[id(value)] = value.detach().to("meta")
+    return copy.deepcopy(model, memo).eval()
