@@ -8,7 +8,22 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {}
+_HOME = {
+    "ULSAM": "ulsam.module",
+    "convert_released": "ulsam.module",
+    "candidates": "ulsam.surgery",
+    "insert": "ulsam.surgery",
+    "replace": "ulsam.surgery",
+    "drop": "ulsam.surgery",
+    "remove": "ulsam.surgery",
+    "cost": "ulsam.cost",
+    "Edit": "ulsam.recipe",
+    "Recipe": "ulsam.recipe",
+    "build": "ulsam.models",
+    "load": "ulsam.models",
+    "save_model": "ulsam.models",
+    "UlsamError": "ulsam.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -50,7 +50,7 @@ class ULSAM(nn.Module):
         momentum: BatchNorm momentum of the released form; the other forms have none.
 
     Raises:
-        UlsamError: ``groups`` does not divide ``channels``, the form is unknown, or an input is not [B, channels, H, W].
+        UlsamError: ``groups`` does not divide ``channels``, the form is unknown, or an input is no [B, channels, H, W].
 
     >>> layer = ULSAM(32, groups=4)
     >>> x = torch.randn(2, 32, 7, 5)

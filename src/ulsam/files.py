@@ -1,0 +1,43 @@
+"""Files that are never half-written."""
+
+import os
+from pathlib import Path
+
+from ulsam.errors import UlsamError
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write ``data`` to a temporary file beside ``path``, flush it to disk, and move it into place in one step.
+
+    A reader sees the old file or the new one; a crash or a full disk leaves the old one.
+
+    Raises:
+        UlsamError: the disk is full or the folder cannot be written to.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomic(f"{folder}/a.txt", "x")
+    ...     os.listdir(folder)
+    ['a.txt']
+    """
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the move itself survives a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise UlsamError(
+            f"cannot write {path} ({error.strerror}); what was there before is whole: make room, then try again"
+        ) from error

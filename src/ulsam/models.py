@@ -1,0 +1,266 @@
+"""Nets: any timm classifier by name with edits, self-describing model files, and the paper's presets.
+
+Importing this module registers the presets of `ulsam.presets` with timm.
+"""
+
+import difflib
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from ulsam.errors import UlsamError
+from ulsam.files import write_atomic
+from ulsam.module import ULSAM
+from ulsam.presets import PLACEMENTS
+from ulsam.recipe import Edit, Json, Recipe
+
+__all__ = [
+    "PLACEMENTS",
+    "build",
+    "load",
+    "load_weights",
+    "make_recipe",
+    "read_recipe",
+    "read_weights",
+    "save_model",
+    "ulsam_parameters",
+]
+
+_KEY = "ulsam"  # of the recipe among a model file's metadata
+_FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
+
+
+def make_recipe(
+    base: str,
+    classes: Sequence[str],
+    edits: Sequence[Edit] = (),
+    *,
+    size: int | None = None,
+    model_args: Mapping[str, Json] | None = None,
+    **data: Any,
+) -> Recipe:
+    """The recipe of a timm net with edits; what is not given comes from timm's data configuration of that net.
+
+    Args:
+        base: a timm name, one of `ulsam`'s presets included.
+        classes: output names.
+        edits: see :class:`ulsam.recipe.Edit`.
+        size: height and width of the input, in pixels.
+        model_args: keyword arguments for `timm.create_model`.
+        data: ``mean``, ``std``, ``interpolation`` or ``crop_pct`` in place of timm's.
+
+    Raises:
+        UlsamError: timm has no net of this name.
+
+    >>> make_recipe("mobilenetv2_100", ["cat", "dog"], size=160).input_size
+    (3, 160, 160)
+    """
+    _check_base(base)
+    known = timm.get_pretrained_cfg(base)
+    channels = (model_args or {}).get("in_chans", 3)
+    given = {"in_chans": channels, "img_size": size, **data}
+    config = resolve_data_config(given, pretrained_cfg=known.to_dict() if known else {})
+    return Recipe(
+        base=base,
+        classes=tuple(classes),
+        edits=tuple(edits),
+        model_args=dict(model_args or {}),
+        input_size=config["input_size"],
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def build(
+    recipe: Recipe, *, pretrained: bool = False, weights: str | os.PathLike[str] | None = None
+) -> tuple[nn.Module, list[str]]:
+    """Build a recipe's net.
+
+    Args:
+        recipe: what to build; the net's outputs are its classes.
+        pretrained: start from timm's hub weights of the base net.
+        weights: start from this file instead: safetensors, or a checkpoint that ``torch.load(weights_only=True)``
+            reads; of the base net, or of the edited one. A head of another shape is skipped.
+
+    Returns:
+        The net in training mode, and one line about each thing that the weights did not fill.
+
+    Raises:
+        UlsamError: the base is unknown, an edit is not possible, or the weights are not for this net.
+
+    >>> net, _ = build(Recipe("mobilenetv2_100", ("cat", "dog"), (Edit("replace", "14,17"),)))
+    >>> type(net.blocks[5][2]).__name__
+    'ULSAM'
+    """
+    _check_base(recipe.base)
+    if forbidden := _FORBIDDEN & set(recipe.model_args):
+        raise UlsamError(f"model arguments may not hold {', '.join(sorted(forbidden))}")
+    try:
+        arguments = cast(dict[str, Any], recipe.model_args)
+        model = timm.create_model(recipe.base, pretrained=pretrained, num_classes=len(recipe.classes), **arguments)
+    except (TypeError, RuntimeError, AssertionError, OSError) as error:
+        raise UlsamError(f"timm cannot build {recipe.base} with {dict(recipe.model_args)}: {_first(error)}") from error
+    state = read_weights(weights) if weights is not None else None
+    notes: list[str] = []
+    of_base = state is not None and set(state) <= set(model.state_dict())
+    if state is not None and of_base:
+        notes = load_weights(model, state, os.fspath(cast(str, weights)))
+    for edit in recipe.edits:
+        edit.apply(model)
+    if state is not None and not of_base:
+        notes = load_weights(model, state, os.fspath(cast(str, weights)))
+    return model.train(), notes
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> list[str]:
+    """Fill ``model`` with ``state``; only the classifier may be missing or of another shape.
+
+    Returns:
+        One line about each part that was not filled.
+
+    Raises:
+        UlsamError: an entry other than the classifier's is missing, left over or of another shape; nothing is loaded.
+
+    >>> net = timm.create_model("mobilenetv2_100", num_classes=7)
+    >>> load_weights(net, timm.create_model("mobilenetv2_100", num_classes=9).state_dict())
+    ['classifier.weight: [9, 1280] there, [7, 1280] here: skipped, starts fresh', \
+'classifier.bias: [9] there, [7] here: skipped, starts fresh']
+    """
+    own = model.state_dict()
+    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "classifier"
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    fitting, notes, wrong = {}, [], []
+    for name, value in own.items():
+        head = name.rpartition(".")[0] in heads
+        if name in state and state[name].shape == value.shape:
+            fitting[name] = state[name]
+        elif name in state:
+            shapes = f"{name}: {list(state[name].shape)} there, {list(value.shape)} here"
+            (notes if head else wrong).append(f"{shapes}: skipped, starts fresh" if head else shapes)
+        elif not name.endswith("num_batches_tracked"):
+            (notes if head else wrong).append(f"{name}: not there, starts fresh" if head else f"{name} is missing")
+    wrong += [f"{name} belongs to no layer" for name in state if name not in own]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UlsamError(f"{source} does not fit this net: {wrong[0]}{more}")
+    model.load_state_dict(fitting, strict=False)
+    return notes
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a safetensors file or a PyTorch checkpoint; nothing in the file is ever run.
+
+    Raises:
+        UlsamError: no such file, or not weights.
+    """
+    if not Path(path).is_file():
+        raise UlsamError(f"no weight file {path}")
+    try:
+        state = timm.models.load_state_dict(os.fspath(path))
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UlsamError(f"{path} holds no weights that can be read safely: {_first(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UlsamError(f"{path} is no state dict: it holds more than named tensors")
+    return state
+
+
+def save_model(model: nn.Module, recipe: Recipe, path: str | os.PathLike[str]) -> None:
+    """Write a self-describing model file: safetensors, with the recipe in its metadata.
+
+    Raises:
+        UlsamError: the net is not what the recipe builds, or the file cannot be written.
+
+    >>> import tempfile
+    >>> recipe = Recipe("mobilenetv2_100", ("cat", "dog"), (Edit("insert", "17"),))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(build(recipe)[0], recipe, f"{folder}/net.safetensors")
+    ...     net, same = load(f"{folder}/net.safetensors")
+    >>> same == recipe, net.training
+    (True, False)
+    """
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    _check_fit(recipe, {name: tuple(value.shape) for name, value in state.items()}, "the net")
+    write_atomic(path, save(state, metadata={_KEY: recipe.to_json()}))
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[nn.Module, Recipe]:
+    """Rebuild a net from its file alone, in eval mode; no code in the file, nothing unpickled, nothing fetched.
+
+    Raises:
+        UlsamError: not a model file, cut off, from an unknown base, or not what its recipe builds.
+    """
+    recipe = read_recipe(path)
+    with _opened(path) as file:
+        names = list(file.keys())
+        _check_fit(recipe, {name: tuple(file.get_slice(name).get_shape()) for name in names}, str(path))
+        state = {name: file.get_tensor(name) for name in names}
+    model, _ = build(recipe)
+    model.load_state_dict(state)
+    return model.eval().to(device), recipe
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe in a model file; no weights are read.
+
+    Raises:
+        UlsamError: not a model file.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    if _KEY not in metadata:
+        raise UlsamError(f"{path} holds weights without a recipe; train with it by --weights, or pass a model file")
+    try:
+        return Recipe.from_json(metadata[_KEY])
+    except UlsamError as error:
+        raise UlsamError(f"{path}: {error}") from error
+
+
+def ulsam_parameters(model: nn.Module) -> list[str]:
+    """The names of all parameters of the net's ULSAM layers.
+
+    >>> ulsam_parameters(nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8)))
+    ['1.depthwise.weight', '1.pointwise.weight']
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ULSAM)]
+    return [f"{name}.{leaf}" for name, layer in layers for leaf, _ in layer.named_parameters()]
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    if not Path(path).is_file():
+        raise UlsamError(f"no model file {path}")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UlsamError(f"{path} is no safetensors file, or is cut off: {_first(error)}") from error
+
+
+def _check_base(base: str) -> None:
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=3)
+        raise UlsamError(f"timm has no net {base!r}{'; nearest: ' + ', '.join(near) if near else ''}")
+
+
+def _check_fit(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Compare shapes with the recipe's net on the meta device, before any memory is taken."""
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in build(recipe)[0].state_dict().items()}
+    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+    if wrong:
+        here, there = shapes.get(wrong[0], "nothing"), expected.get(wrong[0], "nothing")
+        raise UlsamError(f"{source} is not what its recipe builds: {wrong[0]} is {here}, expected {there}")
+
+
+def _first(error: BaseException) -> str:
+    """The first line of an exception's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
