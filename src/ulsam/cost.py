@@ -5,13 +5,14 @@ calls FLOPs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ulsam.errors import UlsamError
+from ulsam.module import ULSAM
 from ulsam.trace import default_input_size, trace
 
 Rule = Literal["exact", "paper"]
@@ -24,7 +25,10 @@ _RULE_TEXT = {
 
 @dataclass(frozen=True)
 class Row:
-    """The cost of one block for one picture."""
+    """The cost of one block for one picture, the ULSAM layers in it aside: they have rows of their own.
+
+    The row named "" holds what the net does outside its blocks. What blocks share is counted in one of them.
+    """
 
     name: str
     type: str
@@ -82,44 +86,43 @@ def cost(model: nn.Module, input_size: Sequence[int] | None = None, rule: Rule =
     """
     if rule not in get_args(Rule):
         raise UlsamError(f"unknown counting rule {rule!r}; valid: {', '.join(get_args(Rule))}")
-    channels, height, width = input_size or default_input_size(model)
-    flows = trace(model, (channels, height, width))
-    modules = dict(model.named_modules())
-    blocks = list(_blocks(model))
+    size = default_input_size(model) if input_size is None else input_size
+    flows = trace(model, size)
+    seen: set[int] = set()  # ids of modules and parameters that have their row: shared ones are counted once
     rows = []
-    for name in blocks:
-        inner = [other for other in blocks if other.startswith(f"{name}.")]
-        flow, apart = flows[name], [flows[other] for other in inner]
-        row = Row(
-            name,
-            type(modules[name]).__name__,
-            flow.output_shape,
-            _params(modules[name], rule) - sum(_params(modules[other], rule) for other in inner),
-            flow.macs - sum(f.macs for f in apart),
-            flow.activations - sum(f.activations for f in apart),
-        )
+    for name, block in reversed([("", model), *_blocks(model)]):  # inner blocks first, the rest of the net last
+        row = Row(name, type(block).__name__, flows[name].output_shape, 0, 0, 0)
+        for path, part in block.named_modules(prefix=name):
+            if id(part) not in seen:
+                seen.add(id(part))
+                row = replace(
+                    row,
+                    params=row.params + _own_params(part, rule, seen),
+                    macs=row.macs + flows[path].own_macs,
+                    activations=row.activations + flows[path].own_activations,
+                )
         if row.params or row.macs:
             rows.append(row)
-    whole = flows[""]
-    total = _params(model, rule)
-    return Cost(tuple(rows), total, whole.macs, whole.activations, (channels, height, width), rule)
+    params, macs, activations = (sum(getattr(row, key) for row in rows) for key in ("params", "macs", "activations"))
+    channels, height, width = size
+    return Cost(tuple(reversed(rows)), params, macs, activations, (channels, height, width), rule)
 
 
-def _params(module: nn.Module, rule: Rule) -> int:
-    count = sum(p.numel() for p in module.parameters())
-    if rule == "paper":
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-        count -= sum(p.numel() for norm in norms for p in norm.parameters(recurse=False))
-    return count
+def _own_params(module: nn.Module, rule: Rule, seen: set[int]) -> int:
+    if rule == "paper" and isinstance(module, _BatchNorm):
+        return 0
+    fresh = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+    seen.update(map(id, fresh))
+    return sum(p.numel() for p in fresh)
 
 
-def _blocks(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """The names that get a row: what containers hold, the net's own children first, and every inserted layer."""
+def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What gets a row: what containers hold, the net's own children first, and every ULSAM layer inside."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             yield from _blocks(child, f"{path}.")
         else:
-            yield path
-            if "ulsam" in child._modules:
-                yield f"{path}.ulsam"
+            yield path, child
+            layers = [(inner, part) for inner, part in child.named_modules(prefix=path) if isinstance(part, ULSAM)]
+            yield from (layer for layer in layers if layer[1] is not child)

@@ -32,6 +32,7 @@ __all__ = [
     "read_recipe",
     "read_weights",
     "save_model",
+    "sketch",
     "ulsam_parameters",
 ]
 
@@ -120,7 +121,22 @@ def build(
         edit.apply(model)
     if state is not None and not of_base:
         notes = load_weights(model, state, os.fspath(cast(str, weights)))
+    if notes or (pretrained and model.pretrained_cfg["num_classes"] != len(recipe.classes)):
+        _calm_head(model)
     return model.train(), notes
+
+
+def sketch(recipe: Recipe) -> nn.Module:
+    """A recipe's net on the meta device: shapes to look at and count, no memory, no weights.
+
+    Raises:
+        UlsamError: as :func:`build`.
+
+    >>> sketch(Recipe("mobilenetv2_100", ("cat", "dog"))).classifier.weight.device
+    device(type='meta')
+    """
+    with torch.device("meta"):
+        return build(recipe)[0]
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> list[str]:
@@ -138,11 +154,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
 'classifier.bias: [9] there, [7] here: skipped, starts fresh']
     """
     own = model.state_dict()
-    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "classifier"
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    heads = _heads(model)
     fitting, notes, wrong = {}, [], []
     for name, value in own.items():
-        head = name.rpartition(".")[0] in heads
+        head = any(model.get_submodule(name.rpartition(".")[0]) is layer for layer in heads)
         if name in state and state[name].shape == value.shape:
             fitting[name] = state[name]
         elif name in state:
@@ -236,6 +251,20 @@ def ulsam_parameters(model: nn.Module) -> list[str]:
     return [f"{name}.{leaf}" for name, layer in layers for leaf, _ in layer.named_parameters()]
 
 
+def _calm_head(model: nn.Module) -> None:
+    """Start a new classifier near zero: timm's own start, for training from scratch, upsets the trained layers."""
+    for layer in _heads(model):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "classifier"
+    return [model.get_submodule(name) for name in ((names,) if isinstance(names, str) else names)]
+
+
 def _opened(path: str | os.PathLike[str]) -> Any:
     if not Path(path).is_file():
         raise UlsamError(f"no model file {path}")
@@ -253,8 +282,7 @@ def _check_base(base: str) -> None:
 
 def _check_fit(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Compare shapes with the recipe's net on the meta device, before any memory is taken."""
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in build(recipe)[0].state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in sketch(recipe).state_dict().items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
         here, there = shapes.get(wrong[0], "nothing"), expected.get(wrong[0], "nothing")

@@ -8,20 +8,32 @@ loads strictly, the new keys aside.
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM, Form, divisors
-from ulsam.trace import Flow, trace
+from ulsam.trace import Flow, Shape, trace
 
 At = str | int | Sequence[str | int]
-WhyNot = Callable[[nn.Module, Flow, set[int]], str | None]
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class _Net(NamedTuple):
+    """What is known of a net before it is edited."""
+
+    flows: dict[str, Flow]
+    shared: set[int]  # ids of modules registered under more than one name
+    inside: set[int]  # ids of modules that are part of a ULSAM layer
+
+
+WhyNot = Callable[[nn.Module, Flow, _Net], str | None]
+Do = Callable[[nn.Module, str, nn.Module], None]
+Undo = Callable[[nn.Module, str], None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Candidate:
     """A module that ULSAM can replace.
 
     ``params`` and ``macs`` are what the replacement saves (negative: it costs), ULSAM's own 2 * C and 2 * C * H * W
-    already taken off; MACs are for one picture.
+    already taken off; MACs are for one picture. Parameters that other modules use too are not saved.
     """
 
     name: str
@@ -59,17 +71,19 @@ def candidates(model: nn.Module, input_size: Sequence[int] | None = None, leaves
     >>> [(c.name, c.shape, c.params, c.macs) for c in candidates(net, (3, 6, 6))]
     [('1', (8, 4, 4), 584, 8960)]
     """
-    flows = trace(model, input_size)
-    twice = _shared(model)
+    net = _look(model, input_size)
+    owners = _owners(model)
     found = []
     for name, module in model.named_modules():
-        if not name or _why_not_replace(module, flows[name], twice):
+        if not name or _why_not_replace(module, net.flows[name], net):
             continue
         if not leaves and next((p for child in module.children() for p in child.parameters()), None) is None:
             continue
-        _, channels, height, width = cast(tuple[int, int, int, int], flows[name].output_shape)
-        params = sum(p.numel() for p in module.parameters()) - 2 * channels
-        macs = flows[name].macs - 2 * channels * height * width
+        _, channels, height, width = cast(tuple[int, int, int, int], net.flows[name].output_shape)
+        inside = _owners(module)
+        saved = sum(p.numel() for p in module.parameters() if inside[id(p)] == owners[id(p)])
+        params = saved - 2 * channels
+        macs = net.flows[name].macs - 2 * channels * height * width
         found.append(Candidate(name, type(module).__name__, (channels, height, width), params, macs))
     return found
 
@@ -85,6 +99,8 @@ def replace(
 ) -> ModelT:
     """Put a ULSAM layer in the place of each named module; in place, and returns ``model``.
 
+    Where an `nn.Sequential` stood, an `nn.Sequential` of that one layer stands: code that walks it goes on working.
+
     Args:
         model: any `nn.Module`.
         at: module names, globs (``*`` stays within one level, ``**`` crosses levels), or, for MobileNet-V1 and V2, the
@@ -94,8 +110,9 @@ def replace(
         input_size: C, H, W for the tracing that finds the channels; any size the net accepts will do.
 
     Raises:
-        UlsamError: a name matches nothing, a block changes shape, is used twice, gives tokens, has no parameters,
-            or ``groups`` does not divide its channels. The model is then untouched.
+        UlsamError: a name matches nothing, a block changes shape, is used twice, gives tokens, has no parameters or
+            holds an edit, ``groups`` does not divide its channels, or the net does not run with the new layers. The
+            model is then as it was.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1))
     >>> replace(net, "1", groups=2, input_size=(3, 16, 16))[1]
@@ -105,11 +122,11 @@ def replace(
       (pointwise): Conv2d(8, 2, kernel_size=(1, 1), stride=(1, 1), groups=2, bias=False)
     )
     """
-    flows = _targets(model, _separate(match(model, at)), input_size, _why_not_replace)
-    layers = {name: _layer(model, name, flow, groups, form, momentum) for name, flow in flows.items()}
-    for name, layer in layers.items():
-        _swap(model, name, layer)
-    return model
+    flows = _targets(model, _blocks(model, at), input_size, _why_not_replace)
+    layers: dict[str, nn.Module] = {
+        name: _layer(model, name, flow, groups, form, momentum) for name, flow in flows.items()
+    }
+    return _edit(model, layers, _swap, _swap_back, input_size)
 
 
 def drop(model: ModelT, at: At, *, input_size: Sequence[int] | None = None) -> ModelT:
@@ -121,9 +138,8 @@ def drop(model: ModelT, at: At, *, input_size: Sequence[int] | None = None) -> M
     >>> drop(net, "1", input_size=(3, 16, 16))[1]
     Identity()
     """
-    for name in _targets(model, _separate(match(model, at)), input_size, _why_not_replace):
-        _swap(model, name, nn.Identity())
-    return model
+    names = _targets(model, _blocks(model, at), input_size, _why_not_replace)
+    return _edit(model, {name: nn.Identity() for name in names}, _swap, _swap_back, input_size)
 
 
 def insert(
@@ -147,18 +163,15 @@ def insert(
     """
     names = list(dict.fromkeys(_host(model, name) for name in match(model, after)))
     flows = _targets(model, names, input_size, _why_not_insert)
-    layers = {name: _layer(model, name, flow, groups, form, momentum) for name, flow in flows.items()}
-    for name, layer in layers.items():
-        host = model.get_submodule(name)
-        host.add_module("ulsam", layer)
-        host.register_forward_hook(_run_inserted, prepend=True)
-    return model
+    layers = {f"{name}.ulsam": _layer(model, name, flow, groups, form, momentum) for name, flow in flows.items()}
+    return _edit(model, layers, _attach, _detach, input_size)
 
 
 def remove(model: ModelT) -> ModelT:
     """Undo every :func:`insert`, :func:`replace` and :func:`drop`: the replaced modules return with their weights.
 
-    Layers that the net's own code holds are not touched.
+    They follow the net to the device, dtype and mode that it has by now. Layers that the net's own code holds are not
+    touched.
 
     Raises:
         UlsamError: the net holds no edit.
@@ -167,19 +180,13 @@ def remove(model: ModelT) -> ModelT:
     >>> remove(replace(net, "1", input_size=(3, 16, 16)))[1]
     Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
-    edits = 0
-    for name, module in list(model.named_modules()):
+    edited = [(name, module) for name, module in model.named_modules() if _is_edited(module)]
+    for name, module in reversed(edited):
+        if _run_inserted in module._forward_hooks.values():
+            _detach(model, f"{name}.ulsam")
         if "replaced_module" in vars(module):
-            (original,) = module.replaced_module
-            like = next(module.parameters(), next(model.parameters(), None))
-            _set(model, name, original.to(like.device) if like is not None else original)
-            original.train(module.training)
-            edits += 1
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _run_inserted:
-                del module._forward_hooks[key], module.ulsam
-                edits += 1
-    if not edits:
+            _swap_back(model, name)
+    if not edited:
         raise UlsamError(f"this {type(model).__name__} holds no edit to remove")
     return model
 
@@ -198,14 +205,15 @@ def layer_names(model: nn.Module) -> dict[int, str]:
     stages = getattr(model, "blocks", None)
     if not hasattr(model, "conv_stem") or not isinstance(stages, nn.Sequential):
         return {}
-    kinds = {type(_original(block)).__name__ for stage in stages for block in stage}
+    lengths = tuple(len(stage._modules) for stage in stages)
+    kinds = {type(_original(block)).__name__ for stage in stages for block in stage.children()}
     layouts = {
         (1, 2, 2, 6, 2): {"DepthwiseSeparableConv"},
         (1, 2, 3, 4, 3, 3, 1): {"DepthwiseSeparableConv", "InvertedResidual"},
     }
-    if layouts.get(tuple(len(stage) for stage in stages)) != kinds:
+    if layouts.get(lengths) != kinds:
         return {}
-    names = [f"blocks.{i}.{j}" for i, stage in enumerate(stages) for j in range(len(stage))]
+    names = [f"blocks.{stage}.{block}" for stage, length in enumerate(lengths) for block in range(length)]
     return {1: "conv_stem", **{n: name for n, name in enumerate(names, start=2)}}
 
 
@@ -218,11 +226,10 @@ def match(model: nn.Module, at: At) -> list[str]:
     >>> match(nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), nn.ReLU())), "1.*")
     ['1.0', '1.1']
     """
-    items: Iterable[str | int] = [at] if isinstance(at, str | int) else at
-    wanted = [part.strip() for item in items for part in str(item).split(",")]
+    wanted = _parts(at)
     if not any(wanted):
         raise UlsamError("no place named; name a module such as blocks.4.2, or a layer number such as 14")
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     chosen: set[str] = set()
     for part in wanted:
         exact = part in names
@@ -258,8 +265,18 @@ def _glob(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(tokens.get(part, re.escape(part)) for part in parts))
 
 
-def _separate(names: list[str]) -> list[str]:
-    """``names``, none of which may lie inside another."""
+def _parts(at: At) -> list[str]:
+    items: Iterable[str | int] = [at] if isinstance(at, str | int) else at
+    return [part.strip() for item in items for part in str(item).split(",")]
+
+
+def _blocks(model: nn.Module, at: At) -> list[str]:
+    """The names that ``at`` means as blocks to replace: none written as an insertion, none inside another."""
+    if inserted := next((part for part in _parts(at) if re.fullmatch(r"\d+:1", part)), None):
+        raise UlsamError(
+            f"{inserted} means behind layer {inserted[:-2]}, an insertion; its replacement is {inserted[:-2]}"
+        )
+    names = match(model, at)
     for outer in names:
         if inner := next((name for name in names if name.startswith(f"{outer}.")), None):
             raise UlsamError(f"{inner} lies inside {outer}: name only one of them")
@@ -270,20 +287,29 @@ def _host(model: nn.Module, name: str) -> str:
     """The module whose output is the output of ``name``: the last one of a plain `nn.Sequential`."""
     module = model.get_submodule(name)
     while type(module).forward is nn.Sequential.forward and len(module._modules):
-        leaf, module = list(module.named_children())[-1]
+        leaf, module = cast(tuple[str, nn.Module], next(reversed(module._modules.items())))
         name = f"{name}.{leaf}"
     return name
 
 
+def _look(model: nn.Module, input_size: Sequence[int] | None) -> _Net:
+    counts = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    layers = [module for module in model.modules() if isinstance(module, ULSAM)]
+    return _Net(
+        trace(model, input_size),
+        {key for key, count in counts.items() if count > 1},
+        {id(part) for layer in layers for part in layer.modules() if part is not layer},
+    )
+
+
 def _targets(model: nn.Module, names: list[str], input_size: Sequence[int] | None, why_not: WhyNot) -> dict[str, Flow]:
     """What flows through each named place; raises unless every one of them is valid."""
-    flows = trace(model, input_size)
-    twice = _shared(model)
+    net = _look(model, input_size)
     for name in names:
-        if reason := why_not(model.get_submodule(name), flows[name], twice):
-            valid = [n for n, m in model.named_modules() if n and not why_not(m, flows[n], twice)]
+        if reason := why_not(model.get_submodule(name), net.flows[name], net):
+            valid = [n for n, m in model.named_modules() if n and not why_not(m, net.flows[n], net)]
             raise UlsamError(f"{name} {reason}; {_nearest(name, valid)}")
-    return {name: flows[name] for name in names}
+    return {name: net.flows[name] for name in names}
 
 
 def _nearest(name: str, valid: list[str]) -> str:
@@ -293,7 +319,7 @@ def _nearest(name: str, valid: list[str]) -> str:
     return f"valid places near it: {', '.join(near)}" if near else "this net has no valid place"
 
 
-def _why_not_map(flow: Flow) -> str | None:
+def _why_not_map(flow: Flow, picture: Shape | None) -> str | None:
     shape = flow.output_shape
     if shape is None:
         return "does not put out one tensor"
@@ -301,59 +327,99 @@ def _why_not_map(flow: Flow) -> str | None:
         return f"puts out tokens [B, N, C] = {list(shape)}; ULSAM needs a feature map [B, C, H, W]"
     if len(shape) != 4:
         return f"puts out {list(shape)}; ULSAM needs a feature map [B, C, H, W]"
-    if shape[1] == shape[2] != shape[3]:
+    _, _, height, width = cast(Shape, picture)
+    first, last = (abs(shape[n] / height - shape[n + 1] / width) for n in (1, 2))
+    if first < last:  # a map has the proportions of the picture, and they are found in front of the channels
         return f"puts out {list(shape)}, channels in the last dimension; ULSAM needs a feature map [B, C, H, W]"
     return None
 
 
-def _why_not_called_once(module: nn.Module, flow: Flow, twice: set[int]) -> str | None:
+def _why_not_both(module: nn.Module, flow: Flow, net: _Net) -> str | None:
+    if id(module) in net.inside and not isinstance(module, ULSAM):
+        return "is part of a ULSAM layer"
     if flow.calls == 0:
         return "is not called in a forward pass"
     if flow.calls > 1:
         return f"is used {flow.calls} times in one forward pass"
-    if id(module) in twice:
+    if id(module) in net.shared:
         return "is one module under two names"
-    return None
+    return _why_not_map(flow, net.flows[""].input_shape)
 
 
-def _why_not_insert(module: nn.Module, flow: Flow, twice: set[int]) -> str | None:
+def _why_not_insert(module: nn.Module, flow: Flow, net: _Net) -> str | None:
     if hasattr(module, "ulsam"):
         return "holds something named ulsam already"
-    return _why_not_called_once(module, flow, twice) or _why_not_map(flow)
+    return _why_not_both(module, flow, net)
 
 
-def _why_not_replace(module: nn.Module, flow: Flow, twice: set[int]) -> str | None:
+def _why_not_replace(module: nn.Module, flow: Flow, net: _Net) -> str | None:
     if isinstance(module, ULSAM):
         return "is a ULSAM layer already"
     if _run_inserted in module._forward_hooks.values():
         return "has a ULSAM layer inserted behind it"
-    if reason := _why_not_called_once(module, flow, twice) or _why_not_map(flow):
+    if any(_is_edited(part) for part in module.modules()):
+        return "holds an edit already"
+    if reason := _why_not_both(module, flow, net):
         return reason
     if flow.input_shape is None:
         return "does not take exactly one tensor"
     if flow.input_shape != flow.output_shape:
-        return f"changes the shape from {list(flow.input_shape)} to {list(cast(Any, flow.output_shape))}"
+        return f"changes the shape from {list(flow.input_shape)} to {list(cast(Shape, flow.output_shape))}"
     if next(module.parameters(), None) is None:
         return "has no parameters to save"
     return None
 
 
-def _shared(model: nn.Module) -> set[int]:
-    """The ids of modules that are registered under more than one name."""
-    counts = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    return {key for key, count in counts.items() if count > 1}
-
-
 def _layer(model: nn.Module, name: str, flow: Flow, groups: int, form: Form, momentum: float) -> ULSAM:
     """A new layer for what ``name`` puts out, on that module's device and in its dtype and mode."""
     module = model.get_submodule(name)
-    like = next(module.parameters(), next(model.parameters(), torch.empty(0)))
+    like = _like(module, model)
     channels = cast(tuple[int, ...], flow.output_shape)[1]
     try:
         layer = ULSAM(channels, groups, form=form, momentum=momentum, device=like.device, dtype=like.dtype)
     except UlsamError as error:
         raise UlsamError(f"{name}: {error}") from None
     return layer.train(module.training)
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """Under how many names each parameter is registered, by its id."""
+    return Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+
+
+def _edit(model: ModelT, new: Mapping[str, nn.Module], do: Do, undo: Undo, input_size: Sequence[int] | None) -> ModelT:
+    """Put every new module at its name, or none: with them the net must run, and call each of them once."""
+    done = []
+    try:
+        for name, module in new.items():
+            do(model, name, module)
+            done.append(name)
+        try:
+            flows = trace(model, input_size)
+        except UlsamError as error:
+            raise UlsamError(f"cannot edit {', '.join(new)}: afterwards {error}") from error
+        for name in new:
+            if flows[name].calls != 1:
+                raise UlsamError(f"cannot edit {name}: the net would call it {flows[name].calls} times, not once")
+    except BaseException:
+        for name in reversed(done):
+            undo(model, name)
+        raise
+    return model
+
+
+def _attach(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Hang ``layer`` on its host, the module before ``.ulsam`` in ``name``."""
+    host = model.get_submodule(name.removesuffix(".ulsam"))
+    host.add_module("ulsam", layer)
+    host.register_forward_hook(_run_inserted, prepend=True)
+
+
+def _detach(model: nn.Module, name: str) -> None:
+    host = model.get_submodule(name.removesuffix(".ulsam"))
+    for key in [key for key, hook in host._forward_hooks.items() if hook is _run_inserted]:
+        del host._forward_hooks[key]
+    del host.ulsam
 
 
 def _run_inserted(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -364,13 +430,37 @@ def _run_inserted(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` at ``name``; it remembers what stood there, unseen by parameters() and state_dict()."""
     original = model.get_submodule(name)
-    vars(new)["replaced_module"] = (original,)
+    if type(original).forward is nn.Sequential.forward:
+        new = nn.Sequential(new)
     _set(model, name, new.train(original.training))
+    like = _like(new, model)
+    vars(new)["replaced_module"] = (original, like.device, like.dtype)
+
+
+def _swap_back(model: nn.Module, name: str) -> None:
+    """Put back what stood at ``name``, moved and switched as the net was meanwhile."""
+    new = model.get_submodule(name)
+    original, *was = cast(Any, new).replaced_module
+    like = _like(new, model)
+    if [like.device, like.dtype] != was:
+        original.to(like.device, like.dtype)
+    if original.training != new.training:
+        original.train(new.training)
+    _set(model, name, original)
+
+
+def _like(module: nn.Module, model: nn.Module) -> Tensor:
+    """A tensor with the device and dtype of ``module``, or, where it has no parameters, of ``model``."""
+    return next(module.parameters(), next(model.parameters(), torch.empty(0)))
 
 
 def _original(module: nn.Module) -> nn.Module:
     """What stood at this place before the edit, or the module itself."""
     return cast(nn.Module, vars(module).get("replaced_module", (module,))[0])
+
+
+def _is_edited(module: nn.Module) -> bool:
+    return "replaced_module" in vars(module) or _run_inserted in module._forward_hooks.values()
 
 
 def _set(model: nn.Module, name: str, new: nn.Module) -> None:

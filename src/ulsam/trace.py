@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ulsam.errors import UlsamError
@@ -23,15 +24,17 @@ Shape = tuple[int, ...]
 class Flow:
     """What one module did in the pass of one picture.
 
-    ``macs`` are its multiply-accumulates in convolutions and matrix products (PyTorch's FLOP formulas, halved),
-    ``activations`` the number of elements those put out; both with what is inside the module.
+    ``macs`` are its multiply-accumulates in convolutions and matrix products (PyTorch's FLOP formulas, halved), with
+    those of the modules inside it; ``own_macs`` are without them. ``own_activations`` is the number of elements that
+    the latter put out.
     """
 
     calls: int = 0
     input_shape: Shape | None = None  # None: not exactly one tensor in, in exactly one call
     output_shape: Shape | None = None  # None: not exactly one tensor out, in exactly one call
     macs: int = 0
-    activations: int = 0
+    own_macs: int = 0
+    own_activations: int = 0
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -54,16 +57,18 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
         input_size: C, H, W; by default :func:`default_input_size`.
 
     Raises:
-        UlsamError: the forward pass fails at this size.
+        UlsamError: the size is not three whole numbers, or the forward pass fails at it.
 
     >>> flow = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (3, 12, 12))
-    >>> flow["0"]
-    Flow(calls=1, input_shape=(1, 3, 12, 12), output_shape=(1, 8, 10, 10), macs=21600, activations=800)
+    >>> flow["0"].input_shape, flow["0"].output_shape, flow["0"].macs
+    ((1, 3, 12, 12), (1, 8, 10, 10), 21600)
     """
-    size = tuple(input_size or default_input_size(model))
+    size = default_input_size(model) if input_size is None else input_size
+    if not isinstance(size, Sequence) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
+        raise UlsamError(f"input_size is C, H, W of one picture, three whole numbers, not {size!r}")
     shadow = _on_meta(model)
     flows = {module: Flow() for module in shadow.modules()}
-    running: list[nn.Module] = []
+    running: list[nn.Module] = []  # outermost first
 
     def enter(module: nn.Module, _: Any) -> None:
         running.append(module)
@@ -87,15 +92,17 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
                 elements = (out if isinstance(out, Tensor) else out[0]).numel()
                 for module in set(running):
                     flows[module].macs += macs
-                    flows[module].activations += elements
+                flows[running[-1]].own_macs += macs
+                flows[running[-1]].own_activations += elements
             return out
 
+    counting: TorchDispatchMode = Count()  # type: ignore[no-untyped-call]
     for module in flows:
         module.register_forward_pre_hook(enter, prepend=True)
         module.register_forward_hook(leave, with_kwargs=True)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
-        with torch.no_grad(), Count():
+        with torch.no_grad(), counting:
             shadow(torch.empty(1, *size, dtype=dtype, device="meta"))
     except Exception as error:  # whatever the net's own code raises at this size
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -111,7 +118,7 @@ def _on_meta(model: ModelT) -> ModelT:
     for module in model.modules():
         if "replaced_module" in vars(module):  # what an edit put aside stays behind
             memo[id(module.replaced_module)] = ()
-        for value in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
+        for value in tree_leaves(vars(module)):  # parameters, buffers, and tensors in plain attributes
             if isinstance(value, nn.Parameter):
                 memo[id(value)] = nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
             elif isinstance(value, Tensor):

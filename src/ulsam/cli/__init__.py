@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UlsamError as error:
         print(f"ulsam: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("ulsam: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"ulsam: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

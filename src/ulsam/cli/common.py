@@ -1,0 +1,83 @@
+"""Arguments that several commands share: a net by name or file, and the edits to make on it."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import timm
+
+from ulsam.errors import UlsamError
+from ulsam.models import make_recipe, read_recipe
+from ulsam.recipe import Edit, Recipe
+
+
+class _AddEdit(argparse.Action):
+    """Append (kind, place) to ``args.edits``: the edits keep the order in which they were written."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, at: Any, option: Any = ""
+    ) -> None:
+        namespace.edits = [*(namespace.edits or ()), (option.lstrip("-"), at)]
+
+
+def add_edit_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--replace``, ``--insert``, ``--drop`` (each repeatable), ``--groups`` and ``--form``.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> add_edit_options(parser)
+    >>> for edit in edits_from(parser.parse_args(["--replace", "14,17", "--drop", "16", "--groups", "8"])):
+    ...     print(edit)
+    replace 14,17 g=8
+    drop 16
+    """
+    place = "module names, globs, or the paper's layer numbers for MobileNet-V1 and V2"
+    edits = parser.add_argument_group("edits, done in the order given", f"AT: {place}; several with commas.")
+    for kind, text in [
+        ("replace", "put ULSAM in the place of these blocks"),
+        ("insert", "put ULSAM behind these blocks"),
+        ("drop", "take these blocks out"),
+    ]:
+        edits.add_argument(f"--{kind}", dest="edits", action=_AddEdit, metavar="AT", help=text)
+    edits.add_argument("--groups", type=int, metavar="G", help="subspaces of each new layer (default: 4)")
+    edits.add_argument("--form", metavar="FORM", help="equations (default) or released")
+
+
+def edits_from(args: argparse.Namespace) -> tuple[Edit, ...]:
+    """The edits of :func:`add_edit_options`, in the order given; see there.
+
+    Raises:
+        UlsamError: an unknown form, or ``--groups`` or ``--form`` with nothing to act on.
+    """
+    options = {key: value for key in ("groups", "form") if (value := getattr(args, key)) is not None}
+    pairs = args.edits or ()
+    if options and all(kind == "drop" for kind, _ in pairs):
+        raise UlsamError(f"--{next(iter(options))} has nothing to act on: add --replace AT or --insert AT")
+    return tuple(Edit(kind, at, **(options if kind != "drop" else {})) for kind, at in pairs)
+
+
+def add_net_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and ``--size``; :func:`recipe_from` reads them."""
+    parser.add_argument("model", metavar="MODEL", help="a timm name, a preset's included, or a .safetensors model file")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: the net's own)")
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """The recipe that MODEL and ``--size`` mean: a file's own, or that of timm's net with all its classes.
+
+    Raises:
+        UlsamError: no such net, not a model file, or a size below 1.
+
+    >>> recipe = recipe_from(argparse.Namespace(model="mobilenetv2_100", size=96))
+    >>> len(recipe.classes), recipe.input_size
+    (1000, (3, 96, 96))
+    """
+    if args.size is not None and args.size < 1:
+        raise UlsamError(f"--size must be 1 pixel or more, not {args.size}")
+    if args.model.endswith(".safetensors"):
+        recipe = read_recipe(args.model)
+    else:
+        config = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
+        recipe = make_recipe(args.model, [str(n) for n in range(config.num_classes if config else 1000)])
+    if args.size is not None:
+        recipe = dataclasses.replace(recipe, input_size=(recipe.input_size[0], args.size, args.size))
+    return recipe

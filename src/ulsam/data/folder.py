@@ -1,0 +1,258 @@
+"""Folders of pictures: which classes there are, which pictures, which split."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ulsam.errors import UlsamError
+
+Sample = tuple[str, int]
+"""A picture's path and the index of its class."""
+
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k"),
+)
+"""File name endings (lower case) that mark a picture; what is inside decides how it is read."""
+
+_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_LAYOUT = "expected one subfolder of pictures for each class, e.g. {root}/robin/1.jpg and {root}/wren/1.jpg"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What `scan` found.
+
+    Attributes:
+        root: the folder that holds the class folders.
+        classes: class names, sorted; only those with at least one picture.
+        samples: (path, class index) by class, then by path within the class.
+        ignored: files that were passed over, because their name is no picture's name or they lie in no class folder.
+        empty: names of class folders without a picture.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    ignored: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+
+
+def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
+    """List the classes and pictures of an image folder, in an order that depends on names alone.
+
+    Each direct subfolder is a class; its pictures lie at any depth below it. Names with a leading dot are hidden and
+    skipped. Links to files and class folders that are links are followed; linked folders further down are not, they
+    are listed in `ignored`. Nothing is opened: whether a picture can be read shows when it is read.
+
+    Args:
+        root: the folder of class folders.
+        min_classes: fewest classes that are accepted; 1 for a folder that is only measured on.
+
+    Raises:
+        UlsamError: no such folder, no class folders, no pictures, fewer classes than `min_classes`, or a folder that
+            may not be listed.
+
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for name in ("robin/1.jpg", "wren/a/2.PNG", "wren/notes.txt"):
+    ...     (root / name).parent.mkdir(parents=True, exist_ok=True)
+    ...     (root / name).touch()
+    >>> folder = scan(root)
+    >>> folder.classes, [label for _, label in folder.samples], len(folder.ignored)
+    (('robin', 'wren'), [0, 1], 1)
+    """
+    root = Path(root)
+    names = _subfolders(root)
+    if not names:
+        raise UlsamError(f"{root} has no class folders: {_LAYOUT.format(root=root)}")
+    ignored = [str(root / name) for name in sorted(os.listdir(root)) if name not in names and not _hidden(name)]
+    found = {}
+    for name in names:
+        found[name], passed = _pictures(root / name)
+        ignored += passed
+    classes = tuple(name for name in names if found[name])
+    if not classes:
+        raise UlsamError(f"no picture in any of the {len(names)} class folders of {root}: {_LAYOUT.format(root=root)}")
+    if len(classes) < min_classes:
+        raise UlsamError(
+            f"{root} holds pictures of {len(classes)} class ({', '.join(classes)}), at least {min_classes} are needed:"
+            f" {_LAYOUT.format(root=root)}"
+        )
+    samples = tuple((path, index) for index, name in enumerate(classes) for path in found[name])
+    return Folder(root, classes, samples, tuple(ignored), tuple(name for name in names if not found[name]))
+
+
+def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
+    """Find the splits of a data set by the names of the subfolders, whatever their case.
+
+    ``train`` counts beside a ``val`` (also ``valid``, ``validation``) or ``test``, or alone when it holds subfolders
+    itself. Anything else is one flat folder of class folders, even if a class is called ``train``.
+
+    Returns:
+        ``{"train": ..., "val": ..., "test": ...}`` with those that exist; ``{}`` for a flat folder.
+
+    Raises:
+        UlsamError: no such folder, it may not be listed, or two folders claim the same split.
+
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for name in ("train", "valid"):
+    ...     (root / name).mkdir()
+    >>> {split: path.name for split, path in find_splits(root).items()}
+    {'train': 'train', 'val': 'valid'}
+    """
+    root = Path(root)
+    found: dict[str, Path] = {}
+    for name in _subfolders(root):
+        split = _SPLITS.get(name.lower())
+        if split is None:
+            continue
+        if split in found:
+            raise UlsamError(f"{root} has two folders for {split}, {found[split].name} and {name}: keep one of them")
+        found[split] = root / name
+    if "train" not in found or (len(found) == 1 and not _subfolders(found["train"])):
+        return {}
+    return {split: found[split] for split in ("train", "val", "test") if split in found}
+
+
+def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:
+    """The same pictures with the class indices of `classes`, e.g. a val folder with those of the train folder.
+
+    `classes` may name classes that `folder` lacks: ``set(classes) - set(folder.classes)``.
+
+    Raises:
+        UlsamError: the folder has a class that is not among `classes`.
+
+    >>> val = Folder(Path("val"), ("wren",), (("val/wren/1.jpg", 0),))
+    >>> index_like(val, ("robin", "wren")).samples
+    (('val/wren/1.jpg', 1),)
+    """
+    unknown = [name for name in folder.classes if name not in classes]
+    if unknown:
+        raise UlsamError(
+            f"{folder.root} has classes that were not trained on: {', '.join(unknown)};"
+            f" known are {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
+        )
+    index = {name: number for number, name in enumerate(classes)}
+    samples = tuple((path, index[folder.classes[label]]) for path, label in folder.samples)
+    return dataclasses.replace(folder, classes=tuple(classes), samples=samples)
+
+
+def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Hold out a fraction of every class, the same one for the same samples, fraction and seed on any machine.
+
+    A class of two pictures or more keeps at least one and holds out at least one; a class of one keeps it. Which
+    pictures are held out depends on their position within the class, not on where the folder lies.
+
+    Args:
+        samples: (path, class index) pairs.
+        fraction: part of each class to hold out, between 0 and 1, both excluded.
+        seed: any integer.
+
+    Returns:
+        (kept, held out), each in the order of `samples`.
+
+    Raises:
+        UlsamError: `fraction` out of range, or no class has two pictures.
+
+    >>> kept, held_out = split([(f"{n}.jpg", n % 2) for n in range(10)], 0.4, seed=0)
+    >>> len(kept), len(held_out), sorted(label for _, label in held_out)
+    (6, 4, [0, 0, 1, 1])
+    """
+    if not 0 < fraction < 1:
+        raise UlsamError(f"the fraction to hold out must lie between 0 and 1, both excluded: got {fraction}")
+    by_class: dict[int, list[int]] = {}
+    for number, (_, label) in enumerate(samples):
+        by_class.setdefault(label, []).append(number)
+    chosen: set[int] = set()
+    for label, numbers in by_class.items():
+        count = min(max(int(len(numbers) * fraction + 0.5), 1), len(numbers) - 1)
+        draws = [hashlib.sha256(f"{seed}/{label}/{position}".encode()).digest() for position in range(len(numbers))]
+        chosen.update(number for _, number in sorted(zip(draws, numbers, strict=True))[:count])
+    if not chosen:
+        raise UlsamError("nothing to hold out: no class has two pictures or more")
+    kept = tuple(sample for number, sample in enumerate(samples) if number not in chosen)
+    return kept, tuple(sample for number, sample in enumerate(samples) if number in chosen)
+
+
+def class_counts(samples: Sequence[Sample], n_classes: int) -> list[int]:
+    """Pictures of each class, by class index.
+
+    >>> class_counts([("a", 0), ("b", 2), ("c", 2)], 3)
+    [1, 0, 2]
+    """
+    counts = [0] * n_classes
+    for _, label in samples:
+        counts[label] += 1
+    return counts
+
+
+def imbalance_note(classes: Sequence[str], counts: Sequence[int]) -> str | None:
+    """One line if the largest class has at least 5 times the pictures of the smallest, else None.
+
+    >>> imbalance_note(["robin", "wren"], [12, 400])
+    'imbalanced: 12 (robin) to 400 (wren) pictures a class, ratio 33; consider --sampler balanced'
+    >>> imbalance_note(["robin", "wren"], [12, 40]) is None
+    True
+    """
+    few, many = min(counts), max(counts)
+    if many < 5 * few or many == 0:
+        return None
+    ratio = f", ratio {many / few:.0f}" if few else ""
+    smallest, largest = classes[counts.index(few)], classes[counts.index(many)]
+    return f"imbalanced: {few} ({smallest}) to {many} ({largest}) pictures a class{ratio}; consider --sampler balanced"
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _cannot_list(error: OSError) -> UlsamError:
+    return UlsamError(f"cannot list the folder {error.filename}: {(error.strerror or str(error)).lower()}")
+
+
+def _subfolders(root: Path) -> list[str]:
+    """Names of the direct subfolders that are not hidden, sorted."""
+    if not root.exists():
+        raise UlsamError(f"no such folder: {root}")
+    if not root.is_dir():
+        raise UlsamError(f"not a folder: {root}; name the folder that holds the class folders")
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name))
+    except OSError as error:
+        raise _cannot_list(error) from error
+
+
+def _pictures(folder: Path) -> tuple[list[str], list[str]]:
+    """(pictures, files passed over) at any depth below a class folder, each sorted by relative path."""
+
+    def stop(error: OSError) -> None:
+        raise _cannot_list(error) from error
+
+    pictures, passed = [], []
+    for base, folders, files in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        passed += [path for name in folders if os.path.islink(path := os.path.join(base, name))]
+        for name in files:
+            path = os.path.join(base, name)
+            if _is_picture(path):
+                pictures.append(path)
+            elif not _hidden(name):
+                passed.append(path)
+    return sorted(pictures, key=_order), sorted(passed, key=_order)
+
+
+def _is_picture(path: str) -> bool:
+    """By its name; a dangling link counts, so that it is reported when read, a pipe or a device does not."""
+    stem, suffix = os.path.splitext(os.path.basename(path))
+    if suffix.lower() not in PICTURE_SUFFIXES or _hidden(stem):
+        return False
+    return os.path.isfile(path) or not os.path.exists(path)
+
+
+def _order(path: str) -> str:
+    return Path(path).as_posix()

@@ -1,0 +1,164 @@
+"""Any picture file a person may have, as an upright 8-bit RGB picture, or one line that says why not."""
+
+import os
+import struct
+import warnings
+import zlib
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ulsam.errors import UlsamError
+
+MAX_PIXELS = 89_000_000
+"""Largest width * height that is read: 267 MB as RGB. More is refused from the header, before anything is decoded."""
+
+Image.init()
+FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000"} & Image.OPEN.keys())
+"""Formats that are read, by Pillow's names (AVIF since Pillow 11.3); none that starts another program, as EPS does."""
+
+_DAMAGE = (
+    OSError,  # unidentified, truncated, decoder failed; and the file system's own errors
+    SyntaxError,  # broken PNG and TIFF structure
+    ValueError,  # bad sizes, unsupported modes, oversized text chunks
+    ArithmeticError,  # sizes and rationals out of range
+    LookupError,  # a tag or table entry that is not there
+    EOFError,
+    TypeError,  # a header tag of the wrong type
+    AttributeError,  # a decoder that was never set up because its header was broken
+    AssertionError,  # Pillow asserts on a few header fields
+    RuntimeError,  # NotImplementedError of exotic variants; AVIF and WebP decoders
+    MemoryError,  # a size that only claims to be small
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation (tag 0x0112, table in EXIF 2.3 section 4.6.4) -> the turn that makes the picture upright."""
+
+
+class UnreadablePicture(UlsamError):
+    """A picture file that cannot be read; the message is one line, ``path: reason``."""
+
+
+def read_picture(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """Read one picture as upright 8-bit RGB.
+
+    The content decides on the format (one of `FORMATS`), the file's name does not. Of an animation the first frame is
+    read. EXIF rotation is undone; EXIF that cannot be parsed turns nothing. Transparency is laid over white. 16-bit
+    grey is divided by 256. Grey of 32-bit integers is divided by 256 as often as it takes to bring its largest value
+    under 256. Float grey is taken as 0..1, 0..255 or 0..65535, the smallest of these that holds its largest value.
+
+    Args:
+        path: a file's path, or a seekable binary stream, read from its start and left open.
+
+    Returns:
+        A `PIL.Image.Image` of mode RGB with its pixels loaded; no file stays open.
+
+    Raises:
+        UnreadablePicture: the file is missing, empty, truncated, corrupt, larger than `MAX_PIXELS`, or no picture.
+
+    >>> import io
+    >>> stream = io.BytesIO()
+    >>> Image.new("CMYK", (4, 3)).save(stream, "jpeg")
+    >>> picture = read_picture(stream)
+    >>> picture.mode, picture.size
+    ('RGB', (4, 3))
+    """
+    try:
+        if isinstance(path, str | os.PathLike):
+            with open(path, "rb") as file:
+                return _read(file)
+        return _read(path)
+    except _DAMAGE as error:
+        raise UnreadablePicture(f"{_name(path)}: {_reason(error)}") from error
+
+
+def _read(file: BinaryIO) -> Image.Image:
+    """Decode, turn upright and convert; raises whatever Pillow raises."""
+    file.seek(0)
+    if not file.read(1):
+        raise EOFError("empty file (zero bytes)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the picture is read or it is not
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        stored = Image.open(file, formats=FORMATS)
+        if stored.width * stored.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        stored.load()
+        turn = _TURNS.get(_orientation(stored))
+        picture = _rgb(stored)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation 1..8; 1 where there is none or the EXIF block is broken."""
+    try:
+        value = picture.getexif().get(0x0112, 1)
+    except _DAMAGE:
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """A loaded picture of any mode as a new RGB picture."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _grey(picture).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    over = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+
+
+def _grey(picture: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits (modes I;16*, I, F) as mode L; the rule is in `read_picture`."""
+    values = np.asarray(picture)
+    if picture.mode == "F":
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        scale = next((s for top, s in ((1.0, 255.0), (255.0, 1.0)) if values.max() <= top), 1 / 256)
+        grey = np.rint(values * scale).clip(0, 255)
+    elif picture.mode == "I":
+        grey = values.clip(0, None)
+        while grey.max() > 255:
+            grey = grey >> 8
+    else:
+        grey = values >> 8
+    key = picture.info.get("transparency")
+    if isinstance(key, int):
+        grey = np.where(values == key, 255, grey)
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _name(path: str | os.PathLike[str] | BinaryIO) -> str:
+    """How a message calls the file: its path, quoted where that would not print on one line."""
+    name = os.fspath(path) if isinstance(path, str | os.PathLike) else str(getattr(path, "name", "<stream>"))
+    return name if name.isprintable() else ascii(name)
+
+
+def _reason(error: BaseException) -> str:
+    """An exception of Pillow or the file system in a few words."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture in a known format, or cut off within its header"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"larger than {MAX_PIXELS} pixels, the most that is read"
+    if isinstance(error, MemoryError):
+        return "too large for memory"
+    if "truncated" in text.lower() or (isinstance(error, EOFError) and "empty" not in text):
+        return "truncated"
+    if isinstance(error, EOFError):
+        return text
+    return f"corrupt ({text or type(error).__name__})"

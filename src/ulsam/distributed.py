@@ -1,0 +1,80 @@
+"""One process or several under torchrun: who am I, and sums over all."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ulsam.errors import UlsamError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ``rank`` of ``size``, on ``device``."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the one process that prints and writes files."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all processes; counts stay exact in integers and float64."""
+        if self.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def start(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started (its environment variables tell), or be the only one.
+
+    Args:
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``mps`` or what else torch knows.
+
+    Raises:
+        UlsamError: the device is not there.
+
+    >>> with start("cpu") as world:
+    ...     world.rank, world.size
+    (0, 1)
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and size > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UlsamError(f"no device {device!r} here: {str(error).splitlines()[0]}; use --device cpu") from error
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    try:
+        yield World(rank, size, place)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,170 @@
+"""Measure a net: top-1, top-5, loss, every class, with confidence intervals; and name what is in pictures."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ulsam.data.loading import Batch, eval_transform
+from ulsam.data.pictures import UnreadablePicture, read_picture
+from ulsam.distributed import World
+from ulsam.errors import UlsamError
+from ulsam.recipe import Recipe
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a net scores on a set of pictures; shares are 0..1.
+
+    ``confusion`` [classes, classes] counts pictures by true class (row) and predicted class (column).
+    """
+
+    pictures: int
+    loss: float  # mean cross-entropy, nats
+    top1: float
+    top5: float
+    confusion: Tensor
+    unreadable: tuple[tuple[str, str], ...]  # name, reason
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of top-1 over the choice of pictures (Wilson's score interval)."""
+        return wilson(round(self.top1 * self.pictures), self.pictures)
+
+    def per_class(self, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Pictures and top-1 of every class; top-1 is None without a picture."""
+        counts = self.confusion.sum(1).tolist()
+        right = self.confusion.diagonal().tolist()
+        return {
+            name: {"pictures": n, "top1": r / n if n else None}
+            for name, n, r in zip(classes, counts, right, strict=True)
+        }
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share: ``right`` of ``n``, by default at 95 %.
+
+    >>> [round(v, 4) for v in wilson(80, 100)]
+    [0.7112, 0.8666]
+    """
+    if n == 0:
+        return 0.0, 1.0
+    share, spread = right / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    n_classes: int,
+    *,
+    world: World = ALONE,
+    amp: torch.dtype | None = None,
+    channels_last: bool = True,
+    progress: str | None = None,
+) -> Scores:
+    """Measure ``model`` on batches; with several processes each measures its share and all get the sum.
+
+    Args:
+        model: [B, C, H, W] -> logits [B, n_classes]; put into eval mode for the time being.
+        batches: of `ulsam.data.loading.eval_loader`.
+        amp: autocast to this dtype.
+        progress: label of the progress bar; None shows none.
+
+    Raises:
+        UlsamError: not one picture could be read, or the net's outputs are not finite.
+    """
+    training = model.training
+    model.eval()
+    device = world.device
+    sums = torch.zeros(3, dtype=torch.float64)  # loss, right, right among five
+    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+    unreadable: list[tuple[str, str]] = []
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for batch in tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch"):
+        unreadable += batch.unreadable
+        if not len(batch.labels):
+            continue
+        images = batch.images.to(device, memory_format=layout)
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            logits = model(images).float().cpu()
+        if logits.shape[1] != n_classes:
+            raise UlsamError(f"the net has {logits.shape[1]} outputs, the pictures have {n_classes} classes")
+        best = logits.topk(min(5, n_classes)).indices
+        hits = best == batch.labels[:, None]
+        loss = F.cross_entropy(logits.double(), batch.labels, reduction="sum")
+        sums += torch.stack([loss, hits[:, 0].sum().double(), hits.any(1).sum().double()])
+        confusion += torch.bincount(batch.labels * n_classes + best[:, 0], minlength=n_classes**2).view_as(confusion)
+    model.train(training)
+    sums, confusion = world.sum(sums).cpu(), world.sum(confusion).cpu()
+    unreadable = [bad for share in world.gather(unreadable) for bad in share]
+    n = int(confusion.sum())
+    if n == 0:
+        raise UlsamError(f"none of the {len(unreadable)} pictures could be read")
+    loss, top1, top5 = (sums / n).tolist()
+    if not math.isfinite(loss):
+        raise UlsamError("the net puts out numbers that are not finite (NaN or infinity); its weights are broken")
+    return Scores(n, loss, top1, top5, confusion, tuple(unreadable))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One picture's most probable classes, best first; or why it could not be read."""
+
+    path: str
+    classes: tuple[tuple[str, float], ...] = ()  # name, probability
+    error: str | None = None
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, recipe: Recipe, paths: Sequence[str | os.PathLike[str]], *, top: int = 5, batch_size: int = 32
+) -> Iterable[Prediction]:
+    """Name what is in picture files, in their order; an unreadable one gives a prediction with an error.
+
+    >>> from ulsam.models import build
+    >>> recipe = Recipe("mobilenetv2_100", ("cat", "dog"))
+    >>> [p.error for p in predict(build(recipe)[0], recipe, ["missing.jpg"])]
+    ['missing.jpg: no such file or directory']
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    transform = recipe_transform(recipe)
+    for first in range(0, len(paths), batch_size):
+        chunk = [os.fspath(path) for path in paths[first : first + batch_size]]
+        images, errors = [], {}
+        for path in chunk:
+            try:
+                images.append(transform(read_picture(path)))
+            except UnreadablePicture as error:
+                errors[path] = str(error)
+        shares = iter(model(torch.stack(images).to(device)).float().softmax(1).cpu() if images else ())
+        for path in chunk:
+            if path in errors:
+                yield Prediction(path, error=errors[path])
+            else:
+                best = next(shares).topk(min(top, len(recipe.classes)))
+                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                yield Prediction(path, tuple((recipe.classes[index], share) for index, share in pairs))
+
+
+def recipe_transform(recipe: Recipe) -> Any:
+    """The evaluation transform of a recipe: picture -> tensor [C, H, W]."""
+    return eval_transform(
+        recipe.input_size,
+        mean=recipe.mean,
+        std=recipe.std,
+        interpolation=recipe.interpolation,
+        crop_pct=recipe.crop_pct,
+    )

@@ -1,0 +1,184 @@
+"""Every setting of a training run, as one flat typed value that a YAML file holds and the command line fills."""
+
+# ruff: noqa: RUF009  (_option makes dataclass fields)
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ulsam.errors import UlsamError
+from ulsam.recipe import Edit
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run; each field's help text is shown by ``ulsam train --help``.
+
+    >>> TrainConfig(data="birds", edits=["replace 14,17 g=4"]).epochs
+    10
+    """
+
+    # data
+    data: str = field(metadata={"help": "image folder (train/ with val/ or test/, or class folders), or a timm name"})
+    data_dir: str | None = _option(None, "where a named data set (torch/..., hfds/..., wds/...) lies")
+    train_split: str = _option("train", "name of the split to train on")
+    val_split: str | None = _option(None, "name of the split to measure on (default: val, else test, else held out)")
+    val_fraction: float | None = _option(None, "hold this share of the training pictures out and measure on it")
+    class_map: str | None = _option(None, "text file with the class names of a wds/ data set, one a line")
+    sampler: Literal["shuffle", "balanced"] = _option("shuffle", "balanced: every class equally often")
+    workers: int = _option(2, "processes that read and augment pictures")
+    max_unreadable: float = _option(0.1, "stop when more than this share (and more than 3) cannot be read")
+    # net
+    model: str = _option("mobilenetv2_100", "timm's name of the base net")
+    model_args: dict[str, Any] = _option({}, "JSON object of further arguments for timm's create_model")
+    edits: list[str] = _option([], "changes of the net, e.g. 'replace 14,17 g=4'")
+    pretrained: bool = _option(False, "start from timm's hub weights of the base net")
+    weights: str | None = _option(None, "start from this weight file (safetensors, or a PyTorch checkpoint)")
+    freeze: list[str] = _option([], "modules (names or globs) whose weights and BatchNorm statistics stay as they are")
+    # picture
+    size: int | None = _option(None, "height and width of the input in pixels (default: the net's own)")
+    mean: list[float] | None = _option(None, "of the input normalisation, a channel (default: the net's own)")
+    std: list[float] | None = _option(None, "of the input normalisation, a channel (default: the net's own)")
+    interpolation: str | None = _option(None, "bilinear or bicubic (default: the net's own)")
+    crop_pct: float | None = _option(None, "share of the picture that the centre crop keeps when measuring")
+    crop_scale: list[float] = _option([0.25, 1.0], "least and largest area of the random crop in training")
+    hflip: float = _option(0.5, "probability of a horizontal flip")
+    color_jitter: float = _option(0.0, "strength of random brightness, contrast and saturation")
+    rand_augment: str | None = _option(None, "timm's RandAugment policy, e.g. rand-m7-n2-mstd0.5")
+    random_erasing: float = _option(0.0, "probability of erasing a rectangle")
+    mixup: float = _option(0.0, "alpha of mixup; 0 is off")
+    cutmix: float = _option(0.0, "alpha of cutmix; 0 is off")
+    # optimisation
+    epochs: int = _option(10, "passes over the training pictures")
+    batch_size: int = _option(32, "pictures a step and process")
+    accumulate: int = _option(1, "steps whose gradients are added up before an update")
+    opt: Literal["sgd", "adamw"] = _option("sgd", "sgd is with Nesterov momentum")
+    lr: float = _option(0.01, "peak learning rate")
+    momentum: float = _option(0.9, "of sgd")
+    weight_decay: float = _option(1e-4, "not applied to norms, biases and ULSAM's weights")
+    warmup_epochs: float = _option(0.5, "epochs of linear warm-up from 0")
+    min_lr: float = _option(0.0, "learning rate at the end of the cosine")
+    clip_grad: float | None = _option(None, "largest norm of the gradient")
+    smoothing: float = _option(0.1, "label smoothing")
+    drop_rate: float = _option(0.0, "dropout before the classifier")
+    drop_path: float = _option(0.0, "stochastic depth, where the net has it")
+    ema: float = _option(0.0, "decay of the averaged weights, which are then measured and saved; 0 is off")
+    # machine
+    device: str = _option("auto", "auto, cpu, cuda or mps")
+    amp: Literal["auto", "none", "bf16", "fp16"] = _option("auto", "mixed precision; auto: on a GPU alone")
+    channels_last: bool = _option(True, "memory layout of pictures and weights")
+    threads: int | None = _option(None, "CPU threads of the training process (default: torch's own choice)")
+    seed: int = _option(0, "of everything random")
+    # run
+    val_every: int = _option(1, "measure after every so many epochs, and after the last")
+    save_seconds: float = _option(120.0, "at least this long between two checkpoints within an epoch")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            checked = _checked(spec.name, value, hints[spec.name])
+            object.__setattr__(self, spec.name, checked)
+        for text in self.edits:
+            Edit.parse(text)
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        low = {"epochs": 1, "batch_size": 1, "accumulate": 1, "val_every": 1, "workers": 0, "warmup_epochs": 0}
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise UlsamError(f"{name} must be {least} or more, not {getattr(self, name)}")
+        for name in ("size", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UlsamError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        for name in ("smoothing", "hflip", "random_erasing", "drop_rate", "drop_path", "ema", "max_unreadable"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UlsamError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if not self.lr > 0:
+            raise UlsamError(f"lr must be above 0, not {self.lr}")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise UlsamError(f"crop_scale takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
+        if self.pretrained and self.weights:
+            raise UlsamError("pretrained and weights exclude each other: start from the hub or from a file")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UlsamError(f"mixup and cutmix need an even batch size, not {self.batch_size}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Settings by name; what is not given keeps its default.
+
+        Raises:
+            UlsamError: an unknown name, a value of the wrong type or out of range.
+
+        >>> TrainConfig.from_mapping({"data": "birds", "lr": 1}).lr
+        1.0
+        """
+        names = [spec.name for spec in fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1)
+                raise UlsamError(f"unknown setting {name!r}{'; did you mean ' + near[0] + '?' if near else ''}")
+        if "data" not in values:
+            raise UlsamError("no data given: name an image folder or a data set")
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """All settings, one a line; :func:`read_config` reads it back."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, unchecked; pass them to :meth:`TrainConfig.from_mapping`.
+
+    Raises:
+        UlsamError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UlsamError(f"cannot read the settings in {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UlsamError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UlsamError(f"{path} holds no settings; write lines such as 'epochs: 10'")
+    return values
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``; whole numbers pass for floats, and 1e-4, which YAML takes for text, for a number."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if value not in choices:
+            raise UlsamError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _checked(name, value, choices[0])
+    if origin is list:
+        if not isinstance(value, list | tuple):
+            raise UlsamError(f"{name} must be a list, not {value!r}")
+        return [_checked(name, item, choices[0]) for item in value]
+    if origin is dict:
+        kind = dict
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise UlsamError(f"{name} must be a number, not {value!r}") from None
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a JSON object"}
+        raise UlsamError(f"{name} must be {words[kind]}, not {value!r}")
+    return value

@@ -1,0 +1,362 @@
+"""The training loop, from settings to a model file.
+
+Nothing random is saved: every picture and every step seeds the generators anew from (seed, epoch, position), so a run
+that was killed goes on from its last checkpoint to the same weights, bit for bit on the same machine and versions.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ulsam.cost import Cost, cost
+from ulsam.data import loading
+from ulsam.distributed import World, start
+from ulsam.errors import UlsamError
+from ulsam.evaluate import Scores, evaluate, recipe_transform
+from ulsam.files import write_atomic
+from ulsam.models import build, save_model, sketch
+from ulsam.surgery import match
+from ulsam.train import parts, report
+from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.state import environment_changes, read_checkpoint, write_checkpoint
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on."""
+
+
+@dataclass
+class Position:
+    """How far a run has come: with the weights, their average and the optimizer this is its whole state."""
+
+    epoch: int = 0  # epochs that are finished
+    batch: int = 0  # batches that each process did in the current one
+    updates: int = 0  # of the weights, in all
+    loss_sum: float = 0.0  # over the pictures of the current epoch
+    pictures: int = 0
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
+
+
+def train(config: TrainConfig, run: str | Path) -> dict[str, Any]:
+    """Train a net and write everything about it into the new folder ``run``.
+
+    The folder then holds ``config.yaml`` (repeats the run), ``metrics.csv``, ``curves.png``, ``checkpoint.pt``,
+    ``model.safetensors`` (the last epoch's weights, or their average; no epoch is picked by its score) and
+    ``summary.json``, whose content is returned. Under torchrun all processes call this, and the first one writes.
+
+    Raises:
+        UlsamError: the folder exists, the data or the net is not usable, the loss is no longer finite, too many pictures
+            cannot be read, or the disk is full.
+        Interrupted: Ctrl-C or SIGTERM, after saving.
+    """
+    run = Path(run)
+    with start(config.device) as world:
+        config = parts.resolved(config, world)
+        trainer = Trainer(config, run, world)  # before the folder is made: most mistakes show here
+        if world.writes:
+            try:
+                run.mkdir(parents=True)
+            except FileExistsError:
+                raise UlsamError(f"{run} exists: go on with --resume {run}, or choose another --out") from None
+            except OSError as error:
+                raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
+            write_atomic(run / "config.yaml", config.to_yaml())
+        return trainer.fit()
+
+
+def resume(run: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Go on with a run that was stopped or killed, to the end that it would have had.
+
+    Args:
+        run: its folder.
+        overrides: settings that do not change the result: ``data``, ``data_dir``, ``workers``, ``device``, ``threads``
+            and ``save_seconds``.
+
+    Raises:
+        UlsamError: not the folder of a run, or a setting that would change the result.
+    """
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise UlsamError(f"{run} is not the folder of a run: there is no config.yaml in it")
+    if (run / "summary.json").is_file():
+        raise UlsamError(f"{run} is finished: its result is in {run / 'summary.json'}")
+    harmless = {"data", "data_dir", "workers", "device", "threads", "save_seconds"}
+    if changed := sorted(set(overrides or {}) - harmless):
+        raise UlsamError(f"--resume goes on with the run's own settings: {changed[0]} cannot be changed")
+    config = TrainConfig.from_mapping({**read_config(run / "config.yaml"), **(overrides or {})})
+    saved = read_checkpoint(run)
+    with start(config.device) as world:
+        trainer = Trainer(config, run, world, fresh=saved is None)
+        if saved is not None:
+            trainer.restore(saved)
+        return trainer.fit()
+
+
+class Trainer:
+    """One run in one process: the parts are built here, :meth:`fit` is the loop."""
+
+    def __init__(self, config: TrainConfig, run: Path, world: World, fresh: bool = True) -> None:
+        self.config, self.run, self.world = config, run, world
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        loading.seed_all(config.seed)
+
+        self.train_pictures, self.val_pictures, notes = parts.open_pictures(config)
+        self.classes = self.train_pictures.classes
+        self.recipe = parts.recipe_of(config, self.classes)
+        start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
+        model, skipped = build(self.recipe, **start_weights)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(world.device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.frozen = [model.get_submodule(name) for name in (match(model, config.freeze) if config.freeze else [])]
+        for module in self.frozen:
+            module.requires_grad_(False)
+
+        self.loader, self.order, self.epoch_updates = parts.batches_of(config, self.recipe, self.train_pictures, world)
+        self.optimizer, self.schedule = parts.optimizer_of(config, self.model, self.epoch_updates)
+        self.mixing = parts.mixing_of(config, len(self.classes))
+        self.amp = parts.AMP_DTYPES[config.amp]
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == torch.float16)
+        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.net: nn.Module = self.model
+        if world.size > 1:
+            ids = [world.device] if world.device.type == "cuda" else None
+            self.net = DistributedDataParallel(self.model, device_ids=ids)
+
+        self.at = Position()
+        self.unreadable = {
+            "train": parts.Unreadable(len(self.train_pictures), config.max_unreadable),
+            "val": parts.Unreadable(len(self.val_pictures), config.max_unreadable),
+        }
+        self.cost = cost(self.model, self.recipe.input_size)
+        self.base_cost = cost(sketch(dataclasses.replace(self.recipe, edits=())), self.recipe.input_size)
+        n_train, n_val = len(self.train_pictures), len(self.val_pictures)
+        self._say(f"data    {n_train} training, {n_val} validation pictures of {len(self.classes)} classes")
+        self._say(f"net     {config.model}; edits: {'; '.join(config.edits) or 'none'}")
+        self._say(f"cost    {_cost_line(self.cost, self.base_cost)}")
+        for note in [*notes, *skipped]:
+            self._say(f"note    {note}")
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint; says what is not as it was."""
+        self.at = Position(**saved["position"])
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        if self.ema:
+            self.ema.module.load_state_dict(saved["ema"])
+        self._say(f"resume  in epoch {self.at.epoch + 1}, after {self.at.batch} of its batches")
+        for change in environment_changes(saved["environment"]):
+            self._say(f"warning {change}: the weights will not be bit for bit those of an unbroken run")
+
+    def save(self) -> None:
+        """Write the checkpoint (the first process alone)."""
+        if self.world.writes:
+            state = {
+                "position": dataclasses.asdict(self.at),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema else None,
+            }
+            write_checkpoint(self.run, state)
+
+    def fit(self) -> dict[str, Any]:
+        """Run the epochs that are left, measure, and write the result."""
+        config, world = self.config, self.world
+        scores: Scores | None = None
+        update_pictures = config.accumulate * config.batch_size * world.size
+        bar = tqdm(
+            total=config.epochs * self.epoch_updates * update_pictures,
+            initial=self.at.updates * update_pictures,
+            unit="img",
+            disable=None if world.writes else True,
+        )
+        with bar, parts.stop_signals() as stopping:
+            saved_at = time.monotonic()
+            while self.at.epoch < config.epochs:
+                bar.set_description(f"epoch {self.at.epoch + 1}/{config.epochs}")
+                batches = self._begin_epoch()
+                while self.at.batch < self.epoch_updates * config.accumulate:
+                    late = time.monotonic() - saved_at > config.save_seconds
+                    loss, stop, save = self._update(batches, stopping(), late)
+                    bar.update(update_pictures)
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    if self.order and (stop or save):
+                        self.save()
+                        saved_at = time.monotonic()
+                    if stop:
+                        where = f"epoch {self.at.epoch + 1}, step {self.at.batch // config.accumulate}"
+                        raise Interrupted(f"stopped in {where}; go on with: ulsam train --resume {self.run}")
+                epoch = self.at.epoch + 1
+                scores = self._measure() if epoch % config.val_every == 0 or epoch == config.epochs else None
+                self._end_epoch(scores)
+                saved_at = time.monotonic()
+        return self._finish(scores or self._measure())
+
+    def _begin_epoch(self) -> Iterator[loading.Batch]:
+        """Put everything in training mode; the batches of the epoch that are left."""
+        self.net.train()
+        for module in self.frozen:
+            module.eval()  # BatchNorm statistics too
+        if self.order:
+            self.order.epoch, self.order.start = self.at.epoch, self.at.batch
+        elif isinstance(self.train_pictures, loading.StreamPictures):
+            self.train_pictures.set_epoch(self.at.epoch)
+        return iter(self.loader)
+
+    def _update(self, batches: Iterator[loading.Batch], stopping: bool, late: bool) -> tuple[float, bool, bool]:
+        """One optimizer update: its mean loss, and whether any process wants to stop, or the first one to save."""
+        config, at, world, net = self.config, self.at, self.world, self.net
+        began = time.monotonic()
+        self.schedule.step_update(at.updates + 1)
+        loss_sum, pictures = 0.0, 0
+        for turn in range(config.accumulate):
+            batch = next(batches)
+            self.unreadable["train"].add(batch.unreadable)
+            if len(batch.labels) < config.batch_size:
+                raise UlsamError(f"{loading.TRIES} training pictures in a row cannot be read")
+            loading.seed_all(config.seed, 2, at.epoch, at.batch + turn, world.rank)  # dropout, mixup
+            images = batch.images.to(world.device, non_blocking=True, memory_format=self.layout)
+            labels: Tensor = batch.labels.to(world.device, non_blocking=True)
+            if self.mixing:
+                images, labels = self.mixing(images, labels)
+            more = isinstance(net, DistributedDataParallel) and turn + 1 < config.accumulate
+            with net.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
+                with torch.autocast(world.device.type, dtype=self.amp, enabled=self.amp is not None):
+                    logits = net(images)
+                smoothing = 0.0 if self.mixing else config.smoothing
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+                self.scaler.scale(loss / config.accumulate).backward()
+            loss_sum += loss.item() * len(images)
+            pictures += len(images)
+
+        shared = torch.tensor([loss_sum, pictures, stopping, world.writes and late], dtype=torch.float64)
+        loss_sum, pictures, stop, save = world.sum(shared).tolist()
+        if not math.isfinite(loss_sum):
+            step, lr = at.batch // config.accumulate + 1, self.optimizer.param_groups[0]["lr"]
+            raise UlsamError(
+                f"the loss is {loss_sum / pictures} in epoch {at.epoch + 1}, step {step}, at learning rate {lr:.3g}: "
+                "try a lower --lr, --clip-grad 1, or --amp none"
+            )
+        if config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        at.batch += config.accumulate
+        at.updates += 1
+        at.loss_sum += loss_sum
+        at.pictures += int(pictures)
+        at.seconds += time.monotonic() - began
+        if self.ema:
+            self.ema.update(self.model, step=at.updates)
+        return loss_sum / pictures, bool(stop), bool(save)
+
+    def _measure(self) -> Scores:
+        """Measure the net, or the average of its weights, on the validation pictures."""
+        batches = loading.eval_loader(
+            self.val_pictures,
+            recipe_transform(self.recipe),
+            batch_size=self.config.batch_size,
+            workers=self.config.workers,
+            rank=self.world.rank,
+            world=self.world.size,
+        )
+        scores = evaluate(
+            self.ema.module if self.ema else self.model,
+            batches,
+            len(self.classes),
+            world=self.world,
+            amp=self.amp,
+            channels_last=self.config.channels_last,
+            progress="validation" if self.world.writes else None,
+        )
+        if self.world.writes:
+            self.unreadable["val"].add(scores.unreadable)
+        return scores
+
+    def _end_epoch(self, scores: Scores | None) -> None:
+        """Add the epoch to the books and save."""
+        at = self.at
+        row = {
+            "epoch": at.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": at.loss_sum / at.pictures,
+            "val_loss": scores and scores.loss,
+            "val_top1": scores and scores.top1,
+            "val_top5": scores and scores.top5,
+            "seconds": round(at.seconds, 2),
+            "images_per_second": round(at.pictures / at.seconds, 1),
+        }
+        self.at = Position(epoch=at.epoch + 1, updates=at.updates, rows=[*at.rows, row])
+        self.save()
+        if self.world.writes:
+            report.write_metrics(self.run, self.at.rows)
+        measured = f"validation top-1 {100 * scores.top1:.2f} %, loss {scores.loss:.4f}" if scores else "not measured"
+        self._say(
+            f"epoch   {row['epoch']}/{self.config.epochs}: training loss {row['train_loss']:.4f}, {measured} "
+            f"({row['images_per_second']:.0f} img/s)"
+        )
+
+    def _finish(self, scores: Scores) -> dict[str, Any]:
+        """Write the model file, the curves and, last, the summary: with it the run is finished."""
+        bad = {
+            split: sorted({name for names in self.world.gather(sorted(u.reasons)) for name in names})
+            for split, u in self.unreadable.items()
+        }
+        split = self.config.val_split or "val"
+        summary = {
+            "command": report.command_line(),
+            "config": dataclasses.asdict(self.config),
+            "recipe": json.loads(self.recipe.to_json()),
+            "pictures": {"train": len(self.train_pictures), "val": len(self.val_pictures)},
+            "scores": report.score_entry(scores, self.classes),
+            "cost": report.cost_entry(self.cost),
+            "base_cost": report.cost_entry(self.base_cost),
+            "epochs": self.at.rows,
+            "unreadable": bad,
+            "versions": report.versions(),
+        }
+        if self.world.writes:
+            save_model(self.ema.module if self.ema else self.model, self.recipe, self.run / "model.safetensors")
+            report.draw_curves(self.run, self.at.rows)
+            report.write_summary(self.run, summary)
+        low, high = scores.interval
+        self._say(
+            f"result  top-1 {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
+            f"top-5 {100 * scores.top5:.2f} % on {scores.pictures} {split} pictures; {self.run}"
+        )
+        if count := len(bad["train"]) + len(bad["val"]):
+            self._say(f"note    {count} pictures could not be read; they are named above and in summary.json")
+        return summary
+
+    def _say(self, line: str) -> None:
+        if self.world.writes:
+            tqdm.write(line)
+
+
+def _cost_line(edited: Cost, base: Cost) -> str:
+    def change(now: int, before: int) -> str:
+        return "" if now == before else f" ({100 * (now / before - 1):+.1f} % against the base net)"
+
+    size = "x".join(map(str, edited.input_size))
+    return (
+        f"{edited.params / 1e6:.3f} M parameters{change(edited.params, base.params)}, "
+        f"{edited.macs / 1e6:.1f} M MACs{change(edited.macs, base.macs)} at {size}"
+    )

@@ -1,0 +1,169 @@
+"""What a training run is made of: pictures, net, batches, optimizer, each built from the settings."""
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from tqdm import tqdm
+
+from ulsam.data import loading
+from ulsam.distributed import World
+from ulsam.errors import UlsamError
+from ulsam.models import make_recipe, ulsam_parameters
+from ulsam.recipe import Edit, Recipe
+from ulsam.train.config import TrainConfig
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolved(config: TrainConfig, world: World) -> TrainConfig:
+    """The settings with every "auto" that touches the result decided, so that ``config.yaml`` repeats the run.
+
+    Raises:
+        UlsamError: fp16 on a device without it.
+    """
+    amp = config.amp
+    if amp == "auto":
+        on_gpu = world.device.type == "cuda"
+        amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "none"
+    if amp == "fp16" and world.device.type != "cuda":
+        raise UlsamError(f"--amp fp16 needs a CUDA GPU; on {world.device.type} use bf16 or none")
+    return dataclasses.replace(config, amp=amp)
+
+
+def open_pictures(config: TrainConfig) -> tuple[loading.AnyPictures, loading.AnyPictures, list[str]]:
+    """Training pictures, validation pictures and notes for the user; see `ulsam.data.loading.open_data`."""
+    return loading.open_data(
+        config.data,
+        data_dir=config.data_dir,
+        train_split=config.train_split,
+        val_split=config.val_split,
+        val_fraction=config.val_fraction,
+        class_map=config.class_map,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def recipe_of(config: TrainConfig, classes: Sequence[str]) -> Recipe:
+    """The recipe that the settings describe, for these classes."""
+    given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
+    dropout = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
+    return make_recipe(
+        config.model,
+        classes,
+        [Edit.parse(text) for text in config.edits],
+        size=config.size,
+        model_args={**config.model_args, **{name: rate for name, rate in dropout.items() if rate}},
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def batches_of(
+    config: TrainConfig, recipe: Recipe, pictures: loading.AnyPictures, world: World
+) -> tuple["torch.utils.data.DataLoader[Any]", loading.EpochOrder | None, int]:
+    """The loader, its order (None for a stream), and the optimizer updates in an epoch."""
+    transform = loading.train_transform(
+        recipe.input_size,
+        mean=recipe.mean,
+        std=recipe.std,
+        interpolation=recipe.interpolation,
+        crop_scale=(config.crop_scale[0], config.crop_scale[1]),
+        hflip=config.hflip,
+        color_jitter=config.color_jitter,
+        rand_augment=config.rand_augment,
+        random_erasing=config.random_erasing,
+    )
+    order = None
+    if not isinstance(pictures, loading.StreamPictures):
+        balanced = config.sampler == "balanced"
+        order = loading.EpochOrder(
+            pictures, config.batch_size, config.seed, balanced=balanced, rank=world.rank, world=world.size
+        )
+    loader = loading.train_loader(
+        pictures,
+        transform,
+        order,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    batches = len(order) if order else len(pictures) // (config.batch_size * world.size)
+    if batches < config.accumulate:
+        raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
+    return loader, order, batches // config.accumulate
+
+
+def optimizer_of(
+    config: TrainConfig, model: nn.Module, epoch_updates: int
+) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
+    """timm's optimizer and its warm-up + cosine schedule by updates; no decay on norms, biases and ULSAM's weights."""
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=ulsam_parameters(model))
+    if not groups:
+        raise UlsamError("every parameter is frozen: leave something to train out of --freeze")
+    momentum = {"momentum": config.momentum} if config.opt == "sgd" else {}
+    optimizer = create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=0.0, **momentum)
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=config.epochs * epoch_updates + 1,
+        lr_min=config.min_lr,
+        warmup_t=round(config.warmup_epochs * epoch_updates),
+        t_in_epochs=False,
+    )
+    return optimizer, schedule
+
+
+def mixing_of(config: TrainConfig, n_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, or None; the label smoothing is then its own."""
+    if not (config.mixup or config.cutmix):
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=n_classes)
+
+
+class Unreadable:
+    """Pictures that could not be read: each is named once, and too many of them end the run."""
+
+    def __init__(self, total: int, largest_share: float) -> None:
+        self.limit = max(3, int(total * largest_share))
+        self.reasons: dict[str, str] = {}
+
+    def add(self, found: Sequence[tuple[str, str]]) -> None:
+        """Note what was met.
+
+        Raises:
+            UlsamError: more than the largest share of all pictures (and more than 3) cannot be read.
+        """
+        for name, reason in found:
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                tqdm.write(f"unreadable {reason}", file=sys.stderr)
+        if len(self.reasons) > self.limit:
+            raise UlsamError(f"more than {self.limit} pictures cannot be read (named above): see --max-unreadable")
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within it, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one acts as ever."""
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,104 @@
+"""What a run leaves for its reader: metrics.csv, curves.png, summary.json."""
+
+import csv
+import io
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ulsam import __version__
+from ulsam.cost import Cost
+from ulsam.evaluate import Scores
+from ulsam.files import write_atomic
+from ulsam.recipe import Recipe
+from ulsam.train.state import environment
+
+COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds", "images_per_second")
+
+
+def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``metrics.csv``: a row an epoch, shares 0..1, losses in nats; an epoch that was not measured has gaps."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomic(run / "metrics.csv", text.getvalue())
+
+
+def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw ``curves.png``: loss and top-1 against epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    measured = [row for row in rows if row["val_top1"] is not None]
+    loss.plot(epochs, [row["train_loss"] for row in rows], "o-", ms=3, label="training")
+    loss.plot(
+        [row["epoch"] for row in measured], [row["val_loss"] for row in measured], "s--", ms=3, label="validation"
+    )
+    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
+    loss.legend(frameon=False)
+    accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top1"] for r in measured], "s--", ms=3, label="top-1")
+    accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top5"] for r in measured], "^:", ms=3, label="top-5")
+    accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)", title="Accuracy")
+    accuracy.legend(frameon=False)
+    for axes in (loss, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    write_atomic(run / "curves.png", buffer.getvalue())
+
+
+def score_entry(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
+    """Scores as JSON: shares 0..1, the 95 % interval of top-1 (Wilson's, over the choice of pictures), every class."""
+    return {
+        "pictures": scores.pictures,
+        "top1": scores.top1,
+        "top1_interval_95": list(scores.interval),
+        "top5": scores.top5,
+        "loss": scores.loss,
+        "unreadable": len(scores.unreadable),
+        "per_class": scores.per_class(classes),
+    }
+
+
+def cost_entry(cost: Cost) -> dict[str, Any]:
+    """A cost as JSON, with its counting rule."""
+    return {
+        "params": cost.params,
+        "macs": cost.macs,
+        "activations": cost.activations,
+        "input_size": list(cost.input_size),
+        "rule": cost.rule,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions and the machine that a figure was taken with."""
+    return {"ulsam": __version__, **environment(), "machine": platform.machine(), "system": platform.system()}
+
+
+def command_line() -> str:
+    """The command that is running, as it would be typed."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["ulsam" if name in ("ulsam", "__main__.py") else name, *sys.argv[1:]])
+
+
+def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json``."""
+    write_atomic(run / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def recipe_entry(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON."""
+    entry: dict[str, Any] = json.loads(recipe.to_json())
+    return entry

@@ -1,0 +1,68 @@
+"""What a run leaves on disk to go on from: one checkpoint file, replaced whole."""
+
+import io
+import os
+import pickle
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ulsam.errors import UlsamError
+from ulsam.files import write_atomic
+
+CHECKPOINT = "checkpoint.pt"
+VERSION = 1
+
+
+def write_checkpoint(run: Path, state: dict[str, Any]) -> None:
+    """Replace the run's checkpoint; the old one stays whole until the new one is on disk.
+
+    Raises:
+        UlsamError: the disk is full or cannot be written; the old checkpoint is intact.
+    """
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, "environment": environment(), **state}, buffer)
+    write_atomic(run / CHECKPOINT, buffer.getvalue())
+
+
+def read_checkpoint(run: Path) -> dict[str, Any] | None:
+    """The run's checkpoint, None if it has none yet; read with ``weights_only``, so nothing in it is ever run.
+
+    Raises:
+        UlsamError: the file is no checkpoint, or from another version of this package.
+    """
+    path = run / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UlsamError(f"{path} is no checkpoint that can be read safely, or is cut off: {reason[:120]}") from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise UlsamError(f"{path} is no checkpoint of this version of ulsam")
+    return state
+
+
+def environment() -> dict[str, str]:
+    """What bit-for-bit repeatability depends on."""
+    import timm
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "threads": str(torch.get_num_threads()),
+        "processes": os.environ.get("WORLD_SIZE", "1"),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def environment_changes(then: dict[str, str]) -> list[str]:
+    """One line about each thing that differs from ``then``."""
+    now = environment()
+    return [f"{key} was {then.get(key)}, is {now[key]}" for key in now if then.get(key) != now[key]]
