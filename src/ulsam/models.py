@@ -155,7 +155,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
     """
     own = model.state_dict()
     heads = _heads(model)
-    fitting, notes, wrong = {}, [], []
+    fitting: dict[str, Tensor] = {}
+    notes: list[str] = []
+    wrong: list[str] = []
     for name, value in own.items():
         head = any(model.get_submodule(name.rpartition(".")[0]) is layer for layer in heads)
         if name in state and state[name].shape == value.shape:

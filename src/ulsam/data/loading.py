@@ -1,4 +1,4 @@
-"""From a folder or a data-set name to batches, the same ones whatever the number of workers and restarts.
+"""From pictures to batches, the same ones whatever the number of workers and restarts.
 
 Every random choice is a function of (seed, epoch, position in the epoch): a worker seeds itself before each picture.
 So a run can go on in mid-epoch with nothing saved but its position.
@@ -8,18 +8,17 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ulsam.data.folder import Sample, find_splits, imbalance_note, index_like, scan, split
-from ulsam.data.pictures import UnreadablePicture, read_picture
+from ulsam.data.pictures import UnreadablePicture
+from ulsam.data.sources import AnyPictures, MapPictures, StreamPictures
 from ulsam.errors import UlsamError
 
 Transform = Callable[[Image.Image], Tensor]
@@ -27,173 +26,6 @@ Key = tuple[int, int, int]  # epoch, position in the epoch, picture
 
 #: An unreadable picture is replaced by the next readable one in training; after this many in a row training stops.
 TRIES = 50
-
-
-class Pictures(Protocol):
-    """A split of a data set: pictures by number, with labels."""
-
-    classes: tuple[str, ...]
-    labels: Sequence[int] | None  # None: not known without reading everything
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str: ...
-    def fetch(self, index: int) -> tuple[Image.Image, int]: ...
-
-
-@dataclass(frozen=True)
-class FolderPictures:
-    """Pictures of an image folder."""
-
-    samples: tuple[Sample, ...]
-    classes: tuple[str, ...]
-
-    @property
-    def labels(self) -> Sequence[int]:
-        return [label for _, label in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def name(self, index: int) -> str:
-        return self.samples[index][0]
-
-    def fetch(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return read_picture(path), label
-
-
-class FactoryPictures:
-    """A map-style data set of timm's factory (``torch/...``, ``hfds/...``)."""
-
-    def __init__(self, dataset: Any, label: str) -> None:
-        self.dataset = dataset
-        self.label = label
-        self.classes = _class_names(dataset, label)
-        if hasattr(dataset, "loader"):
-            dataset.loader = read_picture  # torchvision's folder sets then read as ours do
-        self.labels: Sequence[int] | None = getattr(dataset, "targets", None)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, index: int) -> str:
-        if hasattr(self.dataset, "samples"):
-            return str(self.dataset.samples[index][0])
-        return f"{self.label}, picture {index}"
-
-    def fetch(self, index: int) -> tuple[Image.Image, int]:
-        if hasattr(self.dataset, "reader"):
-            file, label = self.dataset.reader[index][:2]
-            return read_picture(file), int(label)
-        picture, label = self.dataset[index]
-        return picture.convert("RGB"), int(label)
-
-
-class StreamPictures:
-    """An iterable data set of timm's factory (``wds/...``, ``tfds/...``, ``hfids/...``): shards are read in turn."""
-
-    def __init__(self, dataset: Any, label: str) -> None:
-        self.dataset = dataset
-        self.classes = _class_names(dataset, label)
-        self.labels = None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the shards, for readers that have one."""
-        self.dataset.set_epoch(epoch)
-
-
-AnyPictures = FolderPictures | FactoryPictures | StreamPictures
-
-
-def open_data(
-    data: str,
-    *,
-    data_dir: str | None = None,
-    train_split: str = "train",
-    val_split: str | None = None,
-    val_fraction: float | None = None,
-    class_map: str | None = None,
-    batch_size: int = 32,
-    seed: int = 0,
-) -> tuple[AnyPictures, AnyPictures, list[str]]:
-    """Open the training and validation pictures of a data set.
-
-    Args:
-        data: an image folder (``train/`` with ``val/`` or ``test/``, or class folders alone), or a name of timm's
-            factory such as ``torch/imagenet``.
-        data_dir: where a named data set lies.
-        train_split, val_split: their names; the default validation split is ``val``, else ``test``, else held out.
-        val_fraction: hold this share of the training pictures out for validation, whatever splits there are; a folder
-            without splits holds out 0.2 by default.
-        class_map: a text file with the class names of a named data set that does not know them (``wds/``), one a line.
-        batch_size: what a stream rounds its epochs to.
-        seed: of the choice of held-out pictures.
-
-    Returns:
-        Training pictures, validation pictures, and one line for the user about each noteworthy thing.
-
-    Raises:
-        UlsamError: no such data, or it has not the expected shape.
-    """
-    if "/" in data and data.split("/", 1)[0].lower() in ("torch", "hfds", "hfids", "tfds", "wds"):
-        if val_fraction is not None:
-            raise UlsamError("--val-fraction works on image folders; name a split of this data set with --val-split")
-        options = {"class_map": class_map, "batch_size": batch_size, "seed": seed}
-        return _open_named(data, data_dir, train_split, val_split or "validation", options)
-    notes: list[str] = []
-    splits = find_splits(data)
-    if splits and train_split not in splits:
-        raise UlsamError(f"{data} has no split {train_split!r}; it has {', '.join(splits)}")
-    folder = scan(splits.get(train_split, Path(data)))
-    train = FolderPictures(folder.samples, folder.classes)
-    if folder.empty:
-        notes.append(f"{len(folder.empty)} class folders without a picture left out: {_some(folder.empty)}")
-    if folder.ignored:
-        notes.append(f"{len(folder.ignored)} files passed over, no pictures by name: {_some(folder.ignored)}")
-    if val_split is None and val_fraction is None:
-        val_split = next((name for name in ("val", "test") if name in splits), None)
-        val_fraction = None if val_split else 0.2
-    if val_fraction is not None:
-        kept, held = split(folder.samples, val_fraction, seed)
-        train, val = FolderPictures(kept, folder.classes), FolderPictures(held, folder.classes)
-        notes.append(f"{len(held)} of {len(folder.samples)} training pictures held out for validation (seed {seed})")
-    else:
-        val = open_split(data, val_split or "val", train.classes)
-    counts = np.bincount(train.labels, minlength=len(train.classes)).tolist()
-    if note := imbalance_note(train.classes, counts):
-        notes.append(note)
-    if absent := sorted(set(range(len(val.classes))) - set(val.labels)):
-        notes.append(f"{len(absent)} classes have no validation picture: {_some([val.classes[i] for i in absent])}")
-    return train, val, notes
-
-
-def open_split(
-    data: str, name: str, classes: tuple[str, ...] | None = None, data_dir: str | None = None
-) -> FolderPictures | FactoryPictures:
-    """One split to measure on: of an image folder (``"all"``: its class folders themselves), or of a named data set.
-
-    Args:
-        classes: the classes of the net, which give the label numbers; by default the folder's own.
-
-    Raises:
-        UlsamError: no such split, or a class that the net does not know.
-    """
-    if "/" in data and data.split("/", 1)[0].lower() in ("torch", "hfds"):
-        pictures = _named(data, data_dir, name, is_training=False)
-        assert isinstance(pictures, FactoryPictures)
-        if classes is not None and len(classes) != len(pictures.classes):
-            raise UlsamError(f"{data} has {len(pictures.classes)} classes, the net has {len(classes)}")
-        return pictures
-    splits = find_splits(data)
-    if splits and name not in splits:
-        raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
-    folder = scan(splits.get(name, Path(data)), min_classes=1)
-    if classes is not None:
-        folder = index_like(folder, classes)
-    return FolderPictures(folder.samples, folder.classes)
 
 
 def train_transform(
@@ -254,10 +86,10 @@ Item = tuple[Tensor | None, int, list[tuple[str, str]]]
 class TrainSet(Dataset[Item]):
     """Augmented training pictures by (epoch, position, picture); in place of an unreadable one comes the next."""
 
-    def __init__(self, pictures: FolderPictures | FactoryPictures, transform: Transform, seed: int) -> None:
+    def __init__(self, pictures: MapPictures, transform: Transform, seed: int) -> None:
         self.pictures, self.transform, self.seed = pictures, transform, seed
 
-    def __getitem__(self, key: Key) -> Item:  # type: ignore[override]
+    def __getitem__(self, key: Key) -> Item:
         epoch, position, index = key
         bad = []
         for attempt in range(min(TRIES, len(self.pictures))):
@@ -275,7 +107,7 @@ class TrainSet(Dataset[Item]):
 class EvalSet(Dataset[Item]):
     """Pictures for measuring; an unreadable one is left out and reported."""
 
-    def __init__(self, pictures: FolderPictures | FactoryPictures, transform: Transform) -> None:
+    def __init__(self, pictures: MapPictures, transform: Transform) -> None:
         self.pictures, self.transform = pictures, transform
 
     def __len__(self) -> int:
@@ -309,7 +141,7 @@ class EpochOrder(Sampler[list[Key]]):
 
     def __init__(
         self,
-        pictures: FolderPictures | FactoryPictures,
+        pictures: MapPictures,
         batch_size: int,
         seed: int,
         *,
@@ -418,45 +250,3 @@ def _quiet(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
-
-
-def _named(name: str, data_dir: str | None, split_name: str, **options: Any) -> FactoryPictures | StreamPictures:
-    try:
-        dataset = create_dataset(name, root=data_dir, split=split_name, **options)
-    except ImportError as error:
-        raise UlsamError(f"{name} needs a package: {error}; pip install 'ulsam[datasets]'") from error
-    except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        where = f"in {data_dir}" if data_dir else "(no --data-dir given)"
-        raise UlsamError(f"cannot open {name}, split {split_name!r}, {where}: {reason}") from error
-    stream = isinstance(dataset, IterableDataset)
-    return StreamPictures(dataset, name) if stream else FactoryPictures(dataset, name)
-
-
-def _open_named(
-    data: str, data_dir: str | None, train_split: str, val_split: str, options: dict[str, Any]
-) -> tuple[AnyPictures, AnyPictures, list[str]]:
-    train = _named(data, data_dir, train_split, is_training=True, **options)
-    val = _named(data, data_dir, val_split, is_training=False, **options)
-    if len(train.classes) != len(val.classes):
-        raise UlsamError(f"{data}: {len(train.classes)} classes to train on, {len(val.classes)} to measure on")
-    notes = []
-    if isinstance(train, StreamPictures):
-        notes.append("a stream of shards: epochs are whole batches, and --resume goes back to the start of an epoch")
-    return train, val, notes
-
-
-def _class_names(dataset: Any, label: str) -> tuple[str, ...]:
-    names = getattr(dataset, "classes", None)
-    if names is None:
-        index = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-        names = sorted(index, key=index.__getitem__) if index else None
-    if not names:
-        raise UlsamError(
-            f"{label} does not tell its class names: give a text file of them, one a line, with --class-map"
-        )
-    return tuple(name[0] if isinstance(name, tuple) else str(name) for name in names)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

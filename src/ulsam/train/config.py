@@ -36,7 +36,7 @@ class TrainConfig:
     train_split: str = _option("train", "name of the split to train on")
     val_split: str | None = _option(None, "name of the split to measure on (default: val, else test, else held out)")
     val_fraction: float | None = _option(None, "hold this share of the training pictures out and measure on it")
-    class_map: str | None = _option(None, "text file with the class names of a wds/ data set, one a line")
+    class_names: str | None = _option(None, "text file with the class names of a wds/ data set, one a line")
     sampler: Literal["shuffle", "balanced"] = _option("shuffle", "balanced: every class equally often")
     workers: int = _option(2, "processes that read and augment pictures")
     max_unreadable: float = _option(0.1, "stop when more than this share (and more than 3) cannot be read")

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ulsam.cost import Cost, cost
-from ulsam.data import loading
+from ulsam.data import loading, sources
 from ulsam.distributed import World, start
 from ulsam.errors import UlsamError
 from ulsam.evaluate import Scores, evaluate, recipe_transform
@@ -59,8 +59,8 @@ def train(config: TrainConfig, run: str | Path) -> dict[str, Any]:
     ``summary.json``, whose content is returned. Under torchrun all processes call this, and the first one writes.
 
     Raises:
-        UlsamError: the folder exists, the data or the net is not usable, the loss is no longer finite, too many pictures
-            cannot be read, or the disk is full.
+        UlsamError: the folder exists, the data or the net is not usable, the loss is no longer finite, too many
+            pictures cannot be read, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     run = Path(run)
@@ -121,7 +121,7 @@ class Trainer:
         start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
         model, skipped = build(self.recipe, **start_weights)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(world.device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.model = model.to(world.device).to(memory_format=self.layout)
         self.frozen = [model.get_submodule(name) for name in (match(model, config.freeze) if config.freeze else [])]
         for module in self.frozen:
             module.requires_grad_(False)
@@ -215,7 +215,7 @@ class Trainer:
             module.eval()  # BatchNorm statistics too
         if self.order:
             self.order.epoch, self.order.start = self.at.epoch, self.at.batch
-        elif isinstance(self.train_pictures, loading.StreamPictures):
+        elif isinstance(self.train_pictures, sources.StreamPictures):
             self.train_pictures.set_epoch(self.at.epoch)
         return iter(self.loader)
 

@@ -14,7 +14,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from tqdm import tqdm
 
-from ulsam.data import loading
+from ulsam.data import loading, sources
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
 from ulsam.models import make_recipe, ulsam_parameters
@@ -39,15 +39,15 @@ def resolved(config: TrainConfig, world: World) -> TrainConfig:
     return dataclasses.replace(config, amp=amp)
 
 
-def open_pictures(config: TrainConfig) -> tuple[loading.AnyPictures, loading.AnyPictures, list[str]]:
-    """Training pictures, validation pictures and notes for the user; see `ulsam.data.loading.open_data`."""
-    return loading.open_data(
+def open_pictures(config: TrainConfig) -> tuple[sources.AnyPictures, sources.AnyPictures, list[str]]:
+    """Training pictures, validation pictures and notes for the user; see `ulsam.data.sources.open_data`."""
+    return sources.open_data(
         config.data,
         data_dir=config.data_dir,
         train_split=config.train_split,
         val_split=config.val_split,
         val_fraction=config.val_fraction,
-        class_map=config.class_map,
+        class_names=config.class_names,
         batch_size=config.batch_size,
         seed=config.seed,
     )
@@ -68,7 +68,7 @@ def recipe_of(config: TrainConfig, classes: Sequence[str]) -> Recipe:
 
 
 def batches_of(
-    config: TrainConfig, recipe: Recipe, pictures: loading.AnyPictures, world: World
+    config: TrainConfig, recipe: Recipe, pictures: sources.AnyPictures, world: World
 ) -> tuple["torch.utils.data.DataLoader[Any]", loading.EpochOrder | None, int]:
     """The loader, its order (None for a stream), and the optimizer updates in an epoch."""
     transform = loading.train_transform(
@@ -83,7 +83,7 @@ def batches_of(
         random_erasing=config.random_erasing,
     )
     order = None
-    if not isinstance(pictures, loading.StreamPictures):
+    if not isinstance(pictures, sources.StreamPictures):
         balanced = config.sampler == "balanced"
         order = loading.EpochOrder(
             pictures, config.batch_size, config.seed, balanced=balanced, rank=world.rank, world=world.size
@@ -154,7 +154,7 @@ class Unreadable:
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Within it, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one acts as ever."""
     seen: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _: Any) -> None:
         seen.append(number)

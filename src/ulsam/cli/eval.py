@@ -1,0 +1,84 @@
+"""`ulsam eval MODEL DATA`: measure a trained net."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ulsam.cost import cost
+from ulsam.data.folder import find_splits
+from ulsam.data.loading import eval_loader
+from ulsam.data.sources import open_split
+from ulsam.distributed import start
+from ulsam.evaluate import evaluate, recipe_transform
+from ulsam.files import write_atomic
+from ulsam.models import load
+from ulsam.train.report import command_line, cost_entry, score_entry, versions
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
+    parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
+    parser.add_argument("--split", help="split to measure on (default: test, else val, else the whole folder)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")
+    parser.add_argument("--class-names", metavar="FILE", help="class names of a named data set, one a line")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read pictures")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", metavar="FILE", help="write all scores, every class's too, to this file")
+
+
+def run(args: argparse.Namespace) -> None:
+    model, recipe = load(args.model)
+    split = args.split or _default_split(args.data)
+    pictures = open_split(args.data, split, recipe.classes, data_dir=args.data_dir, class_names=args.class_names)
+    with start(args.device) as world:
+        batches = eval_loader(
+            pictures,
+            recipe_transform(recipe),
+            batch_size=args.batch_size,
+            workers=args.workers,
+            rank=world.rank,
+            world=world.size,
+        )
+        progress = split if world.writes else None
+        scores = evaluate(model.to(world.device), batches, len(recipe.classes), world=world, progress=progress)
+    if not world.writes:
+        return
+    for _, reason in scores.unreadable:
+        print(f"unreadable {reason}")
+    worst = sorted(
+        (
+            (entry["top1"], name, entry["pictures"])
+            for name, entry in scores.per_class(recipe.classes).items()
+            if entry["pictures"]
+        )
+    )[:5]
+    low, high = scores.interval
+    print(f"top-1   {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})")
+    print(f"top-5   {100 * scores.top5:.2f} %")
+    print(f"loss    {scores.loss:.4f}")
+    print(f"on      {scores.pictures} pictures, split {split}" + _left_out(len(scores.unreadable)))
+    print("lowest  " + "; ".join(f"{name} {100 * top1:.0f} % of {n}" for top1, name, n in worst))
+    if args.json:
+        entry = {
+            "command": command_line(),
+            "model": Path(args.model).name,
+            "split": split,
+            "scores": score_entry(scores, recipe.classes),
+            "cost": cost_entry(cost(model, recipe.input_size)),
+            "recipe": json.loads(recipe.to_json()),
+            "versions": versions(),
+        }
+        write_atomic(args.json, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
+
+
+def _default_split(data: str) -> str:
+    """test, else val, of an image folder; timm's "validation" of a named data set."""
+    if not Path(data).exists():
+        return "validation"
+    splits = find_splits(data)
+    return next((name for name in ("test", "val") if name in splits), "all")
+
+
+def _left_out(count: int) -> str:
+    return f"; {count} unreadable ones left out" if count else ""

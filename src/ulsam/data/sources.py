@@ -1,0 +1,236 @@
+"""Where pictures come from: an image folder, or a data set of timm's factory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import IterableDataset
+
+from ulsam.data.folder import Sample, class_counts, find_splits, imbalance_note, index_like, scan, split
+from ulsam.data.pictures import read_picture
+from ulsam.errors import UlsamError
+
+_FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """Pictures of an image folder."""
+
+    samples: tuple[Sample, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """The class index of every picture."""
+        return [label for _, label in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        """What messages call the picture."""
+        return self.samples[index][0]
+
+    def fetch(self, index: int) -> tuple[Image.Image, int]:
+        """The picture and its class index; raises `UnreadablePicture`."""
+        path, label = self.samples[index]
+        return read_picture(path), label
+
+
+class FactoryPictures:
+    """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderPictures`."""
+
+    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...]) -> None:
+        self.dataset, self.title, self.classes = dataset, title, classes
+        self.labels: Sequence[int] | None = getattr(dataset, "targets", None)  # None: unknown without reading them all
+        if hasattr(dataset, "loader"):
+            dataset.loader = read_picture  # torchvision's folder sets then read as ours do
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        """What messages call the picture."""
+        samples = getattr(self.dataset, "samples", None)
+        return str(samples[index][0]) if samples else f"{self.title}, picture {index}"
+
+    def fetch(self, index: int) -> tuple[Image.Image, int]:
+        """The picture and its class index; raises `UnreadablePicture`."""
+        if hasattr(self.dataset, "reader"):
+            file, label = self.dataset.reader[index][:2]
+            return read_picture(file), int(label)
+        picture, label = self.dataset[index]
+        return picture.convert("RGB"), int(label)
+
+
+class StreamPictures:
+    """An iterable data set of timm's factory (``wds/...``, ``tfds/...``, ``hfids/...``), read shard by shard."""
+
+    labels = None
+
+    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...]) -> None:
+        self.dataset, self.title, self.classes = dataset, title, classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the shards."""
+        self.dataset.set_epoch(epoch)
+
+
+MapPictures = FolderPictures | FactoryPictures
+AnyPictures = MapPictures | StreamPictures
+
+
+def open_data(
+    data: str,
+    *,
+    data_dir: str | None = None,
+    train_split: str = "train",
+    val_split: str | None = None,
+    val_fraction: float | None = None,
+    class_names: str | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> tuple[AnyPictures, AnyPictures, list[str]]:
+    """Open the training and validation pictures of a data set.
+
+    Args:
+        data: an image folder (``train/`` with ``val/`` or ``test/``, or class folders alone), or a name of timm's
+            factory such as ``torch/imagenet``.
+        data_dir: where a named data set lies.
+        train_split, val_split: their names; the validation split is by default ``val``, else ``test``, else held out;
+            of a named data set ``validation``.
+        val_fraction: hold this share of the training pictures out for validation, whatever splits there are; a folder
+            without splits holds out 0.2 by default.
+        class_names: a text file with the class names, one a line, for a named data set that does not know them.
+        batch_size: what a stream rounds its epochs to.
+        seed: of the choice of held-out pictures.
+
+    Returns:
+        Training pictures, validation pictures, and one line for the user about each noteworthy thing.
+
+    Raises:
+        UlsamError: no such data, or it has not the expected shape.
+    """
+    if data.partition("/")[0].lower() in _FACTORY and not Path(data).exists():
+        if val_fraction is not None:
+            raise UlsamError("--val-fraction works on image folders; name a split of this data set with --val-split")
+        options: dict[str, Any] = {
+            "data_dir": data_dir,
+            "class_names": class_names,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        train = _named(data, train_split, is_training=True, **options)
+        val = _named(data, val_split or "validation", is_training=False, **options)
+        if len(train.classes) != len(val.classes):
+            raise UlsamError(f"{data}: {len(train.classes)} classes to train on, {len(val.classes)} to measure on")
+        stream = "a stream of shards: epochs are whole batches, and --resume goes back to the start of an epoch"
+        return train, val, [stream] if isinstance(train, StreamPictures) else []
+    return _open_folder(data, train_split, val_split, val_fraction, seed)
+
+
+def open_split(
+    data: str,
+    name: str,
+    classes: tuple[str, ...] | None = None,
+    *,
+    data_dir: str | None = None,
+    class_names: str | None = None,
+) -> AnyPictures:
+    """One split to measure on; of a folder without splits, all its pictures.
+
+    Args:
+        data, data_dir, class_names: as for :func:`open_data`.
+        name: of the split.
+        classes: of the net, which number the labels; by default the data set's own.
+
+    Raises:
+        UlsamError: no such split, or classes that the net does not know.
+    """
+    if data.partition("/")[0].lower() in _FACTORY and not Path(data).exists():
+        pictures = _named(data, name, is_training=False, data_dir=data_dir, class_names=class_names)
+        if classes is not None and len(classes) != len(pictures.classes):
+            raise UlsamError(f"{data} has {len(pictures.classes)} classes, the net has {len(classes)}")
+        return pictures
+    splits = find_splits(data)
+    if splits and name not in splits:
+        raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
+    folder = scan(splits.get(name, Path(data)), min_classes=1)
+    if classes is not None:
+        folder = index_like(folder, classes)
+    return FolderPictures(folder.samples, folder.classes)
+
+
+def _open_folder(
+    data: str, train_split: str, val_split: str | None, val_fraction: float | None, seed: int
+) -> tuple[FolderPictures, FolderPictures, list[str]]:
+    splits = find_splits(data)
+    for name in (train_split, val_split):
+        if name and splits and name not in splits:
+            raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
+    if val_split and not splits:
+        raise UlsamError(f"{data} has no split {val_split!r}: it is one folder of classes; leave --val-split out")
+    folder = scan(splits.get(train_split, Path(data)))
+    classes, notes = folder.classes, []
+    if folder.empty:
+        notes.append(f"{len(folder.empty)} class folders without a picture left out: {_some(folder.empty)}")
+    if folder.ignored:
+        notes.append(f"{len(folder.ignored)} files passed over, no pictures by name: {_some(folder.ignored)}")
+    if val_fraction is None and val_split is None:
+        val_split = next((name for name in ("val", "test") if name in splits), None)
+    if val_split is not None and val_fraction is None:
+        train_samples, val_samples = folder.samples, index_like(scan(splits[val_split], 1), classes).samples
+    else:
+        train_samples, val_samples = split(folder.samples, 0.2 if val_fraction is None else val_fraction, seed)
+        notes.append(f"{len(val_samples)} of {len(folder.samples)} training pictures held out for validation ({seed=})")
+    if note := imbalance_note(classes, class_counts(train_samples, len(classes))):
+        notes.append(note)
+    counts = class_counts(val_samples, len(classes))
+    if absent := [name for name, count in zip(classes, counts, strict=True) if not count]:
+        notes.append(f"{len(absent)} classes have no validation picture: {_some(absent)}")
+    return FolderPictures(train_samples, classes), FolderPictures(val_samples, classes), notes
+
+
+def _named(
+    name: str, split_name: str, *, data_dir: str | None, class_names: str | None, **options: Any
+) -> FactoryPictures | StreamPictures:
+    try:
+        dataset = create_dataset(name, root=data_dir, split=split_name, **options)
+    except ImportError as error:
+        raise UlsamError(f"{name} needs a package: {error}; pip install 'ulsam[datasets]'") from error
+    except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).partition(" You can use download")[0]
+        where = f"in {data_dir}" if data_dir else "(no --data-dir given)"
+        raise UlsamError(f"cannot open {name}, split {split_name!r}, {where}: {reason}") from error
+    classes = _read_names(class_names) if class_names else _class_names(dataset)
+    if not classes:
+        raise UlsamError(f"{name} does not tell its classes: give a text file of their names with --class-names")
+    if len(set(classes)) != len(classes):
+        raise UlsamError(f"{name} has two classes of one name: give a text file of other names with --class-names")
+    return (StreamPictures if isinstance(dataset, IterableDataset) else FactoryPictures)(dataset, name, classes)
+
+
+def _class_names(dataset: Any) -> tuple[str, ...]:
+    names = getattr(dataset, "classes", None)
+    if names is None:
+        index = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+        names = sorted(index, key=index.__getitem__)
+    return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in names)
+
+
+def _read_names(path: str) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UlsamError(f"cannot read the class names in {path}: {error}") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
