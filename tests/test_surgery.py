@@ -744,3 +744,17 @@ def test_any_edits_of_any_net_are_undone(tree, data):
     assert_as_before(net, before)
     with torch.no_grad():
         assert torch.equal(net(x), y)
+
+
+def test_a_hook_that_was_there_sees_the_output_of_the_new_layer():
+    """timm takes intermediate features by such hooks."""
+    net = seeded(Branchy())
+    seen: list[Tensor] = []
+    net.left.register_forward_hook(lambda module, args, out: seen.append(out))
+    insert(net, "left", 2, input_size=SIZE)
+    seen.clear()
+    layer_in: list[Tensor] = []
+    net.left.ulsam.register_forward_pre_hook(lambda module, args: layer_in.append(args[0]))
+    net(picture())
+    assert torch.equal(seen[0], net.left.ulsam(layer_in[0]))
+    assert not torch.equal(seen[0], layer_in[0])

@@ -4,7 +4,7 @@ One MAC is one multiplication with its addition: half of what PyTorch calls FLOP
 calls FLOPs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -50,20 +50,34 @@ class Cost:
     rule: Rule
 
     def __str__(self) -> str:
-        names = max(len(row.name) for row in [*self.rows, Row("block", "", None, 0, 0, 0)])
-        types = max(len(row.type) for row in [*self.rows, Row("", "type", None, 0, 0, 0)])
-        head = f"{'block':{names}}  {'type':{types}}  {'output':>12}  {'params':>11}  {'MACs':>14}  {'activations':>11}"
-        lines = [head, "-" * len(head)]
-        total = Row("total", "", None, self.params, self.macs, self.activations)
-        for row in [*self.rows, total]:
+        cells = [["block", "type", "output", "params", "MACs", "activations"]]
+        for row in [*self.rows, Row("total", "", None, self.params, self.macs, self.activations)]:
             shape = "x".join(map(str, row.output_shape[1:])) if row.output_shape else ""
-            lines.append(
-                f"{row.name:{names}}  {row.type:{types}}  {shape:>12}  "
-                f"{row.params:>11,}  {row.macs:>14,}  {row.activations:>11,}"
-            )
+            cells.append([row.name, row.type, shape, f"{row.params:,}", f"{row.macs:,}", f"{row.activations:,}"])
+        lines = aligned(cells, right=(2, 3, 4, 5))
         lines.insert(-1, lines[1])
         size = "x".join(map(str, self.input_size))
         return "\n".join([*lines, f"One {size} picture. Counting rule {self.rule!r}: {_RULE_TEXT[self.rule]}."])
+
+
+def aligned(cells: Sequence[Sequence[str]], right: Collection[int]) -> list[str]:
+    """The lines of a text table: a heading, a rule, and the rest, each column as wide as its widest cell.
+
+    Args:
+        cells: a line each, the heading first.
+        right: the columns that are flush right.
+
+    >>> print("\\n".join(aligned([["name", "n"], ["a", "10"]], right=[1])))
+    name   n
+    --------
+    a     10
+    """
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        pairs = enumerate(zip(line, widths, strict=True))
+        lines.append("  ".join(cell.rjust(w) if n in right else cell.ljust(w) for n, (cell, w) in pairs).rstrip())
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def cost(model: nn.Module, input_size: Sequence[int] | None = None, rule: Rule = "exact") -> Cost:

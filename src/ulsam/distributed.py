@@ -2,7 +2,8 @@
 
 import datetime
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,12 @@ class World:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's values, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""
@@ -76,5 +83,9 @@ def start(device: str = "auto") -> Iterator[World]:
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     try:
         yield World(rank, size, place)
+    except UlsamError:
+        if rank:
+            time.sleep(5)  # what all have met the first one tells: torchrun then ends the others before they repeat it
+        raise
     finally:
         dist.destroy_process_group()

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ulsam.data.loading import Batch, eval_transform
+from ulsam.data.loading import Batch, check_labels, eval_transform
 from ulsam.data.pictures import UnreadablePicture, read_picture
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
 from ulsam.recipe import Recipe
 
 ALONE = World(0, 1, torch.device("cpu"))
+
+
+_BROKEN = "the net puts out numbers that are not finite (NaN or infinity)"
+
+
+class NotFinite(UlsamError):
+    """A net puts out NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -77,36 +85,38 @@ def evaluate(
     """Measure ``model`` on batches; with several processes each measures its share and all get the sum.
 
     Args:
-        model: [B, C, H, W] -> logits [B, n_classes]; put into eval mode for the time being.
+        model: [B, C, H, W] -> logits [B, n_classes]; in eval mode for the time being.
         batches: of `ulsam.data.loading.eval_loader`.
         amp: autocast to this dtype.
         progress: label of the progress bar; None shows none.
 
     Raises:
-        UlsamError: not one picture could be read, or the net's outputs are not finite.
+        NotFinite: the net's outputs are not finite.
+        UlsamError: not one picture could be read, or net and pictures differ in their classes.
     """
-    training = model.training
-    model.eval()
     device = world.device
     sums = torch.zeros(3, dtype=torch.float64)  # loss, right, right among five
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
     unreadable: list[tuple[str, str]] = []
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    for batch in tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch"):
-        unreadable += batch.unreadable
-        if not len(batch.labels):
-            continue
-        images = batch.images.to(device, memory_format=layout)
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            logits = model(images).float().cpu()
-        if logits.shape[1] != n_classes:
-            raise UlsamError(f"the net has {logits.shape[1]} outputs, the pictures have {n_classes} classes")
-        best = logits.topk(min(5, n_classes)).indices
-        hits = best == batch.labels[:, None]
-        loss = F.cross_entropy(logits.double(), batch.labels, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum().double(), hits.any(1).sum().double()])
-        confusion += torch.bincount(batch.labels * n_classes + best[:, 0], minlength=n_classes**2).view_as(confusion)
-    model.train(training)
+    bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
+    with bar, _eval_mode(model):
+        for batch in bar:
+            unreadable += batch.unreadable
+            if not len(batch.labels):
+                continue
+            check_labels(batch.labels, n_classes)
+            images = batch.images.to(device, memory_format=layout)
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                logits = model(images).float().cpu()
+            if logits.shape[1] != n_classes:
+                raise UlsamError(f"the net has {logits.shape[1]} outputs, the pictures have {n_classes} classes")
+            best = logits.topk(min(5, n_classes)).indices
+            hits = best == batch.labels[:, None]
+            loss = F.cross_entropy(logits.double(), batch.labels, reduction="sum")
+            sums += torch.stack([loss, hits[:, 0].sum().double(), hits.any(1).sum().double()])
+            cells = batch.labels * n_classes + best[:, 0]
+            confusion += torch.bincount(cells, minlength=n_classes**2).view_as(confusion)
     sums, confusion = world.sum(sums).cpu(), world.sum(confusion).cpu()
     unreadable = [bad for share in world.gather(unreadable) for bad in share]
     n = int(confusion.sum())
@@ -114,7 +124,7 @@ def evaluate(
         raise UlsamError(f"none of the {len(unreadable)} pictures could be read")
     loss, top1, top5 = (sums / n).tolist()
     if not math.isfinite(loss):
-        raise UlsamError("the net puts out numbers that are not finite (NaN or infinity); its weights are broken")
+        raise NotFinite(_BROKEN)
     return Scores(n, loss, top1, top5, confusion, tuple(unreadable))
 
 
@@ -133,12 +143,14 @@ def predict(
 ) -> Iterable[Prediction]:
     """Name what is in picture files, in their order; an unreadable one gives a prediction with an error.
 
+    Raises:
+        NotFinite: the net's outputs are not finite.
+
     >>> from ulsam.models import build
     >>> recipe = Recipe("mobilenetv2_100", ("cat", "dog"))
     >>> [p.error for p in predict(build(recipe)[0], recipe, ["missing.jpg"])]
     ['missing.jpg: no such file or directory']
     """
-    model.eval()
     device = next(model.parameters()).device
     transform = recipe_transform(recipe)
     for first in range(0, len(paths), batch_size):
@@ -149,7 +161,11 @@ def predict(
                 images.append(transform(read_picture(path)))
             except UnreadablePicture as error:
                 errors[path] = str(error)
-        shares = iter(model(torch.stack(images).to(device)).float().softmax(1).cpu() if images else ())
+        with _eval_mode(model):
+            outputs = model(torch.stack(images).to(device)).float().cpu() if images else torch.empty(0, 1)
+        if not outputs.isfinite().all():
+            raise NotFinite(_BROKEN)
+        shares = iter(outputs.softmax(1))
         for path in chunk:
             if path in errors:
                 yield Prediction(path, error=errors[path])
@@ -157,6 +173,18 @@ def predict(
                 best = next(shares).topk(min(top, len(recipe.classes)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 yield Prediction(path, tuple((recipe.classes[index], share) for index, share in pairs))
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the net is in eval mode; afterwards every module is in the mode that it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def recipe_transform(recipe: Recipe) -> Any:

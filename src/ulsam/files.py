@@ -1,5 +1,6 @@
 """Files that are never half-written."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise UlsamError(
-            f"cannot write {path} ({error.strerror}); what was there before is whole: make room, then try again"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; what was there before is whole: make room, then try again" if full else ""
+        raise UlsamError(f"cannot write {path}: {error.strerror}{advice}") from error
+
+
+def clear_parts(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that a killed process left in ``folder`` while it was in :func:`write_atomic`."""
+    for part in Path(folder).glob(".*.part"):
+        part.unlink(missing_ok=True)

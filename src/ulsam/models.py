@@ -5,7 +5,6 @@ Importing this module registers the presets of `ulsam.presets` with timm.
 
 import difflib
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ from ulsam.files import write_atomic
 from ulsam.module import ULSAM
 from ulsam.presets import PLACEMENTS
 from ulsam.recipe import Edit, Json, Recipe
+from ulsam.surgery import changes
 
 __all__ = [
     "PLACEMENTS",
@@ -67,15 +67,17 @@ def make_recipe(
     """
     _check_base(base)
     known = timm.get_pretrained_cfg(base)
-    channels = (model_args or {}).get("in_chans", 3)
-    given = {"in_chans": channels, "img_size": size, **data}
-    config = resolve_data_config(given, pretrained_cfg=known.to_dict() if known else {})
+    config = resolve_data_config({"img_size": size, **data}, pretrained_cfg=known.to_dict() if known else {})
+    channels = cast(int, (model_args or {}).get("in_chans", config["input_size"][0]))
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:  # a net for other than RGB pictures
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
     return Recipe(
         base=base,
         classes=tuple(classes),
         edits=tuple(edits),
         model_args=dict(model_args or {}),
-        input_size=config["input_size"],
+        input_size=(channels, *config["input_size"][1:]),
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         mean=tuple(config["mean"]),
@@ -110,17 +112,13 @@ def build(
     try:
         arguments = cast(dict[str, Any], recipe.model_args)
         model = timm.create_model(recipe.base, pretrained=pretrained, num_classes=len(recipe.classes), **arguments)
-    except (TypeError, RuntimeError, AssertionError, OSError) as error:
+    except UlsamError:
+        raise
+    except Exception as error:  # whatever timm raises at these arguments
         raise UlsamError(f"timm cannot build {recipe.base} with {dict(recipe.model_args)}: {_first(error)}") from error
-    state = read_weights(weights) if weights is not None else None
-    notes: list[str] = []
-    of_base = state is not None and set(state) <= set(model.state_dict())
-    if state is not None and of_base:
-        notes = load_weights(model, state, os.fspath(cast(str, weights)))
     for edit in recipe.edits:
-        edit.apply(model)
-    if state is not None and not of_base:
-        notes = load_weights(model, state, os.fspath(cast(str, weights)))
+        edit.apply(model, recipe.input_size)
+    notes = load_weights(model, read_weights(weights), os.fspath(weights)) if weights is not None else []
     if notes or (pretrained and model.pretrained_cfg["num_classes"] != len(recipe.classes)):
         _calm_head(model)
     return model.train(), notes
@@ -142,8 +140,11 @@ def sketch(recipe: Recipe) -> nn.Module:
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> list[str]:
     """Fill ``model`` with ``state``; only the classifier may be missing or of another shape.
 
+    An edited net also takes the state of the net that it was before: the layers that edits added then stay as they
+    are, and the modules that edits put aside are filled too, for `ulsam.remove` to bring back.
+
     Returns:
-        One line about each part that was not filled.
+        One line about each part that was not filled, new layers aside.
 
     Raises:
         UlsamError: an entry other than the classifier's is missing, left over or of another shape; nothing is loaded.
@@ -155,6 +156,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
     """
     own = model.state_dict()
     heads = _heads(model)
+    added, aside = changes(model)
+    before = {f"{name}.{key}": value for name, old in aside.items() for key, value in old.state_dict().items()}
+    if not added & state.keys():  # the state of the unedited net
+        own = {name: value for name, value in own.items() if name not in added}
     fitting: dict[str, Tensor] = {}
     notes: list[str] = []
     wrong: list[str] = []
@@ -167,11 +172,16 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
             (notes if head else wrong).append(f"{shapes}: skipped, starts fresh" if head else shapes)
         elif not name.endswith("num_batches_tracked"):
             (notes if head else wrong).append(f"{name}: not there, starts fresh" if head else f"{name} is missing")
-    wrong += [f"{name} belongs to no layer" for name in state if name not in own]
+    wrong += [f"{name} belongs to no layer" for name in state if name not in own and name not in before]
+    wrong += [f"{name} has another shape" for name in before.keys() & state if before[name].shape != state[name].shape]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UlsamError(f"{source} does not fit this net: {wrong[0]}{more}")
     model.load_state_dict(fitting, strict=False)
+    for place, old in aside.items():
+        old.load_state_dict(
+            {key: state[f"{place}.{key}"] for key in old.state_dict() if f"{place}.{key}" in state}, False
+        )
     return notes
 
 
@@ -184,8 +194,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UlsamError(f"no weight file {path}")
     try:
-        state = timm.models.load_state_dict(os.fspath(path))
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        state = timm.models.load_state_dict(os.fspath(path), weights_only=True)
+    except Exception as error:  # whatever a broken file makes its reader raise
         raise UlsamError(f"{path} holds no weights that can be read safely: {_first(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UlsamError(f"{path} is no state dict: it holds more than named tensors")
@@ -264,7 +274,8 @@ def _calm_head(model: nn.Module) -> None:
 
 def _heads(model: nn.Module) -> list[nn.Module]:
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "classifier"
-    return [model.get_submodule(name) for name in ((names,) if isinstance(names, str) else names)]
+    modules = dict(model.named_modules())
+    return [modules[name] for name in ((names,) if isinstance(names, str) else names) if name in modules]
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:
@@ -280,6 +291,10 @@ def _check_base(base: str) -> None:
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3)
         raise UlsamError(f"timm has no net {base!r}{'; nearest: ' + ', '.join(near) if near else ''}")
+    try:
+        timm.get_pretrained_cfg(base)
+    except RuntimeError as error:
+        raise UlsamError(f"timm has no net {base!r}: {_first(error)}") from error
 
 
 def _check_fit(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:

@@ -1,9 +1,12 @@
 """The recipe of a network: the small typed value that the command line parses and a model file holds."""
 
 import json
+import math
+import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from torch import nn
 
@@ -21,8 +24,12 @@ class Edit:
 
     >>> Edit.parse("replace 14,17 g=8")
     Edit(kind='replace', at='14,17', groups=8, form='equations')
-    >>> str(Edit("drop", "14"))
-    'drop 14'
+    >>> str(Edit("drop", "14, 16"))
+    'drop 14,16'
+
+    Raises:
+        UlsamError: an unknown kind or form, no place or one with a space or "=" in it, groups below 1, or a drop with
+            groups or a form.
     """
 
     kind: Kind
@@ -35,10 +42,15 @@ class Edit:
             raise UlsamError(f"unknown edit {self.kind!r}; valid: {', '.join(get_args(Kind))}")
         if self.form not in get_args(Form):
             raise UlsamError(f"unknown form {self.form!r}; valid: {', '.join(get_args(Form))}")
-        if type(self.groups) is not int or type(self.at) is not str:
+        if type(self.groups) is not int or type(self.at) is not str or self.groups < 1:
             raise UlsamError(
                 f"an edit takes a place as text and a whole number of groups, not {self.at!r}, {self.groups!r}"
             )
+        object.__setattr__(self, "at", re.sub(r"\s*,\s*", ",", self.at.strip()))
+        if not self.at or re.search(r"[\s=]", self.at):
+            raise UlsamError(f"cannot read the place {self.at!r}; write names or layer numbers with commas, as 14,17")
+        if self.kind == "drop" and (self.groups, self.form) != (4, "equations"):
+            raise UlsamError(f"a drop makes no layer: it has neither groups nor a form ({self.at})")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -61,14 +73,14 @@ class Edit:
         form = "" if self.form == "equations" else f" form={self.form}"
         return f"{self.kind} {self.at} g={self.groups}{form}"
 
-    def apply(self, model: nn.Module) -> None:
-        """Change ``model`` in place; the errors are those of `ulsam.surgery`."""
+    def apply(self, model: nn.Module, input_size: Sequence[int] | None = None) -> None:
+        """Change ``model`` in place; ``input_size`` (C, H, W) and the errors are those of `ulsam.surgery`."""
         if self.kind == "drop":
-            surgery.drop(model, self.at)
+            surgery.drop(model, self.at, input_size=input_size)
         elif self.kind == "insert":
-            surgery.insert(model, self.at, self.groups, form=self.form)
+            surgery.insert(model, self.at, self.groups, form=self.form, input_size=input_size)
         else:
-            surgery.replace(model, self.at, self.groups, form=self.form)
+            surgery.replace(model, self.at, self.groups, form=self.form, input_size=input_size)
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,10 @@ class Recipe:
         interpolation: of the resize before the crop, as timm names it.
         crop_pct: share of the resized picture's side that the centre crop keeps.
         mean, std: a channel, for pictures scaled to 0..1.
+
+    Raises:
+        UlsamError: a size that is no whole number from 1 to 8192, a crop outside 0..1, a standard deviation of 0 or
+            below, or not one mean and std a channel.
     """
 
     base: str
@@ -95,6 +111,15 @@ class Recipe:
     crop_pct: float = 0.875
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if len(self.input_size) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in self.input_size):
+            raise UlsamError(f"input_size is C, H, W, each from 1 to 8192, not {reprlib.repr(self.input_size)}")
+        if not 0 < self.crop_pct <= 1:
+            raise UlsamError(f"crop_pct is above 0 and at most 1, not {self.crop_pct}")
+        sound = all(map(math.isfinite, self.mean)) and all(0 < value < math.inf for value in self.std)
+        if not sound or not len(self.mean) == len(self.std) == self.input_size[0]:
+            raise UlsamError(f"{self.input_size[0]} channels need as many means, and as many stds above 0")
 
     def to_json(self) -> str:
         """One line of JSON.
@@ -112,27 +137,30 @@ class Recipe:
             UlsamError: it is not the JSON of a recipe.
         """
         try:
-            data = json.loads(text)
+            data = _typed(json.loads(text), dict)
             made = cls(
                 base=_typed(data.pop("base"), str),
                 classes=_all(data.pop("classes"), str),
                 edits=tuple(Edit.parse(edit) for edit in _all(data.pop("edits"), str)),
                 model_args=_typed(data.pop("model_args"), dict),
-                input_size=_three(data.pop("input_size")),
+                input_size=cast(tuple[int, int, int], _all(data.pop("input_size"), int)),
                 interpolation=_typed(data.pop("interpolation"), str),
-                crop_pct=float(data.pop("crop_pct")),
-                mean=tuple(float(v) for v in data.pop("mean")),
-                std=tuple(float(v) for v in data.pop("std")),
+                crop_pct=float(_typed(data.pop("crop_pct"), float, int)),
+                mean=tuple(map(float, _all(data.pop("mean"), float, int))),
+                std=tuple(map(float, _all(data.pop("std"), float, int))),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except UlsamError as error:
+            raise UlsamError(f"not the recipe of a net: {error}") from error
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UlsamError(f"not the recipe of a net: {type(error).__name__} {error}") from error
         if data:
-            raise UlsamError(f"not the recipe of a net: unknown entries {', '.join(data)}")
+            raise UlsamError(f"not the recipe of a net: unknown entries {reprlib.repr(list(data))}")
         return made
 
     def __str__(self) -> str:
         edits = "; ".join(map(str, self.edits)) or "none"
-        shown = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
+        names = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
+        shown = "".join(letter if letter.isprintable() else "?" for letter in names)
         size = "x".join(map(str, self.input_size))
         lines = [
             f"base        {self.base}",
@@ -149,16 +177,11 @@ def _numbers(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _typed(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} is no {kind.__name__}")
+def _typed(value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds:
+        raise TypeError(f"{reprlib.repr(value)} is no {kinds[0].__name__}")
     return value
 
 
-def _all(values: Any, kind: type) -> tuple[Any, ...]:
-    return tuple(_typed(value, kind) for value in _typed(values, list))
-
-
-def _three(values: Sequence[Any]) -> tuple[int, int, int]:
-    channels, height, width = _all(values, int)
-    return channels, height, width
+def _all(values: Any, *kinds: type) -> tuple[Any, ...]:
+    return tuple(_typed(value, *kinds) for value in _typed(values, list))

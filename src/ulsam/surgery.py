@@ -191,6 +191,20 @@ def remove(model: ModelT) -> ModelT:
     return model
 
 
+def changes(model: nn.Module) -> tuple[set[str], dict[str, nn.Module]]:
+    """What edits did: the state-dict keys that they added, and the modules that they put aside, by name.
+
+    >>> net = replace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)), "1", input_size=(3, 16, 16))
+    >>> added, aside = changes(net)
+    >>> sorted(added), list(aside)
+    (['1.depthwise.weight', '1.pointwise.weight'], ['1'])
+    """
+    edited = {name: module for name, module in model.named_modules() if _is_edited(module)}
+    aside = {name: _original(module) for name, module in edited.items() if "replaced_module" in vars(module)}
+    places = [name if name in aside else f"{name}.ulsam" for name in edited]
+    return {f"{name}.{key}" for name in places for key in model.get_submodule(name).state_dict()}, aside
+
+
 def layer_names(model: nn.Module) -> dict[int, str]:
     """The paper's layer numbers of a MobileNet-V1 or V2: 1 is the stem, then one a block; empty for any other net.
 

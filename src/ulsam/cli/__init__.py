@@ -27,9 +27,8 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 a mistake the user can fix, 130 interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read a command line; only the module of its verb is imported. Exits with status 2 on what cannot be read."""
     parser = argparse.ArgumentParser(
         prog="ulsam", description="Subspace attention for compact CNNs: edit, train, compare, ship."
     )
@@ -39,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if argv and argv[0] == name:
             importlib.import_module(f"ulsam.cli.{name}").configure(sub)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 a mistake that the user can fix, 130 interrupted."""
+    args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
         importlib.import_module(f"ulsam.cli.{args.command}").run(args)
         return 0

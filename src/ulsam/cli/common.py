@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -76,8 +77,18 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     if args.model.endswith(".safetensors"):
         recipe = read_recipe(args.model)
     else:
-        config = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
-        recipe = make_recipe(args.model, [str(n) for n in range(config.num_classes if config else 1000)])
+        recipe = make_recipe(args.model, [])
+        config = timm.get_pretrained_cfg(args.model)
+        classes = tuple(str(n) for n in range(config.num_classes if config else 1000))
+        recipe = dataclasses.replace(recipe, classes=classes)
     if args.size is not None:
         recipe = dataclasses.replace(recipe, input_size=(recipe.input_size[0], args.size, args.size))
     return recipe
+
+
+def free_folder(name: str) -> Path:
+    """runs/NAME-1, or the next number that no folder has yet."""
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return folder

@@ -4,10 +4,9 @@ import argparse
 import dataclasses
 import json
 import types
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ulsam.cli.common import add_edit_options, edits_from
+from ulsam.cli.common import add_edit_options, edits_from, free_folder
 from ulsam.errors import UlsamError
 from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.loop import resume, train
@@ -41,12 +40,12 @@ def run(args: argparse.Namespace) -> None:
         resume(args.resume, given)
         return
     config = TrainConfig.from_mapping({**(read_config(args.config) if args.config else {}), **given})
-    train(config, args.out or _free_folder(config.model))
+    train(config, args.out or free_folder(config.model))
 
 
 def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
     """argparse's keywords for one setting."""
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    default = field.default_factory() if callable(field.default_factory) else field.default
     shown = "" if default is None or default in ([], {}) else f" (default: {_text(default)})"
     keywords: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
     if get_origin(kind) is types.UnionType:
@@ -62,11 +61,3 @@ def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _free_folder(model: str) -> Path:
-    """runs/MODEL-1, or the next number that is free."""
-    number = 1
-    while (folder := Path("runs") / f"{model}-{number}").exists():
-        number += 1
-    return folder

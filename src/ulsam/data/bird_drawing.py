@@ -1,224 +1,283 @@
-"""How one bird is drawn: scene, bird, field marks, things in front, light.
+"""How one bird is drawn: its field marks, and everything else at random.
 
-The bird's own coordinates: x towards the bill, y down, the body one unit long around the origin. `_Bird` takes them to the
-pixels of a picture three times as large as asked for, which is averaged down at the end.
+The bird has its own coordinates: x towards the bill, y down, the body about one unit long around the origin. They are
+turned, mirrored, scaled and moved onto a canvas three times as large as the picture, which is averaged down at the end.
 """
 
 import colorsys
+import dataclasses
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ulsam.data.marks import Marks
-
+Spots = Literal["coarse", "fine", "none"]
+Bill = Literal["short", "long", "hooked"]
+Tail = Literal["square", "forked"]
 Box = tuple[int, int, int, int]
-Colour = tuple[int, int, int]
-Points = NDArray[np.float64]
+"""(x0, y0, x1, y1) in pixels, x1 and y1 just outside."""
 
-OVERSAMPLE = 3
-REACH = ((-0.70, -0.46), (0.88, 0.44))  # corners around any bird, whatever its marks
-SHOULDER, WING_TIP, WING_WIDTH = np.array((0.16, -0.12)), np.array((-0.62, 0.02)), 0.17
-BREAST, BREAST_RADII = (0.21, 0.06), (0.22, 0.17)
-EYE = (0.45, -0.30)
-BILLS = {
-    "short": ((0.55, -0.34), (0.70, -0.25), (0.55, -0.20)),
-    "long": ((0.55, -0.31), (0.72, -0.30), (0.90, -0.25), (0.72, -0.235), (0.55, -0.22)),
-    "hooked": ((0.54, -0.36), (0.66, -0.35), (0.74, -0.29), (0.75, -0.17), (0.68, -0.23), (0.54, -0.20)),
+_Points = NDArray[np.float64]  # [n, 2]
+_Colour = tuple[int, int, int]
+_Range = tuple[float, float]
+
+_OVERSAMPLE = 3
+_SCALE = (0.53, 0.61)  # one body length as a part of the picture's side
+_REACH = ((-0.70, -0.46), (1.00, 0.46))  # opposite corners around any bird, whatever its marks
+_SHOULDER, _WING_TIP, _WING_WIDTH = np.array((0.16, -0.12)), np.array((-0.62, 0.02)), 0.17
+_BARRED, _BAR_CENTRE = 0.40, 0.36  # length of wing under bars and gaps; their middle as a part of the wing
+_BREAST, _BREAST_RADII, _BREAST_TILT = (0.21, 0.06), (0.22, 0.17), -0.45
+_SPOTS = {"coarse": (5, 0.15), "fine": (20, 0.075)}  # how many, and from one to the next: the same area in all
+_EYE, _EYE_RADIUS, _RING_RADIUS = (0.45, -0.30), 0.036, 0.068
+_BILLS = {
+    "short": ((0.48, -0.47), (0.67, -0.39), (0.78, -0.25), (0.64, -0.16), (0.48, -0.07)),
+    "long": ((0.50, -0.37), (0.72, -0.32), (1.00, -0.24), (0.72, -0.20), (0.50, -0.15)),
+    "hooked": ((0.50, -0.41), (0.67, -0.39), (0.76, -0.34), (0.81, -0.24), (0.78, -0.10), (0.71, -0.25), (0.50, -0.19)),
 }
-TAILS = {
+_TAILS = {
     "square": ((-0.38, -0.06), (-0.70, 0.03), (-0.68, 0.19), (-0.36, 0.12)),
-    "forked": ((-0.38, -0.06), (-0.72, -0.02), (-0.52, 0.10), (-0.68, 0.24), (-0.36, 0.12)),
+    "forked": ((-0.38, -0.06), (-0.70, -0.02), (-0.52, 0.10), (-0.68, 0.24), (-0.36, 0.12)),
 }
+_ANGLES = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+_CIRCLE: _Points = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """The field marks of one class; lengths are in body lengths, 0.53 to 0.61 of the picture's side.
+
+    Attributes:
+        wing_bars: pale bars across the wing: 2 broad ones, 5 fine ones that cover the same area, or any other number.
+        spots: dark spots on the breast: coarse, fine (four times as many, half as wide and as far apart), or none.
+        bill: short, long or hooked.
+        tail: square or forked.
+        eye_ring: a pale ring around the eye.
+
+    >>> Marks(wing_bars=5).bar_period, Marks(spots="fine").spot_period
+    (0.08, 0.075)
+    """
+
+    wing_bars: int = 2
+    spots: Spots = "coarse"
+    bill: Bill = "short"
+    tail: Tail = "square"
+    eye_ring: bool = False
+
+    @property
+    def bar_period(self) -> float | None:
+        """From one wing bar to the next, in body lengths; None without bars."""
+        return _BARRED / self.wing_bars if self.wing_bars else None
+
+    @property
+    def spot_period(self) -> float | None:
+        """From one breast spot to the next, in body lengths; None without spots."""
+        return None if self.spots == "none" else _SPOTS[self.spots][1]
+
+
+def draw_bird(marks: Marks, size: int, rng: random.Random) -> tuple[Image.Image, dict[str, Box]]:
+    """Draw a bird with these marks in a random place, pose, plumage, scene and light.
+
+    Args:
+        marks: the field marks, all that the picture has in common with others of its class.
+        size: side of the picture, in pixels.
+        rng: decides on all the rest. The same state draws the same scene at any size, but for the noise.
+
+    Returns:
+        An RGB picture of size x size, and for each field of `Marks` the box in which that mark lies; where a mark is
+        absent, the box in which others have it. Leaves may cover a part of it.
+
+    >>> picture, boxes = draw_bird(Marks(bill="long"), 96, random.Random(0))
+    >>> picture.size, sorted(boxes)
+    ((96, 96), ['bill', 'eye_ring', 'spots', 'tail', 'wing_bars'])
+    """
+    canvas = _scene(size * _OVERSAMPLE, rng)
+    bird = _Bird(canvas, rng)
+    hue = rng.random()
+    back = _colour(rng, (0.25, 0.75), (0.1, 0.6), hue)
+    wing = _colour(rng, (0.1, 0.4), (0.1, 0.6), hue)
+    horn = _colour(rng, (0.85, 1.0), (0.8, 1.0), 0.09)
+    slope = rng.uniform(-0.15, 0.15)
+    perch = _colour(rng, (0.15, 0.6), (0.2, 0.6), 0.08)
+    bird.line([(-2.5, 0.46 - 2.5 * slope), (2.5, 0.46 + 2.5 * slope)], rng.uniform(0.04, 0.1), perch)
+    for x in (-0.06, 0.06):
+        bird.line([(x, 0.2), (x + 0.02, 0.45)], 0.025, wing)
+    places = {
+        "tail": bird.polygon(np.array(_TAILS[marks.tail]), wing),
+        "bill": bird.polygon(np.array(_BILLS[marks.bill]), horn),
+    }
+    bird.polygon(_ellipse((0, 0), (0.48, 0.29), -0.2), back)
+    bird.polygon(_ellipse((0.33, -0.16), (0.20, 0.20)), back)
+    bird.polygon(_ellipse((0.41, -0.27), (0.19, 0.175)), back)
+    places["spots"] = _draw_breast(bird, marks, rng)
+    places["wing_bars"] = _draw_wing(bird, marks, wing, rng)
+    pale = _colour(rng, (0.9, 1.0), (0.0, 0.15))
+    places["eye_ring"] = bird.polygon(_ellipse(_EYE, (_RING_RADIUS,) * 2), pale if marks.eye_ring else back)
+    bird.polygon(_ellipse(_EYE, (_EYE_RADIUS,) * 2), (15, 12, 10))
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        _draw_leaf(bird.draw, canvas.width, rng, _colour(rng, (0.2, 0.9), (0.1, 0.7)), 0.7)
+    return _develop(canvas, rng), {name: _box(points, size) for name, points in places.items()}
 
 
 class _Bird:
-    """Draws polygons given in the bird's coordinates and returns where they lie, in pixels of the final picture."""
+    """Draws shapes given in a bird's coordinates, once its place and pose on the canvas are chosen."""
 
-    def __init__(self, picture: Image.Image, rng: random.Random) -> None:
-        side = picture.width
-        self.draw = ImageDraw.Draw(picture)
-        self.unit = side * rng.uniform(0.54, 0.64)
-        turn = math.radians(rng.uniform(-18, 18))
-        flip = rng.choice((-1, 1))
+    def __init__(self, canvas: Image.Image, rng: random.Random) -> None:
+        self.draw = ImageDraw.Draw(canvas)
+        self.unit = canvas.width * rng.uniform(*_SCALE)
+        turn, flip = math.radians(rng.uniform(-18, 18)), rng.choice((-1, 1))
         cos, sin = self.unit * math.cos(turn), self.unit * math.sin(turn)
-        self.matrix = np.array(((flip * cos, flip * sin), (-sin, cos)))  # acts on row vectors, transposed
-        corners = np.array([(x, y) for x in (REACH[0][0], REACH[1][0]) for y in (REACH[0][1], REACH[1][1])]) @ self.matrix
-        free = side - np.ptp(corners, axis=0)
-        place = [rng.random() * room if room > 0 else room / 2 for room in free]
-        self.origin = np.array(place) - corners.min(axis=0)
+        self.matrix = np.array(((flip * cos, flip * sin), (-sin, cos)))
+        corners = np.array([(x, y) for x, _ in _REACH for _, y in _REACH]) @ self.matrix
+        room = canvas.width - np.ptp(corners, axis=0)
+        self.origin = (
+            np.array([rng.random(), rng.random()]) * room.clip(0) + room.clip(None, 0) / 2 - corners.min(axis=0)
+        )
 
-    def polygon(self, points: Sequence[tuple[float, float]] | Points, colour: Colour) -> Points:
-        placed = np.asarray(points) @ self.matrix + self.origin
+    def place(self, points: _Points) -> _Points:
+        """From the bird's coordinates to the canvas's."""
+        placed: _Points = points @ self.matrix + self.origin
+        return placed
+
+    def polygon(self, points: _Points, colour: _Colour) -> _Points:
+        """Fill a polygon; returns its corners on the canvas."""
+        placed = self.place(points)
         self.draw.polygon(placed.ravel().tolist(), fill=colour)
         return placed
 
-    def ellipse(self, centre, radii, colour, tilt=0.0) -> Points:
-        return self.polygon(ellipse(centre, radii, tilt), colour)
-
-    def line(self, points, width: float, colour: Colour) -> None:
-        placed = np.asarray(points) @ self.matrix + self.origin
+    def line(self, points: Sequence[tuple[float, float]], width: float, colour: _Colour) -> None:
+        placed = self.place(np.array(points))
         self.draw.line(placed.ravel().tolist(), fill=colour, width=max(1, round(width * self.unit)))
 
 
-_CIRCLE = np.stack([f(np.linspace(0, 2 * np.pi, 24, endpoint=False)) for f in (np.cos, np.sin)], axis=1)
-_DOT = _CIRCLE[::3]
+def _draw_breast(bird: _Bird, marks: Marks, rng: random.Random) -> _Points:
+    """A pale breast with its spots, on a jittered hexagonal lattice from the middle outwards."""
+    pale, dark = _colour(rng, (0.7, 1.0), (0.0, 0.35)), _colour(rng, (0.05, 0.3), (0.0, 0.5))
+    breast = bird.polygon(_ellipse(_BREAST, _BREAST_RADII, _BREAST_TILT), pale)
+    if marks.spots == "none":
+        return breast
+    count, period = _SPOTS[marks.spots]
+    shift = (rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5))
+    lattice = [
+        ((column + shift[0] + row % 2 / 2) * period, (row + shift[1]) * period * 0.866)
+        for row in range(-4, 5)
+        for column in range(-4, 5)
+    ]
+    lattice.sort(key=lambda spot: math.hypot(spot[0] / _BREAST_RADII[0], spot[1] / _BREAST_RADII[1]))
+    jitter = np.array([(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)) for _ in range(count)]) * period
+    for centre in _turn(np.array(lattice[:count]) + jitter, _BREAST_TILT) + _BREAST:
+        bird.polygon(_CIRCLE[::3] * (0.29 * period) + centre, dark)
+    return breast
 
 
-def ellipse(centre, radii, tilt: float = 0.0) -> Points:
-    points = _CIRCLE * radii
-    if tilt:
-        cos, sin = math.cos(tilt), math.sin(tilt)
-        points = points @ np.array(((cos, sin), (-sin, cos)))
-    return points + centre
+def _draw_wing(bird: _Bird, marks: Marks, colour: _Colour, rng: random.Random) -> _Points:
+    """A dark wing with its pale bars; returns where the bars are, or would be."""
+    along = np.linspace(0, 1, 12)
+    bird.polygon(np.concatenate([_on_wing(along, 1.0), _on_wing(along[::-1], -1.0)]), colour)
+    pale = _colour(rng, (0.8, 1.0), (0.0, 0.25))
+    middle = _BAR_CENTRE + rng.uniform(-0.12, 0.12)
+    barred = _BARRED / float(np.hypot(*(_WING_TIP - _SHOULDER)))
+    for number in range(marks.wing_bars):
+        step = barred / marks.wing_bars
+        start = middle + (number - (marks.wing_bars - 0.5) / 2) * step
+        along = np.array((start, start + step / 4, start + step / 2))
+        bird.polygon(np.concatenate([_on_wing(along, 0.92), _on_wing(along[::-1], -0.92)]), pale)
+    ends = np.array((middle - barred / 2, middle, middle + barred / 2))
+    return bird.place(np.concatenate([_on_wing(ends, 1.0), _on_wing(ends, -1.0)]))
 
 
-def colour(rng, value, saturation=(0.1, 0.8), hue=None) -> Colour:
-    h = rng.random() if hue is None else (hue + rng.uniform(-0.06, 0.06)) % 1
-    r, g, b = colorsys.hsv_to_rgb(h, rng.uniform(*saturation), rng.uniform(*value))
-    return round(255 * r), round(255 * g), round(255 * b)
-
-
-def mix(a, b, part):
-    return tuple(round(x + (y - x) * part) for x, y in zip(a, b, strict=True))
-
-
-def scene(side, rng) -> Image.Image:
-    """A soft background with leaves, stems and berries: shapes of the same sizes and spacings as the marks."""
-    hues = (rng.random(), rng.random())
-    small = Image.new("RGB", (4, 4))
-    small.putdata([colour(rng, (0.25, 0.95), (0.05, 0.6), rng.choice(hues)) for _ in range(16)])
-    picture = small.resize((side, side), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
-    for _ in range(rng.randint(4, 14)):
-        leaf(draw, side, rng, colour(rng, (0.2, 0.9), (0.1, 0.7), rng.choice(hues)))
-    for _ in range(rng.randint(0, 2)):
-        stripes(draw, side, rng, colour(rng, (0.1, 1.0)))
-    for _ in range(rng.randint(0, 2)):
-        berries(draw, side, rng, colour(rng, (0.1, 1.0)))
-    return picture
-
-
-def leaf(draw, side, rng, fill, scale=1.0) -> None:
-    centre = (rng.uniform(0, side), rng.uniform(0, side))
-    length = side * rng.uniform(0.05, 0.2) * scale
-    points = ellipse(centre, (length, length * rng.uniform(0.25, 0.7)), rng.uniform(0, math.pi))
-    draw.polygon(points.ravel().tolist(), fill=fill)
-
-
-def stripes(draw, side, rng, fill) -> None:
-    x, y, turn = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0, math.pi)
-    period, length = side * rng.choice((0.04, 0.1)) * rng.uniform(0.8, 1.25), side * rng.uniform(0.06, 0.14)
-    along, across = np.array((math.cos(turn), math.sin(turn))), np.array((-math.sin(turn), math.cos(turn)))
-    for number in range(rng.choice((2, 3, 5, 6))):
-        start = (x, y) + across * period * number
-        draw.line([*start, *(start + along * length)], fill=fill, width=round(period / 2))
-
-
-def berries(draw, side, rng, fill) -> None:
-    x, y = rng.uniform(0, side), rng.uniform(0, side)
-    period = side * rng.choice((0.0375, 0.075)) * rng.uniform(0.8, 1.25)
-    for _ in range(rng.randint(3, 14)):
-        cx, cy = x + rng.uniform(-2.5, 2.5) * period, y + rng.uniform(-2.5, 2.5) * period
-        draw.ellipse((cx - period * 0.3, cy - period * 0.3, cx + period * 0.3, cy + period * 0.3), fill=fill)
-
-
-def wing_width(u: float) -> float:
-    return WING_WIDTH * math.sin(math.pi * u**0.7) ** 0.8
-
-
-def wing_point(u: float, v: float) -> Points:
-    axis = WING_TIP - SHOULDER
+def _on_wing(along: NDArray[np.float64], across: float) -> _Points:
+    """Points on the wing: `along` it from shoulder (0) to tip (1), `across` it from edge (-1) to edge (1)."""
+    along = along.clip(0, 0.999)
+    axis = _WING_TIP - _SHOULDER
     normal = np.array((-axis[1], axis[0])) / np.hypot(*axis)
-    return SHOULDER + axis * u + normal * v
+    width = _WING_WIDTH * np.sin(np.pi * along**0.7) ** 0.8
+    points: _Points = _SHOULDER + along[:, None] * axis + (across * width)[:, None] * normal
+    return points
 
 
-def draw_bird(marks: Marks, size: int, rng: random.Random):
-    side = size * OVERSAMPLE
-    picture = scene(side, rng)
-    bird = _Bird(picture, rng)
-    hue = rng.random()
-    back = colour(rng, (0.25, 0.75), (0.1, 0.6), hue=hue)
-    belly = colour(rng, (0.7, 1.0), (0.0, 0.35))
-    wing = colour(rng, (0.1, 0.4), (0.1, 0.6), hue=hue)
-    bill = colour(rng, (0.7, 0.95), (0.5, 0.95), 0.09) if rng.random()<.5 else colour(rng,(.05,.25))
-    perch = colour(rng, (0.15, 0.6), (0.2, 0.6), 0.08)
-    boxes = {}
-    # perch and legs
-    slope = rng.uniform(-0.15, 0.15)
-    bird.line([(-2.5, 0.46 - 2.5 * slope), (2.5, 0.46 + 2.5 * slope)], rng.uniform(0.04, 0.1), perch)
-    for x in (-0.06, 0.06):
-        bird.line([(x, 0.2), (x + 0.02, 0.45)], 0.025, bill)
-    boxes["tail"] = bird.polygon(TAILS[marks.tail], mix(wing, (0, 0, 0), 0.15))
-    boxes["bill"] = bird.polygon(BILLS[marks.bill], bill)
-    bird.ellipse((0, 0), (0.48, 0.29), back, -0.2)
-    bird.ellipse((0.33, -0.16), (0.20, 0.20), back)
-    bird.ellipse((0.41, -0.27), (0.19, 0.175), back)
-    # breast
-    boxes["spots"] = bird.ellipse(BREAST, BREAST_RADII, belly, -0.45)
-    if marks.spot_period:
-        spots(bird, marks.spot_period, colour(rng, (0.05, 0.3), (0.0, 0.5)), rng)
-    # wing
-    us = np.linspace(0, 1, 12).tolist()
-    outline = [wing_point(u, wing_width(u)) for u in us] + [wing_point(u, -wing_width(u)) for u in us[::-1]]
-    bird.polygon(np.array(outline), wing)
-    ink = colour(rng, (0.8, 1.0), (0.0, 0.25))
-    shift = rng.uniform(-0.03, 0.03)
-    places = []
-    n = marks.wing_bars or 1
-    period = 0.40 / n / 0.81
-    for k in range(n):
-        u0 = 0.14 + shift + k * period
-        u1 = u0 + period / 2
-        quad = [wing_point(u, s * 0.92 * wing_width(u)) for u, s in ((u0, 1), ((u0 + u1) / 2, 1), (u1, 1), (u1, -1), ((u0 + u1) / 2, -1), (u0, -1))]
-        places.append(bird.polygon(np.array(quad), ink if marks.wing_bars else wing))
-    boxes["wing_bars"] = np.concatenate(places)
-    # eye
-    r = 0.036
-    ring = bird.ellipse(EYE, (0.066, 0.066), (245, 240, 225) if marks.eye_ring else back)
-    bird.ellipse(EYE, (r, r), (15, 12, 10))
-    boxes["eye_ring"] = ring
-    for _ in range(rng.choice((0, 0, 1, 2))):
-        leaf(bird.draw, side, rng, colour(rng, (0.2, 0.9), (0.1, 0.7)), 0.7)
-    picture = finish(picture, rng)
-    return picture, {k: box(v, size) for k, v in boxes.items()}
+def _scene(side: int, rng: random.Random) -> Image.Image:
+    """A soft background with leaves, stems and berries: shapes with the sizes and spacings of the marks."""
+    hues = (rng.random(), rng.random())
+    soft = Image.new("RGB", (4, 4))
+    for place in range(16):
+        soft.putpixel((place % 4, place // 4), _colour(rng, (0.25, 0.95), (0.05, 0.45), rng.choice(hues)))
+    canvas = soft.resize((side, side), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    for _ in range(rng.randint(4, 14)):
+        _draw_leaf(draw, side, rng, _colour(rng, (0.2, 0.9), (0.1, 0.7), rng.choice(hues)))
+    for _ in range(rng.randint(0, 2)):
+        _draw_stems(draw, side, rng)
+    for _ in range(rng.randint(0, 2)):
+        _draw_berries(draw, side, rng)
+    return canvas
 
 
-def box(points, size) -> Box:
-    x0, y0 = np.floor(points.min(axis=0) / OVERSAMPLE).clip(0, size)
-    x1, y1 = np.ceil(points.max(axis=0) / OVERSAMPLE).clip(0, size)
-    return int(x0), int(y0), int(x1), int(y1)
+def _draw_leaf(draw: ImageDraw.ImageDraw, side: int, rng: random.Random, colour: _Colour, scale: float = 1.0) -> None:
+    length = side * scale * rng.uniform(0.05, 0.2)
+    centre = (rng.uniform(0, side), rng.uniform(0, side))
+    points = _ellipse(centre, (length, length * rng.uniform(0.25, 0.7)), rng.uniform(0, math.pi))
+    draw.polygon(points.ravel().tolist(), fill=colour)
 
 
-def contrast(base, rng):
-    """Light on dark or dark on light"""
-    luma = 0.3 * base[0] + 0.59 * base[1] + 0.11 * base[2]
-    up = luma < 100 or (luma < 155 and rng.random() < 0.5)
-    target = colour(rng, (0.9, 1.0), (0.0, 0.25)) if up else colour(rng, (0.0, 0.2), (0.0, 0.6))
-    return mix(base, target, rng.uniform(0.65, 0.95))
+def _draw_stems(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> None:
+    """Parallel stripes anywhere, as far apart as broad or fine wing bars."""
+    colour, turn = _colour(rng, (0.1, 1.0), (0.1, 0.8)), rng.uniform(0, math.pi)
+    start = np.array((rng.uniform(0, side), rng.uniform(0, side)))
+    period, length = side * rng.choice((0.045, 0.11)) * rng.uniform(0.8, 1.25), side * rng.uniform(0.06, 0.14)
+    along, across = _turn(np.array(((length, 0.0), (0.0, period))), turn)
+    for number in range(rng.choice((2, 3, 5, 6))):
+        foot = start + number * across
+        draw.line([*foot, *(foot + along)], fill=colour, width=max(1, round(period / 2)))
 
 
-def spots(bird, period, ink, rng):
-    radius = 0.29 * period
-    cos, sin = math.cos(-0.45), math.sin(-0.45)
-    dx, dy = rng.random(), rng.random()
-    rows = math.ceil(BREAST_RADII[1] / (period * 0.87)) + 1
-    cols = math.ceil(BREAST_RADII[0] / period) + 1
-    for row in range(-rows, rows + 1):
-        for col in range(-cols, cols + 1):
-            x = (col + dx + 0.5 * (row % 2)) * period + rng.uniform(-0.1, 0.1) * period
-            y = (row + dy) * period * 0.87 + rng.uniform(-0.1, 0.1) * period
-            if (x / (BREAST_RADII[0] - radius)) ** 2 + (y / (BREAST_RADII[1] - radius)) ** 2 < 1:
-                bird.polygon(_DOT * radius + (BREAST[0] + cos * x - sin * y, BREAST[1] + sin * x + cos * y), ink)
+def _draw_berries(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> None:
+    """A cluster of dots anywhere, as wide as coarse or fine breast spots."""
+    colour = _colour(rng, (0.1, 1.0), (0.1, 0.8))
+    x, y, period = (
+        rng.uniform(0, side),
+        rng.uniform(0, side),
+        side * rng.choice((0.043, 0.086)) * rng.uniform(0.8, 1.25),
+    )
+    for _ in range(rng.randint(3, 14)):
+        centre = (x + period * rng.uniform(-2.5, 2.5), y + period * rng.uniform(-2.5, 2.5))
+        draw.polygon(_ellipse(centre, (0.29 * period,) * 2).ravel().tolist(), fill=colour)
 
 
-def finish(picture, rng):
-    size = picture.width // OVERSAMPLE
-    light = Image.frombytes("L", (3, 3), bytes(rng.randint(80, 255) for _ in range(9))).resize((size, size), Image.Resampling.BICUBIC)
-    light = (np.asarray(light, dtype=np.float32) / 255.0 * 0.5 + 0.62)[..., None]
-    noise = np.frombuffer(rng.randbytes(size * size * 3), np.uint8).reshape(size, size, 3).astype(np.float32) - 127.5
-    pixels = np.asarray(picture.reduce(OVERSAMPLE), dtype=np.float32) * light + noise * rng.uniform(0.02, 0.06)
+def _develop(canvas: Image.Image, rng: random.Random) -> Image.Image:
+    """Average down to the picture's size, under uneven light and with sensor noise."""
+    size = canvas.width // _OVERSAMPLE
+    lamps = Image.frombytes("L", (3, 3), bytes(rng.randint(80, 255) for _ in range(9)))
+    light = np.asarray(lamps.resize((size, size), Image.Resampling.BICUBIC), np.float32)[..., None] / 510 + 0.62
+    strength = rng.uniform(0.02, 0.06)
+    noise = np.frombuffer(rng.randbytes(size * size * 3), np.uint8).reshape(size, size, 3) - np.float32(127.5)
+    pixels = np.asarray(canvas.reduce(_OVERSAMPLE), np.float32) * light + noise * strength
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _colour(rng: random.Random, value: _Range, saturation: _Range, hue: float | None = None) -> _Colour:
+    """A random colour in ranges of HSV value and saturation, close to `hue` if one is given."""
+    hue = rng.random() if hue is None else (hue + rng.uniform(-0.03, 0.03)) % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value))
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _turn(points: _Points, angle: float) -> _Points:
+    cos, sin = math.cos(angle), math.sin(angle)
+    turned: _Points = points @ np.array(((cos, sin), (-sin, cos)))
+    return turned
+
+
+def _ellipse(centre: Iterable[float], radii: _Range, tilt: float = 0.0) -> _Points:
+    points: _Points = _turn(_CIRCLE * radii, tilt) + np.array(tuple(centre))
+    return points
+
+
+def _box(points: _Points, size: int) -> Box:
+    """The smallest box of whole pixels around points on the canvas, cut at the picture's border."""
+    x0, y0 = np.floor(points.min(axis=0) / _OVERSAMPLE).clip(0, size).astype(int).tolist()
+    x1, y1 = np.ceil(points.max(axis=0) / _OVERSAMPLE).clip(0, size).astype(int).tolist()
+    return x0, y0, x1, y1

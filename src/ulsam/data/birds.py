@@ -1,41 +1,27 @@
-"""Drawn birds whose classes differ in field marks alone: wing bars, breast spots, bill, tail and eye ring.
+"""The generated data set: an image folder of drawn birds, whose classes differ in their field marks alone.
 
-The marks differ in size and spatial frequency, and where each lies is known for every picture. Everything else (colours,
-pose, place, light, background, leaves in front) varies at random and is the same for all classes, so that colour and
-coarse layout tell nothing. Lengths are fractions of the body length, which is 0.44 to 0.57 of the picture's side.
+The marks differ in size and spatial frequency, and where each lies is written down for every picture. Colours, pose,
+place, scene, light and what hides the bird vary at random in the same way for all classes.
 """
 
-import colorsys
 import dataclasses
 import itertools
 import json
-import math
 import os
 import random
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
-
+from ulsam.data.bird_drawing import Bill, Box, Marks, Spots, Tail, draw_bird
 from ulsam.errors import UlsamError
 
 VERSION = 1
-"""Of the drawing: it rises when a picture of a given seed changes."""
+"""Of the drawing: it rises whenever a picture of a given seed changes."""
 
-Spots = Literal["coarse", "fine", "none"]
-Bill = Literal["short", "long", "hooked"]
-Tail = Literal["square", "forked"]
-Box = tuple[int, int, int, int]
-Colour = tuple[int, int, int]
-Points = NDArray[np.float64]
-
-MIN_SIZE = 32
-_OVERSAMPLE = 3
-_BARRED = 0.40  # length of wing under bars and gaps, the same for any number of bars
-_SPOT_PERIOD = {"coarse": 0.15, "fine": 0.075}
+MIN_SIZE, MAX_SIZE = 32, 1024
+_WING_BARS = (2, 5, 0)
 _WORDS = {
     "wing_bars": {2: "broadbar", 5: "finebar", 0: "plainwing"},
     "spots": {"coarse": "spotted", "fine": "speckled", "none": "plain"},
@@ -45,39 +31,118 @@ _WORDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Marks:
-    """The field marks of one class.
+def class_marks(n_classes: int) -> list[tuple[str, Marks]]:
+    """The first classes of the design, as (name, marks): every combination of marks is one class.
 
-    Attributes:
-        wing_bars: bars across the wing: 2 broad ones, 5 fine ones on the same area, or 0.
-        spots: on the breast: coarse, fine (half the spacing and size, the same area in all), or none.
-        bill: short, long or hooked.
-        tail: square or forked.
-        eye_ring: a pale ring around the eye.
+    The first 8 combine 2 or 5 wing bars, coarse or fine spots, and a short or long bill; up to 27 the third level of each
+    joins, up to 54 the forked tail, up to 108 the eye ring. A larger set of classes begins with the smaller one.
 
-    >>> Marks(wing_bars=5).bar_period
-    0.08
+    Raises:
+        UlsamError: fewer than 2 classes, or more than there are combinations.
+
+    >>> [name for name, _ in class_marks(3)]
+    ['broadbar-spotted-shortbill', 'broadbar-spotted-longbill', 'broadbar-speckled-shortbill']
     """
+    levels = (_WING_BARS, get_args(Spots), get_args(Bill), get_args(Tail), (False, True))
+    design = sorted(
+        itertools.product(*(range(len(level)) for level in levels)),
+        key=lambda chosen: (chosen[4], chosen[3], max(chosen[:3]) == 2, chosen),
+    )
+    if not 2 <= n_classes <= len(design):
+        raise UlsamError(f"the number of bird classes must be 2 to {len(design)}: got {n_classes}")
+    marks = [Marks(*(level[i] for level, i in zip(levels, chosen, strict=True))) for chosen in design[:n_classes]]
+    return [(_name(each), each) for each in marks]
 
-    wing_bars: int = 2
-    spots: Spots = "coarse"
-    bill: Bill = "short"
-    tail: Tail = "square"
-    eye_ring: bool = False
 
-    @property
-    def bar_period(self) -> float | None:
-        """From one wing bar to the next, in body lengths; None without bars."""
-        return _BARRED / self.wing_bars if self.wing_bars else None
+def draw_birds(
+    root: str | os.PathLike[str],
+    classes: int = 8,
+    train: int = 60,
+    val: int = 20,
+    test: int = 0,
+    size: int = 96,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Draw the data set as an ordinary image folder, ``root/train/CLASS/0000.jpg`` and so on.
 
-    @property
-    def spot_period(self) -> float | None:
-        """From one breast spot to the next, in body lengths; None without spots."""
-        return _SPOT_PERIOD.get(self.spots)
+    Each picture depends on seed, split, class, number and size alone: a set with more classes or pictures begins with
+    those of the smaller one. ``root/birds.json`` holds what was asked for and the marks of each class,
+    ``root/boxes.json`` where each mark lies in each picture. The folder appears when all is drawn, or not at all.
 
-    @property
-    def name(self) -> str:
-        """A name for the class, e.g. ``broadbar-spotted-shortbill``."""
-        words = (_WORDS[field][value] for field, value in dataclasses.asdict(self).items())
-        return "-".join(word for word in words if word)
+    Args:
+        root: a folder that does not exist yet, or is empty.
+        classes: number of classes, 2 to 108.
+        train, val, test: pictures of each class in that split; a split of 0 is left out, ``train`` may not be.
+        size: side of the pictures in pixels, 32 to 1024.
+        seed: any integer.
+        progress: called after each picture with (pictures drawn, pictures in all).
+
+    Returns:
+        `root` as a path.
+
+    Raises:
+        UlsamError: a number out of range, a folder that holds something, or one that cannot be written.
+
+    >>> import tempfile
+    >>> root = draw_birds(Path(tempfile.mkdtemp()) / "birds", classes=2, train=1, val=1, size=32)
+    >>> sorted(path.relative_to(root).as_posix() for path in root.glob("val/*/*"))
+    ['val/broadbar-spotted-longbill/0000.jpg', 'val/broadbar-spotted-shortbill/0000.jpg']
+    """
+    root = Path(root)
+    named = class_marks(classes)
+    counts = {"train": train, "val": val, "test": test}
+    for split, count in counts.items():
+        if count < (split == "train"):
+            raise UlsamError(f"{split} must be {int(split == 'train')} or more pictures a class: got {count}")
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise UlsamError(f"size must be {MIN_SIZE} to {MAX_SIZE} pixels: got {size}")
+    try:
+        if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+            raise UlsamError(f"{root} is not an empty folder: name one that does not exist yet, or empty it first")
+        part = root.absolute().with_name(f".{root.absolute().name}.part-{os.getpid()}")
+        try:
+            boxes = _draw_all(part, named, counts, size, seed, progress)
+            facts = {"generator": "ulsam birds", "version": VERSION, "seed": seed, "size": size, **counts}
+            facts = {**facts, "classes": {name: _facts(marks) for name, marks in named}}
+            (part / "birds.json").write_text(json.dumps(facts, indent=2) + "\n")
+            (part / "boxes.json").write_text(json.dumps(boxes, separators=(",", ":")) + "\n")
+            part.replace(root)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise UlsamError(f"cannot write {root}: {(error.strerror or str(error)).lower()}") from error
+    return root
+
+
+def _draw_all(
+    part: Path,
+    named: list[tuple[str, Marks]],
+    counts: dict[str, int],
+    size: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, dict[str, Box]]:
+    """Write every picture below `part`; returns their boxes by relative path."""
+    boxes: dict[str, dict[str, Box]] = {}
+    total = len(named) * sum(counts.values())
+    for split, count in counts.items():
+        for name, marks in named if count else ():
+            (part / split / name).mkdir(parents=True)
+            for number in range(count):
+                path = f"{split}/{name}/{number:04}.jpg"
+                rng = random.Random(f"{VERSION}/{seed}/{split}/{name}/{number}")
+                picture, boxes[path] = draw_bird(marks, size, rng)
+                picture.save(part / path, quality=92)
+                if progress:
+                    progress(len(boxes), total)
+    return boxes
+
+
+def _name(marks: Marks) -> str:
+    words = (_WORDS[field][value] for field, value in dataclasses.asdict(marks).items())
+    return "-".join(word for word in words if word)
+
+
+def _facts(marks: Marks) -> dict[str, object]:
+    return {**dataclasses.asdict(marks), "bar_period": marks.bar_period, "spot_period": marks.spot_period}

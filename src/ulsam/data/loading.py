@@ -40,19 +40,26 @@ def train_transform(
     rand_augment: str | None,
     random_erasing: float,
 ) -> Transform:
-    """timm's training transform: random resized crop, flip, colour jitter or RandAugment, random erasing."""
-    transform: Transform = create_transform(
-        input_size,
-        is_training=True,
-        scale=crop_scale,
-        hflip=hflip,
-        color_jitter=color_jitter or None,
-        auto_augment=rand_augment or None,
-        interpolation=interpolation,
-        mean=tuple(mean),
-        std=tuple(std),
-        re_prob=random_erasing,
-    )
+    """timm's training transform: random resized crop, flip, colour jitter or RandAugment, random erasing.
+
+    Raises:
+        UlsamError: timm does not know the RandAugment policy.
+    """
+    try:
+        transform: Transform = create_transform(
+            input_size,
+            is_training=True,
+            scale=crop_scale,
+            hflip=hflip,
+            color_jitter=color_jitter or None,
+            auto_augment=rand_augment or None,
+            interpolation=interpolation,
+            mean=tuple(mean),
+            std=tuple(std),
+            re_prob=random_erasing,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UlsamError(f"unknown policy --rand-augment {rand_augment}; write e.g. rand-m7-n2-mstd0.5") from error
     return transform
 
 
@@ -194,11 +201,12 @@ def train_loader(
         "collate_fn": collate,
         "pin_memory": pin_memory,
         "worker_init_fn": _quiet,
-        "persistent_workers": workers > 0,
     }
-    if isinstance(pictures, StreamPictures):
+    if isinstance(pictures, StreamPictures):  # new workers each epoch: their generators are seeded when they start
         return DataLoader(StreamSet(pictures, transform), batch_size=batch_size, drop_last=True, **common)
-    return DataLoader(TrainSet(pictures, transform, seed), batch_sampler=order, **common)
+    return DataLoader(
+        TrainSet(pictures, transform, seed), batch_sampler=order, persistent_workers=workers > 0, **common
+    )
 
 
 def eval_loader(
@@ -230,6 +238,20 @@ def collate(items: list[Item]) -> Batch:
     images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
     labels = torch.tensor([label for _, label in read], dtype=torch.long)
     return Batch(images, labels, [bad for *_, unreadable in items for bad in unreadable])
+
+
+def check_labels(labels: Tensor, n_classes: int) -> None:
+    """Refuse labels outside 0 .. ``n_classes`` - 1, which a named data set may hold.
+
+    Raises:
+        UlsamError: there is one.
+    """
+    wrong = labels[(labels < 0) | (labels >= n_classes)]
+    if len(wrong):
+        raise UlsamError(
+            f"a picture has the class number {int(wrong[0])}, but the {n_classes} classes are numbered from 0: "
+            "check --class-names"
+        )
 
 
 def seed_all(*numbers: int) -> None:

@@ -1,5 +1,7 @@
 """Where pictures come from: an image folder, or a data set of timm's factory."""
 
+import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from ulsam.data.folder import Sample, class_counts, find_splits, imbalance_note, index_like, scan, split
-from ulsam.data.pictures import read_picture
+from ulsam.data.pictures import UnreadablePicture, read_picture
 from ulsam.errors import UlsamError
 
 _FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
@@ -46,7 +48,8 @@ class FactoryPictures:
 
     def __init__(self, dataset: Any, title: str, classes: tuple[str, ...]) -> None:
         self.dataset, self.title, self.classes = dataset, title, classes
-        self.labels: Sequence[int] | None = getattr(dataset, "targets", None)  # None: unknown without reading them all
+        targets = getattr(dataset, "targets", None)
+        self.labels = None if targets is None else [int(label) for label in targets]  # None: unknown without reading
         if hasattr(dataset, "loader"):
             dataset.loader = read_picture  # torchvision's folder sets then read as ours do
 
@@ -62,9 +65,14 @@ class FactoryPictures:
         """The picture and its class index; raises `UnreadablePicture`."""
         if hasattr(self.dataset, "reader"):
             file, label = self.dataset.reader[index][:2]
+            if isinstance(file, io.BytesIO):
+                file.name = self.name(index)
             return read_picture(file), int(label)
-        picture, label = self.dataset[index]
-        return picture.convert("RGB"), int(label)
+        try:
+            picture, label = self.dataset[index]
+            return picture.convert("RGB"), int(label)
+        except (OSError, SyntaxError) as error:
+            raise UnreadablePicture(f"{self.name(index)}: {error}") from error
 
 
 class StreamPictures:
@@ -76,7 +84,12 @@ class StreamPictures:
         self.dataset, self.title, self.classes = dataset, title, classes
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return int(self.dataset.reader.num_samples)
+
+    def batches(self, batch_size: int, workers: int) -> int:
+        """The training batches of each process in an epoch: every worker rounds up to whole ones."""
+        self.dataset.set_loader_cfg(num_workers=workers)
+        return len(self.dataset) // batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the shards."""
@@ -129,10 +142,21 @@ def open_data(
         }
         train = _named(data, train_split, is_training=True, **options)
         val = _named(data, val_split or "validation", is_training=False, **options)
-        if len(train.classes) != len(val.classes):
-            raise UlsamError(f"{data}: {len(train.classes)} classes to train on, {len(val.classes)} to measure on")
-        stream = "a stream of shards: epochs are whole batches, and --resume goes back to the start of an epoch"
-        return train, val, [stream] if isinstance(train, StreamPictures) else []
+        if train.classes != val.classes:
+            raise UlsamError(
+                f"{data} has other classes to train on ({_some(train.classes)}) "
+                f"than to measure on ({_some(val.classes)})"
+            )
+        notes = []
+        if isinstance(train, StreamPictures):
+            notes.append(
+                "a stream of shards: epochs are whole batches, and --resume goes back to the start of an epoch"
+            )
+        elif train.labels is not None:
+            counts = Counter(train.labels)
+            if note := imbalance_note(train.classes, [counts[label] for label in range(len(train.classes))]):
+                notes.append(note)
+        return train, val, notes
     return _open_folder(data, train_split, val_split, val_fraction, seed)
 
 
@@ -201,6 +225,8 @@ def _open_folder(
 def _named(
     name: str, split_name: str, *, data_dir: str | None, class_names: str | None, **options: Any
 ) -> FactoryPictures | StreamPictures:
+    if data_dir is None and name.partition("/")[0].lower() in ("torch", "wds"):
+        raise UlsamError(f"{name} needs --data-dir, the folder where it lies")
     try:
         dataset = create_dataset(name, root=data_dir, split=split_name, **options)
     except ImportError as error:

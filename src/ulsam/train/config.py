@@ -4,6 +4,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,14 @@ def _option(default: Any, help: str) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+_LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "val_every", "size", "threads"), 1),
+    **dict.fromkeys(("workers", "seed", "warmup_epochs", "weight_decay", "min_lr", "save_seconds"), 0),
+    **dict.fromkeys(("mixup", "cutmix", "color_jitter"), 0),
+}
+_SHARES = ("smoothing", "hflip", "random_erasing", "drop_rate", "drop_path", "ema", "max_unreadable")
 
 
 @dataclass(frozen=True)
@@ -96,20 +105,31 @@ class TrainConfig:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        low = {"epochs": 1, "batch_size": 1, "accumulate": 1, "val_every": 1, "workers": 0, "warmup_epochs": 0}
-        for name, least in low.items():
-            if getattr(self, name) < least:
-                raise UlsamError(f"{name} must be {least} or more, not {getattr(self, name)}")
-        for name in ("size", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UlsamError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("smoothing", "hflip", "random_erasing", "drop_rate", "drop_path", "ema", "max_unreadable"):
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise UlsamError(f"{name} must be {least} or more, not {value}")
+        for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise UlsamError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
-        if not self.lr > 0:
-            raise UlsamError(f"lr must be above 0, not {self.lr}")
+        for name in ("lr", "clip_grad", "crop_pct"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UlsamError(f"{name} must be above 0, not {value}")
+        if self.opt == "sgd" and not 0 < self.momentum < 1:
+            raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {self.momentum}")
+        if self.crop_pct is not None and self.crop_pct > 1:
+            raise UlsamError(f"crop_pct must be 1 or less, not {self.crop_pct}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UlsamError(f"crop_scale takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != 3 or not all(map(math.isfinite, value))):
+                raise UlsamError(f"{name} takes three numbers, one a colour channel, not {value}")
+        if self.std is not None and min(self.std) <= 0:
+            raise UlsamError(f"std must be above 0 in every channel, not {self.std}")
+        if self.interpolation not in (None, "bilinear", "bicubic"):
+            raise UlsamError(f"interpolation must be bilinear or bicubic, not {self.interpolation!r}")
         if self.pretrained and self.weights:
             raise UlsamError("pretrained and weights exclude each other: start from the hub or from a file")
         if (self.mixup or self.cutmix) and self.batch_size % 2:

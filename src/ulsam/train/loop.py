@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,13 +26,17 @@ from ulsam.cost import Cost, cost
 from ulsam.data import loading, sources
 from ulsam.distributed import World, start
 from ulsam.errors import UlsamError
-from ulsam.evaluate import Scores, evaluate, recipe_transform
-from ulsam.files import write_atomic
+from ulsam.evaluate import NotFinite, Scores, evaluate, recipe_transform
+from ulsam.files import clear_parts, write_atomic
 from ulsam.models import build, save_model, sketch
 from ulsam.surgery import match
 from ulsam.train import parts, report
 from ulsam.train.config import TrainConfig, read_config
-from ulsam.train.state import environment_changes, read_checkpoint, write_checkpoint
+from ulsam.train.state import environment, read_checkpoint, write_checkpoint
+
+
+#: Settings that a resumed run may change: what is trained, and how, stays the same.
+HARMLESS = ("data", "data_dir", "workers", "device", "threads", "save_seconds")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -59,19 +64,18 @@ def train(config: TrainConfig, run: str | Path) -> dict[str, Any]:
     ``summary.json``, whose content is returned. Under torchrun all processes call this, and the first one writes.
 
     Raises:
-        UlsamError: the folder exists, the data or the net is not usable, the loss is no longer finite, too many
+        UlsamError: the folder is not empty, the data or the net is not usable, the loss is no longer finite, too many
             pictures cannot be read, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     run = Path(run)
     with start(config.device) as world:
         config = parts.resolved(config, world)
+        _check_free(run)
         trainer = Trainer(config, run, world)  # before the folder is made: most mistakes show here
         if world.writes:
             try:
-                run.mkdir(parents=True)
-            except FileExistsError:
-                raise UlsamError(f"{run} exists: go on with --resume {run}, or choose another --out") from None
+                run.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
             write_atomic(run / "config.yaml", config.to_yaml())
@@ -83,26 +87,29 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[
 
     Args:
         run: its folder.
-        overrides: settings that do not change the result: ``data``, ``data_dir``, ``workers``, ``device``, ``threads``
-            and ``save_seconds``.
+        overrides: settings; only those in `HARMLESS` may differ from the run's own.
 
     Raises:
-        UlsamError: not the folder of a run, or a setting that would change the result.
+        UlsamError: not the folder of a run, a finished one, a setting or a number of processes that would change the
+            result, or a checkpoint that is not this run's.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise UlsamError(f"{run} is not the folder of a run: there is no config.yaml in it")
     if (run / "summary.json").is_file():
         raise UlsamError(f"{run} is finished: its result is in {run / 'summary.json'}")
-    harmless = {"data", "data_dir", "workers", "device", "threads", "save_seconds"}
-    if changed := sorted(set(overrides or {}) - harmless):
-        raise UlsamError(f"--resume goes on with the run's own settings: {changed[0]} cannot be changed")
-    config = TrainConfig.from_mapping({**read_config(run / "config.yaml"), **(overrides or {})})
+    before = read_config(run / "config.yaml")
+    config = TrainConfig.from_mapping({**before, **(overrides or {})})
+    for name, value in dataclasses.asdict(TrainConfig.from_mapping(before)).items():
+        if name not in HARMLESS and getattr(config, name) != value:
+            raise UlsamError(f"--resume goes on with the run's own settings: {name} was {value} and cannot be changed")
     saved = read_checkpoint(run)
     with start(config.device) as world:
-        trainer = Trainer(config, run, world, fresh=saved is None)
+        trainer = Trainer(parts.resolved(config, world), run, world, fresh=saved is None)
         if saved is not None:
             trainer.restore(saved)
+        if world.writes:
+            clear_parts(run)
         return trainer.fit()
 
 
@@ -152,21 +159,45 @@ class Trainer:
             self._say(f"note    {note}")
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint; says what is not as it was."""
-        self.at = Position(**saved["position"])
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        if self.ema:
-            self.ema.module.load_state_dict(saved["ema"])
-        self._say(f"resume  in epoch {self.at.epoch + 1}, after {self.at.batch} of its batches")
-        for change in environment_changes(saved["environment"]):
-            self._say(f"warning {change}: the weights will not be bit for bit those of an unbroken run")
+        """Go on from a checkpoint; says what is not as it was.
+
+        Raises:
+            UlsamError: the checkpoint is of another net, other classes or another number of processes.
+        """
+        try:
+            processes = saved["environment"]["processes"]
+            if processes != str(self.world.size):
+                raise UlsamError(f"this run has {processes} process(es), not {self.world.size}: start as many")
+            if saved["classes"] != list(self.classes):
+                raise UlsamError("the data has other classes than this run was started with")
+            self.at = Position(**saved["position"])
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            if self.ema:
+                self.ema.module.load_state_dict(saved["ema"])
+            for split, names in self.unreadable.items():
+                names.reasons.update(saved["unreadable"][split])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UlsamError(f"the checkpoint in {self.run} is not of this run: {reason}") from error
+        if self.at.epoch == self.config.epochs:
+            self._say("resume  after the last epoch")
+        else:
+            self._say(f"resume  in epoch {self.at.epoch + 1}, after {self.at.batch} of its batches")
+        for name, now in self._environment().items():
+            if now != saved["environment"].get(name):
+                change = f"{name}: {saved['environment'].get(name)} before, {now} now"
+                self._say(f"warning {change}; the weights will not be bit for bit those of an unbroken run")
 
     def save(self) -> None:
-        """Write the checkpoint (the first process alone)."""
+        """Write the checkpoint: all processes call this, the first one writes."""
+        unreadable = self._unreadable()
         if self.world.writes:
             state = {
+                "environment": self._environment(),
+                "classes": list(self.classes),
+                "unreadable": unreadable,
                 "position": dataclasses.asdict(self.at),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -186,7 +217,7 @@ class Trainer:
             unit="img",
             disable=None if world.writes else True,
         )
-        with bar, parts.stop_signals() as stopping:
+        with bar, parts.plain_words(), parts.stop_signals() as stopping:
             saved_at = time.monotonic()
             while self.at.epoch < config.epochs:
                 bar.set_description(f"epoch {self.at.epoch + 1}/{config.epochs}")
@@ -201,7 +232,8 @@ class Trainer:
                         saved_at = time.monotonic()
                     if stop:
                         where = f"epoch {self.at.epoch + 1}, step {self.at.batch // config.accumulate}"
-                        raise Interrupted(f"stopped in {where}; go on with: ulsam train --resume {self.run}")
+                        command = shlex.join(["ulsam", "train", "--resume", str(self.run)])
+                        raise Interrupted(f"stopped in {where}; go on with: {command}")
                 epoch = self.at.epoch + 1
                 scores = self._measure() if epoch % config.val_every == 0 or epoch == config.epochs else None
                 self._end_epoch(scores)
@@ -213,6 +245,7 @@ class Trainer:
         self.net.train()
         for module in self.frozen:
             module.eval()  # BatchNorm statistics too
+        loading.seed_all(self.config.seed, 3, self.at.epoch, self.world.rank)  # a stream's workers
         if self.order:
             self.order.epoch, self.order.start = self.at.epoch, self.at.batch
         elif isinstance(self.train_pictures, sources.StreamPictures):
@@ -226,12 +259,16 @@ class Trainer:
         self.schedule.step_update(at.updates + 1)
         loss_sum, pictures = 0.0, 0
         for turn in range(config.accumulate):
-            batch = next(batches)
+            batch = next(batches, None)
+            if batch is None:
+                raise UlsamError("the stream of shards has ended before its epoch: use no more --workers than shards")
             self.unreadable["train"].add(batch.unreadable)
             if len(batch.labels) < config.batch_size:
-                raise UlsamError(f"{loading.TRIES} training pictures in a row cannot be read")
+                tried = min(loading.TRIES, len(self.train_pictures))
+                raise UlsamError(f"{tried} training pictures in a row cannot be read")
             loading.seed_all(config.seed, 2, at.epoch, at.batch + turn, world.rank)  # dropout, mixup
             images = batch.images.to(world.device, non_blocking=True, memory_format=self.layout)
+            loading.check_labels(batch.labels, len(self.classes))
             labels: Tensor = batch.labels.to(world.device, non_blocking=True)
             if self.mixing:
                 images, labels = self.mixing(images, labels)
@@ -248,11 +285,7 @@ class Trainer:
         shared = torch.tensor([loss_sum, pictures, stopping, world.writes and late], dtype=torch.float64)
         loss_sum, pictures, stop, save = world.sum(shared).tolist()
         if not math.isfinite(loss_sum):
-            step, lr = at.batch // config.accumulate + 1, self.optimizer.param_groups[0]["lr"]
-            raise UlsamError(
-                f"the loss is {loss_sum / pictures} in epoch {at.epoch + 1}, step {step}, at learning rate {lr:.3g}: "
-                "try a lower --lr, --clip-grad 1, or --amp none"
-            )
+            raise self._diverged(f"the loss is {loss_sum / pictures}", at.batch // config.accumulate + 1)
         if config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
@@ -270,6 +303,8 @@ class Trainer:
 
     def _measure(self) -> Scores:
         """Measure the net, or the average of its weights, on the validation pictures."""
+        net = self.ema.module if self.ema else self.model
+        self.world.agree(net.buffers())  # each process has BatchNorm statistics of its own; the first one's are saved
         batches = loading.eval_loader(
             self.val_pictures,
             recipe_transform(self.recipe),
@@ -278,15 +313,18 @@ class Trainer:
             rank=self.world.rank,
             world=self.world.size,
         )
-        scores = evaluate(
-            self.ema.module if self.ema else self.model,
-            batches,
-            len(self.classes),
-            world=self.world,
-            amp=self.amp,
-            channels_last=self.config.channels_last,
-            progress="validation" if self.world.writes else None,
-        )
+        try:
+            scores = evaluate(
+                net,
+                batches,
+                len(self.classes),
+                world=self.world,
+                amp=self.amp,
+                channels_last=self.config.channels_last,
+                progress="validation" if self.world.writes else None,
+            )
+        except NotFinite as error:
+            raise self._diverged(str(error), self.at.batch // self.config.accumulate) from error
         if self.world.writes:
             self.unreadable["val"].add(scores.unreadable)
         return scores
@@ -305,9 +343,9 @@ class Trainer:
             "images_per_second": round(at.pictures / at.seconds, 1),
         }
         self.at = Position(epoch=at.epoch + 1, updates=at.updates, rows=[*at.rows, row])
-        self.save()
         if self.world.writes:
             report.write_metrics(self.run, self.at.rows)
+        self.save()
         measured = f"validation top-1 {100 * scores.top1:.2f} %, loss {scores.loss:.4f}" if scores else "not measured"
         self._say(
             f"epoch   {row['epoch']}/{self.config.epochs}: training loss {row['train_loss']:.4f}, {measured} "
@@ -316,11 +354,8 @@ class Trainer:
 
     def _finish(self, scores: Scores) -> dict[str, Any]:
         """Write the model file, the curves and, last, the summary: with it the run is finished."""
-        bad = {
-            split: sorted({name for names in self.world.gather(sorted(u.reasons)) for name in names})
-            for split, u in self.unreadable.items()
-        }
-        split = self.config.val_split or "val"
+        bad = {split: sorted(reasons) for split, reasons in self._unreadable().items()}
+        split = self.config.val_split or "validation"
         summary = {
             "command": report.command_line(),
             "config": dataclasses.asdict(self.config),
@@ -331,7 +366,7 @@ class Trainer:
             "base_cost": report.cost_entry(self.base_cost),
             "epochs": self.at.rows,
             "unreadable": bad,
-            "versions": report.versions(),
+            "versions": {**report.versions(), "device": self.world.device.type},
         }
         if self.world.writes:
             save_model(self.ema.module if self.ema else self.model, self.recipe, self.run / "model.safetensors")
@@ -346,9 +381,36 @@ class Trainer:
             self._say(f"note    {count} pictures could not be read; they are named above and in summary.json")
         return summary
 
+    def _diverged(self, what: str, step: int) -> UlsamError:
+        return UlsamError(
+            f"{what} in epoch {self.at.epoch + 1}, step {step}, at learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:.3g}: try a lower --lr, --clip-grad 1, or --amp none"
+        )
+
+    def _environment(self) -> dict[str, str]:
+        """What must be as it was for a resumed run to end in the same weights."""
+        pictures = str(len(self.train_pictures))
+        return {**environment(), "device": self.world.device.type, "training pictures": pictures}
+
+    def _unreadable(self) -> dict[str, dict[str, str]]:
+        """Name and reason of what any process could not read, by split."""
+        shares = self.world.gather({split: found.reasons for split, found in self.unreadable.items()})
+        return {split: dict(pair for share in shares for pair in share[split].items()) for split in self.unreadable}
+
     def _say(self, line: str) -> None:
         if self.world.writes:
             tqdm.write(line)
+
+
+def _check_free(run: Path) -> None:
+    """Raise unless there is no such folder, or an empty one."""
+    try:
+        taken = run.exists() and not (run.is_dir() and all(path.name.startswith(".") for path in run.iterdir()))
+    except OSError as error:
+        raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
+    if taken:
+        resume = f"go on with --resume {run}, or " if (run / "config.yaml").is_file() else ""
+        raise UlsamError(f"{run} exists: {resume}choose another --out")
 
 
 def _cost_line(edited: Cost, base: Cost) -> str:

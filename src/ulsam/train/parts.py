@@ -1,6 +1,7 @@
 """What a training run is made of: pictures, net, batches, optimizer, each built from the settings."""
 
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,8 @@ def recipe_of(config: TrainConfig, classes: Sequence[str]) -> Recipe:
     """The recipe that the settings describe, for these classes."""
     given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     dropout = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
+    if config.model_args.get("in_chans", 3) != 3:
+        raise UlsamError("pictures are read as RGB: leave in_chans out of --model-args")
     return make_recipe(
         config.model,
         classes,
@@ -83,11 +86,14 @@ def batches_of(
         random_erasing=config.random_erasing,
     )
     order = None
-    if not isinstance(pictures, sources.StreamPictures):
+    if isinstance(pictures, sources.StreamPictures):
+        batches = pictures.batches(config.batch_size, config.workers)
+    else:
         balanced = config.sampler == "balanced"
         order = loading.EpochOrder(
             pictures, config.batch_size, config.seed, balanced=balanced, rank=world.rank, world=world.size
         )
+        batches = len(order)
     loader = loading.train_loader(
         pictures,
         transform,
@@ -97,7 +103,6 @@ def batches_of(
         workers=config.workers,
         pin_memory=world.device.type == "cuda",
     )
-    batches = len(order) if order else len(pictures) // (config.batch_size * world.size)
     if batches < config.accumulate:
         raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
     return loader, order, batches // config.accumulate
@@ -151,6 +156,29 @@ class Unreadable:
 
 
 @contextmanager
+def plain_words() -> Iterator[None]:
+    """Turn what is no bug, but a limit of the machine or of the net, into one line.
+
+    Raises:
+        UlsamError: the GPU's memory is full, a reading process died, or BatchNorm got one value a channel.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UlsamError(
+            "the GPU's memory is full: use a smaller --batch-size, and --accumulate to make up for it"
+        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UlsamError("a process that reads pictures was killed (memory full?): use fewer --workers") from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UlsamError("BatchNorm cannot train on one picture at a time here: use --batch-size 2 or more") from error
+
+
+@contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Within it, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one acts as ever."""
     seen: list[int] = []
@@ -159,6 +187,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def note(number: int, _: Any) -> None:
         seen.append(number)
         signal.signal(number, before[number])
+        os.write(2, b"\nulsam: saving and stopping; once more stops at once\n")
 
     for number in before:
         signal.signal(number, note)

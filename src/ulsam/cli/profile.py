@@ -1,0 +1,51 @@
+"""`ulsam profile`: what a net costs, block by block, before and after edits."""
+
+import argparse
+import csv
+import dataclasses
+import io
+
+from ulsam.cli.common import add_edit_options, add_net_arguments, edits_from, recipe_from
+from ulsam.cost import Cost, cost
+from ulsam.files import write_atomic
+from ulsam.models import sketch
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add_net_arguments(parser)
+    add_edit_options(parser)
+    parser.add_argument("--rule", default="exact", help="exact (default), or paper: without BatchNorm's parameters")
+    parser.add_argument("--csv", metavar="FILE", help="also write the rows to this file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table, with edits also base against edited."""
+    recipe = recipe_from(args)
+    edits = edits_from(args)
+    edited = dataclasses.replace(recipe, edits=(*recipe.edits, *edits))
+    found = cost(sketch(edited), recipe.input_size, args.rule)
+    print(found)
+    if edits:
+        base = cost(sketch(recipe), recipe.input_size, args.rule)
+        changes = [
+            f"{name} {before:,} -> {after:,} ({(after - before) / before:+.2%})"
+            for name, before, after in [
+                ("parameters", base.params, found.params),
+                ("MACs", base.macs, found.macs),
+                ("activations", base.activations, found.activations),
+            ]
+        ]
+        print(f"{args.model}, {'; '.join(map(str, edits))}: {', '.join(changes)}")
+    if args.csv:
+        write_atomic(args.csv, _csv(found))
+
+
+def _csv(found: Cost) -> str:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["block", "type", "channels", "height", "width", "params", "macs", "activations"])
+    for row in found.rows:
+        shape = row.output_shape[1:] if row.output_shape and len(row.output_shape) == 4 else ("", "", "")
+        table.writerow([row.name, row.type, *shape, row.params, row.macs, row.activations])
+    return text.getvalue()

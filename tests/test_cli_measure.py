@@ -1,0 +1,110 @@
+"""`ulsam eval` and `ulsam predict` on a model file: the numbers are the net's own, and mistakes get one line."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from ulsam.cli import main
+from ulsam.evaluate import recipe_transform
+from ulsam.models import build, save_model
+from ulsam.recipe import Edit, Recipe
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model file, a folder with val/ and test/, and what the net itself says of each picture."""
+    root = tmp_path_factory.mktemp("measure")
+    torch.manual_seed(0)
+    recipe = Recipe("mobilenetv2_035", CLASSES, (Edit("replace", "14"),), input_size=(3, 32, 32))
+    net, _ = build(recipe)
+    for module in net.eval().modules():  # spread the outputs, so that the pictures get different answers
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight)
+    save_model(net, recipe, root / "net.safetensors")
+    said = {}
+    for split, count in (("val", 1), ("test", 3)):
+        for label, name in enumerate(CLASSES):
+            folder = root / "data" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                colour = tuple(60 * number + 90 if channel == 2 - label else 30 for channel in range(3))
+                Image.new("RGB", (40, 36), colour).save(folder / f"{number}.png")
+                picture = recipe_transform(recipe)(Image.new("RGB", (40, 36), colour))
+                said[str(folder / f"{number}.png")] = net(picture[None]).softmax(1)[0]
+    (root / "data" / "train").mkdir()
+    return root, said
+
+
+def test_eval_reports_what_the_net_says(world, capsys):
+    root, said = world
+    target = root / "scores.json"
+    arguments = ["eval", str(root / "net.safetensors"), str(root / "data"), "--workers", "0", "--json", str(target)]
+    assert main(arguments) == 0
+    right = [CLASSES[int(p.argmax())] == path.split("/")[-2] for path, p in said.items() if "/test/" in path]
+    out = capsys.readouterr().out
+    assert f"top-1   {100 * sum(right) / 9:.2f} %" in out
+    assert "9 pictures, split test" in out
+    entry = json.loads(target.read_text())
+    assert entry["scores"]["top1"] == pytest.approx(sum(right) / 9)
+    assert sum(one["pictures"] for one in entry["scores"]["per_class"].values()) == 9
+    assert entry["cost"]["input_size"] == [3, 32, 32]
+    assert main([*arguments[:3], "--workers", "0", "--split", "val"]) == 0
+    assert "3 pictures, split val" in capsys.readouterr().out
+
+
+def test_predict_names_every_picture_in_order(world, capsys):
+    root, said = world
+    assert main(["predict", str(root / "net.safetensors"), str(root / "data" / "test"), "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == sorted(path for path in said if "/test/" in path)
+    for line in lines:
+        path, answer = line.split(": ")
+        named = dict(re.findall(r"(\w+) ([\d.]+) %", answer))
+        best = said[path].topk(2)
+        assert list(named) == [CLASSES[index] for index in best.indices]
+        assert [float(v) for v in named.values()] == pytest.approx([100 * v for v in best.values.tolist()], abs=0.06)
+
+
+def test_predict_as_json_goes_on_after_a_bad_picture_and_exits_2(world, capsys):
+    root, said = world
+    (root / "broken.jpg").write_bytes(b"no picture")
+    good = next(iter(said))
+    assert main(["predict", str(root / "net.safetensors"), str(root / "broken.jpg"), good, "--json"]) == 2
+    captured = capsys.readouterr()
+    bad, fine = (json.loads(line) for line in captured.out.splitlines())
+    assert bad["error"].startswith(str(root / "broken.jpg")) and bad["classes"] == {}
+    assert fine["error"] is None and sum(fine["classes"].values()) == pytest.approx(1, abs=1e-4)
+    assert captured.err == "ulsam: error: 1 of 2 pictures could not be read; they are named above\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "NET", "ROOT/nowhere"], "no such folder|no such file"),
+        (["eval", "NET", "ROOT/data", "--split", "tset"], "no split 'tset'; it has train, val, test"),
+        (["eval", "ROOT/nowhere.safetensors", "ROOT/data"], "no model file"),
+        (["predict", "NET", "ROOT/data/train"], "no pictures in the folder"),
+        (["predict", "NET", "ROOT/data", "--top", "0"], "--top must be 1 or more"),
+        (["predict", "ROOT/broken.jpg", "ROOT/data"], "no safetensors file, or is cut off"),
+    ],
+)
+def test_mistakes_get_one_line(world, capsys, words, message):
+    root, _ = world
+    (root / "broken.jpg").write_bytes(b"no picture")
+    assert main([w.replace("NET", str(root / "net.safetensors")).replace("ROOT", str(root)) for w in words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ulsam: error: ") and error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_eval_refuses_pictures_of_classes_that_the_net_does_not_know(world, capsys, tmp_path):
+    root, _ = world
+    (tmp_path / "purple").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "purple" / "1.png")
+    assert main(["eval", str(root / "net.safetensors"), str(tmp_path)]) == 2
+    assert "not trained on: purple" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""`ulsam profile`, `candidates` and `info` as a user calls them, and the mistakes a user makes."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ulsam
+from ulsam.cli import main
+from ulsam.cost import cost
+from ulsam.models import build, make_recipe, save_model, sketch
+from ulsam.recipe import Edit
+
+NET = "mobilenetv2_050"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "wrens.safetensors"
+    recipe = make_recipe(NET, ["Zaunkönig", "wren"], [Edit("replace", "14,17", 8)], size=64)
+    save_model(build(recipe)[0], recipe, path)
+    return path
+
+
+def numbers(line: str) -> list[int]:
+    return [int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdigit()]
+
+
+def test_profile_prints_every_block_and_the_total(capsys):
+    assert main(["profile", NET, "--size", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = cost(sketch(make_recipe(NET, [str(n) for n in range(1000)])), (3, 64, 64))
+    assert len(lines) == len(found.rows) + 5  # heading, two rules, total, counting rule
+    assert numbers(lines[-2]) == [found.params, found.macs, found.activations]
+    assert "One 3x64x64 picture. Counting rule 'exact'" in lines[-1]
+
+
+def test_profile_with_edits_compares_with_the_base(capsys):
+    arguments = ["--replace", "14,17", "--drop", "16", "--insert", "5:1", "--groups", "8", "--rule", "paper"]
+    assert main(["profile", "mobilenetv2_100", *arguments]) == 0
+    out = capsys.readouterr().out
+    last = out.splitlines()[-1]
+    params = 3_470_760 - 431_104 - 315_840 + 64
+    assert last.startswith("mobilenetv2_100, replace 14,17 g=8; drop 16; insert 5:1 g=8: parameters ")
+    assert f"parameters 3,470,760 -> {params:,} ({(params - 3_470_760) / 3_470_760:+.2%})" in last
+    macs = 300_774_272 - 38_114_944 - 15_476_160 + 2 * 32 * 28 * 28
+    assert f"MACs 300,774,272 -> {macs:,} ({(macs - 300_774_272) / 300_774_272:+.2%})" in last
+    assert "blocks.2.0.ulsam  ULSAM" in out
+    assert "Counting rule 'paper'" in out
+
+
+def test_profile_reads_a_file_and_edits_go_on_top_of_its_own(capsys, file):
+    assert main(["profile", str(file)]) == 0
+    own = capsys.readouterr().out
+    assert "One 3x64x64 picture" in own
+    assert sum(" ULSAM " in line for line in own.splitlines()) == 2
+    assert main(["profile", str(file), "--insert", "3:1"]) == 0
+    more = capsys.readouterr().out
+    assert sum(" ULSAM " in line for line in more.splitlines()) == 3
+    assert numbers(own.splitlines()[-2])[0] + 2 * 16 == numbers(more.splitlines()[-3])[0]
+
+
+def test_profile_writes_a_csv(capsys, file, tmp_path):
+    assert main(["profile", str(file), "--csv", str(tmp_path / "rows.csv")]) == 0
+    with open(tmp_path / "rows.csv", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["block"]: row["type"] for row in rows}["blocks.5.2"] == "ULSAM"
+    total = numbers(capsys.readouterr().out.splitlines()[-2])
+    assert [sum(int(row[key]) for row in rows) for key in ("params", "macs", "activations")] == total
+    assert [rows[0][key] for key in ("block", "channels", "height", "width")] == ["conv_stem", "16", "32", "32"]
+
+
+def test_profile_takes_presets_and_token_nets(capsys):
+    assert main(["profile", "ulsam_mobilenetv2_100_replace_14_17"]) == 0
+    assert numbers(capsys.readouterr().out.splitlines()[-2])[1] == 300_774_272 - 38_114_944
+    assert main(["profile", "vit_tiny_patch16_224"]) == 0
+    assert "VisionTransformer" in capsys.readouterr().out  # its own tokens and embeddings have a row
+
+
+def test_candidates_show_numbers_shapes_savings_and_groups(capsys):
+    assert main(["candidates", "mobilenetv2_100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == ["4", "6", "7", "9", "10", "11", "13", "14", "16", "17"]
+    row = next(line for line in lines if line.split()[:2] == ["17", "blocks.5.2"])
+    assert row.split()[2:] == [
+        "InvertedResidual", "160x7x7", "319,680", f"{319_680 / 3_504_872:.2%}", "15,460,480",
+        f"{15_460_480 / 300_774_272:.2%}", "1,2,4,5,8,10,16,20,32,40,80,160",
+    ]  # fmt: skip
+    assert "3,504,872 parameters and 300,774,272 MACs" in lines[-1]
+
+
+def test_candidates_of_a_net_without_numbers_say_so(capsys):
+    assert main(["candidates", "resnet18", "--size", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "layer1.0  BasicBlock" in out
+    assert "layer1.0.conv1" not in out
+    assert "layer numbers exist for MobileNet-V1 and V2 alone" in out
+    assert main(["candidates", "resnet18", "--size", "64", "--leaves"]) == 0
+    assert "layer1.0.conv1  " in capsys.readouterr().out
+
+
+def test_candidates_of_a_file_leave_its_edits_out(capsys, file):
+    assert main(["candidates", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == ["4", "6", "7", "9", "10", "11", "13", "16"]
+
+
+def test_info_prints_recipe_size_formats_and_cost(capsys, file):
+    assert main(["info", str(file)]) == 0
+    out = capsys.readouterr().out
+    model, recipe = ulsam.load(file)
+    found = cost(model, (3, 64, 64))
+    assert str(recipe) in out
+    assert "replace 14,17 g=8" in out
+    assert "2: Zaunkönig, wren" in out
+    assert f"parameters  {found.params:,}\n" in out
+    assert " float32, " in out and " int64" in out
+    assert f"file        {file.stat().st_size:,} bytes" in out
+    assert f"{found.macs:,} MACs" in out
+
+
+MISTAKES = [
+    (["profile", "mobilenetv2_1000"], "timm has no net 'mobilenetv2_1000'; nearest: mobilenetv2_"),
+    (["profile", "mobilenetv2_100.nope"], "timm has no net 'mobilenetv2_100.nope'"),
+    (["profile", "hf-hub:timm/resnet18"], "timm has no net 'hf-hub:timm/resnet18'"),
+    (["profile", NET, "--size", "0"], "--size must be 1 pixel or more, not 0"),
+    (["profile", NET, "--size", "-3"], "--size must be 1 pixel or more, not -3"),
+    (["profile", NET, "--size", "100000"], "input_size is C, H, W, each from 1 to 8192"),
+    (["profile", "vit_tiny_patch16_224", "--size", "96"], "does not run on one picture of [3, 96, 96]"),
+    (["profile", NET, "--replace", "18"], "blocks.6.0 changes the shape"),
+    (["profile", NET, "--replace", "99"], "there is no layer 99; this net has layers 1 to 18"),
+    (["profile", NET, "--replace", "17:1"], "17:1 means behind layer 17, an insertion"),
+    (["profile", "resnet18", "--replace", "14"], "layer number 14: the paper's numbers exist for MobileNet-V1 and V2"),
+    (["profile", NET, "--replace", "blocks.9"], "no module is named 'blocks.9'; nearest names: blocks"),
+    (["profile", NET, "--replace", ""], "cannot read the place ''"),
+    (["profile", NET, "--replace", "17", "--groups", "7"], "groups=7 does not divide 80 channels; valid: [1, 2, 4, 5"),
+    (["profile", NET, "--replace", "17", "--groups", "0"], "a whole number of groups"),
+    (["profile", NET, "--replace", "17", "--form", "best"], "unknown form 'best'; valid: equations, released"),
+    (["profile", NET, "--groups", "8"], "--groups has nothing to act on: add --replace AT or --insert AT"),
+    (["profile", NET, "--drop", "17", "--groups", "8"], "--groups has nothing to act on"),
+    (["profile", NET, "--replace", "17", "--drop", "17"], "blocks.5.2 is a ULSAM layer already"),
+    (["profile", NET, "--rule", "mine"], "unknown counting rule 'mine'; valid: exact, paper"),
+    (["profile", NET, "--csv", "no/such/folder/rows.csv"], "cannot write no/such/folder/rows.csv"),
+    (["candidates", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 has no block that takes and puts out the same"),
+    (["candidates", "nothing.safetensors"], "no model file nothing.safetensors"),
+    (["info", "nothing.safetensors"], "no model file nothing.safetensors"),
+    (["info", "."], "no model file ."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(call) for call, _ in MISTAKES])
+def test_a_mistake_gives_one_line_and_status_2(arguments, message, capsys):
+    assert_one_line(arguments, message, capsys)
+
+
+def assert_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    caught = capsys.readouterr()
+    assert caught.err.startswith("ulsam: error: ")
+    assert message in caught.err
+    assert caught.err.count("\n") == 1 and caught.err.endswith("\n")
+
+
+@pytest.mark.parametrize("command", ["info", "profile", "candidates"])
+def test_files_that_are_no_model_files_give_one_line(command, file, tmp_path, capsys):
+    whole = file.read_bytes()
+    cut, empty, pickled, plain = (tmp_path / f"{name}.safetensors" for name in ("cut", "empty", "pickled", "plain"))
+    cut.write_bytes(whole[: len(whole) // 2])
+    empty.write_bytes(b"")
+    torch.save({"a": torch.ones(1)}, pickled)
+    save_file({"a": torch.ones(1)}, plain)
+    for path in (cut, empty, pickled):
+        assert_one_line([command, str(path)], f"{path} is no safetensors file, or is cut off", capsys)
+    assert_one_line([command, str(plain)], f"{plain} holds weights without a recipe", capsys)
+
+
+@pytest.mark.parametrize("arguments", [["profile"], ["profile", NET, "--size", "big"], ["info"], ["nonsense"], []])
+def test_a_call_of_the_wrong_form_shows_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: ulsam")
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["profile", "candidates", "info", "paper"])
+def test_help_names_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    options = {"profile": ["--replace AT", "--groups G", "--rule", "--csv FILE"], "candidates": ["--leaves", "--size"]}
+    assert all(option in out for option in options.get(command, []))

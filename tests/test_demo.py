@@ -1,0 +1,29 @@
+"""The demonstration on a tiny drawing: one recipe for both nets, and what it shows is what was measured."""
+
+import json
+
+from PIL import Image
+
+from ulsam import demo
+from ulsam.cli import main
+
+
+def test_demo_compares_two_nets_under_one_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "BIRDS", {"classes": 2, "train": 12, "val": 6, "size": 32})
+    monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 1, "batch_size": 8, "size": 32, "workers": 0})
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--seed", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "Seed 3." in text and "proves nothing" in text
+    base, ulsam = (json.loads((out / name / "summary.json").read_text()) for name in ("base", "ulsam"))
+    assert {key for key in base["config"] if base["config"][key] != ulsam["config"][key]} == {"edits"}
+    assert base["config"]["seed"] == 3
+    assert ulsam["cost"]["macs"] < base["cost"]["macs"] == ulsam["base_cost"]["macs"]
+    for summary in (base, ulsam):
+        assert f"{summary['cost']['params']:,}" in text
+        assert f"{100 * summary['scores']['top1']:.1f} %" in text
+    picture = Image.open(out / "comparison.png").convert("RGB")
+    assert picture.width > 800
+    assert len(picture.getcolors(1 << 24) or ()) > 100
+    assert main(["demo", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("ulsam: error:")

@@ -1,0 +1,55 @@
+"""What README and docs show is true: Python examples run, commands parse, links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ulsam.cli import parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+IDS = [page.name for page in PAGES]
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for language, text in found if language in languages]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    code = "\n".join(blocks(page, "python"))
+    if not code:
+        pytest.skip("no Python on this page")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, page.name, "exec"), names)
+    assert names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_parse(page):
+    lines = [line.strip() for text in blocks(page, "sh", "") for line in text.replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if re.match(r"(torchrun .*-m )?ulsam ", line)]
+    assert commands, f"{page.name} shows no command"
+    for line in commands:
+        words = shlex.split(line, comments=True)
+        words = words[words.index("ulsam") + 1 :]
+        assert parse(words).command == words[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists() or (page.parent / f"{target}.md").exists(), target
+
+
+def test_measured_tables_are_what_the_results_say():
+    check = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert check.returncode == 0, check.stdout

@@ -1,0 +1,166 @@
+"""Scores against a naive loop, Wilson's interval against scipy, and predictions of picture files."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from torch import nn
+
+from tiny import NET, draw, draw_splits
+from ulsam.data.loading import Batch, eval_loader
+from ulsam.data.pictures import read_picture
+from ulsam.data.sources import open_split
+from ulsam.errors import UlsamError
+from ulsam.evaluate import NotFinite, evaluate, predict, recipe_transform, wilson
+from ulsam.models import build, make_recipe
+
+CLASSES = ("robin", "wren", "finch")
+RECIPE = make_recipe(NET, CLASSES, size=32)
+
+
+class Given(nn.Module):
+    """A net that puts out what its pictures hold: [B, n, 1, 1] -> [B, n]."""
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.flatten(1)
+
+
+def given_batches(logits: torch.Tensor, labels: torch.Tensor, size: int = 4) -> list[Batch]:
+    pairs = zip(logits[:, :, None, None].split(size), labels.split(size), strict=True)
+    return [Batch(part, part_labels, []) for part, part_labels in pairs]
+
+
+@given(st.integers(1, 9), st.integers(2, 8), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_scores_equal_a_naive_loop(n: int, classes: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, classes, generator=random) * 3
+    labels = torch.randint(classes, (n,), generator=random)
+    scores = evaluate(Given(), given_batches(logits, labels), classes)
+
+    right = among_five = 0
+    loss = 0.0
+    confusion = [[0] * classes for _ in range(classes)]
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        ranking = sorted(range(classes), key=lambda index: -row[index])
+        right += ranking[0] == label
+        among_five += label in ranking[:5]
+        loss -= row[label] - math.log(sum(math.exp(value) for value in row))
+        confusion[label][ranking[0]] += 1
+    assert scores.pictures == n
+    assert scores.top1 == right / n
+    assert scores.top5 == among_five / n
+    assert math.isclose(scores.loss, loss / n, rel_tol=1e-9)
+    assert scores.confusion.tolist() == confusion
+    assert scores.interval == wilson(right, n)
+    names = [f"class{index}" for index in range(classes)]
+    for index, (name, entry) in enumerate(scores.per_class(names).items()):
+        assert name == names[index]
+        assert entry["pictures"] == sum(confusion[index])
+        expected = confusion[index][index] / entry["pictures"] if entry["pictures"] else None
+        assert entry["top1"] == expected
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (80, 100), (1234, 5000)])
+def test_wilson_equals_scipy(right: int, n: int) -> None:
+    expected = binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_wilson_of_nothing_is_everything() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = draw_splits(tmp_path_factory.mktemp("pictures"), train=1, val=4)
+    (root / "val" / "class1" / "002.png").write_bytes(b"")
+    (root / "val" / "class2" / "000.png").write_bytes(b"no picture")
+    return root
+
+
+def test_unreadable_pictures_are_left_out_and_named(folder: Path) -> None:
+    net, _ = build(RECIPE)
+    pictures = open_split(str(folder), "val")
+    scores = evaluate(net, eval_loader(pictures, recipe_transform(RECIPE), batch_size=3, workers=0), 3)
+    assert scores.pictures == 10
+    assert [entry["pictures"] for entry in scores.per_class(CLASSES).values()] == [4, 3, 3]
+    assert [Path(name).parts[-2:] for name, _ in scores.unreadable] == [("class1", "002.png"), ("class2", "000.png")]
+    assert "empty file" in scores.unreadable[0][1]
+
+
+def test_nothing_to_measure(tmp_path: Path) -> None:
+    draw(tmp_path, 1)
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"")
+    batches = eval_loader(open_split(str(tmp_path), "all"), recipe_transform(RECIPE), batch_size=2, workers=0)
+    with pytest.raises(UlsamError, match="none of the 3 pictures could be read"):
+        evaluate(build(RECIPE)[0], batches, 3)
+
+
+def test_every_module_keeps_its_mode(folder: Path) -> None:
+    net, _ = build(RECIPE)
+    frozen: Any = net.get_submodule("blocks.0")
+    frozen.eval()
+    before = [module.training for module in net.modules()]
+    assert set(before) == {True, False}
+    statistics = {name: value.clone() for name, value in net.named_buffers()}
+    batches = eval_loader(open_split(str(folder), "val"), recipe_transform(RECIPE), batch_size=4, workers=0)
+    evaluate(net, batches, 3)
+    list(predict(net, RECIPE, [folder / "val" / "class0" / "000.png"]))
+    with pytest.raises(UlsamError):
+        evaluate(net, batches, 7)
+    assert [module.training for module in net.modules()] == before
+    assert all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_outputs_that_are_not_finite_are_refused(value: float, folder: Path) -> None:
+    logits = torch.zeros(6, 3)
+    logits[4, 1] = value
+    with pytest.raises(NotFinite, match="not finite"):
+        evaluate(Given(), given_batches(logits, torch.ones(6, dtype=torch.long)), 3)
+    net, _ = build(RECIPE)
+    with torch.no_grad():
+        net.get_submodule("classifier").bias[1] = value  # type: ignore[index,operator]
+    with pytest.raises(NotFinite, match="not finite"):
+        list(predict(net, RECIPE, [folder / "val" / "class0" / "000.png"]))
+
+
+@pytest.mark.parametrize(("classes", "label", "message"), [(4, 0, "3 outputs, .* 4 classes"), (3, 3, "class number 3")])
+def test_net_and_pictures_differ_in_classes(classes: int, label: int, message: str) -> None:
+    batches = given_batches(torch.zeros(2, 3), torch.tensor([label, label]))
+    with pytest.raises(UlsamError, match=message):
+        evaluate(Given(), batches, classes)
+
+
+def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
+    net, _ = build(RECIPE)
+    good = sorted(path for path in (folder / "val").rglob("*.png") if path.stat().st_size > 20)
+    bad = folder / "val" / "class1" / "002.png"
+    paths = [good[0], bad, *good[1:], "missing.jpg", good[0]]
+    found = list(predict(net, RECIPE, paths, top=9, batch_size=3))
+    assert [one.path for one in found] == [str(path) for path in paths]
+    assert [index for index, one in enumerate(found) if one.error] == [1, len(paths) - 2]
+    assert found[1].error == f"{bad}: empty file (zero bytes)"
+    assert found[1].classes == ()
+    net.eval()
+    for one in found:
+        if one.error:
+            continue
+        shares = dict(one.classes)
+        assert set(shares) == set(CLASSES)
+        assert list(shares.values()) == sorted(shares.values(), reverse=True)
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-6)
+        with torch.no_grad():
+            outputs = net(recipe_transform(RECIPE)(read_picture(one.path))[None]).softmax(1)[0]
+        assert [shares[name] for name in CLASSES] == pytest.approx(outputs.tolist(), abs=1e-5)
+    assert found[0].classes == found[-1].classes
+    assert [one.classes[:2] for one in found] == [one.classes for one in predict(net, RECIPE, paths, top=2)]
+    assert list(predict(net, RECIPE, [])) == []

@@ -1,0 +1,96 @@
+"""A file is the old one or the new one, never half of one: after a kill, a full disk, a missing folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ulsam.errors import UlsamError
+from ulsam.files import clear_parts, write_atomic
+
+OLD, NEW = b"old" * 1000, b"new" * 1_000_000
+
+# a process that says that it is ready, then writes new content again and again
+WRITER = """
+import sys
+from ulsam.files import write_atomic
+old, new = b"old" * 1000, b"new" * 1_000_000
+print("ready", flush=True)
+while True:
+    write_atomic(sys.argv[1], new)
+    write_atomic(sys.argv[1], old)
+"""
+# a process that may write no file above 100 kB
+LIMITED = """
+import resource, sys
+from ulsam.errors import UlsamError
+from ulsam.files import write_atomic
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    write_atomic(sys.argv[1], b"new" * 1_000_000)
+except UlsamError as error:
+    print(error)
+write_atomic(sys.argv[1] + "2", b"small")
+"""
+
+
+def test_writes_bytes_and_text(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, OLD)
+    assert path.read_bytes() == OLD
+    write_atomic(str(path), "Rotkehlchen – Zaunkönig\n")
+    assert path.read_text(encoding="utf-8") == "Rotkehlchen – Zaunkönig\n"
+    write_atomic(path, b"")
+    assert path.read_bytes() == b""
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(OLD)
+    hits = 0
+    for attempt in range(12):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        time.sleep(0.003 * attempt)
+        while not any(name.endswith(".part") for name in os.listdir(tmp_path)):
+            pass
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        assert path.read_bytes() in (OLD, NEW)
+        hits += any(name.endswith(".part") for name in os.listdir(tmp_path))
+        (tmp_path / ".hidden").touch()
+        clear_parts(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == [".hidden", "file"]
+        if hits == 3:
+            return
+    pytest.fail(f"only {hits} of 12 kills came in the middle of a write")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(OLD)
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True, check=True)
+    assert (
+        done.stdout
+        == f"cannot write {path}: File too large; what was there before is whole: make room, then try again\n"
+    )
+    assert path.read_bytes() == OLD
+    assert sorted(os.listdir(tmp_path)) == ["file", "file2"]
+
+
+@pytest.mark.parametrize("place", ["nowhere/file", "plain/file", "folder"])
+def test_a_place_that_cannot_be_written(place: str, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UlsamError, match=rf"cannot write .*{place}: (No such file|Not a dir|Is a dir)[a-z ]+$"):
+        write_atomic(tmp_path / place, OLD)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert os.listdir(tmp_path / "folder") == []

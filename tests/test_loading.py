@@ -1,0 +1,493 @@
+"""Batches are a function of seed and epoch, whatever the workers and restarts; bad pictures; data sets by name."""
+
+import importlib.util
+import io
+import json
+import math
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tiny import draw, draw_splits
+from ulsam.data import loading
+from ulsam.data.loading import Batch, EpochOrder, eval_loader, eval_transform, train_loader, train_transform
+from ulsam.data.pictures import UnreadablePicture
+from ulsam.data.sources import FactoryPictures, FolderPictures, StreamPictures, open_data, open_split
+from ulsam.errors import UlsamError
+
+LOOK = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
+EVAL = eval_transform((3, 32, 32), crop_pct=0.9, **LOOK)
+
+
+def augmented(policy: str | None = "rand-m9-n2-mstd0.5", erasing: float = 0.5) -> loading.Transform:
+    return train_transform(
+        (3, 32, 32),
+        crop_scale=(0.3, 1.0),
+        hflip=0.5,
+        color_jitter=0.3,
+        rand_augment=policy,
+        random_erasing=erasing,
+        **LOOK,
+    )
+
+
+class Numbers:
+    """Pictures in memory whose colour is their number; ``bad`` ones cannot be read."""
+
+    def __init__(self, n: int, labels: list[int] | None = None, bad: set[int] | None = None) -> None:
+        self.n, self.labels, self.bad = n, labels, bad or set()
+        self.classes = ("even", "odd")
+
+    def __len__(self) -> int:
+        return self.n
+
+    def name(self, index: int) -> str:
+        return f"picture {index}"
+
+    def fetch(self, index: int) -> tuple[Image.Image, int]:
+        if index in self.bad:
+            raise UnreadablePicture(f"picture {index}: broken")
+        return Image.new("RGB", (40, 40), (index, index, index)), index % 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_splits(tmp_path_factory.mktemp("pictures"), train=10, val=5)
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> FolderPictures:
+    train, _, _ = open_data(str(folder))
+    assert isinstance(train, FolderPictures)
+    return train
+
+
+def batches(pictures: Any, workers: int, epoch: int = 0, start: int = 0, seed: int = 0) -> list[Batch]:
+    order = EpochOrder(pictures, 4, seed)
+    order.epoch, order.start = epoch, start
+    return list(train_loader(pictures, augmented(), order, batch_size=4, seed=seed, workers=workers))
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs)
+
+
+# order
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 9))
+@settings(max_examples=80, deadline=None)
+def test_ranks_take_turns_in_one_order(n: int, batch: int, world: int, epoch: int, seed: int) -> None:
+    pictures: Any = Numbers(n)
+    if n < batch * world:
+        with pytest.raises(UlsamError, match=rf"--batch-size {max(1, n // world)} or less"):
+            EpochOrder(pictures, batch, seed, world=world)
+        return
+    shares = []
+    for rank in range(world):
+        order = EpochOrder(pictures, batch, seed, rank=rank, world=world)
+        order.epoch = epoch
+        shares.append(list(order))
+        assert len(shares[-1]) == len(order) == n // (batch * world)
+        assert all(len(keys) == batch for keys in shares[-1])
+        order.start = len(order) // 2
+        assert list(order) == shares[-1][len(order) // 2 :]
+    keys = [key for share in shares for batch_keys in share for key in batch_keys]
+    assert {number for number, _, _ in keys} == {epoch}
+    assert len({place for _, place, _ in keys}) == len(keys)
+    assert len({index for *_, index in keys}) == len(keys)  # no picture twice in an epoch
+    assert all(0 <= index < n for *_, index in keys)
+
+
+def test_order_differs_between_epochs_and_seeds() -> None:
+    pictures: Any = Numbers(40)
+    order, other = EpochOrder(pictures, 4, seed=0), EpochOrder(pictures, 4, seed=1)
+    first = [index for keys in order for *_, index in keys]
+    assert first == [index for keys in EpochOrder(pictures, 4, seed=0) for *_, index in keys]
+    assert first != [index for keys in other for *_, index in keys]
+    order.epoch = 1
+    assert first != [index for keys in order for *_, index in keys]
+    assert sorted(first) == list(range(40))
+
+
+def test_balanced_draws_every_class_equally_often() -> None:
+    labels = [0] * 900 + [1] * 90 + [2] * 10
+    pictures: Any = Numbers(1000, labels)
+    drawn: Counter[int] = Counter()
+    order = EpochOrder(pictures, 10, seed=0, balanced=True)
+    for epoch in range(3):
+        order.epoch = epoch
+        drawn.update(labels[index] for keys in order for *_, index in keys)
+    statistic = sum((count - 1000) ** 2 / 1000 for count in drawn.values())
+    assert sum(drawn.values()) == 3000
+    assert statistic < 13.8  # chi-square with 2 degrees of freedom exceeds this once in 1000
+
+
+def test_balanced_needs_labels() -> None:
+    pictures: Any = Numbers(20)
+    with pytest.raises(UlsamError, match="tells its labels"):
+        EpochOrder(pictures, 4, seed=0, balanced=True)
+
+
+# batches
+
+
+def test_batches_do_not_depend_on_workers(pictures: FolderPictures) -> None:
+    alone = batches(pictures, workers=0, epoch=1)
+    assert len(alone) == 7
+    assert not same(alone, batches(pictures, workers=0, epoch=2))
+    assert not same(alone, batches(pictures, workers=0, epoch=1, seed=1))
+    for workers in (1, 2):
+        assert same(alone, batches(pictures, workers=workers, epoch=1))
+
+
+def test_start_gives_the_rest_of_the_epoch(pictures: FolderPictures) -> None:
+    whole = batches(pictures, workers=0, epoch=3)
+    assert same(whole[5:], batches(pictures, workers=2, epoch=3, start=5))
+    assert batches(pictures, workers=0, epoch=3, start=7) == []
+
+
+def test_an_epoch_left_in_the_middle_does_not_spill_into_the_next(pictures: FolderPictures) -> None:
+    order = EpochOrder(pictures, 4, seed=0)
+    loader = train_loader(pictures, augmented(), order, batch_size=4, seed=0, workers=2)
+    next(iter(loader))
+    order.epoch = 1
+    assert same(list(loader), batches(pictures, workers=0, epoch=1))
+
+
+def test_augmentation_differs_between_pictures_and_epochs(folder: Path) -> None:
+    only: Any = FolderPictures((open_split(str(folder), "train").samples[0],) * 8, ("a", "b"))  # type: ignore[union-attr]
+    images = torch.cat([batch.images for epoch in (0, 1) for batch in batches(only, workers=0, epoch=epoch)])
+    assert len({image.numpy().tobytes() for image in images}) == 16
+
+
+@pytest.mark.parametrize("policy", ["nonsense", "rand-q9"])
+def test_unknown_augmentation(policy: str) -> None:
+    with pytest.raises(UlsamError, match=f"unknown policy --rand-augment {policy}"):
+        augmented(policy)
+
+
+# pictures that cannot be read
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_replaces_an_unreadable_picture_by_the_next(workers: int) -> None:
+    pictures: Any = Numbers(20, bad={3, 4, 19})
+    order = EpochOrder(pictures, 4, seed=0)
+    loader = train_loader(pictures, EVAL, order, batch_size=4, seed=0, workers=workers)
+    replacement = {3: 5, 4: 5, 19: 0}
+    for keys, batch in zip(order, loader, strict=True):
+        shown = [round(255 * (0.5 + 0.25 * float(value))) for value in batch.images[:, 0, 16, 16]]
+        indices = [index for *_, index in keys]
+        assert shown == [replacement.get(index, index) for index in indices]
+        assert batch.labels.tolist() == [number % 2 for number in shown]
+        met = {name for name, _ in batch.unreadable}
+        assert met == {f"picture {bad}" for i in indices for bad in {3: (3, 4), 4: (4,), 19: (19,)}.get(i, ())}
+
+
+def test_fifty_in_a_row_end_the_search() -> None:
+    pictures: Any = Numbers(100, bad=set(range(10, 60)))
+    dataset = loading.TrainSet(pictures, EVAL, seed=0)
+    image, label, bad = dataset[0, 0, 10]
+    assert image is None
+    assert label == -1
+    assert len(bad) == loading.TRIES == 50
+    image, label, bad = dataset[0, 0, 11]
+    assert image is not None
+    assert len(bad) == 49
+
+
+def test_no_readable_picture_at_all() -> None:
+    pictures: Any = Numbers(5, bad=set(range(5)))
+    image, _, bad = loading.TrainSet(pictures, EVAL, seed=0)[0, 0, 2]
+    assert image is None
+    assert len(bad) == 5
+    batch = loading.collate([(None, -1, bad)])
+    assert len(batch.labels) == 0
+    assert len(batch.unreadable) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("world", [1, 3])
+def test_measuring_leaves_unreadable_pictures_out(workers: int, world: int) -> None:
+    pictures: Any = Numbers(17, bad={0, 8, 16})
+    seen, bad = [], []
+    for rank in range(world):
+        for batch in eval_loader(pictures, EVAL, batch_size=4, workers=workers, rank=rank, world=world):
+            seen += (
+                [round(255 * (0.5 + 0.25 * float(value))) for value in batch.images[:, 0, 16, 16]]
+                if len(batch.labels)
+                else []
+            )
+            bad += batch.unreadable
+    assert sorted(seen) == [index for index in range(17) if index not in (0, 8, 16)]
+    assert sorted(bad) == [(f"picture {index}", f"picture {index}: broken") for index in (0, 16, 8)]
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [-1, 1]])
+def test_labels_out_of_range(labels: list[int]) -> None:
+    loading.check_labels(torch.tensor([0, 2]), 3)
+    loading.check_labels(torch.tensor([], dtype=torch.long), 3)
+    with pytest.raises(UlsamError, match=r"class number (3|-1), but the 3 classes .* --class-names"):
+        loading.check_labels(torch.tensor(labels), 3)
+
+
+# image folders
+
+
+def labels_of(pictures: Any) -> Counter[int]:
+    return Counter(pictures.labels)
+
+
+def test_val_before_test_before_held_out(tmp_path: Path) -> None:
+    for number, split in ((6, "train"), (3, "Validation"), (2, "test")):
+        draw(tmp_path / split, number)
+    train, val, notes = open_data(str(tmp_path))
+    assert (len(train), len(val), notes) == (18, 9, [])
+    _, test, _ = open_data(str(tmp_path), val_split="test")
+    assert len(test) == 6
+    (tmp_path / "Validation").rename(tmp_path / ".hidden")
+    _, val, _ = open_data(str(tmp_path))
+    assert len(val) == 6
+    train, val, notes = open_data(str(tmp_path / "train"))
+    assert len(train) + len(val) == 18
+    assert labels_of(val) == {0: 1, 1: 1, 2: 1}
+    assert notes == ["3 of 18 training pictures held out for validation (seed=0)"]
+    assert len(open_split(str(tmp_path / "train"), "all")) == 18
+
+
+def test_val_fraction_is_a_function_of_the_seed(folder: Path) -> None:
+    def held_out(seed: int) -> tuple[set[str], set[str]]:
+        train, val, _ = open_data(str(folder), val_fraction=0.3, seed=seed)
+        return {train.name(i) for i in range(len(train))}, {val.name(i) for i in range(len(val))}  # type: ignore[union-attr]
+
+    kept, out = held_out(0)
+    assert (kept, out) == held_out(0)
+    assert (kept, out) != held_out(1)
+    assert (len(kept), len(out), len(kept & out)) == (21, 9, 0)
+    assert all("/train/" in name for name in kept | out)  # val/ is not touched
+
+
+def test_classes_that_the_splits_do_not_share(tmp_path: Path) -> None:
+    draw(tmp_path / "train", 4)
+    draw(tmp_path / "val", 2, classes=2)
+    _, val, notes = open_data(str(tmp_path))
+    assert labels_of(val) == {0: 2, 1: 2}
+    assert notes == ["1 classes have no validation picture: class2"]
+    (tmp_path / "val" / "class0").rename(tmp_path / "val" / "wren")
+    with pytest.raises(UlsamError, match=r"not trained on: wren; known are class0, class1, class2"):
+        open_data(str(tmp_path))
+
+
+def test_imbalance_and_passed_over_files_are_noted(tmp_path: Path) -> None:
+    draw_splits(tmp_path, train=6, val=1)
+    for index in range(1, 6):
+        (tmp_path / "train" / "class0" / f"{index:03}.png").unlink()
+    (tmp_path / "train" / "class1" / "notes.txt").touch()
+    (tmp_path / "train" / "nothing").mkdir()
+    _, _, notes = open_data(str(tmp_path))
+    assert [note.split(":")[0] for note in notes] == [
+        "1 class folders without a picture left out",
+        "1 files passed over, no pictures by name",
+        "imbalanced",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_split": "holiday"}, r"no split 'holiday'; it has train, val"),
+        ({"val_split": "test"}, r"no split 'test'; it has train, val"),
+        ({"val_fraction": 1.5}, r"must lie between 0 and 1"),
+    ],
+)
+def test_splits_that_are_not_there(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UlsamError, match=message):
+        open_data(str(folder), **options)
+
+
+def test_a_flat_folder_has_no_named_split(folder: Path) -> None:
+    with pytest.raises(UlsamError, match="one folder of classes; leave --val-split out"):
+        open_data(str(folder / "train"), val_split="test")
+
+
+# data sets of timm's factory
+
+
+def test_torch_image_folder(folder: Path, tmp_path: Path) -> None:
+    train, val, notes = open_data("torch/image_folder", data_dir=str(folder))
+    assert isinstance(train, FactoryPictures)
+    assert (len(train), len(val), notes) == (30, 15, [])
+    assert train.classes == ("class0", "class1", "class2")
+    assert labels_of(train) == {0: 10, 1: 10, 2: 10}
+    assert train.name(29) == str(folder / "train" / "class2" / "009.png")
+    own = open_split(str(folder), "train")
+    assert isinstance(own, FolderPictures)
+    for index in (0, 29):
+        assert train.fetch(index)[0].tobytes() == own.fetch(index)[0].tobytes()
+        assert train.fetch(index)[1] == own.fetch(index)[1]
+    draw_splits(tmp_path, train=2, val=2)
+    (tmp_path / "train" / "class0" / "000.png").write_bytes(b"")
+    train, _, _ = open_data("torch/image_folder", data_dir=str(tmp_path))
+    with pytest.raises(UnreadablePicture, match=r"class0/000\.png: empty file"):
+        train.fetch(0)  # type: ignore[union-attr]
+
+
+def test_torch_imagenet(tmp_path: Path) -> None:
+    names = {"n01": ("tench", "Tinca tinca"), "n02": ("goldfish",), "n03": ("crane",)}
+    torch.save((names, list(names)), tmp_path / "meta.bin")
+    for split, number in (("train", 6), ("val", 2)):
+        draw(tmp_path / split, number)
+        for index, wordnet in enumerate(names):
+            (tmp_path / split / f"class{index}").rename(tmp_path / split / wordnet)
+    for index in range(1, 6):
+        (tmp_path / "train" / "n02" / f"{index:03}.png").unlink()
+    train, val, notes = open_data("torch/imagenet", data_dir=str(tmp_path))
+    assert train.classes == ("tench, Tinca tinca", "goldfish", "crane")
+    assert (len(train), len(val)) == (13, 6)
+    assert len(notes) == 1
+    assert notes[0].startswith("imbalanced: 1 (goldfish) to 6 (tench")
+    assert val.fetch(5)[1] == 2  # type: ignore[union-attr]
+    twice = {"n01": ("crane",), "n02": ("goldfish",), "n03": ("crane",)}  # ImageNet has two cranes
+    torch.save((twice, list(twice)), tmp_path / "meta.bin")
+    with pytest.raises(UlsamError, match="two classes of one name"):
+        open_data("torch/imagenet", data_dir=str(tmp_path))
+    (tmp_path / "names.txt").write_text("tench\ngoldfish\ncrane bird\n\n")
+    train, _, _ = open_data("torch/imagenet", data_dir=str(tmp_path), class_names=str(tmp_path / "names.txt"))
+    assert train.classes == ("tench", "goldfish", "crane bird")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("torch/cifar10", {}, "cannot open torch/cifar10, split 'train', in .*: Dataset not found or corrupted"),
+        ("torch/mnist", {}, "cannot open torch/mnist, split 'train', in .*: Dataset not found"),
+        ("torch/cifar10", {"data_dir": None}, "torch/cifar10 needs --data-dir"),
+        ("torch/image_folder", {"data_dir": None}, "needs --data-dir"),
+        ("wds/birds", {"data_dir": None}, "needs --data-dir"),
+        ("torch/nonsense", {}, "Unknown torchvision dataset nonsense"),
+        ("torch/imagenet", {}, "ILSVRC2012_devkit_t12.tar.gz is not present"),
+        ("torch/image_folder", {"val_fraction": 0.2}, "--val-fraction works on image folders"),
+        ("torch/image_folder", {"data_dir": "nowhere"}, "No such file or directory: 'nowhere'"),
+    ],
+)
+def test_data_sets_that_are_not_there(name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UlsamError, match=message) as caught:
+        open_data(name, **{"data_dir": str(tmp_path), **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_other_classes_to_measure_on(tmp_path: Path) -> None:
+    draw_splits(tmp_path, train=2, val=2)
+    (tmp_path / "val" / "class0").rename(tmp_path / "val" / "wren")
+    with pytest.raises(UlsamError, match=r"other classes to train on \(class0, .*\) than to measure on \(class1, "):
+        open_data("torch/image_folder", data_dir=str(tmp_path))
+
+
+def test_a_bad_picture_of_a_data_set_without_file_names_is_named() -> None:
+    class Reader:
+        def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+            return io.BytesIO(b"no picture"), 0
+
+    class Decoded:
+        def __getitem__(self, index: int) -> Any:
+            raise OSError("image file is truncated")
+
+        def __len__(self) -> int:
+            return 9
+
+    class Undecoded(Decoded):
+        reader = Reader()
+
+    for dataset, reason in ((Undecoded(), "not a picture"), (Decoded(), "image file is truncated")):
+        with pytest.raises(UnreadablePicture, match=rf"hfds/birds, picture 7: {reason}"):
+            FactoryPictures(dataset, "hfds/birds", ("a", "b")).fetch(7)
+
+
+@pytest.fixture(scope="module")
+def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """WebDataset shards: 4 of 11 training pictures, 2 of 7 validation pictures."""
+    if importlib.util.find_spec("webdataset") is None:
+        pytest.skip("webdataset is not installed")
+    root = tmp_path_factory.mktemp("shards")
+    splits = {}
+    for split, count, size in (("train", 4, 11), ("validation", 2, 7)):
+        names = [f"{split}-{shard}.tar" for shard in range(count)]
+        for shard, name in enumerate(names):
+            with tarfile.open(root / name, "w") as archive:
+                for number in range(shard * size, (shard + 1) * size):
+                    picture = folder / "train" / f"class{number % 3}" / f"{number // 3 % 10:03}.png"
+                    parts = {"png": picture.read_bytes(), "cls": str(number % 3).encode()}
+                    for suffix, content in parts.items():
+                        entry = tarfile.TarInfo(f"{number:04}.{suffix}")
+                        entry.size = len(content)
+                        archive.addfile(entry, io.BytesIO(content))
+        lengths = [size] * count
+        splits[split] = {
+            "name": split,
+            "num_samples": count * size,
+            "filenames": names,
+            "shard_lengths": lengths,
+        }
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    (root / "names.txt").write_text("robin\nwren\nfinch\n")
+    return root
+
+
+def open_shards(root: Path) -> tuple[StreamPictures, StreamPictures, list[str]]:
+    names = str(root / "names.txt")
+    train, val, notes = open_data("wds/birds", data_dir=str(root), class_names=names, batch_size=8)
+    assert isinstance(train, StreamPictures)
+    assert isinstance(val, StreamPictures)
+    return train, val, notes
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_streams(shards: Path, workers: int) -> None:
+    train, val, notes = open_shards(shards)
+    assert len(notes) == 1
+    assert "stream" in notes[0]
+    assert train.classes == ("robin", "wren", "finch")
+    assert (len(train), len(val)) == (44, 14)
+    each = math.ceil(44 / max(1, workers) / 8)  # each worker fills its last batch
+    assert train.batches(8, workers) == each * max(1, workers)
+    loader = train_loader(train, augmented(), None, batch_size=8, seed=0, workers=workers)
+    epochs = []
+    for epoch in (0, 1):
+        train.set_epoch(epoch)
+        found = list(loader)
+        assert [len(batch.labels) for batch in found] == [8] * train.batches(8, workers)
+        epochs.append(found)
+    assert not same(*epochs)
+    measured = list(eval_loader(val, EVAL, batch_size=4, workers=workers))
+    assert Counter(label for batch in measured for label in batch.labels.tolist()) == {0: 5, 1: 5, 2: 4}
+
+
+def test_a_stream_starts_an_epoch_again_as_it_was(shards: Path) -> None:
+    def epoch_two(before: bool) -> list[Batch]:
+        train, _, _ = open_shards(shards)
+        loader = train_loader(train, augmented(), None, batch_size=8, seed=0, workers=2)
+        if before:
+            list(loader)
+        loading.seed_all(0, 3, 2)
+        train.set_epoch(2)
+        return list(loader)
+
+    assert same(epoch_two(before=True), epoch_two(before=False))
+
+
+def test_a_stream_needs_class_names(shards: Path) -> None:
+    with pytest.raises(UlsamError, match="does not tell its classes: give a text file"):
+        open_data("wds/birds", data_dir=str(shards))
+    with pytest.raises(UlsamError, match="cannot read the class names in nowhere"):
+        open_data("wds/birds", data_dir=str(shards), class_names="nowhere")
+    with pytest.raises(UlsamError, match="split holiday not found"):
+        open_data("wds/birds", data_dir=str(shards), class_names=str(shards / "names.txt"), train_split="holiday")

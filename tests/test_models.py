@@ -1,0 +1,563 @@
+"""Every preset through one suite, building from recipes and weights, and model files, hostile ones too."""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import ulsam.models
+from ulsam.errors import UlsamError
+from ulsam.models import (
+    PLACEMENTS,
+    build,
+    load,
+    load_weights,
+    make_recipe,
+    read_recipe,
+    read_weights,
+    save_model,
+    sketch,
+    ulsam_parameters,
+)
+from ulsam.module import ULSAM
+from ulsam.recipe import Edit, Recipe
+from ulsam.surgery import remove
+
+PRESETS = sorted(PLACEMENTS)
+V1 = "ulsam_mobilenetv1_100_insert_13"
+V2 = "ulsam_mobilenetv2_100_insert_17"
+REPLACED = "ulsam_mobilenetv2_100_replace_14_17"
+SMALL = "mobilenetv2_050"
+
+
+def seeded(model: nn.Module) -> nn.Module:
+    """Weights that depend on PyTorch's generator alone, scaled so that the output is neither flat nor huge."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            noise = torch.randn(value.shape, generator=generator)
+            if value.ndim > 1:
+                value.copy_(noise * (2 / value[0].numel()) ** 0.5)
+            elif value.is_floating_point():
+                value.copy_(noise * 0.1 + (0 if name.endswith(("bias", "running_mean")) else 1))
+    return model.eval()
+
+
+def picture(height: int = 64, width: int = 64, channels: int = 3, batch: int = 2) -> Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def nets() -> dict[str, nn.Module]:
+    """Each preset once, seeded and in eval mode."""
+    return {name: seeded(timm.create_model(name)) for name in PRESETS}
+
+
+@pytest.fixture(scope="module")
+def bases() -> dict[str, nn.Module]:
+    return {name: timm.create_model(name).eval() for name in sorted({base for base, _ in PLACEMENTS.values()})}
+
+
+def test_names_are_timms_and_hold_no_dot():
+    for name in [*PRESETS, "mobilenetv1_075", "mobilenetv1_050"]:
+        assert timm.is_model(name)
+        assert "." not in name
+    assert set(timm.list_models("ulsam_*")) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+class TestPreset:
+    def test_holds_its_layers_where_it_says(self, name, nets):
+        base, edit = PLACEMENTS[name]
+        layers = {place: module for place, module in nets[name].named_modules() if isinstance(module, ULSAM)}
+        assert len(layers) == len(Edit.parse(edit).at.split(","))
+        assert all(layer.groups == 4 and layer.form == "equations" for layer in layers.values())
+        assert all(place.endswith(".ulsam") == edit.startswith("insert") for place in layers)
+
+    def test_default_configuration_is_the_bases(self, name, nets, bases):
+        base = bases[PLACEMENTS[name][0]]
+        own = nets[name].pretrained_cfg
+        assert nets[name].default_cfg == own
+        assert own["architecture"] == name
+        assert {**own, "architecture": ""} == {**base.pretrained_cfg, "architecture": ""}
+        resolve = timm.data.resolve_model_data_config
+        assert resolve(nets[name]) == resolve(base)
+        registered = timm.get_pretrained_cfg(name)
+        assert (registered.input_size, registered.classifier) == ((3, 224, 224), "classifier")
+
+    def test_runs_forward_and_backward_at_odd_sizes(self, name, nets):
+        net = nets[name]
+        for height, width in [(33, 47), (64, 64)]:
+            y = net(picture(height, width))
+            assert y.shape == (2, 1000)
+            net.zero_grad()
+            y.square().mean().backward()
+            for parameter in ulsam_parameters(net):
+                gradient = net.get_parameter(parameter).grad
+                assert torch.isfinite(gradient).all()
+                assert gradient.abs().sum() > 0
+        net.zero_grad()
+
+    def test_parts_make_the_whole(self, name, nets, bases):
+        net, base, x = nets[name], bases[PLACEMENTS[name][0]], picture()
+        with torch.no_grad():
+            features = net.forward_features(x)
+            assert features.shape == base.forward_features(x).shape
+            torch.testing.assert_close(net.forward_head(features), net(x))
+            assert net.forward_head(features, pre_logits=True).shape == (2, net.head_hidden_size)
+            final, maps = net.forward_intermediates(x, indices=5)
+            torch.testing.assert_close(final, features)
+            assert [m.shape for m in maps] == [m.shape for m in base.forward_intermediates(x, indices=5)[1]]
+
+    def test_the_classifier_can_be_replaced_and_keywords_are_honoured(self, name):
+        net = timm.create_model(name, num_classes=7, in_chans=1, groups=8, form="released", drop_rate=0.1)
+        layers = [module for module in net.modules() if isinstance(module, ULSAM)]
+        assert layers and all(layer.groups == 8 and layer.form == "released" for layer in layers)
+        assert net.eval()(picture(channels=1)).shape == (2, 7)
+        assert net.drop_rate == 0.1
+        net.reset_classifier(3)
+        assert net(picture(channels=1)).shape == (2, 3)
+        assert net.get_classifier().out_features == net.num_classes == 3
+        net.reset_classifier(0)
+        assert net(picture(channels=1)).shape == (2, net.num_features)
+
+    def test_gives_features_as_the_base_does(self, name, nets):
+        net = timm.create_model(name, features_only=True, out_indices=(1, 3, 4))
+        base = timm.create_model(PLACEMENTS[name][0], features_only=True, out_indices=(1, 3, 4))
+        assert net.feature_info.channels() == base.feature_info.channels()
+        assert net.feature_info.reduction() == base.feature_info.reduction()
+        state = net.state_dict()
+        assert set(ulsam_parameters(net)) == set(ulsam_parameters(nets[name]))
+        net.load_state_dict({key: value for key, value in nets[name].state_dict().items() if key in state})
+        with torch.no_grad():
+            maps = net.eval()(picture())
+            whole = nets[name].forward_intermediates(picture(), indices=[1, 3, 4], intermediates_only=True)
+        for one, other in zip(maps, whole, strict=True):
+            torch.testing.assert_close(one, other)  # the layers are in the features too
+
+
+@pytest.mark.parametrize("name", [V1, V2, REPLACED, *(pytest.param(n, marks=pytest.mark.slow) for n in PRESETS)])
+def test_presets_export(name, nets):
+    x = picture(64, 96, batch=1)
+    exported = torch.export.export(nets[name], (x,)).module()
+    torch.testing.assert_close(exported(x), nets[name](x))
+
+
+@pytest.mark.parametrize("name", [V2, REPLACED, *(pytest.param(n, marks=pytest.mark.slow) for n in PRESETS)])
+def test_presets_compile_without_a_graph_break(name, nets):
+    torch.compiler.reset()
+    x = picture(32, 32)
+    compiled = torch.compile(nets[name], fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), nets[name](x))
+
+
+#: Mean and standard deviation of the seeded nets' logits.
+GOLDEN = {
+    V1: (0.0, 0.0),
+    V2: (0.0, 0.0),
+    REPLACED: (0.0, 0.0),
+    "ulsam_mobilenetv1_050_replace_12": (0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_output(name, nets):
+    with torch.no_grad():
+        y = nets[name](picture()).double()
+    assert (y.mean().item(), y.std().item()) == pytest.approx(GOLDEN[name], rel=1e-3)
+
+
+def test_a_mistaken_keyword_is_named():
+    with pytest.raises(UlsamError, match=r"blocks\.5\.2: groups=7 does not divide 160"):
+        timm.create_model(V2, groups=7)
+    with pytest.raises(UlsamError, match="unknown form 'best'"):
+        timm.create_model(V2, form="best")
+    with pytest.raises(UlsamError, match="leave feature_cls out"):
+        timm.create_model(V2, features_only=True, feature_cls="hook")
+
+
+# -------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Tensor]:
+    """A state dict of the small base net."""
+    return seeded(timm.create_model(SMALL)).state_dict()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, trained) -> Path:
+    """Weight files of one net in the ways that people write them."""
+    path = tmp_path_factory.mktemp("weights")
+    backbone = {name: value for name, value in trained.items() if not name.startswith("classifier.")}
+    save_file(trained, path / "whole.safetensors")
+    save_file(backbone, path / "backbone.safetensors")
+    torch.save(trained, path / "plain.pth")
+    torch.save({"state_dict": trained, "epoch": 3, "args": {"lr": 0.1}}, path / "nested.pth.tar")
+    torch.save({"model": {f"module.{name}": value for name, value in trained.items()}}, path / "parallel.pt")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "heads"),
+    [
+        ("whole.safetensors", 0),
+        ("backbone.safetensors", 2),
+        ("plain.pth", 0),
+        ("nested.pth.tar", 0),
+        ("parallel.pt", 0),
+    ],
+)
+@pytest.mark.parametrize("edit", ["replace 14,17", "insert 17:1", "drop 14"])
+def test_base_weights_fill_every_untouched_layer(folder, trained, file, heads, edit):
+    recipe = make_recipe(SMALL, [str(n) for n in range(1000)], [Edit.parse(edit)], size=64)
+    net, notes = build(recipe, weights=folder / file)
+    assert len(notes) == heads
+    state = net.state_dict()
+    touched = {name for name in state if name not in trained}
+    assert touched == set(ulsam_parameters(net))
+    same = [name for name in state if name in trained and not (heads and name.startswith("classifier."))]
+    assert all(torch.equal(state[name], trained[name]) for name in same)
+    assert net.training
+    back = remove(net).state_dict()
+    assert all(torch.equal(back[name], trained[name]) for name in trained if not (heads and name.startswith("class")))
+
+
+def test_a_head_of_another_size_starts_fresh_and_is_said(folder, trained):
+    net, notes = build(make_recipe(SMALL, ["a", "b"], [Edit("replace", "17")]), weights=folder / "whole.safetensors")
+    assert notes == [
+        "classifier.weight: [1000, 1280] there, [2, 1280] here: skipped, starts fresh",
+        "classifier.bias: [1000] there, [2] here: skipped, starts fresh",
+    ]
+    assert torch.equal(net.conv_stem.weight, trained["conv_stem.weight"])
+
+
+def test_weights_of_the_edited_net_fill_the_layers_too(tmp_path):
+    for edit in ["replace 14,17 g=2", "insert 17:1 form=released", "drop 14"]:
+        recipe = make_recipe(SMALL, ["a", "b"], [Edit.parse(edit)])
+        state = seeded(build(recipe)[0]).state_dict()
+        save_file(state, tmp_path / "edited.safetensors")
+        net, notes = build(recipe, weights=tmp_path / "edited.safetensors")
+        assert notes == []
+        assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+def test_presets_take_their_bases_weights(folder, tmp_path):
+    state = seeded(timm.create_model("mobilenetv2_100", num_classes=10)).state_dict()
+    save_file(state, tmp_path / "base.safetensors")
+    for name in [V2, REPLACED]:
+        net, notes = build(make_recipe(name, [str(n) for n in range(10)]), weights=tmp_path / "base.safetensors")
+        assert notes == []
+        assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items() if k not in ulsam_parameters(net))
+    overlay = {"file": str(tmp_path / "base.safetensors"), "num_classes": 10}
+    net = timm.create_model(REPLACED, pretrained=True, num_classes=10, pretrained_cfg_overlay=overlay)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items() if k not in ulsam_parameters(net))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("blocks.1.0.bn1.weight"), r"blocks\.1\.0\.bn1\.weight is missing$"),
+        (lambda s: s.update(extra=torch.ones(1)), "extra belongs to no layer$"),
+        (
+            lambda s: s.update({"conv_stem.weight": torch.ones(3)}),
+            r"conv_stem\.weight: \[3\] there, \[16, 3, 3, 3\] here",
+        ),
+        (lambda s: s.update({"blocks.5.2.bn1.weight": torch.ones(3)}), r"blocks\.5\.2\.bn1\.weight has another shape$"),
+        (lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.2.")], r"is missing \(and \d+ more\)$"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(trained, change, message):
+    state = dict(trained)
+    change(state)
+    net, _ = build(make_recipe(SMALL, [str(n) for n in range(1000)], [Edit("replace", "17")]))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(UlsamError, match=message) as caught:
+        load_weights(net, state, "w.pth")
+    assert str(caught.value).startswith("w.pth does not fit this net: ")
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_weights_of_another_net_are_refused(folder):
+    with pytest.raises(UlsamError, match=r"backbone\.safetensors does not fit this net: .* more\)$"):
+        build(make_recipe("resnet18", ["a", "b"]), weights=folder / "backbone.safetensors")
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["bomb.pth", "bomb.safetensors", "bomb.bin"])
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path, name):
+    sprung = tmp_path / "sprung"
+    torch.save({"state_dict": {"a": torch.ones(1)}, "x": Bomb(sprung)}, tmp_path / name)
+    for call in (read_weights, load, read_recipe):
+        with pytest.raises(UlsamError) as caught:
+            call(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb(sprung)))
+    with pytest.raises(UlsamError):
+        read_weights(tmp_path / name)
+    assert not sprung.exists()
+    pickle.loads((tmp_path / name).read_bytes())  # the bomb is a real one
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"state_dict": [1]}, {3: torch.ones(1)}, torch.ones(2), None])
+def test_a_checkpoint_that_is_no_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UlsamError, match=r"x\.pth (is no state dict|holds no weights)") as caught:
+        read_weights(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_checkpoints_are_refused(folder, tmp_path):
+    for name in ["plain.pth", "whole.safetensors"]:
+        whole = (folder / name).read_bytes()
+        for tenth in range(10):
+            (tmp_path / name).write_bytes(whole[: len(whole) * tenth // 10])
+            with pytest.raises(UlsamError, match="holds no weights that can be read safely") as caught:
+                read_weights(tmp_path / name)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(UlsamError, match=r"no weight file .*nothing\.pth"):
+        read_weights(tmp_path / "nothing.pth")
+    with pytest.raises(UlsamError, match="no weight file"):
+        read_weights(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- model files
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        make_recipe(SMALL, ["Zaunkönig", "鷦鷯", 'a"b', "x, y\n"], [Edit("replace", "14,17", 8)], size=64),
+        make_recipe(SMALL, ["a"], [Edit("insert", "5:1,blocks.5", 2, "released"), Edit("drop", "14")], crop_pct=1.0),
+        make_recipe(V2, ["a", "b", "c"], model_args={"groups": 8, "drop_rate": 0.2}),
+        make_recipe("mobilenetv1_050", ["a", "b"], [Edit("replace", "blocks.3.*5")], model_args={"in_chans": 1}),
+        make_recipe("resnet18", ["a", "b"], [Edit("replace", "layer1"), Edit("insert", "layer2")], mean=(0, 0, 0.0)),
+        make_recipe("mobilenetv3_small_050.lamb_in1k", ["a", "b"], [Edit("insert", "blocks.1")]),
+    ],
+    ids=lambda recipe: recipe.base,
+)
+def test_a_model_file_round_trip_is_exact(recipe, tmp_path):
+    net, _ = build(recipe)
+    seeded(net)
+    save_model(net, recipe, tmp_path / "net.safetensors")
+    again, same = load(tmp_path / "net.safetensors")
+    assert same == recipe == read_recipe(tmp_path / "net.safetensors")
+    assert not any(module.training for module in again.modules())
+    assert list(again.state_dict()) == list(net.state_dict())
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in again.state_dict().items())
+    x = picture(channels=recipe.input_size[0])
+    with torch.no_grad():
+        assert torch.equal(again(x), net(x))
+    assert os.listdir(tmp_path) == ["net.safetensors"]
+
+
+def test_a_net_that_is_not_its_recipes_is_not_saved(tmp_path):
+    recipe = make_recipe(SMALL, ["a", "b"])
+    other, _ = build(make_recipe(SMALL, ["a", "b"], [Edit("insert", "17")]))
+    with pytest.raises(
+        UlsamError, match=r"the net is not what its recipe builds: blocks\.5\.2\.ulsam.* expected nothing"
+    ):
+        save_model(other, recipe, tmp_path / "net.safetensors")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(UlsamError, match="cannot write"):
+        save_model(build(recipe)[0], recipe, tmp_path / "no" / "net.safetensors")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("file") / "net.safetensors"
+    recipe = make_recipe(SMALL, ["a", "b"], [Edit("replace", "17")], size=64)
+    save_model(build(recipe)[0], recipe, path)
+    return path
+
+
+def test_a_file_cut_off_anywhere_gives_one_line(file, tmp_path):
+    whole = file.read_bytes()
+    (head,) = struct.unpack("<Q", whole[:8])
+    cut = tmp_path / "cut.safetensors"
+    for length in [*(len(whole) * tenth // 10 for tenth in range(10)), 4, 8, 8 + head // 2, 8 + head, len(whole) - 1]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(UlsamError, match=r"cut\.safetensors is no safetensors file, or is cut off") as caught:
+            load(cut)
+        assert "\n" not in str(caught.value)
+
+
+def with_recipe(file: Path, path: Path, text: str) -> Path:
+    """A copy of a model file with other metadata, its tensors as they were."""
+    whole = file.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    header["__metadata__"] = {"ulsam": text}
+    data = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(data)) + data + whole[8 + length :])
+    return path
+
+
+NESTED = "[" * 100_000
+HOSTILE = [
+    ({"base": "hf-hub:timm/resnet18.a1_in1k"}, "timm has no net 'hf-hub:timm/resnet18.a1_in1k'"),
+    ({"base": "local-dir:/etc"}, "timm has no net 'local-dir:/etc'"),
+    ({"base": "resnet18.x://evil"}, "timm has no net"),
+    ({"base": "../../resnet18"}, "timm has no net"),
+    ({"base": 5}, "not the recipe of a net"),
+    ({"base": None}, "not the recipe of a net"),
+    ({"base": "resnet18"}, "is not what its recipe builds"),
+    ({"base": "vit_giant_patch14_dinov2", "edits": []}, "is not what its recipe builds"),
+    ({"classes": "ab"}, "not the recipe of a net"),
+    ({"classes": [1, 2]}, "not the recipe of a net"),
+    ({"classes": ["x"] * 500_000}, "is not what its recipe builds: classifier."),
+    ({"edits": ["explode 14"]}, "unknown edit 'explode'"),
+    ({"edits": ["replace 14 g=4 cmd=rm"]}, "cannot read the edit"),
+    ({"edits": ["replace 14"] * 2}, "is a ULSAM layer already"),
+    ({"edits": ["replace 14,17"]}, "is not what its recipe builds"),
+    ({"edits": ["replace 17 g=7"]}, "does not divide"),
+    ({"edits": [["replace 17"]]}, "not the recipe of a net"),
+    ({"model_args": {"pretrained": True}}, "model arguments may not hold pretrained"),
+    ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "model arguments may not hold checkpoint_path"),
+    ({"model_args": {"pretrained_cfg": {"url": "http://x"}}}, "model arguments may not hold pretrained_cfg"),
+    ({"model_args": {"pretrained_cfg_overlay": {"hf_hub_id": "x"}}}, "model arguments may not hold"),
+    ({"model_args": {"cache_dir": "/"}}, "model arguments may not hold cache_dir"),
+    ({"model_args": {"num_classes": 10}}, "timm cannot build"),
+    ({"model_args": {"nonsense": [[[]]]}}, "timm cannot build"),
+    ({"model_args": {"act_layer": "no_such"}}, "timm cannot build"),
+    ({"model_args": {"in_chans": -1}}, "timm cannot build"),
+    ({"model_args": {"block_args": 3}}, "timm cannot build"),
+    ({"model_args": {"head_conv": 100_000_000}}, "timm cannot build"),
+    ({"model_args": ["pretrained"]}, "not the recipe of a net"),
+    ({"input_size": [3, 10**9, 10**9]}, "input_size is C, H, W, each from 1 to 8192"),
+    ({"input_size": [3, 0, 64]}, "input_size is C, H, W"),
+    ({"input_size": [3, 64]}, "input_size is C, H, W"),
+    ({"input_size": [3, 64, 64.0]}, "not the recipe of a net"),
+    ({"crop_pct": "abc"}, "not the recipe of a net"),
+    ({"crop_pct": float("nan")}, "crop_pct is above 0 and at most 1"),
+    ({"crop_pct": 1e9}, "crop_pct is above 0"),
+    ({"std": [0, 0, 0]}, "stds above 0"),
+    ({"mean": [1.0]}, "3 channels need as many means"),
+    ({"mean": "123"}, "not the recipe of a net"),
+    ({"mean": [10**400, 0, 0]}, "not the recipe of a net"),
+    ({"interpolation": {"a": NESTED[:1000]}}, "not the recipe of a net"),
+    ({"surprise": 1}, "unknown entries ['surprise']"),
+    ("", "not the recipe of a net"),
+    ("[]", "not the recipe of a net"),
+    ("null", "not the recipe of a net"),
+    ("not json", "not the recipe of a net"),
+    ("{}", "not the recipe of a net: KeyError 'base'"),
+    (NESTED, "not the recipe of a net"),
+    ('{"base": ' + "1" * 5000 + "}", "not the recipe of a net"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE, ids=[f"{n}-{str(c)[:40]}" for n, (c, _) in enumerate(HOSTILE)])
+def test_hostile_metadata_gives_one_line_and_fetches_and_allocates_nothing(
+    change, message, file, tmp_path, monkeypatch
+):
+    made: list[str] = []
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *args, **kwargs: made.append("fetched"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kwargs: made.append("fetched"))
+    monkeypatch.setattr("socket.socket.connect", lambda *args: made.append("connected"))
+    recipe = json.loads(read_recipe(file).to_json())
+    text = change if isinstance(change, str) else json.dumps({**recipe, **change})
+    path = with_recipe(file, tmp_path / "hostile.safetensors", text)
+    allocated = 0
+    empty = nn.Parameter.__new__
+
+    def watch(cls: type, data: Tensor | None = None, *args: object, **kwargs: object) -> nn.Parameter:
+        nonlocal allocated
+        allocated += 0 if data is None or data.is_meta else data.numel()
+        return empty(cls, data, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Parameter, "__new__", watch)
+    with pytest.raises(UlsamError) as caught:
+        load(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert made == []
+    assert allocated == 0
+
+
+def test_a_file_with_its_own_recipe_passes_through_the_same_door(file, tmp_path):
+    path = with_recipe(file, tmp_path / "kind.safetensors", read_recipe(file).to_json())
+    assert load(path)[1] == read_recipe(file)
+
+
+def test_other_metadata_and_missing_tensors_are_refused(file, tmp_path):
+    state = read_weights(file)
+    text = read_recipe(file).to_json()
+    state.pop("conv_stem.weight")
+    save_file(state, tmp_path / "less.safetensors", metadata={"ulsam": text})
+    with pytest.raises(UlsamError, match=r"conv_stem\.weight is nothing, expected \(16, 3, 3, 3\)"):
+        load(tmp_path / "less.safetensors")
+    save_file(state, tmp_path / "none.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UlsamError, match="holds weights without a recipe"):
+        load(tmp_path / "none.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------- recipes
+
+
+def test_the_recipe_of_a_net_has_timms_data_configuration():
+    recipe = make_recipe("mobilenetv1_100", ["a"])
+    config = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg("mobilenetv1_100").to_dict())
+    for key in ("input_size", "interpolation", "crop_pct", "mean", "std"):
+        assert getattr(recipe, key) == config[key], key
+    assert make_recipe("ulsam_mobilenetv1_100_insert_11", ["a"]).mean == recipe.mean
+    given = make_recipe(SMALL, ["a"], size=96, interpolation="bilinear", crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert given.input_size == (3, 96, 96)
+    assert (given.interpolation, given.crop_pct, given.mean, given.std) == ("bilinear", 1.0, (0.5,) * 3, (0.5,) * 3)
+    grey = make_recipe(SMALL, ["a"], model_args={"in_chans": 1})
+    assert (grey.input_size, len(grey.mean), len(grey.std)) == ((1, 224, 224), 1, 1)
+
+
+def test_edits_are_traced_at_the_recipes_size():
+    """A net with a fixed input size runs at that size alone; one that folds pixels into channels hides its channels."""
+    fixed = make_recipe(
+        "maxvit_rmlp_pico_rw_256", ["a"], [Edit("insert", "stages.0")], size=128, model_args={"img_size": 128}
+    )
+    assert any(isinstance(module, ULSAM) for module in sketch(fixed).modules())
+    folding = make_recipe("tresnet_m", ["a"], [Edit("replace", "body.layer1.1")])
+    assert isinstance(sketch(folding).body.layer1[1], ULSAM)
+
+
+def test_mistakes_in_a_recipe_are_named():
+    with pytest.raises(UlsamError, match="timm has no net 'mobilenet_v9'"):
+        make_recipe("mobilenet_v9", ["a"])
+    with pytest.raises(UlsamError, match=r"timm has no net 'resnet18\.nope': Invalid pretrained tag"):
+        make_recipe("resnet18.nope", ["a"])
+    with pytest.raises(UlsamError, match="model arguments may not hold features_only"):
+        build(Recipe("resnet18", ("a",), model_args={"features_only": True}))
+    with pytest.raises(UlsamError, match="timm cannot build resnet18"):
+        build(Recipe("resnet18", ("a",), model_args={"depth": 3}))
+    with pytest.raises(UlsamError, match="no module is named 'blocks'"):
+        build(Recipe("resnet18", ("a",), edits=(Edit("insert", "blocks"),)))
+
+
+def test_a_sketch_has_shapes_and_no_memory(nets):
+    shapes = {name: value.shape for name, value in nets[V2].state_dict().items()}
+    net = sketch(make_recipe(V2, [str(n) for n in range(1000)]))
+    assert {name: value.shape for name, value in net.state_dict().items()} == shapes
+    assert all(value.is_meta for value in [*net.parameters(), *net.buffers()])
+
+
+def test_ulsam_parameters_are_those_of_the_layers(nets):
+    assert ulsam_parameters(nets[V2]) == ["blocks.5.2.ulsam.depthwise.weight", "blocks.5.2.ulsam.pointwise.weight"]
+    assert ulsam_parameters(nn.Conv2d(3, 3, 1)) == []
+    assert set(ulsam.models.__all__) <= set(dir(ulsam.models))
