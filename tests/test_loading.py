@@ -254,6 +254,9 @@ def test_val_before_test_before_held_out(tmp_path: Path) -> None:
     assert (len(train), len(val), notes) == (18, 9, [])
     _, test, _ = open_data(str(tmp_path), val_split="test")
     assert len(test) == 6
+    _, same_again, notes = open_data(str(tmp_path), val_split="train")
+    assert len(same_again) == 18
+    assert notes == ["measured on the pictures that are trained on, split train"]
     (tmp_path / "Validation").rename(tmp_path / ".hidden")
     _, val, _ = open_data(str(tmp_path))
     assert len(val) == 6
@@ -306,6 +309,8 @@ def test_imbalance_and_passed_over_files_are_noted(tmp_path: Path) -> None:
     [
         ({"train_split": "holiday"}, r"no split 'holiday'; it has train, val"),
         ({"val_split": "test"}, r"no split 'test'; it has train, val"),
+        ({"val_split": ""}, r"no split ''; it has train, val"),
+        ({"train_split": ""}, r"no split ''; it has train, val"),
         ({"val_fraction": 1.5}, r"must lie between 0 and 1"),
     ],
 )

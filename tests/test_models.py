@@ -75,7 +75,7 @@ def test_names_are_timms_and_hold_no_dot():
 @pytest.mark.parametrize("name", PRESETS)
 class TestPreset:
     def test_holds_its_layers_where_it_says(self, name, nets):
-        base, edit = PLACEMENTS[name]
+        edit = PLACEMENTS[name][1]
         layers = {place: module for place, module in nets[name].named_modules() if isinstance(module, ULSAM)}
         assert len(layers) == len(Edit.parse(edit).at.split(","))
         assert all(layer.groups == 4 and layer.form == "equations" for layer in layers.values())
@@ -94,7 +94,7 @@ class TestPreset:
 
     def test_runs_forward_and_backward_at_odd_sizes(self, name, nets):
         net = nets[name]
-        for height, width in [(33, 47), (64, 64)]:
+        for height, width in [(33, 47), (64, 40)]:
             y = net(picture(height, width))
             assert y.shape == (2, 1000)
             net.zero_grad()
@@ -106,7 +106,7 @@ class TestPreset:
         net.zero_grad()
 
     def test_parts_make_the_whole(self, name, nets, bases):
-        net, base, x = nets[name], bases[PLACEMENTS[name][0]], picture()
+        net, base, x = nets[name], bases[PLACEMENTS[name][0]], picture(33, 47)
         with torch.no_grad():
             features = net.forward_features(x)
             assert features.shape == base.forward_features(x).shape
@@ -114,7 +114,8 @@ class TestPreset:
             assert net.forward_head(features, pre_logits=True).shape == (2, net.head_hidden_size)
             final, maps = net.forward_intermediates(x, indices=5)
             torch.testing.assert_close(final, features)
-            assert [m.shape for m in maps] == [m.shape for m in base.forward_intermediates(x, indices=5)[1]]
+            expected = base.forward_intermediates(x, indices=5, intermediates_only=True)
+            assert [found.shape for found in maps] == [wanted.shape for wanted in expected]
 
     def test_the_classifier_can_be_replaced_and_keywords_are_honoured(self, name):
         net = timm.create_model(name, num_classes=7, in_chans=1, groups=8, form="released", drop_rate=0.1)
@@ -128,11 +129,11 @@ class TestPreset:
         net.reset_classifier(0)
         assert net(picture(channels=1)).shape == (2, net.num_features)
 
-    def test_gives_features_as_the_base_does(self, name, nets):
+    def test_gives_features_as_the_base_does(self, name, nets, bases):
         net = timm.create_model(name, features_only=True, out_indices=(1, 3, 4))
-        base = timm.create_model(PLACEMENTS[name][0], features_only=True, out_indices=(1, 3, 4))
-        assert net.feature_info.channels() == base.feature_info.channels()
-        assert net.feature_info.reduction() == base.feature_info.reduction()
+        info = [bases[PLACEMENTS[name][0]].feature_info[index] for index in (1, 3, 4)]
+        assert net.feature_info.channels() == [stage["num_chs"] for stage in info]
+        assert net.feature_info.reduction() == [stage["reduction"] for stage in info]
         state = net.state_dict()
         assert set(ulsam_parameters(net)) == set(ulsam_parameters(nets[name]))
         net.load_state_dict({key: value for key, value in nets[name].state_dict().items() if key in state})
@@ -143,14 +144,14 @@ class TestPreset:
             torch.testing.assert_close(one, other)  # the layers are in the features too
 
 
-@pytest.mark.parametrize("name", [V1, V2, REPLACED, *(pytest.param(n, marks=pytest.mark.slow) for n in PRESETS)])
+@pytest.mark.parametrize("name", [REPLACED, *(pytest.param(n, marks=pytest.mark.slow) for n in PRESETS)])
 def test_presets_export(name, nets):
-    x = picture(64, 96, batch=1)
+    x = picture(32, 48, batch=1)
     exported = torch.export.export(nets[name], (x,)).module()
     torch.testing.assert_close(exported(x), nets[name](x))
 
 
-@pytest.mark.parametrize("name", [V2, REPLACED, *(pytest.param(n, marks=pytest.mark.slow) for n in PRESETS)])
+@pytest.mark.parametrize("name", [V2, *(pytest.param(n, marks=pytest.mark.slow) for n in PRESETS)])
 def test_presets_compile_without_a_graph_break(name, nets):
     torch.compiler.reset()
     x = picture(32, 32)
@@ -161,10 +162,10 @@ def test_presets_compile_without_a_graph_break(name, nets):
 
 #: Mean and standard deviation of the seeded nets' logits.
 GOLDEN = {
-    V1: (0.0, 0.0),
-    V2: (0.0, 0.0),
-    REPLACED: (0.0, 0.0),
-    "ulsam_mobilenetv1_050_replace_12": (0.0, 0.0),
+    V1: (0.024886923695914446, 0.6627192076701971),
+    V2: (-0.08398431394994259, 2.921766323863309),
+    REPLACED: (-0.1328885673652403, 2.7980878186737215),
+    "ulsam_mobilenetv1_050_replace_12": (0.008061275568557904, 0.3950315855384218),
 }
 
 
@@ -207,16 +208,17 @@ def folder(tmp_path_factory, trained) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file", "heads"),
+    ("file", "heads", "edit"),
     [
-        ("whole.safetensors", 0),
-        ("backbone.safetensors", 2),
-        ("plain.pth", 0),
-        ("nested.pth.tar", 0),
-        ("parallel.pt", 0),
+        ("whole.safetensors", 0, "replace 14,17"),
+        ("whole.safetensors", 0, "insert 17:1"),
+        ("whole.safetensors", 0, "drop 14"),
+        ("backbone.safetensors", 2, "replace 14"),
+        ("plain.pth", 0, "insert 3:1"),
+        ("nested.pth.tar", 0, "replace 17"),
+        ("parallel.pt", 0, "drop 17"),
     ],
 )
-@pytest.mark.parametrize("edit", ["replace 14,17", "insert 17:1", "drop 14"])
 def test_base_weights_fill_every_untouched_layer(folder, trained, file, heads, edit):
     recipe = make_recipe(SMALL, [str(n) for n in range(1000)], [Edit.parse(edit)], size=64)
     net, notes = build(recipe, weights=folder / file)
@@ -301,6 +303,7 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["bomb.pth", "bomb.safetensors", "bomb.bin"])
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path, name):
     sprung = tmp_path / "sprung"
@@ -346,9 +349,11 @@ def test_truncated_checkpoints_are_refused(folder, tmp_path):
     "recipe",
     [
         make_recipe(SMALL, ["Zaunkönig", "鷦鷯", 'a"b', "x, y\n"], [Edit("replace", "14,17", 8)], size=64),
-        make_recipe(SMALL, ["a"], [Edit("insert", "5:1,blocks.5", 2, "released"), Edit("drop", "14")], crop_pct=1.0),
+        make_recipe(SMALL, ["a"], [Edit("insert", "5,blocks.5", 2, "released"), Edit("drop", "14")], crop_pct=1.0),
         make_recipe(V2, ["a", "b", "c"], model_args={"groups": 8, "drop_rate": 0.2}),
-        make_recipe("mobilenetv1_050", ["a", "b"], [Edit("replace", "blocks.3.*5")], model_args={"in_chans": 1}),
+        make_recipe(
+            "mobilenetv1_050", ["a", "b"], [Edit("replace", "blocks.3.4,blocks.*.5")], model_args={"in_chans": 1}
+        ),
         make_recipe("resnet18", ["a", "b"], [Edit("replace", "layer1"), Edit("insert", "layer2")], mean=(0, 0, 0.0)),
         make_recipe("mobilenetv3_small_050.lamb_in1k", ["a", "b"], [Edit("insert", "blocks.1")]),
     ],
@@ -419,7 +424,8 @@ HOSTILE = [
     ({"base": "../../resnet18"}, "timm has no net"),
     ({"base": 5}, "not the recipe of a net"),
     ({"base": None}, "not the recipe of a net"),
-    ({"base": "resnet18"}, "is not what its recipe builds"),
+    ({"base": "resnet18"}, "layer number 17: the paper's numbers exist for"),
+    ({"base": "resnet18", "edits": []}, "is not what its recipe builds"),
     ({"base": "vit_giant_patch14_dinov2", "edits": []}, "is not what its recipe builds"),
     ({"classes": "ab"}, "not the recipe of a net"),
     ({"classes": [1, 2]}, "not the recipe of a net"),

@@ -484,6 +484,7 @@ def expected(model: nn.Module, name: str, layer: ULSAM, x: Tensor) -> Tensor:
 
 
 PLACES = [
+    ("mobilenetv1_100", "11:1", "blocks.3.4"),
     ("mobilenetv2_050", "17:1", "blocks.5.2"),
     ("mobilenetv2_050", "blocks.3.1", "blocks.3.1"),  # mid-stage
     ("mobilenetv2_050", "blocks.3", "blocks.3.3"),  # stage end, parent a Sequential
@@ -758,3 +759,29 @@ def test_a_hook_that_was_there_sees_the_output_of_the_new_layer():
     net(picture())
     assert torch.equal(seen[0], net.left.ulsam(layer_in[0]))
     assert not torch.equal(seen[0], layer_in[0])
+
+
+class Grid(nn.Module):
+    """Makes tensors of its own while it runs, without asking where its input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.linspace(0, 1, x.shape[2])
+        return self.conv(x) + rows[:, None] + torch.zeros(x.shape[1:])
+
+
+def test_a_net_that_makes_tensors_of_its_own_is_edited_too():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Grid(), nn.Conv2d(4, 4, 1))
+    assert [c.name for c in candidates(net, SIZE, leaves=True)] == ["1", "1.conv", "2"]
+    assert insert(net, "1", input_size=SIZE)(picture()).shape == (2, 4, 32, 32)
+
+
+def test_a_net_that_cannot_be_copied_is_refused_in_one_line():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1))
+    net.lines = (line for line in "ab")
+    with pytest.raises(UlsamError, match=r"Sequential does not run on one picture .* cannot pickle") as caught:
+        candidates(net, SIZE)
+    assert "\n" not in str(caught.value)

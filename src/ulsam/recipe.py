@@ -62,7 +62,7 @@ class Edit:
         kind, *rest = text.split() or [""]
         options = dict(word.split("=", 1) for word in rest if "=" in word)
         places = [word for word in rest if "=" not in word]
-        if len(places) != 1 or set(options) - {"g", "form"} or not options.get("g", "4").isdecimal():
+        if len(places) != 1 or set(options) - {"g", "form"} or not re.fullmatch(r"\d{1,9}", options.get("g", "4")):
             raise UlsamError(f"cannot read the edit {text!r}; write it as 'replace 14,17 g=4 form=equations'")
         form: Any = options.get("form", "equations")
         return cls(kind, places[0], int(options.get("g", "4")), form)  # type: ignore[arg-type]

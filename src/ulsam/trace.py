@@ -5,6 +5,7 @@ Surgery finds channels and shapes here, `ulsam.cost` its counts. Nothing is comp
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -57,7 +58,8 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
         input_size: C, H, W; by default :func:`default_input_size`.
 
     Raises:
-        UlsamError: the size is not three whole numbers, or the forward pass fails at it.
+        UlsamError: the size is not three whole numbers, the net cannot be copied, or its forward pass fails at this
+            size.
 
     >>> flow = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (3, 12, 12))
     >>> flow["0"].input_shape, flow["0"].output_shape, flow["0"].macs
@@ -66,6 +68,20 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
     size = default_input_size(model) if input_size is None else input_size
     if not isinstance(size, Sequence) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
         raise UlsamError(f"input_size is C, H, W of one picture, three whole numbers, not {size!r}")
+    failure: Exception | None = None
+    for where in (nullcontext(), torch.device("meta")):  # the second for nets whose forward makes tensors of its own
+        try:
+            with where:
+                return _pass(model, size)
+        except Exception as error:  # whatever the net's own code raises at this size
+            failure = failure or error
+    reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+    raise UlsamError(
+        f"{type(model).__name__} does not run on one picture of {list(size)} (C, H, W): {reason}; pass input_size"
+    ) from failure
+
+
+def _pass(model: nn.Module, size: Sequence[int]) -> dict[str, Flow]:
     shadow = _on_meta(model)
     flows = {module: Flow() for module in shadow.modules()}
     running: list[nn.Module] = []  # outermost first
@@ -101,14 +117,8 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
         module.register_forward_pre_hook(enter, prepend=True)
         module.register_forward_hook(leave, with_kwargs=True)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    try:
-        with torch.no_grad(), counting:
-            shadow(torch.empty(1, *size, dtype=dtype, device="meta"))
-    except Exception as error:  # whatever the net's own code raises at this size
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UlsamError(
-            f"{type(model).__name__} does not run on one picture of {list(size)} (C, H, W): {reason}; pass input_size"
-        ) from error
+    with torch.no_grad(), counting:
+        shadow(torch.empty(1, *size, dtype=dtype, device="meta"))
     return {name: flows[module] for name, module in shadow.named_modules(remove_duplicate=False)}
 
 

@@ -197,9 +197,9 @@ def _open_folder(
 ) -> tuple[FolderPictures, FolderPictures, list[str]]:
     splits = find_splits(data)
     for name in (train_split, val_split):
-        if name and splits and name not in splits:
+        if name is not None and splits and name not in splits:
             raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
-    if val_split and not splits:
+    if val_split is not None and not splits:
         raise UlsamError(f"{data} has no split {val_split!r}: it is one folder of classes; leave --val-split out")
     folder = scan(splits.get(train_split, Path(data)))
     classes, notes = folder.classes, []
@@ -211,6 +211,8 @@ def _open_folder(
         val_split = next((name for name in ("val", "test") if name in splits), None)
     if val_split is not None and val_fraction is None:
         train_samples, val_samples = folder.samples, index_like(scan(splits[val_split], 1), classes).samples
+        if val_split == train_split:
+            notes.append(f"measured on the pictures that are trained on, split {val_split}")
     else:
         train_samples, val_samples = split(folder.samples, 0.2 if val_fraction is None else val_fraction, seed)
         notes.append(f"{len(val_samples)} of {len(folder.samples)} training pictures held out for validation ({seed=})")

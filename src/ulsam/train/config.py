@@ -112,14 +112,14 @@ class TrainConfig:
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise UlsamError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
-        for name in ("lr", "clip_grad", "crop_pct"):
+        for name in ("lr", "clip_grad"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UlsamError(f"{name} must be above 0, not {value}")
         if self.opt == "sgd" and not 0 < self.momentum < 1:
             raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {self.momentum}")
-        if self.crop_pct is not None and self.crop_pct > 1:
-            raise UlsamError(f"crop_pct must be 1 or less, not {self.crop_pct}")
+        if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1:
+            raise UlsamError(f"crop_pct must lie between 0.1 and 1, not {self.crop_pct}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UlsamError(f"crop_scale takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
         for name in ("mean", "std"):

@@ -160,18 +160,16 @@ def plain_words() -> Iterator[None]:
     """Turn what is no bug, but a limit of the machine or of the net, into one line.
 
     Raises:
-        UlsamError: the GPU's memory is full, a reading process died, or BatchNorm got one value a channel.
+        UlsamError: the memory is full, a reading process died, or BatchNorm got one value a channel.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UlsamError(
-            "the GPU's memory is full: use a smaller --batch-size, and --accumulate to make up for it"
-        ) from error
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise UlsamError("a process that reads pictures was killed (memory full?): use fewer --workers") from error
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UlsamError("the memory is full: use a smaller --batch-size, and --accumulate instead") from error
+        if str(error).startswith("DataLoader worker"):
+            raise UlsamError("a process that reads pictures was killed (memory full?): use fewer --workers") from error
+        raise
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

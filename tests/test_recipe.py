@@ -1,0 +1,180 @@
+"""The text form of an edit and the JSON of a recipe: there and back, and what is refused."""
+
+import json
+
+import pytest
+import timm
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ulsam.errors import UlsamError
+from ulsam.module import ULSAM
+from ulsam.recipe import Edit, Recipe
+
+names = st.from_regex(r"[A-Za-z_*?][A-Za-z0-9_*?]{0,6}(\.[A-Za-z0-9_*?]{1,6}){0,3}", fullmatch=True)
+places = st.lists(st.one_of(names, st.integers(1, 18).map(str), st.integers(1, 18).map("{}:1".format)), min_size=1)
+forms = st.sampled_from(["equations", "released", "folded"])
+edits = st.one_of(
+    st.builds(Edit, st.sampled_from(["replace", "insert"]), places.map(",".join), st.integers(1, 10**6), forms),
+    st.builds(Edit, st.just("drop"), places.map(",".join)),
+)
+
+
+@given(edit=edits)
+def test_an_edit_is_its_text(edit):
+    assert Edit.parse(str(edit)) == edit
+    assert Edit.parse(f"  {str(edit).replace(' ', '   ')} ") == edit
+
+
+@given(at=st.text(max_size=12), groups=st.integers(-2, 40), form=forms)
+def test_an_edit_of_any_text_is_its_text_or_refused(at, groups, form):
+    try:
+        edit = Edit("insert", at, groups, form)
+    except UlsamError as error:
+        assert "\n" not in str(error)
+        return
+    assert Edit.parse(str(edit)) == edit
+
+
+@given(text=st.text(max_size=40))
+def test_any_text_is_an_edit_or_refused_in_one_line(text):
+    try:
+        edit = Edit.parse(text)
+    except UlsamError as error:
+        assert "\n" not in str(error)
+        return
+    assert Edit.parse(str(edit)) == edit
+
+
+def test_the_text_of_an_edit_is_what_people_write():
+    assert str(Edit("replace", "14,17")) == "replace 14,17 g=4"
+    assert str(Edit("insert", "17:1", 8, "released")) == "insert 17:1 g=8 form=released"
+    assert str(Edit("drop", " 14 , blocks.5.*")) == "drop 14,blocks.5.*"
+    assert Edit.parse("replace 14,17") == Edit("replace", "14,17", 4, "equations")
+    assert Edit.parse("insert form=released 17:1 g=2") == Edit("insert", "17:1", 2, "released")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot read the edit ''"),
+        ("replace", "cannot read the edit"),
+        ("replace 14 17", "cannot read the edit"),
+        ("replace 14 groups=4", "cannot read the edit"),
+        ("replace 14 g=four", "cannot read the edit"),
+        ("replace 14 g=-4", "cannot read the edit"),
+        (f"replace 14 g={'9' * 5000}", "cannot read the edit"),
+        ("replace 14 g=0", "a whole number of groups"),
+        ("explode 14", "unknown edit 'explode'; valid: replace, insert, drop"),
+        ("replace 14 form=best", "unknown form 'best'; valid: equations, released, folded"),
+        ("drop 14 g=8", "a drop makes no layer"),
+        ("drop 14 form=released", "a drop makes no layer"),
+    ],
+)
+def test_a_mistaken_text_is_named(text, message):
+    with pytest.raises(UlsamError, match=message):
+        Edit.parse(text)
+
+
+@pytest.mark.parametrize("at", ["", "  ", "14 17", "a=b", "a\nb"])
+def test_a_place_that_has_no_text_form_is_refused(at):
+    with pytest.raises(UlsamError, match="cannot read the place") as caught:
+        Edit("replace", at)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at", [14, None, ["14"]])
+def test_a_place_is_text(at):
+    with pytest.raises(UlsamError, match="takes a place as text"):
+        Edit("replace", at)
+
+
+def test_an_edit_changes_the_net_as_it_says():
+    net = timm.create_model("mobilenetv2_050")
+    for text in ["replace 17 g=2 form=released", "drop 14", "insert blocks.2 g=8"]:
+        Edit.parse(text).apply(net, (3, 64, 64))
+    layer = net.blocks[5][2]
+    assert (type(layer), layer.groups, layer.form) == (ULSAM, 2, "released")
+    assert type(net.blocks[4][2]).__name__ == "Identity"
+    assert net.blocks[2][2].ulsam.groups == 8
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | numbers | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    channels = draw(st.integers(1, 4))
+    return Recipe(
+        base=draw(words),
+        classes=tuple(draw(st.lists(words, max_size=5))),
+        edits=tuple(draw(st.lists(edits, max_size=3))),
+        model_args=draw(st.dictionaries(words, json_values, max_size=3)),
+        input_size=(channels, draw(st.integers(1, 8192)), draw(st.integers(1, 8192))),
+        interpolation=draw(words),
+        crop_pct=draw(st.floats(0, 1, exclude_min=True)),
+        mean=tuple(draw(st.lists(numbers, min_size=channels, max_size=channels))),
+        std=tuple(draw(st.lists(st.floats(1e-9, 1e9), min_size=channels, max_size=channels))),
+    )
+
+
+@given(recipe=recipes())
+def test_a_recipe_is_its_json(recipe):
+    text = recipe.to_json()
+    assert "\n" not in text
+    assert Recipe.from_json(text) == recipe
+
+
+@given(junk=json_values, key=st.sampled_from(list(json.loads(Recipe("a", ("b",)).to_json()))))
+def test_junk_in_any_entry_is_accepted_by_type_or_refused_in_one_line(junk, key):
+    data = {**json.loads(Recipe("a", ("b",)).to_json()), key: junk}
+    try:
+        recipe = Recipe.from_json(json.dumps(data))
+    except UlsamError as error:
+        assert str(error).startswith("not the recipe of a net: ")
+        assert "\n" not in str(error)
+        assert len(str(error)) < 500
+        return
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@given(text=st.text() | json_values.map(json.dumps))
+def test_other_text_is_refused_in_one_line(text):
+    with pytest.raises(UlsamError, match=r"^not the recipe of a net: ") as caught:
+        Recipe.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_prints_as_a_few_lines_whatever_its_classes_hold():
+    recipe = Recipe("resnet18", ("a\x1b[2J", "b\nc", *map(str, range(20))), (Edit("insert", "layer1", 8),))
+    lines = str(recipe).splitlines()
+    assert lines[0].split() == ["base", "resnet18"]
+    assert lines[1].split(maxsplit=1) == ["edits", "insert layer1 g=8"]
+    assert lines[3] == "classes     22: a?[2J, b?c, 0, 1, 2, 3, 4, 5, ..."
+    assert len(lines) == 6
+    assert "\x1b" not in str(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_size": (3, 64)}, "input_size is C, H, W"),
+        ({"input_size": (3, 64, 9000)}, "each from 1 to 8192"),
+        ({"input_size": (3, 64.0, 64)}, "input_size is C, H, W"),
+        ({"crop_pct": 0.0}, "crop_pct is above 0"),
+        ({"crop_pct": 1.01}, "at most 1"),
+        ({"mean": (0.5,)}, "3 channels need as many means"),
+        ({"std": (0.5, 0.5, 0.0)}, "stds above 0"),
+        ({"std": (0.5, 0.5, float("inf"))}, "stds above 0"),
+        ({"mean": (0.5, 0.5, float("nan"))}, "3 channels need"),
+    ],
+)
+def test_mistaken_data_settings_are_named(change, message):
+    with pytest.raises(UlsamError, match=message):
+        Recipe("resnet18", ("a",), **change)

@@ -1,0 +1,428 @@
+"""Runs in processes of their own: killed, stopped, out of disk, or several at once, they end in the same weights."""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from tiny import SETTINGS, Warm, command, draw, draw_splits, options, session, warm
+from ulsam.cli import main
+from ulsam.models import load
+from ulsam.train.state import read_checkpoint
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux tells them")
+
+# everything that draws random numbers or keeps a state
+FULL = {
+    **SETTINGS,
+    "workers": 2,
+    "epochs": 3,
+    "accumulate": 2,
+    "mixup": 0.3,
+    "rand_augment": "rand-m7-n2-mstd0.5",
+    "random_erasing": 0.3,
+    "drop_rate": 0.2,
+    "ema": 0.9,
+    "save_seconds": 0,
+    "insert": "blocks.2",
+}
+PATIENCE = 120.0  # seconds; what is waited for comes much sooner
+
+
+@pytest.fixture(scope="module")
+def ulsam() -> Iterator[Warm]:
+    with warm() as interpreter:
+        yield interpreter
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 training pictures: 15 updates an epoch with `FULL`; 15 validation pictures."""
+    return draw_splits(tmp_path_factory.mktemp("data"), train=80, val=5)
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `FULL` that nothing happens to, in an ordinary process."""
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    process = command(["train", str(data), "--out", str(run), *options(FULL)])
+    _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (0, "")
+    return run
+
+
+def wait_for(event: Callable[[], Any], pause: float = 0.0) -> None:
+    """Wait until ``event`` is true."""
+    end = time.monotonic() + PATIENCE
+    while not event():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(pause)
+
+
+def changed(path: Path, times: int) -> Callable[[], bool]:
+    """An event: the file has been replaced so many times."""
+    state = {"last": 0, "seen": -1}
+
+    def look() -> bool:
+        with contextlib.suppress(OSError):
+            now = path.stat().st_ino
+            state["seen"] += now != state["last"]
+            state["last"] = now
+        return state["seen"] >= times
+
+    if not path.exists():
+        state["seen"] = 0
+    return look
+
+
+def parts(run: Path, name: str = "") -> list[str]:
+    return [entry for entry in os.listdir(run) if entry.startswith(f".{name}") and entry.endswith(".part")]
+
+
+def check_whole(run: Path) -> None:
+    """Whatever has its final name is complete."""
+    for path in run.iterdir():
+        if path.name == "config.yaml":
+            assert yaml.safe_load(path.read_text())["seed"] == 0
+        elif path.name == "checkpoint.pt":
+            assert read_checkpoint(run) is not None
+        elif path.name == "metrics.csv":
+            for row in csv.DictReader(path.open()):
+                assert float(row["train_loss"]) > 0
+                assert float(row["images_per_second"]) > 0
+        elif path.name == "curves.png":
+            with Image.open(path) as picture:
+                picture.load()
+        elif path.name == "model.safetensors":
+            assert load_file(path)
+        elif path.name == "summary.json":
+            assert json.loads(path.read_text())["scores"]
+        else:
+            assert path.name.startswith("."), path
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Both runs are finished and have the same weights and figures."""
+    files = ["checkpoint.pt", "config.yaml", "curves.png", "metrics.csv", "model.safetensors", "summary.json"]
+    assert sorted(os.listdir(run)) == files  # no temporary file is left
+    check_whole(run)
+    assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    mine, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (run, other))
+    assert mine["scores"] == theirs["scores"]
+    for row, same in zip(mine["epochs"], theirs["epochs"], strict=True):
+        assert [row[key] for key in ("lr", "train_loss", "val_loss")] == [
+            same[key] for key in ("lr", "train_loss", "val_loss")
+        ]
+
+
+# killed
+
+
+def kill_often(ulsam: Warm, data: Path, run: Path, log: Path, seed: int, kills: int, write_hits: int) -> None:
+    """Train with `FULL`; SIGKILL at so many random moments, then in so many checkpoint writes, then near the end."""
+    draws = random.Random(seed)
+    checkpoint = run / "checkpoint.pt"
+    words = ["train", str(data), "--out", str(run), *options(FULL)]
+
+    def started() -> int:
+        nonlocal words
+        pid = ulsam.start(words, log)
+        if (run / "config.yaml").exists():
+            words = ["train", "--resume", str(run)]
+        return pid
+
+    def killed(pid: int) -> None:
+        nonlocal words
+        assert ulsam.kill(pid) == -signal.SIGKILL, log.read_text()
+        check_whole(run)
+        words = ["train", "--resume", str(run)]
+
+    for _ in range(kills):
+        pid = started()
+        wait_for(changed(checkpoint, draws.randint(1, 3)))
+        time.sleep(draws.uniform(0, 0.03))
+        killed(pid)
+        state = read_checkpoint(run)
+        assert state is not None
+    hits = 0
+    for _ in range(12 * write_hits):
+        pid = started()
+        wait_for(changed(checkpoint, 1))
+        wait_for(lambda: parts(run, "checkpoint.pt"))
+        killed(pid)
+        hits += bool(parts(run, "checkpoint.pt"))
+        if hits == write_hits:
+            break
+    assert hits == write_hits
+    pid = started()
+    wait_for(lambda: (run / "model.safetensors").exists(), 0.001)
+    killed(pid)
+    assert not (run / "summary.json").exists()
+    assert ulsam.run(words, log) == 0
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_weights(
+    ulsam: Warm, data: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    kill_often(ulsam, data, run, log, seed=1, kills=5, write_hits=1)
+    assert_same_end(run, unbroken)
+    told = log.read_text()
+    assert told.count("resume  in epoch") >= 6
+    assert "warning" not in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_killed_more_often(seed: int, ulsam: Warm, data: Path, unbroken: Path, tmp_path: Path) -> None:
+    kill_often(ulsam, data, tmp_path / "run", tmp_path / "log", seed, kills=8, write_hits=3)
+    assert_same_end(tmp_path / "run", unbroken)
+
+
+def test_killed_before_the_first_checkpoint(ulsam: Warm, data: Path, unbroken: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    pid = ulsam.start(["train", str(data), "--out", str(run), *options(FULL)], log)
+    wait_for(lambda: (run / "config.yaml").exists())
+    assert ulsam.kill(pid) == -signal.SIGKILL
+    assert os.listdir(run) == ["config.yaml"]
+    assert ulsam.run(["train", "--resume", str(run)], log) == 0
+    assert_same_end(run, unbroken)
+    wait_for(lambda: not session(pid), 0.1)  # the reading processes have noticed
+
+
+# stopped
+
+
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+)
+def test_stopped_it_saves_and_says_how_to_go_on(
+    number: int, whole_group: bool, ulsam: Warm, data: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "a run", tmp_path / "log"
+    settings = {**FULL, "save_seconds": 1000}
+    words = ["train", str(data), "--out", str(run), *options(settings)]
+    if whole_group and number == signal.SIGINT:  # as a terminal does it, to an ordinary process
+        process = command(words)
+        wait_for(lambda: (run / "metrics.csv").exists(), 0.001)
+        time.sleep(0.05)
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=PATIENCE)
+        pid, code = process.pid, process.returncode
+    else:
+        pid = ulsam.start(words, log)
+        wait_for(lambda: (run / "metrics.csv").exists(), 0.001)
+        time.sleep(0.05)
+        code = ulsam.kill(pid, number, group=whole_group)
+        err = "\n" + log.read_text().partition("\n\n")[2]
+    assert code == 130
+    assert session(pid) == []
+    lines = [line for line in err.splitlines() if line]
+    assert lines[0] == "ulsam: saving and stopping; once more stops at once"
+    assert lines[1].startswith("ulsam: stopped in epoch 2, step ")
+    assert lines[1].endswith(f"; go on with: ulsam train --resume '{run}'")
+    assert len(lines) == 2
+    check_whole(run)
+    state = read_checkpoint(run)
+    assert state is not None
+    assert state["position"]["batch"] > 0  # saved in mid-epoch
+    assert ulsam.run(["train", "--resume", str(run)], log) == 0
+    assert_same_end(run, unbroken)
+
+
+def test_a_mistake_in_mid_run_ends_the_reading_processes(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = {**FULL, "lr": 1e30, "warmup_epochs": 0}
+    pid = ulsam.start(["train", str(data), "--out", str(run), *options(settings)], log)
+    assert ulsam.ask(wait=pid) == 2
+    assert session(pid) == []
+    assert log.read_text().splitlines()[-1].startswith("ulsam: error: the loss is ")
+
+
+def test_a_killed_reading_process_is_one_line(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    pid = ulsam.start(["train", str(data), "--out", str(run), *options({**FULL, "epochs": 50})], log)
+    wait_for(changed(run / "checkpoint.pt", 2))
+    os.kill(max(set(session(pid)) - {pid}), signal.SIGKILL)
+    assert ulsam.ask(wait=pid) == 2
+    assert log.read_text().splitlines()[-1].startswith("ulsam: error: a process that reads pictures was killed")
+    check_whole(run)
+    wait_for(lambda: not session(pid), 0.1)
+
+
+# the disk
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = {**FULL, "workers": 0, "epochs": 2}  # the shared memory of workers is files too
+    with_room = ["train", str(data), "--out", str(run), *options(settings)]
+    pid = ulsam.start(with_room, log)
+    wait_for(changed(run / "checkpoint.pt", 2))
+    ulsam.kill(pid)
+    shutil.copytree(run, tmp_path / "before")
+    size = (run / "checkpoint.pt").stat().st_size
+    assert ulsam.run(["train", "--resume", str(run)], log, file_size=size // 2) == 2
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith(
+        f"ulsam: error: cannot write {run}/checkpoint.pt: File too large; what was there before is whole"
+    )
+    assert (run / "checkpoint.pt").read_bytes() == (tmp_path / "before" / "checkpoint.pt").read_bytes()
+    assert parts(run) == []
+    assert ulsam.run(["train", "--resume", str(run)], log) == 0
+    other = tmp_path / "other"
+    assert ulsam.run(["train", str(data), "--out", str(other), *options(settings)], log) == 0
+    assert_same_end(run, other)
+
+
+# several processes
+
+
+@pytest.fixture(scope="module")
+def odd_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """72 training pictures and 13 validation pictures, one of which cannot be read."""
+    root = tmp_path_factory.mktemp("odd")
+    draw(root / "train", 24)
+    draw(root / "val", 5, seed=1)
+    for name in ("000.png", "001.png"):
+        (root / "val" / "class2" / name).unlink()
+    (root / "val" / "class1" / "002.png").write_bytes(b"")
+    return root
+
+
+PAIR = {**SETTINGS, "workers": 1, "batch_size": 4, "accumulate": 2, "ema": 0.5, "insert": "blocks.2", "lr": 0.02}
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start_pair(ulsam: Warm, words: list[str], log: Path) -> list[int]:
+    """Two processes as torchrun starts them."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    env = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [ulsam.start(words, Path(f"{log}{rank}"), env=env[rank]) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def pair(odd_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A run of two processes under torchrun: its folder, output and errors."""
+    run = tmp_path_factory.mktemp("runs") / "pair"
+    words = ["train", str(odd_data), "--out", str(run), *options(PAIR)]
+    process = command(words, launcher=[*TORCHRUN, free_port()])
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    return run, out, err
+
+
+def test_torchrun_has_one_writer(pair: tuple[Path, str, str]) -> None:
+    run, out, err = pair
+    assert len(os.listdir(run)) == 6
+    check_whole(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["versions"]["processes"] == "2"
+    assert [line.split()[0] for line in out.splitlines()] == ["data", "net", "cost", "epoch", "epoch", "result", "note"]
+    assert err.count("unreadable ") == 1
+    assert read_checkpoint(run)["position"]["updates"] == 2 * (72 // (4 * 2) // 2)  # type: ignore[index]
+
+
+def test_torchrun_counts_every_picture_once(
+    pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((pair[0] / "summary.json").read_text())
+    alone = tmp_path / "alone.json"
+    words = ["--split", "val", "--device", "cpu", "--workers", "0", "--json", str(alone)]
+    assert main(["eval", str(pair[0] / "model.safetensors"), str(odd_data), *words]) == 0
+    assert "1 unreadable ones left out" in capsys.readouterr().out
+    scores, expected = summary["scores"], json.loads(alone.read_text())["scores"]
+    assert scores["pictures"] == 12
+    assert scores["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert {**scores, "loss": 0} == {**expected, "loss": 0}
+    assert [Path(name).parts[-2:] for name in summary["unreadable"]["val"]] == [("class1", "002.png")]
+
+
+def test_two_processes_resume_to_the_same_weights(
+    ulsam: Warm, pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    pids = start_pair(ulsam, ["train", str(odd_data), "--out", str(run), *options({**PAIR, "save_seconds": 0})], log)
+    wait_for(changed(run / "checkpoint.pt", 1))
+    for pid in pids:
+        ulsam.kill(pid)
+    check_whole(run)
+    pids = start_pair(ulsam, ["train", "--resume", str(run)], log)
+    wait_for(changed(run / "checkpoint.pt", 1))
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    assert [ulsam.ask(wait=pid) for pid in pids] == [130, 130]
+    assert ulsam.run(["train", "--resume", str(run)], log) == 2  # alone
+    assert "this run has 2 process(es), not 1: start as many" in log.read_text()
+    pids = start_pair(ulsam, ["train", "--resume", str(run)], log)
+    assert [ulsam.ask(wait=pid) for pid in pids] == [0, 0]
+    assert_same_end(run, pair[0])
+
+
+def test_a_mistake_under_torchrun_is_told_once(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    words = ["train", str(odd_data), "--out", str(tmp_path / "run"), *options({**PAIR, "insert": "blocks.99"})]
+    first, second = start_pair(ulsam, words, log)
+    assert ulsam.ask(wait=first) == 2
+    assert ulsam.kill(second, signal.SIGTERM) == -signal.SIGTERM  # as torchrun does when one has failed
+    told = Path(f"{log}0").read_text() + Path(f"{log}1").read_text()
+    assert told.count("ulsam: error: no module is named 'blocks.99'") == 1
+    assert "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_torchrun_stopped_and_resumed(pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = command(
+        ["train", str(odd_data), "--out", str(run), *options({**PAIR, "save_seconds": 0})],
+        launcher=[*TORCHRUN, free_port()],
+    )
+    wait_for(changed(run / "checkpoint.pt", 1))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    check_whole(run)
+    assert not (run / "summary.json").exists()
+    process = command(["train", "--resume", str(run)], launcher=[*TORCHRUN, free_port()])
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert_same_end(run, pair[0])
+
+
+@pytest.mark.slow
+def test_a_mistake_under_real_torchrun(odd_data: Path, tmp_path: Path) -> None:
+    words = ["train", str(odd_data), "--out", str(tmp_path / "run"), *options({**PAIR, "insert": "blocks.99"})]
+    process = command(words, launcher=[*TORCHRUN, free_port()])
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0
+    assert err.count("ulsam: error: no module is named 'blocks.99'") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_saved_net_is_the_one_that_was_measured(unbroken: Path) -> None:
+    net, _ = load(unbroken / "model.safetensors")
+    state = read_checkpoint(unbroken)
+    assert state is not None
+    for name, value in net.state_dict().items():
+        assert torch.equal(state["ema"][name], value)
+    assert not torch.equal(state["ema"]["conv_stem.weight"], state["model"]["conv_stem.weight"])
