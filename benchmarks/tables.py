@@ -22,8 +22,8 @@ ARMS = {
 def finetune_table() -> str:
     """One row an arm for each data set that was measured."""
     lines = [
-        "| data set (train / test pictures) | net | parameters | MACs | lr, epochs chosen | test top-1, mean ± sd (seeds) "
-        "| minus base |",
+        "| data set (train / test pictures) | net | parameters | MACs | lr, epochs chosen "
+        "| test top-1, mean ± sd (seeds) | minus base |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, title in SETS.items():

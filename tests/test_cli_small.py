@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import ulsam
 from ulsam.cli import main
-from ulsam.cost import cost
+from ulsam.costs import cost
 from ulsam.models import build, make_recipe, save_model, sketch
 from ulsam.recipe import Edit
 

@@ -1,6 +1,8 @@
 """The layer against a naive per-subspace loop, against the released module's numbers, and its properties."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -283,3 +285,18 @@ def test_zero_pixels_far_away_do_not_matter_to_the_gradient_through_ties():
     layer(x).square().sum().backward()
     assert torch.isfinite(x.grad).all()
     assert layer.depthwise.weight.grad.abs().sum() > 0
+
+
+def test_the_package_is_light_and_its_names_are_what_they_say():
+    code = (
+        "import sys, ulsam\n"
+        "assert not {'torch', 'timm', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules)\n"
+        "net = __import__('torch').nn.Sequential(ulsam.ULSAM(8))\n"
+        "for _ in range(2):\n"  # a name that is also a module's would turn into the module at its second use
+        "    for name in dir(ulsam):\n"
+        "        value = getattr(ulsam, name)\n"
+        "        assert name.startswith('_') or callable(value), name\n"
+        "print(ulsam.cost(net, (8, 4, 4)).params)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("16\n", "")

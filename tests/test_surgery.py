@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ulsam.cost import cost
+from ulsam.costs import cost
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM
-from ulsam.surgery import candidates, drop, insert, layer_names, match, remove, replace
+from ulsam.places import layer_names, match
+from ulsam.surgery import candidates, drop, insert, remove, replace
 
 SIZE = (3, 32, 32)
 

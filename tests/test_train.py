@@ -31,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tiny import NET, SETTINGS, draw, draw_splits, options
 from ulsam import __version__
 from ulsam.cli import main
-from ulsam.cost import cost
+from ulsam.costs import cost
 from ulsam.data import loading
 from ulsam.data.pictures import read_picture
 from ulsam.distributed import World

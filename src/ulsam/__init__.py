@@ -16,7 +16,7 @@ _HOME = {
     "replace": "ulsam.surgery",
     "drop": "ulsam.surgery",
     "remove": "ulsam.surgery",
-    "cost": "ulsam.cost",
+    "cost": "ulsam.costs",
     "Edit": "ulsam.recipe",
     "Recipe": "ulsam.recipe",
     "build": "ulsam.models",

@@ -12,8 +12,8 @@ from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train
 
 CAUTION = "One run with one seed proves nothing: another seed can turn the order."
-BIRDS = {"classes": 8, "train": 100, "val": 50, "size": 64}
-RECIPE = {
+BIRDS: dict[str, Any] = {"classes": 8, "train": 100, "val": 50, "size": 64}
+RECIPE: dict[str, Any] = {
     "model": "mobilenetv2_050",
     "size": 64,
     "epochs": 10,
@@ -68,7 +68,8 @@ def draw_comparison(data: Path, summaries: Mapping[str, Mapping[str, Any]]) -> b
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(1.35, 1.2, 0.9))
+    panels: Any = figure.subfigures(1, 3, width_ratios=(1.35, 1.2, 0.9))
+    left, middle, right = panels
     birds = open_split(str(data), "val")
     first = {label: number for number, label in reversed(list(enumerate(birds.labels or ())))}
     grid = left.subplots(2, (len(first) + 1) // 2).flat

@@ -15,7 +15,7 @@ from functools import cache
 import timm
 import torch
 
-from ulsam.cost import Cost, Rule, aligned, cost
+from ulsam.costs import Cost, Rule, aligned, cost
 from ulsam.models import PLACEMENTS
 from ulsam.module import ULSAM
 

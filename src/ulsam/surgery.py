@@ -8,7 +8,7 @@ loads strictly, the new keys aside.
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM, Form, divisors
+from ulsam.places import At, match, original, words
 from ulsam.trace import Flow, Shape, trace
 
-At = str | int | Sequence[str | int]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -200,93 +200,14 @@ def changes(model: nn.Module) -> tuple[set[str], dict[str, nn.Module]]:
     (['1.depthwise.weight', '1.pointwise.weight'], ['1'])
     """
     edited = {name: module for name, module in model.named_modules() if _is_edited(module)}
-    aside = {name: _original(module) for name, module in edited.items() if "replaced_module" in vars(module)}
+    aside = {name: original(module) for name, module in edited.items() if "replaced_module" in vars(module)}
     places = [name if name in aside else f"{name}.ulsam" for name in edited]
     return {f"{name}.{key}" for name in places for key in model.get_submodule(name).state_dict()}, aside
 
 
-def layer_names(model: nn.Module) -> dict[int, str]:
-    """The paper's layer numbers of a MobileNet-V1 or V2: 1 is the stem, then one a block; empty for any other net.
-
-    Knows timm's and torchvision's nets, at any width, edited or not.
-
-    >>> import timm
-    >>> layer_names(timm.create_model("mobilenetv2_100"))[17]
-    'blocks.5.2'
-    """
-    if type(model).__name__ == "MobileNetV2" and len(getattr(model, "features", ())) == 19:
-        return {n + 1: f"features.{n}" for n in range(18)}
-    stages = getattr(model, "blocks", None)
-    if not hasattr(model, "conv_stem") or not isinstance(stages, nn.Sequential):
-        return {}
-    lengths = tuple(len(stage._modules) for stage in stages)
-    kinds = {type(_original(block)).__name__ for stage in stages for block in stage.children()}
-    layouts = {
-        (1, 2, 2, 6, 2): {"DepthwiseSeparableConv"},
-        (1, 2, 3, 4, 3, 3, 1): {"DepthwiseSeparableConv", "InvertedResidual"},
-    }
-    if layouts.get(lengths) != kinds:
-        return {}
-    names = [f"blocks.{stage}.{block}" for stage, length in enumerate(lengths) for block in range(length)]
-    return {1: "conv_stem", **{n: name for n, name in enumerate(names, start=2)}}
-
-
-def match(model: nn.Module, at: At) -> list[str]:
-    """The module names that ``at`` means, in the order of the model; see :func:`replace` for what it may be.
-
-    Raises:
-        UlsamError: something in ``at`` matches no module; the message names the nearest valid ones.
-
-    >>> match(nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), nn.ReLU())), "1.*")
-    ['1.0', '1.1']
-    """
-    wanted = _parts(at)
-    if not any(wanted):
-        raise UlsamError("no place named; name a module such as blocks.4.2, or a layer number such as 14")
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    chosen: set[str] = set()
-    for part in wanted:
-        exact = part in names
-        number = re.fullmatch(r"(\d+)(:1)?", part)
-        if number and not exact:
-            chosen.add(_numbered(model, int(number[1])))
-            continue
-        found = [part] if exact else [name for name in names if _glob(part).fullmatch(name)]
-        if not found:
-            near = difflib.get_close_matches(part, names, n=3, cutoff=0.4)
-            hint = f"nearest names: {', '.join(near)}" if near else f"names here begin with {', '.join(names[:3])}"
-            raise UlsamError(f"no module is named {part!r}; {hint}")
-        chosen.update(found)
-    return [name for name in names if name in chosen]
-
-
-def _numbered(model: nn.Module, number: int) -> str:
-    numbers = layer_names(model)
-    if not numbers:
-        raise UlsamError(
-            f"layer number {number}: the paper's numbers exist for MobileNet-V1 and V2 alone; "
-            f"name modules of this {type(model).__name__} (see `ulsam candidates`)"
-        )
-    if number not in numbers:
-        raise UlsamError(f"there is no layer {number}; this net has layers 1 to {max(numbers)}")
-    return numbers[number]
-
-
-def _glob(pattern: str) -> re.Pattern[str]:
-    """``*`` within one level, ``**`` across levels, ``?`` one character."""
-    tokens = {"**": r".+", "*": r"[^.]+", "?": r"[^.]"}
-    parts = re.split(r"(\*\*|\*|\?)", pattern)
-    return re.compile("".join(tokens.get(part, re.escape(part)) for part in parts))
-
-
-def _parts(at: At) -> list[str]:
-    items: Iterable[str | int] = [at] if isinstance(at, str | int) else at
-    return [part.strip() for item in items for part in str(item).split(",")]
-
-
 def _blocks(model: nn.Module, at: At) -> list[str]:
     """The names that ``at`` means as blocks to replace: none written as an insertion, none inside another."""
-    if inserted := next((part for part in _parts(at) if re.fullmatch(r"\d+:1", part)), None):
+    if inserted := next((part for part in words(at) if re.fullmatch(r"\d+:1", part)), None):
         raise UlsamError(
             f"{inserted} means behind layer {inserted[:-2]}, an insertion; its replacement is {inserted[:-2]}"
         )
@@ -466,11 +387,6 @@ def _swap_back(model: nn.Module, name: str) -> None:
 def _like(module: nn.Module, model: nn.Module) -> Tensor:
     """A tensor with the device and dtype of ``module``, or, where it has no parameters, of ``model``."""
     return next(module.parameters(), next(model.parameters(), torch.empty(0)))
-
-
-def _original(module: nn.Module) -> nn.Module:
-    """What stood at this place before the edit, or the module itself."""
-    return cast(nn.Module, vars(module).get("replaced_module", (module,))[0])
 
 
 def _is_edited(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """One forward pass on the meta device: what flows through every module of a net, and what it costs.
 
-Surgery finds channels and shapes here, `ulsam.cost` its counts. Nothing is computed and no weight is copied.
+Surgery finds channels and shapes here, `ulsam.costs` its counts. Nothing is computed and no weight is copied.
 """
 
 import copy

@@ -3,10 +3,11 @@
 import argparse
 
 from ulsam.cli.common import add_net_arguments, recipe_from
-from ulsam.cost import aligned, cost
+from ulsam.costs import aligned, cost
 from ulsam.errors import UlsamError
 from ulsam.models import sketch
-from ulsam.surgery import candidates, layer_names
+from ulsam.places import layer_names
+from ulsam.surgery import candidates
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

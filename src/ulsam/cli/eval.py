@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ulsam.cost import cost
+from ulsam.costs import cost
 from ulsam.data.folder import find_splits
 from ulsam.data.loading import eval_loader
 from ulsam.data.sources import open_split

@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from ulsam.cost import cost
+from ulsam.costs import cost
 from ulsam.models import load, read_weights
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import io
 
 from ulsam.cli.common import add_edit_options, add_net_arguments, edits_from, recipe_from
-from ulsam.cost import Cost, cost
+from ulsam.costs import Cost, cost
 from ulsam.files import write_atomic
 from ulsam.models import sketch
 

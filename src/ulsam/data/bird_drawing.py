@@ -30,13 +30,13 @@ _SCALE = (0.53, 0.61)  # one body length as a part of the picture's side
 _REACH = ((-0.70, -0.46), (1.00, 0.46))  # opposite corners around any bird, whatever its marks
 _SHOULDER, _WING_TIP, _WING_WIDTH = np.array((0.16, -0.12)), np.array((-0.62, 0.02)), 0.17
 _BARRED, _BAR_CENTRE = 0.40, 0.36  # length of wing under bars and gaps; their middle as a part of the wing
-_BREAST, _BREAST_RADII, _BREAST_TILT = (0.21, 0.06), (0.22, 0.17), -0.45
-_SPOTS = {"coarse": (5, 0.15), "fine": (20, 0.075)}  # how many, and from one to the next: the same area in all
+_BREAST, _BREAST_RADII, _BREAST_TILT = (0.21, 0.07), (0.24, 0.19), -0.45
+_SPOTS = {"coarse": (6, 0.15), "fine": (24, 0.075)}  # how many, and from one to the next: the same area in all
 _EYE, _EYE_RADIUS, _RING_RADIUS = (0.45, -0.30), 0.036, 0.068
 _BILLS = {
-    "short": ((0.48, -0.47), (0.67, -0.39), (0.78, -0.25), (0.64, -0.16), (0.48, -0.07)),
-    "long": ((0.50, -0.37), (0.72, -0.32), (1.00, -0.24), (0.72, -0.20), (0.50, -0.15)),
-    "hooked": ((0.50, -0.41), (0.67, -0.39), (0.76, -0.34), (0.81, -0.24), (0.78, -0.10), (0.71, -0.25), (0.50, -0.19)),
+    "short": ((0.50, -0.39), (0.71, -0.25), (0.50, -0.13)),
+    "long": ((0.50, -0.43), (0.72, -0.37), (1.00, -0.24), (0.72, -0.16), (0.50, -0.11)),
+    "hooked": ((0.50, -0.42), (0.68, -0.40), (0.79, -0.34), (0.85, -0.22), (0.82, -0.07), (0.73, -0.21), (0.50, -0.15)),
 }
 _TAILS = {
     "square": ((-0.38, -0.06), (-0.70, 0.03), (-0.68, 0.19), (-0.36, 0.12)),
@@ -99,7 +99,7 @@ def draw_bird(marks: Marks, size: int, rng: random.Random) -> tuple[Image.Image,
     hue = rng.random()
     back = _colour(rng, (0.25, 0.75), (0.1, 0.6), hue)
     wing = _colour(rng, (0.1, 0.4), (0.1, 0.6), hue)
-    horn = _colour(rng, (0.85, 1.0), (0.8, 1.0), 0.09)
+    horn = _horn(rng)
     slope = rng.uniform(-0.15, 0.15)
     perch = _colour(rng, (0.15, 0.6), (0.2, 0.6), 0.08)
     bird.line([(-2.5, 0.46 - 2.5 * slope), (2.5, 0.46 + 2.5 * slope)], rng.uniform(0.04, 0.1), perch)
@@ -207,7 +207,7 @@ def _scene(side: int, rng: random.Random) -> Image.Image:
         soft.putpixel((place % 4, place // 4), _colour(rng, (0.25, 0.95), (0.05, 0.45), rng.choice(hues)))
     canvas = soft.resize((side, side), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
-    for _ in range(rng.randint(4, 14)):
+    for _ in range(rng.randint(3, 10)):
         _draw_leaf(draw, side, rng, _colour(rng, (0.2, 0.9), (0.1, 0.7), rng.choice(hues)))
     for _ in range(rng.randint(0, 2)):
         _draw_stems(draw, side, rng)
@@ -225,7 +225,7 @@ def _draw_leaf(draw: ImageDraw.ImageDraw, side: int, rng: random.Random, colour:
 
 def _draw_stems(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> None:
     """Parallel stripes anywhere, as far apart as broad or fine wing bars."""
-    colour, turn = _colour(rng, (0.1, 1.0), (0.1, 0.8)), rng.uniform(0, math.pi)
+    colour, turn = _fruit(rng), rng.uniform(0, math.pi)
     start = np.array((rng.uniform(0, side), rng.uniform(0, side)))
     period, length = side * rng.choice((0.045, 0.11)) * rng.uniform(0.8, 1.25), side * rng.uniform(0.06, 0.14)
     along, across = _turn(np.array(((length, 0.0), (0.0, period))), turn)
@@ -236,7 +236,7 @@ def _draw_stems(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> Non
 
 def _draw_berries(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> None:
     """A cluster of dots anywhere, as wide as coarse or fine breast spots."""
-    colour = _colour(rng, (0.1, 1.0), (0.1, 0.8))
+    colour = _fruit(rng)
     x, y, period = (
         rng.uniform(0, side),
         rng.uniform(0, side),
@@ -258,11 +258,22 @@ def _develop(canvas: Image.Image, rng: random.Random) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _colour(rng: random.Random, value: _Range, saturation: _Range, hue: float | None = None) -> _Colour:
-    """A random colour in ranges of HSV value and saturation, close to `hue` if one is given."""
-    hue = rng.random() if hue is None else (hue + rng.uniform(-0.03, 0.03)) % 1.0
+def _colour(
+    rng: random.Random, value: _Range, saturation: _Range, hue: float | None = None, spread: float = 0.04
+) -> _Colour:
+    """A random colour in ranges of HSV value and saturation, and close to `hue` if one is given."""
+    hue = rng.random() if hue is None else (hue + rng.uniform(-spread, spread)) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value))
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _horn(rng: random.Random) -> _Colour:
+    """The orange of a bill; berries and stems may have it too, so that how much of it there is tells little."""
+    return _colour(rng, (0.92, 1.0), (0.9, 1.0), 0.09, spread=0.012)
+
+
+def _fruit(rng: random.Random) -> _Colour:
+    return _horn(rng) if rng.random() < 0.5 else _colour(rng, (0.1, 1.0), (0.1, 0.8))
 
 
 def _turn(points: _Points, angle: float) -> _Points:

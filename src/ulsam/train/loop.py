@@ -22,18 +22,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ulsam.cost import Cost, cost
+from ulsam.costs import Cost, cost
 from ulsam.data import loading, sources
 from ulsam.distributed import World, start
 from ulsam.errors import UlsamError
 from ulsam.evaluate import NotFinite, Scores, evaluate, recipe_transform
 from ulsam.files import clear_parts, write_atomic
 from ulsam.models import build, save_model, sketch
-from ulsam.surgery import match
+from ulsam.places import match
 from ulsam.train import parts, report
 from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.state import environment, read_checkpoint, write_checkpoint
-
 
 #: Settings that a resumed run may change: what is trained, and how, stays the same.
 HARMLESS = ("data", "data_dir", "workers", "device", "threads", "save_seconds")

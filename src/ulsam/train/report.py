@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ulsam import __version__
-from ulsam.cost import Cost
+from ulsam.costs import Cost
 from ulsam.evaluate import Scores
 from ulsam.files import write_atomic
 from ulsam.recipe import Recipe

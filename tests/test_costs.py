@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ulsam.cost import cost
+from ulsam.costs import cost
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM
 from ulsam.surgery import insert, replace
