@@ -59,15 +59,15 @@ def main() -> None:
             shutil.rmtree(folder)
         return json.loads(summary.read_text())
 
+    def held_out(arm: str, rate: float, epochs: int) -> float:
+        settings = {"edits": ARMS[arm], "lr": rate, "epochs": epochs, "val_fraction": 0.2}
+        return run(f"choose-{arm}-{rate}-{epochs}", **settings)["scores"]["top1"]
+
     chosen, tries = {}, {}
-    for arm, edits in ARMS.items():
-        scores = {}
-        for rate in RATES:
-            found = run(f"choose-{arm}-{rate}-{FIRST_EPOCHS}", edits=edits, lr=rate, epochs=FIRST_EPOCHS, val_fraction=0.2)
-            scores[rate, FIRST_EPOCHS] = found["scores"]["top1"]
+    for arm in ARMS:
+        scores = {(rate, FIRST_EPOCHS): held_out(arm, rate, FIRST_EPOCHS) for rate in RATES}
         best = max(RATES, key=lambda rate: scores[rate, FIRST_EPOCHS])
-        found = run(f"choose-{arm}-{best}-{MORE_EPOCHS}", edits=edits, lr=best, epochs=MORE_EPOCHS, val_fraction=0.2)
-        scores[best, MORE_EPOCHS] = found["scores"]["top1"]
+        scores[best, MORE_EPOCHS] = held_out(arm, best, MORE_EPOCHS)
         chosen[arm] = max(scores, key=lambda key: scores[key])
         tries[arm] = [{"lr": lr, "epochs": epochs, "held_out_top1": top1} for (lr, epochs), top1 in scores.items()]
 
@@ -115,7 +115,8 @@ def report(name: str, chosen: Any, tries: Any, final: dict[str, list[dict[str, A
     Path("results", f"finetune_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     for arm, entry in arms.items():
         tested = ", ".join(f"{100 * value:.2f}" for value in entry["test_top1"])
-        print(f"{arm:8} lr {entry['lr']} epochs {entry['epochs']}  test top-1 {tested}  mean {100 * entry['test_top1_mean']:.2f}")
+        mean = 100 * entry["test_top1_mean"]
+        print(f"{arm:8} lr {entry['lr']} epochs {entry['epochs']}  test top-1 {tested}  mean {mean:.2f}")
 
 
 def publish(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """Write the tables of measured results into README.md, from the JSON files under results/.
 
-    python benchmarks/tables.py           # rewrite README.md
-    python benchmarks/tables.py --check   # exit 1 if README.md and the results disagree
+python benchmarks/tables.py           # rewrite README.md
+python benchmarks/tables.py --check   # exit 1 if README.md and the results disagree
 """
 
 import json
