@@ -1,10 +1,7 @@
 """Batches are a function of seed and epoch, whatever the workers and restarts; bad pictures; data sets by name."""
 
-import importlib.util
 import io
-import json
 import math
-import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tiny import draw, draw_splits
+from tiny import draw, draw_shards, draw_splits
 from ulsam.data import loading
 from ulsam.data.loading import Batch, EpochOrder, eval_loader, eval_transform, train_loader, train_transform
 from ulsam.data.pictures import UnreadablePicture
@@ -419,32 +416,8 @@ def test_a_bad_picture_of_a_data_set_without_file_names_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """WebDataset shards: 4 of 11 training pictures, 2 of 7 validation pictures."""
-    if importlib.util.find_spec("webdataset") is None:
-        pytest.skip("webdataset is not installed")
-    root = tmp_path_factory.mktemp("shards")
-    splits = {}
-    for split, count, size in (("train", 4, 11), ("validation", 2, 7)):
-        names = [f"{split}-{shard}.tar" for shard in range(count)]
-        for shard, name in enumerate(names):
-            with tarfile.open(root / name, "w") as archive:
-                for number in range(shard * size, (shard + 1) * size):
-                    picture = folder / "train" / f"class{number % 3}" / f"{number // 3 % 10:03}.png"
-                    parts = {"png": picture.read_bytes(), "cls": str(number % 3).encode()}
-                    for suffix, content in parts.items():
-                        entry = tarfile.TarInfo(f"{number:04}.{suffix}")
-                        entry.size = len(content)
-                        archive.addfile(entry, io.BytesIO(content))
-        lengths = [size] * count
-        splits[split] = {
-            "name": split,
-            "num_samples": count * size,
-            "filenames": names,
-            "shard_lengths": lengths,
-        }
-    (root / "_info.json").write_text(json.dumps({"splits": splits}))
-    (root / "names.txt").write_text("robin\nwren\nfinch\n")
-    return root
+    pytest.importorskip("webdataset")
+    return draw_shards(tmp_path_factory.mktemp("shards"), folder / "train")
 
 
 def open_shards(root: Path) -> tuple[StreamPictures, StreamPictures, list[str]]:

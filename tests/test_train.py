@@ -28,7 +28,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tiny import NET, SETTINGS, draw, draw_splits, options
+from tiny import NET, SETTINGS, draw, draw_shards, draw_splits, options
 from ulsam import __version__
 from ulsam.cli import main
 from ulsam.costs import cost
@@ -525,6 +525,36 @@ def test_a_changed_environment_is_a_warning(copied: Path, capsys: pytest.Capture
         "warning threads: 7 before, 1 now",
         "warning device: cuda before, cpu now",
     ]
+
+
+def test_a_stream_goes_on_from_the_start_of_an_epoch(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("webdataset")
+    (tmp_path / "shards").mkdir()
+    root = draw_shards(tmp_path / "shards", data / "train")
+    stream = {"data_dir": str(root), "class_names": str(root / "names.txt"), "workers": 1}
+    settings = config(Path("wds/birds"), **stream, epochs=2, save_seconds=0, random_erasing=0.5)
+    train(settings, tmp_path / "unbroken")
+    assert "note    a stream of shards: epochs are whole batches" in capsys.readouterr().out
+    with stop_after(8), pytest.raises(Interrupted, match=r"stopped in epoch 2, step 3; go on with"):
+        train(settings, tmp_path / "run")
+    summary = resume(tmp_path / "run")
+    assert "resume  in epoch 2, after 0 of its batches" in capsys.readouterr().out
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "unbroken"))
+    assert summary["pictures"] == {"train": 44, "val": 14}
+    assert summary["scores"]["pictures"] == 14
+    (root / "names.txt").write_text("robin\nwren\n")
+    with pytest.raises(UlsamError, match="class number 2, but the 2 classes are numbered from 0: check --class-names"):
+        train(settings, tmp_path / "short")
+
+
+def test_a_stream_with_fewer_shards_than_workers(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    root = draw_shards(tmp_path, data / "train")
+    stream = {"data_dir": str(root), "class_names": str(root / "names.txt"), "workers": 6}
+    with pytest.raises(UlsamError, match="has ended before its epoch: use no more --workers than shards"):
+        train(config(Path("wds/birds"), **stream, batch_size=4), tmp_path / "run")
 
 
 def test_a_picture_less_is_a_warning(

@@ -12,7 +12,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from ulsam.data.bird_drawing import Bill, Box, Marks, Spots, Tail, draw_bird
 from ulsam.errors import UlsamError
@@ -22,7 +22,7 @@ VERSION = 1
 
 MIN_SIZE, MAX_SIZE = 32, 1024
 _WING_BARS = (2, 5, 0)
-_WORDS = {
+_WORDS: dict[str, dict[Any, str]] = {
     "wing_bars": {2: "broadbar", 5: "finebar", 0: "plainwing"},
     "spots": {"coarse": "spotted", "fine": "speckled", "none": "plain"},
     "bill": {"short": "shortbill", "long": "longbill", "hooked": "hookbill"},
@@ -34,8 +34,8 @@ _WORDS = {
 def class_marks(n_classes: int) -> list[tuple[str, Marks]]:
     """The first classes of the design, as (name, marks): every combination of marks is one class.
 
-    The first 8 combine 2 or 5 wing bars, coarse or fine spots, and a short or long bill; up to 27 the third level of each
-    joins, up to 54 the forked tail, up to 108 the eye ring. A larger set of classes begins with the smaller one.
+    The first 8 combine 2 or 5 wing bars, coarse or fine spots, and a short or long bill; up to 27 the third level of
+    each joins, up to 54 the forked tail, up to 108 the eye ring. A larger set of classes begins with the smaller one.
 
     Raises:
         UlsamError: fewer than 2 classes, or more than there are combinations.
@@ -68,7 +68,8 @@ def draw_birds(
 
     Each picture depends on seed, split, class, number and size alone: a set with more classes or pictures begins with
     those of the smaller one. ``root/birds.json`` holds what was asked for and the marks of each class,
-    ``root/boxes.json`` where each mark lies in each picture. The folder appears when all is drawn, or not at all.
+    ``root/boxes.json`` where each mark lies in each picture. Until all is drawn it lies in the hidden folder
+    ``root/.drawing``; whatever goes wrong, an unfinished set is never left behind as if it were whole.
 
     Args:
         root: a folder that does not exist yet, or is empty.
@@ -100,14 +101,16 @@ def draw_birds(
     try:
         if root.exists() and not (root.is_dir() and not any(root.iterdir())):
             raise UlsamError(f"{root} is not an empty folder: name one that does not exist yet, or empty it first")
-        part = root.absolute().with_name(f".{root.absolute().name}.part-{os.getpid()}")
+        part = root / ".drawing"
+        part.mkdir(parents=True)
         try:
             boxes = _draw_all(part, named, counts, size, seed, progress)
-            facts = {"generator": "ulsam birds", "version": VERSION, "seed": seed, "size": size, **counts}
-            facts = {**facts, "classes": {name: _facts(marks) for name, marks in named}}
+            asked = {"generator": "ulsam birds", "version": VERSION, "seed": seed, "size": size, **counts}
+            facts = {**asked, "classes": {name: _facts(marks) for name, marks in named}}
             (part / "birds.json").write_text(json.dumps(facts, indent=2) + "\n")
             (part / "boxes.json").write_text(json.dumps(boxes, separators=(",", ":")) + "\n")
-            part.replace(root)
+            for done in sorted(part.iterdir(), reverse=True):  # the splits before the files that tell of them
+                done.rename(root / done.name)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,12 @@ def resolved(config: TrainConfig, world: World) -> TrainConfig:
         amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "none"
     if amp == "fp16" and world.device.type != "cuda":
         raise UlsamError(f"--amp fp16 needs a CUDA GPU; on {world.device.type} use bf16 or none")
-    return dataclasses.replace(config, amp=amp)
+    if config.threads is not None:
+        threads = config.threads
+    else:  # one core for each process that reads pictures: threads that wait for a busy core cost more than they give
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(torch.get_num_threads(), max(1, cores - config.workers))
+    return dataclasses.replace(config, amp=amp, threads=threads)
 
 
 def open_pictures(config: TrainConfig) -> tuple[sources.AnyPictures, sources.AnyPictures, list[str]]:

@@ -1,0 +1,34 @@
+"""`ulsam birds OUT`: draw the generated bird data set as an image folder."""
+
+import argparse
+
+from tqdm import tqdm
+
+from ulsam.data.birds import draw_birds
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="folder to make; it may exist if it is empty")
+    parser.add_argument("--classes", type=int, default=8, metavar="N", help="2 to 108 (default: 8)")
+    for split, number in (("train", 60), ("val", 20), ("test", 0)):
+        parser.add_argument(
+            f"--{split}", type=int, default=number, metavar="N", help=f"pictures a class (default: {number})"
+        )
+    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of the pictures (default: 96)")
+    parser.add_argument("--seed", type=int, default=0, help="of every drawing (default: 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    counts = {split: getattr(args, split) for split in ("train", "val", "test")}
+    with tqdm(total=args.classes * sum(counts.values()), unit=" birds", disable=None, leave=False) as bar:
+        draw_birds(
+            args.out,
+            args.classes,
+            **counts,
+            size=args.size,
+            seed=args.seed,
+            progress=lambda done, _: bar.update(done - bar.n) and None,
+        )
+    drawn = ", ".join(f"{number} {split}" for split, number in counts.items() if number)
+    print(f"{args.out}: {args.classes} classes, {drawn} pictures a class of {args.size} px, seed {args.seed}")
+    print(f"{args.out}/birds.json tells the field marks of each class, boxes.json where they lie in each picture")
