@@ -119,7 +119,8 @@ def build(
     for edit in recipe.edits:
         edit.apply(model, recipe.input_size)
     notes = load_weights(model, read_weights(weights), os.fspath(weights)) if weights is not None else []
-    if notes or (pretrained and model.pretrained_cfg["num_classes"] != len(recipe.classes)):
+    from_file, from_hub = weights is not None, pretrained and model.pretrained_cfg["num_classes"] == len(recipe.classes)
+    if notes or not (from_file or from_hub):
         _calm_head(model)
     return model.train(), notes
 
@@ -264,7 +265,7 @@ def ulsam_parameters(model: nn.Module) -> list[str]:
 
 
 def _calm_head(model: nn.Module) -> None:
-    """Start a new classifier near zero: timm's own start, for training from scratch, upsets the trained layers."""
+    """Start a new classifier near zero: timm's own start is wild with few classes, and upsets trained layers."""
     for layer in _heads(model):
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.normal_(layer.weight, std=0.01)

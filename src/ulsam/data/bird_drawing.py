@@ -84,7 +84,8 @@ def draw_bird(marks: Marks, size: int, rng: random.Random) -> tuple[Image.Image,
     Args:
         marks: the field marks, all that the picture has in common with others of its class.
         size: side of the picture, in pixels.
-        rng: decides on all the rest. The same state draws the same scene at any size, but for the noise.
+        rng: decides on all the rest. From the same state, other marks give the same picture but for the marks, and
+            another size the same scene but for the noise.
 
     Returns:
         An RGB picture of size x size, and for each field of `Marks` the box in which that mark lies; where a mark is
@@ -99,7 +100,7 @@ def draw_bird(marks: Marks, size: int, rng: random.Random) -> tuple[Image.Image,
     hue = rng.random()
     back = _colour(rng, (0.25, 0.75), (0.1, 0.6), hue)
     wing = _colour(rng, (0.1, 0.4), (0.1, 0.6), hue)
-    horn = _horn(rng)
+    horn = _colour(rng, (0.92, 1.0), (0.9, 1.0), 0.09, spread=0.012)
     slope = rng.uniform(-0.15, 0.15)
     perch = _colour(rng, (0.15, 0.6), (0.2, 0.6), 0.08)
     bird.line([(-2.5, 0.46 - 2.5 * slope), (2.5, 0.46 + 2.5 * slope)], rng.uniform(0.04, 0.1), perch)
@@ -156,20 +157,21 @@ class _Bird:
 def _draw_breast(bird: _Bird, marks: Marks, rng: random.Random) -> _Points:
     """A pale breast with its spots, on a jittered hexagonal lattice from the middle outwards."""
     pale, dark = _colour(rng, (0.7, 1.0), (0.0, 0.35)), _colour(rng, (0.05, 0.3), (0.0, 0.5))
+    shift = (rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5))
+    jitter = np.array([(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)) for _ in range(_SPOTS["fine"][0])])
     breast = bird.polygon(_ellipse(_BREAST, _BREAST_RADII, _BREAST_TILT), pale)
     if marks.spots == "none":
         return breast
     count, period = _SPOTS[marks.spots]
-    shift = (rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5))
     lattice = [
-        ((column + shift[0] + row % 2 / 2) * period, (row + shift[1]) * period * 0.866)
-        for row in range(-4, 5)
-        for column in range(-4, 5)
+        (column + shift[0] + row % 2 / 2, (row + shift[1]) * 0.866) for row in range(-4, 5) for column in range(-4, 5)
     ]
     lattice.sort(key=lambda spot: math.hypot(spot[0] / _BREAST_RADII[0], spot[1] / _BREAST_RADII[1]))
-    jitter = np.array([(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)) for _ in range(count)]) * period
-    for centre in _turn(np.array(lattice[:count]) + jitter, _BREAST_TILT) + _BREAST:
-        bird.polygon(_CIRCLE[::3] * (0.29 * period) + centre, dark)
+    radius = 0.29 * period
+    inside = (np.array(lattice[:count]) + jitter[:count]) * period / (np.array(_BREAST_RADII) - radius)
+    inside /= np.hypot(*inside.T).clip(1.0)[:, None]  # no spot leaves the breast
+    for centre in _turn(inside * (np.array(_BREAST_RADII) - radius), _BREAST_TILT) + _BREAST:
+        bird.polygon(_CIRCLE[::3] * radius + centre, dark)
     return breast
 
 
@@ -225,7 +227,7 @@ def _draw_leaf(draw: ImageDraw.ImageDraw, side: int, rng: random.Random, colour:
 
 def _draw_stems(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> None:
     """Parallel stripes anywhere, as far apart as broad or fine wing bars."""
-    colour, turn = _fruit(rng), rng.uniform(0, math.pi)
+    colour, turn = _colour(rng, (0.1, 1.0), (0.1, 0.8)), rng.uniform(0, math.pi)
     start = np.array((rng.uniform(0, side), rng.uniform(0, side)))
     period, length = side * rng.choice((0.045, 0.11)) * rng.uniform(0.8, 1.25), side * rng.uniform(0.06, 0.14)
     along, across = _turn(np.array(((length, 0.0), (0.0, period))), turn)
@@ -236,7 +238,7 @@ def _draw_stems(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> Non
 
 def _draw_berries(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> None:
     """A cluster of dots anywhere, as wide as coarse or fine breast spots."""
-    colour = _fruit(rng)
+    colour = _colour(rng, (0.1, 1.0), (0.1, 0.8))
     x, y, period = (
         rng.uniform(0, side),
         rng.uniform(0, side),
@@ -265,15 +267,6 @@ def _colour(
     hue = rng.random() if hue is None else (hue + rng.uniform(-spread, spread)) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value))
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def _horn(rng: random.Random) -> _Colour:
-    """The orange of a bill; berries and stems may have it too, so that how much of it there is tells little."""
-    return _colour(rng, (0.92, 1.0), (0.9, 1.0), 0.09, spread=0.012)
-
-
-def _fruit(rng: random.Random) -> _Colour:
-    return _horn(rng) if rng.random() < 0.5 else _colour(rng, (0.1, 1.0), (0.1, 0.8))
 
 
 def _turn(points: _Points, angle: float) -> _Points:

@@ -88,7 +88,7 @@ class TrainConfig:
     device: str = _option("auto", "auto, cpu, cuda or mps")
     amp: Literal["auto", "none", "bf16", "fp16"] = _option("auto", "mixed precision; auto: on a GPU alone")
     channels_last: bool = _option(True, "memory layout of pictures and weights")
-    threads: int | None = _option(None, "CPU threads of the training process (default: the cores that the workers leave)")
+    threads: int | None = _option(None, "CPU threads of training (default: the cores that the workers leave)")
     seed: int = _option(0, "of everything random")
     # run
     val_every: int = _option(1, "measure after every so many epochs, and after the last")

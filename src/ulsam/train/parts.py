@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
