@@ -21,14 +21,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     counts = {split: getattr(args, split) for split in ("train", "val", "test")}
     with tqdm(total=args.classes * sum(counts.values()), unit=" birds", disable=None, leave=False) as bar:
-        draw_birds(
-            args.out,
-            args.classes,
-            **counts,
-            size=args.size,
-            seed=args.seed,
-            progress=lambda done, _: bar.update(done - bar.n) and None,
-        )
+
+        def progress(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
+        draw_birds(args.out, args.classes, **counts, size=args.size, seed=args.seed, progress=progress)
     drawn = ", ".join(f"{number} {split}" for split, number in counts.items() if number)
     print(f"{args.out}: {args.classes} classes, {drawn} pictures a class of {args.size} px, seed {args.seed}")
     print(f"{args.out}/birds.json tells the field marks of each class, boxes.json where they lie in each picture")
