@@ -203,7 +203,7 @@ def ridge_accuracy(train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, 
 
 
 def test_a_linear_classifier_fails() -> None:
-    """Chance is 12.5 %. The best of many linear classifiers stays far below the two thirds of a small trained net."""
+    """Chance is 12.5 %. Ridge regression on the pixels, at two resolutions and two penalties, stays near it."""
     labels = {split: np.repeat(np.arange(8), count) for split, count in (("train", 80), ("val", 60))}
     birds = {
         split: [

@@ -136,7 +136,7 @@ MISTAKES = [
     (["profile", NET, "--replace", "blocks.9"], "no module is named 'blocks.9'; nearest names: blocks"),
     (["profile", NET, "--replace", ""], "cannot read the place ''"),
     (["profile", NET, "--replace", "17", "--groups", "7"], "groups=7 does not divide 80 channels; valid: [1, 2, 4, 5"),
-    (["profile", NET, "--replace", "17", "--groups", "0"], "a whole number of groups"),
+    (["profile", NET, "--replace", "17", "--groups", "0"], "groups must be 1 or more, not 0"),
     (["profile", NET, "--replace", "17", "--form", "best"], "unknown form 'best'; valid: equations, released"),
     (["profile", NET, "--groups", "8"], "--groups has nothing to act on: add --replace AT or --insert AT"),
     (["profile", NET, "--drop", "17", "--groups", "8"], "--groups has nothing to act on"),

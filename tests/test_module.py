@@ -249,6 +249,13 @@ def test_compiles_without_a_graph_break(form):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_fx_traces_it(form):
+    layer = randomised(8, 2, form, dtype=torch.float32)
+    x = torch.randn(2, 8, 6, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))
+
+
 def test_autocast_keeps_the_dtype_that_flows_through():
     layer = ULSAM(8, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -278,7 +285,7 @@ def test_mistakes_are_named(build, message):
         build()
 
 
-def test_zero_pixels_far_away_do_not_matter_to_the_gradient_through_ties():
+def test_exact_zeros_leave_the_gradient_finite():
     """Max-pooling ties (ReLU'd inputs are full of exact zeros) must not make gradients non-finite."""
     layer = ULSAM(8, 2)
     x = F.relu(torch.randn(2, 8, 6, 6) - 1).requires_grad_()

@@ -64,7 +64,7 @@ def test_the_text_of_an_edit_is_what_people_write():
         ("replace 14 g=four", "cannot read the edit"),
         ("replace 14 g=-4", "cannot read the edit"),
         (f"replace 14 g={'9' * 5000}", "cannot read the edit"),
-        ("replace 14 g=0", "a whole number of groups"),
+        ("replace 14 g=0", "groups must be 1 or more"),
         ("explode 14", "unknown edit 'explode'; valid: replace, insert, drop"),
         ("replace 14 form=best", "unknown form 'best'; valid: equations, released, folded"),
         ("drop 14 g=8", "a drop makes no layer"),

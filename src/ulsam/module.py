@@ -32,7 +32,8 @@ class ULSAM(nn.Module):
         A_n = softmax over H*W of pointwise_n(maxpool3x3(depthwise(F_n)))     one map [B, 1, H, W] a subspace
         y_n = A_n * F_n + F_n
 
-    All subspaces are computed at once: ``depthwise`` is one scale a channel, ``pointwise`` one grouped convolution.
+    All subspaces are computed at once: ``depthwise`` is one scale a channel (kept as the weight of a 1x1 convolution,
+    but multiplied: that is 10 to 100 times faster on a CPU), ``pointwise`` one grouped convolution.
 
     Forms, each exact:
 
@@ -92,9 +93,10 @@ class ULSAM(nn.Module):
 
         float64 inputs give float64 maps, all others float32: the softmax is accumulated there.
         """
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise UlsamError(f"ULSAM takes a feature map [B, {self.channels}, H, W], not {_shape(x)}")
-        h = self.depthwise(x)
+        _check_map(x, self.channels)
+        h = x * self.depthwise.weight.to(x.dtype).view(1, -1, 1, 1)
+        if self.depthwise.bias is not None:
+            h = h + self.depthwise.bias.to(x.dtype).view(1, -1, 1, 1)
         if self.form == "released":
             h = self.depthwise_norm(h)
         if self.form != "equations":
@@ -104,8 +106,7 @@ class ULSAM(nn.Module):
             h = self.pointwise_norm(h)
         if self.form != "equations":
             h = F.relu(h)
-        exact = torch.float64 if h.dtype == torch.float64 else torch.float32
-        return h.flatten(2).softmax(-1, dtype=exact).view_as(h)
+        return _softmax_over_pixels(h)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape, dtype and memory layout."""
@@ -131,9 +132,19 @@ class ULSAM(nn.Module):
         return f"{self.channels}, groups={self.groups}, form={self.form!r}"
 
 
-def _shape(x: Tensor) -> str:
-    tokens = ", which looks like tokens [B, N, C]" if x.ndim == 3 else ""
-    return f"{list(x.shape)}{tokens}"
+@torch.fx.wrap
+def _softmax_over_pixels(logits: Tensor) -> Tensor:
+    """[B, g, H, W] -> maps that sum to 1, accumulated in float64 or else float32; a leaf to FX."""
+    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.flatten(2).softmax(-1, dtype=exact).view_as(logits)
+
+
+@torch.fx.wrap
+def _check_map(x: Tensor, channels: int) -> None:
+    """Refuse what is no feature map of so many channels; a leaf to FX, which cannot trace a choice by shape."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        tokens = ", which looks like tokens [B, N, C]" if x.ndim == 3 else ""
+        raise UlsamError(f"ULSAM takes a feature map [B, {channels}, H, W], not {list(x.shape)}{tokens}")
 
 
 _RELEASED = {

@@ -16,8 +16,8 @@ import timm
 import torch
 
 from ulsam.costs import Cost, Rule, aligned, cost
-from ulsam.models import PLACEMENTS
 from ulsam.module import ULSAM
+from ulsam.presets import PLACEMENTS
 
 _UNITS = {"K": 1_000, "M": 1_000_000}
 

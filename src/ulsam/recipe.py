@@ -42,7 +42,9 @@ class Edit:
             raise UlsamError(f"unknown edit {self.kind!r}; valid: {', '.join(get_args(Kind))}")
         if self.form not in get_args(Form):
             raise UlsamError(f"unknown form {self.form!r}; valid: {', '.join(get_args(Form))}")
-        if type(self.groups) is not int or type(self.at) is not str or self.groups < 1:
+        if type(self.groups) is int and self.groups < 1:
+            raise UlsamError(f"groups must be 1 or more, not {self.groups}")
+        if type(self.groups) is not int or type(self.at) is not str:
             raise UlsamError(
                 f"an edit takes a place as text and a whole number of groups, not {self.at!r}, {self.groups!r}"
             )

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ulsam.errors import UlsamError
+from ulsam.module import ULSAM
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Shape = tuple[int, ...]
@@ -77,7 +78,8 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
             failure = failure or error
     reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
     raise UlsamError(
-        f"{type(model).__name__} does not run on one picture of {list(size)} (C, H, W): {reason}; pass input_size"
+        f"{type(model).__name__} does not run on one picture of {list(size)} (C, H, W): {reason}"
+        + ("; pass input_size" if input_size is None else "")
     ) from failure
 
 
@@ -86,10 +88,18 @@ def _pass(model: nn.Module, size: Sequence[int]) -> dict[str, Flow]:
     flows = {module: Flow() for module in shadow.modules()}
     running: list[nn.Module] = []  # outermost first
 
+    def book(macs: int, elements: int) -> None:
+        for module in set(running):
+            flows[module].macs += macs
+        flows[running[-1]].own_macs += macs
+        flows[running[-1]].own_activations += elements
+
     def enter(module: nn.Module, _: Any) -> None:
         running.append(module)
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(module, ULSAM):  # its depthwise convolution is done by a plain product, which no formula counts
+            book(output.numel(), output.numel())
         running.pop()
         flow = flows[module]
         flow.calls += 1
@@ -104,12 +114,8 @@ def _pass(model: nn.Module, size: Sequence[int]) -> dict[str, Flow]:
             out = func(*args, **kwargs)
             formula = flop_registry.get(func._overloadpacket)
             if formula is not None:
-                macs = int(formula(*args, **kwargs, out_val=out)) // 2
-                elements = (out if isinstance(out, Tensor) else out[0]).numel()
-                for module in set(running):
-                    flows[module].macs += macs
-                flows[running[-1]].own_macs += macs
-                flows[running[-1]].own_activations += elements
+                flops = int(formula(*args, **kwargs, out_val=out))
+                book(flops // 2, (out if isinstance(out, Tensor) else out[0]).numel())
             return out
 
     counting: TorchDispatchMode = Count()  # type: ignore[no-untyped-call]
