@@ -348,7 +348,7 @@ def test_v2_mistakes_name_what_would_be_valid(v2):
             r"^blocks\.6\.0 changes the shape from \[1, 80, 7, 7\] to \[1, 160, 7, 7\]; valid places .*blocks\.5\.2",
         ),
         ("19", "there is no layer 19; this net has layers 1 to 18"),
-        ("17:2", "no module is named '17:2'"),
+        ("17:2", "cannot read the layer number in '17:2'; write numbers with commas"),
         ("0", "there is no layer 0"),
     ]:
         with pytest.raises(UlsamError, match=message):

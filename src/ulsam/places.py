@@ -60,6 +60,10 @@ def match(model: nn.Module, at: At) -> list[str]:
             continue
         found = [part] if exact else [name for name in names if _glob(part).fullmatch(name)]
         if not found:
+            if re.match(r"[\[(]?\d+\D", part) and layer_names(model):
+                raise UlsamError(
+                    f"cannot read the layer number in {part!r}; write numbers with commas, as 14,17 (17:1: behind 17)"
+                )
             near = difflib.get_close_matches(part, names, n=3, cutoff=0.4)
             hint = f"nearest names: {', '.join(near)}" if near else f"names here begin with {', '.join(names[:3])}"
             raise UlsamError(f"no module is named {part!r}; {hint}")

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ulsam import __version__
 from ulsam.errors import UlsamError
@@ -27,11 +28,16 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's parser, but a mistake gets one line, without the usage of every option above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ulsam: error: {message}; see {self.prog} --help\n")
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read a command line; only the module of its verb is imported. Exits with status 2 on what cannot be read."""
-    parser = argparse.ArgumentParser(
-        prog="ulsam", description="Subspace attention for compact CNNs: edit, train, compare, ship."
-    )
+    parser = _Parser(prog="ulsam", description="Subspace attention for compact CNNs: edit, train, compare, ship.")
     parser.add_argument("--version", action="version", version=f"ulsam {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
@@ -43,8 +49,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a mistake that the user can fix, 130 interrupted."""
-    args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
+        args = parse(list(sys.argv[1:] if argv is None else argv))
         importlib.import_module(f"ulsam.cli.{args.command}").run(args)
         return 0
     except UlsamError as error:
