@@ -169,7 +169,7 @@ def test_released_state_with_a_gap_or_without_the_module_is_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near_float64_even_with_large_logits(form, dtype):
     layer = randomised(16, 4, form, seed=3)
-    x = torch.randn(2, 16, 28, 28, dtype=torch.float64) * 20
+    x = torch.randn(2, 16, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 20
     low = ULSAM(16, 4, form=form, dtype=dtype).eval()
     low.load_state_dict(layer.state_dict())
     y = low(x.to(dtype))

@@ -268,7 +268,11 @@ def _mixed(*numbers: int) -> int:
 
 
 def _quiet(_: int) -> None:
-    """Ctrl-C and SIGTERM are the main process's business: workers go on until it ends them."""
+    """Ctrl-C and SIGTERM go to the whole process group, but it is the main process that ends its workers.
+
+    So a worker outlives SIGTERM by 5 seconds, in which the main process can finish its step; not for ever, because
+    SIGTERM is also what ends a worker that hangs.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
     torch.set_num_threads(1)
