@@ -82,7 +82,7 @@ version=$("$bin/python" -c 'import ulsam; print(ulsam.__version__)')
 [[ $("$bin/python" -m ulsam --version) = "ulsam $version" ]]
 help=$("$bin/ulsam" --help)
 for command in $("$bin/python" -c 'from ulsam.cli import COMMANDS; print(*COMMANDS)'); do
-    grep -q "^ *$command " <<<"$help" || { echo "ulsam --help does not list $command" >&2; exit 1; }
+    grep -Eq "^ *$command( |$)" <<<"$help" || { echo "ulsam --help does not list $command" >&2; exit 1; }
     "$bin/ulsam" "$command" --help >/dev/null
 done
 
