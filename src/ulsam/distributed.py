@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, first_line
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def start(device: str = "auto") -> Iterator[World]:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UlsamError(f"no device {device!r} here: {str(error).splitlines()[0]}; use --device cpu") from error
+        raise UlsamError(f"no device {device!r} here: {first_line(error)}; use --device cpu") from error
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size == 1:

@@ -6,3 +6,12 @@ class UlsamError(ValueError):
 
     The command line prints it as ``ulsam: error: ...`` and exits with status 2; every other exception is a bug.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its type where it has none.
+
+    >>> first_line(RuntimeError("too big\\nat line 3")), first_line(KeyError())
+    ('too big', 'KeyError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, first_line
 from ulsam.files import write_atomic
 from ulsam.module import ULSAM
 from ulsam.presets import PLACEMENTS
@@ -115,7 +115,9 @@ def build(
     except UlsamError:
         raise
     except Exception as error:  # whatever timm raises at these arguments
-        raise UlsamError(f"timm cannot build {recipe.base} with {dict(recipe.model_args)}: {_first(error)}") from error
+        raise UlsamError(
+            f"timm cannot build {recipe.base} with {dict(recipe.model_args)}: {first_line(error)}"
+        ) from error
     for edit in recipe.edits:
         edit.apply(model, recipe.input_size)
     notes = load_weights(model, read_weights(weights), os.fspath(weights)) if weights is not None else []
@@ -197,7 +199,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         state = timm.models.load_state_dict(os.fspath(path), weights_only=True)
     except Exception as error:  # whatever a broken file makes its reader raise
-        raise UlsamError(f"{path} holds no weights that can be read safely: {_first(error)}") from error
+        raise UlsamError(f"{path} holds no weights that can be read safely: {first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UlsamError(f"{path} is no state dict: it holds more than named tensors")
     return state
@@ -285,7 +287,7 @@ def _opened(path: str | os.PathLike[str]) -> Any:
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise UlsamError(f"{path} is no safetensors file, or is cut off: {_first(error)}") from error
+        raise UlsamError(f"{path} is no safetensors file, or is cut off: {first_line(error)}") from error
 
 
 def _check_base(base: str) -> None:
@@ -295,7 +297,7 @@ def _check_base(base: str) -> None:
     try:
         timm.get_pretrained_cfg(base)
     except RuntimeError as error:
-        raise UlsamError(f"timm has no net {base!r}: {_first(error)}") from error
+        raise UlsamError(f"timm has no net {base!r}: {first_line(error)}") from error
 
 
 def _check_fit(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -305,8 +307,3 @@ def _check_fit(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], source: st
     if wrong:
         here, there = shapes.get(wrong[0], "nothing"), expected.get(wrong[0], "nothing")
         raise UlsamError(f"{source} is not what its recipe builds: {wrong[0]} is {here}, expected {there}")
-
-
-def _first(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

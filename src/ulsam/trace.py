@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, first_line
 from ulsam.module import ULSAM
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -69,18 +69,18 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
     size = default_input_size(model) if input_size is None else input_size
     if not isinstance(size, Sequence) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
         raise UlsamError(f"input_size is C, H, W of one picture, three whole numbers, not {size!r}")
-    failure: Exception | None = None
+    failures: list[Exception] = []
     for where in (nullcontext(), torch.device("meta")):  # the second for nets whose forward makes tensors of its own
         try:
             with where:
                 return _pass(model, size)
         except Exception as error:  # whatever the net's own code raises at this size
-            failure = failure or error
-    reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+            failures.append(error)
+    reason = first_line(failures[0])
     raise UlsamError(
         f"{type(model).__name__} does not run on one picture of {list(size)} (C, H, W): {reason}"
         + ("; pass input_size" if input_size is None else "")
-    ) from failure
+    ) from failures[0]
 
 
 def _pass(model: nn.Module, size: Sequence[int]) -> dict[str, Flow]:

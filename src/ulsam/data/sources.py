@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from ulsam.data.folder import Sample, class_counts, find_splits, imbalance_note, index_like, scan, split
 from ulsam.data.pictures import UnreadablePicture, read_picture
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, first_line
 
 _FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
 
@@ -234,7 +234,7 @@ def _named(
     except ImportError as error:
         raise UlsamError(f"{name} needs a package: {error}; pip install 'ulsam[datasets]'") from error
     except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).partition(" You can use download")[0]
+        reason = first_line(error).partition(" You can use download")[0]
         where = f"in {data_dir}" if data_dir else "(no --data-dir given)"
         raise UlsamError(f"cannot open {name}, split {split_name!r}, {where}: {reason}") from error
     classes = _read_names(class_names) if class_names else _class_names(dataset)
