@@ -2,6 +2,7 @@
 
 import io
 import math
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -469,3 +470,16 @@ def test_a_stream_needs_class_names(shards: Path) -> None:
         open_data("wds/birds", data_dir=str(shards), class_names="nowhere")
     with pytest.raises(UlsamError, match="split holiday not found"):
         open_data("wds/birds", data_dir=str(shards), class_names=str(shards / "names.txt"), train_split="holiday")
+
+
+@pytest.mark.parametrize("moment", [0, 1, 5])
+def test_a_reading_process_that_dies_is_told_where_its_batch_is_missed(moment: int) -> None:
+    loader = eval_loader(Numbers(200), EVAL, batch_size=2, workers=2)
+    batches = iter(loader)
+    for _ in range(moment):
+        next(batches)
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()  # PyTorch's own loader would raise here
+    with pytest.raises(UlsamError, match="a process that reads pictures was killed"):
+        list(batches)

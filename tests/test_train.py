@@ -14,6 +14,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,13 @@ def test_freeze_keeps_weights_and_statistics(data: Path, start: Path, tmp_path: 
     assert {name.rpartition(".")[2] for name in kept} >= {"weight", "bias", "running_mean", "running_var"}
     moved = {name for name in before if before[name].shape != after[name].shape or not before[name].equal(after[name])}
     assert moved == set(before) - kept
+
+
+def test_a_run_in_a_thread(data: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train, config(data, epochs=1, workers=1), tmp_path / "thread").result()
+    train(config(data, epochs=1, workers=1), tmp_path / "main")
+    assert same(weights(tmp_path / "thread"), weights(tmp_path / "main"))
 
 
 def test_no_weight_decay_on_norms_biases_and_ulsam(data: Path, tmp_path: Path) -> None:

@@ -185,6 +185,35 @@ class EpochOrder(Sampler[list[Key]]):
             yield [(self.epoch, place, order[place]) for place in range(first, first + self.batch_size)]
 
 
+class Loader(DataLoader[Item]):
+    """PyTorch's loader, but a reading process that dies is noticed where its batch is missed, and told in one line.
+
+    PyTorch tells it from a handler of SIGCHLD, which can raise at any line of the program.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        handler = signal.getsignal(signal.SIGCHLD)
+        batches = super().__iter__()
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
+        return _alive(batches)
+
+
+def _alive(batches: Iterator[Any]) -> Iterator[Batch]:
+    """The batches; a closed connection to the process that reads them, or its end, is one line."""
+    while True:
+        try:
+            batch = next(batches, None)
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            raised_there = str(error).startswith("Caught ")
+            if raised_there or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
+                raise
+            raise UlsamError("a process that reads pictures was killed (memory full?): use fewer --workers") from error
+        if batch is None:
+            return
+        yield batch
+
+
 def train_loader(
     pictures: AnyPictures,
     transform: Transform,
@@ -194,7 +223,7 @@ def train_loader(
     seed: int,
     workers: int,
     pin_memory: bool = False,
-) -> "DataLoader[Item]":
+) -> Loader:
     """Batches of training pictures: in ``order``, or, for a stream (order None), in the stream's own."""
     common: dict[str, Any] = {
         "num_workers": workers,
@@ -203,10 +232,8 @@ def train_loader(
         "worker_init_fn": _quiet,
     }
     if isinstance(pictures, StreamPictures):  # new workers each epoch: their generators are seeded when they start
-        return DataLoader(StreamSet(pictures, transform), batch_size=batch_size, drop_last=True, **common)
-    return DataLoader(
-        TrainSet(pictures, transform, seed), batch_sampler=order, persistent_workers=workers > 0, **common
-    )
+        return Loader(StreamSet(pictures, transform), batch_size=batch_size, drop_last=True, **common)
+    return Loader(TrainSet(pictures, transform, seed), batch_sampler=order, persistent_workers=workers > 0, **common)
 
 
 def eval_loader(
@@ -218,7 +245,7 @@ def eval_loader(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
-) -> "DataLoader[Item]":
+) -> Loader:
     """Batches of this process's share of the pictures: every picture is in exactly one process's share."""
     common: dict[str, Any] = {
         "batch_size": batch_size,
@@ -228,8 +255,8 @@ def eval_loader(
         "worker_init_fn": _quiet,
     }
     if isinstance(pictures, StreamPictures):
-        return DataLoader(StreamSet(pictures, transform), **common)
-    return DataLoader(EvalSet(pictures, transform), sampler=range(rank, len(pictures), world), **common)
+        return Loader(StreamSet(pictures, transform), **common)
+    return Loader(EvalSet(pictures, transform), sampler=range(rank, len(pictures), world), **common)
 
 
 def collate(items: list[Item]) -> Batch:

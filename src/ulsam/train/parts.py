@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -77,7 +78,7 @@ def recipe_of(config: TrainConfig, classes: Sequence[str]) -> Recipe:
 
 def batches_of(
     config: TrainConfig, recipe: Recipe, pictures: sources.AnyPictures, world: World
-) -> tuple["torch.utils.data.DataLoader[Any]", loading.EpochOrder | None, int]:
+) -> tuple[loading.Loader, loading.EpochOrder | None, int]:
     """The loader, its order (None for a stream), and the optimizer updates in an epoch."""
     transform = loading.train_transform(
         recipe.input_size,
@@ -165,15 +166,13 @@ def plain_words() -> Iterator[None]:
     """Turn what is no bug, but a limit of the machine or of the net, into one line.
 
     Raises:
-        UlsamError: the memory is full, a reading process died, or BatchNorm got one value a channel.
+        UlsamError: the memory is full, or BatchNorm got one value a channel.
     """
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise UlsamError("the memory is full: use a smaller --batch-size, and --accumulate instead") from error
-        if str(error).startswith("DataLoader worker"):
-            raise UlsamError("a process that reads pictures was killed (memory full?): use fewer --workers") from error
         raise
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -183,7 +182,13 @@ def plain_words() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one acts as ever."""
+    """Within it, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one acts as ever.
+
+    Outside the main thread, where Python sets no handlers, signals act as ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     seen: list[int] = []
     before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
