@@ -51,6 +51,15 @@ def test_profile_with_edits_compares_with_the_base(capsys):
     assert "Counting rule 'paper'" in out
 
 
+def test_groups_and_form_reach_a_preset(capsys):
+    preset = "ulsam_mobilenetv2_100_replace_14_17"
+    assert main(["profile", preset, "--groups", "8", "--form", "released"]) == 0
+    out = capsys.readouterr().out
+    released = 5 * 96 + 3 * 8 + 5 * 160 + 3 * 8
+    params = 3_504_872 - 118_272 - 320_000 + released
+    assert numbers(out.splitlines()[-2])[0] == params
+
+
 def test_profile_reads_a_file_and_edits_go_on_top_of_its_own(capsys, file):
     assert main(["profile", str(file)]) == 0
     own = capsys.readouterr().out
@@ -141,10 +150,13 @@ MISTAKES = [
     (["profile", NET, "--replace", "17", "--form", "best"], "unknown form 'best'; valid: equations, released"),
     (["profile", NET, "--groups", "8"], "--groups has nothing to act on: add --replace AT or --insert AT"),
     (["profile", NET, "--drop", "17", "--groups", "8"], "--groups has nothing to act on"),
+    (["profile", "mobilenetv2_100", "--replace", "conv_head"], "valid places near it: blocks."),
     (["profile", NET, "--replace", "17", "--drop", "17"], "blocks.5.2 is a ULSAM layer already"),
     (["profile", NET, "--rule", "mine"], "unknown counting rule 'mine'; valid: exact, paper"),
     (["profile", NET, "--csv", "no/such/folder/rows.csv"], "cannot write no/such/folder/rows.csv"),
     (["candidates", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 has no block that takes and puts out the same"),
+    (["profile", "net.pth"], "net.pth is neither timm's name of a net nor a model file, NAME.safetensors"),
+    (["profile", "tests"], "tests is neither timm's name of a net nor a model file"),
     (["candidates", "nothing.safetensors"], "no model file nothing.safetensors"),
     (["info", "nothing.safetensors"], "no model file nothing.safetensors"),
     (["info", "."], "no model file ."),

@@ -427,6 +427,7 @@ HOSTILE = [
     ({"base": "resnet18"}, "layer number 17: the paper's numbers exist for"),
     ({"base": "resnet18", "edits": []}, "is not what its recipe builds"),
     ({"base": "vit_giant_patch14_dinov2", "edits": []}, "is not what its recipe builds"),
+    ({"base": "vit_tiny_patch16_224", "edits": [], "model_args": {"depth": 100_000}}, "tensors, that many more"),
     ({"classes": "ab"}, "not the recipe of a net"),
     ({"classes": [1, 2]}, "not the recipe of a net"),
     ({"classes": ["x"] * 500_000}, "is not what its recipe builds: classifier."),

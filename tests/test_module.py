@@ -274,6 +274,8 @@ def test_near_identity_at_initialisation():
     [
         (lambda: ULSAM(160, 3), r"groups=3 does not divide 160 channels; valid: \[1, 2, 4, 5, 8, 10, 16"),
         (lambda: ULSAM(160, 0), "does not divide"),
+        (lambda: ULSAM(8, "2"), "channels and groups are whole numbers, not 8 and '2'"),
+        (lambda: ULSAM(8.0), "channels and groups are whole numbers, not 8.0 and 4"),
         (lambda: ULSAM(0), "channels must be 1 or more"),
         (lambda: ULSAM(8, form="paper"), "unknown form 'paper'; valid: equations, released, folded"),
         (lambda: ULSAM(8)(torch.ones(1, 4, 2, 2)), r"\[B, 8, H, W\], not \[1, 4, 2, 2\]"),

@@ -173,6 +173,14 @@ def test_settings_of_the_wrong_type(values: dict[str, object], message: str) -> 
         TrainConfig.from_mapping({"data": "birds", **values})
 
 
+@pytest.mark.parametrize("text", ["[1]", "{width: 1}", ""])
+def test_model_args_that_are_no_json_object(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "data", "--model-args", text])
+    assert stop.value.code == 2
+    assert f"argument --model-args: {text!r} is no JSON object such as" in capsys.readouterr().err
+
+
 def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.data import resolve_data_config
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ulsam.errors import UlsamError, first_line
 from ulsam.files import write_atomic
@@ -301,8 +302,24 @@ def _check_base(base: str) -> None:
 
 
 def _check_fit(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Compare shapes with the recipe's net on the meta device, before any memory is taken."""
-    expected = {name: tuple(value.shape) for name, value in sketch(recipe).state_dict().items()}
+    """Compare shapes with the recipe's net on the meta device, before any memory is taken.
+
+    A recipe that makes far more parameters than there are shapes is refused while it makes them: a stranger's file can
+    ask for 100,000 blocks.
+    """
+    made, limit = 0, 10_000 + 10 * len(shapes)  # far more, because edits take blocks out
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > limit:
+            raise UlsamError(f"{source} is not what its recipe builds: it holds {len(shapes)} tensors, that many more")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        expected = {name: tuple(value.shape) for name, value in sketch(recipe).state_dict().items()}
+    finally:
+        handle.remove()
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
         here, there = shapes.get(wrong[0], "nothing"), expected.get(wrong[0], "nothing")

@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,8 @@ class ULSAM(nn.Module):
         momentum: BatchNorm momentum of the released form; the other forms have none.
 
     Raises:
-        UlsamError: ``groups`` does not divide ``channels``, the form is unknown, or an input is no [B, channels, H, W].
+        UlsamError: ``channels`` or ``groups`` is no whole number, ``groups`` does not divide ``channels``, the form is
+            unknown, or an input is no [B, channels, H, W].
 
     >>> layer = ULSAM(32, groups=4)
     >>> x = torch.randn(2, 32, 7, 5)
@@ -72,6 +73,8 @@ class ULSAM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not (isinstance(channels, SupportsIndex) and isinstance(groups, SupportsIndex)):
+            raise UlsamError(f"channels and groups are whole numbers, not {channels!r} and {groups!r}")
         if channels < 1:
             raise UlsamError(f"channels must be 1 or more, not {channels}")
         if groups < 1 or channels % groups:

@@ -28,8 +28,8 @@ class Edit:
     'drop 14,16'
 
     Raises:
-        UlsamError: an unknown kind or form, no place or one with a space or "=" in it, groups below 1, or a drop with
-            groups or a form.
+        UlsamError: an unknown kind, a form that does not train, no place or one with a space or "=" in it, groups below
+            1, or a drop with groups or a form.
     """
 
     kind: Kind
@@ -40,8 +40,8 @@ class Edit:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise UlsamError(f"unknown edit {self.kind!r}; valid: {', '.join(get_args(Kind))}")
-        if self.form not in get_args(Form):
-            raise UlsamError(f"unknown form {self.form!r}; valid: {', '.join(get_args(Form))}")
+        if self.form not in (forms := ("equations", "released")):  # a folded layer comes of folding, not of an edit
+            raise UlsamError(f"unknown form {self.form!r}; valid: {', '.join(forms)}")
         if type(self.groups) is int and self.groups < 1:
             raise UlsamError(f"groups must be 1 or more, not {self.groups}")
         if type(self.groups) is not int or type(self.at) is not str:

@@ -243,6 +243,7 @@ def _targets(model: nn.Module, names: list[str], input_size: Sequence[int] | Non
     for name in names:
         if reason := why_not(model.get_submodule(name), net.flows[name], net):
             valid = [n for n, m in model.named_modules() if n and not why_not(m, net.flows[n], net)]
+            valid = [n for n in valid if net.flows[n].macs] or valid  # rather a block than a norm
             raise UlsamError(f"{name} {reason}; {_nearest(name, valid)}")
     return {name: net.flows[name] for name in names}
 

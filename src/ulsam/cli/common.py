@@ -8,7 +8,7 @@ from typing import Any
 import timm
 
 from ulsam.errors import UlsamError
-from ulsam.models import make_recipe, read_recipe
+from ulsam.models import PLACEMENTS, make_recipe, read_recipe
 from ulsam.recipe import Edit, Recipe
 
 
@@ -39,21 +39,34 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
         ("drop", "take these blocks out"),
     ]:
         edits.add_argument(f"--{kind}", dest="edits", action=_AddEdit, metavar="AT", help=text)
-    edits.add_argument("--groups", type=int, metavar="G", help="subspaces of each new layer (default: 4)")
+    edits.add_argument("--groups", type=int, metavar="G", help="subspaces of each new layer or preset (default: 4)")
     edits.add_argument("--form", metavar="FORM", help="equations (default) or released")
 
 
-def edits_from(args: argparse.Namespace) -> tuple[Edit, ...]:
+def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit, ...]:
     """The edits of :func:`add_edit_options`, in the order given; see there.
 
     Raises:
-        UlsamError: an unknown form, or ``--groups`` or ``--form`` with nothing to act on.
+        UlsamError: an unknown form, or ``--groups`` or ``--form`` with nothing to act on: no new layer, and ``model``
+            is no preset.
     """
-    options = {key: value for key in ("groups", "form") if (value := getattr(args, key)) is not None}
-    pairs = args.edits or ()
-    if options and all(kind == "drop" for kind, _ in pairs):
+    options = _layer_options(args)
+    if options and not _makes_layers(args) and not preset_arguments(args, model):
         raise UlsamError(f"--{next(iter(options))} has nothing to act on: add --replace AT or --insert AT")
-    return tuple(Edit(kind, at, **(options if kind != "drop" else {})) for kind, at in pairs)
+    return tuple(Edit(kind, at, **(options if kind != "drop" else {})) for kind, at in args.edits or ())
+
+
+def preset_arguments(args: argparse.Namespace, model: str | None) -> dict[str, Any]:
+    """``--groups`` and ``--form`` as arguments of a preset, which has its layers already; empty for other nets."""
+    return _layer_options(args) if model in PLACEMENTS and not _makes_layers(args) else {}
+
+
+def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key in ("groups", "form") if (value := getattr(args, key, None)) is not None}
+
+
+def _makes_layers(args: argparse.Namespace) -> bool:
+    return any(kind != "drop" for kind, _ in getattr(args, "edits", None) or ())
 
 
 def add_net_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +89,10 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
         raise UlsamError(f"--size must be 1 pixel or more, not {args.size}")
     if args.model.endswith(".safetensors"):
         recipe = read_recipe(args.model)
+    elif not timm.is_model(args.model) and (Path(args.model).suffix or Path(args.model).exists()):
+        raise UlsamError(f"{args.model} is neither timm's name of a net nor a model file, NAME.safetensors")
     else:
-        recipe = make_recipe(args.model, [])
+        recipe = make_recipe(args.model, [], model_args=preset_arguments(args, args.model))
         config = timm.get_pretrained_cfg(args.model)
         classes = tuple(str(n) for n in range(config.num_classes if config else 1000))
         recipe = dataclasses.replace(recipe, classes=classes)

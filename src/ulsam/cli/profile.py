@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the table, with edits also base against edited."""
     recipe = recipe_from(args)
-    edits = edits_from(args)
+    edits = edits_from(args, args.model)
     edited = dataclasses.replace(recipe, edits=(*recipe.edits, *edits))
     found = cost(sketch(edited), recipe.input_size, args.rule)
     print(found)

@@ -6,7 +6,7 @@ import json
 import types
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ulsam.cli.common import add_edit_options, edits_from, free_folder
+from ulsam.cli.common import add_edit_options, edits_from, free_folder, preset_arguments
 from ulsam.errors import UlsamError
 from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.loop import resume, train
@@ -32,15 +32,25 @@ def run(args: argparse.Namespace) -> None:
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.data is not None:
         given["data"] = args.data
-    if edits := edits_from(args):
-        given["edits"] = [str(edit) for edit in edits]
     if args.resume:
         if args.out or args.config:
             raise UlsamError("--resume goes on in its own folder with its own settings: leave --out and --config out")
-        resume(args.resume, given)
+        resume(args.resume, {**given, **_layers(args, {})})
         return
-    config = TrainConfig.from_mapping({**(read_config(args.config) if args.config else {}), **given})
+    before = read_config(args.config) if args.config else {}
+    config = TrainConfig.from_mapping({**before, **given, **_layers(args, {**before, **given})})
     train(config, args.out or free_folder(config.model))
+
+
+def _layers(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the edit options mean: edits, or arguments of a preset."""
+    model = settings.get("model", TrainConfig.model)
+    found: dict[str, Any] = {}
+    if edits := edits_from(args, model):
+        found["edits"] = [str(edit) for edit in edits]
+    if arguments := preset_arguments(args, model):
+        found["model_args"] = {**(settings.get("model_args") or {}), **arguments}
+    return found
 
 
 def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
@@ -56,7 +66,17 @@ def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
         return {**keywords, "nargs": "+", "type": get_args(kind)[0], "metavar": field.name.upper()}
     if kind is bool:
         return {**keywords, "action": argparse.BooleanOptionalAction}
-    return {**keywords, "type": json.loads if get_origin(kind) is dict else kind, "metavar": field.name.upper()}
+    return {**keywords, "type": _json_object if get_origin(kind) is dict else kind, "metavar": field.name.upper()}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as \'{{"act_layer": "relu"}}\'')
+    return value
 
 
 def _text(value: Any) -> str:
