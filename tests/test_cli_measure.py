@@ -102,6 +102,26 @@ def test_mistakes_get_one_line(world, capsys, words, message):
     assert re.search(message, error)
 
 
+def test_eval_of_a_flat_folder_says_that_training_pictures_are_in_it(world, capsys):
+    root, _ = world
+    words = ["eval", str(root / "net.safetensors"), str(root / "data" / "test"), "--workers", "0"]
+    assert main(words) == 0
+    assert "measured on all pictures of the folder, those trained on included" in capsys.readouterr().out
+    assert main([*words[:2], str(root / "data"), "--workers", "0"]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
+def test_eval_takes_classes_by_number_on_wish(world, capsys, tmp_path):
+    root, _ = world
+    for number in range(3):
+        (tmp_path / f"n{number}").mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / f"n{number}" / "1.png")
+    words = ["eval", str(root / "net.safetensors"), str(tmp_path), "--workers", "0"]
+    assert main(words) == 2
+    assert main([*words, "--classes-by-number"]) == 0
+    assert "on      3 pictures" in capsys.readouterr().out
+
+
 def test_eval_refuses_pictures_of_classes_that_the_net_does_not_know(world, capsys, tmp_path):
     root, _ = world
     (tmp_path / "purple").mkdir()

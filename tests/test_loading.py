@@ -1,8 +1,10 @@
 """Batches are a function of seed and epoch, whatever the workers and restarts; bad pictures; data sets by name."""
 
 import io
+import json
 import math
 import multiprocessing
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -395,6 +397,27 @@ def test_other_classes_to_measure_on(tmp_path: Path) -> None:
         open_data("torch/image_folder", data_dir=str(tmp_path))
 
 
+def test_classes_of_a_named_data_set_are_taken_by_name(folder: Path, shards: Path) -> None:
+    def measured(name: str, classes: tuple[str, ...], **options: Any) -> Counter[int]:
+        pictures = open_split(name, "validation", classes, **options)
+        assert pictures.classes == classes
+        found = eval_loader(pictures, EVAL, batch_size=4, workers=0)
+        return Counter(label for batch in found for label in batch.labels.tolist())
+
+    stream = {"data_dir": str(shards), "class_names": str(shards / "names.txt")}
+    assert measured("wds/birds", ("robin", "wren", "finch"), **stream) == {0: 5, 1: 5, 2: 4}
+    assert measured("wds/birds", ("finch", "tit", "robin", "wren"), **stream) == {2: 5, 3: 5, 0: 4}
+    assert measured("wds/birds", ("a", "b", "c"), **stream, by_number=True) == {0: 5, 1: 5, 2: 4}
+    turned = open_split("torch/image_folder", "train", ("class2", "class1", "class0"), data_dir=str(folder))
+    assert turned.fetch(0)[1] == turned.labels[0] == 2  # type: ignore[union-attr,index]
+    assert labels_of(open_split(str(folder), "val", ("a", "b", "c"), by_number=True)) == {0: 5, 1: 5, 2: 5}
+    with pytest.raises(UlsamError, match=r"not trained on: wren, finch; known are .* --classes-by-number takes them"):
+        open_split("wds/birds", "validation", ("robin", "b", "c"), **stream)
+    for data, options in (("wds/birds", stream), (str(folder), {})):
+        with pytest.raises(UlsamError, match="has 3 classes, the net has 2"):
+            open_split(data, "validation" if options else "val", ("a", "b"), **options, by_number=True)
+
+
 def test_a_bad_picture_of_a_data_set_without_file_names_is_named() -> None:
     class Reader:
         def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
@@ -448,6 +471,100 @@ def test_streams(shards: Path, workers: int) -> None:
     assert not same(*epochs)
     measured = list(eval_loader(val, EVAL, batch_size=4, workers=workers))
     assert Counter(label for batch in measured for label in batch.labels.tolist()) == {0: 5, 1: 5, 2: 4}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_out_a_stream_whatever_its_shards_hold(
+    workers: int, world: int, folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("webdataset")
+    root = draw_shards(tmp_path, folder / "train", val=(9, 1, 4))
+    shares = []
+    for rank in range(world):
+        _, val, _ = open_shards(root)
+        loader = eval_loader(val, EVAL, batch_size=4, workers=workers, rank=rank, world=world)
+        shares.append(torch.cat([batch.images for batch in loader if len(batch.labels)]))
+    _, val, _ = open_shards(root)
+    alone = torch.cat([batch.images for batch in eval_loader(val, EVAL, batch_size=4, workers=0)])
+    assert sorted(image.sum().item() for share in shares for image in share) == sorted(alone.sum((1, 2, 3)).tolist())
+    assert min(map(len, shares)) >= 14 // world - 1
+
+
+def add_to_shard(shard: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(shard, "a") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def odd_shards(root: Path, folder: Path) -> Path:
+    """Shards whose first ones end with a 16-bit, a turned and three broken pictures."""
+    draw_shards(root, folder)
+    sixteen, turned = io.BytesIO(), io.BytesIO()
+    Image.new("I;16", (40, 40), 30000).save(sixteen, "PNG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(turned, "JPEG", exif=exif)
+    picture = {"a.png": sixteen.getvalue(), "a.cls": b"0", "b.jpeg": turned.getvalue(), "b.cls": b"1"}
+    broken = {"c.png": b"nonsense", "c.cls": b"1", "d.cls": b"2", "e.png": sixteen.getvalue()}
+    for split in ("train", "validation"):
+        add_to_shard(root / f"{split}-0.tar", {**picture, **broken})
+    info = json.loads((root / "_info.json").read_text())
+    for split in info["splits"].values():
+        split["num_samples"] += 5
+        split["shard_lengths"][0] += 5
+    (root / "_info.json").write_text(json.dumps(info))
+    return root
+
+
+def test_a_stream_reads_pictures_by_the_rules_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    _, val, _ = open_shards(odd_shards(tmp_path, folder / "train"))
+    found = {Path(member.name).name: member for member in val.members()}
+    assert found["a"].read().getpixel((0, 0)) == (30000 // 256,) * 3
+    assert found["b"].read().size == (20, 40)
+    batches = list(eval_loader(val, EVAL, batch_size=4, workers=1))
+    assert sum(len(batch.labels) for batch in batches) == 16
+    shard = tmp_path / "validation-0.tar"
+    assert [bad for batch in batches for bad in batch.unreadable] == [
+        (f"{shard}/c", f"{shard}/c: not a picture in a known format, or cut off within its header"),
+        (f"{shard}/d", f"{shard}/d: no picture, or no class number (.cls), under this name"),
+        (f"{shard}/e", f"{shard}/e: no picture, or no class number (.cls), under this name"),
+    ]
+
+
+def test_a_stream_to_train_on_fills_its_batches_past_broken_pictures(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    train, _, _ = open_shards(odd_shards(tmp_path, folder / "train"))
+    workers = 2
+    assert train.batches(8, workers) == 8
+    for epoch in range(2):
+        train.set_epoch(epoch)
+        batches = list(train_loader(train, augmented(), None, batch_size=8, seed=0, workers=workers))
+        assert [len(batch.labels) for batch in batches] == [8] * 8
+        assert {Path(name).name for batch in batches for name, _ in batch.unreadable} == {"c", "d", "e"}
+
+
+@pytest.mark.parametrize(("bad", "labels"), [({0, 1, 3, 5}, [2, 2, 2, 2, 4, 4]), (set(range(6)), [-1] * 6)])
+def test_in_a_stream_a_readable_picture_stands_in(bad: set[int], labels: list[int]) -> None:
+    pictures: Any = Numbers(6, bad=bad)
+    pictures.label = int
+    pictures.members = lambda: (Read(pictures, index) for index in range(6))
+    items = list(loading.StreamTrainSet(pictures, EVAL))
+    assert [label for _, label, _ in items] == labels
+    assert [name for *_, unreadable in items for name, _ in unreadable] == [f"picture {index}" for index in sorted(bad)]
+
+
+class Read:
+    """A member of a stream of `Numbers`."""
+
+    def __init__(self, pictures: Numbers, number: int) -> None:
+        self.pictures, self.number, self.name = pictures, number, pictures.name(number)
+
+    def read(self) -> Image.Image:
+        return self.pictures.fetch(self.number)[0]
 
 
 def test_a_stream_starts_an_epoch_again_as_it_was(shards: Path) -> None:

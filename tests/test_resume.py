@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny import SETTINGS, Warm, command, draw, draw_splits, options, session, warm
+from tiny import SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session, warm
 from ulsam.cli import main
 from ulsam.models import load
 from ulsam.train.state import read_checkpoint
@@ -359,6 +359,22 @@ def test_two_processes_resume_to_the_same_weights(
     pids = start_pair(ulsam, ["train", "--resume", str(run)], log)
     assert [ulsam.ask(wait=pid) for pid in pids] == [0, 0]
     assert_same_end(run, pair[0])
+
+
+def test_two_processes_count_every_picture_of_a_stream_once(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    root = draw_shards(tmp_path, odd_data / "train", val=(9, 1, 4))
+    run, log, scores = tmp_path / "run", tmp_path / "log", tmp_path / "scores.json"
+    data = ["wds/birds", "--data-dir", str(root), "--class-names", str(root / "names.txt")]
+    words = ["train", *data, "--out", str(run), *options({**SETTINGS, "epochs": 1, "batch_size": 4})]
+    assert [ulsam.ask(wait=pid) for pid in start_pair(ulsam, words, log)] == [0, 0]
+    summary = json.loads((run / "summary.json").read_text())
+    words = ["eval", str(run / "model.safetensors"), *data, "--device", "cpu", "--workers", "1", "--json", str(scores)]
+    assert [ulsam.ask(wait=pid) for pid in start_pair(ulsam, words, log)] == [0, 0]
+    measured = json.loads(scores.read_text())["scores"]
+    assert measured["pictures"] == summary["scores"]["pictures"] == 14
+    counts = {name: entry["pictures"] for name, entry in measured["per_class"].items()}
+    assert counts == {"robin": 5, "wren": 5, "finch": 4}
 
 
 def test_a_mistake_under_torchrun_is_told_once(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:

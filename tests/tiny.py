@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -53,22 +54,22 @@ def draw_splits(root: Path, train: int = 12, val: int = 5, **options: Any) -> Pa
     return root
 
 
-def draw_shards(root: Path, folder: Path) -> Path:
-    """WebDataset shards of a folder with 3 classes: 4 of 11 training pictures, 2 of 7 validation pictures."""
+def draw_shards(root: Path, folder: Path, val: Sequence[int] = (7, 7)) -> Path:
+    """WebDataset shards of a folder with 3 classes: 4 of 11 training pictures, and so many validation pictures each."""
     splits = {}
     pictures = [sorted((folder / f"class{label}").iterdir()) for label in range(3)]
-    for split, count, size in (("train", 4, 11), ("validation", 2, 7)):
-        names = [f"{split}-{shard}.tar" for shard in range(count)]
-        for shard, name in enumerate(names):
+    for split, lengths in (("train", (11,) * 4), ("validation", val)):
+        names = [f"{split}-{shard}.tar" for shard in range(len(lengths))]
+        numbers = iter(range(sum(lengths)))
+        for name, length in zip(names, lengths, strict=True):
             with tarfile.open(root / name, "w") as archive:
-                for number in range(shard * size, (shard + 1) * size):
+                for number in itertools.islice(numbers, length):
                     picture = pictures[number % 3][number // 3 % len(pictures[0])]
                     for suffix, content in (("png", picture.read_bytes()), ("cls", str(number % 3).encode())):
                         entry = tarfile.TarInfo(f"{number:04}.{suffix}")
                         entry.size = len(content)
                         archive.addfile(entry, io.BytesIO(content))
-        lengths = [size] * count
-        splits[split] = {"name": split, "num_samples": count * size, "filenames": names, "shard_lengths": lengths}
+        splits[split] = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
     (root / "_info.json").write_text(json.dumps({"splits": splits}))
     (root / "names.txt").write_text("robin\nwren\nfinch\n")
     return root

@@ -7,7 +7,7 @@ from pathlib import Path
 from ulsam.costs import cost
 from ulsam.data.folder import find_splits
 from ulsam.data.loading import eval_loader
-from ulsam.data.sources import open_split
+from ulsam.data.sources import is_named, open_split
 from ulsam.distributed import start
 from ulsam.evaluate import evaluate, recipe_transform
 from ulsam.files import write_atomic
@@ -21,6 +21,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="split to measure on (default: test, else val, else the whole folder)")
     parser.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")
     parser.add_argument("--class-names", metavar="FILE", help="class names of a named data set, one a line")
+    parser.add_argument(
+        "--classes-by-number",
+        action="store_true",
+        help="take the data's classes for the net's by their position, whatever their names",
+    )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read pictures")
     parser.add_argument("--device", default="auto")
@@ -28,10 +33,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    model, recipe = load(args.model)
     split = args.split or _default_split(args.data)
-    pictures = open_split(args.data, split, recipe.classes, data_dir=args.data_dir, class_names=args.class_names)
     with start(args.device) as world:
+        model, recipe = load(args.model)
+        pictures = open_split(
+            args.data,
+            split,
+            recipe.classes,
+            data_dir=args.data_dir,
+            class_names=args.class_names,
+            by_number=args.classes_by_number,
+        )
         batches = eval_loader(
             pictures,
             recipe_transform(recipe),
@@ -59,6 +71,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"loss    {scores.loss:.4f}")
     print(f"on      {scores.pictures} pictures, split {split}" + _left_out(len(scores.unreadable)))
     print("lowest  " + "; ".join(f"{name} {100 * top1:.0f} % of {n}" for top1, name, n in worst))
+    if split == "all":
+        print(
+            "note    measured on all pictures of the folder, those trained on included: a fair score is that on the"
+            " held-out ones in the summary.json of the run, or on a folder of other pictures"
+        )
     if args.json:
         entry = {
             "command": command_line(),
@@ -74,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _default_split(data: str) -> str:
     """test, else val, of an image folder; timm's "validation" of a named data set."""
-    if not Path(data).exists():
+    if is_named(data):
         return "validation"
     splits = find_splits(data)
     return next((name for name in ("test", "val") if name in splits), "all")

@@ -4,6 +4,7 @@ Every random choice is a function of (seed, epoch, position in the epoch): a wor
 So a run can go on in mid-epoch with nothing saved but its position.
 """
 
+import itertools
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -128,15 +129,40 @@ class EvalSet(Dataset[Item]):
         return self.transform(picture), label, []
 
 
-class StreamSet(IterableDataset[Item]):
-    """A stream's pictures, transformed; its own order and shards."""
+class StreamTrainSet(IterableDataset[Item]):
+    """A stream's pictures, augmented, in its own order; for an unreadable one the last one before it stands in."""
 
     def __init__(self, pictures: StreamPictures, transform: Transform) -> None:
         self.pictures, self.transform = pictures, transform
 
     def __iter__(self) -> Iterator[Item]:
-        for picture, label in self.pictures.dataset:
-            yield self.transform(picture.convert("RGB")), int(label), []
+        last: tuple[Image.Image, int] | None = None
+        owed, bad = 0, []  # at the start of the stream the first readable one stands in
+        for member in self.pictures.members():
+            owed += 1
+            try:
+                last = member.read(), self.pictures.label(member.number)
+            except UnreadablePicture as error:
+                bad.append((member.name, str(error)))
+            while last and owed:
+                yield self.transform(last[0]), last[1], bad
+                owed, bad = owed - 1, []
+        for turn in range(owed):
+            yield None, -1, [] if turn else bad
+
+
+class StreamEvalSet(IterableDataset[Item]):
+    """One process's share of a stream's pictures: every ``world``-th; an unreadable one is left out and reported."""
+
+    def __init__(self, pictures: StreamPictures, transform: Transform, rank: int, world: int) -> None:
+        self.pictures, self.transform, self.rank, self.world = pictures, transform, rank, world
+
+    def __iter__(self) -> Iterator[Item]:
+        for member in itertools.islice(self.pictures.members(), self.rank, None, self.world):
+            try:
+                yield self.transform(member.read()), self.pictures.label(member.number), []
+            except UnreadablePicture as error:
+                yield None, -1, [(member.name, str(error))]
 
 
 class EpochOrder(Sampler[list[Key]]):
@@ -232,7 +258,7 @@ def train_loader(
         "worker_init_fn": _quiet,
     }
     if isinstance(pictures, StreamPictures):  # new workers each epoch: their generators are seeded when they start
-        return Loader(StreamSet(pictures, transform), batch_size=batch_size, drop_last=True, **common)
+        return Loader(StreamTrainSet(pictures, transform), batch_size=batch_size, drop_last=True, **common)
     return Loader(TrainSet(pictures, transform, seed), batch_sampler=order, persistent_workers=workers > 0, **common)
 
 
@@ -255,7 +281,7 @@ def eval_loader(
         "worker_init_fn": _quiet,
     }
     if isinstance(pictures, StreamPictures):
-        return Loader(StreamSet(pictures, transform), **common)
+        return Loader(StreamEvalSet(pictures, transform, rank, world), **common)
     return Loader(EvalSet(pictures, transform), sampler=range(rank, len(pictures), world), **common)
 
 

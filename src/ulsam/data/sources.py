@@ -1,17 +1,31 @@
 """Where pictures come from: an image folder, or a data set of timm's factory."""
 
+import dataclasses
+import functools
 import io
+import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import IterableDataset
 
-from ulsam.data.folder import Sample, class_counts, find_splits, imbalance_note, index_like, scan, split
+from ulsam.data.folder import (
+    PICTURE_SUFFIXES,
+    Sample,
+    class_counts,
+    find_splits,
+    imbalance_note,
+    index_like,
+    scan,
+    split,
+)
 from ulsam.data.pictures import UnreadablePicture, read_picture
 from ulsam.errors import UlsamError, first_line
 
@@ -43,15 +57,49 @@ class FolderPictures:
         return read_picture(path), label
 
 
-class FactoryPictures:
-    """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderPictures`."""
+class _Named:
+    """A data set of timm's factory."""
 
     def __init__(self, dataset: Any, title: str, classes: tuple[str, ...]) -> None:
         self.dataset, self.title, self.classes = dataset, title, classes
-        targets = getattr(dataset, "targets", None)
-        self.labels = None if targets is None else [int(label) for label in targets]  # None: unknown without reading
+        self.numbers: Sequence[int] = range(len(classes))
+
+    def number_like(self, classes: tuple[str, ...], by_number: bool = False) -> None:
+        """Number the labels as in ``classes``, by the classes' names, or leave them as they are.
+
+        Raises:
+            UlsamError: a class that is not among ``classes``; or, by number, not as many classes.
+        """
+        unknown = [name for name in self.classes if name not in classes]
+        if by_number and len(self.classes) != len(classes):
+            raise UlsamError(f"{self.title} has {len(self.classes)} classes, the net has {len(classes)}")
+        if unknown and not by_number:
+            raise UlsamError(
+                f"{self.title} has classes that were not trained on: {_some(unknown)}; known are {_some(classes)}. If"
+                " they are the same ones under other names, --classes-by-number takes them by their position"
+            )
+        if not by_number:
+            self.numbers = [classes.index(name) for name in self.classes]
+        self.classes = classes
+
+    def label(self, number: int) -> int:
+        """The class index that a number of the data set means; -1 for one without a name."""
+        return self.numbers[number] if 0 <= number < len(self.numbers) else -1
+
+
+class FactoryPictures(_Named):
+    """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderPictures`."""
+
+    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...]) -> None:
+        super().__init__(dataset, title, classes)
         if hasattr(dataset, "loader"):
             dataset.loader = read_picture  # torchvision's folder sets then read as ours do
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """The class index of every picture, None where it is unknown without reading."""
+        targets = getattr(self.dataset, "targets", None)
+        return None if targets is None else [self.label(int(number)) for number in targets]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -64,24 +112,45 @@ class FactoryPictures:
     def fetch(self, index: int) -> tuple[Image.Image, int]:
         """The picture and its class index; raises `UnreadablePicture`."""
         if hasattr(self.dataset, "reader"):
-            file, label = self.dataset.reader[index][:2]
+            file, number = self.dataset.reader[index][:2]
             if isinstance(file, io.BytesIO):
                 file.name = self.name(index)
-            return read_picture(file), int(label)
+            return read_picture(file), self.label(int(number))
         try:
-            picture, label = self.dataset[index]
-            return picture.convert("RGB"), int(label)
+            picture, number = self.dataset[index]
+            return picture.convert("RGB"), self.label(int(number))
         except (OSError, SyntaxError) as error:
             raise UnreadablePicture(f"{self.name(index)}: {error}") from error
 
 
-class StreamPictures:
-    """An iterable data set of timm's factory (``wds/...``, ``tfds/...``, ``hfids/...``), read shard by shard."""
+@dataclass(frozen=True)
+class Member:
+    """One picture of a stream: the file that it was stored as, or the picture where the stream has opened it."""
+
+    name: str
+    file: io.BytesIO | Image.Image | None  # None: something lacks
+    number: int
+
+    def read(self) -> Image.Image:
+        """The picture; raises `UnreadablePicture`."""
+        if self.file is None:
+            raise UnreadablePicture(f"{self.name}: no picture, or no class number (.cls), under this name")
+        return self.file.convert("RGB") if isinstance(self.file, Image.Image) else read_picture(self.file)
+
+
+class StreamPictures(_Named):
+    """An iterable data set of timm's factory (``wds/...``, ``tfds/...``, ``hfids/...``), read shard by shard.
+
+    Training pictures are shared out among the processes by timm's reader, in whole shards; other pictures pass every
+    process whole.
+    """
 
     labels = None
 
-    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...]) -> None:
-        self.dataset, self.title, self.classes = dataset, title, classes
+    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...], is_training: bool) -> None:
+        super().__init__(dataset, title, classes)
+        if not is_training:  # as timm's reader shares them out, some would be missed and others counted twice
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
 
     def __len__(self) -> int:
         return int(self.dataset.reader.num_samples)
@@ -94,6 +163,35 @@ class StreamPictures:
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the shards."""
         self.dataset.set_epoch(epoch)
+
+    def members(self) -> Iterator[Member]:
+        """The pictures of this process, or of this worker of it, none of them opened yet where that can be had."""
+        reader = self.dataset.reader
+        fresh = isinstance(reader, ReaderWds) and reader.ds is None
+        if fresh:
+            import webdataset
+
+            reader._lazy_init()
+            unopened = webdataset.map(functools.partial(_member, alt_label=reader.split_info.alt_label))
+            reader.ds.pipeline[-2:] = [unopened]  # in place of timm's decoding, which ends in RGB and skips the rest
+        for count, (found, number) in enumerate(self.dataset):
+            yield found if isinstance(found, Member) else Member(f"{self.title}, picture {count}", found, int(number))
+
+
+def _member(sample: dict[str, Any], alt_label: str) -> dict[str, Any] | None:
+    """A sample of a shard as timm's reader passes it on: a :class:`Member`; None if it is to be left out."""
+    try:
+        number = int(json.loads(sample["json"])[alt_label] if alt_label else sample["cls"])
+        content = next(value for key, value in sample.items() if f".{key}" in PICTURE_SUFFIXES)
+    except (LookupError, ValueError, TypeError, StopIteration):
+        number, content = 0, None
+    if alt_label and number < 0:  # how timm marks what has no class of this kind
+        return None
+    file = None if content is None else io.BytesIO(content)
+    member = Member(f"{sample['__url__']}/{sample['__key__']}", file, number)
+    if file is not None:
+        file.name = member.name
+    return {"image": member, "target": number}
 
 
 MapPictures = FolderPictures | FactoryPictures
@@ -131,7 +229,7 @@ def open_data(
     Raises:
         UlsamError: no such data, or it has not the expected shape.
     """
-    if data.partition("/")[0].lower() in _FACTORY and not Path(data).exists():
+    if is_named(data):
         if val_fraction is not None:
             raise UlsamError("--val-fraction works on image folders; name a split of this data set with --val-split")
         options: dict[str, Any] = {
@@ -160,6 +258,11 @@ def open_data(
     return _open_folder(data, train_split, val_split, val_fraction, seed)
 
 
+def is_named(data: str) -> bool:
+    """Whether this is the name of a data set of timm's factory, and no folder."""
+    return data.partition("/")[0].lower() in _FACTORY and not os.path.exists(data)
+
+
 def open_split(
     data: str,
     name: str,
@@ -167,6 +270,7 @@ def open_split(
     *,
     data_dir: str | None = None,
     class_names: str | None = None,
+    by_number: bool = False,
 ) -> AnyPictures:
     """One split to measure on; of a folder without splits, all its pictures.
 
@@ -174,21 +278,24 @@ def open_split(
         data, data_dir, class_names: as for :func:`open_data`.
         name: of the split.
         classes: of the net, which number the labels; by default the data set's own.
+        by_number: whether the data's classes are the net's by their position, whatever their names.
 
     Raises:
-        UlsamError: no such split, or classes that the net does not know.
+        UlsamError: no such split, classes that the net does not know, or, by number, not as many.
     """
-    if data.partition("/")[0].lower() in _FACTORY and not Path(data).exists():
+    if is_named(data):
         pictures = _named(data, name, is_training=False, data_dir=data_dir, class_names=class_names)
-        if classes is not None and len(classes) != len(pictures.classes):
-            raise UlsamError(f"{data} has {len(pictures.classes)} classes, the net has {len(classes)}")
+        if classes is not None:
+            pictures.number_like(classes, by_number)
         return pictures
     splits = find_splits(data)
     if splits and name not in splits:
         raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
     folder = scan(splits.get(name, Path(data)), min_classes=1)
+    if classes is not None and by_number and len(classes) != len(folder.classes):
+        raise UlsamError(f"{data} has {len(folder.classes)} classes, the net has {len(classes)}")
     if classes is not None:
-        folder = index_like(folder, classes)
+        folder = dataclasses.replace(folder, classes=classes) if by_number else index_like(folder, classes)
     return FolderPictures(folder.samples, folder.classes)
 
 
@@ -225,12 +332,12 @@ def _open_folder(
 
 
 def _named(
-    name: str, split_name: str, *, data_dir: str | None, class_names: str | None, **options: Any
+    name: str, split_name: str, *, is_training: bool, data_dir: str | None, class_names: str | None, **options: Any
 ) -> FactoryPictures | StreamPictures:
     if data_dir is None and name.partition("/")[0].lower() in ("torch", "wds"):
         raise UlsamError(f"{name} needs --data-dir, the folder where it lies")
     try:
-        dataset = create_dataset(name, root=data_dir, split=split_name, **options)
+        dataset = create_dataset(name, root=data_dir, split=split_name, is_training=is_training, **options)
     except ImportError as error:
         raise UlsamError(f"{name} needs a package: {error}; pip install 'ulsam[datasets]'") from error
     except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
@@ -242,7 +349,9 @@ def _named(
         raise UlsamError(f"{name} does not tell its classes: give a text file of their names with --class-names")
     if len(set(classes)) != len(classes):
         raise UlsamError(f"{name} has two classes of one name: give a text file of other names with --class-names")
-    return (StreamPictures if isinstance(dataset, IterableDataset) else FactoryPictures)(dataset, name, classes)
+    if isinstance(dataset, IterableDataset):
+        return StreamPictures(dataset, name, classes, is_training)
+    return FactoryPictures(dataset, name, classes)
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
