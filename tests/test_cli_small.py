@@ -130,6 +130,17 @@ def test_info_prints_recipe_size_formats_and_cost(capsys, file):
     assert f"{found.macs:,} MACs" in out
 
 
+@pytest.mark.parametrize(("rank", "told"), [("0", "ulsam: interrupted\n"), ("1", "")])
+def test_ctrl_c_is_one_line_of_the_first_process(rank, told, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ulsam.cli.paper.run", interrupted)
+    monkeypatch.setenv("RANK", rank)
+    assert main(["paper"]) == 130
+    assert capsys.readouterr().err == told
+
+
 MISTAKES = [
     (["profile", "mobilenetv2_1000"], "timm has no net 'mobilenetv2_1000'; nearest: mobilenetv2_"),
     (["profile", "mobilenetv2_100.nope"], "timm has no net 'mobilenetv2_100.nope'"),

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ulsam: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"ulsam: {stop or 'interrupted'}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, which all stop, the first one tells
+            print(f"ulsam: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
