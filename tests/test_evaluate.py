@@ -16,7 +16,7 @@ from ulsam.data.loading import Batch, eval_loader
 from ulsam.data.pictures import read_picture
 from ulsam.data.sources import open_split
 from ulsam.errors import UlsamError
-from ulsam.evaluate import NotFinite, evaluate, predict, recipe_transform, wilson
+from ulsam.evaluate import NotFinite, Stopped, evaluate, predict, recipe_transform, wilson
 from ulsam.models import build, make_recipe
 
 CLASSES = ("robin", "wren", "finch")
@@ -70,6 +70,13 @@ def test_scores_equal_a_naive_loop(n: int, classes: int, seed: int) -> None:
 def test_wilson_equals_scipy(right: int, n: int) -> None:
     expected = binomtest(right, n).proportion_ci(method="wilson")
     assert wilson(right, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_measuring_is_given_up_at_once() -> None:
+    answers = iter([False, False, True])
+    with pytest.raises(Stopped):
+        batches = given_batches(torch.zeros(40, 3), torch.zeros(40, dtype=torch.long))
+        evaluate(Given(), batches, 3, stop=lambda: next(answers))
 
 
 def test_wilson_of_nothing_is_everything() -> None:

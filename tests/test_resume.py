@@ -354,6 +354,8 @@ def test_two_processes_resume_to_the_same_weights(
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     assert [ulsam.ask(wait=pid) for pid in pids] == [130, 130]
+    assert f"go on with: torchrun --nproc-per-node 2 -m ulsam train --resume {run}\n" in Path(f"{log}0").read_text()
+    assert "go on with" not in Path(f"{log}1").read_text()
     assert ulsam.run(["train", "--resume", str(run)], log) == 2  # alone
     assert "this run has 2 process(es), not 1: start as many" in log.read_text()
     pids = start_pair(ulsam, ["train", "--resume", str(run)], log)
@@ -361,20 +363,34 @@ def test_two_processes_resume_to_the_same_weights(
     assert_same_end(run, pair[0])
 
 
+def test_too_many_bad_pictures_end_all_processes(ulsam: Warm, tmp_path: Path) -> None:
+    data, log = draw_splits(tmp_path / "data"), tmp_path / "log"
+    bad = sorted((data / "train").rglob("*.png"))[::4]
+    for path in bad:
+        path.write_bytes(b"")
+    words = ["train", str(data), "--out", str(tmp_path / "run"), *options({**PAIR, "epochs": 50, "lr": 1e-4})]
+    assert [ulsam.ask(wait=pid) for pid in start_pair(ulsam, words, log)] == [2, 2]
+    first, second = (Path(f"{log}{rank}").read_text() for rank in range(2))
+    named = [line for line in (first + second).splitlines() if line.startswith("unreadable ")]
+    assert 4 <= len(set(named)) == len(named) <= len(bad)
+    for told in (first, second):
+        assert told.splitlines()[-1].startswith("ulsam: error: more than 3 pictures cannot be read (named above)")
+
+
 def test_two_processes_count_every_picture_of_a_stream_once(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
-    root = draw_shards(tmp_path, odd_data / "train", val=(9, 1, 4))
+    root = draw_shards(tmp_path, odd_data / "train", val=(9, 1, 3))
     run, log, scores = tmp_path / "run", tmp_path / "log", tmp_path / "scores.json"
     data = ["wds/birds", "--data-dir", str(root), "--class-names", str(root / "names.txt")]
-    words = ["train", *data, "--out", str(run), *options({**SETTINGS, "epochs": 1, "batch_size": 4})]
+    words = ["train", *data, "--out", str(run), *options({**SETTINGS, "epochs": 1, "batch_size": 3})]
     assert [ulsam.ask(wait=pid) for pid in start_pair(ulsam, words, log)] == [0, 0]
     summary = json.loads((run / "summary.json").read_text())
     words = ["eval", str(run / "model.safetensors"), *data, "--device", "cpu", "--workers", "1", "--json", str(scores)]
     assert [ulsam.ask(wait=pid) for pid in start_pair(ulsam, words, log)] == [0, 0]
     measured = json.loads(scores.read_text())["scores"]
-    assert measured["pictures"] == summary["scores"]["pictures"] == 14
+    assert measured["pictures"] == summary["scores"]["pictures"] == 13
     counts = {name: entry["pictures"] for name, entry in measured["per_class"].items()}
-    assert counts == {"robin": 5, "wren": 5, "finch": 4}
+    assert counts == {"robin": 5, "wren": 4, "finch": 4}
 
 
 def test_a_mistake_under_torchrun_is_told_once(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -31,6 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tiny import NET, SETTINGS, draw, draw_shards, draw_splits, options
 from ulsam import __version__
+from ulsam import evaluate as evaluate_module
 from ulsam.cli import main
 from ulsam.costs import cost
 from ulsam.data import loading
@@ -572,7 +574,74 @@ def test_a_picture_less_is_a_warning(
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "train" / "class0" / "000.png").unlink()
     resume(copied, {"data": str(tmp_path / "data")})
-    assert "warning training pictures: 36 before, 35 now" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert re.search(r"warning training pictures: 36 \(names \w{8}\) before, 35 \(names \w{8}\) now", told)
+
+
+def test_another_picture_is_a_warning(
+    copied: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "class0" / "000.png").rename(tmp_path / "data" / "train" / "class0" / "0000.png")
+    resume(copied, {"data": str(tmp_path / "data")})
+    assert re.search(r"warning training pictures: 36 \(names \w{8}\) before, 36 ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.1}, {"edits": ["insert blocks.2"]}, {"epochs": 3}, {"opt": "adamw"}])
+def test_edited_settings_are_refused(change: dict[str, Any], copied: Path) -> None:
+    settings = yaml.safe_load((copied / "config.yaml").read_text())
+    (copied / "config.yaml").write_text(yaml.safe_dump({**settings, **change}))
+    ((name, now),) = change.items()
+    with pytest.raises(
+        UlsamError, match=re.escape(f"config.yaml was changed: {name} was {settings[name]} and is {now}")
+    ):
+        resume(copied)
+
+
+def test_an_error_in_measuring_loses_no_training(bad_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(bad_data, tmp_path / "data")
+    for path in (tmp_path / "data" / "val" / "class2").iterdir():
+        path.write_bytes(b"")
+    settings = config(tmp_path / "data", batch_size=2, epochs=2)
+    with pytest.raises(UlsamError, match="more than 3 pictures cannot be read"):
+        train(settings, tmp_path / "run")
+    state = read_checkpoint(tmp_path / "run")
+    assert state is not None
+    assert (state["position"]["epoch"], state["position"]["batch"]) == (0, 23)
+    summary = resume(tmp_path / "run", {"max_unreadable": 1.0})
+    train(dataclasses.replace(settings, max_unreadable=1.0), tmp_path / "unbroken")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "unbroken"))
+    assert summary["scores"] == json.loads((tmp_path / "unbroken" / "summary.json").read_text())["scores"]
+
+
+@pytest.mark.parametrize("moment", [3, 5])  # of the 4 batches of epoch 2 and the 4 of epoch 3
+def test_stopped_in_measuring_it_measures_when_it_goes_on(
+    moment: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(data, epochs=3, batch_size=4, ema=0.5, val_every=2)
+    train(settings, tmp_path / "unbroken")
+    measured = 0
+
+    def count(*arguments: Any) -> None:
+        nonlocal measured
+        measured += 1
+        if measured == moment:
+            signal.raise_signal(signal.SIGINT)
+        loading.check_labels(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_module, "check_labels", count)
+        where = r"stopped in the measurement of epoch [23]; go on with: ulsam train --resume "
+        with pytest.raises(Interrupted, match=where):
+            train(settings, tmp_path / "run")
+    assert measured == moment  # at once, not after the other batches
+    summary = resume(tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (
+        tmp_path / "unbroken" / "model.safetensors"
+    ).read_bytes()
+    unbroken = json.loads((tmp_path / "unbroken" / "summary.json").read_text())
+    assert summary["scores"] == unbroken["scores"]
+    assert [row["val_loss"] for row in summary["epochs"]] == [row["val_loss"] for row in unbroken["epochs"]]
 
 
 def test_what_cannot_be_resumed(copied: Path, trained: Path, data: Path, tmp_path: Path) -> None:
@@ -601,6 +670,33 @@ def test_what_cannot_be_resumed(copied: Path, trained: Path, data: Path, tmp_pat
     refused(r"the checkpoint in .* is not of this run: .*Missing key")
     edit_checkpoint(copied, model=state["model"], position={"step": 1})
     refused(r"the checkpoint in .* is not of this run")
+    rows = state["position"]["rows"]
+    for wrong in (
+        *({"epoch": value} for value in ("x", -3, 3, 1.0, True, None)),
+        *({"batch": value} for value in (10**6, -1, "2")),
+        *({"updates": -1}, {"loss_sum": math.nan}, {"loss_sum": "x"}, {"seconds": None}, {"pictures": 0}),
+        *({"rows": value} for value in ([], rows * 2, [{}], ["row"], [{**rows[0], "lr": "x"}], None)),
+    ):
+        edit_checkpoint(copied, position={**state["position"], **wrong})
+        refused(r"the checkpoint in .* is not of this run: ")
+    saved = state["optimizer"]
+    groups = saved["param_groups"]
+    foreign = timm.optim.create_optimizer_v2(timm.create_model(NET, num_classes=3), opt="adamw").state_dict()
+    for wrong in (
+        foreign,
+        {"state": saved["state"]},
+        {**saved, "param_groups": groups[:1]},
+        {**saved, "param_groups": [{**group, "momentum": "x"} for group in groups]},
+        {**saved, "param_groups": [{k: v for k, v in group.items() if k != "momentum"} for group in groups]},
+        {**saved, "state": {**saved["state"], 0: {"momentum_buffer": torch.zeros(7)}}},
+        {**saved, "state": {**saved["state"], 0: {"exp_avg": saved["state"][0]["momentum_buffer"]}}},
+        {**saved, "state": {**saved["state"], 0: {"momentum_buffer": 3}}},
+    ):
+        edit_checkpoint(copied, position=state["position"], optimizer=wrong)
+        refused(r"the checkpoint in .* is not of this run: ")
+    for entries in ({"unreadable": {"train": 3, "val": {}}}, {"settings": {}}, {"settings": None}, {"ema": None}):
+        edit_checkpoint(copied, **{**state, **entries})
+        refused(r"the checkpoint in .* is not of this run: ")
     edit_checkpoint(copied, version=0)
     refused(r"no checkpoint of this version of ulsam")
 

@@ -2,8 +2,9 @@
 
 import datetime
 import os
+import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,20 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+
+def launch_line(words: Sequence[str]) -> str:
+    """How a person starts ``ulsam`` with these words in as many processes as there are now.
+
+    >>> launch_line(["train", "--resume", "my run"])
+    "ulsam train --resume 'my run'"
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size == 1:
+        return shlex.join(["ulsam", *words])
+    machines = ["--nnodes", str(size // here)] if size > here else []
+    return shlex.join(["torchrun", *machines, "--nproc-per-node", str(here), "-m", "ulsam", *words])
 
 
 @contextmanager

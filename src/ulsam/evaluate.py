@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,10 @@ _BROKEN = "the net puts out numbers that are not finite (NaN or infinity)"
 
 class NotFinite(UlsamError):
     """A net puts out NaN or infinity."""
+
+
+class Stopped(Exception):
+    """Measuring was given up, because one of the processes was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def evaluate(
     amp: torch.dtype | None = None,
     channels_last: bool = True,
     progress: str | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Scores:
     """Measure ``model`` on batches; with several processes each measures its share and all get the sum.
 
@@ -89,9 +94,11 @@ def evaluate(
         batches: of `ulsam.data.loading.eval_loader`.
         amp: autocast to this dtype.
         progress: label of the progress bar; None shows none.
+        stop: asked before each batch; once it is true in one process, all give up.
 
     Raises:
         NotFinite: the net's outputs are not finite.
+        Stopped: ``stop`` said so.
         UlsamError: not one picture could be read, or net and pictures differ in their classes.
     """
     device = world.device
@@ -101,7 +108,7 @@ def evaluate(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
     with bar, _eval_mode(model):
-        for batch in bar:
+        for batch in bar if stop is None else _until(stop, bar, world):
             unreadable += batch.unreadable
             if not len(batch.labels):
                 continue
@@ -126,6 +133,20 @@ def evaluate(
     if not math.isfinite(loss):
         raise NotFinite(_BROKEN)
     return Scores(n, loss, top1, top5, confusion, tuple(unreadable))
+
+
+def _until(stop: Callable[[], bool], batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """The batches; the processes, which may have more or fewer of them, agree before each whether one is to stop."""
+    left = iter(batches)
+    while True:
+        batch = next(left, None)
+        more, stopping = world.sum(torch.tensor([batch is not None, stop()], dtype=torch.int64)).tolist()
+        if stopping:
+            raise Stopped
+        if not more:
+            return
+        if batch is not None:
+            yield batch
 
 
 @dataclass(frozen=True)

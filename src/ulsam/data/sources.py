@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class FolderPictures:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def names(self) -> Sequence[str]:
+        """What tells these pictures from others, wherever they lie."""
+        return _relative(path for path, _ in self.samples)
+
     def name(self, index: int) -> str:
         """What messages call the picture."""
         return self.samples[index][0]
@@ -62,7 +67,7 @@ class _Named:
 
     def __init__(self, dataset: Any, title: str, classes: tuple[str, ...]) -> None:
         self.dataset, self.title, self.classes = dataset, title, classes
-        self.numbers: Sequence[int] = range(len(classes))
+        self.numbers: dict[int, int] | None = None
 
     def number_like(self, classes: tuple[str, ...], by_number: bool = False) -> None:
         """Number the labels as in ``classes``, by the classes' names, or leave them as they are.
@@ -79,12 +84,12 @@ class _Named:
                 " they are the same ones under other names, --classes-by-number takes them by their position"
             )
         if not by_number:
-            self.numbers = [classes.index(name) for name in self.classes]
+            self.numbers = {number: classes.index(name) for number, name in enumerate(self.classes)}
         self.classes = classes
 
     def label(self, number: int) -> int:
-        """The class index that a number of the data set means; -1 for one without a name."""
-        return self.numbers[number] if 0 <= number < len(self.numbers) else -1
+        """The class index that a number of the data set means; -1 for one whose name is not known."""
+        return number if self.numbers is None else self.numbers.get(number, -1)
 
 
 class FactoryPictures(_Named):
@@ -100,6 +105,14 @@ class FactoryPictures(_Named):
         """The class index of every picture, None where it is unknown without reading."""
         targets = getattr(self.dataset, "targets", None)
         return None if targets is None else [self.label(int(number)) for number in targets]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """As of :class:`FolderPictures`; without file names, the labels."""
+        samples = getattr(self.dataset, "samples", None)
+        return (
+            _relative(str(sample[0]) for sample in samples) if samples else [str(label) for label in self.labels or ()]
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -151,6 +164,11 @@ class StreamPictures(_Named):
         super().__init__(dataset, title, classes)
         if not is_training:  # as timm's reader shares them out, some would be missed and others counted twice
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The shards; empty where the reader does not tell them."""
+        return list(getattr(getattr(self.dataset.reader, "split_info", None), "filenames", ()))
 
     def __len__(self) -> int:
         return int(self.dataset.reader.num_samples)
@@ -367,6 +385,13 @@ def _read_names(path: str) -> tuple[str, ...]:
         return tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UlsamError(f"cannot read the class names in {path}: {error}") from error
+
+
+def _relative(paths: Iterable[str]) -> list[str]:
+    """The paths from the folder on that holds them all."""
+    found = list(paths)
+    root = os.path.commonpath(found) if found else ""
+    return [os.path.relpath(path, root) for path in found]
 
 
 def _some(names: Sequence[str]) -> str:

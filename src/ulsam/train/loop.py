@@ -6,11 +6,11 @@ that was killed goes on from its last checkpoint to the same weights, bit for bi
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
-import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from ulsam.costs import Cost, cost
 from ulsam.data import loading, sources
-from ulsam.distributed import World, start
+from ulsam.distributed import World, launch_line, start
 from ulsam.errors import UlsamError
-from ulsam.evaluate import NotFinite, Scores, evaluate, recipe_transform
+from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, recipe_transform
 from ulsam.files import clear_parts, write_atomic
 from ulsam.models import build, save_model, sketch
 from ulsam.places import match
@@ -35,7 +35,7 @@ from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.state import environment, read_checkpoint, write_checkpoint
 
 #: Settings that a resumed run may change: what is trained, and how, stays the same.
-HARMLESS = ("data", "data_dir", "workers", "device", "threads", "save_seconds")
+HARMLESS = ("data", "data_dir", "workers", "max_unreadable", "device", "threads", "save_seconds")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -145,8 +145,8 @@ class Trainer:
 
         self.at = Position()
         self.unreadable = {
-            "train": parts.Unreadable(len(self.train_pictures), config.max_unreadable),
-            "val": parts.Unreadable(len(self.val_pictures), config.max_unreadable),
+            "train": parts.Unreadable(len(self.train_pictures), config.max_unreadable, world.writes),
+            "val": parts.Unreadable(len(self.val_pictures), config.max_unreadable, world.writes),
         }
         self.cost = cost(self.model, self.recipe.input_size)
         self.base_cost = cost(sketch(dataclasses.replace(self.recipe, edits=())), self.recipe.input_size)
@@ -161,23 +161,21 @@ class Trainer:
         """Go on from a checkpoint; says what is not as it was.
 
         Raises:
-            UlsamError: the checkpoint is of another net, other classes or another number of processes.
+            UlsamError: the checkpoint is of another net, other classes, other settings or another number of processes.
         """
         try:
-            processes = saved["environment"]["processes"]
-            if processes != str(self.world.size):
-                raise UlsamError(f"this run has {processes} process(es), not {self.world.size}: start as many")
-            if saved["classes"] != list(self.classes):
-                raise UlsamError("the data has other classes than this run was started with")
-            self.at = Position(**saved["position"])
+            self._check_same(saved)
+            self.at = self._position(saved["position"])
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self._restore_optimizer(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             if self.ema:
                 self.ema.module.load_state_dict(saved["ema"])
             for split, names in self.unreadable.items():
-                names.reasons.update(saved["unreadable"][split])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+                names.reasons.update({str(name): str(reason) for name, reason in saved["unreadable"][split].items()})
+        except UlsamError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UlsamError(f"the checkpoint in {self.run} is not of this run: {reason}") from error
         if self.at.epoch == self.config.epochs:
@@ -189,14 +187,64 @@ class Trainer:
                 change = f"{name}: {saved['environment'].get(name)} before, {now} now"
                 self._say(f"warning {change}; the weights will not be bit for bit those of an unbroken run")
 
+    def _check_same(self, saved: dict[str, Any]) -> None:
+        """Raise unless the run was started with these settings, classes and as many processes."""
+        processes = saved["environment"]["processes"]
+        if processes != str(self.world.size):
+            raise UlsamError(f"this run has {processes} process(es), not {self.world.size}: start as many")
+        if saved["classes"] != list(self.classes):
+            raise UlsamError("the data has other classes than this run was started with")
+        for name, now in self._settings().items():
+            if saved["settings"][name] != now:
+                raise UlsamError(
+                    f"{self.run / 'config.yaml'} was changed: {name} was {saved['settings'][name]} and is {now} now; "
+                    "put it back, or start a new run"
+                )
+
+    def _position(self, saved: dict[str, Any]) -> Position:
+        """The position in a checkpoint; raises ValueError and what else a wrong one leads to."""
+        at = Position(**saved)
+        batches = self.epoch_updates * self.config.accumulate
+        for name, most in (("epoch", self.config.epochs), ("batch", batches), ("updates", None), ("pictures", None)):
+            value = saved.get(name, 0)
+            if type(value) is not int or value < 0 or (most is not None and value > most):
+                raise ValueError(f"{name} is {value!r}" + ("" if most is None else f", not 0 to {most}"))
+        if not (type(at.loss_sum) is type(at.seconds) is float and math.isfinite(at.loss_sum) and at.seconds >= 0):
+            raise ValueError(f"loss and seconds are {at.loss_sum!r}, {at.seconds!r}")
+        if at.batch % self.config.accumulate or (at.batch and not (at.pictures and at.seconds)):
+            raise ValueError(f"batch is {at.batch}, after {at.pictures} pictures in {at.seconds} s")
+        sound = all(
+            tuple(row) == report.COLUMNS and all(value is None or type(value) in (int, float) for value in row.values())
+            for row in at.rows
+        )
+        if len(at.rows) != at.epoch or not sound:
+            raise ValueError(f"{at.epoch} epochs, but its rows are not theirs")
+        return at
+
+    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+        """Give the optimizer its state; raises ValueError and what else the state of another one leads to."""
+        new = self.optimizer.state_dict()["param_groups"]
+        for group, other in zip(new, saved["param_groups"], strict=True):
+            changed = [
+                name for name in group.keys() | other.keys() if name != "lr" and group.get(name) != other.get(name)
+            ]
+            if changed:
+                raise ValueError(f"{min(changed)} of its optimizer is not that of {self.config.opt}")
+        self.optimizer.load_state_dict(saved)
+        kinds = {"momentum_buffer"} if self.config.opt == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
+        for parameter, state in self.optimizer.state.items():
+            fits = all(value.numel() == 1 or value.shape == parameter.shape for value in state.values())
+            if state.keys() != kinds or not fits:
+                raise ValueError(f"the state of its optimizer is not that of {self.config.opt}")
+
     def save(self) -> None:
         """Write the checkpoint: all processes call this, the first one writes."""
-        unreadable = self._unreadable()
         if self.world.writes:
             state = {
                 "environment": self._environment(),
+                "settings": self._settings(),
                 "classes": list(self.classes),
-                "unreadable": unreadable,
+                "unreadable": {split: found.reasons for split, found in self.unreadable.items()},
                 "position": dataclasses.asdict(self.at),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -220,24 +268,27 @@ class Trainer:
             saved_at = time.monotonic()
             while self.at.epoch < config.epochs:
                 bar.set_description(f"epoch {self.at.epoch + 1}/{config.epochs}")
-                batches = self._begin_epoch()
-                while self.at.batch < self.epoch_updates * config.accumulate:
+                epoch_batches = self.epoch_updates * config.accumulate
+                batches = self._begin_epoch() if self.at.batch < epoch_batches else iter(())
+                while self.at.batch < epoch_batches:
                     late = time.monotonic() - saved_at > config.save_seconds
                     loss, stop, save = self._update(batches, stopping(), late)
                     bar.update(update_pictures)
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                    if self.order and (stop or save):
+                    if (stop or save) and (self.order or self.at.batch == epoch_batches):
                         self.save()
                         saved_at = time.monotonic()
                     if stop:
-                        where = f"epoch {self.at.epoch + 1}, step {self.at.batch // config.accumulate}"
-                        command = shlex.join(["ulsam", "train", "--resume", str(self.run)])
-                        raise Interrupted(f"stopped in {where}; go on with: {command}")
+                        raise self._stopped(f"epoch {self.at.epoch + 1}, step {self.at.batch // config.accumulate}")
                 epoch = self.at.epoch + 1
-                scores = self._measure() if epoch % config.val_every == 0 or epoch == config.epochs else None
+                measured = epoch % config.val_every == 0 or epoch == config.epochs
+                if measured:
+                    self.save()  # what goes wrong in measuring loses no training
+                scores = self._measure(stopping) if measured else None
                 self._end_epoch(scores)
                 saved_at = time.monotonic()
-        return self._finish(scores or self._measure())
+            scores = scores or self._measure(stopping)
+        return self._finish(scores)
 
     def _begin_epoch(self) -> Iterator[loading.Batch]:
         """Put everything in training mode; the batches of the epoch that are left."""
@@ -257,12 +308,14 @@ class Trainer:
         began = time.monotonic()
         self.schedule.step_update(at.updates + 1)
         loss_sum, pictures = 0.0, 0
+        bad: list[tuple[str, str]] = []
         for turn in range(config.accumulate):
             batch = next(batches, None)
             if batch is None:
                 raise UlsamError("the stream of shards has ended before its epoch: use no more --workers than shards")
-            self.unreadable["train"].add(batch.unreadable)
+            bad += batch.unreadable
             if len(batch.labels) < config.batch_size:
+                self.unreadable["train"].add(bad)
                 tried = min(loading.TRIES, len(self.train_pictures))
                 raise UlsamError(f"{tried} training pictures in a row cannot be read")
             loading.seed_all(config.seed, 2, at.epoch, at.batch + turn, world.rank)  # dropout, mixup
@@ -281,8 +334,10 @@ class Trainer:
             loss_sum += loss.item() * len(images)
             pictures += len(images)
 
-        shared = torch.tensor([loss_sum, pictures, stopping, world.writes and late], dtype=torch.float64)
-        loss_sum, pictures, stop, save = world.sum(shared).tolist()
+        shared = torch.tensor([loss_sum, pictures, stopping, world.writes and late, len(bad)], dtype=torch.float64)
+        loss_sum, pictures, stop, save, met = world.sum(shared).tolist()
+        if met:
+            self.unreadable["train"].add(pair for share in world.gather(bad) for pair in share)
         if not math.isfinite(loss_sum):
             raise self._diverged(f"the loss is {loss_sum / pictures}", at.batch // config.accumulate + 1)
         if config.clip_grad:
@@ -300,7 +355,7 @@ class Trainer:
             self.ema.update(self.model, step=at.updates)
         return loss_sum / pictures, bool(stop), bool(save)
 
-    def _measure(self) -> Scores:
+    def _measure(self, stopping: Callable[[], bool]) -> Scores:
         """Measure the net, or the average of its weights, on the validation pictures."""
         net = self.ema.module if self.ema else self.model
         self.world.agree(net.buffers())  # each process has BatchNorm statistics of its own; the first one's are saved
@@ -321,11 +376,14 @@ class Trainer:
                 amp=self.amp,
                 channels_last=self.config.channels_last,
                 progress="validation" if self.world.writes else None,
+                stop=stopping,
             )
+        except Stopped:
+            epochs = self.at.epoch + (self.at.batch > 0)
+            raise self._stopped(f"the measurement of epoch {epochs}") from None
         except NotFinite as error:
             raise self._diverged(str(error), self.at.batch // self.config.accumulate) from error
-        if self.world.writes:
-            self.unreadable["val"].add(scores.unreadable)
+        self.unreadable["val"].add(scores.unreadable)
         return scores
 
     def _end_epoch(self, scores: Scores | None) -> None:
@@ -353,7 +411,7 @@ class Trainer:
 
     def _finish(self, scores: Scores) -> dict[str, Any]:
         """Write the model file, the curves and, last, the summary: with it the run is finished."""
-        bad = {split: sorted(reasons) for split, reasons in self._unreadable().items()}
+        bad = {split: sorted(found.reasons) for split, found in self.unreadable.items()}
         split = self.config.val_split or "validation"
         summary = {
             "command": report.command_line(),
@@ -386,15 +444,18 @@ class Trainer:
             f"{self.optimizer.param_groups[0]['lr']:.3g}: try a lower --lr, --clip-grad 1, or --amp none"
         )
 
+    def _stopped(self, where: str) -> Interrupted:
+        return Interrupted(f"stopped in {where}; go on with: {launch_line(['train', '--resume', str(self.run)])}")
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings that a resumed run may not change."""
+        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in HARMLESS}
+
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""
-        pictures = str(len(self.train_pictures))
+        names = hashlib.sha256("\0".join(self.train_pictures.names).encode(errors="surrogateescape")).hexdigest()
+        pictures = f"{len(self.train_pictures)} (names {names[:8]})"
         return {**environment(), "device": self.world.device.type, "training pictures": pictures}
-
-    def _unreadable(self) -> dict[str, dict[str, str]]:
-        """Name and reason of what any process could not read, by split."""
-        shares = self.world.gather({split: found.reasons for split, found in self.unreadable.items()})
-        return {split: dict(pair for share in shares for pair in share[split].items()) for split in self.unreadable}
 
     def _say(self, line: str) -> None:
         if self.world.writes:

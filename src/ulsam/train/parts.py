@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,14 +141,15 @@ def mixing_of(config: TrainConfig, n_classes: int) -> Mixup | None:
 
 
 class Unreadable:
-    """Pictures that could not be read: each is named once, and too many of them end the run."""
+    """Pictures that any process could not read: each is named once, and too many of them end the run."""
 
-    def __init__(self, total: int, largest_share: float) -> None:
+    def __init__(self, total: int, largest_share: float, tells: bool = True) -> None:
         self.limit = max(3, int(total * largest_share))
+        self.tells = tells
         self.reasons: dict[str, str] = {}
 
-    def add(self, found: Sequence[tuple[str, str]]) -> None:
-        """Note what was met.
+    def add(self, found: Iterable[tuple[str, str]]) -> None:
+        """Note what was met; all processes note the same, so that all end.
 
         Raises:
             UlsamError: more than the largest share of all pictures (and more than 3) cannot be read.
@@ -156,7 +157,8 @@ class Unreadable:
         for name, reason in found:
             if name not in self.reasons:
                 self.reasons[name] = reason
-                tqdm.write(f"unreadable {reason}", file=sys.stderr)
+                if self.tells:
+                    tqdm.write(f"unreadable {reason}", file=sys.stderr)
         if len(self.reasons) > self.limit:
             raise UlsamError(f"more than {self.limit} pictures cannot be read (named above): see --max-unreadable")
 

@@ -12,7 +12,7 @@ from ulsam.errors import UlsamError
 from ulsam.files import write_atomic
 
 CHECKPOINT = "checkpoint.pt"
-VERSION = 1
+VERSION = 2
 
 
 def write_checkpoint(run: Path, state: dict[str, Any]) -> None:
