@@ -1,6 +1,6 @@
 # make demo    draw birds, train a net without and with ULSAM, show both
 # make test    lint, types and the tests that take seconds
-# Either makes .venv on its first run; a later run installs again only if pyproject.toml or constraints.txt changed.
+# Either makes .venv on its first run; a later run installs again only if pyproject.toml, constraints.txt or the C kernels changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dis
 .PHONY: demo test test-slow lint format wheel-test clean
 .DEFAULT_GOAL := test
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard src/ulsam/ops/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "ulsam needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1): try 'make PYTHON=python3.12'" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
@@ -41,4 +41,4 @@ wheel-test: $(INSTALLED)
 	scripts/wheel_test.sh
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/ulsam/ops/*.so src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,14 +3,16 @@
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, SupportsIndex, cast, get_args
 
 import torch
-import torch.nn.functional as F
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ulsam.errors import UlsamError
+from ulsam.ops import subspace_attention
+from ulsam.ops.reference import attention_maps
 
 Form = Literal["equations", "released", "folded"]
 
@@ -32,8 +34,8 @@ class ULSAM(nn.Module):
         A_n = softmax over H*W of pointwise_n(maxpool3x3(depthwise(F_n)))     one map [B, 1, H, W] a subspace
         y_n = A_n * F_n + F_n
 
-    All subspaces are computed at once: ``depthwise`` is one scale a channel (kept as the weight of a 1x1 convolution,
-    but multiplied: that is 10 to 100 times faster on a CPU), ``pointwise`` one grouped convolution.
+    All subspaces are computed at once by one operator, `ulsam.ops.subspace_attention`; ``depthwise`` and ``pointwise``
+    are the grouped 1x1 convolutions whose weights it takes.
 
     Forms, each exact:
 
@@ -94,28 +96,58 @@ class ULSAM(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         """The attention maps of ``x`` [B, C, H, W]: [B, groups, H, W], each summing to 1 over H*W.
 
-        float64 inputs give float64 maps, all others float32: the softmax is accumulated there.
+        float64 inputs give float64 maps, all others float32. In training mode the released form's maps are those of the
+        batch's statistics, but the running ones do not change.
         """
-        _check_map(x, self.channels)
-        h = x * self.depthwise.weight.to(x.dtype).view(1, -1, 1, 1)
-        if self.depthwise.bias is not None:
-            h = h + self.depthwise.bias.to(x.dtype).view(1, -1, 1, 1)
-        if self.form == "released":
-            h = self.depthwise_norm(h)
-        if self.form != "equations":
-            h = F.relu(h)
-        h = self.pointwise(F.max_pool2d(h, 3, stride=1, padding=1))
-        if self.form == "released":
-            h = self.pointwise_norm(h)
-        if self.form != "equations":
-            h = F.relu(h)
-        return _softmax_over_pixels(h)
+        self._check(x)
+        scale, shift, weight, bias, norms, eps = self._operands()
+        return attention_maps(x, scale, shift, weight, bias, norms, self.groups, self.form != "equations", eps)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape, dtype and memory layout."""
-        maps = self.attention(x).to(x.dtype).unsqueeze(2)
-        subspaces = x.unflatten(1, (self.groups, -1))
-        return torch.addcmul(subspaces, subspaces, maps).flatten(1, 2)
+        if isinstance(x, torch.fx.Proxy):  # one node of a traced graph: what the layer does depends on its mode
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        self._check(x)
+        scale, shift, weight, bias, norms, eps = self._operands()
+        relu = self.form != "equations"
+        y, moments = subspace_attention(
+            x, scale, weight, self.groups, shift=shift, bias=bias, norms=norms, relu=relu, eps=eps
+        )
+        if norms:
+            self._track(moments, x.numel() // self.channels)
+        return y
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            tokens = ", which looks like tokens [B, N, C]" if x.ndim == 3 else ""
+            raise UlsamError(f"ULSAM takes a feature map [B, {self.channels}, H, W], not {list(x.shape)}{tokens}")
+
+    def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, list[Tensor], float]:
+        """The operator's scale, shift, weight, bias, norms and eps; BatchNorm of running statistics is folded."""
+        scale, weight = self.depthwise.weight.flatten(), self.pointwise.weight.flatten()
+        shift, bias = self.depthwise.bias, self.pointwise.bias
+        if self.form != "released":
+            return scale, shift, weight, bias, [], 0.0
+        first, second = self.depthwise_norm, self.pointwise_norm
+        if not type(first) is type(second) is nn.BatchNorm2d or first.training != second.training:
+            raise UlsamError(
+                "the two BatchNorms of a released ULSAM layer cannot be converted, nor be in different modes"
+            )
+        if first.training:
+            return scale, shift, weight, bias, [first.weight, first.bias, second.weight, second.bias], first.eps
+        scale, shift = _folded(first, scale, cast(Tensor, shift))
+        factor, bias = _folded(second, torch.ones_like(second.weight), cast(Tensor, bias))
+        return scale, shift, weight * factor.repeat_interleave(self.channels // self.groups), bias, [], 0.0
+
+    @torch.no_grad()
+    def _track(self, moments: Tensor, count: int) -> None:
+        """Move the running statistics towards those of a batch of ``count`` values a channel."""
+        if count < 2:
+            raise ValueError("Expected more than 1 value per channel when training")  # as nn.BatchNorm2d says it
+        mean, variance, mean2, variance2 = moments.split([self.channels, self.channels, self.groups, self.groups])
+        scale, shift, bias = self.depthwise.weight.flatten(), self.depthwise.bias, self.pointwise.bias
+        _move(self.depthwise_norm, scale * mean + cast(Tensor, shift), scale.square() * variance, count)
+        _move(self.pointwise_norm, mean2 + cast(Tensor, bias), variance2, count)
 
     @torch.no_grad()
     def fold(self) -> "ULSAM":
@@ -135,19 +167,20 @@ class ULSAM(nn.Module):
         return f"{self.channels}, groups={self.groups}, form={self.form!r}"
 
 
-@torch.fx.wrap
-def _softmax_over_pixels(logits: Tensor) -> Tensor:
-    """[B, g, H, W] -> maps that sum to 1, accumulated in float64 or else float32; a leaf to FX."""
-    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.flatten(2).softmax(-1, dtype=exact).view_as(logits)
+def _folded(norm: nn.BatchNorm2d, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift that are ``norm``, with its running statistics, of ``scale * x + shift``."""
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    factor = norm.weight * (variance + norm.eps).rsqrt()
+    return scale * factor, (shift - mean) * factor + norm.bias
 
 
-@torch.fx.wrap
-def _check_map(x: Tensor, channels: int) -> None:
-    """Refuse what is no feature map of so many channels; a leaf to FX, which cannot trace a choice by shape."""
-    if x.ndim != 4 or x.shape[1] != channels:
-        tokens = ", which looks like tokens [B, N, C]" if x.ndim == 3 else ""
-        raise UlsamError(f"ULSAM takes a feature map [B, {channels}, H, W], not {list(x.shape)}{tokens}")
+def _move(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Move running statistics by the momentum, as `nn.BatchNorm2d` does, to a mean and a biased variance."""
+    batches = cast(Tensor, norm.num_batches_tracked)
+    batches += 1
+    momentum = 1.0 / float(batches) if norm.momentum is None else norm.momentum
+    for running, value in [(norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))]:
+        cast(Tensor, running).lerp_(value.to(cast(Tensor, running).dtype), momentum)
 
 
 _RELEASED = {

@@ -98,8 +98,9 @@ def _pass(model: nn.Module, size: Sequence[int]) -> dict[str, Flow]:
         running.append(module)
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(module, ULSAM):  # its depthwise convolution is done by a plain product, which no formula counts
-            book(output.numel(), output.numel())
+        if isinstance(module, ULSAM):  # two 1x1 convolutions, which its operator does without one
+            n = output.numel()
+            book(2 * n, n + n // module.channels * module.groups)
         running.pop()
         flow = flows[module]
         flow.calls += 1

@@ -1,0 +1,39 @@
+/* Subspace attention on a CPU: what is asked of the kernels. Filled by cpu.py; the order of the fields is in both. */
+
+#ifndef ULSAM_CPU_H
+#define ULSAM_CPU_H
+
+#include <stdint.h>
+
+/* What to do; several at once stay in the cache. x, y, dy, dx: maps [B, C, H, W] in one layout and type. */
+enum {
+    LOGITS = 1,     /* x -> l [B, g, H, W]: sum_c weight * relu?(maxpool3x3(scale * x) + shift) + bias */
+    MULTIPLY = 2,   /* x, l -> y = x * (1 + softmax(relu?(l))) */
+    MAPS_BACK = 4,  /* x, dy, l -> dl, dbias */
+    INPUT_BACK = 8, /* x, dy, l, dl -> dx, q, r; gradients: scale weight * q, shift weight * r, weight scale q + shift r */
+    MOMENTS = 16,   /* x -> of each picture's channels: q the mean, r the sum of squared distances from it */
+    ADD = 32,       /* dx += q + r * x, a value a channel */
+};
+
+struct job {
+    const void *x, *dy;
+    void *y, *dx;
+    float *l, *dl;                           /* [B, g, H, W]; where a later stage is asked too they may be missing */
+    const float *scale, *shift, *weight, *bias; /* [C], [C] or 0, [C], [g] or 0 */
+    float *q, *r;                            /* [B, C]; of ADD [C] */
+    float *dbias;                            /* [B, g] */
+    int64_t B, C, H, W, g;
+    int64_t stages, relu, channels_last, bf16, threads;
+    int64_t isa; /* 0: the best that the processor has; 1: base, 2: AVX2, 3: AVX-512 */
+};
+
+/* 0, or -1 when there is no memory, or -2 when the processor lacks the instruction set. */
+int ulsam_run(const struct job *job);
+/* The best instruction set here, as in job.isa. */
+int ulsam_isa(void);
+
+int ulsam_run_base(const struct job *job);
+int ulsam_run_avx2(const struct job *job);
+int ulsam_run_avx512(const struct job *job);
+
+#endif

@@ -1,0 +1,179 @@
+"""The operator `ulsam::subspace_attention` as PyTorch knows it, and the choice of the backend that computes it."""
+
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ulsam.errors import UlsamError
+from ulsam.ops import cpu, reference
+
+Backend = Literal["reference", "cpu"]
+
+
+def _from_environment() -> Backend | None:
+    name: Any = os.environ.get("ULSAM_BACKEND") or None
+    if name not in (None, *get_args(Backend)):
+        raise UlsamError(f"ULSAM_BACKEND={name}: there is no such backend; valid: {', '.join(get_args(Backend))}")
+    return name
+
+
+FORCED = _from_environment()
+
+
+def subspace_attention(
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    groups: int,
+    *,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    norms: Sequence[Tensor] = (),
+    relu: bool = False,
+    eps: float = 1e-5,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x plus x times the spatial attention map of its subspace (Saini et al., WACV 2020, section 3).
+
+    With C channels in ``groups`` subspaces, for each subspace::
+
+        h = relu?(norm1?(scale * x + shift))
+        l = relu?(norm2?(sum over its channels of weight * maxpool3x3(h) + bias))
+        y = x + x * softmax(l over H*W)
+
+    Any memory layout; y has that of x (contiguous where x is neither contiguous nor channels_last). The gradient of
+    the maximum goes to the first one in row-major order, and NaN spreads, as in PyTorch. Under autocast x keeps its
+    dtype. The maps are computed in float32 (float64 for float64), whatever the dtype of x.
+
+    Args:
+        x: [B, C, H, W].
+        scale, shift: [C].
+        weight, bias: [C] and [groups].
+        norms: weight [C] and bias [C] of norm1, weight [groups] and bias [groups] of norm2: BatchNorm over this
+            batch's statistics, in which ``shift`` and ``bias`` cancel out; empty for none.
+        eps: of both norms.
+        backend: None chooses the fastest one that serves ``x``, as does ``ULSAM_BACKEND`` for all calls. A backend
+            that cannot serve ``x`` leaves it to the reference: `which_backend` says so.
+
+    Returns:
+        y [B, C, H, W], and with norms the moments, float32 [2 * C + 2 * groups]: mean and biased variance of x's
+        channels, then of the logits' (without bias).
+
+    Raises:
+        UlsamError: no such backend.
+
+    >>> x = torch.randn(2, 8, 5, 5)
+    >>> y, _ = subspace_attention(x, torch.ones(8), torch.ones(8), groups=4)
+    >>> (y / x - 1).sum((2, 3))[0]  # each channel's map sums to 1
+    tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000])
+    """
+    chosen, _ = which_backend(x, backend)
+    operands = (x, scale, shift, weight, bias, list(norms), groups, relu, eps)
+    if chosen == "reference":
+        return reference.subspace_attention(*operands)
+    y, _, moments = torch.ops.ulsam.subspace_attention.default(*operands, chosen)
+    return y, moments
+
+
+def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
+    """The backend that :func:`subspace_attention` uses for ``x``, and why.
+
+    Raises:
+        UlsamError: no such backend.
+
+    >>> which_backend(torch.ones(1, 8, 4, 4, dtype=torch.float64))
+    ('reference', 'the cpu backend takes float32 and bfloat16, not float64')
+    """
+    wanted = backend or FORCED
+    if wanted not in (None, *get_args(Backend)):
+        raise UlsamError(f"there is no backend {wanted!r}; valid: {', '.join(get_args(Backend))}")
+    if wanted == "reference":
+        return "reference", "asked for"
+    refusal = _why_not_cpu(x)
+    if refusal:
+        return "reference", refusal
+    return "cpu", "asked for" if wanted else "the fastest on this device"
+
+
+def _why_not_cpu(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"the cpu backend does not run on {x.device.type}"
+    if cpu.LIBRARY is None:
+        return "the C kernels are not there: ulsam was installed without a C compiler"
+    return _why_not_dtype("cpu", cpu.DTYPES, x)
+
+
+def _why_not_dtype(backend: str, dtypes: Sequence[torch.dtype], x: Tensor) -> str | None:
+    if x.dtype in dtypes:
+        return None
+    *names, given = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, x.dtype)]
+    return f"the {backend} backend takes {' and '.join(names)}, not {given}"
+
+
+_MODULES: dict[Backend, ModuleType] = {"reference": reference, "cpu": cpu}
+
+
+def _forward(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _MODULES[which_backend(x, operands[-1])[0]].forward(x, *operands[:-1])
+
+
+def _backward(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Any, ...]:
+    return _MODULES[which_backend(x, operands[-1])[0]].backward(dy, x, *operands[:-1])
+
+
+def _fake_forward(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    norms, groups = operands[4:6]
+    logits = x.new_empty((x.shape[0], groups, *x.shape[2:]), dtype=reference.accumulation(x.dtype))
+    moments = logits.new_empty(2 * (x.shape[1] + groups) if norms else 0)
+    return torch.empty_like(reference.dense(x)), logits, moments
+
+
+def _fake_backward(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Any, ...]:
+    norms, logits = operands[4:6]
+    channels, groups = x.shape[1], logits.shape[1]
+    *vectors, bias = [logits.new_empty(size) for size in (channels, channels, channels, groups)]
+    dnorms = [logits.new_empty(size) for size in (channels, channels, groups, groups)] if norms else []
+    return torch.empty_like(reference.dense(x)), *vectors, bias, dnorms
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, scale, shift, weight, bias, norms, _, *ctx.rest = inputs
+    _, logits, moments = output
+    ctx.mark_non_differentiable(logits, moments)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale, shift, weight, bias, logits, moments, *norms)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """One gradient for each argument of the operator."""
+    x, scale, shift, weight, bias, logits, moments, *norms = ctx.saved_tensors
+    if dy is None:
+        return *[None] * 5, [None] * len(norms), *[None] * 4
+    dx, *vectors, dnorms = torch.ops.ulsam.subspace_attention_backward.default(
+        dy, x, scale, shift, weight, bias, norms, logits, moments, *ctx.rest
+    )
+    pairs = zip(vectors, (scale, shift, weight, bias), strict=True)
+    vectors = [None if value is None else gradient.to(value.dtype) for gradient, value in pairs]
+    dnorms = [gradient.to(norm.dtype) for gradient, norm in zip(dnorms, norms, strict=True)]
+    return dx, *vectors, dnorms, None, None, None, None
+
+
+_OPERANDS = "Tensor x, Tensor scale, Tensor? shift, Tensor weight, Tensor? bias, Tensor[] norms"
+torch.library.define(
+    "ulsam::subspace_attention",
+    f"({_OPERANDS}, int groups, bool relu, float eps, str backend) -> (Tensor y, Tensor logits, Tensor moments)",
+)
+torch.library.define(
+    "ulsam::subspace_attention_backward",
+    f"(Tensor dy, {_OPERANDS}, Tensor logits, Tensor moments, bool relu, float eps, str backend) -> "
+    "(Tensor dx, Tensor dscale, Tensor dshift, Tensor dweight, Tensor dbias, Tensor[] dnorms)",
+)
+torch.library.impl("ulsam::subspace_attention", "CompositeExplicitAutograd", _forward)
+torch.library.impl("ulsam::subspace_attention_backward", "CompositeExplicitAutograd", _backward)
+torch.library.register_fake("ulsam::subspace_attention", _fake_forward)
+torch.library.register_fake("ulsam::subspace_attention_backward", _fake_backward)
+torch.library.register_autograd("ulsam::subspace_attention", _gradients, setup_context=_save)

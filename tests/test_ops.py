@@ -1,0 +1,407 @@
+"""The operator: every backend against the definition in float64, as PyTorch uses it, and the choice of the backend."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ulsam.errors import UlsamError
+from ulsam.module import ULSAM
+from ulsam.ops import cpu, reference, subspace_attention, which_backend
+
+OPERATOR = torch.ops.ulsam.subspace_attention.default
+compiled = pytest.mark.skipif(cpu.LIBRARY is None, reason="installed without a C compiler")
+ISAS = [1] if cpu.LIBRARY is None else list(range(1, cpu.LIBRARY.ulsam_isa() + 1))
+
+
+@pytest.fixture(params=ISAS, ids=lambda isa: cpu.ISA_NAMES[isa])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(cpu, "isa", request.param)
+    return int(request.param)
+
+
+def values(kind: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Inputs as they occur: ReLU'd ones are full of exact zeros, quantised and equal ones of ties."""
+    x = torch.randn(*shape, generator=generator)
+    if kind == "relu":
+        return x.relu()
+    if kind == "quantised":
+        return (2 * x).round() / 2
+    return torch.full_like(x, 0.75) if kind == "equal" else x
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "slice":
+        wide = torch.zeros(x.shape[0], x.shape[1] + 2, x.shape[2] + 1, x.shape[3] + 3, dtype=x.dtype)
+        wide[:, 1:-1, :-1, 2:-1] = x
+        return wide[:, 1:-1, :-1, 2:-1]
+    if layout == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "expanded":
+        return x[:1].expand(*x.shape)
+    return x.contiguous()
+
+
+class Case:
+    """Random operands; `run` gives y, the moments and every gradient."""
+
+    def __init__(
+        self, shape: Sequence[int], groups: int, form: str, kind: str, layout: str, dtype: torch.dtype, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        channels = shape[1]
+        self.x = laid_out(values(kind, shape, generator).to(dtype), layout)
+        self.dy = torch.randn(*shape, generator=generator).to(dtype)
+        normal = [torch.randn(size, generator=generator) for size in (channels, channels, channels, groups)]
+        self.scale, self.shift, self.weight, self.bias = normal
+        self.weight = self.weight / (channels / groups) ** 0.5
+        self.norms = [torch.rand(size, generator=generator) + 0.5 for size in (channels, channels, groups, groups)]
+        self.groups, self.form = groups, form
+
+    def run(self, backend: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        def leaf(value: Tensor) -> Tensor:
+            return value.detach().to(dtype or value.dtype).requires_grad_()
+
+        operands = {"x": self.x.detach().to(dtype or self.x.dtype).requires_grad_()}
+        operands |= {"scale": leaf(self.scale), "weight": leaf(self.weight)}
+        if self.form != "equations":
+            operands |= {"shift": leaf(self.shift), "bias": leaf(self.bias)}
+        norms = [leaf(norm) for norm in self.norms] if self.form == "batch statistics" else []
+        relu = self.form != "equations"
+        y, moments = subspace_attention(**operands, groups=self.groups, norms=norms, relu=relu, backend=backend)
+        y.backward(self.dy.to(y.dtype))
+        gradients = {f"d{name}": value.grad for name, value in operands.items()}
+        gradients |= {f"dnorm{n}": norm.grad for n, norm in enumerate(norms)}
+        return {"y": y.detach(), "moments": moments, **gradients}
+
+
+FORMS = ["equations", "folded", "batch statistics"]
+shapes = st.tuples(
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 2, 4, 8, 17])
+)
+
+
+@compiled
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes,
+    st.sampled_from(FORMS),
+    st.sampled_from(["normal", "relu", "quantised", "equal"]),
+    st.sampled_from(["contiguous", "channels_last", "slice", "transposed", "expanded"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(ISAS),
+    st.integers(0, 10**6),
+)
+def test_equals_the_definition_in_float64(
+    sizes: tuple[int, ...], form: str, kind: str, layout: str, dtype: torch.dtype, isa: int, seed: int
+) -> None:
+    batch, groups, height, width, size = sizes
+    assume(form != "batch statistics" or (batch * height * width >= 8 and kind != "equal"))  # else there is no spread
+    case = Case((batch, groups * size, height, width), groups, form, kind, layout, dtype, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "isa", isa)
+        found = case.run("cpu")
+    check(found, case.run("reference", torch.float64), case, dtype)
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((2, 96, 14, 14), 4),
+        ((2, 96, 14, 14), 16),
+        ((1, 320, 7, 7), 16),
+        ((5, 40, 2, 3), 40),
+        ((1, 8, 112, 112), 2),
+        ((2, 2048, 1, 1), 4),
+    ],
+)
+def test_equals_the_definition_at_real_sizes(
+    shape: tuple[int, ...], groups: int, form: str, layout: str, isa: int
+) -> None:
+    if form == "batch statistics" and shape[2:] == (1, 1):
+        pytest.skip("two values a channel: their variance is 0 or all that there is")
+    case = Case(shape, groups, form, "relu", layout, torch.float32, 1)
+    check(case.run("cpu"), case.run("reference", torch.float64), case, torch.float32)
+
+
+def check(found: dict[str, Tensor], exact: dict[str, Tensor], case: Case, dtype: torch.dtype) -> None:
+    """y to 1e-6 (bfloat16: 1e-2) of the largest value; gradients relative to what their sums are made of."""
+    assert found.keys() == exact.keys()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    if case.form == "batch statistics":
+        tolerance = max(tolerance, 2e-5)  # divides by the spread of few, nearly equal values
+    for name, value in exact.items():
+        if not value.numel():
+            continue
+        size = value.abs().max().item()
+        if name.startswith("d") and name != "dx":
+            size = max(size, 0.1 * (case.x.abs().max() * case.dy.abs().max()).item() * case.x[:, 0].numel() ** 0.5, 1.0)
+            size *= 10 if case.form == "batch statistics" else 1
+        bound = 5 * tolerance if name != "y" else tolerance
+        assert (found[name].double() - value).abs().max().item() <= bound * max(size, 1e-3), name
+    assert found["y"].dtype == found["dx"].dtype == dtype
+    dense = case.x.is_contiguous() or case.x.is_contiguous(memory_format=torch.channels_last)
+    assert found["y"].stride() == (case.x if dense else case.x.contiguous()).stride()
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_gradient_of_ties_goes_to_the_first_in_row_major_order(layout: str, isa: int) -> None:
+    x = laid_out(torch.ones(1, 4, 3, 3), layout).requires_grad_()
+    dy = torch.zeros(1, 4, 3, 3)
+    dy[..., 2, 2] = 1.0
+    dy = dy - 1 / 9
+    y, _ = subspace_attention(x, torch.ones(4), torch.ones(4), 1, backend="cpu")
+    y.backward(dy)
+    # all windows' maxima are their top-left pixels: 4 windows at (0, 0), 2 at (0, 1), ..., 1 at (1, 1)
+    logits = (4 * (dy - dy.mean((2, 3), keepdim=True)) / 9)[0, 0]
+    sent = torch.zeros(3, 3)
+    for i in range(3):
+        for j in range(3):
+            sent[max(i - 1, 0), max(j - 1, 0)] += logits[i, j]
+    torch.testing.assert_close(x.grad, dy * (1 + 1 / 9) + sent)
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("where", [(0, 0, 0, 0), (1, 13, 4, 2), (1, 39, 6, 4)])
+def test_a_nan_spreads_as_in_pytorch(where: tuple[int, ...], layout: str, isa: int) -> None:
+    case = Case((2, 40, 7, 5), 8, "folded", "normal", layout, torch.float32, 0)
+    case.x[where] = float("nan")
+    found, exact = case.run("cpu"), case.run("reference")
+    assert exact["y"].isnan().sum() == 5 * 35  # its group, in its picture
+    for name in ("y", "dx", "dbias"):
+        assert torch.equal(found[name].isnan(), exact[name].isnan()), name
+    assert found["dscale"][where[1]].isnan()
+
+
+@compiled
+@pytest.mark.parametrize("broken", ["scale", "weight", "shift", "bias"])
+def test_a_nan_among_the_parameters_spreads_too(broken: str, isa: int) -> None:
+    case = Case((2, 40, 7, 5), 8, "folded", "normal", "channels_last", torch.float32, 0)
+    getattr(case, broken)[3] = float("nan")
+    assert torch.equal(case.run("cpu")["y"].isnan(), case.run("reference")["y"].isnan())
+
+
+@compiled
+@pytest.mark.parametrize("form", FORMS)
+def test_threads_change_nothing_but_the_order_of_sums(form: str) -> None:
+    case = Case((1, 96, 14, 14), 4, form, "normal", "channels_last", torch.float32, 0)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(case.run("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-4)
+
+
+@compiled
+def test_several_python_threads_at_once() -> None:
+    cases = [Case((2, 8 * n, 9, 9), 4, "folded", "normal", "contiguous", torch.float32, n) for n in range(1, 9)]
+    alone = [case.run("cpu") for case in cases]
+    found: list[list[dict[str, Tensor]]] = [[] for _ in cases]
+
+    def work(n: int) -> None:
+        for _ in range(20):
+            found[n].append(cases[n].run("cpu"))
+
+    threads = [threading.Thread(target=work, args=[n]) for n in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, expected in enumerate(alone):
+        assert len(found[n]) == 20
+        assert all(torch.equal(run[name], expected[name]) for run in found[n] for name in expected)
+
+
+@compiled
+def test_a_forked_child_works_where_its_parent_has_threads() -> None:
+    code = """
+import os, torch
+from ulsam.ops import subspace_attention
+torch.set_num_threads(2)
+x = torch.randn(4, 32, 14, 14)
+y = subspace_attention(x, torch.ones(32), torch.ones(32), 4)[0]
+child = os.fork()
+if child == 0:
+    same = torch.equal(subspace_attention(x, torch.ones(32), torch.ones(32), 4)[0], y)
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+# as PyTorch uses it
+
+
+def operands(dtype: torch.dtype, norms: bool) -> tuple[Any, ...]:
+    case = Case((2, 12, 5, 4), 3, "folded", "normal", "channels_last", dtype, 0)
+    vectors = [value.requires_grad_() for value in (case.scale, case.shift, case.weight, case.bias)]
+    return (case.x.requires_grad_(), *vectors, [norm.requires_grad_() for norm in case.norms] if norms else [], 3, True)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(dtype: torch.dtype, norms: bool) -> None:
+    torch.library.opcheck(OPERATOR, (*operands(dtype, norms), 1e-5, ""))
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_gradcheck(norms: bool) -> None:
+    x, *vectors, gammas, groups, relu = operands(torch.float64, norms)
+    leaves = [value.detach().double().requires_grad_() for value in (x, *vectors, *gammas)]
+
+    def y(*given: Tensor) -> Tensor:
+        return OPERATOR(*given[:5], list(given[5:]), groups, relu, 1e-3, "")[0]
+
+    assert torch.autograd.gradcheck(y, leaves)
+
+
+@pytest.mark.parametrize("form", ["equations", "released", "folded"])
+def test_compile_and_export_hold_the_operator(form: str) -> None:
+    layer = ULSAM(16, 4, form=form).eval()
+    x = torch.randn(2, 16, 6, 5)
+    with torch.no_grad():
+        expected = layer(x)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+        program = torch.export.export(layer, (x,))
+        torch.testing.assert_close(program.module()(x), expected)
+    if cpu.LIBRARY is not None:
+        assert OPERATOR in {node.target for node in program.graph.nodes}
+
+
+@compiled
+def test_compile_trains_as_eager_does() -> None:
+    results = []
+    for wrap in (lambda layer: layer, lambda layer: torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        layer = ULSAM(16, 4, form="released")
+        x = torch.randn(2, 16, 6, 5, requires_grad=True)
+        wrap(layer)(x).square().sum().backward()
+        results.append(
+            [x.grad, layer.depthwise.weight.grad, layer.depthwise_norm.running_var, layer.pointwise_norm.bias.grad]
+        )
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("form", ["equations", "released"])
+def test_ddp(form: str) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+        try:
+            net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8, 2, form=form)))
+            for _ in range(2):  # parameters without a gradient would stop the second step
+                net(torch.randn(2, 3, 5, 5)).square().sum().backward()
+        finally:
+            dist.destroy_process_group()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_the_input_as_it_is(dtype: torch.dtype) -> None:
+    case = Case((2, 12, 5, 4), 3, "folded", "normal", "contiguous", dtype, 0)
+    expected = case.run(None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = case.run(None)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@compiled
+@pytest.mark.parametrize("form", FORMS)
+def test_training_keeps_the_input_and_tiny_maps(form: str) -> None:
+    case = Case((4, 96, 14, 14), 16, form, "relu", "channels_last", torch.float32, 0)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        case.run("cpu")
+    assert sum(kept.values()) <= 1.25 * case.x.nbytes
+
+
+def test_second_derivatives_are_the_reference_s() -> None:
+    x = torch.randn(1, 4, 3, 3, requires_grad=True)
+    y, _ = subspace_attention(x, torch.ones(4), torch.ones(4), 2, backend="reference")
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    gradient.sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+# the choice
+
+
+@pytest.fixture
+def plain() -> Iterator[Tensor]:
+    yield torch.randn(1, 8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "expected"),
+    [
+        (torch.float64, None, ("reference", "the cpu backend takes float32 and bfloat16, not float64")),
+        (torch.float16, "cpu", ("reference", "the cpu backend takes float32 and bfloat16, not float16")),
+        (torch.float32, "reference", ("reference", "asked for")),
+    ],
+)
+def test_which_backend(dtype: torch.dtype, wanted: Any, expected: tuple[str, str], plain: Tensor) -> None:
+    assert which_backend(plain.to(dtype), wanted) == expected
+
+
+def test_other_devices_have_the_reference() -> None:
+    assert which_backend(torch.ones(1, device="meta"))[0] == "reference"
+    assert subspace_attention(torch.ones(1, 4, 2, 2, device="meta"), *[torch.ones(4, device="meta")] * 2, 2)[0].is_meta
+
+
+def test_an_unknown_backend_is_named(plain: Tensor) -> None:
+    with pytest.raises(UlsamError, match="there is no backend 'cuda'; valid: reference, cpu"):
+        subspace_attention(plain, torch.ones(8), torch.ones(8), 2, backend="cuda")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "", "opencl"])
+def test_the_environment_forces_a_backend(name: str) -> None:
+    code = "import torch; from ulsam.ops import which_backend; print(which_backend(torch.ones(1, 8, 4, 4))[0])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ULSAM_BACKEND": name}, capture_output=True, text=True
+    )
+    if name == "opencl":
+        assert "UlsamError: ULSAM_BACKEND=opencl: there is no such backend; valid: reference, cpu" in done.stderr
+    else:
+        assert done.stdout.strip() == (name or ("reference" if cpu.LIBRARY is None else "cpu"))
+
+
+def test_without_a_compiler_the_reference_does_it(monkeypatch: pytest.MonkeyPatch, plain: Tensor) -> None:
+    expected = ULSAM(8, 2).requires_grad_(False)
+    with_kernels = expected(plain)
+    monkeypatch.setattr(cpu, "LIBRARY", None)
+    assert which_backend(plain) == (
+        "reference",
+        "the C kernels are not there: ulsam was installed without a C compiler",
+    )
+    torch.testing.assert_close(expected(plain), with_kernels)
+    given = (plain, torch.ones(8), None, torch.ones(8), None, [], 2, False, 0.0)
+    torch.testing.assert_close(OPERATOR(*given, "")[0], reference.subspace_attention(*given)[0])
