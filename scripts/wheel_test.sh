@@ -99,6 +99,7 @@ for name, colour in {"red": (200, 0, 0), "blue": (0, 0, 200)}.items():
         Image.new("RGB", (40, 40), tuple(min(255, value + number) for value in colour)).save(folder / f"{number}.jpg")
 PY
 "$bin/ulsam" train pictures --replace 14,17 --size 32 --epochs 1 --batch-size 4 --workers 0 --out run >/dev/null
-"$bin/ulsam" info run/model.safetensors | grep -q "replace 14,17"
+info=$("$bin/ulsam" info run/model.safetensors)
+grep -q "replace 14,17" <<<"$info"
 
 say "passed: $(basename "$wheel")"
