@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM
-from ulsam.recipe import Edit, Recipe
+from ulsam.recipe import INTERPOLATIONS, LARGEST_ARGUMENT, Edit, Json, Recipe
 
 names = st.from_regex(r"[A-Za-z_*?][A-Za-z0-9_*?]{0,6}(\.[A-Za-z0-9_*?]{1,6}){0,3}", fullmatch=True)
 places = st.lists(st.one_of(names, st.integers(1, 18).map(str), st.integers(1, 18).map("{}:1".format)), min_size=1)
@@ -102,11 +102,18 @@ def test_an_edit_changes_the_net_as_it_says():
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | numbers | words,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
-    max_leaves=8,
-)
+
+
+def json_of(numbers: st.SearchStrategy[int | float]) -> st.SearchStrategy[Json]:
+    return st.recursive(
+        st.none() | st.booleans() | numbers | words,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+        max_leaves=8,
+    )
+
+
+json_values = json_of(st.integers() | numbers)
+arguments = json_of(st.integers(-LARGEST_ARGUMENT, LARGEST_ARGUMENT) | st.floats(-LARGEST_ARGUMENT, LARGEST_ARGUMENT))
 
 
 @st.composite
@@ -114,12 +121,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
     channels = draw(st.integers(1, 4))
     return Recipe(
         base=draw(words),
-        classes=tuple(draw(st.lists(words, max_size=5))),
+        classes=tuple(draw(st.lists(words, max_size=5, unique=True))),
         edits=tuple(draw(st.lists(edits, max_size=3))),
-        model_args=draw(st.dictionaries(words, json_values, max_size=3)),
+        model_args=draw(st.dictionaries(words, arguments, max_size=3)),
         input_size=(channels, draw(st.integers(1, 8192)), draw(st.integers(1, 8192))),
-        interpolation=draw(words),
-        crop_pct=draw(st.floats(0, 1, exclude_min=True)),
+        interpolation=draw(st.sampled_from(INTERPOLATIONS)),
+        crop_pct=draw(st.floats(0.1, 1)),
         mean=tuple(draw(st.lists(numbers, min_size=channels, max_size=channels))),
         std=tuple(draw(st.lists(st.floats(1e-9, 1e9), min_size=channels, max_size=channels))),
     )
@@ -153,10 +160,10 @@ def test_other_text_is_refused_in_one_line(text):
 
 
 def test_a_recipe_prints_as_a_few_lines_whatever_its_classes_hold():
-    recipe = Recipe("resnet18", ("a\x1b[2J", "b\nc", *map(str, range(20))), (Edit("insert", "layer1", 8),))
+    recipe = Recipe("resnet18", ("a\x1b[2J", "b\nc", *map(str, range(20))), (Edit("insert", "layer1\x1b", 8),))
     lines = str(recipe).splitlines()
     assert lines[0].split() == ["base", "resnet18"]
-    assert lines[1].split(maxsplit=1) == ["edits", "insert layer1 g=8"]
+    assert lines[1].split(maxsplit=1) == ["edits", "insert layer1? g=8"]
     assert lines[3] == "classes     22: a?[2J, b?c, 0, 1, 2, 3, 4, 5, ..."
     assert len(lines) == 6
     assert "\x1b" not in str(recipe)
@@ -168,8 +175,16 @@ def test_a_recipe_prints_as_a_few_lines_whatever_its_classes_hold():
         ({"input_size": (3, 64)}, "input_size is C, H, W"),
         ({"input_size": (3, 64, 9000)}, "each from 1 to 8192"),
         ({"input_size": (3, 64.0, 64)}, "input_size is C, H, W"),
-        ({"crop_pct": 0.0}, "crop_pct is above 0"),
-        ({"crop_pct": 1.01}, "at most 1"),
+        ({"crop_pct": 0.0}, "crop_pct is between 0.1 and 1, not 0.0"),
+        ({"crop_pct": 1e-9}, "crop_pct is between 0.1 and 1"),
+        ({"crop_pct": 1.01}, "crop_pct is between 0.1 and 1"),
+        ({"interpolation": "cubic"}, "interpolation is one of nearest, bilinear, bicubic, .*, not 'cubic'"),
+        ({"interpolation": "random"}, "interpolation is one of"),
+        ({"classes": ("a", "b", "a")}, "two classes are called 'a'"),
+        ({"model_args": {"in_chans": 1}}, "in_chans 1 is not input_size's 3"),
+        ({"model_args": {"depth": 10**8}}, "no argument of a net may be above 100000, but one is 100000000"),
+        ({"model_args": {"a": [1, {"b": -1e6}]}}, "but one is 1000000.0"),
+        ({"model_args": {"a": float("inf")}}, "but one is inf"),
         ({"mean": (0.5,)}, "3 channels need as many means"),
         ({"std": (0.5, 0.5, 0.0)}, "stds above 0"),
         ({"std": (0.5, 0.5, float("inf"))}, "stds above 0"),
@@ -178,4 +193,4 @@ def test_a_recipe_prints_as_a_few_lines_whatever_its_classes_hold():
 )
 def test_mistaken_data_settings_are_named(change, message):
     with pytest.raises(UlsamError, match=message):
-        Recipe("resnet18", ("a",), **change)
+        Recipe(**{"base": "resnet18", "classes": ("a",), **change})

@@ -8,6 +8,15 @@ class UlsamError(ValueError):
     """
 
 
+def printable(text: str) -> str:
+    """``text`` with ? for what would not print on one line; a stranger's names can hold commands to a terminal.
+
+    >>> printable("a\\x1b[2Jwren\\n")
+    'a?[2Jwren?'
+    """
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its type where it has none.
 

@@ -2,9 +2,40 @@
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 from ulsam.errors import UlsamError
+
+
+def check_readable(path: str | os.PathLike[str], kind: str) -> None:
+    """Raise unless there is such a file, and it may be read.
+
+    Raises:
+        UlsamError: otherwise; ``kind`` is what the message calls it.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FileNotFoundError
+        with open(path, "rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UlsamError(f"no {kind} {path}") from error
+    except OSError as error:
+        raise UlsamError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise unless a file of this name can probably be written: to ask before long work.
+
+    Raises:
+        UlsamError: it is a folder, or there is no such folder to write into, or none that may be written to.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        raise UlsamError(f"cannot write {path}: " + ("it is a folder" if os.path.isdir(path) else "no such folder"))
+    if not os.access(folder, os.W_OK):
+        raise UlsamError(f"cannot write {path}: permission denied")
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

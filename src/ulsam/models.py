@@ -6,7 +6,6 @@ Importing this module registers the presets of `ulsam.presets` with timm.
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ulsam.errors import UlsamError, first_line
-from ulsam.files import write_atomic
+from ulsam.files import check_readable, write_atomic
 from ulsam.module import ULSAM
 from ulsam.presets import PLACEMENTS
 from ulsam.recipe import Edit, Json, Recipe
@@ -195,8 +194,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         UlsamError: no such file, or not weights.
     """
-    if not Path(path).is_file():
-        raise UlsamError(f"no weight file {path}")
+    check_readable(path, "weight file")
     try:
         state = timm.models.load_state_dict(os.fspath(path), weights_only=True)
     except Exception as error:  # whatever a broken file makes its reader raise
@@ -233,28 +231,29 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
     """
     recipe = read_recipe(path)
     with _opened(path) as file:
-        names = list(file.keys())
-        _check_fit(recipe, {name: tuple(file.get_slice(name).get_shape()) for name in names}, str(path))
-        state = {name: file.get_tensor(name) for name in names}
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     model, _ = build(recipe)
     model.load_state_dict(state)
     return model.eval().to(device), recipe
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """The recipe in a model file; no weights are read.
+    """The recipe in a model file, which builds a net of the file's shapes; no weights are read.
 
     Raises:
-        UlsamError: not a model file.
+        UlsamError: not a model file, from an unknown base, or not what its recipe builds.
     """
     with _opened(path) as file:
         metadata = file.metadata() or {}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if _KEY not in metadata:
         raise UlsamError(f"{path} holds weights without a recipe; train with it by --weights, or pass a model file")
     try:
-        return Recipe.from_json(metadata[_KEY])
+        recipe = Recipe.from_json(metadata[_KEY])
     except UlsamError as error:
         raise UlsamError(f"{path}: {error}") from error
+    _check_fit(recipe, shapes, str(path))
+    return recipe
 
 
 def ulsam_parameters(model: nn.Module) -> list[str]:
@@ -283,8 +282,7 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:
-    if not Path(path).is_file():
-        raise UlsamError(f"no model file {path}")
+    check_readable(path, "model file")
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:

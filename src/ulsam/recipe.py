@@ -4,18 +4,23 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, cast, get_args
 
 from torch import nn
 
 from ulsam import surgery
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, printable
 from ulsam.module import Form
 
 Kind = Literal["replace", "insert", "drop"]
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
+#: How timm calls what a picture can be resized with.
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+#: No net needs a larger number among its arguments; a depth of 10**8 takes the memory before the first layer is made.
+LARGEST_ARGUMENT = 100_000
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,9 @@ class Recipe:
         mean, std: a channel, for pictures scaled to 0..1.
 
     Raises:
-        UlsamError: a size that is no whole number from 1 to 8192, a crop outside 0..1, a standard deviation of 0 or
-            below, or not one mean and std a channel.
+        UlsamError: two classes of one name, a size that is no whole number from 1 to 8192, an interpolation that timm
+            does not know, a crop outside 0.1..1, a standard deviation of 0 or below, not one mean and std a channel, or
+            an argument above `LARGEST_ARGUMENT`.
     """
 
     base: str
@@ -117,8 +123,23 @@ class Recipe:
     def __post_init__(self) -> None:
         if len(self.input_size) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in self.input_size):
             raise UlsamError(f"input_size is C, H, W, each from 1 to 8192, not {reprlib.repr(self.input_size)}")
-        if not 0 < self.crop_pct <= 1:
-            raise UlsamError(f"crop_pct is above 0 and at most 1, not {self.crop_pct}")
+        if len(set(self.classes)) != len(self.classes):
+            twice = next(name for number, name in enumerate(self.classes) if name in self.classes[:number])
+            raise UlsamError(f"two classes are called {reprlib.repr(twice)}: give each a name of its own")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UlsamError(
+                f"interpolation is one of {', '.join(INTERPOLATIONS)}, not {reprlib.repr(self.interpolation)}"
+            )
+        if not 0.1 <= self.crop_pct <= 1:
+            raise UlsamError(f"crop_pct is between 0.1 and 1, not {self.crop_pct}")
+        if self.model_args.get("in_chans", self.input_size[0]) != self.input_size[0]:
+            raise UlsamError(
+                f"in_chans {reprlib.repr(self.model_args['in_chans'])} is not input_size's {self.input_size[0]}"
+            )
+        if (largest := max(map(abs, _numbers_in(self.model_args)), default=0)) > LARGEST_ARGUMENT:
+            raise UlsamError(
+                f"no argument of a net may be above {LARGEST_ARGUMENT}, but one is {reprlib.repr(largest)}"
+            )
         sound = all(map(math.isfinite, self.mean)) and all(0 < value < math.inf for value in self.std)
         if not sound or not len(self.mean) == len(self.std) == self.input_size[0]:
             raise UlsamError(f"{self.input_size[0]} channels need as many means, and as many stds above 0")
@@ -162,17 +183,25 @@ class Recipe:
     def __str__(self) -> str:
         edits = "; ".join(map(str, self.edits)) or "none"
         names = ", ".join(self.classes[:8]) + (", ..." if len(self.classes) > 8 else "")
-        shown = "".join(letter if letter.isprintable() else "?" for letter in names)
         size = "x".join(map(str, self.input_size))
         lines = [
             f"base        {self.base}",
-            f"edits       {edits}",
+            f"edits       {printable(edits)}",
             f"arguments   {json.dumps(dict(self.model_args))}",
-            f"classes     {len(self.classes)}: {shown}",
+            f"classes     {len(self.classes)}: {printable(names)}",
             f"input       {size}, {self.interpolation}, crop {self.crop_pct:g}",
             f"mean, std   {_numbers(self.mean)}; {_numbers(self.std)}",
         ]
         return "\n".join(lines)
+
+
+def _numbers_in(value: Any) -> Iterator[int | float]:
+    """All numbers in a JSON value."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers_in(item)
 
 
 def _numbers(values: Iterable[float]) -> str:
