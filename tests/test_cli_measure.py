@@ -1,7 +1,11 @@
 """`ulsam eval` and `ulsam predict` on a model file: the numbers are the net's own, and mistakes get one line."""
 
+import errno
 import json
+import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from PIL import Image
 
 from ulsam.cli import main
 from ulsam.evaluate import recipe_transform
-from ulsam.models import build, save_model
+from ulsam.models import build, make_recipe, save_model
 from ulsam.recipe import Edit, Recipe
 
 CLASSES = ("blue", "green", "red")
@@ -37,6 +41,8 @@ def world(tmp_path_factory):
                 picture = recipe_transform(recipe)(Image.new("RGB", (40, 36), colour))
                 said[str(folder / f"{number}.png")] = net(picture[None]).softmax(1)[0]
     (root / "data" / "train").mkdir()
+    grey = make_recipe("mobilenetv2_035", CLASSES, size=32, model_args={"in_chans": 1})
+    save_model(build(grey)[0], grey, root / "grey.safetensors")
     return root, said
 
 
@@ -91,6 +97,13 @@ def test_predict_as_json_goes_on_after_a_bad_picture_and_exits_2(world, capsys):
         (["predict", "NET", "ROOT/data/train"], "no pictures in the folder"),
         (["predict", "NET", "ROOT/data", "--top", "0"], "--top must be 1 or more"),
         (["predict", "ROOT/broken.jpg", "ROOT/data"], "no safetensors file, or is cut off"),
+        (["predict", "ROOT/grey.safetensors", "ROOT/data"], "read as RGB, but this net takes 1 channels, not 3"),
+        (["eval", "ROOT/grey.safetensors", "ROOT/data"], "read as RGB, but this net takes 1 channels, not 3"),
+        (["eval", "NET", "ROOT/data", "--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
+        (["eval", "NET", "ROOT/data", "--batch-size", "-3"], "--batch-size must be 1 or more, not -3"),
+        (["eval", "NET", "ROOT/data", "--workers", "-1"], "--workers must be 0 or more, not -1"),
+        (["eval", "nowhere", "nowhere", "--json", "ROOT/no/x.json"], "cannot write .*x.json: no such folder"),
+        (["eval", "nowhere", "nowhere", "--json", "ROOT"], "cannot write .*: it is a folder"),
     ],
 )
 def test_mistakes_get_one_line(world, capsys, words, message):
@@ -100,6 +113,79 @@ def test_mistakes_get_one_line(world, capsys, words, message):
     error = capsys.readouterr().err
     assert error.startswith("ulsam: error: ") and error.count("\n") == 1
     assert re.search(message, error)
+
+
+def test_predict_skips_what_is_hidden(world, capsys, tmp_path):
+    root, said = world
+    for name in ("a.png", ".a.png", ".thumbnails/a.png", "more/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(next(iter(said)), tmp_path / name)
+    assert main(["predict", str(root / "net.safetensors"), str(tmp_path)]) == 0
+    named = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert named == [str(tmp_path / "a.png"), str(tmp_path / "more" / "b.png")]
+
+
+def test_names_do_not_command_the_terminal(capsys, tmp_path):
+    recipe = Recipe("mobilenetv2_035", ("a\x1b[2J", "b\nc"), input_size=(3, 32, 32))
+    save_model(build(recipe)[0], recipe, tmp_path / "net.safetensors")
+    folder = tmp_path / "data"
+    for name in recipe.classes:
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(folder / name / "1\x1b.png")
+    assert main(["predict", str(tmp_path / "net.safetensors"), str(folder)]) == 0
+    assert main(["eval", str(tmp_path / "net.safetensors"), str(folder), "--workers", "0"]) == 0
+    (folder / "d\x1b").mkdir()
+    shutil.copy(folder / "b\nc" / "1\x1b.png", folder / "d\x1b" / "1.png")
+    assert main(["eval", str(tmp_path / "net.safetensors"), str(folder), "--workers", "0"]) == 2
+    captured = capsys.readouterr()
+    assert "a?[2J" in captured.out and "b?c" in captured.out
+    assert "not trained on: d?" in captured.err and captured.err.count("\n") == 1
+    assert "\x1b" not in captured.out + captured.err
+
+
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_a_folder_that_may_not_be_listed_is_one_line(command, world, capsys, monkeypatch):
+    root, _ = world
+    scandir, denied = os.scandir, root / "data" / "test" / "green"
+
+    def guarded(path):
+        if Path(path) == denied:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert main([command, str(root / "net.safetensors"), str(root / "data")]) == 2
+    assert capsys.readouterr().err == f"ulsam: error: cannot list the folder {denied}: permission denied\n"
+
+
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_what_may_not_be_looked_at_is_one_line(command, world, capsys, monkeypatch):
+    root, _ = world
+    stat, denied = os.stat, str(root / "data")
+
+    def guarded(path, *arguments, **options):
+        if not isinstance(path, int) and os.fspath(path) == denied:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", guarded)
+    assert main([command, str(root / "net.safetensors"), denied]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ulsam: error: ") and captured.err.count("\n") == 1
+    assert denied in captured.out + captured.err
+
+
+def test_a_model_file_that_may_not_be_read_is_one_line(world, capsys, monkeypatch):
+    root, _ = world
+    file = str(root / "net.safetensors")
+
+    def denied(path, _):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr("ulsam.files.open", denied, raising=False)
+    for words in (["info", file], ["predict", file, str(root)], ["profile", file]):
+        assert main(words) == 2
+        assert capsys.readouterr().err == f"ulsam: error: cannot read {file}: permission denied\n"
 
 
 def test_eval_of_a_flat_folder_says_that_training_pictures_are_in_it(world, capsys):

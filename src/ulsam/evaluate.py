@@ -209,7 +209,13 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def recipe_transform(recipe: Recipe) -> Any:
-    """The evaluation transform of a recipe: picture -> tensor [C, H, W]."""
+    """The evaluation transform of a recipe: picture -> tensor [3, H, W].
+
+    Raises:
+        UlsamError: the recipe's net is not for RGB pictures.
+    """
+    if recipe.input_size[0] != 3:
+        raise UlsamError(f"pictures are read as RGB, but this net takes {recipe.input_size[0]} channels, not 3")
     return eval_transform(
         recipe.input_size,
         mean=recipe.mean,

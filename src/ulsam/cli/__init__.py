@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ulsam import __version__
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, printable
 
 COMMANDS = {
     "demo": "draw birds, train a net without and with ULSAM, show both",
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(f"ulsam.cli.{args.command}").run(args)
         return 0
     except UlsamError as error:
-        print(f"ulsam: error: {error}", file=sys.stderr)
+        print(f"ulsam: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":  # of several processes, which all stop, the first one tells

@@ -9,8 +9,9 @@ from ulsam.data.folder import find_splits
 from ulsam.data.loading import eval_loader
 from ulsam.data.sources import is_named, open_split
 from ulsam.distributed import start
+from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import evaluate, recipe_transform
-from ulsam.files import write_atomic
+from ulsam.files import check_writable, write_atomic
 from ulsam.models import load
 from ulsam.train.report import command_line, cost_entry, score_entry, versions
 
@@ -33,6 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.batch_size < 1 or args.workers < 0:
+        name, least, value = ("batch-size", 1, args.batch_size) if args.batch_size < 1 else ("workers", 0, args.workers)
+        raise UlsamError(f"--{name} must be {least} or more, not {value}")
+    if args.json:
+        check_writable(args.json)
     split = args.split or _default_split(args.data)
     with start(args.device) as world:
         model, recipe = load(args.model)
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"top-5   {100 * scores.top5:.2f} %")
     print(f"loss    {scores.loss:.4f}")
     print(f"on      {scores.pictures} pictures, split {split}" + _left_out(len(scores.unreadable)))
-    print("lowest  " + "; ".join(f"{name} {100 * top1:.0f} % of {n}" for top1, name, n in worst))
+    print("lowest  " + "; ".join(f"{printable(name)} {100 * top1:.0f} % of {n}" for top1, name, n in worst))
     if split == "all":
         print(
             "note    measured on all pictures of the folder, those trained on included: a fair score is that on the"

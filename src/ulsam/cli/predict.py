@@ -2,11 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import os
 
-from ulsam.data.folder import PICTURE_SUFFIXES
-from ulsam.errors import UlsamError
+from ulsam.data.folder import pictures_below
+from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import predict
 from ulsam.models import load
 
@@ -21,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise UlsamError(f"--top must be 1 or more, not {args.top}")
-    paths = [str(path) for name in args.pictures for path in _pictures(Path(name))]
+    paths = [path for name in args.pictures for path in _pictures(name)]
     model, recipe = load(args.model)
     failed = 0
     for prediction in predict(model, recipe, paths, top=args.top):
@@ -35,17 +34,16 @@ def run(args: argparse.Namespace) -> None:
             print(f"unreadable {prediction.error}")
         else:
             named_text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prediction.classes)
-            print(f"{prediction.path}: {named_text}")
+            print(printable(f"{prediction.path}: {named_text}"))
     if failed:
         raise UlsamError(f"{failed} of {len(paths)} pictures could not be read; they are named above")
 
 
-def _pictures(path: Path) -> Iterator[Path]:
+def _pictures(path: str) -> list[str]:
     """The picture itself, or all pictures below a folder."""
-    if not path.is_dir():
-        yield path
-        return
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not os.path.isdir(path):
+        return [path]
+    found, _ = pictures_below(path)
     if not found:
         raise UlsamError(f"no pictures in the folder {path}")
-    yield from found
+    return found

@@ -71,7 +71,7 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
     ignored = [str(root / name) for name in sorted(os.listdir(root)) if name not in names and not _hidden(name)]
     found = {}
     for name in names:
-        found[name], passed = _pictures(root / name)
+        found[name], passed = pictures_below(root / name)
         ignored += passed
     classes = tuple(name for name in names if found[name])
     if not classes:
@@ -216,19 +216,23 @@ def _cannot_list(error: OSError) -> UlsamError:
 
 def _subfolders(root: Path) -> list[str]:
     """Names of the direct subfolders that are not hidden, sorted."""
-    if not root.exists():
-        raise UlsamError(f"no such folder: {root}")
-    if not root.is_dir():
-        raise UlsamError(f"not a folder: {root}; name the folder that holds the class folders")
     try:
+        if not root.exists():
+            raise UlsamError(f"no such folder: {root}")
+        if not root.is_dir():
+            raise UlsamError(f"not a folder: {root}; name the folder that holds the class folders")
         with os.scandir(root) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name))
     except OSError as error:
         raise _cannot_list(error) from error
 
 
-def _pictures(folder: Path) -> tuple[list[str], list[str]]:
-    """(pictures, files passed over) at any depth below a class folder, each sorted by relative path."""
+def pictures_below(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
+    """(pictures, files passed over) at any depth below a folder, each sorted by relative path; as :func:`scan`.
+
+    Raises:
+        UlsamError: a folder that may not be listed.
+    """
 
     def stop(error: OSError) -> None:
         raise _cannot_list(error) from error

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from ulsam.costs import Cost, cost
 from ulsam.data import loading, sources
 from ulsam.distributed import World, launch_line, start
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, recipe_transform
 from ulsam.files import clear_parts, write_atomic
 from ulsam.models import build, save_model, sketch
@@ -93,9 +94,9 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[
             result, or a checkpoint that is not this run's.
     """
     run = Path(run)
-    if not (run / "config.yaml").is_file():
+    if not os.path.isfile(run / "config.yaml"):
         raise UlsamError(f"{run} is not the folder of a run: there is no config.yaml in it")
-    if (run / "summary.json").is_file():
+    if os.path.isfile(run / "summary.json"):
         raise UlsamError(f"{run} is finished: its result is in {run / 'summary.json'}")
     before = read_config(run / "config.yaml")
     config = TrainConfig.from_mapping({**before, **(overrides or {})})
@@ -459,7 +460,7 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         if self.world.writes:
-            tqdm.write(line)
+            tqdm.write(printable(line))
 
 
 def _check_free(run: Path) -> None:
