@@ -5,6 +5,6 @@
 #define RUN ulsam_run_avx512
 #define V 16
 #define NATIVE_MAX(a, b) (vf) _mm512_max_ps((__m512)(a), (__m512)(b))
-#define NATIVE_PART
+#define NATIVE_512
 #include "cpu_kernels.h"
 #endif

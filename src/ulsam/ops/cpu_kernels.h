@@ -17,6 +17,7 @@
 #include "cpu.h"
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 typedef float vf __attribute__((vector_size(4 * V)));
 typedef int32_t vi __attribute__((vector_size(4 * V)));
@@ -24,6 +25,14 @@ typedef uint32_t vu __attribute__((vector_size(4 * V)));
 typedef uint16_t vh __attribute__((vector_size(2 * V)));
 
 /* lanes */
+
+#if V == 16
+#define NUMBERS ((vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#elif V == 8
+#define NUMBERS ((vi){0, 1, 2, 3, 4, 5, 6, 7})
+#else
+#define NUMBERS ((vi){0, 1, 2, 3})
+#endif
 
 INLINE vf splat(float a) { return a - (vf){0}; }
 INLINE vf keep(vi mask, vf a) { return (vf)(mask & (vi)a); }
@@ -39,16 +48,24 @@ INLINE vf vmax(vf a, vf b) {
 }
 INLINE vf positive(vf a) { return vmax((vf){0}, a); } /* ReLU; a NaN stays */
 
-INLINE float lanes_sum(vf a) {
-    float s = 0;
-    for (int k = 0; k < V; k++) s += a[k];
-    return s;
-}
-INLINE int any(vi a) {
+/* which lanes have held a NaN */
+#ifdef NATIVE_512
+typedef __mmask16 seen;
+INLINE seen see(seen before, vf a) { return before | _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q); }
+INLINE seen among(seen a, vi lanes) { return a & _mm512_movepi32_mask((__m512i)lanes); }
+INLINE int any(seen a) { return a != 0; }
+INLINE int at_lane(seen a, int k) { return a >> k & 1; }
+#else
+typedef vi seen;
+INLINE seen see(seen before, vf a) { return before | (a != a); }
+INLINE seen among(seen a, vi lanes) { return a & lanes; }
+INLINE int any(seen a) {
     int32_t found = 0;
     for (int k = 0; k < V; k++) found |= a[k];
     return found != 0;
 }
+INLINE int at_lane(seen a, int k) { return a[k] != 0; }
+#endif
 
 INLINE vf widen(vh a) { return (vf)(__builtin_convertvector(a, vu) << 16); }
 INLINE vh narrow(vf a) { /* to the nearest bfloat16, ties to even; a NaN stays one */
@@ -58,7 +75,7 @@ INLINE vh narrow(vf a) { /* to the nearest bfloat16, ties to even; a NaN stays o
 
 /* n < V lanes; the others are 0 */
 INLINE vf load_part(const void *p, int64_t at, int bf16, int n) {
-#ifdef NATIVE_PART
+#ifdef NATIVE_512
     __mmask16 mask = (__mmask16)((1u << n) - 1);
     if (bf16) return widen((vh)_mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + at));
     return (vf)_mm512_maskz_loadu_ps(mask, (const float *)p + at);
@@ -74,7 +91,7 @@ INLINE vf load_part(const void *p, int64_t at, int bf16, int n) {
 #endif
 }
 INLINE void store_part(void *p, int64_t at, int bf16, int n, vf a) {
-#ifdef NATIVE_PART
+#ifdef NATIVE_512
     __mmask16 mask = (__mmask16)((1u << n) - 1);
     if (bf16)
         _mm256_mask_storeu_epi16((uint16_t *)p + at, mask, (__m256i)narrow(a));
@@ -136,31 +153,37 @@ INLINE vf permute(vf a, vi at) {
     for (int k = 0; k < V; k++) c[k] = a[at[k]];
     return c;
 }
+INLINE vf permute_two(vf a, vf b, vi at) {
+    vf c;
+    for (int k = 0; k < V; k++) c[k] = at[k] < V ? a[at[k]] : b[at[k] - V];
+    return c;
+}
 #else
-INLINE vf zip_low(vf a, vf b) {
-    vi at;
-    for (int k = 0; k < V; k++) at[k] = k / 2 + k % 2 * V;
-    return __builtin_shuffle(a, b, at);
-}
-INLINE vf zip_high(vf a, vf b) {
-    vi at;
-    for (int k = 0; k < V; k++) at[k] = (V + k) / 2 + k % 2 * V;
-    return __builtin_shuffle(a, b, at);
-}
+INLINE vf zip_low(vf a, vf b) { return __builtin_shuffle(a, b, NUMBERS / 2 + NUMBERS % 2 * V); }
+INLINE vf zip_high(vf a, vf b) { return __builtin_shuffle(a, b, (NUMBERS + V) / 2 + NUMBERS % 2 * V); }
 INLINE vf permute(vf a, vi at) { return __builtin_shuffle(a, at); }
+INLINE vf permute_two(vf a, vf b, vi at) { return __builtin_shuffle(a, b, at); }
 #endif
+INLINE float lanes_sum(vf a) {
+    UNROLL for (int half = V / 2; half; half /= 2) a += permute(a, (NUMBERS + half) % V);
+    return a[0];
+}
+INLINE float lanes_max(vf a) {
+    UNROLL for (int half = V / 2; half; half /= 2) a = vmax(a, permute(a, (NUMBERS + half) % V));
+    return a[0];
+}
 
 INLINE void transpose(vf a[V]) {
-    for (int stage = 1; stage < V; stage *= 2) {
+    UNROLL for (int stage = 1; stage < V; stage *= 2) {
         vf b[V];
-        for (int k = 0; k < V; k++) b[k] = k % 2 ? zip_high(a[k / 2], a[(V + k) / 2]) : zip_low(a[k / 2], a[(V + k) / 2]);
-        for (int k = 0; k < V; k++) a[k] = b[k];
+        UNROLL for (int k = 0; k < V; k++) b[k] = k % 2 ? zip_high(a[k / 2], a[(V + k) / 2]) : zip_low(a[k / 2], a[(V + k) / 2]);
+        UNROLL for (int k = 0; k < V; k++) a[k] = b[k];
     }
 }
 /* lane k is the sum of the lanes of a[k] */
 INLINE vf sums(vf a[V]) {
-    for (int half = V / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) a[k] = zip_low(a[k], a[k + half]) + zip_high(a[k], a[k + half]);
+    UNROLL for (int half = V / 2; half; half /= 2)
+        UNROLL for (int k = 0; k < half; k++) a[k] = zip_low(a[k], a[k + half]) + zip_high(a[k], a[k + half]);
     return a[0];
 }
 
@@ -184,34 +207,35 @@ struct unit {
     int64_t pixels, ld, width;
     float *maps, *dmaps;
     float *by_pixel, *dby_pixel; /* [pixels][width] */
-    vf *rows, *to_row;           /* channels_last: [H][W] of V channels */
-    float *plane[7];             /* contiguous: planes with a row and a vector of room on both sides */
+    vf *rows, *to_row;           /* channels_last: [H][W] of V channels, rows with room around them */
+    int planes;                  /* contiguous: so many at a time */
+    int64_t apart;               /* from one vector's rows or one plane to the next */
+    float *plane[7];
     float *copy;                 /* a plane that is safe to read beyond its ends */
-    int32_t *group;              /* channels_last: of each channel, from n0 on */
+    int32_t *group, *place;      /* channels_last: of each channel, from n0 on; and its place for `spread` */
     int32_t *inside, *has_left, *has_right; /* -1 or 0 a pixel */
     char *nan;                   /* a group: it holds one */
 };
 
 INLINE int lanes_at(int64_t at, int64_t end) { return end - at < V ? (int)(end - at) : V; }
 
-/* l to softmax(relu?(l)), in place or not */
-INLINE void softmax(const struct unit *u, const float *l, float *a, int relu) {
+/* l to softmax(relu?(l)), in place */
+INLINE void softmax(const struct unit *u, float *l, int relu) {
     vf least = splat(-INFINITY), most = least, total = {0};
     for (int64_t p = 0; p < u->pixels; p += V) {
         vf h = relu ? positive(get(l + p)) : get(l + p);
         h = pick(get_ints(u->inside + p), h, least);
         most = vmax(most, h);
-        put(a + p, h);
+        put(l + p, h);
     }
-    float top = most[0];
-    for (int k = 1; k < V; k++) top = most[k] > top ? most[k] : top;
+    float top = lanes_max(most);
     for (int64_t p = 0; p < u->pixels; p += V) {
-        vf e = exponential(get(a + p) - top);
+        vf e = exponential(get(l + p) - top);
         total += keep(get_ints(u->inside + p), e);
-        put(a + p, e);
+        put(l + p, e);
     }
     float share = 1 / lanes_sum(total);
-    for (int64_t p = 0; p < u->pixels; p += V) put(a + p, get(a + p) * share);
+    for (int64_t p = 0; p < u->pixels; p += V) put(l + p, get(l + p) * share);
 }
 
 /* da, the gradient of a = softmax(relu?(l)), to that of l, in place; returns its sum */
@@ -256,82 +280,106 @@ INLINE void turn(const struct unit *u, const float *maps, int64_t p0, float add,
         for (int k = 0; k < V; k++) put(rows + k * u->width + n, block[k]);
     }
 }
-INLINE vf spread(const float *row, const int32_t *group) {
-    return permute(get(row + group[0]), get_ints(group) - group[0]);
+/* lane k's value of such a row: its group's, where `place` is the group less that of the row's vector it begins in */
+INLINE vf spread(const struct unit *u, const float *row, const int32_t *group, vi place) {
+    if (u->n1 - u->n0 <= V) return permute(get(row), place);
+    const float *from = row + group[0] / V * V;
+    return permute_two(get(from), get(from + V), place);
 }
 
-/* the maxima of each 3 pixels in a row, of the V channels at x[at]; which of them hold a NaN */
-INLINE vi row_maxima(const struct unit *u, const void *x, int64_t at, vf scale, int lanes, int bf16) {
-    int64_t C = u->job->C, W = u->job->W;
-    vf least = splat(-INFINITY), *rows = u->rows;
-    vi nan = {0};
-    for (int64_t i = 0; i < u->job->H; i++, rows += W) {
-        vf left = least, here = load(x, at, bf16, lanes), right;
-        nan |= here != here;
-        here *= scale;
-        for (int64_t j = 0; j < W; j++, left = here, here = right) {
+/* So many vectors of channels are read together: longer stretches of memory. */
+#define TILE 4
+
+/* the maxima of each 3 pixels in a row, of `tile` vectors of channels at x[at]; which of them hold a NaN */
+INLINE void row_maxima(
+    const struct unit *u, const void *x, int64_t at, const vf *scale, seen *nan, int tile, int lanes, int bf16
+) {
+    int64_t C = u->job->C, W = u->job->W, apart = u->apart;
+    vf *rows = u->rows;
+    for (int t = 0; t < tile; t++) nan[t] = (seen){0};
+    for (int64_t i = 0; i < u->job->H; i++, rows += W, at += C) {
+        vf here[TILE], left[TILE];
+        UNROLL for (int t = 0; t < tile; t++) {
+            here[t] = load(x, at + t * V, bf16, lanes), left[t] = splat(-INFINITY);
+            nan[t] = see(nan[t], here[t]);
+            here[t] *= scale[t];
+        }
+        for (int64_t j = 0; j + 1 < W; j++) {
             at += C;
-            right = least;
-            if (j + 1 < W) {
-                right = load(x, at, bf16, lanes);
-                nan |= right != right;
-                right *= scale;
+            UNROLL for (int t = 0; t < tile; t++) {
+                vf right = load(x, at + t * V, bf16, lanes);
+                nan[t] = see(nan[t], right);
+                right *= scale[t];
+                rows[j + t * apart] = vmax(vmax(left[t], here[t]), right);
+                left[t] = here[t], here[t] = right;
             }
-            rows[j] = vmax(vmax(left, here), right);
         }
+        UNROLL for (int t = 0; t < tile; t++) rows[W - 1 + t * apart] = vmax(left[t], here[t]);
     }
-    return nan;
+}
+/* the maximum of the 3x3 pixels around row[0] */
+INLINE vf window(const vf *row, int64_t W) { return vmax(vmax(row[-W], row[0]), row[W]); }
+
+INLINE void sum_windows(const struct unit *u, const vf *rows, int64_t c, int lanes, int relu) {
+    const struct job *job = u->job;
+    const int32_t *group = u->group + c - u->c0;
+    vf shift = get_param(job->shift, c, lanes), weight = get_param(job->weight, c, lanes), products[V];
+    int64_t W = job->W;
+    for (int64_t p = 0; p < u->pixels; p += V, rows += V) {
+        int whole = p + V <= u->pixels;
+        for (int k = 0; k < V; k++) {
+            vf m = whole || p + k < u->pixels ? window(rows + k, W) : (vf){0};
+            products[k] = weight * (relu ? positive(m + shift) : m);
+        }
+        gather(u, products, group, lanes, u->maps, p);
+    }
 }
 
-INLINE void logits_last(const struct unit *u, int bf16, int relu) {
-    const struct job *job = u->job;
-    int64_t W = job->W;
-    for (int64_t c = u->c0; c < u->c1; c += V) {
-        int lanes = lanes_at(c, u->c1), filled = 0;
-        const int32_t *group = u->group + c - u->c0;
-        vf scale = get_param(job->scale, c, lanes), shift = get_param(job->shift, c, lanes);
-        vf weight = get_param(job->weight, c, lanes), products[V];
-        vi nan = row_maxima(u, job->x, u->b * u->pixels * job->C + c, scale, lanes, bf16);
-        if (any(nan))
-            for (int k = 0; k < lanes; k++) u->nan[group[k]] |= nan[k] != 0;
-        int64_t p0 = 0;
-        for (int64_t i = 0; i < job->H; i++) {
-            const vf *here = u->rows + i * W, *above = i ? here - W : here, *below = i + 1 < job->H ? here + W : here;
-            for (int64_t j = 0; j < W; j++) {
-                vf m = vmax(vmax(above[j], here[j]), below[j]);
-                products[filled++] = weight * (relu ? positive(m + shift) : m);
-                if (filled == V) {
-                    gather(u, products, group, lanes, u->maps, p0);
-                    p0 += V, filled = 0;
-                }
-            }
-        }
-        if (filled) {
-            while (filled < V) products[filled++] = (vf){0};
-            gather(u, products, group, lanes, u->maps, p0);
-        }
+INLINE void logits_tile(const struct unit *u, int64_t c, int tile, int lanes, int bf16, int relu) {
+    vf scale[TILE];
+    seen nan[TILE];
+    for (int t = 0; t < tile; t++) scale[t] = get_param(u->job->scale, c + t * V, lanes);
+    row_maxima(u, u->job->x, u->b * u->pixels * u->job->C + c, scale, nan, tile, lanes, bf16);
+    for (int t = 0; t < tile; t++) {
+        if (any(nan[t]))
+            for (int k = 0; k < lanes; k++) u->nan[u->group[c + t * V + k - u->c0]] |= at_lane(nan[t], k);
+        sum_windows(u, u->rows + t * u->apart, c + t * V, lanes, relu);
     }
+}
+INLINE void logits_last(const struct unit *u, int bf16, int relu) {
+    int64_t c = u->c0;
+    for (; c + TILE * V <= u->c1; c += TILE * V) logits_tile(u, c, TILE, V, bf16, relu);
+    for (; c < u->c1; c += V) logits_tile(u, c, 1, lanes_at(c, u->c1), bf16, relu);
 }
 
 INLINE void multiply_last(const struct unit *u, int bf16) {
     const struct job *job = u->job;
     int64_t G = job->C / job->g;
+    if (G % V == 0) {
+        for (int64_t p = 0; p < u->pixels; p++) {
+            const float *map = u->maps + p;
+            int64_t at = (u->b * u->pixels + p) * job->C;
+            for (int64_t c = u->c0; c < u->c1; map += u->ld) {
+                vf factor = splat(1 + *map);
+                for (int64_t end = c + G; c < end; c += V)
+                    store(job->y, at + c, bf16, V, load(job->x, at + c, bf16, V) * factor);
+            }
+        }
+        return;
+    }
     for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
         turn(u, u->maps, p0, 1, u->by_pixel);
         for (int64_t p = p0; p < p0 + V && p < u->pixels; p++) {
             const float *row = u->by_pixel + (p - p0) * u->width;
-            int64_t at = (u->b * u->pixels + p) * job->C;
-            if (G % V == 0) {
-                for (int64_t c = u->c0; c < u->c1; row++) {
-                    vf factor = splat(*row);
-                    for (int64_t end = c + G; c < end; c += V)
-                        store(job->y, at + c, bf16, V, load(job->x, at + c, bf16, V) * factor);
-                }
-                continue;
+            int64_t at = (u->b * u->pixels + p) * job->C, c = u->c0;
+            const int32_t *group = u->group, *place = u->place;
+            for (; c + V <= u->c1; c += V, group += V, place += V) {
+                vf factor = spread(u, row, group, get_ints(place));
+                store(job->y, at + c, bf16, V, load(job->x, at + c, bf16, V) * factor);
             }
-            for (int64_t c = u->c0; c < u->c1; c += V) {
-                int lanes = lanes_at(c, u->c1);
-                vf factor = spread(row, u->group + c - u->c0);
+            if (c < u->c1) {
+                int lanes = (int)(u->c1 - c);
+                vf factor = spread(u, row, group, get_ints(place));
                 store(job->y, at + c, bf16, lanes, load(job->x, at + c, bf16, lanes) * factor);
             }
         }
@@ -364,24 +412,22 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
     for (int64_t c = u->c0; c < u->c1; c += V) {
         int lanes = lanes_at(c, u->c1);
         const int32_t *group = u->group + c - u->c0;
+        vi place = get_ints(u->place + c - u->c0);
         int64_t start = u->b * u->pixels * C + c;
         vf scale = get_param(job->scale, c, lanes), shift = get_param(job->shift, c, lanes);
         vf slope = scale * get_param(job->weight, c, lanes), q = {0}, r = {0};
-        row_maxima(u, job->x, start, scale, lanes, bf16);
-        memset(to_row, 0, u->pixels * sizeof *to_row);
-        for (int64_t i = 0, p = 0; i < H; i++)
-            for (int64_t j = 0; j < W; j++, p++) {
-                vf above = rows[i ? p - W : p], here = rows[p], below = rows[i + 1 < H ? p + W : p];
-                vf m = vmax(vmax(above, here), below), d = spread(u->dby_pixel + p * u->width, group);
-                if (relu) d = keep(m + shift > 0, d);
-                r += d;
-                if (i) {
-                    to_row[p - W] += keep(above == m, d);
-                    d = keep(above != m, d);
-                }
-                to_row[p] += i + 1 < H ? keep(here == m, d) : d;
-                if (i + 1 < H) to_row[p + W] += keep(here != m, d);
-            }
+        seen nan;
+        row_maxima(u, job->x, start, &scale, &nan, 1, lanes, bf16);
+        memset(to_row, 0, (u->pixels + W) * sizeof *to_row);
+        for (int64_t p = 0; p < u->pixels; p++) { /* what is sent above the first row or below the last one is 0 */
+            vf m = window(rows + p, W), d = spread(u, u->dby_pixel + p * u->width, group, place);
+            if (relu) d = keep(m + shift > 0, d);
+            r += d;
+            to_row[p - W] += keep(rows[p - W] == m, d);
+            d = keep(rows[p - W] != m, d);
+            to_row[p] += keep(rows[p] == m, d);
+            to_row[p + W] += keep(rows[p] != m, d);
+        }
         for (int64_t i = 0; i < H; i++) {
             int64_t p = i * W, at = start + p * C;
             vf x_left = {0}, x_here = load(job->x, at, bf16, lanes), x_right;
@@ -392,7 +438,7 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
                     vf left = x_left * scale;
                     d_left += keep(left == m, d);
                     d = keep(left != m, d);
-                    vf dy = load(job->dy, at - C, bf16, lanes), factor = spread(u->by_pixel + (p - 1) * u->width, group);
+                    vf dy = load(job->dy, at - C, bf16, lanes), factor = spread(u, u->by_pixel + (p - 1) * u->width, group, place);
                     store(job->dx, at - C, bf16, lanes, dy * factor + slope * d_left);
                     q += d_left * x_left;
                 }
@@ -404,7 +450,7 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
                     x_left = x_here, x_here = x_right, d_left = d_here, d_here = d_right;
                 } else {
                     d_here += d;
-                    vf dy = load(job->dy, at, bf16, lanes), factor = spread(u->by_pixel + p * u->width, group);
+                    vf dy = load(job->dy, at, bf16, lanes), factor = spread(u, u->by_pixel + p * u->width, group, place);
                     store(job->dx, at, bf16, lanes, dy * factor + slope * d_here);
                     q += d_here * x_here;
                 }
@@ -415,21 +461,27 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
     }
 }
 
-INLINE void moments_last(const struct unit *u, int bf16) {
+INLINE void moments_tile(const struct unit *u, int64_t c, int tile, int lanes, int bf16) {
     const struct job *job = u->job;
-    for (int64_t c = u->c0; c < u->c1; c += V) {
-        int lanes = lanes_at(c, u->c1);
-        int64_t start = u->b * u->pixels * job->C + c;
-        vf sum = {0}, squares = {0};
-        for (int64_t p = 0; p < u->pixels; p++) sum += load(job->x, start + p * job->C, bf16, lanes);
-        vf mean = sum / (float)u->pixels;
-        for (int64_t p = 0; p < u->pixels; p++) {
-            vf d = load(job->x, start + p * job->C, bf16, lanes) - mean;
-            squares += d * d;
+    int64_t start = u->b * u->pixels * job->C + c, to = u->b * job->C + c;
+    vf mean[TILE] = {0}, squares[TILE] = {0};
+    for (int64_t p = 0; p < u->pixels; p++)
+        UNROLL for (int t = 0; t < tile; t++) mean[t] += load(job->x, start + p * job->C + t * V, bf16, lanes);
+    for (int t = 0; t < tile; t++) mean[t] /= (float)u->pixels;
+    for (int64_t p = 0; p < u->pixels; p++)
+        UNROLL for (int t = 0; t < tile; t++) {
+            vf d = load(job->x, start + p * job->C + t * V, bf16, lanes) - mean[t];
+            squares[t] += d * d;
         }
-        store(job->q, u->b * job->C + c, 0, lanes, mean);
-        store(job->r, u->b * job->C + c, 0, lanes, squares);
+    for (int t = 0; t < tile; t++) {
+        store(job->q, to + t * V, 0, lanes, mean[t]);
+        store(job->r, to + t * V, 0, lanes, squares[t]);
     }
+}
+INLINE void moments_last(const struct unit *u, int bf16) {
+    int64_t c = u->c0;
+    for (; c + TILE * V <= u->c1; c += TILE * V) moments_tile(u, c, TILE, V, bf16);
+    for (; c < u->c1; c += V) moments_tile(u, c, 1, lanes_at(c, u->c1), bf16);
 }
 
 INLINE void add_last(const struct unit *u, int bf16) {
@@ -450,51 +502,67 @@ INLINE const void *plane_of(const struct unit *u, const void *x, int64_t c, int 
     int64_t at = (u->b * u->job->C + c) * u->pixels, total = u->job->B * u->job->C * u->pixels, size = bf16 ? 2 : 4;
     const char *plane = (const char *)x + at * size;
     if (at && at + u->pixels + V < total) return plane;
-    return memcpy((char *)(u->copy + V), plane, u->pixels * size);
+    return memcpy((char *)(u->copy + (at ? u->ld + 3 * V : 0) + V), plane, u->pixels * size);
 }
 
 /* the maxima of each 3 pixels in a row, with -inf around them; which lanes hold a NaN */
-INLINE vi plane_row_maxima(const struct unit *u, const void *x, float scale, int bf16) {
+INLINE seen plane_row_maxima(const struct unit *u, const void *x, float scale, float *rows, int bf16) {
+    const int32_t *inside = u->inside, *has_left = u->has_left, *has_right = u->has_right;
+    int64_t pixels = u->pixels;
     vf least = splat(-INFINITY);
-    float *rows = u->plane[0];
-    vi nan = {0};
-    for (int64_t p = 0; p < u->pixels; p += V) {
+    seen nan = {0};
+    for (int64_t p = 0; p < pixels; p += V) {
         vf here = load(x, p, bf16, V), left = load(x, p - 1, bf16, V) * scale, right = load(x, p + 1, bf16, V) * scale;
-        nan |= (here != here) & get_ints(u->inside + p);
-        left = pick(get_ints(u->has_left + p), left, least);
-        right = pick(get_ints(u->has_right + p), right, least);
+        nan = p + V <= pixels ? see(nan, here) : nan | among(see((seen){0}, here), get_ints(inside + p));
+        left = pick(get_ints(has_left + p), left, least);
+        right = pick(get_ints(has_right + p), right, least);
         put(rows + p, vmax(vmax(left, here * scale), right));
     }
-    put(rows + u->pixels, least);
+    put(rows + pixels, least);
     return nan;
 }
+INLINE vf plane_window(const float *row, int64_t W) { return vmax(vmax(get(row - W), get(row)), get(row + W)); }
 
 INLINE void logits_planes(const struct unit *u, int bf16, int relu) {
     const struct job *job = u->job;
-    int64_t W = job->W, G = job->C / job->g;
-    const float *rows = u->plane[0];
-    for (int64_t c = u->c0; c < u->c1; c++) {
-        float shift = job->shift ? job->shift[c] : 0, *map = u->maps + (c - u->c0) / G * u->ld;
-        vf weight = splat(job->weight[c]);
-        if (any(plane_row_maxima(u, plane_of(u, job->x, c, bf16), job->scale[c], bf16))) u->nan[(c - u->c0) / G] = 1;
-        for (int64_t p = 0; p < u->pixels; p += V) {
-            vf m = vmax(vmax(get(rows + p - W), get(rows + p)), get(rows + p + W));
-            add_to(map + p, weight * (relu ? positive(m + shift) : m));
+    int64_t G = job->C / job->g;
+    for (int64_t c = u->c0; c < u->c1;) {
+        int64_t n = (c - u->c0) / G, end = c + u->planes, group_end = u->c0 + (n + 1) * G;
+        if (end > group_end) end = group_end;
+        for (int64_t k = c; k < end; k++) {
+            const void *x = plane_of(u, job->x, k, bf16);
+            u->nan[n] |= any(plane_row_maxima(u, x, job->scale[k], u->plane[0] + (k - c) * u->apart, bf16));
         }
+        for (int64_t p = 0; p < u->pixels; p += V) {
+            const float *rows = u->plane[0] + p;
+            vf sum = get(u->maps + n * u->ld + p);
+            for (int64_t k = c; k < end; k++, rows += u->apart) {
+                vf m = plane_window(rows, job->W);
+                if (relu) m = positive(m + job->shift[k]);
+                sum += job->weight[k] * m;
+            }
+            put(u->maps + n * u->ld + p, sum);
+        }
+        c = end;
     }
 }
 
 INLINE void multiply_planes(const struct unit *u, int bf16) {
     const struct job *job = u->job;
-    int64_t G = job->C / job->g, whole = u->pixels / V * V;
-    for (int64_t c = u->c0; c < u->c1; c++) {
-        const float *map = u->maps + (c - u->c0) / G * u->ld;
-        int64_t at = (u->b * job->C + c) * u->pixels;
-        for (int64_t p = 0; p < whole; p += V)
-            store(job->y, at + p, bf16, V, load(job->x, at + p, bf16, V) * (1 + get(map + p)));
-        if (whole < u->pixels) {
-            int lanes = lanes_at(whole, u->pixels);
-            store(job->y, at + whole, bf16, lanes, load(job->x, at + whole, bf16, lanes) * (1 + get(map + whole)));
+    const char *x = job->x;
+    char *y = job->y;
+    int64_t G = job->C / job->g, pixels = u->pixels, lanes = pixels < V ? pixels : V;
+    for (int64_t n = 0; n < u->n1 - u->n0; n++) {
+        float *map = u->maps + n * u->ld;
+        for (int64_t p = 0; p < u->ld; p += V) put(map + p, 1 + get(map + p));
+        int64_t at = (u->b * job->C + u->c0 + n * G) * pixels;
+        for (int64_t k = 0; k < G; k++, at += pixels) {
+            for (int64_t p = 0; p + V <= pixels; p += V)
+                store(y, at + p, bf16, V, load(x, at + p, bf16, V) * get(map + p));
+            if (pixels % V) { /* the last vector again, from its end */
+                int64_t p = pixels - lanes;
+                store(y, at + p, bf16, (int)lanes, load(x, at + p, bf16, (int)lanes) * get(map + p));
+            }
         }
     }
 }
@@ -515,42 +583,56 @@ INLINE void maps_back_planes(const struct unit *u, int bf16) {
 INLINE void input_back_planes(const struct unit *u, int bf16, int relu) {
     const struct job *job = u->job;
     int64_t W = job->W, G = job->C / job->g;
-    const float *rows = u->plane[0];
-    float *const *up = u->plane + 1, *const *side = u->plane + 4; /* to the row above, the same, below; and sideways */
-    for (int64_t c = u->c0; c < u->c1; c++) {
-        int64_t at = (u->b * job->C + c) * u->pixels;
-        const float *map = u->maps + (c - u->c0) / G * u->ld, *dmap = u->dmaps + (c - u->c0) / G * u->ld;
-        float scale = job->scale[c], shift = job->shift ? job->shift[c] : 0, slope = scale * job->weight[c];
-        vf q = {0}, r = {0};
-        const void *x = plane_of(u, job->x, c, bf16);
-        plane_row_maxima(u, x, scale, bf16);
-        for (int64_t p = 0; p < u->pixels; p += V) {
-            vf above = get(rows + p - W), here = get(rows + p), m = vmax(vmax(above, here), get(rows + p + W));
-            vf d = get(dmap + p);
-            if (relu) d = keep(m + shift > 0, d);
-            r += d;
-            put(up[0] + p, keep(above == m, d));
-            d = keep(above != m, d);
-            put(up[1] + p, keep(here == m, d));
-            put(up[2] + p, keep(here != m, d));
+    for (int64_t c = u->c0, end; c < u->c1; c = end) {
+        end = c + u->planes < u->c1 ? c + u->planes : u->c1;
+        for (int64_t k = c; k < end; k++)
+            plane_row_maxima(u, plane_of(u, job->x, k, bf16), job->scale[k], u->plane[0] + (k - c) * u->apart, bf16);
+        for (int64_t k = c; k < end; k++) { /* to the row above, the same, the one below */
+            int64_t at = (k - c) * u->apart;
+            const float *rows = u->plane[0] + at, *dmap = u->dmaps + (k - u->c0) / G * u->ld;
+            float shift = relu ? job->shift[k] : 0;
+            vf r = {0};
+            for (int64_t p = 0; p < u->pixels; p += V) {
+                vf above = get(rows + p - W), here = get(rows + p), m = vmax(vmax(above, here), get(rows + p + W));
+                vf d = get(dmap + p);
+                if (relu) d = keep(m + shift > 0, d);
+                r += d;
+                put(u->plane[1] + at + p, keep(above == m, d));
+                d = keep(above != m, d);
+                put(u->plane[2] + at + p, keep(here == m, d));
+                put(u->plane[3] + at + p, keep(here != m, d));
+            }
+            job->r[u->b * job->C + k] = lanes_sum(r);
         }
-        for (int64_t p = 0; p < u->pixels; p += V) {
-            vf m = get(rows + p), d = get(up[0] + p + W) + get(up[1] + p) + get(up[2] + p - W);
-            vi left = (load(x, p - 1, bf16, V) * scale == m) & get_ints(u->has_left + p);
-            vi here = load(x, p, bf16, V) * scale == m;
-            put(side[0] + p, keep(left, d));
-            d = keep(~left, d);
-            put(side[1] + p, keep(here, d));
-            put(side[2] + p, keep(~here & get_ints(u->has_right + p), d));
+        for (int64_t k = c; k < end; k++) { /* to the pixel at the left, the same, the one at the right */
+            int64_t at = (k - c) * u->apart;
+            const float *up = u->plane[1] + at, *same = u->plane[2] + at, *down = u->plane[3] + at;
+            const void *x = plane_of(u, job->x, k, bf16);
+            float scale = job->scale[k];
+            for (int64_t p = 0; p < u->pixels; p += V) {
+                vf m = get(u->plane[0] + at + p), d = get(up + p + W) + get(same + p) + get(down + p - W);
+                vi left = (load(x, p - 1, bf16, V) * scale == m) & get_ints(u->has_left + p);
+                vi here = load(x, p, bf16, V) * scale == m;
+                put(u->plane[4] + at + p, keep(left, d));
+                d = keep(~left, d);
+                put(u->plane[5] + at + p, keep(here, d));
+                put(u->plane[6] + at + p, keep(~here & get_ints(u->has_right + p), d));
+            }
         }
-        for (int64_t p = 0; p < u->pixels; p += V) {
-            int lanes = lanes_at(p, u->pixels);
-            vf d = get(side[0] + p + 1) + get(side[1] + p) + get(side[2] + p - 1);
-            q += keep(get_ints(u->inside + p), d * load(x, p, bf16, V));
-            store(job->dx, at + p, bf16, lanes, load(job->dy, at + p, bf16, lanes) * (1 + get(map + p)) + slope * d);
+        for (int64_t k = c; k < end; k++) {
+            int64_t at = (k - c) * u->apart, to = (u->b * job->C + k) * u->pixels;
+            const float *left = u->plane[4] + at, *same = u->plane[5] + at, *right = u->plane[6] + at;
+            const float *map = u->maps + (k - u->c0) / G * u->ld;
+            float slope = job->scale[k] * job->weight[k];
+            vf q = {0};
+            for (int64_t p = 0; p < u->pixels; p += V) {
+                int lanes = lanes_at(p, u->pixels);
+                vf d = get(left + p + 1) + get(same + p) + get(right + p - 1);
+                q += d * load(job->x, to + p, bf16, lanes);
+                store(job->dx, to + p, bf16, lanes, load(job->dy, to + p, bf16, lanes) * (1 + get(map + p)) + slope * d);
+            }
+            job->q[u->b * job->C + k] = lanes_sum(q);
         }
-        job->q[u->b * job->C + c] = lanes_sum(q);
-        job->r[u->b * job->C + c] = lanes_sum(r);
     }
 }
 
@@ -602,7 +684,7 @@ INLINE void run_unit(const struct unit *u, int last, int bf16, int relu) {
     } else if (stages & (MULTIPLY | MAPS_BACK | INPUT_BACK))
         for (int64_t n = 0; n < groups; n++) memcpy(u->maps + n * u->ld, l + n * u->pixels, row);
     if (stages & (MULTIPLY | MAPS_BACK | INPUT_BACK))
-        for (int64_t n = 0; n < groups; n++) softmax(u, u->maps + n * u->ld, u->maps + n * u->ld, relu);
+        for (int64_t n = 0; n < groups; n++) softmax(u, u->maps + n * u->ld, relu);
     if (stages & MULTIPLY) last ? multiply_last(u, bf16) : multiply_planes(u, bf16);
     if (stages & MAPS_BACK) {
         memset(u->dmaps, 0, groups * u->ld * sizeof(float));
@@ -663,7 +745,7 @@ static void *take(char **from, int64_t n, int64_t size) {
 static char *lay_out(struct unit *u, char *at, int64_t groups) {
     const struct job *job = u->job;
     int64_t pixels = u->pixels, channels = groups * (job->C / job->g), room = job->W + 2 * V;
-    int back = (job->stages & INPUT_BACK) != 0, logits = (job->stages & LOGITS) || back;
+    int back = (job->stages & INPUT_BACK) != 0, pooling = (job->stages & LOGITS) || back;
     u->ld = round_up(pixels, V);
     u->width = round_up(groups, V) + V;
     u->inside = take(&at, u->ld, 4);
@@ -672,15 +754,22 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
     u->nan = take(&at, groups, 1);
     if (job->channels_last) {
         u->group = take(&at, channels + 2 * V, 4);
+        u->place = take(&at, channels + 2 * V, 4);
         u->by_pixel = take(&at, (back ? u->ld : V) * u->width, 4);
         u->dby_pixel = take(&at, back ? u->ld * u->width : 0, 4);
-        u->rows = take(&at, logits ? pixels : 0, sizeof(vf));
-        u->to_row = take(&at, back ? pixels : 0, sizeof(vf));
+        u->apart = pixels + 2 * job->W;
+        u->rows = (vf *)take(&at, pooling ? TILE * u->apart : 0, sizeof(vf)) + job->W;
+        u->to_row = (vf *)take(&at, back ? pixels + 2 * job->W : 0, sizeof(vf)) + job->W;
     } else {
+        int kinds = back ? 7 : pooling;
         u->has_left = take(&at, u->ld, 4);
         u->has_right = take(&at, u->ld, 4);
-        u->copy = take(&at, pixels + 3 * V, 4);
-        for (int k = 0; k < (back ? 7 : logits); k++) u->plane[k] = (float *)take(&at, u->ld + 2 * room, 4) + room;
+        u->copy = take(&at, 2 * (u->ld + 3 * V), 4);
+        /* several, so that what one writes has left the store buffer when it is read at another place; few, for the cache */
+        u->apart = u->ld + 2 * room;
+        u->planes = kinds ? (int)(8192 / (kinds * u->apart)) : 0;
+        u->planes = u->planes < 1 ? 1 : u->planes > 16 ? 16 : u->planes;
+        for (int k = 0; k < kinds; k++) u->plane[k] = (float *)take(&at, u->planes * u->apart, 4) + room;
     }
     return at;
 }
@@ -689,19 +778,24 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
 static void prepare(struct unit *u, int64_t groups) {
     const struct job *job = u->job;
     int64_t W = job->W, G = job->C / job->g, room = W + 2 * V;
+    int back = (job->stages & INPUT_BACK) != 0, pooling = (job->stages & LOGITS) || back;
     for (int64_t p = 0; p < u->ld; p++) u->inside[p] = p < u->pixels ? -1 : 0;
     if (job->channels_last) {
-        for (int64_t c = 0; c < groups * G + 2 * V; c++) u->group[c] = (int32_t)(c / G);
+        int32_t n = 0, left = (int32_t)G;
+        for (int64_t c = 0; c < groups * G + 2 * V; c++, left--) {
+            if (!left) n++, left = (int32_t)G;
+            u->group[c] = n;
+            u->place[c] = n - u->group[c / V * V] / V * V;
+        }
+        for (int64_t p = 0; pooling && p < TILE * u->apart; p++) u->rows[p - W] = splat(-INFINITY);
         return;
     }
     for (int64_t p = 0; p < u->ld; p++) {
         u->has_left[p] = p < u->pixels && p % W ? -1 : 0;
         u->has_right[p] = p < u->pixels && (p + 1) % W ? -1 : 0;
     }
-    if (!(job->stages & (LOGITS | INPUT_BACK))) return;
-    for (int64_t k = -room; k < u->ld + room; k++) u->plane[0][k] = -INFINITY;
-    for (int plane = 1; plane < 7 && job->stages & INPUT_BACK; plane++)
-        for (int64_t k = -room; k < u->ld + room; k++) u->plane[plane][k] = 0;
+    for (int kind = 0; kind < (back ? 7 : pooling); kind++)
+        for (int64_t k = 0; k < u->planes * u->apart; k++) u->plane[kind][k - room] = kind ? 0 : -INFINITY;
 }
 
 int RUN(const struct job *job) {
