@@ -138,11 +138,18 @@ def test_16_bit_pgm() -> None:
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([-5, 200], [0, 200]), ([256, 200 << 8], [1, 200]), ([1 << 16, 200 << 16], [1, 200]), ([0, 2**31 - 1], [0, 127])],
+    [
+        ([3, 200, 90], [3, 200, 90]),
+        ([0, 150, 300], [0, 128, 255]),
+        ([-100, 0, 155], [0, 100, 255]),
+        ([1000, 1100, 3550], [0, 10, 255]),
+        ([-(2**31), 0, 2**31 - 1], [0, 128, 255]),
+        ([700, 700, 700], [0, 0, 0]),
+    ],
 )
-def test_32_bit_grey_is_shifted_by_whole_bytes(values: list[int], expected: list[int]) -> None:
+def test_32_bit_grey_beyond_8_bits_is_scaled_by_its_own_range(values: list[int], expected: list[int]) -> None:
     read = read_picture(encoded(Image.fromarray(np.array([values], np.int32)), "TIFF"))
-    assert [read.getpixel((x, 0))[0] for x in (0, 1)] == expected
+    assert [read.getpixel((x, 0))[0] for x in range(3)] == expected
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,9 @@ def read_picture(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
 
     The content decides on the format (one of `FORMATS`), the file's name does not. Of an animation the first frame is
     read. EXIF rotation is undone; EXIF that cannot be parsed turns nothing. Transparency is laid over white. 16-bit
-    grey is divided by 256. Grey of 32-bit integers is divided by 256 as often as it takes to bring its largest value
-    under 256. Float grey is taken as 0..1, 0..255 or 0..65535, the smallest of these that holds its largest value.
+    grey is divided by 256. Grey of 32-bit integers within 0..255 is taken as it is, otherwise its own range, from the
+    smallest value to the largest, becomes 0..255, because such files do not tell theirs. Float grey is taken as 0..1,
+    0..255 or 0..65535, the smallest of these that holds its largest value.
 
     Args:
         path: a file's path, or a seekable binary stream, read from its start and left open.
@@ -128,10 +129,11 @@ def _grey(picture: Image.Image) -> Image.Image:
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
         scale = next((s for top, s in ((1.0, 255.0), (255.0, 1.0)) if values.max() <= top), 1 / 256)
         grey = np.rint(values * scale).clip(0, 255)
-    elif picture.mode == "I":
-        grey = values.clip(0, None)
-        while grey.max() > 255:
-            grey = grey >> 8
+    elif picture.mode == "I" and picture.format == "TIFF":  # Pillow opens a 16-bit PGM as mode I too
+        low, high = int(values.min()), int(values.max())
+        grey = values
+        if low < 0 or high > 255:
+            grey = np.rint((values - float(low)) * (255 / max(1, high - low)))
     else:
         grey = values >> 8
     key = picture.info.get("transparency")
