@@ -8,6 +8,12 @@ from ulsam import demo
 from ulsam.cli import main
 
 
+def test_a_bad_seed_is_told_before_anything_is_drawn(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == "ulsam: error: seed must be 0 or more, not -1\n"
+    assert not (tmp_path / "demo").exists()
+
+
 def test_demo_compares_two_nets_under_one_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "BIRDS", {"classes": 2, "train": 12, "val": 6, "size": 32})
     monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 1, "batch_size": 8, "size": 32, "workers": 0})

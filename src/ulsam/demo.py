@@ -35,14 +35,16 @@ def run_demo(out: str | Path, seed: int = 0) -> dict[str, dict[str, Any]]:
         The summaries of the two runs, ``"base"`` and ``"ulsam"``; see `ulsam.train.loop.train`.
 
     Raises:
-        UlsamError: ``out`` exists and is not empty, or cannot be written.
+        UlsamError: ``out`` exists and is not empty, or cannot be written, or the seed is negative.
     """
     out = Path(out)
-    data = draw_birds(out / "birds", seed=seed, **BIRDS)
-    summaries = {}
-    for name, edits in (("base", []), ("ulsam", [EDIT])):
-        config = TrainConfig.from_mapping({**RECIPE, "data": str(data), "edits": edits, "seed": seed})
-        summaries[name] = train(config, out / name)
+    data = out / "birds"
+    configs = {
+        name: TrainConfig.from_mapping({**RECIPE, "data": str(data), "edits": edits, "seed": seed})
+        for name, edits in (("base", []), ("ulsam", [EDIT]))
+    }
+    draw_birds(data, seed=seed, **BIRDS)  # after the settings are known to be sound
+    summaries = {name: train(config, out / name) for name, config in configs.items()}
     write_atomic(out / "comparison.png", draw_comparison(data, summaries))
     return summaries
 
