@@ -405,6 +405,14 @@ def test_a_file_cut_off_anywhere_gives_one_line(file, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_nobody_is_advised_to_run_a_file(tmp_path):
+    torch.save({"a": Edit("drop", "14")}, tmp_path / "net.pt")
+    with pytest.raises(UlsamError, match="holds no weights that can be read safely: ") as caught:
+        read_weights(tmp_path / "net.pt")
+    assert "Edit" in str(caught.value)
+    assert "weights_only=False" not in str(caught.value)
+
+
 def with_recipe(file: Path, path: Path, text: str) -> Path:
     """A copy of a model file with other metadata, its tensors as they were."""
     whole = file.read_bytes()

@@ -5,6 +5,7 @@ Importing this module registers the presets of `ulsam.presets` with timm.
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -114,7 +115,12 @@ def build(
         model = timm.create_model(recipe.base, pretrained=pretrained, num_classes=len(recipe.classes), **arguments)
     except UlsamError:
         raise
-    except Exception as error:  # whatever timm raises at these arguments
+    except Exception as error:  # whatever timm raises at these arguments, or the hub
+        if pretrained:
+            sketch(recipe)  # raises unless it was the weights
+            raise UlsamError(
+                f"no hub weights of {recipe.base} to be had: {first_line(error)} Name a weight file by --weights"
+            ) from error
         raise UlsamError(
             f"timm cannot build {recipe.base} with {dict(recipe.model_args)}: {first_line(error)}"
         ) from error
@@ -198,7 +204,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         state = timm.models.load_state_dict(os.fspath(path), weights_only=True)
     except Exception as error:  # whatever a broken file makes its reader raise
-        raise UlsamError(f"{path} holds no weights that can be read safely: {first_line(error)}") from error
+        reason = re.sub(r"[^.]*weights_only=False[^.]*\.?", "", first_line(error))  # that advice is to run the file
+        raise UlsamError(f"{path} holds no weights that can be read safely: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UlsamError(f"{path} is no state dict: it holds more than named tensors")
     return state

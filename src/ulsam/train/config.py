@@ -28,6 +28,7 @@ _LEAST = {
     **dict.fromkeys(("workers", "seed", "warmup_epochs", "weight_decay", "min_lr", "save_seconds"), 0),
     **dict.fromkeys(("mixup", "cutmix", "color_jitter"), 0),
 }
+_MOST_THREADS = 1024  # OpenMP ends the process where it cannot make as many as it is asked for
 _SHARES = ("smoothing", "hflip", "random_erasing", "drop_rate", "drop_path", "ema", "max_unreadable")
 
 
@@ -116,6 +117,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UlsamError(f"{name} must be above 0, not {value}")
+        if self.min_lr > self.lr:
+            raise UlsamError(f"min_lr, where the cosine ends, is {self.min_lr}: above its peak lr, {self.lr}")
+        if self.warmup_epochs >= self.epochs:
+            raise UlsamError(f"warmup_epochs is {self.warmup_epochs}, which leaves nothing of {self.epochs} epochs")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise UlsamError(f"threads must be {_MOST_THREADS} or fewer, not {self.threads}")
         if self.opt == "sgd" and not 0 < self.momentum < 1:
             raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {self.momentum}")
         if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1:
