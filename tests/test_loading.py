@@ -251,18 +251,20 @@ def test_val_before_test_before_held_out(tmp_path: Path) -> None:
     for number, split in ((6, "train"), (3, "Validation"), (2, "test")):
         draw(tmp_path / split, number)
     train, val, notes = open_data(str(tmp_path))
-    assert (len(train), len(val), notes) == (18, 9, [])
+    assert (len(train), len(val), val.split, notes) == (18, 9, "validation", [])
     _, test, _ = open_data(str(tmp_path), val_split="test")
     assert len(test) == 6
     _, same_again, notes = open_data(str(tmp_path), val_split="train")
     assert len(same_again) == 18
     assert notes == ["measured on the pictures that are trained on, split train"]
     (tmp_path / "Validation").rename(tmp_path / ".hidden")
-    _, val, _ = open_data(str(tmp_path))
-    assert len(val) == 6
+    _, val, (note,) = open_data(str(tmp_path))
+    assert (len(val), val.split) == (6, "test")
+    assert note.startswith("measured on test/ in every epoch: to choose settings, hold pictures out")
     train, val, notes = open_data(str(tmp_path / "train"))
     assert len(train) + len(val) == 18
     assert labels_of(val) == {0: 1, 1: 1, 2: 1}
+    assert val.split == "held-out"
     assert notes == ["3 of 18 training pictures held out for validation (seed=0)"]
     assert len(open_split(str(tmp_path / "train"), "all")) == 18
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ulsam.data.loading import Batch, check_labels, eval_transform
@@ -34,16 +34,14 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a net scores on a set of pictures; shares are 0..1.
-
-    ``confusion`` [classes, classes] counts pictures by true class (row) and predicted class (column).
-    """
+    """What a net scores on a set of pictures; shares are 0..1."""
 
     pictures: int
     loss: float  # mean cross-entropy, nats
     top1: float
     top5: float
-    confusion: Tensor
+    class_pictures: tuple[int, ...]  # of each class
+    class_right: tuple[int, ...]  # those whose class was the first guess
     unreadable: tuple[tuple[str, str], ...]  # name, reason
 
     @property
@@ -53,11 +51,9 @@ class Scores:
 
     def per_class(self, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Pictures and top-1 of every class; top-1 is None without a picture."""
-        counts = self.confusion.sum(1).tolist()
-        right = self.confusion.diagonal().tolist()
         return {
             name: {"pictures": n, "top1": r / n if n else None}
-            for name, n, r in zip(classes, counts, right, strict=True)
+            for name, n, r in zip(classes, self.class_pictures, self.class_right, strict=True)
         }
 
 
@@ -103,7 +99,7 @@ def evaluate(
     """
     device = world.device
     sums = torch.zeros(3, dtype=torch.float64)  # loss, right, right among five
-    confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+    counts = torch.zeros(2, n_classes, dtype=torch.int64)  # pictures and right, by class
     unreadable: list[tuple[str, str]] = []
     layout = torch.channels_last if channels_last else torch.contiguous_format
     bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
@@ -122,17 +118,18 @@ def evaluate(
             hits = best == batch.labels[:, None]
             loss = F.cross_entropy(logits.double(), batch.labels, reduction="sum")
             sums += torch.stack([loss, hits[:, 0].sum().double(), hits.any(1).sum().double()])
-            cells = batch.labels * n_classes + best[:, 0]
-            confusion += torch.bincount(cells, minlength=n_classes**2).view_as(confusion)
-    sums, confusion = world.sum(sums).cpu(), world.sum(confusion).cpu()
+            for row, labels in zip(counts, (batch.labels, batch.labels[hits[:, 0]]), strict=True):
+                row += torch.bincount(labels, minlength=n_classes)
+    sums, counts = world.sum(sums).cpu(), world.sum(counts).cpu()
     unreadable = [bad for share in world.gather(unreadable) for bad in share]
-    n = int(confusion.sum())
+    n = int(counts[0].sum())
     if n == 0:
         raise UlsamError(f"none of the {len(unreadable)} pictures could be read")
     loss, top1, top5 = (sums / n).tolist()
     if not math.isfinite(loss):
         raise NotFinite(_BROKEN)
-    return Scores(n, loss, top1, top5, confusion, tuple(unreadable))
+    pictures, right = counts.tolist()
+    return Scores(n, loss, top1, top5, tuple(pictures), tuple(right), tuple(unreadable))
 
 
 def _until(stop: Callable[[], bool], batches: Iterable[Batch], world: World) -> Iterator[Batch]:

@@ -38,6 +38,7 @@ class FolderPictures:
 
     samples: tuple[Sample, ...]
     classes: tuple[str, ...]
+    split: str = "training"  # what to call them
 
     @property
     def labels(self) -> Sequence[int]:
@@ -65,8 +66,8 @@ class FolderPictures:
 class _Named:
     """A data set of timm's factory."""
 
-    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...]) -> None:
-        self.dataset, self.title, self.classes = dataset, title, classes
+    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...], split: str = "training") -> None:
+        self.dataset, self.title, self.classes, self.split = dataset, title, classes, split
         self.numbers: dict[int, int] | None = None
 
     def number_like(self, classes: tuple[str, ...], by_number: bool = False) -> None:
@@ -95,8 +96,8 @@ class _Named:
 class FactoryPictures(_Named):
     """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderPictures`."""
 
-    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...]) -> None:
-        super().__init__(dataset, title, classes)
+    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...], split: str = "training") -> None:
+        super().__init__(dataset, title, classes, split)
         if hasattr(dataset, "loader"):
             dataset.loader = read_picture  # torchvision's folder sets then read as ours do
 
@@ -160,8 +161,8 @@ class StreamPictures(_Named):
 
     labels = None
 
-    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...], is_training: bool) -> None:
-        super().__init__(dataset, title, classes)
+    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...], split: str, is_training: bool) -> None:
+        super().__init__(dataset, title, classes, split)
         if not is_training:  # as timm's reader shares them out, some would be missed and others counted twice
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
 
@@ -314,7 +315,7 @@ def open_split(
         raise UlsamError(f"{data} has {len(folder.classes)} classes, the net has {len(classes)}")
     if classes is not None:
         folder = dataclasses.replace(folder, classes=classes) if by_number else index_like(folder, classes)
-    return FolderPictures(folder.samples, folder.classes)
+    return FolderPictures(folder.samples, folder.classes, _words(name))
 
 
 def _open_folder(
@@ -336,9 +337,12 @@ def _open_folder(
         val_split = next((name for name in ("val", "test") if name in splits), None)
     if val_split is not None and val_fraction is None:
         train_samples, val_samples = folder.samples, index_like(scan(splits[val_split], 1), classes).samples
+        if val_split == "test":
+            notes.append("measured on test/ in every epoch: to choose settings, hold pictures out with --val-fraction")
         if val_split == train_split:
             notes.append(f"measured on the pictures that are trained on, split {val_split}")
     else:
+        val_split = "held-out"
         train_samples, val_samples = split(folder.samples, 0.2 if val_fraction is None else val_fraction, seed)
         notes.append(f"{len(val_samples)} of {len(folder.samples)} training pictures held out for validation ({seed=})")
     if note := imbalance_note(classes, class_counts(train_samples, len(classes))):
@@ -346,7 +350,7 @@ def _open_folder(
     counts = class_counts(val_samples, len(classes))
     if absent := [name for name, count in zip(classes, counts, strict=True) if not count]:
         notes.append(f"{len(absent)} classes have no validation picture: {_some(absent)}")
-    return FolderPictures(train_samples, classes), FolderPictures(val_samples, classes), notes
+    return FolderPictures(train_samples, classes), FolderPictures(val_samples, classes, _words(val_split)), notes
 
 
 def _named(
@@ -368,8 +372,8 @@ def _named(
     if len(set(classes)) != len(classes):
         raise UlsamError(f"{name} has two classes of one name: give a text file of other names with --class-names")
     if isinstance(dataset, IterableDataset):
-        return StreamPictures(dataset, name, classes, is_training)
-    return FactoryPictures(dataset, name, classes)
+        return StreamPictures(dataset, name, classes, split_name, is_training)
+    return FactoryPictures(dataset, name, classes, split_name)
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
@@ -385,6 +389,10 @@ def _read_names(path: str) -> tuple[str, ...]:
         return tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UlsamError(f"cannot read the class names in {path}: {error}") from error
+
+
+def _words(split_name: str) -> str:
+    return {"train": "training", "val": "validation"}.get(split_name, split_name)
 
 
 def _relative(paths: Iterable[str]) -> list[str]:

@@ -152,7 +152,9 @@ class Trainer:
         self.cost = cost(self.model, self.recipe.input_size)
         self.base_cost = cost(sketch(dataclasses.replace(self.recipe, edits=())), self.recipe.input_size)
         n_train, n_val = len(self.train_pictures), len(self.val_pictures)
-        self._say(f"data    {n_train} training, {n_val} validation pictures of {len(self.classes)} classes")
+        self._say(
+            f"data    {n_train} training, {n_val} {self.val_pictures.split} pictures of {len(self.classes)} classes"
+        )
         self._say(f"net     {config.model}; edits: {'; '.join(config.edits) or 'none'}")
         self._say(f"cost    {_cost_line(self.cost, self.base_cost)}")
         for note in [*notes, *skipped]:
@@ -376,7 +378,7 @@ class Trainer:
                 world=self.world,
                 amp=self.amp,
                 channels_last=self.config.channels_last,
-                progress="validation" if self.world.writes else None,
+                progress=self.val_pictures.split if self.world.writes else None,
                 stop=stopping,
             )
         except Stopped:
@@ -404,7 +406,8 @@ class Trainer:
         if self.world.writes:
             report.write_metrics(self.run, self.at.rows)
         self.save()
-        measured = f"validation top-1 {100 * scores.top1:.2f} %, loss {scores.loss:.4f}" if scores else "not measured"
+        split = self.val_pictures.split
+        measured = f"{split} top-1 {100 * scores.top1:.2f} %, loss {scores.loss:.4f}" if scores else "not measured"
         self._say(
             f"epoch   {row['epoch']}/{self.config.epochs}: training loss {row['train_loss']:.4f}, {measured} "
             f"({row['images_per_second']:.0f} img/s)"
@@ -413,12 +416,12 @@ class Trainer:
     def _finish(self, scores: Scores) -> dict[str, Any]:
         """Write the model file, the curves and, last, the summary: with it the run is finished."""
         bad = {split: sorted(found.reasons) for split, found in self.unreadable.items()}
-        split = self.config.val_split or "validation"
         summary = {
             "command": report.command_line(),
             "config": dataclasses.asdict(self.config),
             "recipe": json.loads(self.recipe.to_json()),
             "pictures": {"train": len(self.train_pictures), "val": len(self.val_pictures)},
+            "split": self.val_pictures.split,
             "scores": report.score_entry(scores, self.classes),
             "cost": report.cost_entry(self.cost),
             "base_cost": report.cost_entry(self.base_cost),
@@ -428,12 +431,12 @@ class Trainer:
         }
         if self.world.writes:
             save_model(self.ema.module if self.ema else self.model, self.recipe, self.run / "model.safetensors")
-            report.draw_curves(self.run, self.at.rows)
+            report.draw_curves(self.run, self.at.rows, self.val_pictures.split)
             report.write_summary(self.run, summary)
         low, high = scores.interval
         self._say(
             f"result  top-1 {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
-            f"top-5 {100 * scores.top5:.2f} % on {scores.pictures} {split} pictures; {self.run}"
+            f"top-5 {100 * scores.top5:.2f} % on {scores.pictures} {self.val_pictures.split} pictures; {self.run}"
         )
         if count := len(bad["train"]) + len(bad["val"]):
             self._say(f"note    {count} pictures could not be read; they are named above and in summary.json")

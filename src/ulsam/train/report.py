@@ -29,8 +29,8 @@ def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(run / "metrics.csv", text.getvalue())
 
 
-def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw ``curves.png``: loss and top-1 against epochs."""
+def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]], split: str) -> None:
+    """Draw ``curves.png``: loss and top-1 against epochs; ``split`` is what was measured on."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -40,14 +40,12 @@ def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     epochs = [row["epoch"] for row in rows]
     measured = [row for row in rows if row["val_top1"] is not None]
     loss.plot(epochs, [row["train_loss"] for row in rows], "o-", ms=3, label="training")
-    loss.plot(
-        [row["epoch"] for row in measured], [row["val_loss"] for row in measured], "s--", ms=3, label="validation"
-    )
+    loss.plot([row["epoch"] for row in measured], [row["val_loss"] for row in measured], "s--", ms=3, label=split)
     loss.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
     loss.legend(frameon=False)
     accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top1"] for r in measured], "s--", ms=3, label="top-1")
     accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top5"] for r in measured], "^:", ms=3, label="top-5")
-    accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)", title="Accuracy")
+    accuracy.set(xlabel="epoch", ylabel=f"{split} accuracy (%)", title="Accuracy")
     accuracy.legend(frameon=False)
     for axes in (loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
