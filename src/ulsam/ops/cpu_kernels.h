@@ -280,9 +280,9 @@ INLINE void turn(const struct unit *u, const float *maps, int64_t p0, float add,
         for (int k = 0; k < V; k++) put(rows + k * u->width + n, block[k]);
     }
 }
-/* lane k's value of such a row: its group's, where `place` is the group less that of the row's vector it begins in */
-INLINE vf spread(const struct unit *u, const float *row, const int32_t *group, vi place) {
-    if (u->n1 - u->n0 <= V) return permute(get(row), place);
+/* lane k's value in such a row, its group's; few: there are at most V groups */
+INLINE vf spread(int few, const float *row, const int32_t *group, vi place) {
+    if (few) return permute(get(row), place);
     const float *from = row + group[0] / V * V;
     return permute_two(get(from), get(from + V), place);
 }
@@ -354,15 +354,17 @@ INLINE void logits_last(const struct unit *u, int bf16, int relu) {
 
 INLINE void multiply_last(const struct unit *u, int bf16) {
     const struct job *job = u->job;
-    int64_t G = job->C / job->g;
+    const void *x = job->x; /* copied, as are others below: a store might else change them for all that C knows */
+    void *y = job->y;
+    int64_t G = job->C / job->g, c0 = u->c0, c1 = u->c1, ld = u->ld;
     if (G % V == 0) {
         for (int64_t p = 0; p < u->pixels; p++) {
             const float *map = u->maps + p;
             int64_t at = (u->b * u->pixels + p) * job->C;
-            for (int64_t c = u->c0; c < u->c1; map += u->ld) {
+            for (int64_t c = c0; c < c1; map += ld) {
                 vf factor = splat(1 + *map);
                 for (int64_t end = c + G; c < end; c += V)
-                    store(job->y, at + c, bf16, V, load(job->x, at + c, bf16, V) * factor);
+                    store(y, at + c, bf16, V, load(x, at + c, bf16, V) * factor);
             }
         }
         return;
@@ -371,16 +373,16 @@ INLINE void multiply_last(const struct unit *u, int bf16) {
         turn(u, u->maps, p0, 1, u->by_pixel);
         for (int64_t p = p0; p < p0 + V && p < u->pixels; p++) {
             const float *row = u->by_pixel + (p - p0) * u->width;
-            int64_t at = (u->b * u->pixels + p) * job->C, c = u->c0;
             const int32_t *group = u->group, *place = u->place;
-            for (; c + V <= u->c1; c += V, group += V, place += V) {
-                vf factor = spread(u, row, group, get_ints(place));
-                store(job->y, at + c, bf16, V, load(job->x, at + c, bf16, V) * factor);
+            int64_t at = (u->b * u->pixels + p) * job->C, c = c0;
+            int few = u->n1 - u->n0 <= V;
+            for (; c + V <= c1; c += V, group += V, place += V) {
+                vf factor = spread(few, row, group, get_ints(place));
+                store(y, at + c, bf16, V, load(x, at + c, bf16, V) * factor);
             }
-            if (c < u->c1) {
-                int lanes = (int)(u->c1 - c);
-                vf factor = spread(u, row, group, get_ints(place));
-                store(job->y, at + c, bf16, lanes, load(job->x, at + c, bf16, lanes) * factor);
+            if (c < c1) {
+                vf factor = spread(few, row, group, get_ints(place));
+                store(y, at + c, bf16, (int)(c1 - c), load(x, at + c, bf16, (int)(c1 - c)) * factor);
             }
         }
     }
@@ -405,6 +407,7 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
     const struct job *job = u->job;
     int64_t C = job->C, H = job->H, W = job->W;
     vf *rows = u->rows, *to_row = u->to_row;
+    int few = u->n1 - u->n0 <= V;
     for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
         turn(u, u->maps, p0, 1, u->by_pixel + p0 * u->width);
         turn(u, u->dmaps, p0, 0, u->dby_pixel + p0 * u->width);
@@ -420,7 +423,7 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
         row_maxima(u, job->x, start, &scale, &nan, 1, lanes, bf16);
         memset(to_row, 0, (u->pixels + W) * sizeof *to_row);
         for (int64_t p = 0; p < u->pixels; p++) { /* what is sent above the first row or below the last one is 0 */
-            vf m = window(rows + p, W), d = spread(u, u->dby_pixel + p * u->width, group, place);
+            vf m = window(rows + p, W), d = spread(few, u->dby_pixel + p * u->width, group, place);
             if (relu) d = keep(m + shift > 0, d);
             r += d;
             to_row[p - W] += keep(rows[p - W] == m, d);
@@ -438,7 +441,7 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
                     vf left = x_left * scale;
                     d_left += keep(left == m, d);
                     d = keep(left != m, d);
-                    vf dy = load(job->dy, at - C, bf16, lanes), factor = spread(u, u->by_pixel + (p - 1) * u->width, group, place);
+                    vf dy = load(job->dy, at - C, bf16, lanes), factor = spread(few, u->by_pixel + (p - 1) * u->width, group, place);
                     store(job->dx, at - C, bf16, lanes, dy * factor + slope * d_left);
                     q += d_left * x_left;
                 }
@@ -450,7 +453,7 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
                     x_left = x_here, x_here = x_right, d_left = d_here, d_here = d_right;
                 } else {
                     d_here += d;
-                    vf dy = load(job->dy, at, bf16, lanes), factor = spread(u, u->by_pixel + p * u->width, group, place);
+                    vf dy = load(job->dy, at, bf16, lanes), factor = spread(few, u->by_pixel + p * u->width, group, place);
                     store(job->dx, at, bf16, lanes, dy * factor + slope * d_here);
                     q += d_here * x_here;
                 }
