@@ -398,8 +398,8 @@ def _words(split_name: str) -> str:
 def _relative(paths: Iterable[str]) -> list[str]:
     """The paths from the folder on that holds them all."""
     found = list(paths)
-    root = os.path.commonpath(found) if found else ""
-    return [os.path.relpath(path, root) for path in found]
+    root = os.path.commonpath([min(found), max(found)]) if found else ""  # what these two share, all share
+    return [path[len(root) :] for path in found]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -124,6 +124,8 @@ class Trainer:
 
         self.train_pictures, self.val_pictures, notes = parts.open_pictures(config)
         self.classes = self.train_pictures.classes
+        names = hashlib.sha256("\0".join(self.train_pictures.names).encode(errors="surrogateescape")).hexdigest()
+        self.identity = f"{len(self.train_pictures)} (names {names[:8]})"
         self.recipe = parts.recipe_of(config, self.classes)
         start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
         model, skipped = build(self.recipe, **start_weights)
@@ -457,9 +459,7 @@ class Trainer:
 
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""
-        names = hashlib.sha256("\0".join(self.train_pictures.names).encode(errors="surrogateescape")).hexdigest()
-        pictures = f"{len(self.train_pictures)} (names {names[:8]})"
-        return {**environment(), "device": self.world.device.type, "training pictures": pictures}
+        return {**environment(), "device": self.world.device.type, "training pictures": self.identity}
 
     def _say(self, line: str) -> None:
         if self.world.writes:
