@@ -17,6 +17,7 @@ _HOME = {
     "drop": "ulsam.surgery",
     "remove": "ulsam.surgery",
     "cost": "ulsam.costs",
+    "fold": "ulsam.folding",
     "Edit": "ulsam.recipe",
     "Recipe": "ulsam.recipe",
     "build": "ulsam.models",

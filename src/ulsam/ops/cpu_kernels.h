@@ -802,11 +802,15 @@ static void prepare(struct unit *u, int64_t groups) {
 }
 
 int RUN(const struct job *job) {
-    int64_t parts = job->B >= job->threads ? 1 : (job->threads + job->B - 1) / job->B; /* of a picture */
+    if (!job->B) return 0;
+    int64_t worth = 1 + job->B * job->C * job->H * job->W / 16384; /* a thread takes microseconds to wake */
+    int64_t threads = job->threads < worth ? job->threads : worth;
+    int64_t parts = job->B >= threads ? 1 : (threads + job->B - 1) / job->B; /* of a picture */
     if (parts > job->g) parts = job->g;
     int64_t units = job->B * parts, most = (job->g + parts - 1) / parts;
-    int threads = (int)(units < job->threads ? units : job->threads), failed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    int failed = 0;
+    if (threads > units) threads = units;
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
         struct unit u = {.job = job, .pixels = job->H * job->W};
         char *start = memory((size_t)(lay_out(&u, NULL, most) - (char *)NULL));
