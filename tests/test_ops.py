@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ulsam.cli import main
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM
 from ulsam.ops import cpu, reference, subspace_attention, which_backend
@@ -405,3 +406,17 @@ def test_without_a_compiler_the_reference_does_it(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(expected(plain), with_kernels)
     given = (plain, torch.ones(8), None, torch.ones(8), None, [], 2, False, 0.0)
     torch.testing.assert_close(OPERATOR(*given, "")[0], reference.subspace_attention(*given)[0])
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_doctor_says_what_runs_and_why(
+    missing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if missing:
+        monkeypatch.setattr(cpu, "LIBRARY", None)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith("cpu ") and line.split()[1] == "float32"]
+    assert rows[0][2] == ("reference" if cpu.LIBRARY is None else "cpu")
+    assert ("installed without a C compiler" in out) == (cpu.LIBRARY is None)
+    assert f"torch {torch.__version__}" in out

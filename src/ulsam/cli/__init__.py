@@ -23,6 +23,7 @@ COMMANDS = {
     "candidates": "list the blocks of a net that ULSAM can replace",
     "profile": "count parameters, MACs and activations, block by block",
     "paper": "the paper's cost tables beside what this code counts",
+    "doctor": "say which backend computes the attention layers here, and why",
     "birds": "draw the generated bird data set as an image folder",
     "prepare": "turn an official data-set archive into an image folder",
 }

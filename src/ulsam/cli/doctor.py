@@ -1,0 +1,37 @@
+"""`ulsam doctor`: which backend computes the attention layers here, and why."""
+
+import argparse
+import platform
+from importlib.metadata import version
+
+import torch
+
+from ulsam import __version__
+from ulsam.costs import aligned
+from ulsam.ops import cpu, which_backend
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the versions, the processors, and the backend for each device and dtype."""
+    print(f"ulsam {__version__}, Python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}")
+    if cpu.LIBRARY is None:
+        print("cpu     no C kernels: ulsam was installed without a C compiler; install one, then ulsam again")
+    else:
+        names = cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
+        print(f"cpu     {torch.get_num_threads()} threads, C kernels for {names} ({cpu.LIBRARY._name})")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        print(f"cuda    {torch.cuda.get_device_name()}")
+    else:
+        print("cuda    none")
+    cells = [["device", "dtype", "backend", "why"]]
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            chosen, why = which_backend(torch.empty(1, 8, 7, 7, device=device, dtype=dtype))
+            cells.append([device, str(dtype).removeprefix("torch."), chosen, why])
+    print("\n".join(aligned(cells, right=())))
