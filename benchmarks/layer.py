@@ -1,0 +1,211 @@
+"""The layer's time against the released module's loop over groups, a copy of the tensor, and torch.compile.
+
+All contenders are timed in turn, in one process, on the same tensor; a figure is a ratio of medians. The loop is
+written from the paper's description: what the authors released runs the groups one after the other.
+
+    python benchmarks/layer.py                   # the table, results/layer.json; 3 minutes on two cores
+    python benchmarks/layer.py --compile         # with torch.compile of the definition: a quarter of an hour
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulsam import ULSAM
+from ulsam.ops import cpu, reference, which_backend
+
+SHAPES = [(96, 14), (160, 7), (320, 7), (512, 14), (1024, 7)]
+BATCHES = [1, 32]
+GROUPS = [4, 16]
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+FORMS = ["equations", "released"]
+
+
+class Subspace(nn.Module):
+    """One subspace of the released module, or (bare) of the paper's equations."""
+
+    def __init__(self, channels: int, bare: bool) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 1, groups=channels, bias=not bare)
+        self.depthwise_norm = nn.Identity() if bare else nn.BatchNorm2d(channels)
+        self.relu = nn.Identity() if bare else nn.ReLU()
+        self.pool = nn.MaxPool2d(3, stride=1, padding=1)
+        self.pointwise = nn.Conv2d(channels, 1, 1, bias=not bare)
+        self.pointwise_norm = nn.Identity() if bare else nn.BatchNorm2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.pool(self.relu(self.depthwise_norm(self.depthwise(x))))
+        h = self.relu(self.pointwise_norm(self.pointwise(h)))
+        return x * h.flatten(2).softmax(-1).view_as(h) + x
+
+
+class Loop(nn.Module):
+    """The subspaces one after the other, then joined."""
+
+    def __init__(self, channels: int, groups: int, form: str) -> None:
+        super().__init__()
+        size = channels // groups
+        self.subspaces = nn.ModuleList(Subspace(size, form == "equations") for _ in range(groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.chunk(len(self.subspaces), 1)
+        return torch.cat([subspace(part) for subspace, part in zip(self.subspaces, parts, strict=True)], 1)
+
+
+def medians(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Seconds a call of each contender: they take turns, and each turn makes calls for about a millisecond."""
+    calls = {}
+    for name, call in contenders.items():
+        call()
+        began = time.perf_counter()
+        call()
+        calls[name] = max(1, int(1e-3 / (time.perf_counter() - began)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+        for name, call in contenders.items():
+            began = time.perf_counter()
+            for _ in range(calls[name]):
+                call()
+            times[name].append((time.perf_counter() - began) / calls[name])
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def inference(x: Tensor, groups: int, form: str, with_compile: bool, seconds: float) -> dict[str, float]:
+    channels = x.shape[1]
+    layer = ULSAM(channels, groups, form=form).eval()  # type: ignore[arg-type]
+    layer = layer.fold()
+    loop = Loop(channels, groups, form).eval().to(memory_format=torch.channels_last)
+    y = torch.empty_like(x)
+    contenders: dict[str, Callable[[], Any]] = {
+        "copy": lambda: y.copy_(x),
+        "ours": lambda: layer(x),
+        "loop": lambda: loop(x),
+    }
+    if with_compile:
+        torch.compiler.reset()
+        scale, shift, weight, bias, norms, eps = layer._operands()
+        definition = torch.compile(reference.subspace_attention, fullgraph=True, dynamic=False)
+        relu = form != "equations"
+        contenders["compile"] = lambda: definition(x, scale, shift, weight, bias, norms, groups, relu, eps)
+    with torch.no_grad():
+        return medians(contenders, seconds)
+
+
+def training(x: Tensor, groups: int, form: str, seconds: float) -> dict[str, float]:
+    channels = x.shape[1]
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    dy = torch.randn_like(x)
+    layer = ULSAM(channels, groups, form=form)  # type: ignore[arg-type]
+    loop = Loop(channels, groups, form)
+
+    def step(module: nn.Module) -> Callable[[], Any]:
+        leaves = [x, *module.parameters()]
+        return lambda: torch.autograd.grad(module(x), leaves, dy)
+
+    return medians({"ours": step(layer), "loop": step(loop)}, seconds)
+
+
+def geometric_mean(values: list[float]) -> float:
+    return statistics.geometric_mean(values) if values else float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each case")
+    parser.add_argument("--out", default="results/layer.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    print(f"{'case':34} {'loop/ours':>18} {'ours/copy':>10} {'ours':>10}  {'training loop/ours':>18}")
+    for channels, size in SHAPES:
+        for batch in BATCHES:
+            for layout, memory_format in LAYOUTS.items():
+                x = torch.randn(batch, channels, size, size).relu().contiguous(memory_format=memory_format)
+                for groups in GROUPS:
+                    for form in FORMS:
+                        row: dict[str, Any] = {
+                            "shape": [batch, channels, size, size],
+                            "kib": x.nbytes // 1024,
+                            "layout": layout,
+                            "groups": groups,
+                            "form": form,
+                            "backend": which_backend(x)[0],
+                            "inference_seconds": inference(x, groups, form, args.compile, args.seconds),
+                            "training_seconds": training(x, groups, form, args.seconds),
+                        }
+                        rows.append(row)
+                        found, step = row["inference_seconds"], row["training_seconds"]
+                        case = f"{batch} x {channels} x {size} x {size} {layout[:4]} g={groups} {form[:3]}"
+                        print(
+                            f"{case:34} {found['loop'] / found['ours']:18.1f} {found['ours'] / found['copy']:10.2f} "
+                            f"{1e6 * found['ours']:7.0f} us  {step['loop'] / step['ours']:18.1f}",
+                            flush=True,
+                        )
+    summary = summarise(rows)
+    for name, value in summary.items():
+        print(f"{name:70} {value:8.2f}")
+    result = {
+        "what": "seconds a call, medians of turns; loop: the groups one after the other, as the released module does",
+        "command": "python benchmarks/layer.py" + (" --compile" if args.compile else ""),
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "instructions": cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None,
+        "summary": summary,
+        "cases": rows,
+    }
+    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The figures that the targets name."""
+
+    def ratios(over: str, under: str, step: str = "inference_seconds", **wanted: Any) -> list[float]:
+        chosen = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+        return [row[step][over] / row[step][under] for row in chosen if over in row[step]]
+
+    large = [row for row in rows if row["kib"] >= 256]
+    small = [row for row in rows if row["kib"] < 256]
+    out = {}
+    for form in FORMS:
+        found = ratios("loop", "ours", form=form)
+        out[f"{form}: loop / ours, inference, geometric mean"] = geometric_mean(found)
+        out[f"{form}: loop / ours, inference, least"] = min(found)
+        found = ratios("loop", "ours", "training_seconds", form=form)
+        out[f"{form}: loop / ours, forward and backward, geometric mean"] = geometric_mean(found)
+        out[f"{form}: loop / ours, forward and backward, least"] = min(found)
+        for layout in LAYOUTS:
+            found = [
+                row["inference_seconds"]["ours"] / row["inference_seconds"]["copy"]
+                for row in large
+                if row["form"] == form and row["layout"] == layout
+            ]
+            out[f"{form}: ours / copy of 256 KiB or more, {layout}, geometric mean"] = geometric_mean(found)
+            out[f"{form}: ours / copy of 256 KiB or more, {layout}, most"] = max(found)
+        out[f"{form}: microseconds a call below 256 KiB, most"] = max(
+            1e6 * row["inference_seconds"]["ours"] for row in small if row["form"] == form
+        )
+        if found := ratios("compile", "ours", form=form):
+            out[f"{form}: torch.compile / ours, geometric mean"] = geometric_mean(found)
+            out[f"{form}: torch.compile / ours, least"] = min(found)
+    return out
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
