@@ -80,7 +80,7 @@ def forward(
     relu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`ulsam.ops.cpu.forward`, for what no other backend takes; the logits stay 0."""
+    """As :func:`ulsam.ops.stages.forward`, for what no other backend takes; the logits stay 0."""
     y, moments = subspace_attention(x, scale, shift, weight, bias, norms, groups, relu, eps)
     logits = x.new_zeros((x.shape[0], groups, *x.shape[2:]), dtype=moments.dtype)
     return torch.empty_like(dense(x)).copy_(y), logits, moments
@@ -99,7 +99,7 @@ def backward(
     relu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """As :func:`ulsam.ops.cpu.backward`, by PyTorch's own gradient of the definition."""
+    """As :func:`ulsam.ops.stages.backward`, by PyTorch's own gradient of the definition."""
     groups = logits.shape[1]
     with torch.enable_grad():
         leaf = [value.detach().requires_grad_() for value in (x, scale, weight, *norms)]
