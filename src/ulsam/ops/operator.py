@@ -11,7 +11,8 @@ from torch import Tensor
 from ulsam.errors import UlsamError
 from ulsam.ops import cpu, reference
 
-Backend = Literal["reference", "cpu"]
+Backend = Literal["reference", "cpu", "triton"]
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton takes tensors of the CPU too
 
 
 def _from_environment() -> Backend | None:
@@ -75,7 +76,7 @@ def subspace_attention(
     operands = (x, scale, shift, weight, bias, list(norms), groups, relu, eps)
     if chosen == "reference":
         return reference.subspace_attention(*operands)
-    y, _, moments = torch.ops.ulsam.subspace_attention.default(*operands, chosen)
+    y, _, moments = torch.ops.ulsam.subspace_attention.default(*operands, backend or "")
     return y, moments
 
 
@@ -88,15 +89,16 @@ def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
     >>> which_backend(torch.ones(1, 8, 4, 4, dtype=torch.float64))
     ('reference', 'the cpu backend takes float32 and bfloat16, not float64')
     """
-    wanted = backend or FORCED
+    wanted: Any = backend or FORCED
     if wanted not in (None, *get_args(Backend)):
         raise UlsamError(f"there is no backend {wanted!r}; valid: {', '.join(get_args(Backend))}")
     if wanted == "reference":
         return "reference", "asked for"
-    refusal = _why_not_cpu(x)
+    chosen: Backend = wanted or ("triton" if x.device.type == "cuda" else "cpu")
+    refusal = _why_not_cpu(x) if chosen == "cpu" else _why_not_triton(x)
     if refusal:
         return "reference", refusal
-    return "cpu", "asked for" if wanted else "the fastest on this device"
+    return chosen, "asked for" if wanted else "the fastest on this device"
 
 
 def _why_not_cpu(x: Tensor) -> str | None:
@@ -107,22 +109,43 @@ def _why_not_cpu(x: Tensor) -> str | None:
     return _why_not_dtype("cpu", cpu.DTYPES, x)
 
 
+def _why_not_triton(x: Tensor) -> str | None:
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and _INTERPRETED):
+        return f"the triton backend does not run on {x.device.type}"
+    kernels = _triton()
+    return kernels if isinstance(kernels, str) else _why_not_dtype("triton", kernels.DTYPES, x)
+
+
+def _triton() -> ModuleType | str:
+    """The backend, or why there is none. It takes long to import: not before a tensor is where it runs."""
+    try:
+        from ulsam.ops import triton_kernels
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return triton_kernels
+
+
 def _why_not_dtype(backend: str, dtypes: Sequence[torch.dtype], x: Tensor) -> str | None:
     if x.dtype in dtypes:
         return None
-    *names, given = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, x.dtype)]
-    return f"the {backend} backend takes {' and '.join(names)}, not {given}"
+    *names, last, given = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, x.dtype)]
+    return f"the {backend} backend takes {', '.join(names)} and {last}, not {given}"
 
 
-_MODULES: dict[Backend, ModuleType] = {"reference": reference, "cpu": cpu}
+def _module(x: Tensor, wanted: str) -> Any:
+    """That with the `forward` and `backward` of the backend."""
+    backend, _ = which_backend(x, wanted)
+    if backend == "triton":
+        return _triton()
+    return cpu if backend == "cpu" else reference
 
 
 def _forward(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _MODULES[which_backend(x, operands[-1])[0]].forward(x, *operands[:-1])
+    return _module(x, operands[-1]).forward(x, *operands[:-1])
 
 
 def _backward(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Any, ...]:
-    return _MODULES[which_backend(x, operands[-1])[0]].backward(dy, x, *operands[:-1])
+    return _module(x, operands[-1]).backward(dy, x, *operands[:-1])
 
 
 def _fake_forward(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
