@@ -176,13 +176,29 @@ def test_golden_output(name, nets):
     assert (y.mean().item(), y.std().item()) == pytest.approx(GOLDEN[name], rel=1e-3)
 
 
+@pytest.mark.parametrize("name", [V2, REPLACED])
+@pytest.mark.parametrize("feature_cls", ["hook", "fx", "getter"])
+def test_features_in_timms_other_ways(name, feature_cls, nets):
+    """Each way gives the maps of the default way, with the layers in it."""
+    options = {"features_only": True, "out_indices": (2, 4)}
+    net = timm.create_model(name, feature_cls=feature_cls, **options).eval()
+    assert [type(m) for m in net.modules()].count(ULSAM) == [type(m) for m in nets[name].modules()].count(ULSAM)
+    base = timm.create_model("mobilenetv2_100", feature_cls=feature_cls, **options).eval()
+    x = picture(64, 64)
+    with torch.no_grad():
+        maps, plain = net(x), base(x)
+        assert [m.shape for m in maps] == [m.shape for m in plain]
+        layers = [m for m in net.modules() if isinstance(m, ULSAM)]
+        for layer in layers:  # they are run: with NaN in their weights so is the last map
+            layer.pointwise.weight.fill_(float("nan"))
+        assert net(x)[-1].isnan().any()
+
+
 def test_a_mistaken_keyword_is_named():
     with pytest.raises(UlsamError, match=r"blocks\.5\.2: groups=7 does not divide 160"):
         timm.create_model(V2, groups=7)
     with pytest.raises(UlsamError, match="unknown form 'best'"):
         timm.create_model(V2, form="best")
-    with pytest.raises(UlsamError, match="leave feature_cls out"):
-        timm.create_model(V2, features_only=True, feature_cls="hook")
 
 
 # -------------------------------------------------------------------------------------------------- weights

@@ -8,11 +8,10 @@
 from typing import Any
 
 import timm
-from timm.models import generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.efficientnet import _gen_mobilenet_v1
 from torch import nn
 
-from ulsam.errors import UlsamError
 from ulsam.module import Form
 from ulsam.recipe import Edit
 
@@ -33,6 +32,8 @@ PLACEMENTS: dict[str, tuple[str, str]] = {
     "ulsam_mobilenetv2_100_replace_14_17": ("mobilenetv2_100", "replace 14,17"),
     "ulsam_mobilenetv2_100_replace_13_14_16_17": ("mobilenetv2_100", "replace 13,14,16,17"),
 }
+
+_WRAPPING = ("features_only", "feature_cls", "feature_cfg", "out_indices")
 
 #: MobileNet-V1 widths that timm does not name.
 _WIDTHS = {"mobilenetv1_075": 0.75, "mobilenetv1_050": 0.5}
@@ -68,11 +69,12 @@ def _width(name: str, multiplier: float) -> None:
 
 def _preset(name: str, base: str, text: str) -> None:
     def build(pretrained: bool = False, groups: int = 4, form: Form = "equations", **kwargs: Any) -> nn.Module:
-        if "feature_cls" in kwargs:
-            raise UlsamError(f"{name} gives features in timm's default way only: leave feature_cls out")
+        wrap = {key: kwargs.pop(key) for key in _WRAPPING if key in kwargs} if "feature_cls" in kwargs else {}
         model = timm.create_model(base, pretrained=pretrained, **kwargs)
         edit = Edit.parse(text)
         Edit(edit.kind, edit.at, groups, form).apply(model)
+        if wrap:  # timm's other ways to give features wrap a whole net: first the edit, then the wrapping
+            model = build_model_with_cfg(lambda **_: model, name, False, pretrained_cfg=model.pretrained_cfg, **wrap)
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": name}
         return model
 
