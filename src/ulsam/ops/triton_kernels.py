@@ -350,7 +350,7 @@ def _run(
     batch, channels, height, width = x.shape
     size, pixels, last = channels // groups, height * width, not x.is_contiguous()
     back = asked & (stages.MAPS_BACK | stages.INPUT_BACK)
-    # 4 values a thread of a row, where the backward keeps some 20 tiles; 16 in the passes that keep none
+    # of tiles of a row, several of which are kept, 4 values a thread (forward: up to 8); of others, 16
     columns = triton.next_power_of_2(width)
     row_channels = min(triton.next_power_of_2(size), max(1, (512 if back else 1024) // columns))
     alone = asked & (stages.MOMENTS | stages.ADD)
