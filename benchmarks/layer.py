@@ -157,7 +157,7 @@ def main() -> None:
     result = {
         "what": "seconds a call, medians of turns; loop: the groups one after the other, as the released module does",
         "command": "python benchmarks/layer.py" + (" --compile" if args.compile else ""),
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "instructions": cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None,
         "summary": summary,
@@ -200,7 +200,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     return out
 
 
-def _processor() -> str:
+def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

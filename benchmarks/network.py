@@ -1,0 +1,118 @@
+"""What attention layers add to a whole net's latency, against the same net without them.
+
+All nets are folded (`ulsam.fold`), channels_last, float32, and run in turn in one process. For each edit the net with
+those blocks simply taken out is the physical limit; an inserted layer is held against the base net. A figure is the
+median of the paired differences, a turn each, over the base net's median time, with a bootstrapped 95 % interval.
+
+    python benchmarks/network.py                 # results/network.json; 5 minutes on two cores
+    python benchmarks/network.py --compile       # under torch.compile; results/network_compile.json
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from layer import processor
+from torch import nn
+
+import ulsam
+
+#: name: base net, edit, place, and how many layers it makes
+CASES = {
+    "replace 14": ("mobilenetv2_100", "replace", "14", 1),
+    "replace 17": ("mobilenetv2_100", "replace", "17", 1),
+    "replace 14,17": ("mobilenetv2_100", "replace", "14,17", 2),
+    "replace 13,14,16,17": ("mobilenetv2_100", "replace", "13,14,16,17", 4),
+    "insert 17:1": ("mobilenetv2_100", "insert", "17:1", 1),
+    "insert 5:1": ("mobilenetv2_100", "insert", "5:1", 1),
+}
+
+
+def build(base: str, kind: str | None, at: str, form: str) -> nn.Module:
+    net = timm.create_model(base)
+    if kind == "drop":
+        ulsam.drop(net, at)
+    elif kind:
+        getattr(ulsam, kind)(net, at, form=form)
+    return ulsam.fold(net)
+
+
+def interval(values: list[float], rounds: int = 1000) -> tuple[float, float]:
+    """95 % of the medians of samples drawn from ``values`` with repetition."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(rounds))
+    return medians[int(0.025 * rounds)], medians[int(0.975 * rounds)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=60, help="for each batch size")
+    parser.add_argument("--form", default="released", choices=["equations", "released"])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    nets: dict[str, nn.Module] = {"base": build("mobilenetv2_100", None, "", args.form)}
+    for name, (base, kind, at, _) in CASES.items():
+        nets[name] = build(base, kind, at, args.form)
+        if kind == "replace":
+            nets[name.replace("replace", "drop")] = build(base, "drop", at, args.form)
+    rows = []
+    for batch in (1, 32):
+        torch.compiler.reset()
+        run = {name: torch.compile(net, fullgraph=True) if args.compile else net for name, net in nets.items()}
+        x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+        times: dict[str, list[float]] = {name: [] for name in run}
+        order = list(run)
+        with torch.inference_mode():
+            for net in [*run.values()] * 2:
+                net(x)
+            end = time.perf_counter() + args.seconds
+            while time.perf_counter() < end or len(times["base"]) < 10:
+                random.shuffle(order)
+                for name in order:
+                    began = time.perf_counter()
+                    run[name](x)
+                    times[name].append(time.perf_counter() - began)
+        base = statistics.median(times["base"])
+        for name, (_, kind, _, layers) in CASES.items():
+            without = name.replace("replace", "drop") if kind == "replace" else "base"
+            added = [(a - b) / base / layers for a, b in zip(times[name], times[without], strict=True)]
+            low, high = interval(added)
+            row: dict[str, Any] = {
+                "edit": name,
+                "batch": batch,
+                "seconds": statistics.median(times[name]),
+                "seconds_without": statistics.median(times[without]),
+                "base_seconds": base,
+                "added_by_each_layer": statistics.median(added),
+                "added_interval_95": [low, high],
+                "turns": len(added),
+            }
+            rows.append(row)
+            print(
+                f"batch {batch:3} {name:22} each layer adds {100 * row['added_by_each_layer']:+.2f} % of the base net "
+                f"(95 %: {100 * low:+.2f} to {100 * high:+.2f}); time / base {row['seconds'] / base:.3f}, "
+                f"blocks taken out {row['seconds_without'] / base:.3f}",
+                flush=True,
+            )
+    result = {
+        "what": "latency of folded MobileNet-V2, float32, channels_last, 224 px; each layer's share of the base net's",
+        "command": "python benchmarks/network.py" + (" --compile" if args.compile else ""),
+        "form": args.form,
+        "machine": {"processor": processor(), "threads": torch.get_num_threads()},
+        "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
+        "cases": rows,
+    }
+    name = "network_compile" if args.compile else "network"
+    Path(f"results/{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
