@@ -1,11 +1,10 @@
-"""Write the tables of measured results into README.md, from the JSON files under results/.
+"""Write the tables of measured results into the pages, from the JSON files under results/.
 
-python benchmarks/tables.py           # rewrite README.md
-python benchmarks/tables.py --check   # exit 1 if README.md and the results disagree
+python benchmarks/tables.py           # rewrite README.md and docs/performance.md
+python benchmarks/tables.py --check   # exit 1 if a page and the results disagree
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,21 +49,79 @@ def _row(title: str, net: str, arm: dict[str, Any], pictures: dict[str, int]) ->
     )
 
 
+#: what is measured, and its name in the summary of results/layer.json
+LAYER = [
+    (
+        "inference against a loop over the groups, times faster, geometric mean",
+        "loop / ours, inference, geometric mean",
+    ),
+    ("the same, least of all cases", "loop / ours, inference, least"),
+    ("forward and backward, times faster, geometric mean", "loop / ours, forward and backward, geometric mean"),
+    ("the same, least", "loop / ours, forward and backward, least"),
+    (
+        "time over that of a copy, tensors of 256 KiB or more, channels_last, geometric mean",
+        "ours / copy of 256 KiB or more, channels_last, geometric mean",
+    ),
+    ("the same, most", "ours / copy of 256 KiB or more, channels_last, most"),
+    ("the same, contiguous, geometric mean", "ours / copy of 256 KiB or more, contiguous, geometric mean"),
+    ("the same, contiguous, most", "ours / copy of 256 KiB or more, contiguous, most"),
+    ("microseconds a call, smaller tensors, most", "microseconds a call below 256 KiB, most"),
+]
+
+
+def layer_table() -> str:
+    """One row a figure: both forms of the layer."""
+    result = json.loads((ROOT / "results" / "layer.json").read_text())
+    machine = result["machine"]
+    lines = [
+        f"{machine['processor']}, {machine['threads']} threads, {result['instructions']}, "
+        f"torch {result['versions']['torch']}:",
+        "",
+        "| | equations | released, folded |",
+        "|---|---|---|",
+    ]
+    for title, key in LAYER:
+        values = [result["summary"][f"{form}: {key}"] for form in ("equations", "released")]
+        lines.append(f"| {title} | {values[0]:.1f} | {values[1]:.1f} |")
+    return "\n".join(lines)
+
+
+def network_table() -> str:
+    """One row an edit of MobileNet-V2."""
+    lines = [
+        "| edit | batch | each layer adds, of the base net's time (95 %) | time / base | blocks taken out / base |",
+        "|---|---|---|---|---|",
+    ]
+    for row in json.loads((ROOT / "results" / "network.json").read_text())["cases"]:
+        low, high = (100 * value for value in row["added_interval_95"])
+        lines.append(
+            f"| {row['edit']} | {row['batch']} | {100 * row['added_by_each_layer']:+.2f} % ({low:+.2f} to {high:+.2f}) "
+            f"| {row['seconds'] / row['base_seconds']:.3f} | {row['seconds_without'] / row['base_seconds']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "README.md": {"finetune": finetune_table},
+    "docs/performance.md": {"layer": layer_table, "network": network_table},
+}
+
+
 def main() -> int:
-    page = ROOT / "README.md"
-    old = page.read_text()
-    new = re.sub(
-        r"(<!-- finetune -->\n).*?(\n<!-- /finetune -->)",
-        lambda found: found[1] + finetune_table() + found[2],
-        old,
-        flags=re.DOTALL,
-    )
-    if "--check" in sys.argv:
-        if new != old:
-            print("README.md and results/ disagree: run python benchmarks/tables.py")
-        return int(new != old)
-    page.write_text(new)
-    return 0
+    wrong = 0
+    for name, tables in TABLES.items():
+        page = ROOT / name
+        old = new = page.read_text()
+        for mark, table in tables.items():
+            before, rest = new.split(f"<!-- {mark} -->\n")
+            after = rest.partition(f"<!-- /{mark} -->")[2]
+            new = f"{before}<!-- {mark} -->\n{table()}\n<!-- /{mark} -->{after}"
+        if "--check" not in sys.argv:
+            page.write_text(new)
+        elif new != old:
+            print(f"{name} and results/ disagree: run python benchmarks/tables.py")
+            wrong = 1
+    return wrong
 
 
 if __name__ == "__main__":

@@ -124,8 +124,13 @@ class ULSAM(nn.Module):
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, list[Tensor], float]:
         """The operator's scale, shift, weight, bias, norms and eps; BatchNorm of running statistics is folded."""
-        scale, weight = self.depthwise.weight.flatten(), self.pointwise.weight.flatten()
-        shift, bias = self.depthwise.bias, self.pointwise.bias
+        depthwise, pointwise = self.depthwise, self.pointwise
+        scale, shift, weight, bias = (
+            depthwise.weight.flatten(),
+            depthwise.bias,
+            pointwise.weight.flatten(),
+            pointwise.bias,
+        )
         if self.form != "released":
             return scale, shift, weight, bias, [], 0.0
         first, second = self.depthwise_norm, self.pointwise_norm

@@ -12,13 +12,14 @@ from ulsam.errors import UlsamError
 from ulsam.ops import cpu, reference
 
 Backend = Literal["reference", "cpu", "triton"]
+BACKENDS = get_args(Backend)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton takes tensors of the CPU too
 
 
 def _from_environment() -> Backend | None:
     name: Any = os.environ.get("ULSAM_BACKEND") or None
-    if name not in (None, *get_args(Backend)):
-        raise UlsamError(f"ULSAM_BACKEND={name}: there is no such backend; valid: {', '.join(get_args(Backend))}")
+    if name not in (None, *BACKENDS):
+        raise UlsamError(f"ULSAM_BACKEND={name}: there is no such backend; valid: {', '.join(BACKENDS)}")
     return name
 
 
@@ -90,8 +91,8 @@ def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
     ('reference', 'the cpu backend takes float32 and bfloat16, not float64')
     """
     wanted: Any = backend or FORCED
-    if wanted not in (None, *get_args(Backend)):
-        raise UlsamError(f"there is no backend {wanted!r}; valid: {', '.join(get_args(Backend))}")
+    if wanted not in (None, *BACKENDS):
+        raise UlsamError(f"there is no backend {wanted!r}; valid: {', '.join(BACKENDS)}")
     if wanted == "reference":
         return "reference", "asked for"
     chosen: Backend = wanted or ("triton" if x.device.type == "cuda" else "cpu")
