@@ -421,7 +421,7 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
         vf slope = scale * get_param(job->weight, c, lanes), q = {0}, r = {0};
         seen nan;
         row_maxima(u, job->x, start, &scale, &nan, 1, lanes, bf16);
-        memset(to_row, 0, (u->pixels + W) * sizeof *to_row);
+        memset(to_row, 0, W * sizeof *to_row); /* the other rows are written by the row above first */
         for (int64_t p = 0; p < u->pixels; p++) { /* what is sent above the first row or below the last one is 0 */
             vf m = window(rows + p, W), d = spread(few, u->dby_pixel + p * u->width, group, place);
             if (relu) d = keep(m + shift > 0, d);
@@ -429,7 +429,7 @@ INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
             to_row[p - W] += keep(rows[p - W] == m, d);
             d = keep(rows[p - W] != m, d);
             to_row[p] += keep(rows[p] == m, d);
-            to_row[p + W] += keep(rows[p] != m, d);
+            to_row[p + W] = keep(rows[p] != m, d);
         }
         for (int64_t i = 0; i < H; i++) {
             int64_t p = i * W, at = start + p * C;
