@@ -104,3 +104,34 @@ def test_a_norm_with_a_layer_behind_it_stays() -> None:
     x = torch.randn(2, *SIZE)
     torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-5)
     assert isinstance(folded.behind, nn.BatchNorm2d)
+
+
+class InPlace(nn.Module):
+    """Changes a convolution's output in place before its BatchNorm, and puts out more than a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.relu, self.norm = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.norm(self.relu(self.one(x))), None
+
+
+def test_a_change_in_place_is_seen() -> None:
+    net = lively(InPlace())
+    folded = fold(net, SIZE)
+    x = torch.randn(2, *SIZE)
+    torch.testing.assert_close(folded(x)[0], net(x)[0])
+    assert norms(folded) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_net_of_another_dtype_keeps_it(dtype: torch.dtype) -> None:
+    net = lively(timm.create_model("mobilenetv2_050")).to(dtype)
+    folded = fold(net, SIZE)
+    assert {parameter.dtype for parameter in folded.parameters()} == {dtype}
+    assert norms(folded) == 0
+    x = torch.randn(2, *SIZE).to(dtype)
+    exact = net.double()(x.double())
+    size = exact.abs().max()
+    assert (folded(x).double() - exact).abs().max() <= (0.1 if dtype == torch.bfloat16 else 1e-9) * size

@@ -320,3 +320,39 @@ def test_the_package_is_light_and_its_names_are_what_they_say():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("16\n", "")
+
+
+def test_norms_that_the_operator_does_not_know_are_refused():
+    layer = ULSAM(8, 2, form="released")
+    x = torch.randn(2, 8, 4, 4)
+    layer.pointwise_norm.eps = 1.0
+    with pytest.raises(UlsamError, match="of one mode and one eps"):
+        layer(x)
+    layer.pointwise_norm.eps = layer.depthwise_norm.eps
+    layer.pointwise_norm.eval()
+    with pytest.raises(UlsamError, match="of one mode and one eps"):
+        layer(x)
+    with pytest.raises(UlsamError, match=r"stay nn\.BatchNorm2d"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(layer)(x)
+
+
+def test_one_value_a_channel_is_refused_as_by_batchnorm():
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        ULSAM(8, 2, form="released")(torch.randn(1, 8, 1, 1))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_move_as_batchnorms(momentum):
+    """Against two nn.BatchNorm2d in the composed definition, in float64."""
+    layer = randomised(12, 3, "released")
+    for norm in (layer.depthwise_norm, layer.pointwise_norm):
+        norm.momentum = momentum
+    composed = copy.deepcopy(layer).train()
+    layer.train()
+    for step in range(3):
+        x = torch.randn(4, 12, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        layer(x)
+        h = composed.depthwise_norm(composed.depthwise(x)).relu()
+        composed.pointwise_norm(composed.pointwise(F.max_pool2d(h, 3, stride=1, padding=1)))
+    for name, value in composed.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[name], value, msg=name)

@@ -1,11 +1,13 @@
 """The operator: every backend against the definition in float64, as PyTorch uses it, and the choice of the backend."""
 
+import copy
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -346,13 +348,98 @@ def test_training_keeps_the_input_and_tiny_maps(form: str) -> None:
     assert sum(kept.values()) <= 1.25 * case.x.nbytes
 
 
-def test_second_derivatives_are_the_reference_s() -> None:
-    x = torch.randn(1, 4, 3, 3, requires_grad=True)
-    y, _ = subspace_attention(x, torch.ones(4), torch.ones(4), 2, backend="reference")
-    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    gradient.sum().backward()
-    assert x.grad is not None
-    assert x.grad.abs().sum() > 0
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives(form: str) -> None:
+    """A gradient penalty: every operand's gradient of the squared gradients, against float64."""
+
+    def penalty(dtype: torch.dtype) -> list[Tensor]:
+        case = Case((2, 12, 5, 4), 3, form, "normal", "contiguous", dtype, 0)
+        folded = [value.to(dtype).requires_grad_() for value in (case.scale, case.weight, case.shift, case.bias)]
+        gammas = [norm.to(dtype).requires_grad_() for norm in case.norms] if form == "batch statistics" else []
+        x = case.x.requires_grad_()
+        rest = {} if form == "equations" else {"shift": folded[2], "bias": folded[3], "relu": True, "norms": gammas}
+        y, _ = subspace_attention(x, folded[0], folded[1], 3, eps=0.1, **rest)
+        leaves = [x, *folded[: 2 if form == "equations" else 4], *gammas]
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    for found, exact in zip(penalty(torch.float32), penalty(torch.float64), strict=True):
+        assert (found - exact).abs().max() <= 1e-4 * max(1.0, exact.abs().max().item())
+
+
+def test_transforms_of_torch_func() -> None:
+    layer, x = ULSAM(8, 4), torch.randn(2, 8, 5, 5)
+    exact = copy.deepcopy(layer).double()
+    tangent, wanted = (torch.func.jvp(f, (v,), (v,))[1] for f, v in ((layer, x), (exact, x.double())))
+    assert wanted.abs().max() > 0.1
+    torch.testing.assert_close(tangent.double(), wanted, rtol=1e-5, atol=1e-5)
+    parameters = dict(layer.named_parameters())
+    gradient = torch.func.grad(lambda p: torch.func.functional_call(layer, p, x).square().sum())(parameters)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(
+        gradient, {name: value.grad for name, value in layer.named_parameters()}, rtol=1e-4, atol=1e-4
+    )
+    each = torch.func.vmap(layer)(x[:, None])
+    torch.testing.assert_close(each[:, 0], layer(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 49, 8)}, r"looks like tokens \[B, N, C\]"),
+        ({"groups": 3}, "groups=3 does not divide 8 channels"),
+        ({"groups": 0}, "groups=0 does not divide 8 channels"),
+        ({"scale": torch.ones(1)}, "an operand has 1 values on cpu, but the map needs 8 on cpu"),
+        ({"weight": torch.ones(9)}, "an operand has 9 values on cpu, but the map needs 8 on cpu"),
+        ({"bias": torch.ones(1)}, "an operand has 1 values on cpu, but the map needs 4 on cpu"),
+        ({"scale": torch.ones(8, device="meta")}, "an operand has 8 values on meta, but the map needs 8 on cpu"),
+        ({"norms": [torch.ones(8)] * 2}, "norms are the weight and bias of two BatchNorms, not 2 tensors"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    given = {"x": torch.ones(1, 8, 4, 4), "scale": torch.ones(8), "weight": torch.ones(8), "groups": 4, **change}
+    with pytest.raises(UlsamError, match=message):
+        subspace_attention(**given)
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("place", [(0, 0), (0, 2), (2, 2), (4, 4)])
+def test_infinity_times_zero_is_nan(place: tuple[int, int], layout: str, isa: int) -> None:
+    case = Case((2, 40, 5, 5), 8, "folded", "normal", layout, torch.float32, 0)
+    case.scale[1] = 0.0
+    case.x[0, 1, *place] = float("inf")
+    found, exact = case.run("cpu")["y"], case.run("reference")["y"]
+    assert exact.isnan().any()
+    assert torch.equal(found.isnan(), exact.isnan())
+
+
+@compiled
+def test_a_thread_that_ends_frees_its_memory() -> None:
+    layer, x = ULSAM(64, 16).eval(), torch.randn(1, 64, 112, 112).contiguous(memory_format=torch.channels_last)
+
+    def work() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    def megabytes() -> float:
+        for _ in range(20):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    first = megabytes()
+    assert megabytes() - first < 20  # 4 MB a thread would make 80
+
+
+def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "_cpu.so"
+    broken.write_bytes(b"no library")
+    assert cpu.load(None) == (None, "ulsam was installed without a C compiler")
+    library, reason = cpu.load(str(broken))
+    assert library is None
+    assert reason.startswith(f"{broken} cannot be loaded: ")
 
 
 # the choice
@@ -401,6 +488,7 @@ def test_without_a_compiler_the_reference_does_it(monkeypatch: pytest.MonkeyPatc
     expected = ULSAM(8, 2).requires_grad_(False)
     with_kernels = expected(plain)
     monkeypatch.setattr(cpu, "LIBRARY", None)
+    monkeypatch.setattr(cpu, "WHY_NONE", "ulsam was installed without a C compiler")
     assert which_backend(plain) == (
         "reference",
         "the C kernels are not there: ulsam was installed without a C compiler",
@@ -416,6 +504,7 @@ def test_doctor_says_what_runs_and_why(
 ) -> None:
     if missing:
         monkeypatch.setattr(cpu, "LIBRARY", None)
+        monkeypatch.setattr(cpu, "WHY_NONE", "ulsam was installed without a C compiler")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.startswith("cpu ") and line.split()[1] == "float32"]

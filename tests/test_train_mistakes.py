@@ -92,7 +92,7 @@ CASES = {
     "data --threads 1000000": "threads must be 1024 or fewer, not 1000000",
     "data --momentum 0": "momentum must lie between 0 and 1, both excluded, not 0.0",
     "data --smoothing 2": "smoothing must lie between 0 and 1, not 2.0",
-    "data --crop-pct 0": "crop_pct must lie between 0.1 and 1, not 0.0",
+    "data --crop-pct 0": "crop_pct must lie between 0.1 and 1.5, not 0.0",
     "data --crop-scale 0.5": "crop_scale takes two shares of the area",
     "data --mean 0.5": "mean takes three numbers, one a colour channel, not [0.5]",
     "data --std 0.5 0.5 0": "std must be above 0 in every channel",

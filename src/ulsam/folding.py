@@ -37,9 +37,10 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
     False
     """
     size = tuple(input_size or default_input_size(model))
-    folded = copy.deepcopy(model).eval()
-    like = next(folded.parameters(), torch.empty(0))
-    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    like = next(model.parameters(), torch.empty(0))
+    exact = torch.promote_types(like.dtype, torch.float32)
+    folded = copy.deepcopy(model).eval().to(exact)
+    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(like.device, exact)
     expected = folded(x)
     for conv, norm in _pairs(folded, x):
         _fold_pair(folded, conv, norm)
@@ -54,12 +55,12 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
                 f"folding changes what this {type(model).__name__} puts out: "
                 "its code uses what lies between a convolution and its BatchNorm"
             )
-    return folded
+    return folded.to(like.dtype)
 
 
 def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
     """(convolution, BatchNorm): the one's output is the other's input, both run once, and nothing hangs on them."""
-    made: dict[int, str] = {}  # a convolution's output, by id, and its name
+    made: dict[tuple[int, int], str] = {}  # a convolution's output, by id and version (of changes in place)
     keep: list[Any] = []  # so that no id is given twice
     found: list[tuple[str, str]] = []
     calls: dict[str, int] = {}
@@ -70,9 +71,9 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
             calls[name] = calls.get(name, 0) + 1
             keep.append((args, output))
             if isinstance(module, nn.Conv2d):
-                made[id(output)] = name
-            elif args and id(args[0]) in made:
-                found.append((made[id(args[0])], name))
+                made[id(output), output._version] = name
+            elif args and (key := (id(args[0]), args[0]._version)) in made:
+                found.append((made[key], name))
 
         return hook
 
@@ -110,5 +111,7 @@ def _fold_pair(model: nn.Module, conv_name: str, norm_name: str) -> None:
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
+    if not isinstance(output, dict | list | tuple):
+        return []
     values = output.values() if isinstance(output, dict) else output
     return [tensor for value in values for tensor in _tensors(value)]

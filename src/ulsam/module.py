@@ -109,12 +109,14 @@ class ULSAM(nn.Module):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         self._check(x)
         scale, shift, weight, bias, norms, eps = self._operands()
-        relu = self.form != "equations"
+        relu, count = self.form != "equations", x.numel() // self.channels
+        if norms and count < 2:
+            raise ValueError("Expected more than 1 value per channel when training")  # as nn.BatchNorm2d says it
         y, moments = subspace_attention(
             x, scale, weight, self.groups, shift=shift, bias=bias, norms=norms, relu=relu, eps=eps
         )
         if norms:
-            self._track(moments, x.numel() // self.channels)
+            self._track(moments, count)
         return y
 
     def _check(self, x: Tensor) -> None:
@@ -134,9 +136,10 @@ class ULSAM(nn.Module):
         if self.form != "released":
             return scale, shift, weight, bias, [], 0.0
         first, second = self.depthwise_norm, self.pointwise_norm
-        if not type(first) is type(second) is nn.BatchNorm2d or first.training != second.training:
+        alike = (first.training, first.eps) == (second.training, second.eps)
+        if not (alike and type(first) is type(second) is nn.BatchNorm2d):
             raise UlsamError(
-                "the two BatchNorms of a released ULSAM layer cannot be converted, nor be in different modes"
+                "the two BatchNorms of a released ULSAM layer stay nn.BatchNorm2d, of one mode and one eps"
             )
         if first.training:
             return scale, shift, weight, bias, [first.weight, first.bias, second.weight, second.bias], first.eps
@@ -147,8 +150,6 @@ class ULSAM(nn.Module):
     @torch.no_grad()
     def _track(self, moments: Tensor, count: int) -> None:
         """Move the running statistics towards those of a batch of ``count`` values a channel."""
-        if count < 2:
-            raise ValueError("Expected more than 1 value per channel when training")  # as nn.BatchNorm2d says it
         mean, variance, mean2, variance2 = moments.split([self.channels, self.channels, self.groups, self.groups])
         scale, shift, bias = self.depthwise.weight.flatten(), self.depthwise.bias, self.pointwise.bias
         _move(self.depthwise_norm, scale * mean + cast(Tensor, shift), scale.square() * variance, count)

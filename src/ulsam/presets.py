@@ -69,7 +69,11 @@ def _width(name: str, multiplier: float) -> None:
 
 def _preset(name: str, base: str, text: str) -> None:
     def build(pretrained: bool = False, groups: int = 4, form: Form = "equations", **kwargs: Any) -> nn.Module:
-        wrap = {key: kwargs.pop(key) for key in _WRAPPING if key in kwargs} if "feature_cls" in kwargs else {}
+        wrap = (
+            {key: kwargs.pop(key) for key in _WRAPPING if key in kwargs}
+            if kwargs.get("features_only") and "feature_cls" in kwargs
+            else {}
+        )
         model = timm.create_model(base, pretrained=pretrained, **kwargs)
         edit = Edit.parse(text)
         Edit(edit.kind, edit.at, groups, form).apply(model)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, cast, get_args
@@ -106,8 +107,8 @@ class Recipe:
 
     Raises:
         UlsamError: two classes of one name, a size that is no whole number from 1 to 8192, an interpolation that timm
-            does not know, a crop outside 0.1..1, a standard deviation of 0 or below, not one mean and std a channel, or
-            an argument above `LARGEST_ARGUMENT`.
+            does not know, a crop outside 0.1..1.5, a standard deviation of 0 or below, not one mean and std a channel,
+            or an argument above `LARGEST_ARGUMENT`.
     """
 
     base: str
@@ -124,14 +125,16 @@ class Recipe:
         if len(self.input_size) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in self.input_size):
             raise UlsamError(f"input_size is C, H, W, each from 1 to 8192, not {reprlib.repr(self.input_size)}")
         if len(set(self.classes)) != len(self.classes):
-            twice = next(name for number, name in enumerate(self.classes) if name in self.classes[:number])
+            twice = Counter(self.classes).most_common(1)[0][0]
             raise UlsamError(f"two classes are called {reprlib.repr(twice)}: give each a name of its own")
         if self.interpolation not in INTERPOLATIONS:
             raise UlsamError(
                 f"interpolation is one of {', '.join(INTERPOLATIONS)}, not {reprlib.repr(self.interpolation)}"
             )
-        if not 0.1 <= self.crop_pct <= 1:
-            raise UlsamError(f"crop_pct is between 0.1 and 1, not {self.crop_pct}")
+        if (
+            not 0.1 <= self.crop_pct <= 1.5
+        ):  # timm has nets above 1: the picture is smaller than the crop, with a border
+            raise UlsamError(f"crop_pct is between 0.1 and 1.5, not {self.crop_pct}")
         if self.model_args.get("in_chans", self.input_size[0]) != self.input_size[0]:
             raise UlsamError(
                 f"in_chans {reprlib.repr(self.model_args['in_chans'])} is not input_size's {self.input_size[0]}"

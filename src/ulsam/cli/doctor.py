@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the versions, the processors, and the backend for each device and dtype."""
     print(f"ulsam {__version__}, Python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}")
     if cpu.LIBRARY is None:
-        print("cpu     no C kernels: ulsam was installed without a C compiler; install one, then ulsam again")
+        print(f"cpu     no C kernels: {cpu.WHY_NONE}")
     else:
         names = cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
         print(f"cpu     {torch.get_num_threads()} threads, C kernels for {names} ({cpu.LIBRARY._name})")

@@ -1,6 +1,33 @@
 /* The best build of the kernels for the processor that this runs on. */
 
+#include <pthread.h>
+#include <stdlib.h>
+
 #include "cpu.h"
+
+struct memory {
+    size_t size;
+    _Alignas(64) char bytes[];
+};
+
+static pthread_key_t key;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void make_key(void) { pthread_key_create(&key, free); }
+
+void *ulsam_memory(size_t size) {
+    pthread_once(&once, make_key);
+    struct memory *kept = pthread_getspecific(key);
+    if (!kept || kept->size < size) {
+        free(kept);
+        kept = aligned_alloc(64, (sizeof *kept + size + 63) / 64 * 64);
+        if (kept) kept->size = size;
+        pthread_setspecific(key, kept);
+    }
+    return kept ? kept->bytes : NULL;
+}
+
+int ulsam_job_size(void) { return (int)sizeof(struct job); }
 
 int ulsam_isa(void) {
 #if defined(__x86_64__) && !defined(__clang__)

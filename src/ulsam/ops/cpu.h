@@ -3,6 +3,7 @@
 #ifndef ULSAM_CPU_H
 #define ULSAM_CPU_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 /* What to do; several at once stay in the cache. x, y, dy, dx: maps [B, C, H, W] in one layout and type. */
@@ -31,6 +32,10 @@ struct job {
 int ulsam_run(const struct job *job);
 /* The best instruction set here, as in job.isa. */
 int ulsam_isa(void);
+/* The size of a job, for the caller to compare with its own. */
+int ulsam_job_size(void);
+/* At least so many bytes, a multiple of 64 aligned, that a thread keeps from call to call and frees at its end; or 0. */
+void *ulsam_memory(size_t size);
 
 int ulsam_run_base(const struct job *job);
 int ulsam_run_avx2(const struct job *job);

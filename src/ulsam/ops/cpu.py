@@ -28,20 +28,26 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _load() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where the package was installed without a C compiler.
+def load(path: str | None) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled kernels in a file, or None and the reason why there are none.
 
     They are loaded after PyTorch, so its OpenMP library is also theirs, and both share one pool of threads.
     """
-    spec = importlib.util.find_spec("ulsam.ops._cpu")
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
+    if path is None:
+        return None, "ulsam was installed without a C compiler"
+    try:
+        library = ctypes.CDLL(path)
+        size = library.ulsam_job_size()
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded: {error}"
+    if size != _JOB.size:
+        return None, f"{path} is of another version: install ulsam again"
     library.ulsam_run.argtypes = [ctypes.c_char_p]
-    return library
+    return library, ""
 
 
-LIBRARY = _load()
+_spec = importlib.util.find_spec("ulsam.ops._cpu")
+LIBRARY, WHY_NONE = load(_spec.origin if _spec else None)
 #: The instruction set to use, as an index in `ISA_NAMES`; 0 is the processor's best.
 isa = 0
 

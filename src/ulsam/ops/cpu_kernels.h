@@ -301,15 +301,15 @@ INLINE void row_maxima(
         vf here[TILE], left[TILE];
         UNROLL for (int t = 0; t < tile; t++) {
             here[t] = load(x, at + t * V, bf16, lanes), left[t] = splat(-INFINITY);
-            nan[t] = see(nan[t], here[t]);
             here[t] *= scale[t];
+            nan[t] = see(nan[t], here[t]);
         }
         for (int64_t j = 0; j + 1 < W; j++) {
             at += C;
             UNROLL for (int t = 0; t < tile; t++) {
                 vf right = load(x, at + t * V, bf16, lanes);
-                nan[t] = see(nan[t], right);
                 right *= scale[t];
+                nan[t] = see(nan[t], right);
                 rows[j + t * apart] = vmax(vmax(left[t], here[t]), right);
                 left[t] = here[t], here[t] = right;
             }
@@ -515,11 +515,11 @@ INLINE seen plane_row_maxima(const struct unit *u, const void *x, float scale, f
     vf least = splat(-INFINITY);
     seen nan = {0};
     for (int64_t p = 0; p < pixels; p += V) {
-        vf here = load(x, p, bf16, V), left = load(x, p - 1, bf16, V) * scale, right = load(x, p + 1, bf16, V) * scale;
+        vf here = load(x, p, bf16, V) * scale, left = load(x, p - 1, bf16, V) * scale, right = load(x, p + 1, bf16, V) * scale;
         nan = p + V <= pixels ? see(nan, here) : nan | among(see((seen){0}, here), get_ints(inside + p));
         left = pick(get_ints(has_left + p), left, least);
         right = pick(get_ints(has_right + p), right, least);
-        put(rows + p, vmax(vmax(left, here * scale), right));
+        put(rows + p, vmax(vmax(left, here), right));
     }
     put(rows + pixels, least);
     return nan;
@@ -722,19 +722,6 @@ static void run_one(const struct unit *u) { /* each choice a build of its own */
     }
 }
 
-/* memory that a thread keeps from call to call */
-static void *memory(size_t size) {
-    static __thread void *kept;
-    static __thread size_t kept_size;
-    if (size > kept_size) {
-        free(kept);
-        kept_size = 0;
-        kept = aligned_alloc(64, (size + 63) / 64 * 64);
-        if (kept) kept_size = size;
-    }
-    return kept;
-}
-
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /* the next n * size bytes of memory, or, without any, only their number */
@@ -813,7 +800,7 @@ int RUN(const struct job *job) {
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
         struct unit u = {.job = job, .pixels = job->H * job->W};
-        char *start = memory((size_t)(lay_out(&u, NULL, most) - (char *)NULL));
+        char *start = ulsam_memory((size_t)(lay_out(&u, NULL, most) - (char *)NULL));
         if (start) {
             lay_out(&u, start, most);
             prepare(&u, most);

@@ -66,19 +66,52 @@ def subspace_attention(
         channels, then of the logits' (without bias).
 
     Raises:
-        UlsamError: no such backend.
+        UlsamError: no such backend, x is no map [B, C, H, W], ``groups`` does not divide C, or an operand is of another
+            size or on another device.
 
     >>> x = torch.randn(2, 8, 5, 5)
     >>> y, _ = subspace_attention(x, torch.ones(8), torch.ones(8), groups=4)
     >>> (y / x - 1).sum((2, 3))[0]  # each channel's map sums to 1
     tensor([1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000])
     """
+    _check(x, scale, shift, weight, bias, norms, groups)
     chosen, _ = which_backend(x, backend)
     operands = (x, scale, shift, weight, bias, list(norms), groups, relu, eps)
-    if chosen == "reference":
+    if chosen == "reference" or _is_transformed():
         return reference.subspace_attention(*operands)
     y, _, moments = torch.ops.ulsam.subspace_attention.default(*operands, backend or "")
     return y, moments
+
+
+def _check(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norms: Sequence[Tensor],
+    groups: int,
+) -> None:
+    """Refuse what the kernels would read beyond its end."""
+    if x.ndim != 4:
+        tokens = ", which looks like tokens [B, N, C]" if x.ndim == 3 else ""
+        raise UlsamError(f"subspace attention takes a feature map [B, C, H, W], not {list(x.shape)}{tokens}")
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise UlsamError(f"groups={groups} does not divide {channels} channels")
+    if len(norms) not in (0, 4):
+        raise UlsamError(f"norms are the weight and bias of two BatchNorms, not {len(norms)} tensors")
+    sizes = (channels, channels, channels, groups, channels, channels, groups, groups)
+    for value, size in zip((scale, shift, weight, bias, *norms), sizes, strict=False):
+        if value is not None and (value.numel() != size or value.device != x.device):
+            raise UlsamError(
+                f"an operand has {value.numel()} values on {value.device}, but the map needs {size} on {x.device}"
+            )
+
+
+def _is_transformed() -> bool:
+    """Inside `torch.func`: its transforms follow the definition, not an operator that they cannot look into."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
@@ -106,7 +139,7 @@ def _why_not_cpu(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"the cpu backend does not run on {x.device.type}"
     if cpu.LIBRARY is None:
-        return "the C kernels are not there: ulsam was installed without a C compiler"
+        return f"the C kernels are not there: {cpu.WHY_NONE}"
     return _why_not_dtype("cpu", cpu.DTYPES, x)
 
 
@@ -186,6 +219,33 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return dx, *vectors, dnorms, None, None, None, None
 
 
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    dy, x, scale, shift, weight, bias, norms, logits, _, *ctx.rest = inputs
+    ctx.groups = logits.shape[1]
+    ctx.save_for_backward(dy, x, scale, shift, weight, bias, *norms)
+
+
+def _second(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+    """Second derivatives: those of the definition's first ones."""
+    relu, eps, _ = ctx.rest
+    leaves: list[Any]
+    with torch.enable_grad():
+        dy, *leaves = [value if value is None else value.detach().requires_grad_() for value in ctx.saved_tensors]
+        x, scale, shift, weight, bias, *norms = leaves
+        y, _ = reference.subspace_attention(x, scale, shift, weight, bias, norms, ctx.groups, relu, eps)
+        present = [value for value in leaves if value is not None]
+        first = torch.autograd.grad(y, present, dy, create_graph=True)
+        *given, dnorms = gradients
+        wanted = [gradient for value, gradient in zip(leaves, (*given, *dnorms), strict=True) if value is not None]
+        pairs = [(a, b) for a, b in zip(first, wanted, strict=True) if b is not None and a.requires_grad]
+        outputs, weights = [a for a, _ in pairs], [b.to(a.dtype).view_as(a) for a, b in pairs]
+        found = torch.autograd.grad(outputs, [dy, *present], weights, allow_unused=True)
+    ddy, *rest = found
+    second = iter(rest)
+    dleaves = [None if value is None else next(second) for value in leaves]
+    return ddy, *dleaves[:5], dleaves[5:], *[None] * 5
+
+
 _OPERANDS = "Tensor x, Tensor scale, Tensor? shift, Tensor weight, Tensor? bias, Tensor[] norms"
 torch.library.define(
     "ulsam::subspace_attention",
@@ -201,3 +261,4 @@ torch.library.impl("ulsam::subspace_attention_backward", "CompositeExplicitAutog
 torch.library.register_fake("ulsam::subspace_attention", _fake_forward)
 torch.library.register_fake("ulsam::subspace_attention_backward", _fake_backward)
 torch.library.register_autograd("ulsam::subspace_attention", _gradients, setup_context=_save)
+torch.library.register_autograd("ulsam::subspace_attention_backward", _second, setup_context=_save_backward)

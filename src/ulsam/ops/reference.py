@@ -101,14 +101,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """As :func:`ulsam.ops.stages.backward`, by PyTorch's own gradient of the definition."""
     groups = logits.shape[1]
-    with torch.enable_grad():
-        leaf = [value.detach().requires_grad_() for value in (x, scale, weight, *norms)]
-        shift = logits.new_zeros(x.shape[1]) if shift is None else shift.detach()
-        bias = logits.new_zeros(groups) if bias is None else bias.detach()
-        leaf += [shift.requires_grad_(), bias.requires_grad_()]
-        y, _ = subspace_attention(leaf[0], leaf[1], shift, leaf[2], bias, leaf[3:-2], groups, relu, eps)
-        dx, dscale, dweight, *dnorms, dshift, dbias = torch.autograd.grad(y, leaf, dy)
-    dscale, dshift, dweight, dbias, *dnorms = [v.to(logits.dtype) for v in (dscale, dshift, dweight, dbias, *dnorms)]
+    shift = logits.new_zeros(x.shape[1]) if shift is None else shift
+    bias = logits.new_zeros(groups) if bias is None else bias
+
+    def y(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, *norms: Tensor) -> Tensor:
+        return subspace_attention(x, scale, shift, weight, bias, norms, groups, relu, eps)[0]
+
+    pull = torch.func.vjp(y, x, scale, shift, weight, bias, *norms)[1]
+    dx, *vectors = pull(dy)
+    dscale, dshift, dweight, dbias, *dnorms = [vector.to(logits.dtype) for vector in vectors]
     return torch.empty_like(dense(x)).copy_(dx), dscale, dshift, dweight, dbias, dnorms
 
 

@@ -125,8 +125,8 @@ class TrainConfig:
             raise UlsamError(f"threads must be {_MOST_THREADS} or fewer, not {self.threads}")
         if self.opt == "sgd" and not 0 < self.momentum < 1:
             raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {self.momentum}")
-        if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1:
-            raise UlsamError(f"crop_pct must lie between 0.1 and 1, not {self.crop_pct}")
+        if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1.5:
+            raise UlsamError(f"crop_pct must lie between 0.1 and 1.5, not {self.crop_pct}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UlsamError(f"crop_scale takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
         for name in ("mean", "std"):
