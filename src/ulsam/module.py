@@ -127,12 +127,8 @@ class ULSAM(nn.Module):
     def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, list[Tensor], float]:
         """The operator's scale, shift, weight, bias, norms and eps; BatchNorm of running statistics is folded."""
         depthwise, pointwise = self.depthwise, self.pointwise
-        scale, shift, weight, bias = (
-            depthwise.weight.flatten(),
-            depthwise.bias,
-            pointwise.weight.flatten(),
-            pointwise.bias,
-        )
+        scale, shift = depthwise.weight.flatten(), depthwise.bias
+        weight, bias = pointwise.weight.flatten(), pointwise.bias
         if self.form != "released":
             return scale, shift, weight, bias, [], 0.0
         first, second = self.depthwise_norm, self.pointwise_norm

@@ -131,9 +131,7 @@ class Recipe:
             raise UlsamError(
                 f"interpolation is one of {', '.join(INTERPOLATIONS)}, not {reprlib.repr(self.interpolation)}"
             )
-        if (
-            not 0.1 <= self.crop_pct <= 1.5
-        ):  # timm has nets above 1: the picture is smaller than the crop, with a border
+        if not 0.1 <= self.crop_pct <= 1.5:  # above 1 the crop has a border; timm has such nets
             raise UlsamError(f"crop_pct is between 0.1 and 1.5, not {self.crop_pct}")
         if self.model_args.get("in_chans", self.input_size[0]) != self.input_size[0]:
             raise UlsamError(
