@@ -67,6 +67,21 @@ INLINE int any(seen a) {
 INLINE int at_lane(seen a, int k) { return a[k] != 0; }
 #endif
 
+/* lanes for which something holds */
+#ifdef NATIVE_512
+typedef __mmask16 flags;
+INLINE flags same(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ); }
+INLINE flags above_zero(vf a) { return _mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_GT_OQ); }
+INLINE vf where(flags f, vf a) { return (vf)_mm512_maskz_mov_ps(f, (__m512)a); }
+INLINE vf add_where(flags f, vf a, vf b) { return (vf)_mm512_mask_add_ps((__m512)a, f, (__m512)a, (__m512)b); }
+#else
+typedef vi flags;
+INLINE flags same(vf a, vf b) { return a == b; }
+INLINE flags above_zero(vf a) { return a > 0; }
+INLINE vf where(flags f, vf a) { return keep(f, a); }
+INLINE vf add_where(flags f, vf a, vf b) { return a + keep(f, b); } /* a + b there */
+#endif
+
 INLINE vf widen(vh a) { return (vf)(__builtin_convertvector(a, vu) << 16); }
 INLINE vh narrow(vf a) { /* to the nearest bfloat16, ties to even; a NaN stays one */
     vu bits = (vu)a, nan = (vu)(a != a);
@@ -207,7 +222,8 @@ struct unit {
     int64_t pixels, ld, width;
     float *maps, *dmaps;
     float *by_pixel, *dby_pixel; /* [pixels][width] */
-    vf *rows, *to_row;           /* channels_last: [H][W] of V channels, rows with room around them */
+    vf *sums;                    /* channels_last: [1 or TILE][ld] of V channels */
+    vf *rows, *to_row;           /* of LOGITS three rows of TILE * V channels; of INPUT_BACK as sums, with room around */
     int planes;                  /* contiguous: so many at a time */
     int64_t apart;               /* from one vector's rows or one plane to the next */
     float *plane[7];
@@ -287,69 +303,117 @@ INLINE vf spread(int few, const float *row, const int32_t *group, vi place) {
     return permute_two(get(from), get(from + V), place);
 }
 
+/* Large groups are worked on one after the other. A last vector of fewer than V channels then begins earlier, and what
+   was done before is done again or masked; where that is more than a quarter of the work, vectors hold channels of
+   several groups. */
+INLINE int by_group(const struct job *job) {
+    int64_t G = job->C / job->g;
+    return G >= V && (G + V - 1) / V * V * 4 <= G * 5;
+}
+INLINE int64_t group_end(const struct unit *u, int n) { return u->c0 + (n + 1) * (u->job->C / u->job->g); }
+INLINE vf lanes_from(vf a, int64_t first) { return first ? keep(NUMBERS >= (int32_t)first, a) : a; }
+
 /* So many vectors of channels are read together: longer stretches of memory. */
 #define TILE 4
+#define BACK_TILE 2
 
-/* the maxima of each 3 pixels in a row, of `tile` vectors of channels at x[at]; which of them hold a NaN */
+/* of row i of `tile` vectors of channels at x[at]: the maxima of each 3 pixels; which channels hold a NaN */
 INLINE void row_maxima(
-    const struct unit *u, const void *x, int64_t at, const vf *scale, seen *nan, int tile, int lanes, int bf16
+    const struct unit *u, const void *x, int64_t at, const vf *scale, vf *row, seen *nan, int tile, int lanes, int bf16
 ) {
-    int64_t C = u->job->C, W = u->job->W, apart = u->apart;
-    vf *rows = u->rows;
-    for (int t = 0; t < tile; t++) nan[t] = (seen){0};
-    for (int64_t i = 0; i < u->job->H; i++, rows += W, at += C) {
-        vf here[TILE], left[TILE];
+    int64_t C = u->job->C, W = u->job->W;
+    vf here[TILE], left[TILE];
+    UNROLL for (int t = 0; t < tile; t++) {
+        here[t] = load(x, at + t * V, bf16, lanes) * scale[t], left[t] = splat(-INFINITY);
+        nan[t] = see(nan[t], here[t]);
+    }
+    for (int64_t j = 0; j + 1 < W; j++, row += tile) {
+        at += C;
         UNROLL for (int t = 0; t < tile; t++) {
-            here[t] = load(x, at + t * V, bf16, lanes), left[t] = splat(-INFINITY);
-            here[t] *= scale[t];
-            nan[t] = see(nan[t], here[t]);
+            vf right = load(x, at + t * V, bf16, lanes) * scale[t];
+            nan[t] = see(nan[t], right);
+            row[t] = vmax(vmax(left[t], here[t]), right);
+            left[t] = here[t], here[t] = right;
         }
-        for (int64_t j = 0; j + 1 < W; j++) {
-            at += C;
-            UNROLL for (int t = 0; t < tile; t++) {
-                vf right = load(x, at + t * V, bf16, lanes);
-                right *= scale[t];
-                nan[t] = see(nan[t], right);
-                rows[j + t * apart] = vmax(vmax(left[t], here[t]), right);
-                left[t] = here[t], here[t] = right;
-            }
-        }
-        UNROLL for (int t = 0; t < tile; t++) rows[W - 1 + t * apart] = vmax(left[t], here[t]);
     }
+    UNROLL for (int t = 0; t < tile; t++) row[t] = vmax(left[t], here[t]);
 }
-/* the maximum of the 3x3 pixels around row[0] */
-INLINE vf window(const vf *row, int64_t W) { return vmax(vmax(row[-W], row[0]), row[W]); }
 
-INLINE void sum_windows(const struct unit *u, const vf *rows, int64_t c, int lanes, int relu) {
+enum { FIRST, MORE, APART }; /* sums[p] = the sum over the vectors; +=; or the t-th one's in sums[t * ld + p] */
+
+/* the sums of weight * relu?(maximum of the 3x3 pixels + shift), of `tile` vectors of channels from c on */
+INLINE void sum_windows(
+    const struct unit *u, int64_t c, const vf *weight, int how, seen *nan, int tile, int lanes, int bf16, int relu
+) {
     const struct job *job = u->job;
-    const int32_t *group = u->group + c - u->c0;
-    vf shift = get_param(job->shift, c, lanes), weight = get_param(job->weight, c, lanes), products[V];
-    int64_t W = job->W;
-    for (int64_t p = 0; p < u->pixels; p += V, rows += V) {
-        int whole = p + V <= u->pixels;
-        for (int k = 0; k < V; k++) {
-            vf m = whole || p + k < u->pixels ? window(rows + k, W) : (vf){0};
-            products[k] = weight * (relu ? positive(m + shift) : m);
+    const void *x = job->x;
+    int64_t H = job->H, W = job->W, at = u->b * u->pixels * job->C + c;
+    vf scale[TILE], shift[TILE], *rows = u->rows, *sums = u->sums; /* rows: a ring of three */
+    UNROLL for (int t = 0; t < tile; t++) {
+        scale[t] = get_param(job->scale, c + t * V, lanes), shift[t] = get_param(job->shift, c + t * V, lanes);
+        nan[t] = (seen){0};
+    }
+    row_maxima(u, x, at, scale, rows, nan, tile, lanes, bf16);
+    for (int64_t i = 0; i < H; i++) {
+        const vf *here = rows + i % 3 * tile * W, *above = i ? rows + (i + 2) % 3 * tile * W : here, *below = here;
+        if (i + 1 < H) {
+            below = rows + (i + 1) % 3 * tile * W;
+            row_maxima(u, x, at += W * job->C, scale, (vf *)below, nan, tile, lanes, bf16);
         }
-        gather(u, products, group, lanes, u->maps, p);
+        for (int64_t j = 0; j < W; j++, sums++, above += tile, here += tile, below += tile) {
+            vf sum = how == MORE ? *sums : (vf){0};
+            UNROLL for (int t = 0; t < tile; t++) {
+                vf m = vmax(vmax(above[t], here[t]), below[t]);
+                vf product = weight[t] * (relu ? positive(m + shift[t]) : m);
+                if (how == APART)
+                    sums[t * u->ld] = product;
+                else
+                    sum += product;
+            }
+            if (how != APART) *sums = sum;
+        }
     }
 }
 
-INLINE void logits_tile(const struct unit *u, int64_t c, int tile, int lanes, int bf16, int relu) {
-    vf scale[TILE];
+INLINE void group_tile(const struct unit *u, int n, int64_t c, int64_t counted, int tile, int bf16, int relu) {
     seen nan[TILE];
-    for (int t = 0; t < tile; t++) scale[t] = get_param(u->job->scale, c + t * V, lanes);
-    row_maxima(u, u->job->x, u->b * u->pixels * u->job->C + c, scale, nan, tile, lanes, bf16);
+    vf weight[TILE];
+    UNROLL for (int t = 0; t < tile; t++) weight[t] = lanes_from(get_param(u->job->weight, c + t * V, V), counted);
+    int first = c + counted == u->c0 + n * (u->job->C / u->job->g);
+    first ? sum_windows(u, c, weight, FIRST, nan, tile, V, bf16, relu)
+          : sum_windows(u, c, weight, MORE, nan, tile, V, bf16, relu);
+    for (int t = 0; t < tile; t++) u->nan[n] |= any(nan[t]);
+}
+
+/* sums of pixels p.. of the t-th vector, a vector a pixel */
+INLINE void get_sums(const struct unit *u, int t, int64_t p, vf block[V]) {
+    UNROLL for (int k = 0; k < V; k++) block[k] = u->sums[t * u->ld + p + k];
+}
+
+INLINE void mixed_tile(const struct unit *u, int64_t c, int tile, int lanes, int bf16, int relu) {
+    seen nan[TILE];
+    vf weight[TILE], block[V];
+    UNROLL for (int t = 0; t < tile; t++) weight[t] = get_param(u->job->weight, c + t * V, lanes);
+    sum_windows(u, c, weight, APART, nan, tile, lanes, bf16, relu);
     for (int t = 0; t < tile; t++) {
-        if (any(nan[t]))
-            for (int k = 0; k < lanes; k++) u->nan[u->group[c + t * V + k - u->c0]] |= at_lane(nan[t], k);
-        sum_windows(u, u->rows + t * u->apart, c + t * V, lanes, relu);
+        const int32_t *group = u->group + c + t * V - u->c0;
+        for (int k = 0; any(nan[t]) && k < lanes; k++) u->nan[group[k]] |= at_lane(nan[t], k);
+        for (int64_t p = 0; p < u->pixels; p += V) get_sums(u, t, p, block), gather(u, block, group, lanes, u->maps, p);
     }
 }
+
 INLINE void logits_last(const struct unit *u, int bf16, int relu) {
-    int64_t c = u->c0;
-    for (; c + TILE * V <= u->c1; c += TILE * V) logits_tile(u, c, TILE, V, bf16, relu);
-    for (; c < u->c1; c += V) logits_tile(u, c, 1, lanes_at(c, u->c1), bf16, relu);
+    int64_t G = u->job->C / u->job->g, c = u->c0;
+    for (int n = 0; by_group(u->job) && n < u->n1 - u->n0; n++) {
+        vf block[V];
+        int64_t end = group_end(u, n);
+        for (c = end - G; c + TILE * V <= end; c += TILE * V) group_tile(u, n, c, 0, TILE, bf16, relu);
+        for (; c + V <= end; c += V) group_tile(u, n, c, 0, 1, bf16, relu);
+        if (c < end) group_tile(u, n, end - V, c - (end - V), 1, bf16, relu), c = end;
+        for (int64_t p = 0; p < u->pixels; p += V) get_sums(u, 0, p, block), put(u->maps + n * u->ld + p, sums(block));
+    }
+    for (; c + TILE * V <= u->c1; c += TILE * V) mixed_tile(u, c, TILE, V, bf16, relu);
+    for (; c < u->c1; c += V) mixed_tile(u, c, 1, lanes_at(c, u->c1), bf16, relu);
 }
 
 INLINE void multiply_last(const struct unit *u, int bf16) {
@@ -390,78 +454,127 @@ INLINE void multiply_last(const struct unit *u, int bf16) {
 
 INLINE void maps_back_last(const struct unit *u, int bf16) {
     const struct job *job = u->job;
-    for (int64_t c = u->c0; c < u->c1; c += V) {
+    const void *x = job->x, *dy = job->dy;
+    int64_t C = job->C, start = u->b * u->pixels * C, G = C / job->g;
+    int whole = by_group(job);
+    for (int n = 0; whole && n < u->n1 - u->n0; n++)
+        for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
+            vf block[V];
+            for (int k = 0; k < V; k++) {
+                int64_t end = group_end(u, n), c = end - G, at = start + (p0 + k) * C;
+                vf sum = {0};
+                for (; p0 + k < u->pixels && c + V <= end; c += V)
+                    sum += load(dy, at + c, bf16, V) * load(x, at + c, bf16, V);
+                if (p0 + k < u->pixels && c < end) {
+                    int64_t last = end - V;
+                    sum += lanes_from(load(dy, at + last, bf16, V) * load(x, at + last, bf16, V), c - last);
+                }
+                block[k] = sum;
+            }
+            put(u->dmaps + n * u->ld + p0, sums(block));
+        }
+    for (int64_t c = u->c0; !whole && c < u->c1; c += V) {
         int lanes = lanes_at(c, u->c1);
         for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
             vf products[V];
             for (int k = 0; k < V; k++) {
-                int64_t at = (u->b * u->pixels + p0 + k) * job->C + c;
-                products[k] = p0 + k < u->pixels ? load(job->dy, at, bf16, lanes) * load(job->x, at, bf16, lanes) : (vf){0};
+                int64_t at = start + (p0 + k) * C + c;
+                products[k] = p0 + k < u->pixels ? load(dy, at, bf16, lanes) * load(x, at, bf16, lanes) : (vf){0};
             }
             gather(u, products, u->group + c - u->c0, lanes, u->dmaps, p0);
         }
     }
 }
 
-INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
+/* of `tile` vectors of channels from c on; those of one group, n, or of several (n < 0) */
+INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, int lanes, int bf16, int relu) {
     const struct job *job = u->job;
-    int64_t C = job->C, H = job->H, W = job->W;
+    const void *x = job->x, *dy = job->dy;
+    int64_t C = job->C, H = job->H, W = job->W, start = u->b * u->pixels * C + c, row = W * tile;
     vf *rows = u->rows, *to_row = u->to_row;
+    const int32_t *group = u->group + c - u->c0;
+    const float *map = n < 0 ? NULL : u->maps + n * u->ld, *dmap = n < 0 ? NULL : u->dmaps + n * u->ld;
+    vi place = get_ints(u->place + c - u->c0);
     int few = u->n1 - u->n0 <= V;
+    vf scale[BACK_TILE], shift[BACK_TILE], slope[BACK_TILE], q[BACK_TILE], r[BACK_TILE];
+    seen nan[BACK_TILE];
+    UNROLL for (int t = 0; t < tile; t++) {
+        scale[t] = get_param(job->scale, c + t * V, lanes), shift[t] = get_param(job->shift, c + t * V, lanes);
+        slope[t] = scale[t] * get_param(job->weight, c + t * V, lanes), q[t] = r[t] = (vf){0};
+    }
+    for (int64_t i = 0; i < H; i++) row_maxima(u, x, start + i * W * C, scale, rows + i * row, nan, tile, lanes, bf16);
+    for (int64_t k = 0; k < row; k++) { /* around the first and the last row; the other sums are begun by the row above */
+        rows[k - row] = rows[H * row + k] = splat(-INFINITY);
+        to_row[k] = (vf){0};
+    }
+    for (int64_t p = 0, k = 0; p < u->pixels; p++) { /* what is sent above the first row or below the last one is 0 */
+        vf from = n < 0 ? spread(few, u->dby_pixel + p * u->width, group, place) : splat(dmap[p]);
+        UNROLL for (int t = 0; t < tile; t++, k++) {
+            vf above = rows[k - row], here = rows[k], m = vmax(vmax(above, here), rows[k + row]);
+            vf d = relu ? where(above_zero(m + shift[t]), from) : from;
+            r[t] += d;
+            flags it = same(above, m);
+            to_row[k - row] = add_where(it, to_row[k - row], d);
+            d = where(~it, d);
+            it = same(here, m);
+            to_row[k] = add_where(it, to_row[k], d);
+            to_row[k + row] = where(~it, d);
+        }
+    }
+    for (int64_t i = 0; i < H; i++) {
+        int64_t p = i * W, at = start + p * C;
+        vf x_left[BACK_TILE], x_here[BACK_TILE], left[BACK_TILE], here[BACK_TILE];
+        vf d_left[BACK_TILE], d_here[BACK_TILE]; /* what has reached these pixels so far */
+        UNROLL for (int t = 0; t < tile; t++) {
+            x_left[t] = left[t] = d_left[t] = d_here[t] = (vf){0};
+            x_here[t] = load(x, at + t * V, bf16, lanes), here[t] = x_here[t] * scale[t];
+        }
+        for (int64_t j = 0; j <= W; j++, p++, at += C) { /* the one at the left is done then */
+            vf factor = {0};
+            if (j) factor = n < 0 ? spread(few, u->by_pixel + (p - 1) * u->width, group, place) : splat(1 + map[p - 1]);
+            UNROLL for (int t = 0; t < tile; t++) {
+                vf d_right = {0}, x_right = {0};
+                if (j < W) {
+                    vf m = rows[p * tile + t], d = to_row[p * tile + t];
+                    if (j) {
+                        flags it = same(left[t], m);
+                        d_left[t] = add_where(it, d_left[t], d);
+                        d = where(~it, d);
+                    }
+                    flags it = same(here[t], m);
+                    d_here[t] = add_where(it, d_here[t], d), d_right = where(~it, d);
+                    if (j + 1 < W) x_right = load(x, at + C + t * V, bf16, lanes);
+                }
+                if (j) {
+                    vf dx = load(dy, at - C + t * V, bf16, lanes) * factor + slope[t] * d_left[t];
+                    store(job->dx, at - C + t * V, bf16, lanes, dx);
+                    q[t] += d_left[t] * x_left[t];
+                }
+                x_left[t] = x_here[t], x_here[t] = x_right, d_left[t] = d_here[t], d_here[t] = d_right;
+                left[t] = here[t], here[t] = x_right * scale[t];
+            }
+        }
+    }
+    UNROLL for (int t = 0; t < tile; t++) {
+        store(job->q, u->b * C + c + t * V, 0, lanes, q[t]);
+        store(job->r, u->b * C + c + t * V, 0, lanes, r[t]);
+    }
+}
+INLINE void input_back_last(const struct unit *u, int bf16, int relu) {
+    int64_t G = u->job->C / u->job->g;
+    if (by_group(u->job)) {
+        for (int n = 0; n < u->n1 - u->n0; n++) {
+            int64_t end = group_end(u, n), c = end - G;
+            for (; c + BACK_TILE * V <= end; c += BACK_TILE * V) input_back_tile(u, n, c, BACK_TILE, V, bf16, relu);
+            for (; c < end; c += V) input_back_tile(u, n, c + V <= end ? c : end - V, 1, V, bf16, relu);
+        }
+        return;
+    }
     for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
         turn(u, u->maps, p0, 1, u->by_pixel + p0 * u->width);
         turn(u, u->dmaps, p0, 0, u->dby_pixel + p0 * u->width);
     }
-    for (int64_t c = u->c0; c < u->c1; c += V) {
-        int lanes = lanes_at(c, u->c1);
-        const int32_t *group = u->group + c - u->c0;
-        vi place = get_ints(u->place + c - u->c0);
-        int64_t start = u->b * u->pixels * C + c;
-        vf scale = get_param(job->scale, c, lanes), shift = get_param(job->shift, c, lanes);
-        vf slope = scale * get_param(job->weight, c, lanes), q = {0}, r = {0};
-        seen nan;
-        row_maxima(u, job->x, start, &scale, &nan, 1, lanes, bf16);
-        memset(to_row, 0, W * sizeof *to_row); /* the other rows are written by the row above first */
-        for (int64_t p = 0; p < u->pixels; p++) { /* what is sent above the first row or below the last one is 0 */
-            vf m = window(rows + p, W), d = spread(few, u->dby_pixel + p * u->width, group, place);
-            if (relu) d = keep(m + shift > 0, d);
-            r += d;
-            to_row[p - W] += keep(rows[p - W] == m, d);
-            d = keep(rows[p - W] != m, d);
-            to_row[p] += keep(rows[p] == m, d);
-            to_row[p + W] = keep(rows[p] != m, d);
-        }
-        for (int64_t i = 0; i < H; i++) {
-            int64_t p = i * W, at = start + p * C;
-            vf x_left = {0}, x_here = load(job->x, at, bf16, lanes), x_right;
-            vf d_left = {0}, d_here = {0}, d_right; /* what has reached these pixels so far */
-            for (int64_t j = 0; j < W; j++, p++, at += C) {
-                vf m = rows[p], d = to_row[p];
-                if (j) {
-                    vf left = x_left * scale;
-                    d_left += keep(left == m, d);
-                    d = keep(left != m, d);
-                    vf dy = load(job->dy, at - C, bf16, lanes), factor = spread(few, u->by_pixel + (p - 1) * u->width, group, place);
-                    store(job->dx, at - C, bf16, lanes, dy * factor + slope * d_left);
-                    q += d_left * x_left;
-                }
-                if (j + 1 < W) {
-                    vf here = x_here * scale;
-                    d_here += keep(here == m, d);
-                    d_right = keep(here != m, d);
-                    x_right = load(job->x, at + C, bf16, lanes);
-                    x_left = x_here, x_here = x_right, d_left = d_here, d_here = d_right;
-                } else {
-                    d_here += d;
-                    vf dy = load(job->dy, at, bf16, lanes), factor = spread(few, u->by_pixel + p * u->width, group, place);
-                    store(job->dx, at, bf16, lanes, dy * factor + slope * d_here);
-                    q += d_here * x_here;
-                }
-            }
-        }
-        store(job->q, u->b * C + c, 0, lanes, q);
-        store(job->r, u->b * C + c, 0, lanes, r);
-    }
+    for (int64_t c = u->c0; c < u->c1; c += V) input_back_tile(u, -1, c, 1, lanes_at(c, u->c1), bf16, relu);
 }
 
 INLINE void moments_tile(const struct unit *u, int64_t c, int tile, int lanes, int bf16) {
@@ -745,11 +858,14 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
     if (job->channels_last) {
         u->group = take(&at, channels + 2 * V, 4);
         u->place = take(&at, channels + 2 * V, 4);
-        u->by_pixel = take(&at, (back ? u->ld : V) * u->width, 4);
-        u->dby_pixel = take(&at, back ? u->ld * u->width : 0, 4);
-        u->apart = pixels + 2 * job->W;
-        u->rows = (vf *)take(&at, pooling ? TILE * u->apart : 0, sizeof(vf)) + job->W;
-        u->to_row = (vf *)take(&at, back ? pixels + 2 * job->W : 0, sizeof(vf)) + job->W;
+        int spread = back && !by_group(job);
+        u->by_pixel = take(&at, (spread ? u->ld : V) * u->width, 4);
+        u->dby_pixel = take(&at, spread ? u->ld * u->width : 0, 4);
+        u->sums = take(&at, job->stages & LOGITS ? (by_group(job) ? 1 : TILE) * u->ld : 0, sizeof(vf));
+        int64_t around = back ? BACK_TILE * job->W : 0, rows = back ? BACK_TILE * pixels : 0, ring = 3 * TILE * job->W;
+        if (job->stages & LOGITS && rows < ring) rows = ring;
+        u->rows = (vf *)take(&at, rows + 2 * around, sizeof(vf)) + around;
+        u->to_row = (vf *)take(&at, back ? BACK_TILE * pixels + 2 * around : 0, sizeof(vf)) + around;
     } else {
         int kinds = back ? 7 : pooling;
         u->has_left = take(&at, u->ld, 4);
@@ -777,7 +893,8 @@ static void prepare(struct unit *u, int64_t groups) {
             u->group[c] = n;
             u->place[c] = n - u->group[c / V * V] / V * V;
         }
-        for (int64_t p = 0; pooling && p < TILE * u->apart; p++) u->rows[p - W] = splat(-INFINITY);
+        for (int64_t t = 0; job->stages & LOGITS && t < (by_group(job) ? 1 : TILE); t++)
+            for (int64_t p = u->pixels; p < u->ld; p++) u->sums[t * u->ld + p] = (vf){0};
         return;
     }
     for (int64_t p = 0; p < u->ld; p++) {
