@@ -16,6 +16,7 @@ import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ulsam.cli import main
 from ulsam.errors import UlsamError
@@ -94,7 +95,11 @@ class Case:
 FORMS = ["equations", "folded", "batch statistics"]
 UNUSUAL = ["no shift", "no relu", "batch statistics, no relu"]  # no layer of ours is one of these
 shapes = st.tuples(
-    st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 2, 4, 8, 17])
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([1, 2, 4, 8, 17, 29, 40, 90]),
 )
 
 
@@ -135,6 +140,8 @@ def test_equals_the_definition_in_float64(
         ((2, 96, 14, 14), 4),
         ((2, 96, 14, 14), 16),
         ((1, 320, 7, 7), 16),
+        ((2, 320, 7, 7), 4),
+        ((1, 87, 5, 3), 3),
         ((5, 40, 2, 3), 40),
         ((1, 8, 112, 112), 2),
         ((2, 2048, 1, 1), 4),
@@ -167,6 +174,50 @@ def check(found: dict[str, Tensor], exact: dict[str, Tensor], case: Case, dtype:
     assert found["y"].dtype == found["dx"].dtype == dtype
     dense = case.x.is_contiguous() or case.x.is_contiguous(memory_format=torch.channels_last)
     assert found["y"].stride() == (case.x if dense else case.x.contiguous()).stride()
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", ["equations", "folded"])
+def test_inference_past_the_dispatcher_gives_the_same_bits(form: Any, dtype: torch.dtype, layout: str) -> None:
+    layer = ULSAM(40, 5, form=form).eval()
+    x = laid_out(torch.randn(2, 40, 7, 5).to(dtype), layout)
+    expected = layer(x)
+    for no_gradients in (torch.no_grad(), torch.inference_mode()):
+        with no_gradients:
+            found = layer(x)
+        assert torch.equal(found, expected) and found.stride() == expected.stride() and not found.requires_grad
+
+
+@compiled
+def test_inference_refuses_parameters_of_another_size() -> None:
+    layer, x = ULSAM(8, 4).eval(), torch.randn(1, 8, 3, 3)
+    layer.pointwise.weight = nn.Parameter(torch.randn(4, 1, 1, 1))
+    with torch.no_grad(), pytest.raises(UlsamError, match="4 values on cpu, but the map needs 8"):
+        layer(x)
+    layer, layer.groups = ULSAM(8, 4).eval(), 3
+    with torch.no_grad(), pytest.raises(UlsamError, match="groups=3 does not divide 8 channels"):
+        layer(x)
+
+
+@compiled
+@pytest.mark.parametrize("gradients", [False, True])
+def test_those_who_look_on_see_the_operator(gradients: bool) -> None:
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    layer, x = ULSAM(8, 4), torch.randn(1, 8, 3, 3)
+    with torch.set_grad_enabled(gradients), Watch():
+        layer(x)
+    assert OPERATOR in seen
+    with torch.set_grad_enabled(gradients), torch.profiler.profile() as profile:
+        layer(x)
+    assert "ulsam::subspace_attention" in {event.key for event in profile.key_averages()}
 
 
 @compiled

@@ -85,7 +85,54 @@ def _run(
         isa,
     )
     assert LIBRARY is not None
-    failed = LIBRARY.ulsam_run(job)
+    _raise(LIBRARY.ulsam_run(job))
+
+
+def infer(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    relu: bool,
+) -> Tensor | None:
+    """y of `subspace_attention`, written with as little Python as it takes; None for a less usual x or operands.
+
+    In a net at batch 1 this is worth more than the kernels: what runs here has been evicted from the cache by the
+    convolutions since its last call, and each line costs ten times what it does in a loop.
+    """
+    batch, channels, height, width = x.shape
+    bf16 = x.dtype is torch.bfloat16
+    contiguous = x.is_contiguous()
+    if not (
+        channels % groups == 0
+        and (bf16 or x.dtype is torch.float32)
+        and (contiguous or x.is_contiguous(memory_format=torch.channels_last))
+        and _is_vector(scale, channels)
+        and _is_vector(weight, channels)
+        and (bias is None or _is_vector(bias, groups))
+        and (_is_vector(shift, channels) if shift is not None else not relu)
+    ):
+        return None
+    assert LIBRARY is not None
+    y = torch.empty_like(x)
+    job = _JOB.pack(
+        *(x.data_ptr(), 0, y.data_ptr(), 0, 0, 0, scale.data_ptr(), 0 if shift is None else shift.data_ptr()),
+        *(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0, batch, channels, height, width, groups),
+        *(stages.LOGITS | stages.MULTIPLY, relu, not contiguous, bf16),
+        *(1 if _forked else torch.get_num_threads(), isa),
+    )
+    _raise(LIBRARY.ulsam_run(job))
+    return y
+
+
+def _is_vector(values: Tensor, size: int) -> bool:
+    """Whether these are ``size`` floats in a row in this memory."""
+    return values.numel() == size and values.dtype is torch.float32 and values.is_cpu and values.is_contiguous()
+
+
+def _raise(failed: int) -> None:
     if failed == -1:
         raise MemoryError("no memory for subspace attention's maps")
     if failed:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ulsam.errors import UlsamError
 from ulsam.ops import cpu, reference
@@ -79,8 +80,33 @@ def subspace_attention(
     operands = (x, scale, shift, weight, bias, list(norms), groups, relu, eps)
     if chosen == "reference" or _is_transformed():
         return reference.subspace_attention(*operands)
+    if chosen == "cpu" and _is_plain(x):
+        return _Direct.apply(x, scale, shift, weight, bias, groups, relu, eps, *norms)
     y, _, moments = torch.ops.ulsam.subspace_attention.default(*operands, backend or "")
     return y, moments
+
+
+def infer(
+    x: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor | None, groups: int, relu: bool
+) -> Tensor | None:
+    """:func:`subspace_attention` without gradients or norms past PyTorch's dispatcher, or None where it is needed.
+
+    What the operands may be is told there; the kernels check their sizes. For a small map the dispatcher takes longer
+    than all the rest.
+    """
+    plain = cpu.LIBRARY is not None and FORCED in (None, "cpu") and not torch.is_grad_enabled() and _is_plain(x)
+    return cpu.infer(x, scale, shift, weight, bias, groups, relu) if plain and x.ndim == 4 else None
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing looks on: no compiler, tracer, profiler, mode or subclass that has to see an operator."""
+    return (
+        type(x) in (Tensor, Parameter)
+        and x.is_cpu
+        and not (torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._autograd._profiler_enabled())
+        and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+        and not torch._C._functorch.peek_interpreter_stack()
+    )
 
 
 def _check(
@@ -213,10 +239,13 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     dx, *vectors, dnorms = torch.ops.ulsam.subspace_attention_backward.default(
         dy, x, scale, shift, weight, bias, norms, logits, moments, *ctx.rest
     )
-    pairs = zip(vectors, (scale, shift, weight, bias), strict=True)
-    vectors = [None if value is None else gradient.to(value.dtype) for gradient, value in pairs]
-    dnorms = [gradient.to(norm.dtype) for gradient, norm in zip(dnorms, norms, strict=True)]
-    return dx, *vectors, dnorms, None, None, None, None
+    return dx, *_like((scale, shift, weight, bias), vectors), _like(norms, dnorms), None, None, None, None
+
+
+def _like(values: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of those values that there are, in their dtypes."""
+    pairs = zip(gradients, values, strict=True)
+    return [None if value is None else gradient.to(value.dtype) for gradient, value in pairs]
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -244,6 +273,33 @@ def _second(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
     second = iter(rest)
     dleaves = [None if value is None else next(second) for value in leaves]
     return ddy, *dleaves[:5], dleaves[5:], *[None] * 5
+
+
+class _Direct(torch.autograd.Function):
+    """The operator on a CPU past PyTorch's dispatcher, which takes longer than a small map does."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        x, scale, shift, weight, bias, groups, relu, eps, *norms = arguments
+        y, logits, moments = cpu.forward(x, scale, shift, weight, bias, norms, groups, relu, eps)
+        ctx.rest = relu, eps
+        ctx.mark_non_differentiable(moments)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, scale, shift, weight, bias, logits, moments, *norms)
+        return y, moments
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
+        x, scale, shift, weight, bias, logits, moments, *norms = ctx.saved_tensors
+        if dy is None:
+            return (None,) * (8 + len(norms))
+        backward: Any = cpu.backward
+        rest = ctx.rest
+        if torch.is_grad_enabled() or type(dy) is not Tensor:  # second derivatives, and what else may look on
+            backward, rest = torch.ops.ulsam.subspace_attention_backward.default, (*rest, "cpu")
+        dx, *vectors, dnorms = backward(dy, x, scale, shift, weight, bias, norms, logits, moments, *rest)
+        dvectors, dnorms = _like((scale, shift, weight, bias), vectors), _like(norms, dnorms)
+        return dx, *dvectors, None, None, None, *dnorms
 
 
 _OPERANDS = "Tensor x, Tensor scale, Tensor? shift, Tensor weight, Tensor? bias, Tensor[] norms"
