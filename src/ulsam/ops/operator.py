@@ -103,9 +103,9 @@ def _is_plain(x: Tensor) -> bool:
     return (
         type(x) in (Tensor, Parameter)
         and x.is_cpu
-        and not (torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._autograd._profiler_enabled())
+        and not (torch.compiler.is_compiling() or torch._C._get_tracing_state())
         and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
-        and not torch._C._functorch.peek_interpreter_stack()
+        and not (torch._C._functorch.peek_interpreter_stack() or torch._C._autograd._profiler_enabled())
     )
 
 
