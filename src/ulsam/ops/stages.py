@@ -78,13 +78,16 @@ def forward(
         return y, logits, logits.new_empty(0)
     means, squares = logits.new_empty(2, batch, channels)
     run(MOMENTS, x, groups, relu, q=means, r=squares)
-    mean = means.mean(0)
-    variance = (squares / (height * width) + (means - mean).square()).mean(0)
-    scale, shift = _folded(scale, norms[0], norms[1], mean, variance, eps)
+    between, mean = torch.var_mean(means, 0, correction=0)
+    variance = between.add_(squares.sum(0), alpha=1 / (batch * height * width))
+    gamma, beta, gamma2, beta2 = map(_vector, norms)
+    scale = _inverse(scale, variance, eps).mul_(scale).mul_(gamma)
+    shift = torch.addcmul(beta, scale, mean, value=-1)
     bias = None if relu else (weight * shift).view(groups, -1).sum(1)  # the moments do show the shift
     run(LOGITS, x, groups, relu, l=logits, scale=scale, shift=shift, weight=weight, bias=bias)
     variance2, mean2 = torch.var_mean(logits, (0, 2, 3), correction=0)
-    run(MULTIPLY, x, groups, relu, y=y, l=_normed(logits, norms[2], norms[3], mean2, variance2, eps))
+    normed = _standard(logits, mean2, variance2, eps).mul_(_maps(gamma2)).add_(_maps(beta2))
+    run(MULTIPLY, x, groups, relu, y=y, l=normed)
     return y, logits, torch.cat([mean, variance, mean2, variance2])
 
 
@@ -122,34 +125,40 @@ def backward(
         dweight = w * q if shift is None else w * q + shift * r
         return dx, weight * q, weight * r, dweight, dbias.sum(0), []
 
-    mean, variance, mean2, variance2 = moments.split([channels, channels, groups, groups])
-    scale, shift = _folded(w, norms[0], norms[1], mean, variance, eps)
-    normed = _normed(logits, norms[2], norms[3], mean2, variance2, eps)
-    dl = torch.empty_like(logits)
-    run(MAPS_BACK, x, groups, relu, dy=dy, l=normed, dl=dl)
-    inverse2 = (variance2 + eps).rsqrt()
-    standard = (logits - _maps(mean2)) * _maps(inverse2)
-    dbeta2, dgamma2 = dl.sum((0, 2, 3)), (dl * standard).sum((0, 2, 3))
     count = batch * height * width
-    dl -= _maps(dbeta2 / count) + standard * _maps(dgamma2 / count)
-    dl *= _maps(_vector(norms[2]) * inverse2)
-    del standard
+    mean, variance, mean2, variance2 = moments.split([channels, channels, groups, groups])
+    gamma, beta, gamma2, beta2 = map(_vector, norms)
+    # norm1(w * x) = scale * x + shift, with scale = gamma * standard, standard = w * inverse, shift = beta - scale * mean
+    inverse = _inverse(w, variance, eps)
+    standard = w * inverse
+    scale = gamma * standard
+    shift = torch.addcmul(beta, scale, mean, value=-1)
+    standard2 = _standard(logits, mean2, variance2, eps)
+    normed = torch.addcmul(_maps(beta2), standard2, _maps(gamma2))
+    dl, dbias = torch.empty_like(logits), logits.new_empty(batch, groups)
+    run(MAPS_BACK, x, groups, relu, dy=dy, l=normed, dl=dl, dbias=dbias)
+    dbeta2, dgamma2 = dbias.sum(0), (dl * standard2).sum((0, 2, 3))
+    dl.addcmul_(standard2, _maps(dgamma2), value=-1 / count).sub_(_maps(dbeta2), alpha=1 / count)
+    dl.mul_(_maps((variance2 + eps).rsqrt_().mul_(gamma2)))
+    del standard2
     run(INPUT_BACK, x, groups, relu, dy=dy, dx=dx, l=normed, dl=dl, scale=scale, shift=shift, weight=weight, q=q, r=r)
     q, r = q.sum(0), r.sum(0)
-    # through scale = gamma * w * inverse and shift = beta - scale * mean, with inverse = (w^2 * variance + eps)^(-1/2)
-    gamma, inverse = _vector(norms[0]), (w.square() * variance + eps).rsqrt()
-    dshift = weight * r
-    dscale = weight * q - mean * dshift
-    dmean = -scale * dshift
-    dvariance = -0.5 * dscale * gamma * (w * inverse) ** 3
-    spread = 2 * dvariance / count
-    run(ADD, x, groups, relu, dx=dx, q=dmean / count - spread * mean, r=spread)
-    dw = dscale * gamma * inverse**3 * eps
+    dbeta = weight * r  # also the gradient of shift; that of scale, with shift's part in it:
+    dscale = torch.addcmul(weight * q, mean, dbeta, value=-1)
+    dgamma = dscale * standard
+    # the gradients of mean and variance, as what they add to each x: q + r * x
+    r_mean = (dgamma * scale).mul_(standard).mul_(-1 / count)
+    q_mean = (scale * dbeta).mul_(-1 / count).addcmul_(r_mean, mean, value=-1)
+    run(ADD, x, groups, relu, dx=dx, q=q_mean, r=r_mean)
+    dw = (dscale * gamma).mul_(inverse**3).mul_(eps)
     none, none2 = torch.zeros_like(mean), torch.zeros_like(mean2)  # a bias before BatchNorm changes nothing
-    return dx, dw, none, scale * q + shift * r, none2, [dscale * w * inverse, dshift, dgamma2, dbeta2]
+    dweight = torch.addcmul(scale * q, shift, r)
+    return dx, dw, none, dweight, none2, [dgamma, dbeta, dgamma2, dbeta2]
 
 
 def _vector(values: Tensor) -> Tensor:
+    if values.dtype is torch.float32 and values.is_contiguous():
+        return values.detach()
     return values.detach().float().contiguous()
 
 
@@ -164,14 +173,10 @@ def _maps(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)
 
 
-def _folded(
-    w: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Scale and shift that are BatchNorm of ``w * x``, where x has this mean and variance."""
-    scale = _vector(gamma) * w * (w.square() * variance + eps).rsqrt()
-    return scale, _vector(beta) - scale * mean
+def _inverse(w: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """1 over the standard deviation of w * x, where x has this variance."""
+    return w.square().mul_(variance).add_(eps).rsqrt_()
 
 
-def _normed(logits: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    scale = _vector(gamma) * (variance + eps).rsqrt()
-    return logits * _maps(scale) + _maps(_vector(beta) - scale * mean)
+def _standard(logits: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    return (logits - _maps(mean)).mul_(_maps((variance + eps).rsqrt_()))
