@@ -128,7 +128,7 @@ def backward(
     count = batch * height * width
     mean, variance, mean2, variance2 = moments.split([channels, channels, groups, groups])
     gamma, beta, gamma2, beta2 = map(_vector, norms)
-    # norm1(w * x) = scale * x + shift, with scale = gamma * standard, standard = w * inverse, shift = beta - scale * mean
+    # norm1(w * x) = scale * x + shift: scale = gamma * standard, standard = w * inverse, shift = beta - scale * mean
     inverse = _inverse(w, variance, eps)
     standard = w * inverse
     scale = gamma * standard
