@@ -371,6 +371,7 @@ class Trainer:
             workers=self.config.workers,
             rank=self.world.rank,
             world=self.world.size,
+            device=self.world.device,
         )
         try:
             scores = evaluate(

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ulsam.data import loading, sources
+from ulsam.data.augment import TrainTransform
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
 from ulsam.models import make_recipe, ulsam_parameters
@@ -80,7 +81,7 @@ def batches_of(
     config: TrainConfig, recipe: Recipe, pictures: sources.AnyPictures, world: World
 ) -> tuple[loading.Loader, loading.EpochOrder | None, int]:
     """The loader, its order (None for a stream), and the optimizer updates in an epoch."""
-    transform = loading.train_transform(
+    transform = TrainTransform(
         recipe.input_size,
         mean=recipe.mean,
         std=recipe.std,
@@ -100,6 +101,8 @@ def batches_of(
             pictures, config.batch_size, config.seed, balanced=balanced, rank=world.rank, world=world.size
         )
         batches = len(order)
+    if batches < config.accumulate:
+        raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
     loader = loading.train_loader(
         pictures,
         transform,
@@ -107,10 +110,8 @@ def batches_of(
         batch_size=config.batch_size,
         seed=config.seed,
         workers=config.workers,
-        pin_memory=world.device.type == "cuda",
+        device=world.device,
     )
-    if batches < config.accumulate:
-        raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
     return loader, order, batches // config.accumulate
 
 
