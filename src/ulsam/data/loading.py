@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ulsam.data.augment import Box, EvalTransform, Normalise, Transform
+from ulsam.data.cache import PictureCache
 from ulsam.data.pictures import Pixels, UnreadablePicture
 from ulsam.data.sources import AnyPictures, MapPictures, StreamPictures
 from ulsam.errors import UlsamError
@@ -52,8 +53,10 @@ class Batch:
 class TrainSet(Dataset[Item]):
     """Augmented training pictures by (epoch, position, picture); in place of an unreadable one comes the next."""
 
-    def __init__(self, pictures: MapPictures, transform: Transform, seed: int) -> None:
-        self.pictures, self.transform, self.seed = pictures, transform, seed
+    def __init__(
+        self, pictures: MapPictures, transform: Transform, seed: int, cache: PictureCache | None = None
+    ) -> None:
+        self.pictures, self.transform, self.seed, self.cache = pictures, transform, seed, cache
 
     def __getitem__(self, key: Key) -> Item:
         epoch, position, index = key
@@ -61,7 +64,7 @@ class TrainSet(Dataset[Item]):
         for attempt in range(min(TRIES, len(self.pictures))):
             number = (index + attempt) % len(self.pictures)
             try:
-                pixels, label = self.pictures.fetch(number, self.transform.reduction)
+                pixels, label = self._fetch(number)
             except UnreadablePicture as error:
                 bad.append((self.pictures.name(number), str(error)))
                 continue
@@ -70,6 +73,15 @@ class TrainSet(Dataset[Item]):
             image, erased = self.transform(pixels, generator)
             return image, label, erased, bad
         return None, -1, None, bad
+
+    def _fetch(self, number: int) -> tuple[Pixels, int]:
+        found = self.cache and self.cache.get(number)
+        if found:
+            return found
+        pixels, label = self.pictures.fetch(number, self.transform.reduction)
+        if self.cache:
+            self.cache.put(number, pixels, label)
+        return pixels, label
 
 
 class EvalSet(Dataset[Item]):
@@ -233,6 +245,7 @@ def train_loader(
     batch_size: int,
     seed: int,
     workers: int,
+    cache: PictureCache | None = None,
     device: torch.device = CPU,
 ) -> Loader:
     """Batches of training pictures: in ``order``, or, for a stream (order None), in the stream's own."""
@@ -240,7 +253,7 @@ def train_loader(
         dataset = StreamTrainSet(pictures, transform)
         return Loader(dataset, transform.normalise, device, workers, batch_size=batch_size, drop_last=True)
     return Loader(
-        TrainSet(pictures, transform, seed),
+        TrainSet(pictures, transform, seed, cache),
         transform.normalise,
         device,
         workers,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ulsam.data import loading, sources
 from ulsam.data.augment import TrainTransform
+from ulsam.data.cache import cache_for
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
 from ulsam.models import make_recipe, ulsam_parameters
@@ -79,8 +80,8 @@ def recipe_of(config: TrainConfig, classes: Sequence[str]) -> Recipe:
 
 def batches_of(
     config: TrainConfig, recipe: Recipe, pictures: sources.AnyPictures, world: World
-) -> tuple[loading.Loader, loading.EpochOrder | None, int]:
-    """The loader, its order (None for a stream), and the optimizer updates in an epoch."""
+) -> tuple[loading.Loader, loading.EpochOrder | None, int, str | None]:
+    """The loader, its order (None for a stream), the optimizer updates in an epoch, and what to say of the cache."""
     transform = TrainTransform(
         recipe.input_size,
         mean=recipe.mean,
@@ -103,6 +104,9 @@ def batches_of(
         batches = len(order)
     if batches < config.accumulate:
         raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
+    cache, cache_line = cache_for(
+        pictures, transform.reduction, config.cache, workers=config.workers, processes=world.size
+    )
     loader = loading.train_loader(
         pictures,
         transform,
@@ -110,9 +114,10 @@ def batches_of(
         batch_size=config.batch_size,
         seed=config.seed,
         workers=config.workers,
+        cache=cache,
         device=world.device,
     )
-    return loader, order, batches // config.accumulate
+    return loader, order, batches // config.accumulate, cache_line
 
 
 def optimizer_of(
