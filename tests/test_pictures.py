@@ -375,6 +375,24 @@ def test_reduction_is_asked_with_the_size_and_of_ordinary_jpegs_alone():
     assert asked == [(60, 40)]
 
 
+XMP = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+BEFORE = [b"", b"\xff", b"\xff\xd0", b"\xff\xfe\x00\x06\xff\xda\xff\xda", b"\xff\xe5\x00\x02"]
+
+
+@pytest.mark.parametrize(
+    "before", [b"", b"\xff", b"\xff\xd0", b"\xff\xfe\x00\x06\xff\xda\xff\xda", b"\xff\xe5\x00\x02"]
+)
+@pytest.mark.parametrize("with_metadata", [False, True])
+def test_metadata_is_found_wherever_it_stands_in_the_header(before, with_metadata):
+    content = jpeg()
+    metadata = b"\xff\xe1" + (len(XMP) + 2).to_bytes(2) + XMP if with_metadata else b""
+    changed = io.BytesIO(content[:2] + before + metadata + content[2:])
+    plain = np.asarray(read_picture(io.BytesIO(content)))
+    expected = np.asarray(read_picture(changed))
+    assert np.array_equal(expected, plain[::-1, ::-1] if with_metadata else plain)
+    assert np.array_equal(read_pixels(changed), expected)
+
+
 def read_or_reason(read, content):
     try:
         return np.asarray(read(io.BytesIO(content)))

@@ -147,13 +147,25 @@ def _jpeg(content: bytes, reduction: Reduction) -> Pixels | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours not in ("YCbCr", "RGB", "Gray") or width * height > MAX_PIXELS:
             return None
-        turn = _stored_turn(content) if b"\xff\xe1" in content else None  # APP1: EXIF, XMP
+        turn = _stored_turn(content) if _may_be_turned(content) else None
         factor = reduction(width, height)
         least = {"min_width": -(-width // factor), "min_height": -(-height // factor), "min_factor": factor}
         pixels: Pixels = simplejpeg.decode_jpeg(content, **least)  # strict: any warning is an error
     except _DAMAGE:
         return None
     return pixels if turn is None else np.ascontiguousarray(_TURNED[turn](pixels))
+
+
+def _may_be_turned(content: bytes) -> bool:
+    """Whether a JPEG's header holds metadata (APP1: EXIF, XMP), or anything that is not quite regular."""
+    place = 2
+    while content[place] == 0xFF and content[place + 1] in _SEGMENTS:
+        place += 2 + int.from_bytes(content[place + 2 : place + 4])
+    return content[place : place + 2] != b"\xff\xda"  # start of scan
+
+
+_SEGMENTS = frozenset([*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE])
+"""Second bytes of markers, APP1 aside, that a length follows (ITU-T T.81, table B.1)."""
 
 
 def _stored_turn(content: bytes) -> Image.Transpose | None:
