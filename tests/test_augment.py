@@ -246,3 +246,16 @@ def test_measuring_is_timms_transform(size, crop_pct):
     ours = EvalTransform((3, 32, 32), crop_pct=crop_pct, **LOOK)
     assert torch.allclose(ours(picture), theirs, atol=1e-5)
     assert torch.equal(ours(picture), ours.normalise(ours.pixels(np.asarray(picture))[None])[0])
+
+
+def test_threads_do_not_change_a_picture():
+    transform = train_transform((256, 256), color_jitter=0.4)
+    pixels, threads = scene(300, 280), torch.get_num_threads()
+    try:
+        for seed in range(12):
+            torch.set_num_threads(1)
+            alone, _ = transform(pixels, random.Random(seed))
+            torch.set_num_threads(2)
+            assert torch.equal(alone, transform(pixels, random.Random(seed))[0])
+    finally:
+        torch.set_num_threads(threads)

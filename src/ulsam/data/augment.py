@@ -233,7 +233,9 @@ def jittered(image: Tensor, strength: float, generator: random.Random) -> Tensor
 def _blend(planes: Tensor, factor: float, with_mean: bool) -> None:
     """Move float [3, H, W] from grey, each pixel's own or the mean of all, by ``factor``, in place."""
     grey = torch.mul(planes[0], GREY[0]).add_(planes[1], alpha=GREY[1]).add_(planes[2], alpha=GREY[2])
-    torch.lerp(grey.mean() if with_mean else grey, planes, factor, out=planes)
+    if with_mean:
+        grey = torch.tensor(float(grey.numpy().mean()))  # PyTorch's sum depends on the number of threads
+    torch.lerp(grey, planes, factor, out=planes)
 
 
 def _policy(input_size: tuple[int, int, int], name: str, look: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:
