@@ -101,9 +101,50 @@ def network_table() -> str:
     return "\n".join(lines)
 
 
+def pipeline_table() -> str:
+    """One row a kind of pictures and augmentations, then the training from disk and from memory."""
+    result = json.loads((ROOT / "results" / "pipeline.json").read_text())
+    versions, rates = result["versions"], result["training_pictures_per_second"]
+    lines = [
+        f"{result['machine']['processor']}, one thread, torch {versions['torch']}, timm {versions['timm']}, "
+        f"{result['data']}, input {result['input']} px:",
+        "",
+        "| pictures | augmentations | pictures a second and core | over timm's | over its better form "
+        "| the same from memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in result["loaders"]:
+        seconds = case["seconds"]
+        better = min(seconds["timm"], seconds["timm, prefetcher"])
+        lines.append(
+            f"| {case['pictures']} | {case['augmentations']} | {1 / seconds['disk']:.0f} "
+            f"| {seconds['timm'] / seconds['disk']:.2f} | {better / seconds['disk']:.2f} "
+            f"| {better / seconds['memory']:.2f} |"
+        )
+    return "\n".join(
+        [*lines, "", f"Training from disk over training from memory: {rates['disk'] / rates['memory']:.3f}."]
+    )
+
+
+def steps_table() -> str:
+    """One row a step of the input pipeline: what it took before and takes now."""
+    steps = json.loads((ROOT / "results" / "pipeline.json").read_text())["steps"]
+    found: dict[str, list[str]] = {}
+    for name, seconds in steps.items():
+        step, _, way = name.partition(": ")
+        found.setdefault(step, []).append(f"{way} {1e6 * seconds:.0f}")
+    lines = ["| step | microseconds a picture |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {step} | {' -> '.join(ways)} |" for step, ways in found.items())])
+
+
 TABLES = {
     "README.md": {"finetune": finetune_table},
-    "docs/performance.md": {"layer": layer_table, "network": network_table},
+    "docs/performance.md": {
+        "layer": layer_table,
+        "network": network_table,
+        "pipeline": pipeline_table,
+        "steps": steps_table,
+    },
 }
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,17 +18,20 @@ from PIL import Image
 
 from tiny import draw, draw_shards, draw_splits
 from ulsam.data import loading
-from ulsam.data.loading import Batch, EpochOrder, eval_loader, eval_transform, train_loader, train_transform
+from ulsam.data.augment import EvalTransform, TrainTransform
+from ulsam.data.loading import Batch, EpochOrder, eval_loader, train_loader
 from ulsam.data.pictures import UnreadablePicture
 from ulsam.data.sources import FactoryPictures, FolderPictures, StreamPictures, open_data, open_split
 from ulsam.errors import UlsamError
 
+PLAIN = {"crop_scale": (1.0, 1.0), "hflip": 0, "color_jitter": 0, "rand_augment": None, "random_erasing": 0}
 LOOK = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
-EVAL = eval_transform((3, 32, 32), crop_pct=0.9, **LOOK)
+WHOLE = TrainTransform((3, 32, 32), **PLAIN, **LOOK)
+EVAL = EvalTransform((3, 32, 32), crop_pct=0.9, **LOOK)
 
 
-def augmented(policy: str | None = "rand-m9-n2-mstd0.5", erasing: float = 0.5) -> loading.Transform:
-    return train_transform(
+def augmented(policy: str | None = "rand-m9-n2-mstd0.5", erasing: float = 0.5) -> TrainTransform:
+    return TrainTransform(
         (3, 32, 32),
         crop_scale=(0.3, 1.0),
         hflip=0.5,
@@ -51,10 +55,10 @@ class Numbers:
     def name(self, index: int) -> str:
         return f"picture {index}"
 
-    def fetch(self, index: int) -> tuple[Image.Image, int]:
+    def fetch(self, index: int, reduction: Any = None) -> tuple[Any, int]:
         if index in self.bad:
             raise UnreadablePicture(f"picture {index}: broken")
-        return Image.new("RGB", (40, 40), (index, index, index)), index % 2
+        return np.full((40, 40, 3), index, np.uint8), index % 2
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +186,7 @@ def test_unknown_augmentation(policy: str) -> None:
 def test_training_replaces_an_unreadable_picture_by_the_next(workers: int) -> None:
     pictures: Any = Numbers(20, bad={3, 4, 19})
     order = EpochOrder(pictures, 4, seed=0)
-    loader = train_loader(pictures, EVAL, order, batch_size=4, seed=0, workers=workers)
+    loader = train_loader(pictures, WHOLE, order, batch_size=4, seed=0, workers=workers)
     replacement = {3: 5, 4: 5, 19: 0}
     for keys, batch in zip(order, loader, strict=True):
         shown = [round(255 * (0.5 + 0.25 * float(value))) for value in batch.images[:, 0, 16, 16]]
@@ -195,22 +199,22 @@ def test_training_replaces_an_unreadable_picture_by_the_next(workers: int) -> No
 
 def test_fifty_in_a_row_end_the_search() -> None:
     pictures: Any = Numbers(100, bad=set(range(10, 60)))
-    dataset = loading.TrainSet(pictures, EVAL, seed=0)
-    image, label, bad = dataset[0, 0, 10]
+    dataset = loading.TrainSet(pictures, WHOLE, seed=0)
+    image, label, _, bad = dataset[0, 0, 10]
     assert image is None
     assert label == -1
     assert len(bad) == loading.TRIES == 50
-    image, label, bad = dataset[0, 0, 11]
+    image, label, _, bad = dataset[0, 0, 11]
     assert image is not None
     assert len(bad) == 49
 
 
 def test_no_readable_picture_at_all() -> None:
     pictures: Any = Numbers(5, bad=set(range(5)))
-    image, _, bad = loading.TrainSet(pictures, EVAL, seed=0)[0, 0, 2]
+    image, _, _, bad = loading.TrainSet(pictures, WHOLE, seed=0)[0, 0, 2]
     assert image is None
     assert len(bad) == 5
-    batch = loading.collate([(None, -1, bad)])
+    batch = loading.collate([(None, -1, None, bad)])
     assert len(batch.labels) == 0
     assert len(batch.unreadable) == 5
 
@@ -525,8 +529,8 @@ def test_a_stream_reads_pictures_by_the_rules_of_a_folder(folder: Path, tmp_path
     pytest.importorskip("webdataset")
     _, val, _ = open_shards(odd_shards(tmp_path, folder / "train"))
     found = {Path(member.name).name: member for member in val.members()}
-    assert found["a"].read().getpixel((0, 0)) == (30000 // 256,) * 3
-    assert found["b"].read().size == (20, 40)
+    assert found["a"].read()[0, 0].tolist() == [30000 // 256] * 3
+    assert found["b"].read().shape == (40, 20, 3)
     batches = list(eval_loader(val, EVAL, batch_size=4, workers=1))
     assert sum(len(batch.labels) for batch in batches) == 16
     shard = tmp_path / "validation-0.tar"
@@ -554,8 +558,8 @@ def test_in_a_stream_a_readable_picture_stands_in(bad: set[int], labels: list[in
     pictures: Any = Numbers(6, bad=bad)
     pictures.label = int
     pictures.members = lambda: (Read(pictures, index) for index in range(6))
-    items = list(loading.StreamTrainSet(pictures, EVAL))
-    assert [label for _, label, _ in items] == labels
+    items = list(loading.StreamTrainSet(pictures, WHOLE))
+    assert [label for _, label, *_ in items] == labels
     assert [name for *_, unreadable in items for name, _ in unreadable] == [f"picture {index}" for index in sorted(bad)]
 
 
@@ -565,7 +569,7 @@ class Read:
     def __init__(self, pictures: Numbers, number: int) -> None:
         self.pictures, self.number, self.name = pictures, number, pictures.name(number)
 
-    def read(self) -> Image.Image:
+    def read(self, reduction: Any = None) -> Any:
         return self.pictures.fetch(self.number)[0]
 
 

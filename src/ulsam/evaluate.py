@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from ulsam.data.loading import Batch, check_labels, eval_transform
-from ulsam.data.pictures import UnreadablePicture, read_picture
+from ulsam.data.augment import EvalTransform
+from ulsam.data.loading import Batch, check_labels
+from ulsam.data.pictures import UnreadablePicture, read_pixels
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
 from ulsam.recipe import Recipe
@@ -176,11 +177,13 @@ def predict(
         images, errors = [], {}
         for path in chunk:
             try:
-                images.append(transform(read_picture(path)))
+                images.append(transform.pixels(read_pixels(path, transform.reduction)))
             except UnreadablePicture as error:
                 errors[path] = str(error)
         with _eval_mode(model):
-            outputs = model(torch.stack(images).to(device)).float().cpu() if images else torch.empty(0, 1)
+            outputs = torch.empty(0, 1)
+            if images:
+                outputs = model(transform.normalise(torch.stack(images).to(device))).float().cpu()
         if not outputs.isfinite().all():
             raise NotFinite(_BROKEN)
         shares = iter(outputs.softmax(1))
@@ -205,7 +208,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def recipe_transform(recipe: Recipe) -> Any:
+def recipe_transform(recipe: Recipe) -> EvalTransform:
     """The evaluation transform of a recipe: picture -> tensor [3, H, W].
 
     Raises:
@@ -213,7 +216,7 @@ def recipe_transform(recipe: Recipe) -> Any:
     """
     if recipe.input_size[0] != 3:
         raise UlsamError(f"pictures are read as RGB, but this net takes {recipe.input_size[0]} channels, not 3")
-    return eval_transform(
+    return EvalTransform(
         recipe.input_size,
         mean=recipe.mean,
         std=recipe.std,

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
             workers=args.workers,
             rank=world.rank,
             world=world.size,
+            device=world.device,
         )
         progress = split if world.writes else None
         scores = evaluate(model.to(world.device), batches, len(recipe.classes), world=world, progress=progress)

@@ -1,101 +1,62 @@
 """From pictures to batches, the same ones whatever the number of workers and restarts.
 
-Every random choice is a function of (seed, epoch, position in the epoch): a worker seeds itself before each picture.
+Every random choice is a function of (seed, epoch, position in the epoch), which seeds a generator for each picture.
 So a run can go on in mid-epoch with nothing saved but its position.
 """
 
 import itertools
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ulsam.data.pictures import UnreadablePicture
+from ulsam.data.augment import Box, EvalTransform, Normalise, Transform
+from ulsam.data.cache import PictureCache
+from ulsam.data.pictures import Pixels, UnreadablePicture
 from ulsam.data.sources import AnyPictures, MapPictures, StreamPictures
 from ulsam.errors import UlsamError
 
-Transform = Callable[[Image.Image], Tensor]
+CPU = torch.device("cpu")
 Key = tuple[int, int, int]  # epoch, position in the epoch, picture
+Bad = list[tuple[str, str]]  # pictures that could not be read: name, reason
+Item = tuple[Tensor | None, int, Box | None, Bad]  # uint8 [H, W, 3], label, what is to be erased
 
 #: An unreadable picture is replaced by the next readable one in training; after this many in a row training stops.
 TRIES = 50
 
 
-def train_transform(
-    input_size: tuple[int, int, int],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str,
-    crop_scale: tuple[float, float],
-    hflip: float,
-    color_jitter: float,
-    rand_augment: str | None,
-    random_erasing: float,
-) -> Transform:
-    """timm's training transform: random resized crop, flip, colour jitter or RandAugment, random erasing.
-
-    Raises:
-        UlsamError: timm does not know the RandAugment policy.
-    """
-    try:
-        transform: Transform = create_transform(
-            input_size,
-            is_training=True,
-            scale=crop_scale,
-            hflip=hflip,
-            color_jitter=color_jitter or None,
-            auto_augment=rand_augment or None,
-            interpolation=interpolation,
-            mean=tuple(mean),
-            std=tuple(std),
-            re_prob=random_erasing,
-        )
-    except (AssertionError, ValueError, KeyError) as error:
-        raise UlsamError(f"unknown policy --rand-augment {rand_augment}; write e.g. rand-m7-n2-mstd0.5") from error
-    return transform
-
-
-def eval_transform(
-    input_size: tuple[int, int, int],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str,
-    crop_pct: float,
-) -> Transform:
-    """timm's evaluation transform: resize, centre crop, normalise."""
-    transform: Transform = create_transform(
-        input_size, interpolation=interpolation, mean=tuple(mean), std=tuple(std), crop_pct=crop_pct
-    )
-    return transform
-
-
 @dataclass
 class Batch:
-    """Pictures [B, C, H, W], labels [B], and what could not be read (name, reason)."""
+    """Pictures, labels [B], and what could not be read (name, reason).
+
+    The reading processes hand over bytes, uint8 [B, H, W, 3], a quarter of what floats would take; the :class:`Loader`
+    makes of them the net's input, float [B, 3, H, W] in channels_last.
+    """
 
     images: Tensor
     labels: Tensor
-    unreadable: list[tuple[str, str]]
+    unreadable: Bad
+    erased: list[tuple[int, Box]] = field(default_factory=list)  # number in the batch, rectangle
 
-
-Item = tuple[Tensor | None, int, list[tuple[str, str]]]
+    def pin_memory(self) -> Self:
+        """PyTorch's loader calls this where the pictures go to a GPU."""
+        self.images = self.images.pin_memory()
+        return self
 
 
 class TrainSet(Dataset[Item]):
     """Augmented training pictures by (epoch, position, picture); in place of an unreadable one comes the next."""
 
-    def __init__(self, pictures: MapPictures, transform: Transform, seed: int) -> None:
-        self.pictures, self.transform, self.seed = pictures, transform, seed
+    def __init__(
+        self, pictures: MapPictures, transform: Transform, seed: int, cache: PictureCache | None = None
+    ) -> None:
+        self.pictures, self.transform, self.seed, self.cache = pictures, transform, seed, cache
 
     def __getitem__(self, key: Key) -> Item:
         epoch, position, index = key
@@ -103,19 +64,30 @@ class TrainSet(Dataset[Item]):
         for attempt in range(min(TRIES, len(self.pictures))):
             number = (index + attempt) % len(self.pictures)
             try:
-                picture, label = self.pictures.fetch(number)
+                pixels, label = self._fetch(number)
             except UnreadablePicture as error:
                 bad.append((self.pictures.name(number), str(error)))
                 continue
-            seed_all(self.seed, 1, epoch, position)
-            return self.transform(picture), label, bad
-        return None, -1, bad
+            # by far cheaper than seeding Python's, NumPy's and PyTorch's own generators for each picture
+            generator = random.Random(self.seed << 96 | epoch << 64 | position)
+            image, erased = self.transform(pixels, generator)
+            return image, label, erased, bad
+        return None, -1, None, bad
+
+    def _fetch(self, number: int) -> tuple[Pixels, int]:
+        found = self.cache and self.cache.get(number)
+        if found:
+            return found
+        pixels, label = self.pictures.fetch(number, self.transform.reduction)
+        if self.cache:
+            self.cache.put(number, pixels, label)
+        return pixels, label
 
 
 class EvalSet(Dataset[Item]):
     """Pictures for measuring; an unreadable one is left out and reported."""
 
-    def __init__(self, pictures: MapPictures, transform: Transform) -> None:
+    def __init__(self, pictures: MapPictures, transform: EvalTransform) -> None:
         self.pictures, self.transform = pictures, transform
 
     def __len__(self) -> int:
@@ -123,10 +95,10 @@ class EvalSet(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         try:
-            picture, label = self.pictures.fetch(index)
+            pixels, label = self.pictures.fetch(index, self.transform.reduction)
         except UnreadablePicture as error:
-            return None, -1, [(self.pictures.name(index), str(error))]
-        return self.transform(picture), label, []
+            return None, -1, None, [(self.pictures.name(index), str(error))]
+        return self.transform.pixels(pixels), label, None, []
 
 
 class StreamTrainSet(IterableDataset[Item]):
@@ -136,33 +108,36 @@ class StreamTrainSet(IterableDataset[Item]):
         self.pictures, self.transform = pictures, transform
 
     def __iter__(self) -> Iterator[Item]:
-        last: tuple[Image.Image, int] | None = None
+        generator = random.Random(random.getrandbits(64))
+        last: tuple[Pixels, int] | None = None
         owed, bad = 0, []  # at the start of the stream the first readable one stands in
         for member in self.pictures.members():
             owed += 1
             try:
-                last = member.read(), self.pictures.label(member.number)
+                last = member.read(self.transform.reduction), self.pictures.label(member.number)
             except UnreadablePicture as error:
                 bad.append((member.name, str(error)))
             while last and owed:
-                yield self.transform(last[0]), last[1], bad
+                image, erased = self.transform(last[0], generator)
+                yield image, last[1], erased, bad
                 owed, bad = owed - 1, []
         for turn in range(owed):
-            yield None, -1, [] if turn else bad
+            yield None, -1, None, [] if turn else bad
 
 
 class StreamEvalSet(IterableDataset[Item]):
     """One process's share of a stream's pictures: every ``world``-th; an unreadable one is left out and reported."""
 
-    def __init__(self, pictures: StreamPictures, transform: Transform, rank: int, world: int) -> None:
+    def __init__(self, pictures: StreamPictures, transform: EvalTransform, rank: int, world: int) -> None:
         self.pictures, self.transform, self.rank, self.world = pictures, transform, rank, world
 
     def __iter__(self) -> Iterator[Item]:
         for member in itertools.islice(self.pictures.members(), self.rank, None, self.world):
             try:
-                yield self.transform(member.read()), self.pictures.label(member.number), []
+                pixels = member.read(self.transform.reduction)
+                yield self.transform.pixels(pixels), self.pictures.label(member.number), None, []
             except UnreadablePicture as error:
-                yield None, -1, [(member.name, str(error))]
+                yield None, -1, None, [(member.name, str(error))]
 
 
 class EpochOrder(Sampler[list[Key]]):
@@ -212,17 +187,39 @@ class EpochOrder(Sampler[list[Key]]):
 
 
 class Loader(DataLoader[Item]):
-    """PyTorch's loader, but a reading process that dies is noticed where its batch is missed, and told in one line.
+    """PyTorch's loader, which normalises and erases a batch at once, on ``device``.
 
-    PyTorch tells it from a handler of SIGCHLD, which can raise at any line of the program.
+    A reading process that dies is noticed where its batch is missed, and told in one line: PyTorch tells it from a
+    handler of SIGCHLD, which can raise at any line of the program.
     """
+
+    def __init__(
+        self, dataset: Dataset[Item], normalise: Normalise, device: torch.device, workers: int, **options: Any
+    ) -> None:
+        self.normalise, self.target = normalise, device
+        super().__init__(
+            dataset,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_quiet,
+            **options,
+        )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         handler = signal.getsignal(signal.SIGCHLD)
         batches = super().__iter__()
         if signal.getsignal(signal.SIGCHLD) is not handler:
             signal.signal(signal.SIGCHLD, handler)
-        return _alive(batches)
+        return map(self._finish, _alive(batches))
+
+    def _finish(self, batch: Batch) -> Batch:
+        """Bytes to the net's input."""
+        if len(batch.labels):
+            batch.images = self.normalise(batch.images.to(self.target, non_blocking=True))
+        for number, box in batch.erased:
+            batch.images[number, :, box.top : box.top + box.height, box.left : box.left + box.width] = 0
+        return batch
 
 
 def _alive(batches: Iterator[Any]) -> Iterator[Batch]:
@@ -248,49 +245,49 @@ def train_loader(
     batch_size: int,
     seed: int,
     workers: int,
-    pin_memory: bool = False,
+    cache: PictureCache | None = None,
+    device: torch.device = CPU,
 ) -> Loader:
     """Batches of training pictures: in ``order``, or, for a stream (order None), in the stream's own."""
-    common: dict[str, Any] = {
-        "num_workers": workers,
-        "collate_fn": collate,
-        "pin_memory": pin_memory,
-        "worker_init_fn": _quiet,
-    }
     if isinstance(pictures, StreamPictures):  # new workers each epoch: their generators are seeded when they start
-        return Loader(StreamTrainSet(pictures, transform), batch_size=batch_size, drop_last=True, **common)
-    return Loader(TrainSet(pictures, transform, seed), batch_sampler=order, persistent_workers=workers > 0, **common)
+        dataset = StreamTrainSet(pictures, transform)
+        return Loader(dataset, transform.normalise, device, workers, batch_size=batch_size, drop_last=True)
+    return Loader(
+        TrainSet(pictures, transform, seed, cache),
+        transform.normalise,
+        device,
+        workers,
+        batch_sampler=order,
+        persistent_workers=workers > 0,
+    )
 
 
 def eval_loader(
     pictures: AnyPictures,
-    transform: Transform,
+    transform: EvalTransform,
     *,
     batch_size: int,
     workers: int,
     rank: int = 0,
     world: int = 1,
-    pin_memory: bool = False,
+    device: torch.device = CPU,
 ) -> Loader:
     """Batches of this process's share of the pictures: every picture is in exactly one process's share."""
-    common: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": workers,
-        "collate_fn": collate,
-        "pin_memory": pin_memory,
-        "worker_init_fn": _quiet,
-    }
     if isinstance(pictures, StreamPictures):
-        return Loader(StreamEvalSet(pictures, transform, rank, world), **common)
-    return Loader(EvalSet(pictures, transform), sampler=range(rank, len(pictures), world), **common)
+        stream = StreamEvalSet(pictures, transform, rank, world)
+        return Loader(stream, transform.normalise, device, workers, batch_size=batch_size)
+    share = range(rank, len(pictures), world)
+    dataset = EvalSet(pictures, transform)
+    return Loader(dataset, transform.normalise, device, workers, batch_size=batch_size, sampler=share)
 
 
 def collate(items: list[Item]) -> Batch:
     """Stack what was read."""
-    read = [(image, label) for image, label, _ in items if image is not None]
-    images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
-    labels = torch.tensor([label for _, label in read], dtype=torch.long)
-    return Batch(images, labels, [bad for *_, unreadable in items for bad in unreadable])
+    read = [(image, label, erased) for image, label, erased, _ in items if image is not None]
+    images = torch.stack([image for image, *_ in read]) if read else torch.empty(0)
+    labels = torch.tensor([label for _, label, _ in read], dtype=torch.long)
+    boxes = [(number, box) for number, (*_, box) in enumerate(read) if box]
+    return Batch(images, labels, [bad for *_, unreadable in items for bad in unreadable], boxes)
 
 
 def check_labels(labels: Tensor, n_classes: int) -> None:

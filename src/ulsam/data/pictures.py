@@ -1,12 +1,16 @@
 """Any picture file a person may have, as an upright 8-bit RGB picture, or one line that says why not."""
 
+import io
 import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ulsam.errors import UlsamError
@@ -48,6 +52,13 @@ _TURNS = {
 """EXIF orientation (tag 0x0112, table in EXIF 2.3 section 4.6.4) -> the turn that makes the picture upright."""
 
 
+Pixels = NDArray[np.uint8]
+"""A decoded picture, [H, W, 3]."""
+
+Reduction = Callable[[int, int], int]
+"""By which of 1, 2, 4, 8 a picture of this width and height is reduced when it is decoded."""
+
+
 class UnreadablePicture(UlsamError):
     """A picture file that cannot be read; the message is one line, ``path: reason``."""
 
@@ -84,6 +95,95 @@ def read_picture(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         return _read(path)
     except _DAMAGE as error:
         raise UnreadablePicture(f"{_name(path)}: {_reason(error)}") from error
+
+
+def whole(width: int, height: int) -> int:
+    """The `Reduction` that leaves every picture as it is."""
+    return 1
+
+
+def read_pixels(path: str | os.PathLike[str] | BinaryIO, reduction: Reduction = whole) -> Pixels:
+    """Read one picture as :func:`read_picture` does, as an array, and faster where it is an ordinary JPEG.
+
+    Args:
+        path: as of :func:`read_picture`.
+        reduction: asked for the scale of a JPEG (grey or RGB); all else is read at full size.
+
+    Returns:
+        A uint8 array [H, W, 3], writable. At full size its values are those of :func:`read_picture`.
+
+    Raises:
+        UnreadablePicture: as of :func:`read_picture`.
+
+    >>> stream = io.BytesIO()
+    >>> Image.new("RGB", (40, 30)).save(stream, "jpeg")
+    >>> read_pixels(stream).shape, read_pixels(stream, lambda width, height: 4).shape
+    ((30, 40, 3), (8, 10, 3))
+    """
+    try:
+        if isinstance(path, str | os.PathLike):
+            with open(path, "rb") as file:
+                return _pixels(file, reduction)
+        return _pixels(path, reduction)
+    except _DAMAGE as error:
+        raise UnreadablePicture(f"{_name(path)}: {_reason(error)}") from error
+
+
+def _pixels(file: BinaryIO, reduction: Reduction) -> Pixels:
+    """Decode; raises whatever Pillow raises."""
+    file.seek(0)
+    start = file.read(3)
+    found = _jpeg(start + file.read(), reduction) if start == b"\xff\xd8\xff" else None
+    return np.array(_read(file)) if found is None else found
+
+
+def _jpeg(content: bytes, reduction: Reduction) -> Pixels | None:
+    """An ordinary JPEG, upright; None for any other, and at the least doubt, to be read or refused by Pillow.
+
+    Pillow's decoder is the same library (libjpeg-turbo), so that the values are the same, but it decodes in small
+    pieces into four bytes a pixel.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours not in ("YCbCr", "RGB", "Gray") or width * height > MAX_PIXELS:
+            return None
+        turn = _stored_turn(content) if _may_be_turned(content) else None
+        factor = reduction(width, height)
+        least = {"min_width": -(-width // factor), "min_height": -(-height // factor), "min_factor": factor}
+        pixels: Pixels = simplejpeg.decode_jpeg(content, **least)  # strict: any warning is an error
+    except _DAMAGE:
+        return None
+    return pixels if turn is None else np.ascontiguousarray(_TURNED[turn](pixels))
+
+
+def _may_be_turned(content: bytes) -> bool:
+    """Whether a JPEG's header holds metadata (APP1: EXIF, XMP), or anything that is not quite regular."""
+    place = 2
+    while content[place] == 0xFF and content[place + 1] in _SEGMENTS:
+        place += 2 + int.from_bytes(content[place + 2 : place + 4])
+    return content[place : place + 2] != b"\xff\xda"  # start of scan
+
+
+_SEGMENTS = frozenset([*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE])
+"""Second bytes of markers, APP1 aside, that a length follows (ITU-T T.81, table B.1)."""
+
+
+def _stored_turn(content: bytes) -> Image.Transpose | None:
+    """What makes the JPEG upright, by its metadata."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _TURNS.get(_orientation(Image.open(io.BytesIO(content), formats=("JPEG",))))
+
+
+_TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
+    Image.Transpose.FLIP_LEFT_RIGHT: lambda pixels: pixels[:, ::-1],
+    Image.Transpose.ROTATE_180: lambda pixels: pixels[::-1, ::-1],
+    Image.Transpose.FLIP_TOP_BOTTOM: lambda pixels: pixels[::-1],
+    Image.Transpose.TRANSPOSE: lambda pixels: pixels.swapaxes(0, 1),
+    Image.Transpose.ROTATE_270: lambda pixels: np.rot90(pixels, 3),
+    Image.Transpose.TRANSVERSE: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    Image.Transpose.ROTATE_90: lambda pixels: np.rot90(pixels),
+}
 
 
 def _read(file: BinaryIO) -> Image.Image:

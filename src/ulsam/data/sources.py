@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import IterableDataset
+from torchvision.datasets import DatasetFolder
 
 from ulsam.data.folder import (
     PICTURE_SUFFIXES,
@@ -26,7 +28,7 @@ from ulsam.data.folder import (
     scan,
     split,
 )
-from ulsam.data.pictures import UnreadablePicture, read_picture
+from ulsam.data.pictures import Pixels, Reduction, UnreadablePicture, read_pixels, whole
 from ulsam.errors import UlsamError, first_line
 
 _FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
@@ -57,10 +59,10 @@ class FolderPictures:
         """What messages call the picture."""
         return self.samples[index][0]
 
-    def fetch(self, index: int) -> tuple[Image.Image, int]:
-        """The picture and its class index; raises `UnreadablePicture`."""
+    def fetch(self, index: int, reduction: Reduction = whole) -> tuple[Pixels, int]:
+        """The picture as of `read_pixels`, [H, W, 3], and its class index; raises `UnreadablePicture`."""
         path, label = self.samples[index]
-        return read_picture(path), label
+        return read_pixels(path, reduction), label
 
 
 class _Named:
@@ -96,11 +98,6 @@ class _Named:
 class FactoryPictures(_Named):
     """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderPictures`."""
 
-    def __init__(self, dataset: Any, title: str, classes: tuple[str, ...], split: str = "training") -> None:
-        super().__init__(dataset, title, classes, split)
-        if hasattr(dataset, "loader"):
-            dataset.loader = read_picture  # torchvision's folder sets then read as ours do
-
     @property
     def labels(self) -> Sequence[int] | None:
         """The class index of every picture, None where it is unknown without reading."""
@@ -123,16 +120,19 @@ class FactoryPictures(_Named):
         samples = getattr(self.dataset, "samples", None)
         return str(samples[index][0]) if samples else f"{self.title}, picture {index}"
 
-    def fetch(self, index: int) -> tuple[Image.Image, int]:
-        """The picture and its class index; raises `UnreadablePicture`."""
+    def fetch(self, index: int, reduction: Reduction = whole) -> tuple[Pixels, int]:
+        """As of :class:`FolderPictures`."""
+        if isinstance(self.dataset, DatasetFolder):
+            path, number = self.dataset.samples[index]
+            return read_pixels(path, reduction), self.label(number)
         if hasattr(self.dataset, "reader"):
             file, number = self.dataset.reader[index][:2]
             if isinstance(file, io.BytesIO):
                 file.name = self.name(index)
-            return read_picture(file), self.label(int(number))
+            return read_pixels(file, reduction), self.label(int(number))
         try:
             picture, number = self.dataset[index]
-            return picture.convert("RGB"), self.label(int(number))
+            return np.array(picture.convert("RGB")), self.label(int(number))
         except (OSError, SyntaxError) as error:
             raise UnreadablePicture(f"{self.name(index)}: {error}") from error
 
@@ -145,11 +145,13 @@ class Member:
     file: io.BytesIO | Image.Image | None  # None: something lacks
     number: int
 
-    def read(self) -> Image.Image:
-        """The picture; raises `UnreadablePicture`."""
+    def read(self, reduction: Reduction = whole) -> Pixels:
+        """The picture as of `read_pixels`, [H, W, 3]; raises `UnreadablePicture`."""
         if self.file is None:
             raise UnreadablePicture(f"{self.name}: no picture, or no class number (.cls), under this name")
-        return self.file.convert("RGB") if isinstance(self.file, Image.Image) else read_picture(self.file)
+        if isinstance(self.file, Image.Image):
+            return np.array(self.file.convert("RGB"))
+        return read_pixels(self.file, reduction)
 
 
 class StreamPictures(_Named):

@@ -49,6 +49,9 @@ class TrainConfig:
     class_names: str | None = _option(None, "text file with the class names of a wds/ data set, one a line")
     sampler: Literal["shuffle", "balanced"] = _option("shuffle", "balanced: every class equally often")
     workers: int = _option(2, "processes that read and augment pictures")
+    cache: Literal["auto", "true", "false"] = _option(
+        "auto", "keep decoded training pictures in memory; auto: if they fit into a quarter of what is available"
+    )
     max_unreadable: float = _option(0.1, "stop when more than this share (and more than 3) cannot be read")
     # net
     model: str = _option("mobilenetv2_100", "timm's name of the base net")
@@ -187,6 +190,8 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     """``value`` as ``kind``; whole numbers pass for floats, and 1e-4, which YAML takes for text, for a number."""
     origin, choices = get_origin(kind), get_args(kind)
     if origin is Literal:
+        if isinstance(value, bool):  # YAML's true and false
+            value = str(value).lower()
         if value not in choices:
             raise UlsamError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         return value

@@ -36,7 +36,7 @@ from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.state import environment, read_checkpoint, write_checkpoint
 
 #: Settings that a resumed run may change: what is trained, and how, stays the same.
-HARMLESS = ("data", "data_dir", "workers", "max_unreadable", "device", "threads", "save_seconds")
+HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -135,7 +135,9 @@ class Trainer:
         for module in self.frozen:
             module.requires_grad_(False)
 
-        self.loader, self.order, self.epoch_updates = parts.batches_of(config, self.recipe, self.train_pictures, world)
+        self.loader, self.order, self.epoch_updates, cache_line = parts.batches_of(
+            config, self.recipe, self.train_pictures, world
+        )
         self.optimizer, self.schedule = parts.optimizer_of(config, self.model, self.epoch_updates)
         self.mixing = parts.mixing_of(config, len(self.classes))
         self.amp = parts.AMP_DTYPES[config.amp]
@@ -157,6 +159,8 @@ class Trainer:
         self._say(
             f"data    {n_train} training, {n_val} {self.val_pictures.split} pictures of {len(self.classes)} classes"
         )
+        if cache_line:
+            self._say(f"cache   {cache_line}")
         self._say(f"net     {config.model}; edits: {'; '.join(config.edits) or 'none'}")
         self._say(f"cost    {_cost_line(self.cost, self.base_cost)}")
         for note in [*notes, *skipped]:
@@ -371,6 +375,7 @@ class Trainer:
             workers=self.config.workers,
             rank=self.world.rank,
             world=self.world.size,
+            device=self.world.device,
         )
         try:
             scores = evaluate(

@@ -17,6 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ulsam.data import loading, sources
+from ulsam.data.augment import TrainTransform
+from ulsam.data.cache import cache_for
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
 from ulsam.models import make_recipe, ulsam_parameters
@@ -78,9 +80,9 @@ def recipe_of(config: TrainConfig, classes: Sequence[str]) -> Recipe:
 
 def batches_of(
     config: TrainConfig, recipe: Recipe, pictures: sources.AnyPictures, world: World
-) -> tuple[loading.Loader, loading.EpochOrder | None, int]:
-    """The loader, its order (None for a stream), and the optimizer updates in an epoch."""
-    transform = loading.train_transform(
+) -> tuple[loading.Loader, loading.EpochOrder | None, int, str | None]:
+    """The loader, its order (None for a stream), the optimizer updates in an epoch, and what to say of the cache."""
+    transform = TrainTransform(
         recipe.input_size,
         mean=recipe.mean,
         std=recipe.std,
@@ -100,6 +102,11 @@ def batches_of(
             pictures, config.batch_size, config.seed, balanced=balanced, rank=world.rank, world=world.size
         )
         batches = len(order)
+    if batches < config.accumulate:
+        raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
+    cache, cache_line = cache_for(
+        pictures, transform.reduction, config.cache, workers=config.workers, processes=world.size
+    )
     loader = loading.train_loader(
         pictures,
         transform,
@@ -107,11 +114,10 @@ def batches_of(
         batch_size=config.batch_size,
         seed=config.seed,
         workers=config.workers,
-        pin_memory=world.device.type == "cuda",
+        cache=cache,
+        device=world.device,
     )
-    if batches < config.accumulate:
-        raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
-    return loader, order, batches // config.accumulate
+    return loader, order, batches // config.accumulate, cache_line
 
 
 def optimizer_of(

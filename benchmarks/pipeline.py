@@ -1,0 +1,257 @@
+"""The input pipeline's time against timm's loader, step by step and as a whole; and training from disk and from memory.
+
+The loaders run in one process on one thread, in turn, on the same files, which the system holds in memory after the
+first turn; a figure is a median of processor seconds (user and system) a picture, so it is one core's. timm's loader
+comes in both its forms, with the same augmentations: it normalises each picture, or a batch at once (its prefetcher).
+
+    python benchmarks/pipeline.py                          # on drawn birds; 2 minutes on two cores
+    python benchmarks/pipeline.py --data pictures/train    # on a folder of classes
+"""
+
+import argparse
+import io
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL
+import simplejpeg
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from timm.data import ImageDataset, create_loader
+from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from ulsam.data import loading
+from ulsam.data.augment import Normalise, TrainTransform, jittered
+from ulsam.data.birds import draw_birds
+from ulsam.data.cache import PictureCache
+from ulsam.data.folder import scan
+from ulsam.data.pictures import read_picture, read_pixels
+from ulsam.data.sources import FolderPictures
+from ulsam.train.config import TrainConfig
+from ulsam.train.loop import train
+
+LOOK: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bilinear"}
+SCALE, FLIP, BATCH = (0.25, 1.0), 0.5, 32
+LARGER = {"500 x 375": (500, 375, 96), "2000 x 1500": (2000, 1500, 32)}
+JITTERS = {"crop, flip": 0.0, "crop, flip, colour jitter 0.4": 0.4}
+
+
+def medians(contenders: dict[str, Callable[[], int]], turns: int) -> dict[str, float]:
+    """Processor seconds a picture of each contender, which returns how many it did; the first turn is left out."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(turns + 1):
+        for name, call in contenders.items():
+            began = time.process_time()
+            pictures = call()
+            if turn:
+                times[name].append((time.process_time() - began) / pictures)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def loaders(folder: Path, size: int, jitter: float, turns: int) -> dict[str, float]:
+    """Seconds a picture of whole epochs: our loader from disk and from memory, timm's in both forms."""
+    pictures = FolderPictures(scan(folder, 1).samples, scan(folder, 1).classes)
+    common: dict[str, Any] = {"hflip": FLIP, **LOOK}
+    transform = TrainTransform(
+        (3, size, size), crop_scale=SCALE, color_jitter=jitter, rand_augment=None, random_erasing=0.0, **common
+    )
+    contenders = {}
+    for name, cache in (("disk", None), ("memory", PictureCache(len(pictures), 2**31))):
+        order = loading.EpochOrder(pictures, BATCH, seed=0)
+        contenders[name] = loading.train_loader(
+            pictures, transform, order, batch_size=BATCH, seed=0, workers=0, cache=cache
+        )
+    for name, prefetcher in (("timm", False), ("timm, prefetcher", True)):
+        contenders[name] = create_loader(
+            ImageDataset(str(folder)),
+            (3, size, size),
+            BATCH,
+            is_training=True,
+            scale=SCALE,
+            color_jitter=jitter or None,
+            num_workers=0,
+            persistent_workers=False,
+            use_prefetcher=prefetcher,
+            device=torch.device("cpu"),
+            **common,
+        )
+    return medians({name: _epoch(loader) for name, loader in contenders.items()}, turns)
+
+
+def _epoch(loader: Any) -> Callable[[], int]:
+    def read() -> int:
+        return sum(len(batch.labels if isinstance(batch, loading.Batch) else batch[1]) for batch in loader)
+
+    return read
+
+
+def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
+    """Seconds a picture of each step, as it was tried."""
+    files = [path for path, _ in scan(folder, 1).samples]
+    contents = [Path(path).read_bytes() for path in files]
+    pictures, pixels = [read_picture(path) for path in files], [read_pixels(path) for path in files]
+    small = [picture.resize((size, size)) for picture in pictures]
+    images = torch.stack([torch.from_numpy(read_pixels(_jpeg(picture))) for picture in small])
+    generator, normalise = random.Random(0), Normalise(LOOK["mean"], LOOK["std"])
+    per_picture = transforms.Compose([transforms.ToTensor(), transforms.Normalize(LOOK["mean"], LOOK["std"])])
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4)
+
+    def crop_of(array: Any) -> tuple[int, int]:  # three quarters of each side
+        return 3 * array.shape[0] // 4, 3 * array.shape[1] // 4
+
+    def by_pillow(mode: Image.Resampling) -> Callable[[int], Any]:
+        return lambda n: pictures[n].crop((0, 0, *crop_of(pixels[n])[::-1])).resize((size, size), mode)
+
+    def by_torch(mode: str) -> Callable[[int], Any]:
+        def resize(n: int) -> Any:
+            height, width = crop_of(pixels[n])
+            cut = torch.from_numpy(pixels[n])[None, :height, :width].permute(0, 3, 1, 2)
+            return F.interpolate(cut, (size, size), mode=mode, antialias=True)
+
+        return resize
+
+    def each(step: Callable[[int], Any]) -> Callable[[], int]:
+        def run() -> int:
+            for number in range(len(files)):
+                step(number)
+            return len(files)
+
+        return run
+
+    def normalise_batches() -> int:
+        for first in range(0, len(images), BATCH):
+            normalise(images[first : first + BATCH])
+        return len(images)
+
+    contenders = {
+        "decode: Pillow": each(lambda n: Image.open(io.BytesIO(contents[n])).convert("RGB")),
+        "decode: torchvision": each(
+            lambda n: decode_jpeg(torch.frombuffer(bytearray(contents[n]), dtype=torch.uint8), ImageReadMode.RGB)
+        ),
+        "decode: simplejpeg": each(lambda n: simplejpeg.decode_jpeg(contents[n])),
+        "crop and resize, bilinear: Pillow": each(by_pillow(Image.Resampling.BILINEAR)),
+        "crop and resize, bilinear: PyTorch, uint8": each(by_torch("bilinear")),
+        "crop and resize, bicubic: Pillow": each(by_pillow(Image.Resampling.BICUBIC)),
+        "crop and resize, bicubic: PyTorch, uint8": each(by_torch("bicubic")),
+        "normalise: each picture, torchvision": each(lambda n: per_picture(small[n])),
+        "normalise: a batch at once": normalise_batches,
+        "seed: three generators": each(lambda n: loading.seed_all(0, 1, 0, n)),
+        "seed: one generator": each(lambda n: random.Random(1 << 96 | n)),
+        "colour jitter: torchvision, on Pillow's": each(lambda n: jitter(small[n])),
+        "colour jitter: ours": each(lambda n: jittered(images[n], 0.4, generator)),
+    }
+    return medians(contenders, turns)
+
+
+def training(folder: Path, size: int, turns: int, work: Path) -> dict[str, float]:
+    """Pictures a second of `ulsam train` from disk and from memory, after the first epoch, in turn."""
+    rates: dict[str, list[float]] = {"disk": [], "memory": []}
+    for turn in range(turns):
+        for name, cache in (("disk", "false"), ("memory", "true")):
+            config = TrainConfig(
+                data=str(folder), size=size, epochs=3, val_every=3, val_fraction=0.1, device="cpu", cache=cache
+            )
+            summary = train(config, work / f"{name}-{turn}")
+            rates[name] += [row["images_per_second"] for row in summary["epochs"][1:]]
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
+def _jpeg(picture: Image.Image) -> io.BytesIO:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=90)
+    return stream
+
+
+def chosen(source: Path, number: int, target: Path, size: Sequence[int] | None = None) -> Path:
+    """So many of a folder's pictures, spread over it, in a folder with their classes; as they are or enlarged."""
+    samples = scan(source, 1).samples
+    for place in range(min(number, len(samples))):
+        path = Path(samples[place * len(samples) // min(number, len(samples))][0])
+        copy = target / path.parent.name / f"{path.stem}.jpg"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if size is None and path.suffix.lower() in (".jpg", ".jpeg"):
+            copy.write_bytes(path.read_bytes())
+        else:
+            picture = read_picture(path)
+            copy.write_bytes(
+                _jpeg(picture.resize(tuple(size), Image.Resampling.BICUBIC) if size else picture).getvalue()
+            )
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with a folder of pictures a class (default: drawn birds)")
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", default="results/pipeline.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        source = args.data or draw_birds(work / "birds", classes=8, train=args.pictures // 8, val=1, size=224) / "train"
+        own = chosen(source, args.pictures, work / "own")
+        with Image.open(next(own.glob("*/*"))) as first:
+            title = f"{first.width} x {first.height}"
+        threads = torch.get_num_threads()
+        rates = training(own, args.size, max(1, args.turns // 2), work)
+        torch.set_num_threads(1)
+        cases, folders = [], {title: own}
+        for larger, (width, height, number) in LARGER.items():
+            folders[larger] = chosen(source, number, work / larger, (width, height))
+        for pictures, folder in folders.items():
+            for augmentations, jitter in JITTERS.items():
+                found = loaders(folder, args.size, jitter, args.turns)
+                cases.append({"pictures": pictures, "augmentations": augmentations, "seconds": found})
+                best = min(found["timm"], found["timm, prefetcher"])
+                print(
+                    f"{pictures:12} {augmentations:30} {1 / found['disk']:7.0f} pictures a second and core; "
+                    f"timm / ours {found['timm'] / found['disk']:.2f}, its better form {best / found['disk']:.2f}, "
+                    f"from memory {best / found['memory']:.2f}",
+                    flush=True,
+                )
+        tried = steps(own, args.size, args.turns)
+    for step, seconds in tried.items():
+        print(f"{step:45} {1e6 * seconds:7.0f} us")
+    print(f"training, disk / memory: {rates['disk'] / rates['memory']:.3f}")
+    result = {
+        "what": "processor seconds a picture on one thread, medians of turns; training: pictures a second",
+        "command": f"python benchmarks/pipeline.py{' --data FOLDER' if args.data else ''}",
+        "data": args.data.parent.name if args.data else "birds",
+        "input": args.size,
+        "machine": {"processor": processor(), "threads_of_training": threads},
+        "versions": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+            "pillow": PIL.__version__,
+            "simplejpeg": simplejpeg.__version__,
+            "python": platform.python_version(),
+        },
+        "loaders": cases,
+        "steps": tried,
+        "training_pictures_per_second": rates,
+    }
+    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

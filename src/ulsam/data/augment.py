@@ -1,0 +1,254 @@
+"""From decoded pictures to the net's input: random crop, flip, colours, erasing; resize and centre crop to measure.
+
+Pictures are uint8 arrays [H, W, 3] up to the batch; :class:`Normalise` makes the float input, a batch at once. Every
+random choice is drawn from the one `random.Random` that comes with the picture.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from ulsam.data.pictures import Pixels
+from ulsam.errors import UlsamError
+
+ASPECT = (3 / 4, 4 / 3)
+"""Least and largest width / height of a random crop (Szegedy et al. 2015, section 6)."""
+
+GREY = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in luma (ITU-R BT.601)."""
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Transform(Protocol):
+    """What makes a decoded picture fit a batch."""
+
+    normalise: "Normalise"
+
+    def reduction(self, width: int, height: int) -> int:
+        """By which of 1, 2, 4, 8 a picture of this size may be reduced when it is decoded."""
+
+    def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Box | None]:
+        """The picture at the net's size, uint8 [H, W, 3], and what is to be erased of it once it is normalised."""
+
+
+class Normalise:
+    """Bytes [B, H, W, 3] to the net's float input [B, 3, H, W] in channels_last: (bytes / 255 - mean) / std.
+
+    >>> look = Normalise([0.5] * 3, [0.25] * 3)
+    >>> look(torch.tensor([0, 255, 51], dtype=torch.uint8).reshape(1, 1, 1, 3)).flatten()
+    tensor([-2.0000,  2.0000, -1.2000])
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        spread = torch.tensor(std, dtype=torch.float64)
+        self.scale = (1 / (255 * spread)).float()
+        self.shift = (-torch.tensor(mean, dtype=torch.float64) / spread).float()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        batch, height, width, channels = images.shape
+        # a row at a time: an inner loop over three channels would be slow
+        scale, shift = (row.repeat(width).to(images.device) for row in (self.scale, self.shift))
+        rows = images.reshape(batch, height, width * channels).float().mul_(scale).add_(shift)
+        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class TrainTransform:
+    """Random resized crop, flip, colour jitter or a policy of timm's, random erasing.
+
+    Args:
+        input_size: channels, height and width of the net's input.
+        mean, std: of the normalisation, a channel.
+        interpolation: bilinear or bicubic; always with antialiasing.
+        crop_scale: least and largest area of the crop, as shares of the picture's.
+        hflip: probability of a horizontal flip.
+        color_jitter: see :func:`jittered`; 0 is off. A policy switches it off, but for one of three augmentations (3a).
+        rand_augment: timm's policy string, e.g. ``rand-m7-n2-mstd0.5``; None is off.
+        random_erasing: probability that a rectangle is set to the mean.
+
+    Raises:
+        UlsamError: timm does not know the policy.
+    """
+
+    def __init__(
+        self,
+        input_size: tuple[int, int, int],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str,
+        crop_scale: tuple[float, float],
+        hflip: float,
+        color_jitter: float,
+        rand_augment: str | None,
+        random_erasing: float,
+    ) -> None:
+        self.size, self.interpolation = input_size[1:], interpolation
+        self.crop_scale, self.hflip, self.erasing = crop_scale, hflip, random_erasing
+        self.normalise = Normalise(mean, std)
+        self.policy = None
+        if rand_augment:
+            look = {"interpolation": interpolation, "mean": tuple(mean), "std": tuple(std)}
+            self.policy = _policy(input_size, rand_augment, look)
+        self.jitter = 0.0 if rand_augment and "3a" not in rand_augment else color_jitter
+
+    def reduction(self, width: int, height: int) -> int:
+        """The most that leaves the smallest crop which can be drawn at least as large as the net's input.
+
+        >>> look = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
+        >>> plain = {"hflip": 0.5, "color_jitter": 0, "rand_augment": None, "random_erasing": 0}
+        >>> transform = TrainTransform((3, 160, 160), crop_scale=(0.25, 1.0), **look, **plain)
+        >>> transform.reduction(500, 375), transform.reduction(2000, 1500)
+        (1, 4)
+        """
+        least = min(width, height, math.sqrt(self.crop_scale[0] * width * height * ASPECT[0]))
+        return _power_of_two(least / max(self.size))
+
+    def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Box | None]:
+        top, left, height, width = random_crop(pixels.shape[1], pixels.shape[0], self.crop_scale, generator)
+        crop = torch.from_numpy(pixels)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        images = F.interpolate(crop, self.size, mode=self.interpolation, antialias=True)
+        if generator.random() < self.hflip:
+            images = images.flip(3)
+        image = images[0].permute(1, 2, 0)
+        if self.policy:
+            random.seed(generator.getrandbits(64))  # timm draws from these two
+            np.random.seed(generator.getrandbits(32))
+            image = torch.from_numpy(np.array(self.policy(Image.fromarray(image.numpy()))))
+        if self.jitter:
+            image = jittered(image, self.jitter, generator)
+        erased = random_erasing(*self.size, generator) if generator.random() < self.erasing else None
+        return image, erased
+
+
+class EvalTransform:
+    """timm's evaluation transform: resize, centre crop, normalise.
+
+    Called with a picture, it gives the net's input: float [3, H, W].
+    """
+
+    def __init__(
+        self,
+        input_size: tuple[int, int, int],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str,
+        crop_pct: float,
+    ) -> None:
+        self.normalise = Normalise(mean, std)
+        self.resized = max(input_size[1:]) / crop_pct
+        self.resize_crop: Callable[[Image.Image], Tensor] = create_transform(
+            input_size, interpolation=interpolation, crop_pct=crop_pct, normalize=False
+        )
+
+    def reduction(self, width: int, height: int) -> int:
+        """The most that leaves the picture twice the size it is resized to: below that, every pixel counts."""
+        return _power_of_two(min(width, height) / (2 * self.resized))
+
+    def pixels(self, pixels: Pixels) -> Tensor:
+        """The picture at the net's size, uint8 [H, W, 3]."""
+        return self.resize_crop(Image.fromarray(pixels)).permute(1, 2, 0)
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return self.normalise(self.pixels(np.asarray(picture))[None])[0]
+
+
+def random_crop(width: int, height: int, scale: tuple[float, float], generator: random.Random) -> Box:
+    """A crop of random area and aspect within a picture (Szegedy et al. 2015, section 6), as torchvision draws it.
+
+    The area is uniform in ``scale``, a share of the picture's, and the logarithm of width / height uniform in `ASPECT`.
+    What does not fit is drawn again; after ten times it is the largest centred crop of an aspect within `ASPECT`.
+
+    >>> random_crop(100, 10, (0.9, 1.0), random.Random(0))
+    Box(top=0, left=43, height=10, width=13)
+    """
+    low, high = (math.log(aspect) for aspect in ASPECT)
+    for _ in range(10):
+        area = generator.uniform(*scale) * width * height
+        aspect = math.exp(generator.uniform(low, high))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = generator.randint(0, height - crop_height), generator.randint(0, width - crop_width)
+            return Box(top, left, crop_height, crop_width)
+    crop_width = min(width, max(1, round(height * ASPECT[1])))
+    crop_height = min(height, max(1, round(width / ASPECT[0])))
+    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+
+
+def random_erasing(height: int, width: int, generator: random.Random) -> Box | None:
+    """The rectangle that random erasing takes out of a picture (Zhong et al. 2017), with timm's ranges.
+
+    The area is 0.02 to 1/3 of the picture's, the logarithm of height / width uniform between 0.3 and 1/0.3. None where
+    ten draws do not fit.
+    """
+    for _ in range(10):
+        area = generator.uniform(0.02, 1 / 3) * height * width
+        aspect = math.exp(generator.uniform(math.log(0.3), -math.log(0.3)))
+        box_height, box_width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if box_height < height and box_width < width:
+            top, left = generator.randint(0, height - box_height), generator.randint(0, width - box_width)
+            return Box(top, left, box_height, box_width)
+    return None
+
+
+def jittered(image: Tensor, strength: float, generator: random.Random) -> Tensor:
+    """Random brightness, contrast and saturation, in random order, as torchvision's ``ColorJitter`` draws them.
+
+    Each factor is uniform in 1 - ``strength`` (0 at least) to 1 + ``strength``: brightness scales the values, contrast
+    their distance from the mean grey of the picture, saturation that from each pixel's own grey.
+
+    Args:
+        image: uint8 [H, W, 3].
+
+    Returns:
+        A new tensor like it.
+    """
+    kinds = ["brightness", "contrast", "saturation"]
+    generator.shuffle(kinds)
+    planes = image.permute(2, 0, 1).contiguous().float()
+    for kind in kinds:
+        factor = generator.uniform(max(0.0, 1 - strength), 1 + strength)
+        planes.mul_(factor) if kind == "brightness" else _blend(planes, factor, kind == "contrast")
+        planes.clamp_(0, 255)
+    rounded = torch.from_numpy(planes.round_().numpy().astype(np.uint8))  # NumPy converts faster, PyTorch interleaves
+    return torch.stack(list(rounded), -1)
+
+
+def _blend(planes: Tensor, factor: float, with_mean: bool) -> None:
+    """Move float [3, H, W] from grey, each pixel's own or the mean of all, by ``factor``, in place."""
+    grey = torch.mul(planes[0], GREY[0]).add_(planes[1], alpha=GREY[1]).add_(planes[2], alpha=GREY[2])
+    if with_mean:
+        grey = torch.tensor(float(grey.numpy().mean()))  # PyTorch's sum depends on the number of threads
+    torch.lerp(grey, planes, factor, out=planes)
+
+
+def _policy(input_size: tuple[int, int, int], name: str, look: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:
+    """timm's transform for an augmentation policy, from picture to picture."""
+    try:
+        policy: Callable[[Image.Image], Image.Image] = create_transform(
+            input_size, is_training=True, auto_augment=name, color_jitter=None, separate=True, **look
+        )[1]
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UlsamError(f"unknown policy --rand-augment {name}; write e.g. rand-m7-n2-mstd0.5") from error
+    return policy
+
+
+def _power_of_two(most: float) -> int:
+    """The largest of 1, 2, 4, 8 that is not above ``most``, 1 at least."""
+    return next((factor for factor in (8, 4, 2) if factor <= most), 1)

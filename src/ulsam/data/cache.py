@@ -1,0 +1,159 @@
+"""Decoded pictures kept in memory, which the reading processes fill and share without a copy of it for each."""
+
+import mmap
+import multiprocessing
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ulsam.data.pictures import Pixels, Reduction, UnreadablePicture
+from ulsam.data.sources import AnyPictures, MapPictures, StreamPictures
+from ulsam.errors import UlsamError
+
+CacheChoice = Literal["auto", "true", "false"]
+
+SAMPLE = 32
+"""Pictures that are decoded to estimate how large the whole set is."""
+
+SHARE = 4
+"""``auto`` takes at most one part in so many of the memory that is available."""
+
+
+class PictureCache:
+    """Decoded pictures with their labels by number, in memory that forked processes share.
+
+    The memory is an anonymous mapping: unlike /dev/shm, it has no limit of its own, which containers set at 64 MB, and
+    it is only taken as it is filled. A picture for which there is no room is not kept.
+
+    Args:
+        pictures: how many there are.
+        capacity: bytes for their pixels.
+
+    Raises:
+        OSError: the system refuses so much memory.
+
+    >>> cache = PictureCache(2, capacity=30)
+    >>> cache.put(1, np.full((2, 4, 3), 7, np.uint8), label=5)
+    >>> cache.get(0) is None, cache.get(1)[0].shape, cache.get(1)[1]
+    (True, (2, 4, 3), 5)
+    """
+
+    def __init__(self, pictures: int, capacity: int) -> None:
+        self.capacity = capacity
+        self._pixels = np.frombuffer(mmap.mmap(-1, max(1, capacity)), np.uint8)
+        entries = np.frombuffer(mmap.mmap(-1, 8 * (4 * pictures + 1)), np.int64)
+        self._used, self._entries = entries[:1], entries[1:].reshape(pictures, 4)  # offset, height, width, label
+        self._lock = multiprocessing.Lock()
+
+    def get(self, number: int) -> tuple[Pixels, int] | None:
+        """The picture [H, W, 3], to be read only, and its label; None if it is not kept."""
+        with self._lock:
+            offset, height, width, label = self._entries[number].tolist()
+        if not height:
+            return None
+        return self._pixels[offset : offset + 3 * height * width].reshape(height, width, 3), label
+
+    def put(self, number: int, pixels: Pixels, label: int) -> None:
+        """Keep a copy of the picture if there is room."""
+        with self._lock:
+            offset = int(self._used[0])
+            if self._entries[number, 1] or offset + pixels.size > self.capacity:
+                return
+            self._used[0] += pixels.size
+        self._pixels[offset : offset + pixels.size] = pixels.reshape(-1)
+        with self._lock:  # only now can others see it
+            self._entries[number] = offset, pixels.shape[0], pixels.shape[1], label
+
+
+def cache_for(
+    pictures: AnyPictures, reduction: Reduction, choice: CacheChoice, *, workers: int, processes: int = 1
+) -> tuple[PictureCache | None, str | None]:
+    """A cache for the training pictures, or None, and what to tell the user about it.
+
+    Args:
+        pictures: to be cached; a stream is not.
+        reduction: at which they are decoded.
+        choice: ``auto`` caches them if they fit into a quarter of the available memory.
+        workers: reading processes.
+        processes: that train on this machine, each with a cache of its own.
+
+    Raises:
+        UlsamError: ``true``, but it cannot be done.
+    """
+    if choice == "false":
+        return None, None
+    cache, said = None, "a stream is not kept"
+    if workers and multiprocessing.get_context().get_start_method() != "fork":
+        said = "reading processes share memory only where they are forked, on Linux; use --workers 0"
+    elif not isinstance(pictures, StreamPictures):
+        cache, said = _sized(pictures, reduction, 1 if choice == "true" else SHARE, processes)
+    if cache is None and choice == "true":
+        raise UlsamError(f"--cache true cannot be done: {said}; --cache auto goes on without")
+    return cache, said if cache else f"off: {said}"
+
+
+def _sized(pictures: MapPictures, reduction: Reduction, parts: int, processes: int) -> tuple[PictureCache | None, str]:
+    """A cache for all the pictures if they fit into one of so many parts of the available memory; and what to say."""
+    available = available_memory()
+    if available is None:
+        return None, "the system does not tell how much memory is available"
+    size = decoded_size(pictures, reduction)
+    room = available // parts // processes
+    said = f"{len(pictures)} pictures, {size / 1e6:.0f} MB"
+    if size > room:
+        return None, f"{said}, more than {room / 1e6:.0f} MB, 1/{parts * processes} of the memory that is available"
+    try:
+        return PictureCache(len(pictures), min(room, size + size // 4)), f"{said}, in memory"
+    except OSError as error:
+        return None, f"{said}, which the system refuses ({error.strerror})"
+
+
+def decoded_size(pictures: MapPictures, reduction: Reduction) -> int:
+    """Bytes that the decoded pictures take: an estimate from `SAMPLE` of them, spread over all."""
+    numbers = sorted({round(place) for place in np.linspace(0, len(pictures) - 1, SAMPLE)})
+    sizes = []
+    for number in numbers:
+        try:
+            sizes.append(pictures.fetch(number, reduction)[0].size)
+        except UnreadablePicture:  # told when training meets it
+            continue
+    return round(len(pictures) * float(np.mean(sizes))) if sizes else 0
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be taken without swapping, within the limits of the control groups; None where it is not told.
+
+    Linux: MemAvailable, and of each control group (version 1 or 2) above this process its limit minus what it uses,
+    file pages aside, which the system gives back.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        folder = mount / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            found += _left(place, "usage_in_bytes" if controllers else "current")
+            if place == mount:
+                break
+    return min(found) if found else None
+
+
+def _left(group: Path, usage: str) -> list[int]:
+    """What a control group leaves, as a list of one; empty where it sets no limit."""
+    limit = "limit_in_bytes" if usage == "usage_in_bytes" else "max"
+    try:
+        most = (group / f"memory.{limit}").read_text().strip()
+        used = int((group / f"memory.{usage}").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    files = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    return [] if most == "max" else [max(0, int(most) - used + files)]

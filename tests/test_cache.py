@@ -1,0 +1,254 @@
+"""Decoded pictures in memory: the same batches with and without, filled by all that read, as far as memory goes."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tiny import SETTINGS, draw_splits
+from ulsam.data import cache as caching
+from ulsam.data.augment import TrainTransform
+from ulsam.data.cache import PictureCache, available_memory, cache_for, decoded_size
+from ulsam.data.loading import Batch, EpochOrder, train_loader
+from ulsam.data.pictures import whole
+from ulsam.data.sources import FolderPictures, StreamPictures
+from ulsam.errors import UlsamError
+from ulsam.train.config import TrainConfig
+from ulsam.train.loop import train
+
+CROPS: dict[str, Any] = {"crop_scale": (0.3, 1.0), "hflip": 0.5, "rand_augment": None, "random_erasing": 0.5}
+LOOK: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
+AUGMENTED = TrainTransform((3, 16, 16), color_jitter=0.4, **CROPS, **LOOK)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> FolderPictures:
+    """JPEGs, some large enough to be decoded at half scale, an odd file, and one that cannot be read."""
+    random, samples = np.random.default_rng(0), []
+    for number in range(16):
+        size = (90 if number % 3 else 40, 60 + number, 3)
+        picture = Image.fromarray(random.integers(0, 256, size, np.uint8))
+        path = tmp_path / f"{number}.jpg"
+        picture.convert("CMYK" if number == 5 else "RGB").save(path)
+        samples.append((str(path), number % 2))
+    (tmp_path / "7.jpg").write_bytes((tmp_path / "7.jpg").read_bytes()[:900])
+    return FolderPictures(tuple(samples), ("even", "odd"))
+
+
+def epochs(pictures: FolderPictures, cache: PictureCache | None, workers: int, number: int = 2) -> list[Batch]:
+    order = EpochOrder(pictures, 4, seed=3)
+    loader = train_loader(pictures, AUGMENTED, order, batch_size=4, seed=3, workers=workers, cache=cache)
+    found = []
+    for epoch in range(number):
+        order.epoch = epoch
+        found += list(loader)
+    return found
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert a.unreadable == b.unreadable
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("capacity", [10**6, 30_000, 0])
+def test_batches_are_the_same_with_and_without_a_cache(pictures: FolderPictures, workers: int, capacity: int) -> None:
+    assert max(AUGMENTED.reduction(*Image.open(path).size) for path, _ in pictures.samples) > 1
+    assert_same(epochs(pictures, None, 0), epochs(pictures, PictureCache(16, capacity), workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_read_once_is_not_read_again(pictures: FolderPictures, workers: int) -> None:
+    without = epochs(pictures, None, 0, number=3)
+    cache = PictureCache(16, 10**6)
+    order = EpochOrder(pictures, 4, seed=3)
+    loader = train_loader(pictures, AUGMENTED, order, batch_size=4, seed=3, workers=workers, cache=cache)
+    found = list(loader)
+    bad = pictures.samples[7][0]
+    for path, _ in pictures.samples:
+        if path != bad:
+            Path(path).unlink()
+    for order.epoch in (1, 2):
+        found += list(loader)
+    assert_same(without, found)
+    assert {name for batch in found[4:] for name, _ in batch.unreadable} == {bad}  # it is tried again each time
+    kept = [cache.get(number) for number in range(16)]
+    assert [number for number, found in enumerate(kept) if found is None] == [7]
+    assert [label for entry in kept if entry for label in entry[1:]] == [n % 2 for n in range(16) if n != 7]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6), st.integers(1, 6)), max_size=30), st.integers(0, 400))
+@settings(max_examples=80, deadline=None)
+def test_a_cache_gives_back_what_it_was_given_or_nothing(puts: list[tuple[int, int, int]], capacity: int) -> None:
+    cache, given_first, used = PictureCache(10, capacity), dict[int, Any](), 0
+    for turn, (number, height, width) in enumerate(puts):
+        pixels = np.full((height, width, 3), turn, np.uint8)
+        cache.put(number, pixels, label=-turn)
+        if number not in given_first and used + pixels.size <= capacity:
+            given_first[number] = (pixels, -turn)
+            used += pixels.size
+    for number in range(10):
+        found = cache.get(number)
+        assert (found is None) == (number not in given_first)
+        if found:
+            assert np.array_equal(found[0], given_first[number][0])
+            assert found[1] == given_first[number][1]
+
+
+def test_processes_that_fill_a_cache_together_do_not_mix_pictures_up() -> None:
+    cache = PictureCache(400, 10**6)
+
+    def fill(offset: int) -> None:
+        for number in range(400):
+            number = (number + offset) % 400
+            if cache.get(number) is None:
+                cache.put(number, np.full((3 + number % 5, 7, 3), number % 251, np.uint8), number)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=fill, args=(offset,)) for offset in (0, 0, 200)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    for number in range(400):
+        found = cache.get(number)
+        assert found is not None
+        assert found[0].shape == (3 + number % 5, 7, 3)
+        assert (found[0] == number % 251).all()
+        assert found[1] == number
+
+
+# whether there is one
+
+
+def sizes(pictures: FolderPictures) -> int:
+    return sum(pictures.fetch(n)[0].size for n in range(16) if n != 7)
+
+
+def test_the_decoded_size_is_that_of_pictures_as_they_are_kept(pictures: FolderPictures) -> None:
+    whole_size = decoded_size(pictures, whole)
+    assert whole_size == pytest.approx(sizes(pictures) * 16 / 15, rel=1e-6)
+    assert decoded_size(pictures, AUGMENTED.reduction) < 0.6 * whole_size
+
+
+@pytest.mark.parametrize(("available", "fits"), [(5, True), (3, False)])
+def test_auto_takes_a_quarter_of_the_memory(
+    pictures: FolderPictures, monkeypatch: pytest.MonkeyPatch, available: int, fits: bool
+) -> None:
+    size = decoded_size(pictures, whole)
+    monkeypatch.setattr(caching, "available_memory", lambda: available * size)
+    cache, line = cache_for(pictures, whole, "auto", workers=2)
+    assert (cache is not None) == fits
+    assert line is not None
+    assert line.startswith(f"16 pictures, {size / 1e6:.0f} MB, in memory" if fits else "off: 16 pictures")
+    assert cache is None or size <= cache.capacity <= available * size // 4
+    two, line = cache_for(pictures, whole, "auto", workers=2, processes=2)
+    assert two is None
+    assert str(line).endswith("1/8 of the memory that is available")
+    insisted, _ = cache_for(pictures, whole, "true", workers=2)
+    assert insisted is not None
+    assert cache_for(pictures, whole, "false", workers=2) == (None, None)
+
+
+def refused(*_: int) -> PictureCache:
+    raise OSError(12, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"available_memory": lambda: 1000}, "16 pictures, .* of the memory that is available"),
+        ({"available_memory": lambda: None}, "the system does not tell how much memory is available"),
+        (
+            {"PictureCache": lambda *_: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory"))},
+            "16 pictures, .* refuses .Cannot",
+        ),
+    ],
+)
+def test_why_not(
+    pictures: FolderPictures, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
+) -> None:
+    for name, value in changed.items():
+        monkeypatch.setattr(caching, name, value)
+    cache, line = cache_for(pictures, whole, "auto", workers=0)
+    assert cache is None
+    with pytest.raises(UlsamError, match=f"--cache true cannot be done: {message}.*; --cache auto goes"):
+        cache_for(pictures, whole, "true", workers=0)
+    assert str(line).startswith("off: ")
+
+
+def test_processes_that_do_not_share_memory(pictures: FolderPictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_context", lambda: multiprocessing.context.SpawnContext())
+    assert cache_for(pictures, whole, "auto", workers=1) == (
+        None,
+        "off: reading processes share memory only where they are forked, on Linux; use --workers 0",
+    )
+
+
+def test_a_stream_is_not_kept() -> None:
+    stream = StreamPictures.__new__(StreamPictures)
+    assert cache_for(stream, whole, "auto", workers=0) == (None, "off: a stream is not kept")
+
+
+# memory
+
+
+def machine(root: Path, available: int, files: dict[str, str], groups: str) -> Path:
+    for name, content in {
+        "proc/meminfo": f"MemTotal: 999999 kB\nMemAvailable: {available} kB\n",
+        "proc/self/cgroup": groups,
+        **files,
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+def test_available_memory_without_limits(tmp_path: Path) -> None:
+    assert available_memory(machine(tmp_path, 5000, {}, "0::/\n")) == 5000 * 1024
+    assert available_memory(tmp_path / "nowhere") is None
+
+
+def test_available_memory_within_control_groups_of_version_2(tmp_path: Path) -> None:
+    def group(folder: str, most: str, used: int, files: int) -> dict[str, str]:
+        values = {"max": most, "current": str(used), "stat": f"anon 1\ninactive_file {files}\n"}
+        return {f"sys/fs/cgroup/{folder}memory.{name}": value for name, value in values.items()}
+
+    files = {**group("user/job/", "max", 10, 0), **group("user/", "3000000", 2000000, 500000)}
+    assert available_memory(machine(tmp_path, 5000, files, "0::/user/job\n")) == 1500000
+    files = group("", "2000000", 2500000, 0)
+    assert available_memory(machine(tmp_path / "at the root", 5000, files, "0::/\n")) == 0
+
+
+def test_available_memory_within_control_groups_of_version_1(tmp_path: Path) -> None:
+    values = {"limit_in_bytes": "3000000", "usage_in_bytes": "1000000", "stat": "cache 1\ntotal_inactive_file 7\n"}
+    files = {f"sys/fs/cgroup/memory/job/memory.{name}": value for name, value in values.items()}
+    groups = "5:cpu:/else\n4:memory:/job\n0::/\n"
+    assert available_memory(machine(tmp_path, 5000, files, groups)) == 2000007
+
+
+# training
+
+
+def test_training_says_whether_it_caches_and_ends_in_the_same_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = draw_splits(tmp_path / "data", train=6, val=2)
+    losses = []
+    for choice, said in (("true", "cache   18 pictures, 0 MB, in memory"), (False, None)):
+        config = TrainConfig(**{**SETTINGS, "data": str(data), "epochs": 1, "cache": choice})
+        assert config.cache == str(choice).lower()
+        summary = train(config, tmp_path / str(choice))
+        losses.append(summary["epochs"][0]["train_loss"])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache")]
+        assert lines == ([said] if said else [])
+    assert losses[0] == losses[1]
