@@ -5,13 +5,17 @@ output, the copy too (`clone`). The loop is written from the paper's description
 groups one after the other.
 
     python benchmarks/layer.py                   # the table, results/layer.json; 3 minutes on two cores
+    python benchmarks/layer.py --bf16            # in bfloat16, results/layer_bf16.json
     python benchmarks/layer.py --compile         # with torch.compile of the definition: a quarter of an hour
 """
 
 import argparse
+import copy
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,9 +88,8 @@ def medians(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[st
 
 def inference(x: Tensor, groups: int, form: str, with_compile: bool, seconds: float) -> dict[str, float]:
     channels = x.shape[1]
-    layer = ULSAM(channels, groups, form=form).eval()  # type: ignore[arg-type]
-    layer = layer.fold()
-    loop = Loop(channels, groups, form).eval().to(memory_format=torch.channels_last)
+    layer = ULSAM(channels, groups, form=form).eval().fold()  # type: ignore[arg-type]
+    loop = Loop(channels, groups, form).eval().to(x.dtype, memory_format=torch.channels_last)
     contenders: dict[str, Callable[[], Any]] = {
         "copy": lambda: x.clone(),
         "ours": lambda: layer(x),
@@ -107,13 +110,42 @@ def training(x: Tensor, groups: int, form: str, seconds: float) -> dict[str, flo
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     dy = torch.randn_like(x)
     layer = ULSAM(channels, groups, form=form)  # type: ignore[arg-type]
-    loop = Loop(channels, groups, form)
+    loop = Loop(channels, groups, form).to(x.dtype)
 
     def step(module: nn.Module) -> Callable[[], Any]:
         leaves = [x, *module.parameters()]
         return lambda: torch.autograd.grad(module(x), leaves, dy)
 
     return medians({"ours": step(layer), "loop": step(loop)}, seconds)
+
+
+def extra_memory(x: Tensor, groups: int, form: str) -> float:
+    """The most that forward and backward hold at once beyond x, y and their gradients, as a share of x."""
+    layer = ULSAM(x.shape[1], groups, form=form)  # type: ignore[arg-type]
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    dy = torch.randn_like(x)
+    shown = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # the profiler's own remarks
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            y = layer(x)
+            gradients = torch.autograd.grad(y, [x, *layer.parameters()], dy)
+    os.dup2(shown, 2)
+    os.close(shown)
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return (most - y.nbytes - gradients[0].nbytes) / x.nbytes
+
+
+def error(x: Tensor, groups: int, form: str) -> float:
+    """The largest difference of y to that of float64, over y's largest value."""
+    layer = ULSAM(x.shape[1], groups, form=form)  # type: ignore[arg-type]
+    with torch.no_grad():
+        y, exact = layer(x), copy.deepcopy(layer).double()(x.double())
+    return float((y.double() - exact).abs().max() / exact.abs().max())
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -124,15 +156,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=0.4, help="for each case")
-    parser.add_argument("--out", default="results/layer.json")
+    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
+    dtype, name = (torch.bfloat16, "layer_bf16") if args.bf16 else (torch.float32, "layer")
     torch.manual_seed(0)
     rows = []
     print(f"{'case':34} {'loop/ours':>18} {'ours/copy':>10} {'ours':>10}  {'training loop/ours':>18}")
     for channels, size in SHAPES:
         for batch in BATCHES:
             for layout, memory_format in LAYOUTS.items():
-                x = torch.randn(batch, channels, size, size).relu().contiguous(memory_format=memory_format)
+                x = torch.randn(batch, channels, size, size).relu().to(dtype).contiguous(memory_format=memory_format)
                 for groups in GROUPS:
                     for form in FORMS:
                         row: dict[str, Any] = {
@@ -144,6 +177,8 @@ def main() -> None:
                             "backend": which_backend(x)[0],
                             "inference_seconds": inference(x, groups, form, args.compile, args.seconds),
                             "training_seconds": training(x, groups, form, args.seconds),
+                            "extra_memory": extra_memory(x, groups, form),
+                            "error": error(x, groups, form),
                         }
                         rows.append(row)
                         found, step = row["inference_seconds"], row["training_seconds"]
@@ -155,17 +190,18 @@ def main() -> None:
                         )
     summary = summarise(rows)
     for name, value in summary.items():
-        print(f"{name:70} {value:8.2f}")
+        print(f"{name:80} {value:8.3g}")
     result = {
         "what": "seconds a call, medians of turns; loop: the groups one after the other, as the released module does",
-        "command": "python benchmarks/layer.py" + (" --compile" if args.compile else ""),
+        "command": " ".join(["python benchmarks/layer.py", *sys.argv[1:]]),
+        "dtype": str(dtype).removeprefix("torch."),
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "instructions": cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None,
         "summary": summary,
         "cases": rows,
     }
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    Path(f"results/{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -196,6 +232,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
         out[f"{form}: microseconds a call below 256 KiB, most"] = max(
             1e6 * row["inference_seconds"]["ours"] for row in small if row["form"] == form
         )
+        for groups in GROUPS:
+            memory = max(row["extra_memory"] for row in large if row["form"] == form and row["groups"] == groups)
+            out[f"{form}: memory beyond x, y and their gradients over x, g = {groups}, most"] = memory
+        out[f"{form}: error against float64, most"] = max(row["error"] for row in rows if row["form"] == form)
         if found := ratios("compile", "ours", form=form):
             out[f"{form}: torch.compile / ours, geometric mean"] = geometric_mean(found)
             out[f"{form}: torch.compile / ours, least"] = min(found)
