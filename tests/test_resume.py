@@ -320,7 +320,9 @@ def test_torchrun_has_one_writer(pair: tuple[Path, str, str]) -> None:
     check_whole(run)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["versions"]["processes"] == "2"
-    assert [line.split()[0] for line in out.splitlines()] == ["data", "net", "cost", "epoch", "epoch", "result", "note"]
+    assert [line.split()[0] for line in out.splitlines()] == [
+        *("data", "net", "cost", "probe", "epoch", "epoch", "result", "note")
+    ]
     assert err.count("unreadable ") == 1
     assert read_checkpoint(run)["position"]["updates"] == 2 * (72 // (4 * 2) // 2)  # type: ignore[index]
 

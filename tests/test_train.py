@@ -277,8 +277,8 @@ def test_loss_is_the_cross_entropy_with_soft_targets(mixing: dict[str, float], d
 
 
 def test_layout_and_precision(data: Path, tmp_path: Path) -> None:
-    plain = train(config(data, lr=2e-3, channels_last=False), tmp_path / "plain")
-    last = train(config(data, lr=2e-3, channels_last=True), tmp_path / "last")
+    plain = train(config(data, lr=2e-3, layout="contiguous"), tmp_path / "plain")
+    last = train(config(data, lr=2e-3, layout="channels_last"), tmp_path / "last")
     full = train(config(data, batch_size=36), tmp_path / "full")
     half = train(config(data, batch_size=36, amp="bf16"), tmp_path / "half")
     for name, value in weights(tmp_path / "plain").items():
