@@ -132,7 +132,9 @@ def probe(
     else:
 
         def step(setup: Setup) -> Step:
-            return _step(dataclasses.replace(config, **dataclasses.asdict(setup)), model, input_size, world.device)
+            return training_step(
+                dataclasses.replace(config, **dataclasses.asdict(setup)), model, input_size, world.device
+            )
 
         with parts.plain_words(), _same_generators(world.device):
             times = (measure or time_in_turn)({setup: step(setup) for setup in tried}, steps)
@@ -215,8 +217,21 @@ def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
     return medians
 
 
-def _step(config: TrainConfig, model: nn.Module, input_size: tuple[int, int, int], device: torch.device) -> Step:
-    """A function that takes one training step on random pictures with a copy of the net."""
+def training_step(
+    config: TrainConfig, model: nn.Module, input_size: tuple[int, int, int], device: torch.device
+) -> Step:
+    """A function that takes one training step, forward, backward and update, on random pictures with a copy of the net.
+
+    Args:
+        config: settings of which none that :func:`undecided` names is left open.
+        model: stays as it is.
+        input_size: channels, height, width.
+        device: where to train.
+
+    >>> config = TrainConfig("birds", layout="contiguous", amp="none", compile="none", batch_size=2)
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    >>> training_step(config, net, (3, 4, 4), torch.device("cpu"))()
+    """
     learner = Learner(config, copy.deepcopy(model), 1, World(0, 1, device))
     learner.train()
     images = torch.randn(config.batch_size, *input_size).to(device, memory_format=learner.layout)
