@@ -235,7 +235,9 @@ def main() -> None:
             print(f"{name:40} {rate if rate == missing else f'{rate:.1f} pictures a second'}", flush=True)
     result = {
         "what": "MobileNet-V2, 160 px, batch 32: seconds a training step, and pictures a second with reading",
-        "command": "python benchmarks/training.py --data DATA" + (" --timm-script TRAIN" if args.timm_script else ""),
+        "command": f"python benchmarks/training.py --seconds {args.seconds:g}"
+        + (" --data DATA" if args.data else "")
+        + (" --timm-script TRAIN" if args.timm_script else ""),
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
         "steps": steps(args.seconds),
