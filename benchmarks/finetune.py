@@ -45,6 +45,9 @@ def main() -> None:
         "threads": args.threads,
         "workers": args.workers,
         "model": "mobilenetv2_100",
+        "layout": "channels_last",  # no probe: all arms, and the runs of another day, take the same
+        "amp": "none",
+        "compile": "none",
     }
 
     def run(name: str, **settings: Any) -> dict[str, Any]:

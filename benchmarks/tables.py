@@ -137,11 +137,43 @@ def steps_table() -> str:
     return "\n".join([*lines, *(f"| {step} | {' -> '.join(ways)} |" for step, ways in found.items())])
 
 
+PRECISIONS = {"none": "float32", "bf16": "bf16"}
+
+
+def training_table() -> str:
+    """One row a net: the training step over the base net's, in each layout and precision; then pictures a second."""
+    result = json.loads((ROOT / "results" / "training.json").read_text())
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["steps"]:
+        setup = f"{row['layout']}, {PRECISIONS[row['amp']]}"
+        low, high = row["over_base_95"]
+        ratio = f"{row['over_base']:.3f} ({low:.3f} to {high:.3f})"
+        base = row["net"] == "base"
+        cells.setdefault(row["net"], {})[setup] = f"{1e3 * row['seconds']:.0f} ms" if base else ratio
+    machine = result["machine"]
+    lines = [
+        f"{machine['processor']}, {machine['threads']} threads, torch {result['versions']['torch']}:",
+        "",
+        f"| net | {' | '.join(cells['base'])} |",
+        "|---" * (1 + len(cells["base"])) + "|",
+        *(f"| {net} | {' | '.join(found.values())} |" for net, found in cells.items()),
+    ]
+    rates = result["loops"]["pictures a second"]
+    if isinstance(rates, dict):
+        ours = rates["ulsam train"]
+        lines += ["", "| training from disk | pictures a second | `ulsam train` over it |", "|---|---|---|"]
+        for name, rate in rates.items():
+            measured = isinstance(rate, float)
+            lines.append(f"| {name} | {rate:.1f} | {ours / rate:.2f} |" if measured else f"| {name} | {rate} | |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "README.md": {"finetune": finetune_table},
     "docs/performance.md": {
         "layer": layer_table,
         "network": network_table,
+        "training": training_table,
         "pipeline": pipeline_table,
         "steps": steps_table,
     },

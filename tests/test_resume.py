@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny import SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session, warm
 from ulsam.cli import main
 from ulsam.models import load
+from ulsam.train.machine import why_not_compiled
 from ulsam.train.state import read_checkpoint
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux tells them")
@@ -192,6 +193,29 @@ def test_killed_more_often(seed: int, ulsam: Warm, data: Path, unbroken: Path, t
     assert_same_end(tmp_path / "run", unbroken)
 
 
+def test_killed_after_its_probe_it_does_not_probe_again(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = {**SETTINGS, "epochs": 100, "save_seconds": 0}  # 3000 steps: enough for a probe
+    pid = ulsam.start(["train", str(data), "--out", str(run), *options(settings)], log)
+    wait_for(changed(run / "checkpoint.pt", 2))
+    assert ulsam.kill(pid) == -signal.SIGKILL, log.read_text()
+    chosen = (run / "config.yaml").read_bytes()
+    assert b"auto" not in chosen
+    assert " ms a step" in log.read_text()
+    told = log.read_text().count("probe ")
+    pid = ulsam.start(["train", "--resume", str(run)], log)
+    wait_for(changed(run / "checkpoint.pt", 2))
+    assert ulsam.kill(pid) == -signal.SIGKILL, log.read_text()
+    assert "resume  in epoch" in log.read_text()
+    assert log.read_text().count("probe ") == told
+    assert (run / "config.yaml").read_bytes() == chosen
+    state = read_checkpoint(run)
+    assert state is not None
+    assert {state["settings"][name] for name in ("layout", "amp", "compile")} <= {
+        *("contiguous", "channels_last", "none", "bf16")
+    }
+
+
 # stopped
 
 
@@ -321,7 +345,7 @@ def test_torchrun_has_one_writer(pair: tuple[Path, str, str]) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["versions"]["processes"] == "2"
     words = [line.split()[0] for line in out.splitlines()]
-    assert words == ["data", "cache", "net", "cost", "epoch", "epoch", "result", "note"]
+    assert words == ["data", "cache", "net", "cost", "probe", "epoch", "epoch", "result", "note"]
     assert err.count("unreadable ") == 1
     assert read_checkpoint(run)["position"]["updates"] == 2 * (72 // (4 * 2) // 2)  # type: ignore[index]
 
@@ -362,6 +386,31 @@ def test_two_processes_resume_to_the_same_weights(
     pids = start_pair(ulsam, ["train", "--resume", str(run)], log)
     assert [ulsam.ask(wait=pid) for pid in pids] == [0, 0]
     assert_same_end(run, pair[0])
+
+
+def test_two_processes_take_one_choice(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = {**PAIR, "epochs": 200, "save_seconds": 0}
+    pids = start_pair(ulsam, ["train", str(odd_data), "--out", str(run), *options(settings)], log)
+    wait_for(changed(run / "checkpoint.pt", 1))
+    for pid in pids:
+        ulsam.kill(pid)
+    assert b"auto" not in (run / "config.yaml").read_bytes()
+    assert " ms a step" in Path(f"{log}0").read_text()
+    assert "probe " not in Path(f"{log}1").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_not_compiled() is not None, reason="no C++ compiler")
+def test_two_processes_train_compiled(ulsam: Warm, pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = {**PAIR, "compile": "inductor"}
+    pids = start_pair(ulsam, ["train", str(odd_data), "--out", str(run), *options(settings)], log)
+    assert [ulsam.ask(wait=pid) for pid in pids] == [0, 0], Path(f"{log}0").read_text()
+    ours, eager = (load_file(folder / "model.safetensors") for folder in (run, pair[0]))
+    assert ours.keys() == eager.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-2, rtol=1e-1)
 
 
 def test_too_many_bad_pictures_end_all_processes(ulsam: Warm, tmp_path: Path) -> None:

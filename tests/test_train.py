@@ -44,6 +44,7 @@ from ulsam.models import load
 from ulsam.module import ULSAM
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import Interrupted, Trainer, resume, train
+from ulsam.train.machine import why_not_compiled
 from ulsam.train.state import read_checkpoint
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -277,8 +278,8 @@ def test_loss_is_the_cross_entropy_with_soft_targets(mixing: dict[str, float], d
 
 
 def test_layout_and_precision(data: Path, tmp_path: Path) -> None:
-    plain = train(config(data, lr=2e-3, channels_last=False), tmp_path / "plain")
-    last = train(config(data, lr=2e-3, channels_last=True), tmp_path / "last")
+    plain = train(config(data, lr=2e-3, layout="contiguous"), tmp_path / "plain")
+    last = train(config(data, lr=2e-3, layout="channels_last"), tmp_path / "last")
     full = train(config(data, batch_size=36), tmp_path / "full")
     half = train(config(data, batch_size=36, amp="bf16"), tmp_path / "half")
     for name, value in weights(tmp_path / "plain").items():
@@ -502,6 +503,22 @@ def test_a_stopped_run_ends_as_an_unbroken_one(
     timing = ("seconds", "images_per_second")
     for row, other in zip(summary["epochs"], unbroken["epochs"], strict=True):
         assert {key: row[key] for key in row if key not in timing} == {k: other[k] for k in other if k not in timing}
+
+
+COMPILED = pytest.param(
+    {"compile": "inductor", "drop_rate": 0.3},
+    marks=[pytest.mark.slow, pytest.mark.skipif(why_not_compiled() is not None, reason="no C++ compiler")],
+)
+
+
+@pytest.mark.parametrize("settings", [{"amp": "bf16"}, {"layout": "contiguous"}, COMPILED], ids=str)
+def test_so_it_does_in_any_precision_layout_and_form(settings: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    chosen = config(data, epochs=2, ema=0.5, edits=["insert blocks.2 g=4"], **settings)
+    train(chosen, tmp_path / "unbroken")
+    with stop_after(5), pytest.raises(Interrupted, match="stopped in epoch 2, step 2"):
+        train(chosen, tmp_path / "run")
+    resume(tmp_path / "run")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "unbroken"))
 
 
 def test_a_run_without_a_checkpoint_starts_again(data: Path, trained: Path, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ RECIPE: dict[str, Any] = {
     "smoothing": 0.0,
     "crop_scale": [0.8, 1.0],
     "val_every": 1,
+    "layout": "channels_last",  # no probe: both nets, and every machine, take the same
+    "amp": "none",
+    "compile": "none",
 }
 EDIT = "replace 12 g=4"  # the paper's row for MobileNet-V1 at half width
 

@@ -90,8 +90,13 @@ class TrainConfig:
     ema: float = _option(0.0, "decay of the averaged weights, which are then measured and saved; 0 is off")
     # machine
     device: str = _option("auto", "auto, cpu, cuda or mps")
-    amp: Literal["auto", "none", "bf16", "fp16"] = _option("auto", "mixed precision; auto: on a GPU alone")
-    channels_last: bool = _option(True, "memory layout of pictures and weights")
+    layout: Literal["auto", "contiguous", "channels_last"] = _option(
+        "auto", "of pictures and weights; auto: by a probe"
+    )
+    amp: Literal["auto", "none", "bf16", "fp16"] = _option("auto", "mixed precision; auto: by a probe")
+    compile: Literal["auto", "none", "inductor"] = _option(
+        "auto", "torch.compile; auto: by a probe, in long runs alone"
+    )
     threads: int | None = _option(None, "CPU threads of training (default: the cores that the workers leave)")
     seed: int = _option(0, "of everything random")
     # run

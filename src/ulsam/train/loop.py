@@ -4,7 +4,6 @@ Nothing random is saved: every picture and every step seeds the generators anew 
 that was killed goes on from its last checkpoint to the same weights, bit for bit on the same machine and versions.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,28 +11,27 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from tqdm import tqdm
 
-from ulsam.costs import Cost, cost
+from ulsam.costs import cost
 from ulsam.data import loading, sources
 from ulsam.distributed import World, launch_line, start
 from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, recipe_transform
 from ulsam.files import clear_parts, write_atomic
 from ulsam.models import build, save_model, sketch
-from ulsam.places import match
-from ulsam.train import parts, report
+from ulsam.train import parts, report, restore
 from ulsam.train.config import TrainConfig, read_config
-from ulsam.train.state import environment, read_checkpoint, write_checkpoint
+from ulsam.train.machine import fitted
+from ulsam.train.probe import probe, undecided
+from ulsam.train.state import Position, environment, read_checkpoint, write_checkpoint
+from ulsam.train.step import Learner
 
 #: Settings that a resumed run may change: what is trained, and how, stays the same.
 HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds")
@@ -41,19 +39,6 @@ HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on."""
-
-
-@dataclass
-class Position:
-    """How far a run has come: with the weights, their average and the optimizer this is its whole state."""
-
-    epoch: int = 0  # epochs that are finished
-    batch: int = 0  # batches that each process did in the current one
-    updates: int = 0  # of the weights, in all
-    loss_sum: float = 0.0  # over the pictures of the current epoch
-    pictures: int = 0
-    seconds: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
 
 
 def train(config: TrainConfig, run: str | Path) -> dict[str, Any]:
@@ -70,7 +55,7 @@ def train(config: TrainConfig, run: str | Path) -> dict[str, Any]:
     """
     run = Path(run)
     with start(config.device) as world:
-        config = parts.resolved(config, world)
+        config = fitted(config, world.device)
         _check_free(run)
         trainer = Trainer(config, run, world)  # before the folder is made: most mistakes show here
         if world.writes:
@@ -78,7 +63,7 @@ def train(config: TrainConfig, run: str | Path) -> dict[str, Any]:
                 run.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
-            write_atomic(run / "config.yaml", config.to_yaml())
+            write_atomic(run / "config.yaml", trainer.config.to_yaml())
         return trainer.fit()
 
 
@@ -103,9 +88,11 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[
     for name, value in dataclasses.asdict(TrainConfig.from_mapping(before)).items():
         if name not in HARMLESS and getattr(config, name) != value:
             raise UlsamError(f"--resume goes on with the run's own settings: {name} was {value} and cannot be changed")
+    if names := undecided(config):
+        raise UlsamError(f"{run / 'config.yaml'} was changed: {names[0]} is auto, but the run had chosen; put it back")
     saved = read_checkpoint(run)
     with start(config.device) as world:
-        trainer = Trainer(parts.resolved(config, world), run, world, fresh=saved is None)
+        trainer = Trainer(fitted(config, world.device), run, world, fresh=saved is None)
         if saved is not None:
             trainer.restore(saved)
         if world.writes:
@@ -117,7 +104,7 @@ class Trainer:
     """One run in one process: the parts are built here, :meth:`fit` is the loop."""
 
     def __init__(self, config: TrainConfig, run: Path, world: World, fresh: bool = True) -> None:
-        self.config, self.run, self.world = config, run, world
+        self.run, self.world = run, world
         if config.threads:
             torch.set_num_threads(config.threads)
         loading.seed_all(config.seed)
@@ -129,31 +116,10 @@ class Trainer:
         self.recipe = parts.recipe_of(config, self.classes)
         start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
         model, skipped = build(self.recipe, **start_weights)
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(world.device).to(memory_format=self.layout)
-        self.frozen = [model.get_submodule(name) for name in (match(model, config.freeze) if config.freeze else [])]
-        for module in self.frozen:
-            module.requires_grad_(False)
-
         self.loader, self.order, self.epoch_updates, cache_line = parts.batches_of(
             config, self.recipe, self.train_pictures, world
         )
-        self.optimizer, self.schedule = parts.optimizer_of(config, self.model, self.epoch_updates)
-        self.mixing = parts.mixing_of(config, len(self.classes))
-        self.amp = parts.AMP_DTYPES[config.amp]
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == torch.float16)
-        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
-        self.net: nn.Module = self.model
-        if world.size > 1:
-            ids = [world.device] if world.device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.model, device_ids=ids)
-
-        self.at = Position()
-        self.unreadable = {
-            "train": parts.Unreadable(len(self.train_pictures), config.max_unreadable, world.writes),
-            "val": parts.Unreadable(len(self.val_pictures), config.max_unreadable, world.writes),
-        }
-        self.cost = cost(self.model, self.recipe.input_size)
+        self.cost = cost(model, self.recipe.input_size)
         self.base_cost = cost(sketch(dataclasses.replace(self.recipe, edits=())), self.recipe.input_size)
         n_train, n_val = len(self.train_pictures), len(self.val_pictures)
         self._say(
@@ -162,9 +128,22 @@ class Trainer:
         if cache_line:
             self._say(f"cache   {cache_line}")
         self._say(f"net     {config.model}; edits: {'; '.join(config.edits) or 'none'}")
-        self._say(f"cost    {_cost_line(self.cost, self.base_cost)}")
+        self._say(f"cost    {report.cost_line(self.cost, self.base_cost)}")
         for note in [*notes, *skipped]:
             self._say(f"note    {note}")
+
+        self.config, choice = probe(config, model, self.recipe.input_size, self.epoch_updates, world)
+        for line in choice:
+            self._say(line)
+        self.learner = Learner(self.config, model, self.epoch_updates, world)
+        self.model, self.layout, self.optimizer = self.learner.model, self.learner.layout, self.learner.optimizer
+        self.mixing = parts.mixing_of(config, len(self.classes))
+        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.at = Position()
+        self.unreadable = {
+            "train": parts.Unreadable(len(self.train_pictures), config.max_unreadable, world.writes),
+            "val": parts.Unreadable(len(self.val_pictures), config.max_unreadable, world.writes),
+        }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint; says what is not as it was.
@@ -173,11 +152,17 @@ class Trainer:
             UlsamError: the checkpoint is of another net, other classes, other settings or another number of processes.
         """
         try:
-            self._check_same(saved)
-            self.at = self._position(saved["position"])
+            restore.check_same(
+                saved,
+                processes=self.world.size,
+                classes=list(self.classes),
+                settings=self._settings(),
+                config_file=self.run / "config.yaml",
+            )
+            self.at = restore.position(saved["position"], self.config, self.epoch_updates)
             self.model.load_state_dict(saved["model"])
-            self._restore_optimizer(saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
+            restore.load_optimizer(self.optimizer, saved["optimizer"], self.config.opt)
+            self.learner.scaler.load_state_dict(saved["scaler"])
             if self.ema:
                 self.ema.module.load_state_dict(saved["ema"])
             for split, names in self.unreadable.items():
@@ -196,56 +181,6 @@ class Trainer:
                 change = f"{name}: {saved['environment'].get(name)} before, {now} now"
                 self._say(f"warning {change}; the weights will not be bit for bit those of an unbroken run")
 
-    def _check_same(self, saved: dict[str, Any]) -> None:
-        """Raise unless the run was started with these settings, classes and as many processes."""
-        processes = saved["environment"]["processes"]
-        if processes != str(self.world.size):
-            raise UlsamError(f"this run has {processes} process(es), not {self.world.size}: start as many")
-        if saved["classes"] != list(self.classes):
-            raise UlsamError("the data has other classes than this run was started with")
-        for name, now in self._settings().items():
-            if saved["settings"][name] != now:
-                raise UlsamError(
-                    f"{self.run / 'config.yaml'} was changed: {name} was {saved['settings'][name]} and is {now} now; "
-                    "put it back, or start a new run"
-                )
-
-    def _position(self, saved: dict[str, Any]) -> Position:
-        """The position in a checkpoint; raises ValueError and what else a wrong one leads to."""
-        at = Position(**saved)
-        batches = self.epoch_updates * self.config.accumulate
-        for name, most in (("epoch", self.config.epochs), ("batch", batches), ("updates", None), ("pictures", None)):
-            value = saved.get(name, 0)
-            if type(value) is not int or value < 0 or (most is not None and value > most):
-                raise ValueError(f"{name} is {value!r}" + ("" if most is None else f", not 0 to {most}"))
-        if not (type(at.loss_sum) is type(at.seconds) is float and math.isfinite(at.loss_sum) and at.seconds >= 0):
-            raise ValueError(f"loss and seconds are {at.loss_sum!r}, {at.seconds!r}")
-        if at.batch % self.config.accumulate or (at.batch and not (at.pictures and at.seconds)):
-            raise ValueError(f"batch is {at.batch}, after {at.pictures} pictures in {at.seconds} s")
-        sound = all(
-            tuple(row) == report.COLUMNS and all(value is None or type(value) in (int, float) for value in row.values())
-            for row in at.rows
-        )
-        if len(at.rows) != at.epoch or not sound:
-            raise ValueError(f"{at.epoch} epochs, but its rows are not theirs")
-        return at
-
-    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
-        """Give the optimizer its state; raises ValueError and what else the state of another one leads to."""
-        new = self.optimizer.state_dict()["param_groups"]
-        for group, other in zip(new, saved["param_groups"], strict=True):
-            changed = [
-                name for name in group.keys() | other.keys() if name != "lr" and group.get(name) != other.get(name)
-            ]
-            if changed:
-                raise ValueError(f"{min(changed)} of its optimizer is not that of {self.config.opt}")
-        self.optimizer.load_state_dict(saved)
-        kinds = {"momentum_buffer"} if self.config.opt == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
-        for parameter, state in self.optimizer.state.items():
-            fits = all(value.numel() == 1 or value.shape == parameter.shape for value in state.values())
-            if state.keys() != kinds or not fits:
-                raise ValueError(f"the state of its optimizer is not that of {self.config.opt}")
-
     def save(self) -> None:
         """Write the checkpoint: all processes call this, the first one writes."""
         if self.world.writes:
@@ -257,7 +192,7 @@ class Trainer:
                 "position": dataclasses.asdict(self.at),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
+                "scaler": self.learner.scaler.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema else None,
             }
             write_checkpoint(self.run, state)
@@ -301,9 +236,7 @@ class Trainer:
 
     def _begin_epoch(self) -> Iterator[loading.Batch]:
         """Put everything in training mode; the batches of the epoch that are left."""
-        self.net.train()
-        for module in self.frozen:
-            module.eval()  # BatchNorm statistics too
+        self.learner.train()
         loading.seed_all(self.config.seed, 3, self.at.epoch, self.world.rank)  # a stream's workers
         if self.order:
             self.order.epoch, self.order.start = self.at.epoch, self.at.batch
@@ -313,9 +246,9 @@ class Trainer:
 
     def _update(self, batches: Iterator[loading.Batch], stopping: bool, late: bool) -> tuple[float, bool, bool]:
         """One optimizer update: its mean loss, and whether any process wants to stop, or the first one to save."""
-        config, at, world, net = self.config, self.at, self.world, self.net
+        config, at, world = self.config, self.at, self.world
         began = time.monotonic()
-        self.schedule.step_update(at.updates + 1)
+        self.learner.schedule.step_update(at.updates + 1)
         loss_sum, pictures = 0.0, 0
         bad: list[tuple[str, str]] = []
         for turn in range(config.accumulate):
@@ -333,14 +266,9 @@ class Trainer:
             labels: Tensor = batch.labels.to(world.device, non_blocking=True)
             if self.mixing:
                 images, labels = self.mixing(images, labels)
-            more = isinstance(net, DistributedDataParallel) and turn + 1 < config.accumulate
-            with net.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
-                with torch.autocast(world.device.type, dtype=self.amp, enabled=self.amp is not None):
-                    logits = net(images)
-                smoothing = 0.0 if self.mixing else config.smoothing
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-                self.scaler.scale(loss / config.accumulate).backward()
-            loss_sum += loss.item() * len(images)
+            smoothing = 0.0 if self.mixing else config.smoothing
+            last = turn + 1 == config.accumulate
+            loss_sum += self.learner.add_gradients(images, labels, smoothing=smoothing, last=last) * len(images)
             pictures += len(images)
 
         shared = torch.tensor([loss_sum, pictures, stopping, world.writes and late, len(bad)], dtype=torch.float64)
@@ -349,12 +277,7 @@ class Trainer:
             self.unreadable["train"].add(pair for share in world.gather(bad) for pair in share)
         if not math.isfinite(loss_sum):
             raise self._diverged(f"the loss is {loss_sum / pictures}", at.batch // config.accumulate + 1)
-        if config.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        self.learner.update()
         at.batch += config.accumulate
         at.updates += 1
         at.loss_sum += loss_sum
@@ -383,8 +306,8 @@ class Trainer:
                 batches,
                 len(self.classes),
                 world=self.world,
-                amp=self.amp,
-                channels_last=self.config.channels_last,
+                amp=self.learner.amp,
+                channels_last=self.config.layout == "channels_last",
                 progress=self.val_pictures.split if self.world.writes else None,
                 stop=stopping,
             )
@@ -480,14 +403,3 @@ def _check_free(run: Path) -> None:
     if taken:
         resume = f"go on with --resume {run}, or " if (run / "config.yaml").is_file() else ""
         raise UlsamError(f"{run} exists: {resume}choose another --out")
-
-
-def _cost_line(edited: Cost, base: Cost) -> str:
-    def change(now: int, before: int) -> str:
-        return "" if now == before else f" ({100 * (now / before - 1):+.1f} % against the base net)"
-
-    size = "x".join(map(str, edited.input_size))
-    return (
-        f"{edited.params / 1e6:.3f} M parameters{change(edited.params, base.params)}, "
-        f"{edited.macs / 1e6:.1f} M MACs{change(edited.macs, base.macs)} at {size}"
-    )

@@ -1,6 +1,5 @@
 """What a training run is made of: pictures, net, batches, optimizer, each built from the settings."""
 
-import dataclasses
 import os
 import signal
 import sys
@@ -20,32 +19,10 @@ from ulsam.data import loading, sources
 from ulsam.data.augment import TrainTransform
 from ulsam.data.cache import cache_for
 from ulsam.distributed import World
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, first_line
 from ulsam.models import make_recipe, ulsam_parameters
 from ulsam.recipe import Edit, Recipe
 from ulsam.train.config import TrainConfig
-
-AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolved(config: TrainConfig, world: World) -> TrainConfig:
-    """The settings with every "auto" that touches the result decided, so that ``config.yaml`` repeats the run.
-
-    Raises:
-        UlsamError: fp16 on a device without it.
-    """
-    amp = config.amp
-    if amp == "auto":
-        on_gpu = world.device.type == "cuda"
-        amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "none"
-    if amp == "fp16" and world.device.type != "cuda":
-        raise UlsamError(f"--amp fp16 needs a CUDA GPU; on {world.device.type} use bf16 or none")
-    if config.threads is not None:
-        threads = config.threads
-    else:  # one core for each process that reads pictures: threads that wait for a busy core cost more than they give
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = min(torch.get_num_threads(), max(1, cores - config.workers))
-    return dataclasses.replace(config, amp=amp, threads=threads)
 
 
 def open_pictures(config: TrainConfig) -> tuple[sources.AnyPictures, sources.AnyPictures, list[str]]:
@@ -169,17 +146,24 @@ class Unreadable:
             raise UlsamError(f"more than {self.limit} pictures cannot be read (named above): see --max-unreadable")
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is what PyTorch raises when the device's memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def plain_words() -> Iterator[None]:
     """Turn what is no bug, but a limit of the machine or of the net, into one line.
 
     Raises:
-        UlsamError: the memory is full, or BatchNorm got one value a channel.
+        UlsamError: the memory is full, BatchNorm got one value a channel, or torch.compile failed.
     """
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UlsamError(f"torch.compile failed: {first_line(error)}; use --compile none") from error
+        if is_out_of_memory(error):
             raise UlsamError("the memory is full: use a smaller --batch-size, and --accumulate instead") from error
         raise
     except ValueError as error:

@@ -80,6 +80,19 @@ def cost_entry(cost: Cost) -> dict[str, Any]:
     }
 
 
+def cost_line(edited: Cost, base: Cost) -> str:
+    """Parameters and MACs of a net, and the change against its base net."""
+
+    def change(now: int, before: int) -> str:
+        return "" if now == before else f" ({100 * (now / before - 1):+.1f} % against the base net)"
+
+    size = "x".join(map(str, edited.input_size))
+    return (
+        f"{edited.params / 1e6:.3f} M parameters{change(edited.params, base.params)}, "
+        f"{edited.macs / 1e6:.1f} M MACs{change(edited.macs, base.macs)} at {size}"
+    )
+
+
 def versions() -> dict[str, str]:
     """The versions and the machine that a figure was taken with."""
     return {"ulsam": __version__, **environment(), "machine": platform.machine(), "system": platform.system()}

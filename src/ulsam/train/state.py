@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,19 @@ from ulsam.files import write_atomic
 
 CHECKPOINT = "checkpoint.pt"
 VERSION = 2
+
+
+@dataclass
+class Position:
+    """How far a run has come: with the weights, their average and the optimizer this is its whole state."""
+
+    epoch: int = 0  # epochs that are finished
+    batch: int = 0  # batches that each process did in the current one
+    updates: int = 0  # of the weights, in all
+    loss_sum: float = 0.0  # over the pictures of the current epoch
+    pictures: int = 0
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
 
 
 def write_checkpoint(run: Path, state: dict[str, Any]) -> None:

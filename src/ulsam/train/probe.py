@@ -1,0 +1,290 @@
+"""Choose the memory layout, the precision and compilation of a run by timing its training step.
+
+Only what the settings leave at "auto" is chosen. The probe works on copies of the net and leaves every random generator
+as it was: a run whose choice is written into its settings ends in the same weights without a probe.
+"""
+
+import copy
+import dataclasses
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ulsam.distributed import World, start
+from ulsam.errors import UlsamError, first_line
+from ulsam.models import build
+from ulsam.train import parts
+from ulsam.train.config import TrainConfig
+from ulsam.train.machine import fitted, has_bf16, why_not_compiled
+from ulsam.train.step import LAYOUTS, Learner
+
+MARGIN = 0.05  # so much faster than a plainer one a choice must be, so that noise does not choose
+LEAST_TURNS, MOST_TURNS = 3, 15  # timed steps of each candidate, after one that is not timed
+SHARE, SHORT_SHARE, SHORT_SECONDS = 0.02, 0.05, 20.0  # of the run the probe may take; the larger one up to 20 seconds
+COMPILE_SECONDS = 3600.0  # the shortest run for which compilation is tried
+NAMES = {"none": "float32", "bf16": "bf16", "fp16": "fp16"}
+
+SETTINGS = ("layout", "amp", "compile")
+
+Step = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """How the training step is computed."""
+
+    layout: Literal["contiguous", "channels_last"] = "channels_last"
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    compile: Literal["none", "inductor"] = "none"
+
+    def __str__(self) -> str:
+        return f"{self.layout} {NAMES[self.amp]} {'eager' if self.compile == 'none' else 'compiled'}"
+
+
+Measure = Callable[[Mapping[Setup, Step], int], dict[Setup, float]]
+
+
+def settle(config: TrainConfig) -> TrainConfig:
+    """The settings with nothing left at "auto", as :func:`ulsam.train.loop.train` would settle them; prints how.
+
+    For runs that are compared: settle one, then replace what differs between them.
+
+    Raises:
+        UlsamError: the data or the net is not usable, or not one candidate fits into the memory.
+
+    >>> settle(TrainConfig("birds", layout="contiguous", amp="none", compile="none", threads=1)).layout
+    'contiguous'
+    """
+    with start(config.device) as world:
+        config = fitted(config, world.device)
+        if not undecided(config):
+            return config
+        threads = torch.get_num_threads()
+        torch.set_num_threads(config.threads or threads)
+        try:
+            with _same_generators(world.device):
+                pictures, _, _ = parts.open_pictures(config)
+                recipe = parts.recipe_of(config, pictures.classes)
+                _, _, updates, _ = parts.batches_of(dataclasses.replace(config, cache="false"), recipe, pictures, world)
+                model, _ = build(recipe)
+                config, lines = probe(config, model, recipe.input_size, updates, world)
+        finally:
+            torch.set_num_threads(threads)
+        if world.writes:
+            print(*lines, sep="\n")
+        return config
+
+
+def undecided(config: TrainConfig) -> list[str]:
+    """The settings that a probe would choose.
+
+    >>> undecided(TrainConfig("birds", amp="none"))
+    ['layout', 'compile']
+    """
+    return [name for name in SETTINGS if getattr(config, name) == "auto"]
+
+
+def probe(
+    config: TrainConfig,
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    epoch_updates: int,
+    world: World,
+    measure: Measure | None = None,
+) -> tuple[TrainConfig, list[str]]:
+    """Decide what is left at "auto"; all processes get the first one's choice.
+
+    A run of so few steps that a probe would cost a notable part of it is not probed: channels_last, eager, float32 on a
+    CPU and half precision on a GPU.
+
+    Args:
+        config: the run's settings.
+        model: its net; stays as it is.
+        input_size: channels, height, width.
+        epoch_updates: of the weights in an epoch.
+        measure: in place of :func:`time_in_turn`.
+
+    Returns:
+        The settings with the choice, and lines for the user.
+
+    Raises:
+        UlsamError: not one candidate fits into the memory, or BatchNorm got one value a channel.
+    """
+    notes = []
+    if config.amp == "bf16" and not has_bf16(world.device):
+        notes = [f"note    {world.device.type} has no bfloat16 in hardware here: --amp none may be faster than bf16"]
+    names = undecided(config)
+    if not names:
+        return config, notes
+    given: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS if name not in names}
+    tried = candidates(config, world.device)
+    steps = config.epochs * epoch_updates * config.accumulate
+    options = " ".join(f"--{name}" for name in names)
+    if SHARE * steps < len(tried) * (1 + LEAST_TURNS):
+        usual = Setup(amp=tried[-1].amp if world.device.type == "cuda" else "none")
+        chosen = dataclasses.replace(usual, **given)
+        lines = [f"probe   none for a run of {steps} steps: {chosen}; to choose: {options}"]
+    else:
+
+        def step(setup: Setup) -> Step:
+            return training_step(
+                dataclasses.replace(config, **dataclasses.asdict(setup)), model, input_size, world.device
+            )
+
+        with parts.plain_words(), _same_generators(world.device):
+            times = (measure or time_in_turn)({setup: step(setup) for setup in tried}, steps)
+            if not times:
+                raise UlsamError("the memory is full: use a smaller --batch-size, and --accumulate instead")
+            chosen = choose(times)
+            others = [f"{setup} {1e3 * times[setup]:.0f} ms" for setup in times if setup != chosen]
+            others += [f"{setup} does not fit into the memory" for setup in tried if setup not in times]
+            lines = [f"probe   {chosen}: {1e3 * times[chosen]:.0f} ms a step" + "; ".join(["", *others])]
+            if "compile" in names:
+                chosen, why = _try_compiled(chosen, times[chosen], steps, step)
+                lines.append(f"probe   {why}")
+        lines[-1] += f"; to choose: {options}"
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    chosen = world.gather(dataclasses.replace(chosen, **given))[0]
+    return dataclasses.replace(config, **dataclasses.asdict(chosen)), notes + lines
+
+
+def candidates(config: TrainConfig, device: torch.device) -> list[Setup]:
+    """What the settings leave to choose from, eager, the plainest first.
+
+    >>> [str(setup) for setup in candidates(TrainConfig("birds", amp="none"), torch.device("cpu"))]
+    ['contiguous float32 eager', 'channels_last float32 eager']
+    """
+    layouts: list[Any] = list(LAYOUTS) if config.layout == "auto" else [config.layout]
+    half = ["bf16"] if has_bf16(device) else ["fp16"] if device.type == "cuda" else []
+    amps: list[Any] = ["none", *half] if config.amp == "auto" else [config.amp]
+    return [Setup(layout, amp) for amp in amps for layout in layouts]
+
+
+def choose(times: Mapping[Setup, float], margin: float = MARGIN) -> Setup:
+    """The fastest of candidates that come the plainest first, where it is clearly faster than the plainer ones.
+
+    Args:
+        times: seconds a step.
+        margin: one that does not take less than 1 - ``margin`` of the time of the best plainer one does not win.
+
+    >>> str(choose({Setup("contiguous"): 1.0, Setup("channels_last"): 0.96}))
+    'contiguous float32 eager'
+    """
+    setups = iter(times)
+    best = next(setups)
+    for setup in setups:
+        if times[setup] < (1 - margin) * times[best]:
+            best = setup
+    return best
+
+
+def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
+    """Median seconds of a step of each candidate; they take turns, after a step each that is not timed.
+
+    The probe ends after `MOST_TURNS`, or when it has taken 2 % of the run: 5 % as long as these are under 20 seconds.
+
+    Args:
+        take: a function that takes a step, for each candidate; one that runs out of memory is left out.
+        steps: of the whole run.
+    """
+    began = time.monotonic()
+    times: dict[Setup, list[float]] = {}
+    for setup, step in take.items():
+        try:
+            step()
+        except RuntimeError as error:
+            if not parts.is_out_of_memory(error):
+                raise
+        else:
+            times[setup] = []
+    medians: dict[Setup, float] = {}
+    for turn in range(1, MOST_TURNS + 1):
+        for setup, found in times.items():
+            before = time.perf_counter()
+            take[setup]()
+            found.append(time.perf_counter() - before)
+        medians = {setup: statistics.median(found) for setup, found in times.items()}
+        run = steps * min(medians.values(), default=0.0)
+        limit = max(SHARE * run, min(SHORT_SECONDS, SHORT_SHARE * run))
+        if turn >= LEAST_TURNS and time.monotonic() - began > limit:
+            break
+    return medians
+
+
+def training_step(
+    config: TrainConfig, model: nn.Module, input_size: tuple[int, int, int], device: torch.device
+) -> Step:
+    """A function that takes one training step, forward, backward and update, on random pictures with a copy of the net.
+
+    Args:
+        config: settings of which none that :func:`undecided` names is left open.
+        model: stays as it is.
+        input_size: channels, height, width.
+        device: where to train.
+
+    >>> config = TrainConfig("birds", layout="contiguous", amp="none", compile="none", batch_size=2)
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    >>> training_step(config, net, (3, 4, 4), torch.device("cpu"))()
+    """
+    learner = Learner(config, copy.deepcopy(model), 1, World(0, 1, device))
+    learner.train()
+    images = torch.randn(config.batch_size, *input_size).to(device, memory_format=learner.layout)
+    labels = torch.zeros(config.batch_size, dtype=torch.long, device=device)
+
+    def take() -> None:
+        learner.add_gradients(images, labels, smoothing=config.smoothing)
+        learner.update()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return take
+
+
+def _try_compiled(eager: Setup, seconds: float, steps: int, step: Callable[[Setup], Step]) -> tuple[Setup, str]:
+    """The eager setup or its compiled form, and why."""
+    run = seconds * steps
+    if run < COMPILE_SECONDS:
+        return eager, f"not compiled: it takes a minute or more, which a run of about {_span(run)} does not earn back"
+    if lack := why_not_compiled():
+        return eager, f"not compiled: {lack}"
+    compiled = dataclasses.replace(eager, compile="inductor")
+    take = {eager: step(eager), compiled: step(compiled)}
+    began = time.monotonic()
+    try:
+        take[compiled]()
+    except RuntimeError as error:
+        return eager, f"not compiled: torch.compile failed: {first_line(error)}"
+    cost = time.monotonic() - began
+    times = time_in_turn(take, steps)
+    told = f"{1e3 * times[compiled]:.0f} ms a step for {1e3 * times[eager]:.0f}, after {cost:.0f} s of compilation"
+    if choose(times) == eager or (times[eager] - times[compiled]) * steps < cost:
+        return eager, f"not compiled: {told}"
+    return compiled, f"compiled: {told}"
+
+
+def _span(seconds: float) -> str:
+    """
+    >>> _span(40), _span(600)
+    ('40 s', '10 minutes')
+    """
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
+@contextmanager
+def _same_generators(device: torch.device) -> Iterator[None]:
+    """Leave Python's, NumPy's and PyTorch's random generators as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

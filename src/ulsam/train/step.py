@@ -1,0 +1,71 @@
+"""One training step: a net and its optimizer in the memory layout, precision and form that the settings name."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ulsam.distributed import World
+from ulsam.places import match
+from ulsam.train import parts
+from ulsam.train.config import TrainConfig
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Learner:
+    """Takes training steps with ``model``, which it moves to the device; none of the settings is left at "auto".
+
+    ``model`` stays the plain module, for state dicts, averaging and evaluation; ``net`` is what a step calls: the same
+    weights compiled, or shared with other processes.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, epoch_updates: int, world: World) -> None:
+        self.config, self.device = config, world.device
+        self.layout = LAYOUTS[config.layout]
+        self.model = model.to(world.device).to(memory_format=self.layout)
+        self.frozen = [model.get_submodule(name) for name in (match(model, config.freeze) if config.freeze else [])]
+        for module in self.frozen:
+            module.requires_grad_(False)
+        self.optimizer, self.schedule = parts.optimizer_of(config, self.model, epoch_updates)
+        self.amp = AMP_DTYPES[config.amp]
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == torch.float16)
+        self.net: nn.Module = self.model
+        if config.compile == "inductor":
+            self.net = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
+        if world.size > 1:
+            ids = [world.device] if world.device.type == "cuda" else None
+            self.net = DistributedDataParallel(self.net, device_ids=ids)
+
+    def train(self) -> None:
+        """Put everything in training mode, but for what is frozen."""
+        self.net.train()
+        for module in self.frozen:
+            module.eval()  # BatchNorm statistics too
+
+    def add_gradients(self, images: Tensor, labels: Tensor, *, smoothing: float, last: bool = True) -> float:
+        """Forward and backward; the mean loss. Processes share their gradients in the ``last`` batch of an update.
+
+        Args:
+            images: [B, 3, H, W] in the layout of the settings.
+            labels: class numbers [B], or shares [B, classes].
+        """
+        more = isinstance(self.net, DistributedDataParallel) and not last
+        with self.net.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
+            with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+                logits = self.net(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            self.scaler.scale(loss / self.config.accumulate).backward()
+        return loss.item()
+
+    def update(self) -> None:
+        """Move the weights by the gradients, clipped where the settings say so, and forget these."""
+        if self.config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()

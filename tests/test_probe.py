@@ -1,0 +1,298 @@
+"""The probe: what it chooses, when it does not run, and that a run is the same with it and without."""
+
+import copy
+import dataclasses
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tiny import NET, SETTINGS, draw_splits, options
+from ulsam.cli import main
+from ulsam.distributed import World
+from ulsam.errors import UlsamError
+from ulsam.models import build, load
+from ulsam.recipe import Edit, Recipe
+from ulsam.train import machine
+from ulsam.train import probe as probe_module
+from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.loop import Trainer, resume, train
+from ulsam.train.probe import Setup, Step, candidates, choose, probe, settle, time_in_turn
+from ulsam.train.state import read_checkpoint
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+PLAIN, LAST = Setup("contiguous"), Setup("channels_last")
+PLAIN_BF16, LAST_BF16 = Setup("contiguous", "bf16"), Setup("channels_last", "bf16")
+SIZE = (3, 32, 32)
+MANY = 100_000  # updates an epoch: a run that is worth a probe
+
+
+def config(data: str | Path = "data", **settings: Any) -> TrainConfig:
+    return TrainConfig.from_mapping({**SETTINGS, "data": str(data), "epochs": 1, **settings})
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    return build(Recipe(NET, ("a", "b", "c"), (Edit.parse("insert blocks.2 g=4"),), input_size=SIZE))[0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_splits(tmp_path_factory.mktemp("data"), noise=30)
+
+
+class Timer:
+    """A measuring function with given times; notes what it was asked for."""
+
+    def __init__(self, times: Mapping[Setup, float]) -> None:
+        self.times = times
+        self.asked: list[list[Setup]] = []
+
+    def __call__(self, take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
+        self.asked.append(list(take))
+        return {setup: self.times[setup] for setup in take if setup in self.times}
+
+
+# the choice
+
+
+@pytest.mark.parametrize(
+    ("times", "best"),
+    [
+        ({PLAIN: 1.0, LAST: 0.5, PLAIN_BF16: 0.8, LAST_BF16: 0.3}, LAST_BF16),
+        ({PLAIN: 1.0, LAST: 0.5, PLAIN_BF16: 0.8, LAST_BF16: 0.49}, LAST),  # 2 % are noise
+        ({PLAIN: 1.0, LAST: 0.96}, PLAIN),
+        ({PLAIN: 1.0, LAST: 0.94}, LAST),
+        ({PLAIN: 1.0, LAST: 2.0, PLAIN_BF16: 0.7, LAST_BF16: 0.68}, PLAIN_BF16),
+        ({PLAIN: 1.0, LAST: 0.97, PLAIN_BF16: 0.94}, PLAIN_BF16),
+        ({LAST_BF16: 7.0}, LAST_BF16),
+    ],
+)
+def test_the_fastest_wins_by_a_margin(times: dict[Setup, float], best: Setup) -> None:
+    assert choose(times) == best
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_is_a_candidate_where_the_processor_has_it(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    found = candidates(config(), CPU)
+    assert found == ([PLAIN, LAST, PLAIN_BF16, LAST_BF16] if has_bf16 else [PLAIN, LAST])
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "chosen"),
+    [
+        ({}, [PLAIN, LAST, PLAIN_BF16, LAST_BF16], LAST_BF16),
+        ({"amp": "none"}, [PLAIN, LAST], LAST),
+        ({"layout": "contiguous"}, [PLAIN, PLAIN_BF16], PLAIN_BF16),
+        ({"compile": "none"}, [PLAIN, LAST, PLAIN_BF16, LAST_BF16], LAST_BF16),
+        ({"compile": "inductor", "amp": "bf16"}, [PLAIN_BF16, LAST_BF16], Setup("channels_last", "bf16", "inductor")),
+        ({"layout": "contiguous", "amp": "none"}, [PLAIN], PLAIN),
+    ],
+)
+def test_what_is_given_is_not_probed(
+    given: dict[str, str], asked: list[Setup], chosen: Setup, net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    timer = Timer({PLAIN: 1e-3, LAST: 8e-4, PLAIN_BF16: 7e-4, LAST_BF16: 5e-4})
+    settled, lines = probe(config(**given), net, SIZE, MANY, ALONE, timer)
+    assert timer.asked == [asked]
+    assert (settled.layout, settled.amp, settled.compile) == dataclasses.astuple(chosen)
+    assert dataclasses.replace(settled, layout="auto", amp="auto", compile="auto") == dataclasses.replace(
+        config(), layout="auto", amp="auto", compile="auto"
+    )
+    assert all(f"--{name}" not in lines[-1] for name in given)
+    assert f"{dataclasses.replace(chosen, compile='none')}: " in lines[0]
+
+
+def test_nothing_is_probed_where_all_is_given_or_the_run_is_short(net: nn.Module) -> None:
+    timer = Timer({})
+    given = config(layout="contiguous", amp="none", compile="none")
+    assert probe(given, net, SIZE, MANY, ALONE, timer) == (given, [])
+    settled, lines = probe(config(), net, SIZE, 300, ALONE, timer)
+    assert (settled.layout, settled.amp, settled.compile) == ("channels_last", "none", "none")
+    assert lines == [
+        "probe   none for a run of 300 steps: channels_last float32 eager; to choose: --layout --amp --compile"
+    ]
+    assert probe(config(layout="contiguous"), net, SIZE, 300, ALONE, timer)[0].layout == "contiguous"
+    assert timer.asked == []
+
+
+def test_what_does_not_fit_into_the_memory_is_left_out(net: nn.Module) -> None:
+    settled, lines = probe(config(amp="none"), net, SIZE, MANY, ALONE, Timer({LAST: 1e-3}))
+    assert settled.layout == "channels_last"
+    assert "contiguous float32 eager does not fit into the memory" in lines[0]
+    with pytest.raises(UlsamError, match=r"^the memory is full: use a smaller --batch-size"):
+        probe(config(), net, SIZE, MANY, ALONE, Timer({}))
+
+    def full() -> None:
+        raise torch.OutOfMemoryError
+
+    assert list(time_in_turn({PLAIN: full, LAST: lambda: None}, MANY)) == [LAST]
+
+
+@pytest.mark.parametrize(("seconds", "steps", "times"), [(0.001, MANY, 16), (0.02, 30, 4)])
+def test_the_probe_is_short(seconds: float, steps: int, times: int) -> None:
+    """A step that is not timed, then 15 that are; 3 where more would be a notable part of the run."""
+    taken = 0
+
+    def take() -> None:
+        nonlocal taken
+        taken += 1
+        time.sleep(seconds)
+
+    time_in_turn({PLAIN: take}, steps)
+    assert taken == times
+
+
+def test_compilation_is_tried_where_it_can_pay(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(layout="contiguous", amp="none")
+    short = probe(given, net, SIZE, MANY, ALONE, Timer({PLAIN: 1e-2}))[1][-1]
+    assert "not compiled: it takes a minute or more, which a run of about 17 minutes does not earn back" in short
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    settled, lines = probe(given, net, SIZE, MANY, ALONE, Timer({PLAIN: 1.0}))
+    assert settled.compile == "none"
+    assert "not compiled: there is no C++ compiler 'no-such-compiler'" in lines[-1]
+
+
+# no trace
+
+
+def test_it_leaves_no_trace(net: nn.Module) -> None:
+    torch.manual_seed(1)
+    random.seed(2)
+    np.random.seed(3)
+    before = copy.deepcopy(net.state_dict())
+    kinds = {name: (value.stride(), value.dtype) for name, value in net.state_dict().items()}
+    flags = [(parameter.requires_grad, parameter.grad) for parameter in net.parameters()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), torch.get_num_threads()
+    settled, lines = probe(config(drop_rate=0.3, freeze=["conv_stem"]), net, SIZE, 2000, ALONE)
+    assert "auto" not in dataclasses.astuple(settled)
+    assert " ms a step" in lines[0]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert torch.get_num_threads() == states[3]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert {name: (value.stride(), value.dtype) for name, value in net.state_dict().items()} == kinds
+    assert [(parameter.requires_grad, parameter.grad) for parameter in net.parameters()] == flags
+
+
+@pytest.fixture
+def eager_to_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a few steps are probed too."""
+    monkeypatch.setattr(probe_module, "SHARE", 10.0)
+
+
+def test_a_probed_run_ends_in_the_weights_of_one_with_given_settings(
+    data: Path, tmp_path: Path, eager_to_probe: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probed = train(config(data, drop_rate=0.2, ema=0.5), tmp_path / "probed")
+    assert capsys.readouterr().out.count("probe   ") == 2
+    chosen = {name: probed["config"][name] for name in ("layout", "amp", "compile")}
+    assert "auto" not in chosen.values()
+    given = train(config(data, drop_rate=0.2, ema=0.5, **chosen), tmp_path / "given")
+    repeated = ["train", "--config", str(tmp_path / "probed" / "config.yaml"), "--out", str(tmp_path / "repeated")]
+    assert main(repeated) == 0
+    assert "probe " not in capsys.readouterr().out
+    assert given["config"] == probed["config"] == read_config(tmp_path / "repeated" / "config.yaml")
+    first, second, third = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("probed", "given", "repeated")
+    )
+    assert first == second == third
+
+
+def test_one_probe_serves_a_comparison(data: Path, eager_to_probe: None, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(1)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    settled = settle(config(data))
+    assert capsys.readouterr().out.count("probe   ") == 2
+    assert "auto" not in (settled.layout, settled.amp, settled.compile)
+    assert settle(settled) is settled
+    assert capsys.readouterr().out == ""
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+# going on
+
+
+def test_a_resumed_run_does_not_probe(
+    data: Path, tmp_path: Path, eager_to_probe: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    trainer = Trainer(config(data), run, ALONE)
+    (run / "config.yaml").write_text(trainer.config.to_yaml())
+    trainer.save()
+    assert "auto" not in read_checkpoint(run)["settings"].values()  # type: ignore[index]
+    assert capsys.readouterr().out.count("probe   ") == 2
+    assert resume(run)["config"] == dataclasses.asdict(trainer.config)
+    assert "probe " not in capsys.readouterr().out
+
+
+def test_a_run_does_not_change_its_choice(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    trainer = Trainer(config(data), run, ALONE)
+    (run / "config.yaml").write_text(trainer.config.to_yaml().replace("layout: channels_last", "layout: auto"))
+    with pytest.raises(UlsamError, match=r"config.yaml was changed: layout is auto, but the run had chosen; put it"):
+        resume(run)
+    (run / "config.yaml").write_text(trainer.config.to_yaml())
+    with pytest.raises(UlsamError, match=r"layout was channels_last and cannot be changed"):
+        resume(run, {"layout": "contiguous"})
+
+
+# what the machine lacks
+
+
+def test_bf16_without_hardware_is_allowed_and_told(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "has_bf16", lambda device: False)
+    settled, lines = probe(config(amp="bf16"), net, SIZE, 10, ALONE)
+    assert settled.amp == "bf16"
+    assert lines[0] == "note    cpu has no bfloat16 in hardware here: --amp none may be faster than bf16"
+
+
+def test_compilation_without_a_compiler_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert machine.why_not_compiled()
+    words = ["train", str(data), "--out", str(tmp_path / "run"), *options({**SETTINGS, "compile": "inductor"})]
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "ulsam: error: --compile inductor: there is no C++ compiler 'no-such-compiler'; "
+        "install one, name it in CXX, or use --compile none\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+# compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(machine.why_not_compiled() is not None, reason="no C++ compiler")
+def test_a_compiled_run(data: Path, tmp_path: Path) -> None:
+    settings = {"epochs": 3, "lr": 2e-3, "ema": 0.5, "edits": ["insert blocks.2 g=4"], "layout": "channels_last"}
+    eager = train(config(data, **settings, amp="none", compile="none"), tmp_path / "eager")
+    compiled = train(config(data, **settings, amp="none", compile="inductor"), tmp_path / "compiled")
+    for ours, plain in zip(compiled["epochs"], eager["epochs"], strict=True):
+        assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+        assert ours["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-2)
+    plain_weights, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("eager", "compiled"))
+    assert weights.keys() == plain_weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, plain_weights[name], atol=1e-3, rtol=1e-2)
+    state = read_checkpoint(tmp_path / "compiled")
+    assert state is not None
+    assert state["model"].keys() == state["ema"].keys() == weights.keys()
+    load(tmp_path / "compiled" / "model.safetensors")
