@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from tiny import SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session, warm
 from ulsam.cli import main
 from ulsam.models import load
+from ulsam.train.config import TrainConfig
 from ulsam.train.machine import why_not_compiled
+from ulsam.train.probe import undecided
 from ulsam.train.state import read_checkpoint
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux tells them")
@@ -200,7 +202,7 @@ def test_killed_after_its_probe_it_does_not_probe_again(ulsam: Warm, data: Path,
     wait_for(changed(run / "checkpoint.pt", 2))
     assert ulsam.kill(pid) == -signal.SIGKILL, log.read_text()
     chosen = (run / "config.yaml").read_bytes()
-    assert b"auto" not in chosen
+    assert not undecided(TrainConfig(**yaml.safe_load(chosen)))
     assert " ms a step" in log.read_text()
     told = log.read_text().count("probe ")
     pid = ulsam.start(["train", "--resume", str(run)], log)
@@ -395,7 +397,7 @@ def test_two_processes_take_one_choice(ulsam: Warm, odd_data: Path, tmp_path: Pa
     wait_for(changed(run / "checkpoint.pt", 1))
     for pid in pids:
         ulsam.kill(pid)
-    assert b"auto" not in (run / "config.yaml").read_bytes()
+    assert not undecided(TrainConfig(**yaml.safe_load((run / "config.yaml").read_text())))
     assert " ms a step" in Path(f"{log}0").read_text()
     assert "probe " not in Path(f"{log}1").read_text()
 
