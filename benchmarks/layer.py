@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="for each case")
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
-    dtype, name = (torch.bfloat16, "layer_bf16") if args.bf16 else (torch.float32, "layer")
+    dtype, out = (torch.bfloat16, "layer_bf16") if args.bf16 else (torch.float32, "layer")
     torch.manual_seed(0)
     rows = []
     print(f"{'case':34} {'loop/ours':>18} {'ours/copy':>10} {'ours':>10}  {'training loop/ours':>18}")
@@ -201,7 +201,7 @@ def main() -> None:
         "summary": summary,
         "cases": rows,
     }
-    Path(f"results/{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    Path(f"results/{out}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
