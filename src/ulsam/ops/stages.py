@@ -78,15 +78,17 @@ def forward(
         return y, logits, logits.new_empty(0)
     means, squares = logits.new_empty(2, batch, channels)
     run(MOMENTS, x, groups, relu, q=means, r=squares)
-    between, mean = torch.var_mean(means, 0, correction=0)
-    variance = between.add_(squares.sum(0), alpha=1 / (batch * height * width))
+    mean = means.mean(0)
+    variance = (means - mean).square_().add_(squares, alpha=1 / (height * width)).mean(0)
     gamma, beta, gamma2, beta2 = map(_vector, norms)
     scale = _inverse(scale, variance, eps).mul_(scale).mul_(gamma)
     shift = torch.addcmul(beta, scale, mean, value=-1)
     bias = None if relu else (weight * shift).view(groups, -1).sum(1)  # the moments do show the shift
     run(LOGITS, x, groups, relu, l=logits, scale=scale, shift=shift, weight=weight, bias=bias)
-    variance2, mean2 = torch.var_mean(logits, (0, 2, 3), correction=0)
-    normed = _standard(logits, mean2, variance2, eps).mul_(_maps(gamma2)).add_(_maps(beta2))
+    mean2 = logits.mean((0, 2, 3))
+    normed = logits - _maps(mean2)
+    variance2 = normed.square().mean((0, 2, 3))
+    normed.mul_(_maps((variance2 + eps).rsqrt_().mul_(gamma2))).add_(_maps(beta2))
     run(MULTIPLY, x, groups, relu, y=y, l=normed)
     return y, logits, torch.cat([mean, variance, mean2, variance2])
 
@@ -133,13 +135,14 @@ def backward(
     standard = w * inverse
     scale = gamma * standard
     shift = torch.addcmul(beta, scale, mean, value=-1)
-    standard2 = _standard(logits, mean2, variance2, eps)
+    inverse2 = (variance2 + eps).rsqrt_()
+    standard2 = (logits - _maps(mean2)).mul_(_maps(inverse2))
     normed = torch.addcmul(_maps(beta2), standard2, _maps(gamma2))
     dl, dbias = torch.empty_like(logits), logits.new_empty(batch, groups)
     run(MAPS_BACK, x, groups, relu, dy=dy, l=normed, dl=dl, dbias=dbias)
     dbeta2, dgamma2 = dbias.sum(0), (dl * standard2).sum((0, 2, 3))
     dl.addcmul_(standard2, _maps(dgamma2), value=-1 / count).sub_(_maps(dbeta2), alpha=1 / count)
-    dl.mul_(_maps((variance2 + eps).rsqrt_().mul_(gamma2)))
+    dl.mul_(_maps(inverse2 * gamma2))
     del standard2
     run(INPUT_BACK, x, groups, relu, dy=dy, dx=dx, l=normed, dl=dl, scale=scale, shift=shift, weight=weight, q=q, r=r)
     q, r = q.sum(0), r.sum(0)
@@ -176,7 +179,3 @@ def _maps(values: Tensor) -> Tensor:
 def _inverse(w: Tensor, variance: Tensor, eps: float) -> Tensor:
     """1 over the standard deviation of w * x, where x has this variance."""
     return w.square().mul_(variance).add_(eps).rsqrt_()
-
-
-def _standard(logits: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-    return (logits - _maps(mean)).mul_(_maps((variance + eps).rsqrt_()))
