@@ -202,6 +202,20 @@ def test_inference_refuses_parameters_of_another_size() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_inference_follows_a_parametrisation(name: str) -> None:
+    class Double(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return 2 * values
+
+    layer, x = ULSAM(8, 4, form="released").eval().fold(), torch.randn(1, 8, 3, 3)
+    nn.utils.parametrize.register_parametrization(layer.pointwise, name, Double())
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+@compiled
 @pytest.mark.parametrize("gradients", [False, True])
 def test_those_who_look_on_see_the_operator(gradients: bool) -> None:
     seen = []

@@ -110,8 +110,7 @@ class ULSAM(nn.Module):
         self._check(x)
         relu, count = self.form != "equations", x.numel() // self.channels
         if self.form != "released":
-            conv, conv2 = self.depthwise, self.pointwise
-            y = infer(x, conv.weight, conv.bias, conv2.weight, conv2.bias, self.groups, relu)
+            y = self._infer(x, relu)
             if y is not None:
                 return y
         scale, shift, weight, bias, norms, eps = self._operands()
@@ -123,6 +122,15 @@ class ULSAM(nn.Module):
         if norms:
             self._track(moments, count)
         return y
+
+    def _infer(self, x: Tensor, relu: bool) -> Tensor | None:
+        # past nn.Module's __getattr__: six of its lookups take as long as the kernels of a small map
+        conv, conv2 = cast(nn.Conv2d, self._modules["depthwise"]), cast(nn.Conv2d, self._modules["pointwise"])
+        first, second = conv._parameters, conv2._parameters
+        if not ("weight" in first and "bias" in first and "weight" in second and "bias" in second):
+            return None  # one is parametrised
+        scale, weight = cast(Tensor, first["weight"]), cast(Tensor, second["weight"])
+        return infer(x, scale, first["bias"], weight, second["bias"], self.groups, relu)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:
