@@ -105,14 +105,12 @@ class ULSAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape, dtype and memory layout."""
+        if self.form != "released" and (y := self._infer(x)) is not None:
+            return y
         if isinstance(x, torch.fx.Proxy):  # one node of a traced graph: what the layer does depends on its mode
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         self._check(x)
         relu, count = self.form != "equations", x.numel() // self.channels
-        if self.form != "released":
-            y = self._infer(x, relu)
-            if y is not None:
-                return y
         scale, shift, weight, bias, norms, eps = self._operands()
         if norms and count < 2:
             raise ValueError("Expected more than 1 value per channel when training")  # as nn.BatchNorm2d says it
@@ -123,14 +121,15 @@ class ULSAM(nn.Module):
             self._track(moments, count)
         return y
 
-    def _infer(self, x: Tensor, relu: bool) -> Tensor | None:
+    def _infer(self, x: Tensor) -> Tensor | None:
+        """The short way of inference; None where it cannot be taken."""
         # past nn.Module's __getattr__: six of its lookups take as long as the kernels of a small map
         conv, conv2 = cast(nn.Conv2d, self._modules["depthwise"]), cast(nn.Conv2d, self._modules["pointwise"])
         first, second = conv._parameters, conv2._parameters
         if not ("weight" in first and "bias" in first and "weight" in second and "bias" in second):
             return None  # one is parametrised
         scale, weight = cast(Tensor, first["weight"]), cast(Tensor, second["weight"])
-        return infer(x, scale, first["bias"], weight, second["bias"], self.groups, relu)
+        return infer(x, scale, first["bias"], weight, second["bias"], self.groups, self.form != "equations")
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:

@@ -5,9 +5,10 @@ import functools
 import importlib.util
 import os
 import struct
+from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, get_num_threads
 
 from ulsam.ops import stages
 
@@ -15,6 +16,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 ISA_NAMES = ("", "base", "AVX2", "AVX-512")
 
 _JOB = struct.Struct("24q")  # struct job of cpu.h
+
+# Inference at batch 1: in a net, what runs here has been evicted from the caches by the convolutions since its last
+# call, and then each lookup of a name in a module costs as much as a line of Python does in a loop.
+_pack = _JOB.pack
+_FLOAT32, _BFLOAT16, _CHANNELS_LAST = torch.float32, torch.bfloat16, torch.channels_last
+_LOGITS_MULTIPLY = stages.LOGITS | stages.MULTIPLY
 
 _forked = False
 
@@ -81,11 +88,12 @@ def _run(
         relu,
         not x.is_contiguous(),
         x.dtype == torch.bfloat16,
-        1 if _forked else torch.get_num_threads(),
+        1 if _forked else get_num_threads(),
         isa,
     )
     assert LIBRARY is not None
-    _raise(LIBRARY.ulsam_run(job))
+    if failed := LIBRARY.ulsam_run(job):
+        _raise(failed)
 
 
 def infer(
@@ -97,46 +105,43 @@ def infer(
     groups: int,
     relu: bool,
 ) -> Tensor | None:
-    """y of `subspace_attention`, written with as little Python as it takes; None for a less usual x or operands.
-
-    In a net at batch 1 this is worth more than the kernels: what runs here has been evicted from the cache by the
-    convolutions since its last call, and each line costs ten times what it does in a loop.
-    """
+    """y of `subspace_attention`, written with as little Python as it takes; None for a less usual x or operands."""
     batch, channels, height, width = x.shape
-    bf16 = x.dtype is torch.bfloat16
+    bf16 = x.dtype is _BFLOAT16
     contiguous = x.is_contiguous()
-    if not (
-        channels % groups == 0
-        and (bf16 or x.dtype is torch.float32)
-        and (contiguous or x.is_contiguous(memory_format=torch.channels_last))
-        and _is_vector(scale, channels)
-        and _is_vector(weight, channels)
-        and (bias is None or _is_vector(bias, groups))
-        and (_is_vector(shift, channels) if shift is not None else not relu)
+    if (
+        LIBRARY is None
+        or channels % groups
+        or not (bf16 or x.dtype is _FLOAT32)
+        or not (contiguous or x.is_contiguous(memory_format=_CHANNELS_LAST))
+        or not (_is_vector(scale, channels) and _is_vector(weight, channels))
+        or not (bias is None or _is_vector(bias, groups))
+        or not (_is_vector(shift, channels) if shift is not None else not relu)
     ):
         return None
-    assert LIBRARY is not None
-    y = torch.empty_like(x)
-    job = _JOB.pack(
-        *(x.data_ptr(), 0, y.data_ptr(), 0, 0, 0, scale.data_ptr(), 0 if shift is None else shift.data_ptr()),
-        *(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0, batch, channels, height, width, groups),
-        *(stages.LOGITS | stages.MULTIPLY, relu, not contiguous, bf16),
-        *(1 if _forked else torch.get_num_threads(), isa),
+    y = empty_like(x)
+    failed = LIBRARY.ulsam_run(
+        _pack(
+            *(x.data_ptr(), 0, y.data_ptr(), 0, 0, 0, scale.data_ptr(), 0 if shift is None else shift.data_ptr()),
+            *(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0),
+            *(batch, channels, height, width, groups, _LOGITS_MULTIPLY, relu, not contiguous, bf16),
+            *(1 if _forked else get_num_threads(), isa),
+        )
     )
-    _raise(LIBRARY.ulsam_run(job))
+    if failed:
+        _raise(failed)
     return y
 
 
 def _is_vector(values: Tensor, size: int) -> bool:
     """Whether these are ``size`` floats in a row in this memory."""
-    return values.numel() == size and values.dtype is torch.float32 and values.is_cpu and values.is_contiguous()
+    return values.numel() == size and values.dtype is _FLOAT32 and values.is_cpu and values.is_contiguous()
 
 
-def _raise(failed: int) -> None:
+def _raise(failed: int) -> NoReturn:
     if failed == -1:
         raise MemoryError("no memory for subspace attention's maps")
-    if failed:
-        raise RuntimeError(f"this processor has no {ISA_NAMES[isa]}")
+    raise RuntimeError(f"this processor has no {ISA_NAMES[isa]}")
 
 
 forward = functools.partial(stages.forward, _run)

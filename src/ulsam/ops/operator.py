@@ -6,7 +6,11 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from ulsam.errors import UlsamError
@@ -14,6 +18,8 @@ from ulsam.ops import cpu, reference
 
 Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = get_args(Backend)
+_PLAIN = (Tensor, Parameter)
+_CPU = (None, "cpu")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton takes tensors of the CPU too
 
 
@@ -94,18 +100,19 @@ def infer(
     What the operands may be is told there; the kernels check their sizes. For a small map the dispatcher takes longer
     than all the rest.
     """
-    plain = cpu.LIBRARY is not None and FORCED in (None, "cpu") and not torch.is_grad_enabled() and _is_plain(x)
-    return cpu.infer(x, scale, shift, weight, bias, groups, relu) if plain and x.ndim == 4 else None
+    if is_grad_enabled() or FORCED not in _CPU or not _is_plain(x) or x.ndim != 4:
+        return None
+    return cpu.infer(x, scale, shift, weight, bias, groups, relu)
 
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing looks on: no compiler, tracer, profiler, mode or subclass that has to see an operator."""
     return (
-        type(x) in (Tensor, Parameter)
+        type(x) in _PLAIN
         and x.is_cpu
-        and not (torch.compiler.is_compiling() or torch._C._get_tracing_state())
-        and not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
-        and not (torch._C._functorch.peek_interpreter_stack() or torch._C._autograd._profiler_enabled())
+        and not (is_compiling() or _get_tracing_state())
+        and not (_len_torch_dispatch_stack() or _len_torch_function_stack())
+        and not (peek_interpreter_stack() or _profiler_enabled())
     )
 
 
@@ -137,7 +144,7 @@ def _check(
 
 def _is_transformed() -> bool:
     """Inside `torch.func`: its transforms follow the definition, not an operator that they cannot look into."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not is_compiling() and peek_interpreter_stack() is not None
 
 
 def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
