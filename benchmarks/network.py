@@ -1,8 +1,9 @@
 """What attention layers add to a whole net's latency, against the same net without them.
 
 All nets are folded (`ulsam.fold`), channels_last, float32, and run in turn in one process. For each edit the net with
-those blocks simply taken out is the physical limit; an inserted layer is held against the base net. A figure is the
-median of the paired differences, a turn each, over the base net's median time, with a bootstrapped 95 % interval.
+those blocks simply taken out is the physical limit; an inserted layer is held against the base net, beside a mere copy
+of the map at its place. A figure is the median of the paired differences, a turn each, over the base net's median time,
+with a bootstrapped 95 % interval.
 
     python benchmarks/network.py                 # results/network.json; 5 minutes on two cores
     python benchmarks/network.py --compile       # half of the edits under torch.compile; results/network_compile.json
@@ -32,10 +33,19 @@ CASES = {
     "replace 13,14,16,17": ("mobilenetv2_100", "replace", "13,14,16,17", 4),
     "insert 17:1": ("mobilenetv2_100", "insert", "17:1", 1),
     "insert 5:1": ("mobilenetv2_100", "insert", "5:1", 1),
+    "a copy at 17:1": ("mobilenetv2_100", "copy", "17:1", 1),
+    "a copy at 5:1": ("mobilenetv2_100", "copy", "5:1", 1),
 }
 
 
 COMPILED = ("replace 14,17", "replace 13,14,16,17", "insert 17:1")  # each takes minutes to compile
+
+
+class Copy(nn.Module):
+    """The least that a layer which makes a new map can do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
 
 
 def build(base: str, kind: str | None, at: str, form: str) -> nn.Module:
@@ -43,8 +53,12 @@ def build(base: str, kind: str | None, at: str, form: str) -> nn.Module:
     if kind == "drop":
         ulsam.drop(net, at)
     elif kind:
-        getattr(ulsam, kind)(net, at, form=form)
-    return ulsam.fold(net)
+        getattr(ulsam, kind.replace("copy", "insert"))(net, at, form=form)
+    net = ulsam.fold(net)
+    for name, module in list(net.named_modules()):
+        if kind == "copy" and isinstance(module, ulsam.ULSAM):
+            net.set_submodule(name, Copy())
+    return net
 
 
 def interval(values: list[float], rounds: int = 1000) -> tuple[float, float]:

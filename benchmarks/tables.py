@@ -66,33 +66,52 @@ LAYER = [
     ("the same, contiguous, geometric mean", "ours / copy of 256 KiB or more, contiguous, geometric mean"),
     ("the same, contiguous, most", "ours / copy of 256 KiB or more, contiguous, most"),
     ("microseconds a call, smaller tensors, most", "microseconds a call below 256 KiB, most"),
+    (
+        "memory beyond x, y and their gradients in forward and backward, of x, g = 4, most",
+        "memory beyond x, y and their gradients over x, g = 4, most",
+    ),
+    ("the same, g = 16", "memory beyond x, y and their gradients over x, g = 16, most"),
+    ("error against float64, most", "error against float64, most"),
+]
+#: the same of results/layer_compile.json
+COMPILED = [
+    ("torch.compile of the definition over the kernels, geometric mean", "torch.compile / ours, geometric mean"),
+    ("the same, least", "torch.compile / ours, least"),
 ]
 
 
 def layer_table() -> str:
-    """One row a figure: both forms of the layer."""
-    result = json.loads((ROOT / "results" / "layer.json").read_text())
-    machine = result["machine"]
+    """One row a figure: both forms of the layer, in float32 and bfloat16."""
+    results = {name: json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("layer", "layer_bf16")}
+    compiled = json.loads((ROOT / "results" / "layer_compile.json").read_text())
+    machine = results["layer"]["machine"]
+    columns = [(result["summary"], form) for result in results.values() for form in ("equations", "released")]
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, {result['instructions']}, "
-        f"torch {result['versions']['torch']}:",
+        f"{machine['processor']}, {machine['threads']} threads, {results['layer']['instructions']}, "
+        f"torch {results['layer']['versions']['torch']}:",
         "",
-        "| | equations | released, folded |",
-        "|---|---|---|",
+        "| | equations | released, folded | equations, bf16 | released, folded, bf16 |",
+        "|---|---|---|---|---|",
     ]
     for title, key in LAYER:
-        values = [result["summary"][f"{form}: {key}"] for form in ("equations", "released")]
-        lines.append(f"| {title} | {values[0]:.1f} | {values[1]:.1f} |")
+        lines.append(_figures(title, [summary[f"{form}: {key}"] for summary, form in columns]))
+    for title, key in COMPILED:
+        lines.append(_figures(title, [compiled["summary"][f"{form}: {key}"] for form in ("equations", "released")]))
     return "\n".join(lines)
 
 
-def network_table() -> str:
+def _figures(title: str, values: list[float]) -> str:
+    cells = [f"{value:.1e}" if value < 0.01 else f"{value:.2f}" if value < 1 else f"{value:.1f}" for value in values]
+    return f"| {title} | {' | '.join(cells + [''] * (4 - len(cells)))} |"
+
+
+def network_table(name: str = "network") -> str:
     """One row an edit of MobileNet-V2."""
     lines = [
         "| edit | batch | each layer adds, of the base net's time (95 %) | time / base | blocks taken out / base |",
         "|---|---|---|---|---|",
     ]
-    for row in json.loads((ROOT / "results" / "network.json").read_text())["cases"]:
+    for row in json.loads((ROOT / "results" / f"{name}.json").read_text())["cases"]:
         low, high = (100 * value for value in row["added_interval_95"])
         lines.append(
             f"| {row['edit']} | {row['batch']} | {100 * row['added_by_each_layer']:+.2f} % ({low:+.2f} to {high:+.2f}) "
@@ -173,6 +192,7 @@ TABLES = {
     "docs/performance.md": {
         "layer": layer_table,
         "network": network_table,
+        "network_compile": lambda: network_table("network_compile"),
         "training": training_table,
         "pipeline": pipeline_table,
         "steps": steps_table,

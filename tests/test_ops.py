@@ -16,7 +16,9 @@ import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ulsam.cli import main
 from ulsam.errors import UlsamError
@@ -213,6 +215,106 @@ def test_inference_follows_a_parametrisation(name: str) -> None:
     expected = layer(x)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
+
+
+class Wrapped(Tensor):
+    """A tensor without memory of its own, as distributed and quantised ones are."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "Wrapped":
+        made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*tree_map_only(Wrapped, lambda value: value.held, args), **(kwargs or {}))
+
+
+@compiled
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_operands_without_memory_of_their_own_are_read_through_the_operator(layout: str, gradients: bool) -> None:
+    x = laid_out(torch.randn(2, 8, 5, 5), layout).requires_grad_(gradients)
+    scale, weight = torch.randn(8), torch.randn(8)
+    expected, _ = subspace_attention(x, scale, weight, 4)
+    found, _ = subspace_attention(x, Wrapped(scale), Wrapped(weight), 4)
+    torch.testing.assert_close(found, expected)
+    layer = ULSAM(8, 4)
+    layer.depthwise._parameters["weight"] = Wrapped(scale.view(8, 1, 1, 1))  # type: ignore[assignment]
+    layer.pointwise.weight = nn.Parameter(weight.view(4, 2, 1, 1), requires_grad=False)
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(layer(x), expected)
+
+
+@compiled
+def test_a_view_that_is_to_be_negated_is() -> None:
+    x, layer = torch.randn(1, 8, 3, 3), ULSAM(8, 4)
+    expected = layer(-x)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(layer(torch._neg_view(x)), expected)
+    x.requires_grad_()
+    dy = torch.randn_like(x)
+    (found,) = torch.autograd.grad(layer(x), x, torch._neg_view(dy))
+    (expected,) = torch.autograd.grad(layer(x), x, -dy)
+    torch.testing.assert_close(found, expected)
+
+
+def test_forward_mode_keeps_the_tangent() -> None:
+    x, tangent, layer = torch.randn(1, 8, 3, 3), torch.randn(1, 8, 3, 3), ULSAM(8, 4)
+    _, expected = torch.func.jvp(layer, (x,), (tangent,))
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+            y = layer(forward_ad.make_dual(x, tangent))
+            torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected)
+
+
+@pytest.mark.parametrize("wrong", ["scale", "bias", "logits", "dy"])
+def test_the_operator_itself_refuses_operands_of_another_size(wrong: str) -> None:
+    x, ones, bias = torch.randn(2, 8, 3, 3), torch.ones(8), torch.ones(4)
+    given = {"scale": ones, "bias": bias, "logits": torch.ones(2, 4, 3, 3), "dy": x}
+    given[wrong] = given[wrong].flatten()[:1] if given[wrong].ndim == 1 else given[wrong][:1]
+    backward = torch.ops.ulsam.subspace_attention_backward.default
+    with pytest.raises(UlsamError):
+        backward(
+            *(given["dy"], x, given["scale"], ones, ones, given["bias"], [], given["logits"], torch.empty(0)),
+            *(True, 0.0, ""),
+        )
+    if wrong in ("scale", "bias"):
+        with pytest.raises(UlsamError, match="has 1 values on cpu, but the map needs"):
+            OPERATOR(x, given["scale"], ones, ones, given["bias"], [], 4, True, 0.0, "")
+
+
+@compiled
+@pytest.mark.parametrize("groups", [1, 2, 15])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_minus_infinity_stays_where_it_is(layout: str, groups: int, isa: int) -> None:
+    case = Case((1, 60, 5, 5), groups, "equations", "normal", layout, torch.float32, 0)
+    case.x[0, 45, 1:4, 1:4] = -float("inf")
+    case.scale[:], case.weight[:] = 1.0, 0.1
+    found, exact = case.run("cpu")["y"], case.run("reference")["y"]
+    undefined = exact.isnan()  # -inf * 0 in the pixel whose window holds nothing else; x * (1 + 0) here
+    assert undefined.sum() == 1 and torch.equal(found[undefined], case.x[undefined])
+    torch.testing.assert_close(found[~undefined], exact[~undefined])
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [40, 96, 320])
+def test_threads_may_share_a_picture(channels: int, layout: str) -> None:
+    case = Case((1, channels, 28, 28), 8, "folded", "relu", layout, torch.float32, 0)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(case.run("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
 
 
 @compiled

@@ -9,11 +9,14 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, empty_like, get_num_threads
+from torch.nn import Parameter
 
 from ulsam.ops import stages
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISA_NAMES = ("", "base", "AVX2", "AVX-512")
+
+PLAIN = (Tensor, Parameter)  # other types of tensors may have no memory of their own
 
 _JOB = struct.Struct("24q")  # struct job of cpu.h
 
@@ -135,7 +138,14 @@ def infer(
 
 def _is_vector(values: Tensor, size: int) -> bool:
     """Whether these are ``size`` floats in a row in this memory."""
-    return values.numel() == size and values.dtype is _FLOAT32 and values.is_cpu and values.is_contiguous()
+    return (
+        type(values) in PLAIN
+        and values.numel() == size
+        and values.dtype is _FLOAT32
+        and values.is_cpu
+        and values.is_contiguous()
+        and not values.is_neg()
+    )
 
 
 def _raise(failed: int) -> NoReturn:

@@ -202,15 +202,16 @@ INLINE vf sums(vf a[V]) {
     return a[0];
 }
 
-/* exp of a <= 0, to 2 units in the last place; exp(-87) below that */
+/* exp of a <= 0, to 2 units in the last place; 0 below -87 */
 INLINE vf exponential(vf a) {
-    a = pick(a < -87.0f, splat(-87.0f), a);
+    vi tiny = a < -87.0f;
+    a = pick(tiny, splat(-87.0f), a);
     vf shifted = a * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the nearest integer lands in the low bits */
     vf n = shifted - 12582912.0f;
     vf r = a - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
     vf p = r * (1.0f / 5040) + 1.0f / 720;
     p = p * r + 1.0f / 120, p = p * r + 1.0f / 24, p = p * r + 1.0f / 6, p = p * r + 0.5f;
-    return (p * r * r + r + 1.0f) * (vf)(((vi)shifted << 23) + (127 << 23));
+    return keep(~tiny, (p * r * r + r + 1.0f) * (vf)(((vi)shifted << 23) + (127 << 23)));
 }
 
 /* one unit's memory; maps are [groups][ld] floats, ld = H * W and the rest of the last vector */
@@ -341,17 +342,18 @@ INLINE void row_maxima(
 
 enum { FIRST, MORE, APART }; /* sums[p] = the sum over the vectors; +=; or the t-th one's in sums[t * ld + p] */
 
-/* the sums of weight * relu?(maximum of the 3x3 pixels + shift), of `tile` vectors of channels from c on */
+/* the sums of weight * relu?(maximum of the 3x3 pixels + shift), of `tile` vectors of channels from c on, without the
+   first `counted` channels */
 INLINE void sum_windows(
-    const struct unit *u, int64_t c, const vf *weight, int how, seen *nan, int tile, int lanes, int bf16, int relu
+    const struct unit *u, int64_t c, int64_t counted, int how, seen *nan, int tile, int lanes, int bf16, int relu
 ) {
     const struct job *job = u->job;
     const void *x = job->x;
     int64_t H = job->H, W = job->W, at = u->b * u->pixels * job->C + c;
-    vf scale[TILE], shift[TILE], *rows = u->rows, *sums = u->sums; /* rows: a ring of three */
+    vf scale[TILE], shift[TILE], weight[TILE], *rows = u->rows, *sums = u->sums; /* rows: a ring of three */
     UNROLL for (int t = 0; t < tile; t++) {
         scale[t] = get_param(job->scale, c + t * V, lanes), shift[t] = get_param(job->shift, c + t * V, lanes);
-        nan[t] = (seen){0};
+        weight[t] = get_param(job->weight, c + t * V, lanes), nan[t] = (seen){0};
     }
     row_maxima(u, x, at, scale, rows, nan, tile, lanes, bf16);
     for (int64_t i = 0; i < H; i++) {
@@ -364,7 +366,7 @@ INLINE void sum_windows(
             vf sum = how == MORE ? *sums : (vf){0};
             UNROLL for (int t = 0; t < tile; t++) {
                 vf m = vmax(vmax(above[t], here[t]), below[t]);
-                vf product = weight[t] * (relu ? positive(m + shift[t]) : m);
+                vf product = lanes_from(weight[t] * (relu ? positive(m + shift[t]) : m), counted);
                 if (how == APART)
                     sums[t * u->ld] = product;
                 else
@@ -377,11 +379,9 @@ INLINE void sum_windows(
 
 INLINE void group_tile(const struct unit *u, int n, int64_t c, int64_t counted, int tile, int bf16, int relu) {
     seen nan[TILE];
-    vf weight[TILE];
-    UNROLL for (int t = 0; t < tile; t++) weight[t] = lanes_from(get_param(u->job->weight, c + t * V, V), counted);
     int first = c + counted == u->c0 + n * (u->job->C / u->job->g);
-    first ? sum_windows(u, c, weight, FIRST, nan, tile, V, bf16, relu)
-          : sum_windows(u, c, weight, MORE, nan, tile, V, bf16, relu);
+    first ? sum_windows(u, c, counted, FIRST, nan, tile, V, bf16, relu)
+          : sum_windows(u, c, counted, MORE, nan, tile, V, bf16, relu);
     for (int t = 0; t < tile; t++) u->nan[n] |= any(nan[t]);
 }
 
@@ -392,9 +392,8 @@ INLINE void get_sums(const struct unit *u, int t, int64_t p, vf block[V]) {
 
 INLINE void mixed_tile(const struct unit *u, int64_t c, int tile, int lanes, int bf16, int relu) {
     seen nan[TILE];
-    vf weight[TILE], block[V];
-    UNROLL for (int t = 0; t < tile; t++) weight[t] = get_param(u->job->weight, c + t * V, lanes);
-    sum_windows(u, c, weight, APART, nan, tile, lanes, bf16, relu);
+    vf block[V];
+    sum_windows(u, c, 0, APART, nan, tile, lanes, bf16, relu);
     for (int t = 0; t < tile; t++) {
         const int32_t *group = u->group + c + t * V - u->c0;
         for (int k = 0; any(nan[t]) && k < lanes; k++) u->nan[group[k]] |= at_lane(nan[t], k);

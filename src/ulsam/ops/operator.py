@@ -10,15 +10,14 @@ from torch import Tensor, is_grad_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.nn import Parameter
 
 from ulsam.errors import UlsamError
 from ulsam.ops import cpu, reference
 
 Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = get_args(Backend)
-_PLAIN = (Tensor, Parameter)
 _CPU = (None, "cpu")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton takes tensors of the CPU too
 
@@ -86,7 +85,8 @@ def subspace_attention(
     operands = (x, scale, shift, weight, bias, list(norms), groups, relu, eps)
     if chosen == "reference" or _is_transformed():
         return reference.subspace_attention(*operands)
-    if chosen == "cpu" and _is_plain(x):
+    others = (scale, shift, weight, bias, *norms)
+    if chosen == "cpu" and _is_plain(x) and all(value is None or _is_plain(value) for value in others):
         return _Direct.apply(x, scale, shift, weight, bias, groups, relu, eps, *norms)
     y, _, moments = torch.ops.ulsam.subspace_attention.default(*operands, backend or "")
     return y, moments
@@ -108,11 +108,12 @@ def infer(
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing looks on: no compiler, tracer, profiler, mode or subclass that has to see an operator."""
     return (
-        type(x) in _PLAIN
+        type(x) in cpu.PLAIN
         and x.is_cpu
         and not (is_compiling() or _get_tracing_state())
         and not (_len_torch_dispatch_stack() or _len_torch_function_stack())
-        and not (peek_interpreter_stack() or _profiler_enabled())
+        and not (peek_interpreter_stack() or _profiler_enabled() or forward_ad._current_level >= 0)
+        and not x.is_neg()  # a view whose values are still to be negated
     )
 
 
@@ -143,8 +144,8 @@ def _check(
 
 
 def _is_transformed() -> bool:
-    """Inside `torch.func`: its transforms follow the definition, not an operator that they cannot look into."""
-    return not is_compiling() and peek_interpreter_stack() is not None
+    """Inside `torch.func` or forward-mode differentiation: these follow the definition, and cannot look into others."""
+    return not is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
 
 
 def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
@@ -208,10 +209,17 @@ def _module(x: Tensor, wanted: str) -> Any:
 
 
 def _forward(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, *operands[:6])
     return _module(x, operands[-1]).forward(x, *operands[:-1])
 
 
 def _backward(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Any, ...]:
+    scale, shift, weight, bias, norms, logits, moments = operands[:7]
+    batch, groups, *size = logits.shape
+    _check(x, scale, shift, weight, bias, norms, groups)
+    whole = dy.shape == x.shape and (batch, *size) == (x.shape[0], *x.shape[2:])
+    if not whole or moments.numel() != (2 * (x.shape[1] + groups) if norms else 0):
+        raise UlsamError(f"dy {list(dy.shape)} or what forward kept are not those of the map {list(x.shape)}")
     return _module(x, operands[-1]).backward(dy, x, *operands[:-1])
 
 
@@ -302,7 +310,7 @@ class _Direct(torch.autograd.Function):
             return (None,) * (8 + len(norms))
         backward: Any = cpu.backward
         rest = ctx.rest
-        if torch.is_grad_enabled() or type(dy) is not Tensor:  # second derivatives, and what else may look on
+        if is_grad_enabled() or not _is_plain(dy):  # second derivatives, and what else may look on
             backward, rest = torch.ops.ulsam.subspace_attention_backward.default, (*rest, "cpu")
         dx, *vectors, dnorms = backward(dy, x, scale, shift, weight, bias, norms, logits, moments, *rest)
         dvectors, dnorms = _like((scale, shift, weight, bias), vectors), _like(norms, dnorms)

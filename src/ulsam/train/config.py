@@ -97,7 +97,7 @@ class TrainConfig:
     compile: Literal["auto", "none", "inductor"] = _option(
         "auto", "torch.compile; auto: by a probe, in long runs alone"
     )
-    threads: int | None = _option(None, "CPU threads of training (default: the cores that the workers leave)")
+    threads: int | None = _option(None, "CPU threads of training (default: PyTorch's, one a core)")
     seed: int = _option(0, "of everything random")
     # run
     val_every: int = _option(1, "measure after every so many epochs, and after the last")

@@ -21,11 +21,8 @@ def fitted(config: TrainConfig, device: torch.device) -> TrainConfig:
         raise UlsamError(f"--amp fp16 needs a CUDA GPU; on {device.type} use bf16 or none")
     if config.compile == "inductor" and (lack := why_not_compiled()):
         raise UlsamError(f"--compile inductor: {lack}; install one, name it in CXX, or use --compile none")
-    if config.threads is not None:
-        return config
-    # one core for each process that reads pictures: threads that wait for a busy core cost more than they give
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return dataclasses.replace(config, threads=min(torch.get_num_threads(), max(1, cores - config.workers)))
+    # all cores: reading a picture takes a small part of what a step with it takes, so readers need no core of their own
+    return dataclasses.replace(config, threads=config.threads or torch.get_num_threads())
 
 
 def has_bf16(device: torch.device) -> bool:

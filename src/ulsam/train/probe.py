@@ -134,9 +134,15 @@ def probe(
     else:
 
         def step(setup: Setup) -> Step:
-            return training_step(
-                dataclasses.replace(config, **dataclasses.asdict(setup)), model, input_size, world.device
-            )
+            settled = dataclasses.replace(config, **dataclasses.asdict(setup))
+            made: list[Step] = []  # in its first turn, where too little memory leaves it out
+
+            def take() -> None:
+                if not made:
+                    made.append(training_step(settled, model, input_size, world.device))
+                made[0]()
+
+            return take
 
         with parts.plain_words(), _same_generators(world.device):
             times = (measure or time_in_turn)({setup: step(setup) for setup in tried}, steps)
@@ -189,29 +195,29 @@ def choose(times: Mapping[Setup, float], margin: float = MARGIN) -> Setup:
 def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
     """Median seconds of a step of each candidate; they take turns, after a step each that is not timed.
 
-    The probe ends after `MOST_TURNS`, or when it has taken 2 % of the run: 5 % as long as these are under 20 seconds.
+    It ends after `MOST_TURNS`; or from `LEAST_TURNS` on, when it has taken 2 % of the run, or 5 % while these are under
+    20 seconds.
 
     Args:
         take: a function that takes a step, for each candidate; one that runs out of memory is left out.
         steps: of the whole run.
     """
     began = time.monotonic()
-    times: dict[Setup, list[float]] = {}
-    for setup, step in take.items():
-        try:
-            step()
-        except RuntimeError as error:
-            if not parts.is_out_of_memory(error):
-                raise
-        else:
-            times[setup] = []
+    times: dict[Setup, list[float]] = {setup: [] for setup in take}
     medians: dict[Setup, float] = {}
-    for turn in range(1, MOST_TURNS + 1):
-        for setup, found in times.items():
+    for turn in range(1 + MOST_TURNS):
+        for setup in list(times):
             before = time.perf_counter()
-            take[setup]()
-            found.append(time.perf_counter() - before)
-        medians = {setup: statistics.median(found) for setup, found in times.items()}
+            try:
+                take[setup]()
+            except RuntimeError as error:
+                if not parts.is_out_of_memory(error):
+                    raise
+                del times[setup]
+                continue
+            if turn:
+                times[setup].append(time.perf_counter() - before)
+        medians = {setup: statistics.median(found) for setup, found in times.items() if found}
         run = steps * min(medians.values(), default=0.0)
         limit = max(SHARE * run, min(SHORT_SECONDS, SHORT_SHARE * run))
         if turn >= LEAST_TURNS and time.monotonic() - began > limit:
@@ -260,10 +266,12 @@ def _try_compiled(eager: Setup, seconds: float, steps: int, step: Callable[[Setu
     began = time.monotonic()
     try:
         take[compiled]()
-    except RuntimeError as error:
-        return eager, f"not compiled: torch.compile failed: {first_line(error)}"
+    except Exception as error:  # whatever a compiler, or the net under it, may raise: the run goes on without
+        return eager, f"not compiled: torch.compile failed: {type(error).__name__}: {first_line(error)}"
     cost = time.monotonic() - began
     times = time_in_turn(take, steps)
+    if len(times) < 2:
+        return eager, "not compiled: there is too little memory to time both"
     told = f"{1e3 * times[compiled]:.0f} ms a step for {1e3 * times[eager]:.0f}, after {cost:.0f} s of compilation"
     if choose(times) == eager or (times[eager] - times[compiled]) * steps < cost:
         return eager, f"not compiled: {told}"
