@@ -120,6 +120,15 @@ def network_table(name: str = "network") -> str:
     return "\n".join(lines)
 
 
+def inside_table() -> str:
+    """One column a part of a call: in a net, and by itself."""
+    places = json.loads((ROOT / "results" / "inside.json").read_text())["seconds"]
+    lines = [f"| microseconds | {' | '.join(places['in the net'])} |", "|---" * 5 + "|"]
+    for place, parts in places.items():
+        lines.append(f"| {place} | {' | '.join(f'{1e6 * seconds:.0f}' for seconds in parts.values())} |")
+    return "\n".join(lines)
+
+
 def pipeline_table() -> str:
     """One row a kind of pictures and augmentations, then the training from disk and from memory."""
     result = json.loads((ROOT / "results" / "pipeline.json").read_text())
@@ -193,6 +202,7 @@ TABLES = {
         "layer": layer_table,
         "network": network_table,
         "network_compile": lambda: network_table("network_compile"),
+        "inside": inside_table,
         "training": training_table,
         "pipeline": pipeline_table,
         "steps": steps_table,

@@ -211,13 +211,23 @@ def test_a_probed_run_ends_in_the_weights_of_one_with_given_settings(
     assert first == second == third
 
 
+def test_a_candidate_that_runs_out_of_memory_late_is_left_out() -> None:
+    turns = iter(range(100))
+
+    def greedy() -> None:
+        if next(turns) == 2:
+            raise torch.OutOfMemoryError
+
+    assert list(time_in_turn({Setup("contiguous"): greedy, Setup(): lambda: None}, 1000)) == [Setup()]
+
+
 def test_one_probe_serves_a_comparison(data: Path, eager_to_probe: None, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     settled = settle(config(data))
     assert capsys.readouterr().out.count("probe   ") == 2
     assert "auto" not in (settled.layout, settled.amp, settled.compile)
-    assert settle(settled) is settled
+    assert settle(settled) == settled
     assert capsys.readouterr().out == ""
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
