@@ -40,6 +40,8 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/network.py --seconds 30
+	$(BIN)/python benchmarks/inside.py
 
 wheel-test: $(INSTALLED)
 	scripts/wheel_test.sh

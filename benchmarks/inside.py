@@ -2,7 +2,7 @@
 
     python benchmarks/inside.py     # results/inside.json; 20 seconds on two cores
 
-The layer is inserted at 17:1 of MobileNet-V2 (960 x 7 x 7), released form, folded. Its parts are timed where they are
+The layer is inserted at 17:1 of MobileNet-V2, released form, folded. Its parts are timed where they are
 called, so the clock's own time is in them. In the net, what the layer needs has left the caches since its last call.
 """
 
