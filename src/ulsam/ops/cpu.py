@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 import struct
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -107,8 +108,12 @@ def infer(
     bias: Tensor | None,
     groups: int,
     relu: bool,
+    logits: Tensor | None = None,
 ) -> Tensor | None:
-    """y of `subspace_attention`, written with as little Python as it takes; None for a less usual x or operands."""
+    """y of `subspace_attention`, written with as little Python as it takes; None for a less usual x or operands.
+
+    The logits, float32 [B, groups, H, W], are written where they are wanted.
+    """
     batch, channels, height, width = x.shape
     bf16 = x.dtype is _BFLOAT16
     contiguous = x.is_contiguous()
@@ -125,7 +130,8 @@ def infer(
     y = empty_like(x)
     failed = LIBRARY.ulsam_run(
         _pack(
-            *(x.data_ptr(), 0, y.data_ptr(), 0, 0, 0, scale.data_ptr(), 0 if shift is None else shift.data_ptr()),
+            *(x.data_ptr(), 0, y.data_ptr(), 0, 0 if logits is None else logits.data_ptr(), 0),
+            *(scale.data_ptr(), 0 if shift is None else shift.data_ptr()),
             *(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0),
             *(batch, channels, height, width, groups, _LOGITS_MULTIPLY, relu, not contiguous, bf16),
             *(1 if _forked else get_num_threads(), isa),
@@ -154,5 +160,24 @@ def _raise(failed: int) -> NoReturn:
     raise RuntimeError(f"this processor has no {ISA_NAMES[isa]}")
 
 
-forward = functools.partial(stages.forward, _run)
+def forward(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norms: Sequence[Tensor],
+    groups: int,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `stages.forward`."""
+    if not norms:
+        logits = x.new_empty((x.shape[0], groups, *x.shape[2:]), dtype=torch.float32)
+        y = infer(x, scale, shift, weight, bias, groups, relu, logits)
+        if y is not None:
+            return y, logits, logits.new_empty(0)
+    return stages.forward(_run, x, scale, shift, weight, bias, norms, groups, relu, eps)
+
+
 backward = functools.partial(stages.backward, _run)
