@@ -4,7 +4,7 @@ The loaders run in one process on one thread, in turn, on the same files, which 
 first turn; a figure is a median of processor seconds (user and system) a picture, so it is one core's. timm's loader
 comes in both its forms, with the same augmentations: it normalises each picture, or a batch at once (its prefetcher).
 
-    python benchmarks/pipeline.py                          # on drawn birds; 2 minutes on two cores
+    python benchmarks/pipeline.py                          # on drawn birds; 4 minutes on two cores
     python benchmarks/pipeline.py --data pictures/train    # on a folder of classes
 """
 
@@ -26,10 +26,13 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from layer import processor
+from network import interval
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
+from training import SKIPPED, TIMED, ours
 
 from ulsam.data import loading
 from ulsam.data.augment import Normalise, TrainTransform, jittered
@@ -39,7 +42,7 @@ from ulsam.data.folder import scan
 from ulsam.data.pictures import read_picture, read_pixels
 from ulsam.data.sources import FolderPictures
 from ulsam.train.config import TrainConfig
-from ulsam.train.loop import train
+from ulsam.train.machine import fitted
 
 LOOK: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bilinear"}
 SCALE, FLIP, BATCH = (0.25, 1.0), 0.5, 32
@@ -155,16 +158,27 @@ def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
 
 
 def training(folder: Path, size: int, turns: int, work: Path) -> dict[str, float]:
-    """Pictures a second of `ulsam train` from disk and from memory, after the first epoch, in turn."""
+    """Pictures a second of steps of `ulsam train` from disk and from memory, and the median ratio of their turns."""
+    steps = {}
+    for name, cache in (("disk", "false"), ("memory", "true")):
+        settings = {"layout": "channels_last", "amp": "none", "compile": "none", "cache": cache, "device": "cpu"}
+        config = fitted(TrainConfig(data=str(folder), size=size, val_fraction=0.1, **settings), loading.CPU)
+        steps[name] = ours(config, str(work / name))
+    for _ in range(len(scan(folder, 1).samples) // BATCH):
+        steps["memory"]()  # the first epoch fills it
     rates: dict[str, list[float]] = {"disk": [], "memory": []}
-    for turn in range(turns):
-        for name, cache in (("disk", "false"), ("memory", "true")):
-            config = TrainConfig(
-                data=str(folder), size=size, epochs=3, val_every=3, val_fraction=0.1, device="cpu", cache=cache
-            )
-            summary = train(config, work / f"{name}-{turn}")
-            rates[name] += [row["images_per_second"] for row in summary["epochs"][1:]]
-    return {name: statistics.median(found) for name, found in rates.items()}
+    for _ in range(turns):
+        for name, step in steps.items():
+            for _ in range(SKIPPED):
+                step()
+            began = time.perf_counter()
+            for _ in range(TIMED):
+                step()
+            rates[name].append(TIMED * BATCH / (time.perf_counter() - began))
+    ratios = [disk / memory for disk, memory in zip(*rates.values(), strict=True)]
+    low, high = interval(ratios)
+    middle = {name: statistics.median(found) for name, found in rates.items()}
+    return {**middle, "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
 
 
 def _jpeg(picture: Image.Image) -> io.BytesIO:
@@ -205,7 +219,7 @@ def main() -> None:
         with Image.open(next(own.glob("*/*"))) as first:
             title = f"{first.width} x {first.height}"
         threads = torch.get_num_threads()
-        rates = training(own, args.size, max(1, args.turns // 2), work)
+        rates = training(own, args.size, args.turns + 1, work)
         torch.set_num_threads(1)
         cases, folders = [], {title: own}
         for larger, (width, height, number) in LARGER.items():
@@ -224,7 +238,7 @@ def main() -> None:
         tried = steps(own, args.size, args.turns)
     for step, seconds in tried.items():
         print(f"{step:45} {1e6 * seconds:7.0f} us")
-    print(f"training, disk / memory: {rates['disk'] / rates['memory']:.3f}")
+    print(f"training, disk / memory: {rates['ratio']:.3f} ({rates['ratio_low']:.3f} to {rates['ratio_high']:.3f})")
     result = {
         "what": "processor seconds a picture on one thread, medians of turns; training: pictures a second",
         "command": f"python benchmarks/pipeline.py{' --data FOLDER' if args.data else ''}",
@@ -244,13 +258,6 @@ def main() -> None:
         "training_pictures_per_second": rates,
     }
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":
