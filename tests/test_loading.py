@@ -4,6 +4,7 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -151,6 +152,15 @@ def test_batches_do_not_depend_on_workers(pictures: FolderPictures) -> None:
     assert not same(alone, batches(pictures, workers=0, epoch=1, seed=1))
     for workers in (1, 2):
         assert same(alone, batches(pictures, workers=workers, epoch=1))
+
+
+def test_reading_processes_give_way_to_training() -> None:
+    class Telling(Numbers):
+        def fetch(self, index: int, reduction: Any = None) -> tuple[Any, int]:
+            raise UnreadablePicture(f"niceness {os.nice(0)}")
+
+    (batch,) = eval_loader(Telling(1), EVAL, batch_size=1, workers=1)
+    assert batch.unreadable == [("picture 0", f"niceness {min(19, os.nice(0) + 5)}")]
 
 
 def test_start_gives_the_rest_of_the_epoch(pictures: FolderPictures) -> None:

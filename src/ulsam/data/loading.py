@@ -5,6 +5,7 @@ So a run can go on in mid-epoch with nothing saved but its position.
 """
 
 import itertools
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -326,3 +327,4 @@ def _quiet(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
     torch.set_num_threads(1)
+    os.nice(5)  # batches are read ahead, but every thread of a training step waits for the one whose core is taken
