@@ -194,7 +194,7 @@ def training_table() -> str:
     rates = result["loops"]["pictures a second"]
     if isinstance(rates, dict):
         ours = rates["ulsam train"]
-        lines += ["", "| training from disk | pictures a second | `ulsam train` over it |", "|---|---|---|"]
+        lines += ["", "| training, reading included | pictures a second | `ulsam train` over it |", "|---|---|---|"]
         for name, rate in rates.items():
             measured = isinstance(rate, float)
             lines.append(f"| {name} | {rate:.1f} | {ours / rate:.2f} |" if measured else f"| {name} | {rate} | |")
