@@ -120,6 +120,16 @@ def network_table(name: str = "network") -> str:
     return "\n".join(lines)
 
 
+def precision_table() -> str:
+    """One row a precision: top-1 of every seed."""
+    result = json.loads((ROOT / "results" / "precision.json").read_text())
+    lines = ["| precision | top-1 of each seed | mean ± sd |", "|---|---|---|"]
+    for name, arm in result["arms"].items():
+        tops = ", ".join(f"{100 * value:.1f}" for value in arm["top1"])
+        lines.append(f"| {name} | {tops} | {100 * arm['mean']:.1f} ± {100 * arm['sd']:.1f} |")
+    return "\n".join(lines)
+
+
 def inside_table() -> str:
     """One column a part of a call: in a net, and by itself."""
     places = json.loads((ROOT / "results" / "inside.json").read_text())["seconds"]
@@ -209,6 +219,7 @@ TABLES = {
         "network_compile": lambda: network_table("network_compile"),
         "inside": inside_table,
         "training": training_table,
+        "precision": precision_table,
         "pipeline": pipeline_table,
         "steps": steps_table,
     },
