@@ -32,7 +32,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_loader
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
-from training import SKIPPED, TIMED, ours
+from training import in_turn, ours
 
 from ulsam.data import loading
 from ulsam.data.augment import Normalise, TrainTransform, jittered
@@ -166,15 +166,7 @@ def training(folder: Path, size: int, turns: int, work: Path) -> dict[str, float
         steps[name] = ours(config, str(work / name))
     for _ in range(len(scan(folder, 1).samples) // BATCH):
         steps["memory"]()  # the first epoch fills it
-    rates: dict[str, list[float]] = {"disk": [], "memory": []}
-    for _ in range(turns):
-        for name, step in steps.items():
-            for _ in range(SKIPPED):
-                step()
-            began = time.perf_counter()
-            for _ in range(TIMED):
-                step()
-            rates[name].append(TIMED * BATCH / (time.perf_counter() - began))
+    rates = in_turn(steps, BATCH, turns)
     ratios = [disk / memory for disk, memory in zip(*rates.values(), strict=True)]
     low, high = interval(ratios)
     middle = {name: statistics.median(found) for name, found in rates.items()}

@@ -148,6 +148,20 @@ def timm_loop(config: TrainConfig, threads: int, best: bool) -> Callable[[], Any
     return step
 
 
+def in_turn(contenders: dict[str, Callable[[], Any]], pictures: int, turns: int) -> dict[str, list[float]]:
+    """Pictures a second of each contender in every turn; a call of it is a step with so many pictures."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(turns):
+        for name, take in contenders.items():
+            for _ in range(SKIPPED):
+                take()
+            began = time.perf_counter()
+            for _ in range(TIMED):
+                take()
+            found[name].append(TIMED * pictures / (time.perf_counter() - began))
+    return found
+
+
 def rates(config: TrainConfig, turns: int) -> dict[str, float]:
     """Pictures a second, reading included: medians of the turns."""
     threads = torch.get_num_threads()
@@ -158,15 +172,7 @@ def rates(config: TrainConfig, turns: int) -> dict[str, float]:
             "timm loop, defaults": timm_loop(config, threads, best=False),
             "timm loop, channels_last and bf16": timm_loop(config, threads, best=True),
         }
-        found: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(turns):
-            for name, take in contenders.items():
-                for _ in range(SKIPPED):
-                    take()
-                began = time.perf_counter()
-                for _ in range(TIMED):
-                    take()
-                found[name].append(TIMED * config.batch_size / (time.perf_counter() - began))
+        found = in_turn(contenders, config.batch_size, turns)
     torch.set_num_threads(threads)
     return {name: statistics.median(values) for name, values in found.items()}
 

@@ -94,6 +94,18 @@ class Case:
         return {"y": y.detach(), "moments": moments, **gradients}
 
 
+def on_threads(case: Case) -> list[dict[str, Tensor]]:
+    """The case's results on one thread, two and three."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(case.run("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
 FORMS = ["equations", "folded", "batch statistics"]
 UNUSUAL = ["no shift", "no relu", "batch statistics, no relu"]  # no layer of ours is one of these
 shapes = st.tuples(
@@ -305,14 +317,7 @@ def test_minus_infinity_stays_where_it_is(layout: str, groups: int, isa: int) ->
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [40, 96, 320])
 def test_threads_may_share_a_picture(channels: int, layout: str) -> None:
-    case = Case((1, channels, 28, 28), 8, "folded", "relu", layout, torch.float32, 0)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            found.append(case.run("cpu"))
-    finally:
-        torch.set_num_threads(threads)
+    found = on_threads(Case((1, channels, 28, 28), 8, "folded", "relu", layout, torch.float32, 0))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
 
@@ -378,15 +383,7 @@ def test_a_nan_among_the_parameters_spreads_too(broken: str, isa: int) -> None:
 @compiled
 @pytest.mark.parametrize("form", FORMS)
 def test_threads_change_nothing_but_the_order_of_sums(form: str) -> None:
-    case = Case((1, 96, 14, 14), 4, form, "normal", "channels_last", torch.float32, 0)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(case.run("cpu"))
-    finally:
-        torch.set_num_threads(before)
+    results = on_threads(Case((1, 96, 14, 14), 4, form, "normal", "channels_last", torch.float32, 0))
     for found in results[1:]:
         for name, value in results[0].items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-4)
