@@ -313,7 +313,7 @@ MISTAKES = [
     (lambda n: insert(n, "tokens", input_size=SIZE), r"tokens puts out tokens \[B, N, C\] = \[1, 256, 12\]"),
     (lambda n: insert(n, "last", input_size=(3, 64, 48)), r"last puts out \[1, 32, 24, 12\], channels in the last"),
     (lambda n: replace(n, "last", input_size=(3, 48, 48)), "last puts out .* channels in the last dimension"),
-    (lambda n: insert(n, "head", input_size=SIZE), r"head puts out \[1, 5\]; ULSAM needs a feature map"),
+    (lambda n: insert(n, "head", input_size=SIZE), r"head puts out \[1, 5\]; an edit needs a feature map"),
     (lambda n: insert(n, "idle", input_size=SIZE), "idle is not called in a forward pass"),
     (lambda n: replace(n, "right,right.0", input_size=SIZE), "right.0 lies inside right: name only one of them"),
     (lambda n: drop(n, "**", input_size=SIZE), "lies inside"),
@@ -408,7 +408,7 @@ def test_a_place_is_edited_once(first, second):
 def test_the_parts_of_a_layer_are_no_places():
     net = replace(Branchy(), "left", input_size=SIZE)
     assert not any(c.name.startswith("left") for c in candidates(net, SIZE, leaves=True))
-    with pytest.raises(UlsamError, match=r"left\.depthwise is part of a ULSAM layer"):
+    with pytest.raises(UlsamError, match=r"left\.depthwise is part of an attention layer"):
         insert(net, "left.depthwise", input_size=SIZE)
 
 

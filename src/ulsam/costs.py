@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM
+from ulsam.surgery import added_layers
 from ulsam.trace import default_input_size, trace
 
 Rule = Literal["exact", "paper"]
@@ -25,7 +26,7 @@ _RULE_TEXT = {
 
 @dataclass(frozen=True)
 class Row:
-    """The cost of one block for one picture, the ULSAM layers in it aside: they have rows of their own.
+    """The cost of one block for one picture, the layers that edits put in aside: they have rows of their own.
 
     The row named "" holds what the net does outside its blocks. What blocks share is counted in one of them.
     """
@@ -104,7 +105,8 @@ def cost(model: nn.Module, input_size: Sequence[int] | None = None, rule: Rule =
     flows = trace(model, size)
     seen: set[int] = set()  # ids of modules and parameters that have their row: shared ones are counted once
     rows = []
-    for name, block in reversed([("", model), *_blocks(model)]):  # inner blocks first, the rest of the net last
+    layers = {id(layer) for layer in added_layers(model).values()}
+    for name, block in reversed([("", model), *_blocks(model, layers)]):  # inner blocks first, the rest of the net last
         row = Row(name, type(block).__name__, flows[name].output_shape, 0, 0, 0)
         for path, part in block.named_modules(prefix=name):
             if id(part) not in seen:
@@ -130,13 +132,17 @@ def _own_params(module: nn.Module, rule: Rule, seen: set[int]) -> int:
     return sum(p.numel() for p in fresh)
 
 
-def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """What gets a row: what containers hold, the net's own children first, and every ULSAM layer inside."""
+def _blocks(module: nn.Module, layers: Collection[int], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What gets a row: what containers hold, the net's own children first, and every layer inside.
+
+    Layers are ULSAM's, and those with an id in ``layers``.
+    """
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-            yield from _blocks(child, f"{path}.")
+            yield from _blocks(child, layers, f"{path}.")
         else:
             yield path, child
-            layers = [(inner, part) for inner, part in child.named_modules(prefix=path) if isinstance(part, ULSAM)]
-            yield from (layer for layer in layers if layer[1] is not child)
+            for inner, part in child.named_modules(prefix=path):
+                if part is not child and (isinstance(part, ULSAM) or id(part) in layers):
+                    yield inner, part

@@ -13,6 +13,7 @@ from torch import nn
 
 from ulsam import surgery
 from ulsam.errors import UlsamError, printable
+from ulsam.layers import Layer
 from ulsam.module import Form
 
 Kind = Literal["replace", "insert", "drop"]
@@ -26,39 +27,51 @@ LARGEST_ARGUMENT = 100_000
 
 @dataclass(frozen=True)
 class Edit:
-    """One change of a net; its text form is e.g. ``replace 14,17 g=4`` or ``insert 17:1 g=8 form=released``.
+    """One change of a net; its text form is e.g. ``replace 14,17 g=4``, ``insert 17:1 g=8 form=released`` or
+    ``insert 17:1 layer=se``.
+
+    ULSAM has 4 groups and the form "equations" where none are given; other layers, and a drop, have neither.
 
     >>> Edit.parse("replace 14,17 g=8")
-    Edit(kind='replace', at='14,17', groups=8, form='equations')
-    >>> str(Edit("drop", "14, 16"))
-    'drop 14,16'
+    Edit(kind='replace', at='14,17', groups=8, form='equations', layer='ulsam')
+    >>> str(Edit("drop", "14, 16")), str(Edit("replace", "14", layer="eca"))
+    ('drop 14,16', 'replace 14 layer=eca')
 
     Raises:
-        UlsamError: an unknown kind, a form that does not train, no place or one with a space or "=" in it, groups below
-            1, or a drop with groups or a form.
+        UlsamError: an unknown kind or layer, a form that does not train, no place or one with a space or "=" in it,
+            groups below 1, a drop with a layer, or groups or a form for what has none.
     """
 
     kind: Kind
     at: str
-    groups: int = 4
-    form: Form = "equations"
+    groups: int | None = None
+    form: Form | None = None
+    layer: Layer = "ulsam"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise UlsamError(f"unknown edit {self.kind!r}; valid: {', '.join(get_args(Kind))}")
-        if self.form not in (forms := ("equations", "released")):  # a folded layer comes of folding, not of an edit
+        if self.layer not in get_args(Layer):
+            raise UlsamError(f"unknown layer {self.layer!r}; valid: {', '.join(get_args(Layer))}")
+        if self.form not in (None, *(forms := ("equations", "released"))):  # folding makes a folded layer, no edit
             raise UlsamError(f"unknown form {self.form!r}; valid: {', '.join(forms)}")
         if type(self.groups) is int and self.groups < 1:
             raise UlsamError(f"groups must be 1 or more, not {self.groups}")
-        if type(self.groups) is not int or type(self.at) is not str:
+        if type(self.groups) not in (int, type(None)) or type(self.at) is not str:
             raise UlsamError(
                 f"an edit takes a place as text and a whole number of groups, not {self.at!r}, {self.groups!r}"
             )
         object.__setattr__(self, "at", re.sub(r"\s*,\s*", ",", self.at.strip()))
         if not self.at or re.search(r"[\s=]", self.at):
             raise UlsamError(f"cannot read the place {self.at!r}; write names or layer numbers with commas, as 14,17")
-        if self.kind == "drop" and (self.groups, self.form) != (4, "equations"):
-            raise UlsamError(f"a drop makes no layer: it has neither groups nor a form ({self.at})")
+        plain = (self.groups, self.form) == (None, None)
+        if self.kind == "drop" and not (plain and self.layer == "ulsam"):
+            raise UlsamError(f"a drop makes no layer: it has neither groups nor a form nor a layer ({self.at})")
+        if self.layer != "ulsam" and not plain:
+            raise UlsamError(f"groups and form are for ULSAM alone: the layer {self.layer} has neither ({self.at})")
+        if self.kind != "drop" and self.layer == "ulsam":
+            object.__setattr__(self, "groups", self.groups or 4)
+            object.__setattr__(self, "form", self.form or "equations")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -68,27 +81,33 @@ class Edit:
             UlsamError: it is not of that form.
         """
         kind, *rest = text.split() or [""]
-        options = dict(word.split("=", 1) for word in rest if "=" in word)
+        options: dict[str, Any] = dict(word.split("=", 1) for word in rest if "=" in word)
         places = [word for word in rest if "=" not in word]
-        if len(places) != 1 or set(options) - {"g", "form"} or not re.fullmatch(r"\d{1,9}", options.get("g", "4")):
-            raise UlsamError(f"cannot read the edit {text!r}; write it as 'replace 14,17 g=4 form=equations'")
-        form: Any = options.get("form", "equations")
-        return cls(kind, places[0], int(options.get("g", "4")), form)  # type: ignore[arg-type]
+        groups = options.pop("g", None)
+        sound = set(options) <= {"form", "layer"} and (groups is None or re.fullmatch(r"\d{1,9}", groups))
+        if len(places) != 1 or not sound:
+            raise UlsamError(
+                f"cannot read the edit {text!r}; write it as 'replace 14,17 g=4 form=equations' or 'insert 17 layer=se'"
+            )
+        return cls(kind, places[0], None if groups is None else int(groups), **options)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        if self.kind == "drop":
-            return f"drop {self.at}"
-        form = "" if self.form == "equations" else f" form={self.form}"
-        return f"{self.kind} {self.at} g={self.groups}{form}"
+        words = [self.kind, self.at]
+        if self.groups is not None:
+            words.append(f"g={self.groups}")
+        if self.form not in (None, "equations"):
+            words.append(f"form={self.form}")
+        if self.layer != "ulsam":
+            words.append(f"layer={self.layer}")
+        return " ".join(words)
 
     def apply(self, model: nn.Module, input_size: Sequence[int] | None = None) -> None:
         """Change ``model`` in place; ``input_size`` (C, H, W) and the errors are those of `ulsam.surgery`."""
         if self.kind == "drop":
             surgery.drop(model, self.at, input_size=input_size)
-        elif self.kind == "insert":
-            surgery.insert(model, self.at, self.groups, form=self.form, input_size=input_size)
         else:
-            surgery.replace(model, self.at, self.groups, form=self.form, input_size=input_size)
+            edit = surgery.insert if self.kind == "insert" else surgery.replace
+            edit(model, self.at, self.groups, layer=self.layer, form=self.form, input_size=input_size)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Put ULSAM into any `nn.Module`: find where it fits, insert, replace, drop, and undo.
+"""Put ULSAM, or another attention layer, into any `nn.Module`: find where it fits, insert, replace, drop, and undo.
 
 An edit happens or raises: on an error the model is as it was. Inserted layers hang on the module they follow (a child
 named ``ulsam`` and a forward hook), so that every other parameter keeps its name and a checkpoint of the unedited net
@@ -10,12 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ulsam.errors import UlsamError
+from ulsam.layers import Layer, make_layer
 from ulsam.module import ULSAM, Form, divisors
 from ulsam.places import At, match, original, words
 from ulsam.trace import Flow, Shape, trace
@@ -28,7 +30,8 @@ class _Net(NamedTuple):
 
     flows: dict[str, Flow]
     shared: set[int]  # ids of modules registered under more than one name
-    inside: set[int]  # ids of modules that are part of a ULSAM layer
+    layers: set[int]  # ids of ULSAM layers and of those that edits put in
+    inside: set[int]  # ids of modules that are part of such a layer
 
 
 WhyNot = Callable[[nn.Module, Flow, _Net], str | None]
@@ -91,13 +94,14 @@ def candidates(model: nn.Module, input_size: Sequence[int] | None = None, leaves
 def replace(
     model: ModelT,
     at: At,
-    groups: int = 4,
+    groups: int | None = None,
     *,
-    form: Form = "equations",
-    momentum: float = 0.1,
+    layer: Layer = "ulsam",
+    form: Form | None = None,
+    momentum: float | None = None,
     input_size: Sequence[int] | None = None,
 ) -> ModelT:
-    """Put a ULSAM layer in the place of each named module; in place, and returns ``model``.
+    """Put an attention layer in the place of each named module; in place, and returns ``model``.
 
     Where an `nn.Sequential` stood, an `nn.Sequential` of that one layer stands: code that walks it goes on working.
 
@@ -105,8 +109,9 @@ def replace(
         model: any `nn.Module`.
         at: module names, globs (``*`` stays within one level, ``**`` crosses levels), or, for MobileNet-V1 and V2, the
             paper's layer numbers (1 = stem, then one a block): ``"14,17"``, ``[14, 17]``, ``"blocks.4.2"``.
-        groups: subspaces of each new layer.
-        form, momentum: as in :class:`ulsam.ULSAM`.
+        groups: subspaces of each new ULSAM layer, by default 4.
+        layer: what to put there; see :func:`ulsam.layers.make_layer`.
+        form, momentum: as in :class:`ulsam.ULSAM`; like ``groups`` refused for other layers.
         input_size: C, H, W for the tracing that finds the channels; any size the net accepts will do.
 
     Raises:
@@ -123,10 +128,8 @@ def replace(
     )
     """
     flows = _targets(model, _blocks(model, at), input_size, _why_not_replace)
-    layers: dict[str, nn.Module] = {
-        name: _layer(model, name, flow, groups, form, momentum) for name, flow in flows.items()
-    }
-    return _edit(model, layers, _swap, _swap_back, input_size)
+    make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum)
+    return _edit(model, _layers(model, flows, make), _swap, _swap_back, input_size)
 
 
 def drop(model: ModelT, at: At, *, input_size: Sequence[int] | None = None) -> ModelT:
@@ -145,17 +148,19 @@ def drop(model: ModelT, at: At, *, input_size: Sequence[int] | None = None) -> M
 def insert(
     model: ModelT,
     after: At,
-    groups: int = 4,
+    groups: int | None = None,
     *,
-    form: Form = "equations",
-    momentum: float = 0.1,
+    layer: Layer = "ulsam",
+    form: Form | None = None,
+    momentum: float | None = None,
     input_size: Sequence[int] | None = None,
 ) -> ModelT:
-    """Put a ULSAM layer behind each named module; in place, and returns ``model``.
+    """Put an attention layer behind each named module; in place, and returns ``model``.
 
-    The new layer becomes the child ``ulsam`` of the module it follows (of the last one in an `nn.Sequential`), run by a
-    forward hook: no other name changes. Arguments and errors are those of :func:`replace`; ``"17:1"`` and ``17`` both
-    mean behind the paper's layer 17; the output may have another shape than the input, but must be a map [B, C, H, W].
+    The new layer, of whatever kind, becomes the child ``ulsam`` of the module it follows (of the last one in an
+    `nn.Sequential`), run by a forward hook: no other name changes. Arguments and errors are those of :func:`replace`;
+    ``"17:1"`` and ``17`` both mean behind the paper's layer 17; the output may have another shape than the input, but
+    must be a map [B, C, H, W].
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     >>> list(insert(net, "0", groups=2, input_size=(3, 16, 16)).state_dict())
@@ -163,7 +168,8 @@ def insert(
     """
     names = list(dict.fromkeys(_host(model, name) for name in match(model, after)))
     flows = _targets(model, names, input_size, _why_not_insert)
-    layers = {f"{name}.ulsam": _layer(model, name, flow, groups, form, momentum) for name, flow in flows.items()}
+    make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum)
+    layers = {f"{name}.ulsam": made for name, made in _layers(model, flows, make).items()}
     return _edit(model, layers, _attach, _detach, input_size)
 
 
@@ -199,10 +205,25 @@ def changes(model: nn.Module) -> tuple[set[str], dict[str, nn.Module]]:
     >>> sorted(added), list(aside)
     (['1.depthwise.weight', '1.pointwise.weight'], ['1'])
     """
-    edited = {name: module for name, module in model.named_modules() if _is_edited(module)}
-    aside = {name: original(module) for name, module in edited.items() if "replaced_module" in vars(module)}
-    places = [name if name in aside else f"{name}.ulsam" for name in edited]
-    return {f"{name}.{key}" for name in places for key in model.get_submodule(name).state_dict()}, aside
+    added = {f"{name}.{key}" for name, layer in added_layers(model).items() for key in layer.state_dict()}
+    modules = model.named_modules()
+    return added, {name: original(module) for name, module in modules if "replaced_module" in vars(module)}
+
+
+def added_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that edits put in, of any kind, by name.
+
+    >>> list(added_layers(insert(nn.Sequential(nn.Conv2d(3, 8, 3)), "0", layer="se", input_size=(3, 16, 16))))
+    ['0.ulsam']
+    """
+    names = []
+    for name, module in model.named_modules():
+        if "replaced_module" in vars(module):
+            names.append(f"{name}.0" if type(module) is nn.Sequential else name)
+        if _run_inserted in module._forward_hooks.values():
+            names.append(f"{name}.ulsam")
+    found = {name: model.get_submodule(name) for name in names}
+    return {name: layer for name, layer in found.items() if not isinstance(layer, nn.Identity)}  # a drop puts none in
 
 
 def _blocks(model: nn.Module, at: At) -> list[str]:
@@ -229,11 +250,13 @@ def _host(model: nn.Module, name: str) -> str:
 
 def _look(model: nn.Module, input_size: Sequence[int] | None) -> _Net:
     counts = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    layers = [module for module in model.modules() if isinstance(module, ULSAM)]
+    layers = [*added_layers(model).values(), *(module for module in model.modules() if isinstance(module, ULSAM))]
+    known = {id(layer) for layer in layers}
     return _Net(
         trace(model, input_size),
         {key for key, count in counts.items() if count > 1},
-        {id(part) for layer in layers for part in layer.modules() if part is not layer},
+        known,
+        {id(part) for layer in layers for part in layer.modules()} - known,
     )
 
 
@@ -260,19 +283,19 @@ def _why_not_map(flow: Flow, picture: Shape | None) -> str | None:
     if shape is None:
         return "does not put out one tensor"
     if len(shape) == 3:
-        return f"puts out tokens [B, N, C] = {list(shape)}; ULSAM needs a feature map [B, C, H, W]"
+        return f"puts out tokens [B, N, C] = {list(shape)}; an edit needs a feature map [B, C, H, W]"
     if len(shape) != 4:
-        return f"puts out {list(shape)}; ULSAM needs a feature map [B, C, H, W]"
+        return f"puts out {list(shape)}; an edit needs a feature map [B, C, H, W]"
     _, _, height, width = cast(Shape, picture)
     first, last = (abs(shape[n] / height - shape[n + 1] / width) for n in (1, 2))
     if first < last:  # a map has the proportions of the picture, and they are found in front of the channels
-        return f"puts out {list(shape)}, channels in the last dimension; ULSAM needs a feature map [B, C, H, W]"
+        return f"puts out {list(shape)}, channels in the last dimension; an edit needs a feature map [B, C, H, W]"
     return None
 
 
 def _why_not_both(module: nn.Module, flow: Flow, net: _Net) -> str | None:
-    if id(module) in net.inside and not isinstance(module, ULSAM):
-        return "is part of a ULSAM layer"
+    if id(module) in net.inside:
+        return "is part of an attention layer"
     if flow.calls == 0:
         return "is not called in a forward pass"
     if flow.calls > 1:
@@ -289,10 +312,10 @@ def _why_not_insert(module: nn.Module, flow: Flow, net: _Net) -> str | None:
 
 
 def _why_not_replace(module: nn.Module, flow: Flow, net: _Net) -> str | None:
-    if isinstance(module, ULSAM):
-        return "is a ULSAM layer already"
+    if id(module) in net.layers:
+        return f"is a {type(module).__name__} layer already"
     if _run_inserted in module._forward_hooks.values():
-        return "has a ULSAM layer inserted behind it"
+        return "has a layer inserted behind it"
     if any(_is_edited(part) for part in module.modules()):
         return "holds an edit already"
     if reason := _why_not_both(module, flow, net):
@@ -306,16 +329,18 @@ def _why_not_replace(module: nn.Module, flow: Flow, net: _Net) -> str | None:
     return None
 
 
-def _layer(model: nn.Module, name: str, flow: Flow, groups: int, form: Form, momentum: float) -> ULSAM:
-    """A new layer for what ``name`` puts out, on that module's device and in its dtype and mode."""
-    module = model.get_submodule(name)
-    like = _like(module, model)
-    channels = cast(tuple[int, ...], flow.output_shape)[1]
-    try:
-        layer = ULSAM(channels, groups, form=form, momentum=momentum, device=like.device, dtype=like.dtype)
-    except UlsamError as error:
-        raise UlsamError(f"{name}: {error}") from None
-    return layer.train(module.training)
+def _layers(model: nn.Module, flows: Mapping[str, Flow], make: Callable[..., nn.Module]) -> dict[str, nn.Module]:
+    """A new layer for what each place puts out, on that module's device and in its dtype and mode."""
+    made = {}
+    for name, flow in flows.items():
+        module = model.get_submodule(name)
+        like = _like(module, model)
+        try:
+            layer = make(channels=cast(Shape, flow.output_shape)[1], device=like.device, dtype=like.dtype)
+        except UlsamError as error:
+            raise UlsamError(f"{name}: {error}") from None
+        made[name] = layer.train(module.training)
+    return made
 
 
 def _owners(model: nn.Module) -> Counter[int]:

@@ -22,7 +22,7 @@ class _AddEdit(argparse.Action):
 
 
 def add_edit_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--replace``, ``--insert``, ``--drop`` (each repeatable), ``--groups`` and ``--form``.
+    """Add ``--replace``, ``--insert``, ``--drop`` (each repeatable), ``--layer``, ``--groups`` and ``--form``.
 
     >>> parser = argparse.ArgumentParser()
     >>> add_edit_options(parser)
@@ -34,21 +34,22 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
     place = "module names, globs, or the paper's layer numbers for MobileNet-V1 and V2"
     edits = parser.add_argument_group("edits, done in the order given", f"AT: {place}; several with commas.")
     for kind, text in [
-        ("replace", "put ULSAM in the place of these blocks"),
-        ("insert", "put ULSAM behind these blocks"),
+        ("replace", "put an attention layer in the place of these blocks"),
+        ("insert", "put an attention layer behind these blocks"),
         ("drop", "take these blocks out"),
     ]:
         edits.add_argument(f"--{kind}", dest="edits", action=_AddEdit, metavar="AT", help=text)
-    edits.add_argument("--groups", type=int, metavar="G", help="subspaces of each new layer or preset (default: 4)")
-    edits.add_argument("--form", metavar="FORM", help="equations (default) or released")
+    edits.add_argument("--layer", metavar="LAYER", help="ulsam (default), or timm's se, eca, cbam or coord")
+    edits.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
+    edits.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")
 
 
 def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit, ...]:
     """The edits of :func:`add_edit_options`, in the order given; see there.
 
     Raises:
-        UlsamError: an unknown form, or ``--groups`` or ``--form`` with nothing to act on: no new layer, and ``model``
-            is no preset.
+        UlsamError: an unknown form or layer, ``--groups`` or ``--form`` beside another layer than ULSAM, or options
+            with nothing to act on: no new layer, and ``model`` is no preset.
     """
     options = _layer_options(args)
     if options and not _makes_layers(args) and not preset_arguments(args, model):
@@ -58,11 +59,12 @@ def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit
 
 def preset_arguments(args: argparse.Namespace, model: str | None) -> dict[str, Any]:
     """``--groups`` and ``--form`` as arguments of a preset, which has its layers already; empty for other nets."""
-    return _layer_options(args) if model in PLACEMENTS and not _makes_layers(args) else {}
+    options = _layer_options(args)
+    return options if model in PLACEMENTS and not _makes_layers(args) and "layer" not in options else {}
 
 
 def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key in ("groups", "form") if (value := getattr(args, key, None)) is not None}
+    return {key: value for key in ("layer", "groups", "form") if (value := getattr(args, key, None)) is not None}
 
 
 def _makes_layers(args: argparse.Namespace) -> bool:
