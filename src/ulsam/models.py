@@ -167,7 +167,13 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
     heads = _heads(model)
     added, aside = changes(model)
     before = {f"{name}.{key}": value for name, old in aside.items() for key, value in old.state_dict().items()}
-    if not added & state.keys():  # the state of the unedited net
+    new, old_alone = (
+        added - before.keys(),
+        before.keys() - added,
+    )  # a layer may have names of the block that it replaced
+    if new & state.keys() or (added & state.keys() and not old_alone & state.keys()):  # the state of the edited net
+        before = {name: before[name] for name in old_alone}
+    else:
         own = {name: value for name, value in own.items() if name not in added}
     fitting: dict[str, Tensor] = {}
     notes: list[str] = []
@@ -188,9 +194,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
         raise UlsamError(f"{source} does not fit this net: {wrong[0]}{more}")
     model.load_state_dict(fitting, strict=False)
     for place, old in aside.items():
-        old.load_state_dict(
-            {key: state[f"{place}.{key}"] for key in old.state_dict() if f"{place}.{key}" in state}, False
-        )
+        keys = {key: f"{place}.{key}" for key in old.state_dict()}
+        old.load_state_dict({key: state[name] for key, name in keys.items() if name in before.keys() & state}, False)
     return notes
 
 
