@@ -14,9 +14,11 @@ from ulsam.recipe import INTERPOLATIONS, LARGEST_ARGUMENT, Edit, Json, Recipe
 names = st.from_regex(r"[A-Za-z_*?][A-Za-z0-9_*?]{0,6}(\.[A-Za-z0-9_*?]{1,6}){0,3}", fullmatch=True)
 places = st.lists(st.one_of(names, st.integers(1, 18).map(str), st.integers(1, 18).map("{}:1".format)), min_size=1)
 forms = st.sampled_from(["equations", "released"])
+layers = st.sampled_from(["ulsam", "se", "eca", "cbam", "coord"])
 edits = st.one_of(
     st.builds(Edit, st.sampled_from(["replace", "insert"]), places.map(",".join), st.integers(1, 10**6), forms),
     st.builds(Edit, st.just("drop"), places.map(",".join)),
+    st.builds(Edit, st.sampled_from(["replace", "insert"]), places.map(",".join), layer=layers),
 )
 
 
@@ -50,7 +52,9 @@ def test_the_text_of_an_edit_is_what_people_write():
     assert str(Edit("replace", "14,17")) == "replace 14,17 g=4"
     assert str(Edit("insert", "17:1", 8, "released")) == "insert 17:1 g=8 form=released"
     assert str(Edit("drop", " 14 , blocks.5.*")) == "drop 14,blocks.5.*"
-    assert Edit.parse("replace 14,17") == Edit("replace", "14,17", 4, "equations")
+    assert str(Edit("insert", "17:1", layer="se")) == "insert 17:1 layer=se"
+    assert Edit.parse("replace 14,17") == Edit("replace", "14,17", 4, "equations", "ulsam")
+    assert Edit.parse("replace layer=ulsam 14 g=8") == Edit("replace", "14", 8)
     assert Edit.parse("insert form=released 17:1 g=2") == Edit("insert", "17:1", 2, "released")
 
 
@@ -69,7 +73,13 @@ def test_the_text_of_an_edit_is_what_people_write():
         ("replace 14 form=best", "unknown form 'best'; valid: equations, released"),
         ("replace 14 form=folded", "unknown form 'folded'; valid: equations, released"),
         ("drop 14 g=8", "a drop makes no layer"),
+        ("drop 14 g=4", "a drop makes no layer"),
         ("drop 14 form=released", "a drop makes no layer"),
+        ("drop 14 layer=se", "a drop makes no layer"),
+        ("insert 14 layer=", "unknown layer ''; valid: ulsam, se, eca, cbam, coord"),
+        ("insert 14 layer=bam", "unknown layer 'bam'; valid: ulsam, se"),
+        ("insert 14 layer=se g=4", "groups and form are for ULSAM alone: the layer se has neither"),
+        ("insert 14 layer=se form=equations", "groups and form are for ULSAM alone"),
     ],
 )
 def test_a_mistaken_text_is_named(text, message):
