@@ -17,6 +17,7 @@ _HOME = {
     "drop": "ulsam.surgery",
     "remove": "ulsam.surgery",
     "cost": "ulsam.costs",
+    "inspect": "ulsam.inspection",
     "fold": "ulsam.folding",
     "Edit": "ulsam.recipe",
     "Recipe": "ulsam.recipe",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ulsam.data.augment import EvalTransform
@@ -104,7 +104,7 @@ def evaluate(
     unreadable: list[tuple[str, str]] = []
     layout = torch.channels_last if channels_last else torch.contiguous_format
     bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
-    with bar, _eval_mode(model):
+    with bar, eval_mode(model):
         for batch in bar if stop is None else _until(stop, bar, world):
             unreadable += batch.unreadable
             if not len(batch.labels):
@@ -174,13 +174,8 @@ def predict(
     transform = recipe_transform(recipe)
     for first in range(0, len(paths), batch_size):
         chunk = [os.fspath(path) for path in paths[first : first + batch_size]]
-        images, errors = [], {}
-        for path in chunk:
-            try:
-                images.append(transform.pixels(read_pixels(path, transform.reduction)))
-            except UnreadablePicture as error:
-                errors[path] = str(error)
-        with _eval_mode(model):
+        images, errors = read_batch(chunk, transform)
+        with eval_mode(model):
             outputs = torch.empty(0, 1)
             if images:
                 outputs = model(transform.normalise(torch.stack(images).to(device))).float().cpu()
@@ -196,9 +191,36 @@ def predict(
                 yield Prediction(path, tuple((recipe.classes[index], share) for index, share in pairs))
 
 
+def read_batch(paths: Iterable[str], transform: EvalTransform) -> tuple[list[Tensor], dict[str, str]]:
+    """Read picture files for a net.
+
+    Returns:
+        The pictures that can be read, uint8 [H, W, 3] each, in the order of ``paths`` (stacked, ``transform.normalise``
+        makes the net's input of them); and why the others cannot, by path.
+
+    >>> read_batch(["missing.jpg"], recipe_transform(Recipe("resnet18", ("cat",))))
+    ([], {'missing.jpg': 'missing.jpg: no such file or directory'})
+    """
+    images, errors = [], {}
+    for path in paths:
+        try:
+            images.append(transform.pixels(read_pixels(path, transform.reduction)))
+        except UnreadablePicture as error:
+            errors[path] = str(error)
+    return images, errors
+
+
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the net is in eval mode; afterwards every module is in the mode that it was in."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the net is in eval mode; afterwards every module is in the mode that it was in.
+
+    >>> net = nn.Dropout()
+    >>> with eval_mode(net):
+    ...     net.training
+    False
+    >>> net.training
+    True
+    """
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

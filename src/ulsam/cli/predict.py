@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import os
 
-from ulsam.data.folder import pictures_below
+from ulsam.data.folder import picture_paths
 from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import predict
 from ulsam.models import load
@@ -20,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise UlsamError(f"--top must be 1 or more, not {args.top}")
-    paths = [path for name in args.pictures for path in _pictures(name)]
+    paths = picture_paths(args.pictures)
     model, recipe = load(args.model)
     failed = 0
     for prediction in predict(model, recipe, paths, top=args.top):
@@ -37,13 +36,3 @@ def run(args: argparse.Namespace) -> None:
             print(printable(f"{prediction.path}: {named_text}"))
     if failed:
         raise UlsamError(f"{failed} of {len(paths)} pictures could not be read; they are named above")
-
-
-def _pictures(path: str) -> list[str]:
-    """The picture itself, or all pictures below a folder."""
-    if not os.path.isdir(path):
-        return [path]
-    found, _ = pictures_below(path)
-    if not found:
-        raise UlsamError(f"no pictures in the folder {path}")
-    return found

@@ -250,6 +250,24 @@ def pictures_below(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]
     return sorted(pictures, key=_order), sorted(passed, key=_order)
 
 
+def picture_paths(names: Sequence[str]) -> list[str]:
+    """Picture files as they are named, and all pictures below each folder named.
+
+    Raises:
+        UlsamError: a folder without a picture, or one that may not be listed.
+
+    >>> picture_paths(["b.jpg", "a.jpg"])
+    ['b.jpg', 'a.jpg']
+    """
+    paths: list[str] = []
+    for name in names:
+        found = pictures_below(name)[0] if os.path.isdir(name) else [name]
+        if not found:
+            raise UlsamError(f"no pictures in the folder {name}")
+        paths += found
+    return paths
+
+
 def _is_picture(path: str) -> bool:
     """By its name; a dangling link counts, so that it is reported when read, a pipe or a device does not."""
     stem, suffix = os.path.splitext(os.path.basename(path))
