@@ -1,0 +1,67 @@
+"""The settings of training as options, for every command that trains."""
+
+import argparse
+import dataclasses
+import json
+import types
+from collections.abc import Collection
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ulsam.train.config import TrainConfig
+
+_NO_OPTIONS = ("data", "edits")  # the one is DATA, the others have options of their own
+
+
+def add_settings(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> None:
+    """Add an option for each setting of `ulsam.train.config.TrainConfig`; ``data`` and ``edits`` have none here.
+
+    Args:
+        but: settings that the command decides itself.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> add_settings(parser)
+    >>> given_settings(parser.parse_args(["--lr", "0.02"]))
+    {'lr': 0.02}
+    """
+    settings = parser.add_argument_group("settings")
+    hints = get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        if field.name not in (*_NO_OPTIONS, *but):
+            option = "--" + field.name.replace("_", "-")
+            settings.add_argument(option, dest=field.name, default=None, **_argument(field, hints[field.name]))
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that options of :func:`add_settings` were given for; see there."""
+    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in _NO_OPTIONS]
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
+    """argparse's keywords for one setting."""
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    shown = "" if default is None or default in ([], {}) else f" (default: {_text(default)})"
+    keywords: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
+    if get_origin(kind) is types.UnionType:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return {**keywords, "choices": get_args(kind)}
+    if get_origin(kind) is list:
+        return {**keywords, "nargs": "+", "type": get_args(kind)[0], "metavar": field.name.upper()}
+    if kind is bool:
+        return {**keywords, "action": argparse.BooleanOptionalAction}
+    return {**keywords, "type": _json_object if get_origin(kind) is dict else kind, "metavar": field.name.upper()}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as \'{{"act_layer": "relu"}}\'')
+    return value
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
