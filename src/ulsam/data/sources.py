@@ -229,6 +229,7 @@ def open_data(
     class_names: str | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    split_seed: int | None = None,
 ) -> tuple[AnyPictures, AnyPictures, list[str]]:
     """Open the training and validation pictures of a data set.
 
@@ -242,7 +243,8 @@ def open_data(
             without splits holds out 0.2 by default.
         class_names: a text file with the class names, one a line, for a named data set that does not know them.
         batch_size: what a stream rounds its epochs to.
-        seed: of the choice of held-out pictures.
+        seed: of a stream's order, and, without ``split_seed``, of the choice of held-out pictures.
+        split_seed: of the choice of held-out pictures.
 
     Returns:
         Training pictures, validation pictures, and one line for the user about each noteworthy thing.
@@ -276,7 +278,7 @@ def open_data(
             if note := imbalance_note(train.classes, [counts[label] for label in range(len(train.classes))]):
                 notes.append(note)
         return train, val, notes
-    return _open_folder(data, train_split, val_split, val_fraction, seed)
+    return _open_folder(data, train_split, val_split, val_fraction, seed if split_seed is None else split_seed)
 
 
 def is_named(data: str) -> bool:

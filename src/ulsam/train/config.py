@@ -25,7 +25,7 @@ def _option(default: Any, help: str) -> Any:
 
 _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "val_every", "size", "threads"), 1),
-    **dict.fromkeys(("workers", "seed", "warmup_epochs", "weight_decay", "min_lr", "save_seconds"), 0),
+    **dict.fromkeys(("workers", "seed", "split_seed", "warmup_epochs", "weight_decay", "min_lr", "save_seconds"), 0),
     **dict.fromkeys(("mixup", "cutmix", "color_jitter"), 0),
 }
 _MOST_THREADS = 1024  # OpenMP ends the process where it cannot make as many as it is asked for
@@ -46,6 +46,7 @@ class TrainConfig:
     train_split: str = _option("train", "name of the split to train on")
     val_split: str | None = _option(None, "name of the split to measure on (default: val, else test, else held out)")
     val_fraction: float | None = _option(None, "hold this share of the training pictures out and measure on it")
+    split_seed: int | None = _option(None, "of the choice of the pictures that are held out (default: seed)")
     class_names: str | None = _option(None, "text file with the class names of a wds/ data set, one a line")
     sampler: Literal["shuffle", "balanced"] = _option("shuffle", "balanced: every class equally often")
     workers: int = _option(2, "processes that read and augment pictures")

@@ -36,6 +36,7 @@ def open_pictures(config: TrainConfig) -> tuple[sources.AnyPictures, sources.Any
         class_names=config.class_names,
         batch_size=config.batch_size,
         seed=config.seed,
+        split_seed=config.split_seed,
     )
 
 
