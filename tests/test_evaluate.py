@@ -1,10 +1,13 @@
 """Scores against a naive loop, Wilson's interval against scipy, and predictions of picture files."""
 
+import dataclasses
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +20,7 @@ from ulsam.data.loading import Batch, eval_loader
 from ulsam.data.pictures import read_picture
 from ulsam.data.sources import open_split
 from ulsam.errors import UlsamError
-from ulsam.evaluate import NotFinite, Stopped, evaluate, predict, recipe_transform, wilson
+from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, outcomes, predict, recipe_transform, wilson
 from ulsam.models import build, make_recipe
 
 CLASSES = ("robin", "wren", "finch")
@@ -181,3 +184,44 @@ def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
     two = predict(net, RECIPE, paths, top=2, batch_size=3)
     assert [one.classes for one in two] == [one.classes[:2] for one in found]
     assert list(predict(net, RECIPE, [])) == []
+
+
+def test_outcomes_tell_each_picture_whatever_the_processes(tmp_path: Path) -> None:
+    draw(tmp_path, 7, classes=3)
+    unreadable = sorted((tmp_path / "class1").iterdir())[2]
+    unreadable.write_bytes(b"no picture")
+    for number in (1, 4, 6):  # pictures in the wrong folder
+        shutil.copy(tmp_path / "class0" / "000.png", tmp_path / "class2" / f"{number:03}.png")
+    pictures = open_split(str(tmp_path), "all")
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # the class is the strongest colour
+
+    def share(rank: int, world: int) -> Scores:
+        batches = eval_loader(pictures, recipe_transform(RECIPE), batch_size=4, workers=0, rank=rank, world=world)
+        return evaluate(net, batches, 3)
+
+    whole = share(0, 1)
+    entry = outcomes(whole, pictures)
+    assert entry is not None and entry["pictures"] == 20
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(entry["right"]), np.uint8))[:20]
+    naive = []
+    for path, label in pictures.samples:  # type: ignore[union-attr]
+        if path != str(unreadable):
+            image = recipe_transform(RECIPE)(read_picture(path))
+            naive.append(int(net(image[None]).argmax()) == label)
+    assert bits.tolist() == naive
+    assert sum(naive) == 17
+
+    parts = [share(rank, 3) for rank in range(3)]
+    bad = tuple(pair for part in parts for pair in part.unreadable)
+    gathered = dataclasses.replace(whole, hits=tuple(part.hits[0] for part in parts), unreadable=bad)
+    assert outcomes(gathered, pictures) == entry
+
+    unreadable.unlink()
+    fewer = open_split(str(tmp_path), "all")
+    batches = eval_loader(fewer, recipe_transform(RECIPE), batch_size=4, workers=0)
+    assert outcomes(evaluate(net, batches, 3), fewer) == entry  # the same pictures were measured
+    (tmp_path / "class0" / "000.png").rename(tmp_path / "class0" / "00x.png")
+    other = open_split(str(tmp_path), "all")
+    batches = eval_loader(other, recipe_transform(RECIPE), batch_size=4, workers=0)
+    renamed = outcomes(evaluate(net, batches, 3), other)
+    assert renamed is not None and renamed["names"] != entry["names"]

@@ -1,5 +1,6 @@
 """Measure a net: top-1, top-5, loss, every class, with confidence intervals; and name what is in pictures."""
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from ulsam.data.augment import EvalTransform
 from ulsam.data.loading import Batch, check_labels
 from ulsam.data.pictures import UnreadablePicture, read_pixels
+from ulsam.data.sources import AnyPictures, StreamPictures
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
 from ulsam.recipe import Recipe
@@ -44,6 +47,7 @@ class Scores:
     class_pictures: tuple[int, ...]  # of each class
     class_right: tuple[int, ...]  # those whose class was the first guess
     unreadable: tuple[tuple[str, str], ...]  # name, reason
+    hits: tuple[tuple[bool, ...], ...] = ()  # of each process: whether each picture that it read was right, in order
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -102,6 +106,7 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64)  # loss, right, right among five
     counts = torch.zeros(2, n_classes, dtype=torch.int64)  # pictures and right, by class
     unreadable: list[tuple[str, str]] = []
+    hit: list[bool] = []
     layout = torch.channels_last if channels_last else torch.contiguous_format
     bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
     with bar, eval_mode(model):
@@ -117,6 +122,7 @@ def evaluate(
                 raise UlsamError(f"the net has {logits.shape[1]} outputs, the pictures have {n_classes} classes")
             best = logits.topk(min(5, n_classes)).indices
             hits = best == batch.labels[:, None]
+            hit += hits[:, 0].tolist()
             loss = F.cross_entropy(logits.double(), batch.labels, reduction="sum")
             sums += torch.stack([loss, hits[:, 0].sum().double(), hits.any(1).sum().double()])
             for row, labels in zip(counts, (batch.labels, batch.labels[hits[:, 0]]), strict=True):
@@ -130,7 +136,37 @@ def evaluate(
     if not math.isfinite(loss):
         raise NotFinite(_BROKEN)
     pictures, right = counts.tolist()
-    return Scores(n, loss, top1, top5, tuple(pictures), tuple(right), tuple(unreadable))
+    hits_of = tuple(tuple(share) for share in world.gather(hit))
+    return Scores(n, loss, top1, top5, tuple(pictures), tuple(right), tuple(unreadable), hits_of)
+
+
+def outcomes(scores: Scores, pictures: AnyPictures) -> dict[str, Any] | None:
+    """Which pictures were right, for pairing this measurement with another one of the same pictures; JSON.
+
+    Args:
+        scores: of :func:`evaluate` on the batches of `ulsam.data.loading.eval_loader`.
+        pictures: that were measured.
+
+    Returns:
+        ``pictures``: how many were read; ``right``: a bit for each of them, in the order of the data set, the first
+        picture the highest bit of the first byte, as hexadecimal digits; ``names``: SHA-256 of their names. None for
+        a stream of shards, which does not tell what it holds before it is read.
+    """
+    if isinstance(pictures, StreamPictures):
+        return None
+    bad = {name for name, _ in scores.unreadable}
+    right: dict[int, bool] = {}
+    for rank, hits in enumerate(scores.hits):
+        share = range(rank, len(pictures), len(scores.hits))
+        read = [number for number in share if pictures.name(number) not in bad]
+        right.update(zip(read, hits, strict=True))
+    all_names = pictures.names or [pictures.name(number) for number in range(len(pictures))]
+    names = [all_names[number] for number in sorted(right)]
+    return {
+        "pictures": len(right),
+        "right": np.packbits([right[number] for number in sorted(right)]).tobytes().hex(),
+        "names": hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest(),
+    }
 
 
 def _until(stop: Callable[[], bool], batches: Iterable[Batch], world: World) -> Iterator[Batch]:

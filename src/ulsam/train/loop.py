@@ -23,7 +23,7 @@ from ulsam.costs import cost
 from ulsam.data import loading, sources
 from ulsam.distributed import World, launch_line, start
 from ulsam.errors import UlsamError, printable
-from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, recipe_transform
+from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, outcomes, recipe_transform
 from ulsam.files import clear_parts, write_atomic
 from ulsam.models import build, save_model, sketch
 from ulsam.train import parts, report, restore
@@ -353,6 +353,7 @@ class Trainer:
             "pictures": {"train": len(self.train_pictures), "val": len(self.val_pictures)},
             "split": self.val_pictures.split,
             "scores": report.score_entry(scores, self.classes),
+            "outcomes": outcomes(scores, self.val_pictures),
             "cost": report.cost_entry(self.cost),
             "base_cost": report.cost_entry(self.base_cost),
             "epochs": self.at.rows,
