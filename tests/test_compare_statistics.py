@@ -1,0 +1,137 @@
+"""The interval over seeds and pictures against naive loops, special cases, and simulated experiments."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.stats import t as student
+
+from ulsam.comparison.statistics import Difference, crossed_interval, difference, right
+from ulsam.errors import UlsamError
+
+
+def summary(hits: Any, names: str = "same", split: str = "test") -> dict[str, Any]:
+    """A run's summary as training writes it: the parts that count here."""
+    hits = [int(hit) for hit in hits]
+    packed = np.packbits(np.array(hits, dtype=np.uint8)).tobytes().hex()
+    return {
+        "split": split,
+        "scores": {"top1": sum(hits) / len(hits), "pictures": len(hits)},
+        "outcomes": {"pictures": len(hits), "right": packed, "names": names},
+    }
+
+
+@given(st.integers(2, 5), st.integers(2, 9), st.integers(0, 999))
+@settings(max_examples=80, deadline=None)
+def test_the_interval_equals_a_naive_double_loop(rows: int, columns: int, seed: int) -> None:
+    matrix = np.random.default_rng(seed).integers(-1, 2, (rows, columns)).tolist()
+    mean = sum(sum(row) for row in matrix) / rows / columns
+    row_means = [sum(row) / columns for row in matrix]
+    column_means = [sum(row[j] for row in matrix) / rows for j in range(columns)]
+    ms_rows = sum(columns * (m - mean) ** 2 for m in row_means) / (rows - 1)
+    ms_columns = sum(rows * (m - mean) ** 2 for m in column_means) / (columns - 1)
+    ms_rest = 0.0
+    for i in range(rows):
+        for j in range(columns):
+            ms_rest += (matrix[i][j] - row_means[i] - column_means[j] + mean) ** 2
+    ms_rest /= (rows - 1) * (columns - 1)
+    best, freedom = max((ms_rows, rows - 1), (ms_columns, columns - 1))
+    both = ms_rows + ms_columns - ms_rest
+    assume(abs(both - best) > 1e-9)  # rounding decides which of two formulas holds there
+    if both > best:
+        parts = ms_rows**2 / (rows - 1) + ms_columns**2 / (columns - 1) + ms_rest**2 / ((rows - 1) * (columns - 1))
+        best, freedom = both, both**2 / parts
+    half = student.ppf(0.975, freedom) * math.sqrt(best / rows / columns)
+    assert crossed_interval(np.array(matrix)) == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
+
+
+def test_one_seed_is_the_paired_t_interval_over_pictures() -> None:
+    values = np.random.default_rng(0).integers(-1, 2, 50)
+    spread = values.std(ddof=1) / math.sqrt(50)
+    low, high = student.interval(0.95, 49, values.mean(), spread)
+    assert crossed_interval(values[None]) == pytest.approx((values.mean(), low, high))
+
+
+@pytest.mark.parametrize(("of_seeds", "of_pictures"), [(0.0, 0.3), (0.02, 0.2), (0.05, 0.0)])
+def test_95_of_100_intervals_hold_the_true_difference(of_seeds: float, of_pictures: float) -> None:
+    """5 seeds and 400 pictures, drawn anew each time; the true difference is 0.02."""
+    random = np.random.default_rng(7)
+    held, rounds, too_narrow = 0, 1500, 0
+    for _ in range(rounds):
+        shift = 0.02 + random.normal(0, of_seeds, (5, 1)) + random.normal(0, of_pictures, (1, 400))
+        matrix = shift + random.normal(0, 0.4, (5, 400))
+        _, low, high = crossed_interval(matrix)
+        held += low <= 0.02 <= high
+        half = 1.96 * matrix.std() / math.sqrt(matrix.size)  # as if all 2000 values were independent
+        too_narrow += abs(matrix.mean() - 0.02) <= half
+    assert 0.935 <= held / rounds <= 0.985
+    if of_seeds:
+        assert too_narrow / rounds < 0.9
+
+
+def test_a_common_luck_of_the_seed_is_not_mistaken_for_certainty() -> None:
+    """Every picture agrees, but the seeds do not: the interval is that of the seeds."""
+    shifts = np.array([0.03, -0.01, 0.02, 0.00, 0.01])
+    matrix = np.repeat(shifts[:, None], 1000, axis=1)
+    expected = student.interval(0.95, 4, 0.01, shifts.std(ddof=1) / math.sqrt(5))
+    assert crossed_interval(matrix)[1:] == pytest.approx(expected)
+
+
+def test_the_difference_pairs_by_seed_and_picture() -> None:
+    random = np.random.default_rng(3)
+    hits = {seed: random.random((2, 30)) < 0.6 for seed in range(4)}
+    runs = {seed: summary(both[0]) for seed, both in hits.items()}
+    base = {seed: summary(both[1]) for seed, both in hits.items() if seed != 2}  # one run failed
+    found = difference(runs, base)
+    assert found is not None
+    assert (found.seeds, found.over) == ((0, 1, 3), "seeds and pictures")
+    matrix = np.stack([hits[seed][0].astype(int) - hits[seed][1] for seed in (0, 1, 3)])
+    assert (found.mean, found.low, found.high) == pytest.approx(crossed_interval(matrix))
+    assert found.of_seeds == pytest.approx(matrix.mean(axis=1))
+    assert right(runs[0]).tolist() == hits[0][0].astype(int).tolist()
+
+
+def test_what_is_missing_narrows_what_the_interval_is_over() -> None:
+    runs, base = {0: summary([1, 1, 0, 1])}, {0: summary([1, 0, 0, 1])}
+    assert difference(runs, base).over == "pictures"  # type: ignore[union-attr]
+    streams = [{**run[0], "outcomes": None} for run in (runs, base)]
+    alone = difference({0: streams[0]}, {0: streams[1]})
+    assert alone is not None and (alone.over, alone.low, alone.words()) == ("nothing", None, ("not resolved",))
+    both = difference({0: streams[0], 1: streams[1]}, {0: streams[1], 1: streams[1]})
+    assert both is not None and both.over == "seeds"
+    expected = student.interval(0.95, 1, 0.125, np.std([0.25, 0.0], ddof=1) / math.sqrt(2))
+    assert (both.low, both.high) == pytest.approx(expected)
+    assert difference(runs, {1: base[0]}) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "word"),
+    [
+        (summary([1, 0, 1, 1], names="others"), "names"),
+        (summary([1, 0, 1], names="same"), "number"),
+        (summary([1, 0, 1, 1], split="val"), "split"),
+    ],
+)
+def test_different_pictures_are_not_paired(other: dict[str, Any], word: str) -> None:
+    with pytest.raises(UlsamError, match=f"different pictures.*{word}"):
+        difference({0: summary([1, 1, 0, 1])}, {0: other})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.001, 0.02, ("gain", "holds")),
+        (0.0, 0.02, ("holds",)),
+        (-0.004, 0.02, ("holds",)),
+        (-0.004, -0.001, ("loss", "holds")),
+        (-0.005, 0.02, ("not resolved",)),
+        (-0.02, -0.001, ("loss",)),
+    ],
+)
+def test_verdicts(low: float, high: float, words: tuple[str, ...]) -> None:
+    found = Difference((low + high) / 2, low, high, "pictures", (0,), ((low + high) / 2,))
+    assert found.words() == words
+    assert ("holds" in found.words(margin=0.03)) is True
