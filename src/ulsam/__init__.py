@@ -19,6 +19,7 @@ _HOME = {
     "cost": "ulsam.costs",
     "inspect": "ulsam.inspection",
     "fold": "ulsam.folding",
+    "compare": "ulsam.comparison",
     "Edit": "ulsam.recipe",
     "Recipe": "ulsam.recipe",
     "build": "ulsam.models",

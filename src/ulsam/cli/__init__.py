@@ -17,6 +17,7 @@ from ulsam.errors import UlsamError, printable
 COMMANDS = {
     "demo": "draw birds, train a net without and with ULSAM, show both",
     "train": "train a net on a folder of pictures",
+    "compare": "train several nets under one recipe, and say how sure their difference is",
     "eval": "measure a trained net on a folder of pictures",
     "predict": "name what is in pictures",
     "inspect": "say what the attention layers of a trained net do on pictures",

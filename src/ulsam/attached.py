@@ -1,0 +1,29 @@
+"""``ulsam`` in a process that does not outlive the one that started it: ``python -m ulsam.attached train ...``.
+
+Its standard input is a pipe that only the starting process holds open. When that is closed, on purpose or because the
+process is gone, whatever ended it, the run saves and stops as after Ctrl-C.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from ulsam.cli import main
+
+PATIENCE = 60.0  # seconds for saving; the second signal stops at once
+
+
+def _stop_at_the_end_of_input() -> None:
+    while os.read(0, 1024):
+        pass
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_stop_at_the_end_of_input, daemon=True).start()
+    sys.argv = ["ulsam", *sys.argv[1:]]  # the command that a summary tells
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""`ulsam compare DATA --arm base --arm EDITS ...`: train several nets under one recipe, and compare them."""
+
+import argparse
+from typing import Any
+
+from ulsam.cli.settings import add_settings, given_settings
+from ulsam.comparison import MARGIN, compare, report
+from ulsam.comparison.table import text
+from ulsam.errors import UlsamError, printable
+from ulsam.train.config import read_config
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="?", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
+    parser.add_argument(
+        "--arm",
+        action="append",
+        dest="arms",
+        metavar="[NAME: ]ITEMS",
+        help="a net to compare, repeatable: edits and setting=value with ; between them, as 'drop 14,17; size=96'; "
+        "base: no change. The first one is what the others are held against",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison; go on with the same one")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm (default: 5)")
+    parser.add_argument("--rates", type=_numbers(float), default=(), metavar="LR,...", help="learning rates to try")
+    parser.add_argument("--tried-epochs", type=_numbers(int), default=(), metavar="N,...", help="epochs to try")
+    parser.add_argument("--config", metavar="YAML", help="settings from a file; options on the command line come first")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: 1; with ray: as many as fit)")
+    parser.add_argument("--launcher", choices=["local", "ray"], default="local", help="where runs are started")
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="Ray cluster (default: RAY_ADDRESS, else this machine)"
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=100 * MARGIN,
+        metavar="POINTS",
+        help="an arm holds if it loses less than this (default: %(default)g)",
+    )
+    parser.add_argument("--report-only", action="store_true", help="train nothing: the tables of what is in --out")
+    parser.add_argument("--publish", metavar="FOLDER", help="copy summaries and tables there, without machine paths")
+    add_settings(parser, but=("seed", "split_seed", "val_every"))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Exits with status 1 if a run failed."""
+    margin = args.margin / 100
+    if args.report_only:
+        if args.data or args.arms or given_settings(args):
+            raise UlsamError("--report-only takes everything from --out: leave DATA, --arm and settings out")
+        result = report(args.out, margin=margin, publish=args.publish)
+    else:
+        result = compare(
+            arms=args.arms or (),
+            out=args.out,
+            seeds=args.seeds,
+            rates=args.rates,
+            tried_epochs=args.tried_epochs,
+            jobs=args.jobs,
+            launcher=args.launcher,
+            ray_address=args.ray_address,
+            margin=margin,
+            say=lambda line: print(printable(line), flush=True),
+            **_data_and_settings(args),
+        )
+        if args.publish:
+            report(args.out, margin=margin, publish=args.publish)
+    print(text(result))
+    if any(arm["failed"] for arm in result["arms"]):
+        raise SystemExit(1)
+
+
+def _data_and_settings(args: argparse.Namespace) -> dict[str, Any]:
+    settings = {**(read_config(args.config) if args.config else {}), **given_settings(args)}
+    data = args.data or settings.pop("data", None)
+    if data is None:
+        raise UlsamError("no data given: name an image folder or a data set")
+    return {"data": data, "settings": settings}
+
+
+def _numbers(kind: type) -> Any:
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(word) for word in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2") from None
+
+    return read

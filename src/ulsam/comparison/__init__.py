@@ -1,0 +1,141 @@
+"""Matched comparisons: many nets under one recipe, several seeds, one table; see :func:`compare`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ulsam.comparison.arms import check_arms, check_choosing, parse_arms
+from ulsam.comparison.grid import Grid
+from ulsam.comparison.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
+from ulsam.comparison.remote import RayLauncher
+from ulsam.comparison.report import measure_latency, summarise, write_reports
+from ulsam.comparison.store import Store
+from ulsam.errors import UlsamError
+from ulsam.train.config import TrainConfig
+from ulsam.train.probe import SETTINGS, settle
+from ulsam.train.report import command_line
+
+__all__ = ["compare", "report"]
+
+MARGIN = 0.005  # half a point of top-1
+
+
+def compare(
+    data: str | Path,
+    arms: Sequence[str],
+    out: str | Path,
+    *,
+    seeds: int = 5,
+    rates: Sequence[float] = (),
+    tried_epochs: Sequence[int] = (),
+    settings: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    launcher: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    margin: float = MARGIN,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train every arm under one recipe with the same seeds, and compare their top-1, paired by seed and picture.
+
+    With several ``rates`` or ``tried_epochs`` each arm first gets its own learning rate and epochs: those with the best
+    top-1 on a fifth of the training pictures that is held out, the same for all. Then each arm is trained on all
+    training pictures with each seed, and measured once. Runs that are finished are not repeated, and those that were
+    stopped go on: call it again with the same arguments.
+
+    Args:
+        data: an image folder, or a data-set name of timm's factory.
+        arms: texts such as ``"base"``, ``"replace 14,17 g=4"`` or ``"small: drop 14,17; size=96"``; see
+            `ulsam.comparison.arms.Arm`. Differences are to the first one.
+        out: folder of the comparison; see `ulsam.comparison.store`.
+        seeds: how many, from the settings' ``seed`` on.
+        rates, tried_epochs: what is tried; one value or none is no choice.
+        settings: of `ulsam.train.config.TrainConfig`, shared by all arms.
+        jobs: runs at a time; by default 1 on this machine, and what a Ray cluster has room for.
+        launcher: ``local`` processes, or ``ray`` tasks (`ulsam.comparison.remote`).
+        ray_address: of the Ray cluster.
+        margin: share of top-1 that an arm may lose and still "hold".
+        say: gets a line for each run that ends.
+
+    Returns:
+        What ``compare.json`` holds; a run that failed is in it with its reason.
+
+    Raises:
+        UlsamError: an arm that cannot be built, settings or data that do not fit, before any training; or a folder
+            with runs of other settings.
+        Interrupted: Ctrl-C or SIGTERM, after every run has saved (`ulsam.train.loop.Interrupted`).
+
+    >>> compare("birds", ["base", "drop"], "runs/x")
+    Traceback (most recent call last):
+    ulsam.errors.UlsamError: the arm 'drop': cannot read the edit 'drop'; write it as 'replace 14,17 g=4 form=equations'
+    """
+    refuse_torchrun()
+    if jobs is not None and jobs < 1:
+        raise UlsamError(f"jobs must be 1 or more, not {jobs}")
+    parsed = parse_arms(arms)
+    shared = TrainConfig.from_mapping({**(settings or {}), "data": str(data)})
+    shared = (
+        threads_of(shared, jobs or 1)
+        if launcher == "local"
+        else dataclasses.replace(shared, threads=shared.threads or 1)
+    )
+    grid = Grid(parsed, shared, tuple(map(float, rates)), tuple(tried_epochs), seeds)
+    if grid.choosing:
+        check_choosing(shared)
+    check_arms(parsed, shared)
+    store = Store(out)
+    with store.alone():
+        grid = dataclasses.replace(grid, shared=_settled(grid, store))
+        for run in grid.known(store.look):
+            store.clear_failure(run)
+            store.check(run)
+        store.write("grid.json", {**grid.to_json(), "command": command_line()})
+    say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {store.root}")
+    place: Launcher = LocalLauncher(store, jobs or 1)
+    if launcher == "ray":
+        gpus = int(shared.device.startswith("cuda"))
+        place = RayLauncher(store, threads=shared.threads or 1, gpus=gpus, jobs=jobs or 0, address=ray_address)
+    run_all(grid, store, place, say, command_line())
+    measure_latency(grid, store)
+    return _reported(grid, store, margin, command_line())
+
+
+def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | None = None) -> dict[str, Any]:
+    """Make the reports of a comparison again from the runs that are there, without training or timing anything.
+
+    Args:
+        out: the folder of a comparison, or one that was published.
+        margin: as for :func:`compare`.
+        publish: also copy reports and summaries there, without paths of this machine: what a repository should hold.
+
+    Raises:
+        UlsamError: no comparison in this folder, or one that is damaged.
+    """
+    store = Store(out)
+    grid = store.read_grid()
+    if grid is None:
+        raise UlsamError(f"{out} is not the folder of a comparison: there is no grid.json in it")
+    result = _reported(grid, store, margin, store.read("grid.json").get("command"))
+    if publish is not None:
+        if Path(publish).resolve() == store.root.resolve():
+            raise UlsamError(f"cannot publish {out} into itself: name another folder")
+        store.publish(publish, grid)
+    return result
+
+
+def _reported(grid: Grid, store: Store, margin: float, command: str | None) -> dict[str, Any]:
+    result = summarise(grid, store, margin, command)
+    write_reports(store, result)
+    return result
+
+
+def _settled(grid: Grid, store: Store) -> TrainConfig:
+    """The shared settings with nothing left at "auto": as they were settled here before, or by a probe of the base."""
+    shared = grid.shared
+    before = store.read_grid()
+    if before:
+        known = {name: getattr(before.shared, name) for name in SETTINGS if getattr(shared, name) == "auto"}
+        shared = dataclasses.replace(shared, **known)
+    longest = grid.arms[0].config(shared, epochs=max([shared.epochs, *grid.epochs]))
+    settled = settle(longest)
+    return dataclasses.replace(shared, **{name: getattr(settled, name) for name in SETTINGS})

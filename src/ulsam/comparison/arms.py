@@ -1,0 +1,165 @@
+"""What is compared: each arm is one net, as a short text of edits and settings."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from ulsam.comparison.paths import without_paths
+from ulsam.costs import cost
+from ulsam.data.folder import find_splits
+from ulsam.data.sources import is_named
+from ulsam.errors import UlsamError
+from ulsam.models import build, sketch
+from ulsam.recipe import Edit
+from ulsam.train import parts
+from ulsam.train.config import TrainConfig
+
+#: Settings that are one and the same for all arms: what is trained and measured on, and what `compare` decides itself.
+COMMON = (
+    *("data", "data_dir", "train_split", "val_split", "val_fraction", "split_seed", "class_names"),
+    *("seed", "val_every", "edits"),
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One net of a comparison: edits and settings on top of those that all arms share.
+
+    >>> Arm.parse("small: drop 14,17; size=96")
+    Arm(name='small', edits=('drop 14,17',), settings={'size': 96})
+    >>> Arm.parse("replace 14,17  g=8").name
+    'replace 14,17 g=8'
+
+    Raises:
+        UlsamError: an edit or a setting that cannot be read, or a name without a letter or digit.
+    """
+
+    name: str
+    edits: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> "Arm":
+        """Read ``[NAME: ]ITEM[; ITEM ...]``: an item is an edit or ``setting=value``; ``base`` alone is no change.
+
+        Raises:
+            UlsamError: see above; the line names the arm.
+        """
+        named = re.match(r"([^:=;]*):(?:\s+(.*))?$", text.strip(), re.DOTALL)
+        given, body = (named[1].strip(), named[2] or "") if named else ("", text)
+        items = [item.strip() for item in body.split(";") if item.strip()]
+        edits: list[str] = []
+        settings: dict[str, Any] = {}
+        if not items:
+            raise UlsamError(f"the arm {text!r} holds nothing: write base, an edit, or setting=value; several with ;")
+        for item in items if items != ["base"] else ():
+            setting = re.match(r"(\w+)\s*=(.*)$", item, re.DOTALL)
+            try:
+                if not setting:
+                    edits.append(str(Edit.parse(item)))
+                    continue
+                settings |= _setting(setting[1], setting[2].strip())
+            except UlsamError as error:
+                raise UlsamError(f"the arm {text!r}: {error}") from error
+        changes = [*edits, *(f"{key}={without_paths(value)}" for key, value in settings.items())]
+        name = without_paths(given) or "; ".join(changes) or "base"
+        if not re.search(r"[A-Za-z0-9]", name):
+            raise UlsamError(f"the arm {text!r} needs a name with a letter or a digit")
+        return cls(name, tuple(edits), settings)
+
+    @property
+    def slug(self) -> str:
+        """The name of its folder.
+
+        >>> Arm.parse("replace 14,17 g=4").slug
+        'replace-14-17-g-4'
+        """
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.") or "arm"
+
+    def config(self, shared: TrainConfig, **decided: Any) -> TrainConfig:
+        """The settings of one of its runs: those that all arms share, its own, and what was ``decided`` for the run.
+
+        Raises:
+            UlsamError: they do not go together; the line names the arm.
+
+        >>> Arm.parse("size=96").config(TrainConfig("birds"), seed=3).size
+        96
+        """
+        values = dataclasses.asdict(shared)
+        edits = [*values["edits"], *self.edits]
+        try:
+            return TrainConfig.from_mapping({**values, **self.settings, "edits": edits, **decided})
+        except UlsamError as error:
+            raise UlsamError(f"the arm {self.name!r}: {error}") from error
+
+
+def parse_arms(texts: Sequence[str]) -> tuple[Arm, ...]:
+    """Read the arms; the first one is what the others are held against.
+
+    Raises:
+        UlsamError: fewer than two, one that cannot be read, or two of one name.
+
+    >>> [arm.name for arm in parse_arms(["base", "removed: drop 14"])]
+    ['base', 'removed']
+    """
+    arms = tuple(Arm.parse(text) for text in texts)
+    if len(arms) < 2:
+        raise UlsamError("a comparison needs two arms or more, e.g. --arm base --arm 'replace 14,17 g=4'")
+    slugs = [arm.slug for arm in arms]
+    for number, arm in enumerate(arms):
+        if arm.slug in slugs[:number]:
+            raise UlsamError(f"two arms are called {arm.name!r}: give one another name, NAME: {texts[number]}")
+    return arms
+
+
+def check_arms(arms: Sequence[Arm], shared: TrainConfig) -> None:
+    """Build every arm, without training, so that a mistake shows before the first run.
+
+    Raises:
+        UlsamError: the data is not usable, two arms are the same, or an arm cannot be built; the line names the arm.
+    """
+    configs = [arm.config(shared) for arm in arms]
+    for number, config in enumerate(configs):
+        if config in configs[:number]:
+            twin = arms[configs.index(config)].name
+            raise UlsamError(f"the arms {twin!r} and {arms[number].name!r} are the same net and recipe: leave one out")
+    pictures, _, _ = parts.open_pictures(shared)
+    for arm, config in zip(arms, configs, strict=True):
+        try:
+            recipe = parts.recipe_of(config, pictures.classes)
+            cost(sketch(recipe), recipe.input_size)
+            if config.weights:
+                build(recipe, weights=config.weights)
+        except UlsamError as error:
+            raise UlsamError(f"the arm {arm.name!r} cannot be built: {error}") from error
+
+
+def check_choosing(shared: TrainConfig) -> None:
+    """Raise unless learning rates can be chosen on pictures that the final runs are not measured on.
+
+    Raises:
+        UlsamError: the data has no ``val/`` or ``test/`` of its own, or the settings measure elsewhere.
+    """
+    if is_named(shared.data) or not {"val", "test"} & find_splits(shared.data).keys():
+        raise UlsamError(
+            f"choosing learning rates or epochs needs an image folder with val/ or test/, which {shared.data} is not: "
+            "the final runs are measured on pictures that choosing did not see"
+        )
+    if shared.val_fraction is not None:
+        raise UlsamError("choosing holds pictures out by itself, and measures on val/ or test/: leave val_fraction out")
+    if shared.val_split == shared.train_split:
+        raise UlsamError(f"the final runs cannot be measured on {shared.val_split}, which is trained on")
+
+
+def _setting(name: str, text: str) -> dict[str, Any]:
+    """A setting's value as YAML reads it; whether it fits is seen where the settings are made."""
+    if name in COMMON:
+        raise UlsamError(f"{name} is the same for all arms: give it once, for the whole comparison")
+    try:
+        return {name: yaml.safe_load(text)}
+    except yaml.YAMLError as error:
+        raise UlsamError(f"cannot read {name}={text}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,207 @@
+"""Which runs a comparison needs: tries that choose each arm's learning rate and epochs, then the runs that count."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ulsam.comparison.arms import Arm
+from ulsam.errors import UlsamError
+from ulsam.train.config import TrainConfig
+
+HELD_OUT = 0.2  # of the training pictures, to choose on
+SPLIT_SEED = 0  # of what is held out: the same pictures for every arm and seed
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a comparison."""
+
+    arm: Arm
+    name: str  # of its folder: choose-RATE-EPOCHS or seed-N
+    config: TrainConfig
+
+    def __str__(self) -> str:
+        return f"{self.arm.name}, {self.name}"
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A run that ended without a result; the reason is the last line that it printed."""
+
+    reason: str
+
+
+#: What came of a run: its summary, a failure, or None where it has not ended yet.
+Look = Callable[[Run], Mapping[str, Any] | Failed | None]
+
+
+@dataclass(frozen=True)
+class Try:
+    """A learning rate and a number of epochs, and what came of them on held-out training pictures."""
+
+    rate: float
+    epochs: int
+    top1: float | None  # share; None: the run failed, or has not ended
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All arms, what they share, and what is tried.
+
+    Each arm is tried with every rate at the first number of epochs, then with its best rate at the further numbers.
+    The best top-1 on held-out pictures is chosen, the earlier try where two are equal. With one rate and one number of
+    epochs nothing is chosen.
+
+    >>> grid = Grid((Arm.parse("base"), Arm.parse("drop 14")), TrainConfig("birds"), (0.01, 0.02), (4, 8), seeds=5)
+    >>> grid.choosing, grid.size
+    (True, 16)
+    """
+
+    arms: tuple[Arm, ...]
+    shared: TrainConfig
+    rates: tuple[float, ...] = ()  # none: that of the settings
+    epochs: tuple[int, ...] = ()  # none: that of the settings
+    seeds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise UlsamError(f"a comparison takes 1 seed or more, not {self.seeds}")
+        for name, values in (("learning rate", self.rates), ("number of epochs", self.epochs)):
+            if len(set(values)) < len(values):
+                raise UlsamError(f"a {name} is given twice: {', '.join(f'{value:g}' for value in values)}")
+        for arm in self.arms:
+            for name, given in (("lr", self.rates), ("epochs", self.epochs)):
+                if given and name in arm.settings:
+                    raise UlsamError(f"the arm {arm.name!r} sets {name}, which is chosen for every arm: leave it out")
+            for rate, epochs in self._combinations(arm):
+                self._config(arm, rate, epochs)
+
+    @property
+    def choosing(self) -> bool:
+        """Whether each arm has a learning rate and a number of epochs of its own, chosen among several."""
+        return len(self.rates) > 1 or len(self.epochs) > 1
+
+    @property
+    def size(self) -> int:
+        """The number of runs."""
+        tries = max(1, len(self.rates)) + max(1, len(self.epochs)) - 1 if self.choosing else 0
+        return len(self.arms) * (tries + self.seeds)
+
+    def due(self, look: Look) -> list[Run]:
+        """The runs that are known to be needed by now and have not ended; first those that choose, the base first."""
+        return [run for run in self.known(look) if look(run) is None]
+
+    def known(self, look: Look) -> list[Run]:
+        """All runs that are known to be needed by now, in the order in which they are to be done."""
+        found = [run for arm in self.arms for run in self.tries(arm, look)]
+        for seed in range(self.seeds):
+            found += [run for arm in self.arms if (run := self.final(arm, seed, look))]
+        return found
+
+    def tries(self, arm: Arm, look: Look) -> list[Run]:
+        """The runs that choose, as far as they are known: the further ones need the results of the first ones."""
+        if not self.choosing:
+            return []
+        rates, epochs = self._tried(arm)
+        first = [self._try(arm, rate, epochs[0]) for rate in rates]
+        if any(look(run) is None for run in first) or not (best := _best(first, look)):
+            return first
+        return first + [self._try(arm, best.config.lr, more) for more in epochs[1:]]
+
+    def tried(self, arm: Arm, look: Look) -> list[Try]:
+        """What came of the runs that choose."""
+        return [Try(run.config.lr, run.config.epochs, _top1(look(run))) for run in self.tries(arm, look)]
+
+    def chosen(self, arm: Arm, look: Look) -> tuple[float, int] | None:
+        """The learning rate and the epochs of the arm's final runs; None where they are not known, or no try succeeded.
+
+        >>> grid = Grid((Arm.parse("base"), Arm.parse("lr=0.1")), TrainConfig("birds"))
+        >>> [grid.chosen(arm, lambda run: None) for arm in grid.arms]
+        [(0.01, 10), (0.1, 10)]
+        """
+        runs = self.tries(arm, look)
+        if not runs:
+            (rate,), (epochs,) = self._tried(arm)
+            return rate, epochs
+        if any(look(run) is None for run in runs) or not (best := _best(runs, look)):
+            return None
+        return best.config.lr, best.config.epochs
+
+    def final(self, arm: Arm, number: int, look: Look) -> Run | None:
+        """The arm's run with the ``number``-th seed, on all training pictures; None where :meth:`chosen` is None."""
+        chosen = self.chosen(arm, look)
+        if chosen is None:
+            return None
+        seed = self.shared.seed + number
+        return Run(arm, f"seed-{seed}", self._config(arm, *chosen, seed=seed))
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON; :meth:`from_json` reads it back.
+
+        >>> grid = Grid((Arm.parse("base"), Arm.parse("drop 14")), TrainConfig("birds"), (0.01, 0.02))
+        >>> Grid.from_json(grid.to_json()) == grid
+        True
+        """
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Grid":
+        """Read :meth:`to_json`; settings that a later version added take their defaults.
+
+        Raises:
+            UlsamError: it is not that of a grid.
+        """
+        try:
+            return cls(
+                arms=tuple(Arm(arm["name"], tuple(arm["edits"]), arm["settings"]) for arm in values["arms"]),
+                shared=TrainConfig.from_mapping(values["shared"]),
+                rates=tuple(values["rates"]),
+                epochs=tuple(values["epochs"]),
+                seeds=values["seeds"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UlsamError(f"not the plan of a comparison: {type(error).__name__} {error}") from error
+
+    def _tried(self, arm: Arm) -> tuple[Sequence[float], Sequence[int]]:
+        own = arm.config(self.shared)
+        return self.rates or (own.lr,), self.epochs or (own.epochs,)
+
+    def _combinations(self, arm: Arm) -> Iterator[tuple[float, int]]:
+        own = {**dataclasses.asdict(self.shared), **arm.settings}
+        for rate in self.rates or (own["lr"],):
+            for epochs in self.epochs or (own["epochs"],):
+                yield rate, epochs
+
+    def _try(self, arm: Arm, rate: float, epochs: int) -> Run:
+        held_out = {"val_fraction": HELD_OUT, "val_split": None}
+        return Run(arm, f"choose-{rate:g}-{epochs}", self._config(arm, rate, epochs, **held_out))
+
+    def _config(self, arm: Arm, rate: float, epochs: int, **decided: Any) -> TrainConfig:
+        measured_once = {"val_every": epochs, "split_seed": SPLIT_SEED}
+        return arm.config(self.shared, lr=rate, epochs=epochs, **measured_once, **decided)
+
+
+def at_the_edge(tries: Sequence[Try]) -> str | None:
+    """``smallest`` or ``largest`` if that of the tried rates was the best one, so that others may be better still.
+
+    >>> at_the_edge([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6), Try(0.02, 8, 0.7)])
+    'largest'
+    >>> at_the_edge([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6), Try(0.04, 4, 0.3)])
+    """
+    rates = [entry.rate for entry in tries]
+    ended = [entry for entry in tries if entry.top1 is not None]
+    if len(set(rates)) < 2 or not ended:
+        return None
+    best = max(ended, key=lambda entry: entry.top1 or 0.0).rate
+    return "largest" if best == max(rates) else "smallest" if best == min(rates) else None
+
+
+def _best(runs: Sequence[Run], look: Look) -> Run | None:
+    """The run with the best score, the earliest of equals; None where all failed."""
+    scored = [(top1, run) for run in runs if (top1 := _top1(look(run))) is not None]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def _top1(found: Mapping[str, Any] | Failed | None) -> float | None:
+    return None if found is None or isinstance(found, Failed) else float(found["scores"]["top1"])

@@ -1,0 +1,106 @@
+"""How long each arm's net takes for one picture on this machine's CPU, measured side by side."""
+
+import platform
+import random
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ulsam.folding import fold
+from ulsam.models import build
+from ulsam.recipe import Recipe
+from ulsam.train.report import versions
+
+LEAST_TURNS, MOST_TURNS = 15, 200
+SECONDS = 20.0  # for all arms together; a slow net takes longer, for its least turns
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The time of one net; a turn runs every net once, so that what slows the machine slows them all."""
+
+    seconds: float  # median
+    ratio: float  # to the first net's time, median over turns
+    ratio_quartiles: tuple[float, float]
+    turns: int
+
+
+def measure(recipes: Mapping[str, Recipe]) -> dict[str, Latency]:
+    """Time folded nets (`ulsam.fold`) with random weights on one picture each, in turn, in shuffled order.
+
+    Args:
+        recipes: by name; the first one is what the others are held against.
+
+    >>> base = Recipe("test_efficientnet", ("a", "b"), input_size=(3, 32, 32))
+    >>> found = measure({"base": base, "same": base})
+    >>> found["base"].ratio, 0.2 < found["same"].ratio < 5
+    (1.0, True)
+    """
+    nets = {}
+    for name, recipe in recipes.items():
+        picture = torch.randn(1, *recipe.input_size).contiguous(memory_format=torch.channels_last)
+        nets[name] = fold(build(recipe)[0], recipe.input_size), picture
+    times = _times(nets)
+    first = times[next(iter(nets))]
+    found = {}
+    for name, taken in times.items():
+        ratios = [mine / base for mine, base in zip(taken, first, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        found[name] = Latency(statistics.median(taken), middle, (low, high), len(taken))
+    return found
+
+
+@torch.inference_mode()
+def _times(nets: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, list[float]]:
+    """Seconds of each net on its picture, a turn each, after three turns that are not timed."""
+    for net, picture in [*nets.values()] * 3:
+        net(picture)
+    times: dict[str, list[float]] = {name: [] for name in nets}
+    order, shuffle = list(nets), random.Random(0).shuffle
+    began = time.monotonic()
+    for turn in range(MOST_TURNS):
+        if turn >= LEAST_TURNS and time.monotonic() - began > SECONDS:
+            break
+        shuffle(order)
+        for name in order:
+            net, picture = nets[name]
+            before = time.perf_counter()
+            net(picture)
+            times[name].append(time.perf_counter() - before)
+    return times
+
+
+def entry(recipes: Mapping[str, Recipe], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Latencies as JSON, with machine and versions; ``before`` if it is of the same nets on the same machine."""
+    where = {**versions(), "processor": processor()}
+    nets = {name: recipe.to_json() for name, recipe in recipes.items()}
+    if before and (before["nets"], before["where"]) == (nets, where):
+        return dict(before)
+    arms = {
+        name: {**asdict(found), "ratio_quartiles": list(found.ratio_quartiles)}
+        for name, found in measure(recipes).items()
+    }
+    return {
+        "what": "seconds of one picture, folded net, CPU, float32, channels_last",
+        "arms": arms,
+        "nets": nets,
+        "where": where,
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it.
+
+    >>> bool(processor())
+    True
+    """
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

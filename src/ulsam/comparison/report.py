@@ -1,0 +1,157 @@
+"""What a comparison found, from the runs that are there."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ulsam.comparison import latency, plot, table
+from ulsam.comparison.arms import Arm
+from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
+from ulsam.comparison.statistics import Difference, check_paired, difference
+from ulsam.comparison.store import Store
+from ulsam.files import write_atomic
+from ulsam.recipe import Recipe
+from ulsam.train.report import command_line, versions
+
+Runs = dict[int, Mapping[str, Any]]  # summaries by seed
+
+
+def summarise(grid: Grid, store: Store, margin: float, command: str | None = None) -> dict[str, Any]:
+    """Everything that a comparison found, as JSON; shares are 0..1, times in seconds.
+
+    Args:
+        grid: what was compared.
+        store: where its runs lie.
+        margin: share of top-1 that an arm may lose and still hold.
+        command: that made the runs; by default the one that is running.
+
+    Raises:
+        UlsamError: a run has other settings than the grid says, or the runs were measured on different pictures.
+    """
+    runs = {arm.name: _finals(grid, arm, store) for arm in grid.arms}
+    measured = [summary for found in runs.values() for summary in found.values()]
+    if measured:
+        check_paired(measured)
+    times = store.read("latency.json") or {"arms": {}}
+    arms = [_arm_entry(grid, arm, store, runs[arm.name], times["arms"].get(arm.name)) for arm in grid.arms]
+    differences = []
+    for number, arm in enumerate(grid.arms):
+        for other in grid.arms[:number]:
+            if found := difference(runs[arm.name], runs[other.name]):
+                differences.append({"arm": arm.name, "minus": other.name, **_difference_entry(found, margin)})
+    base = grid.arms[0].name
+    for entry in arms:
+        minus = [found for found in differences if (found["arm"], found["minus"]) == (entry["name"], base)]
+        entry["minus_base"] = minus[0] if minus else None
+    return {
+        "what": "top-1 of nets trained under one recipe, paired by seed and picture",
+        "command": command or command_line(),
+        "margin": margin,
+        "seeds": grid.seeds,
+        "choosing": grid.choosing,
+        "split": measured[0]["split"] if measured else None,
+        "pictures": measured[0]["scores"]["pictures"] if measured else None,
+        "finished": not grid.due(store.look),
+        "arms": arms,
+        "differences": differences,
+        "notes": _notes(grid, arms, differences, measured),
+        "versions": versions(),
+        "processor": latency.processor(),
+    }
+
+
+def measure_latency(grid: Grid, store: Store) -> None:
+    """Time the arms' nets beside each other, once: ``latency.json``; only arms that have a finished run."""
+    recipes = {}
+    for arm in grid.arms:
+        if found := _finals(grid, arm, store):
+            entry = next(iter(found.values()))["recipe"]
+            recipes[arm.name] = Recipe.from_json(json.dumps(entry))
+    if len(recipes) > 1 and grid.arms[0].name in recipes:
+        store.write("latency.json", latency.entry(recipes, store.read("latency.json")))
+
+
+def write_reports(store: Store, result: Mapping[str, Any]) -> None:
+    """Write ``compare.json``, ``.md``, ``.csv``, ``.png``, and ``rates.png`` where rates were tried."""
+    store.write("compare.json", result)
+    write_atomic(store.root / "compare.md", table.markdown(result))
+    write_atomic(store.root / "compare.csv", table.csv_text(result))
+    if any(arm["top1_mean"] is not None for arm in result["arms"]):
+        write_atomic(store.root / "compare.png", plot.draw(result))
+    if any(entry["top1"] is not None for arm in result["arms"] for entry in arm["tries"]):
+        write_atomic(store.root / "rates.png", plot.draw_rates(result))
+
+
+def _finals(grid: Grid, arm: Arm, store: Store) -> Runs:
+    found: Runs = {}
+    for run in _final_runs(grid, arm, store):
+        summary = store.look(run)
+        if summary is not None and not isinstance(summary, Failed):
+            found[run.config.seed] = summary
+    return found
+
+
+def _final_runs(grid: Grid, arm: Arm, store: Store) -> list[Run]:
+    return [run for number in range(grid.seeds) if (run := grid.final(arm, number, store.look))]
+
+
+def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[str, Any] | None) -> dict[str, Any]:
+    top1 = [summary["scores"]["top1"] for summary in runs.values()]
+    chosen = grid.chosen(arm, store.look)
+    all_runs = [*grid.tries(arm, store.look), *_final_runs(grid, arm, store)]
+    failed = [
+        {"run": run.name, "reason": found.reason} for run in all_runs if isinstance(found := store.look(run), Failed)
+    ]
+    failed_finals = sum(entry["run"].startswith("seed-") for entry in failed)
+    return {
+        "name": arm.name,
+        "folder": arm.slug,
+        "edits": list(arm.edits),
+        "settings": dict(arm.settings),
+        "lr": chosen[0] if chosen else None,
+        "epochs": chosen[1] if chosen else None,
+        "tries": [
+            {"lr": entry.rate, "epochs": entry.epochs, "top1": entry.top1} for entry in grid.tried(arm, store.look)
+        ],
+        "seeds": list(runs),
+        "top1": top1,
+        "top1_mean": statistics.mean(top1) if top1 else None,
+        "top1_sd": statistics.stdev(top1) if len(top1) > 1 else None,
+        "cost": dict(next(iter(runs.values()))["cost"]) if runs else {},
+        "latency": dict(times) if times else None,
+        "failed": failed,
+        "missing": grid.seeds - len(top1) - failed_finals,
+    }
+
+
+def _difference_entry(found: Difference, margin: float) -> dict[str, Any]:
+    entry = {**asdict(found), "verdict": list(found.words(margin))}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+
+
+def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[Mapping[str, Any]]) -> list[str]:
+    notes = []
+    for entry in arms:
+        notes += [f"{entry['name']}, {bad['run']} failed: {bad['reason']}" for bad in entry["failed"]]
+        if edge := at_the_edge([Try(found["lr"], found["epochs"], found["top1"]) for found in entry["tries"]]):
+            side = "larger" if edge == "largest" else "smaller"
+            notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones, --rates")
+    if not grid.choosing:
+        notes.append(
+            "learning rate and epochs were given, not chosen for each arm: a difference may be theirs (--rates, "
+            "--tried-epochs)"
+        )
+    if measured and measured[0]["split"] == "held-out":
+        notes.append("measured on held-out training pictures: good for screening, not for a headline")
+    over = {found["over"] for found in differences}
+    if "pictures" in over:
+        notes.append("one seed: these intervals are over pictures alone, and say nothing about other seeds")
+    if "seeds" in over:
+        notes.append("which pictures were right is not known of these runs: intervals are over seeds alone")
+    for name in ("torch", "timm", "device", "ulsam"):
+        used = sorted({summary["versions"][name] for summary in measured})
+        if len(used) > 1:
+            notes.append(f"the runs were not all made with the same {name}: {', '.join(used)}")
+    return notes

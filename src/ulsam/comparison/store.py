@@ -1,0 +1,193 @@
+"""The folder of a comparison, and the smaller one to publish; both have the same layout.
+
+grid.json                     what is compared
+arms/ARM/RUN/summary.json     of each finished run; in the folder itself with all that training leaves
+arms/ARM/RUN.log, RUN.failed  what a run printed; why it failed
+latency.json                  measured when all runs were finished
+compare.json, .md, .csv, .png, rates.png
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ulsam.comparison.grid import Failed, Grid, Run
+from ulsam.comparison.paths import without_paths
+from ulsam.errors import UlsamError
+from ulsam.files import write_atomic
+from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.loop import HARMLESS
+
+REPORTS = ("compare.json", "compare.md", "compare.csv", "compare.png", "rates.png")
+
+
+class Store:
+    """A comparison's folder."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._read: dict[Path, dict[str, Any]] = {}
+
+    def folder(self, run: Run) -> Path:
+        """The folder of a run, which `ulsam.train.loop.train` makes."""
+        return self.root / "arms" / run.arm.slug / run.name
+
+    def look(self, run: Run) -> Mapping[str, Any] | Failed | None:
+        """The summary of a run, its failure, or None if it has not ended.
+
+        Raises:
+            UlsamError: the run in this folder had other settings: results of two recipes are never mixed.
+        """
+        folder = self.folder(run)
+        if folder not in self._read:
+            try:
+                text = (folder / "summary.json").read_text(encoding="utf-8")
+            except (FileNotFoundError, NotADirectoryError):
+                return self._failure(run)
+            summary = _json(text, folder / "summary.json")
+            check_settings(summary.get("config", {}), run.config, folder)
+            self._read[folder] = summary
+        return self._read[folder]
+
+    def check(self, run: Run) -> None:
+        """Raise unless what lies in the run's folder, finished or not, is that run.
+
+        Raises:
+            UlsamError: it had other settings.
+        """
+        self.look(run)
+        if (self.folder(run) / "config.yaml").is_file():
+            check_settings(read_config(self.folder(run) / "config.yaml"), run.config, self.folder(run))
+
+    def fail(self, run: Run, reason: str) -> None:
+        """Note why a run failed."""
+        write_atomic(self.folder(run).with_name(f"{run.name}.failed"), reason + "\n")
+
+    def clear_failure(self, run: Run) -> None:
+        """Let a run be tried again."""
+        self.folder(run).with_name(f"{run.name}.failed").unlink(missing_ok=True)
+
+    def read_grid(self) -> Grid | None:
+        """What was compared in this folder; None if it is new.
+
+        Raises:
+            UlsamError: the file is damaged.
+        """
+        path = self.root / "grid.json"
+        if not path.is_file():
+            return None
+        return Grid.from_json(_json(path.read_text(encoding="utf-8"), path))
+
+    def write(self, name: str, value: Any) -> None:
+        """Write JSON into the folder."""
+        write_atomic(self.root / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def read(self, name: str) -> Any:
+        """JSON from the folder, None if there is no such file."""
+        path = self.root / name
+        return _json(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it no other process is in here: one waits for the other."""
+        make_folder(self.root)
+        descriptor = take_lock(self.root / ".lock", wait=True)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def publish(self, target: str | Path, grid: Grid) -> None:
+        """Copy what a repository should hold: summaries and reports, without paths of this machine, and no weights.
+
+        Raises:
+            UlsamError: the folder cannot be written.
+        """
+        there = Store(target)
+        make_folder(there.root)
+        for run in grid.known(self.look):
+            found, folder = self.look(run), there.folder(run)
+            if isinstance(found, Failed):
+                make_folder(folder.parent)
+                there.fail(run, without_paths(found.reason))
+            elif found is not None:
+                make_folder(folder)
+                there.clear_failure(run)
+                there.write(str((folder / "summary.json").relative_to(there.root)), without_paths(found))
+        for name in ("grid.json", "latency.json", "compare.json"):
+            if (value := self.read(name)) is not None:
+                there.write(name, without_paths(value))
+        for name in REPORTS:
+            if not name.endswith(".json") and (self.root / name).is_file():
+                shutil.copyfile(self.root / name, there.root / name)
+
+    def _failure(self, run: Run) -> Failed | None:
+        try:
+            return Failed(self.folder(run).with_name(f"{run.name}.failed").read_text(encoding="utf-8").strip())
+        except FileNotFoundError:
+            return None
+
+
+def check_settings(found: Mapping[str, Any], wanted: TrainConfig, folder: Path) -> None:
+    """Raise unless a run's settings are those wanted; how it is computed may differ (`ulsam.train.loop.HARMLESS`).
+
+    Raises:
+        UlsamError: one differs; the line names it.
+    """
+    before = dataclasses.asdict(TrainConfig.from_mapping(found))
+    for name, value in dataclasses.asdict(wanted).items():
+        if name not in HARMLESS and before[name] != value:
+            raise UlsamError(
+                f"{folder} holds a run with {name} {before[name]}, not {value}: move it away, or name another --out"
+            )
+
+
+def take_lock(path: Path, wait: bool = False) -> int | None:
+    """Lock a file; the descriptor, or None if another process has it. The lock is free when all that hold it are gone.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "lock"
+    >>> mine = take_lock(file)
+    >>> take_lock(file) is None
+    True
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if not wait:
+                os.close(descriptor)
+                return None
+            time.sleep(0.2)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        UlsamError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UlsamError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def _json(text: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UlsamError(f"{path} is damaged: it holds no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UlsamError(f"{path} is damaged: it holds no JSON object")
+    return value

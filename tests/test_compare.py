@@ -1,0 +1,305 @@
+"""A comparison from pictures to tables: runs in this process, real summaries, what is refused, what is published."""
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tiny import SETTINGS, draw_splits, options
+from ulsam.cli import main
+from ulsam.comparison import _reported, report
+from ulsam.comparison.arms import parse_arms
+from ulsam.comparison.grid import Failed, Grid, Run
+from ulsam.comparison.launch import Ended, LocalLauncher, lock_of, run_all
+from ulsam.comparison.report import measure_latency
+from ulsam.comparison.statistics import right
+from ulsam.comparison.store import Store, make_folder, take_lock
+from ulsam.comparison.table import pairs
+from ulsam.errors import UlsamError
+from ulsam.train.config import TrainConfig
+from ulsam.train.loop import train
+
+SETTLED = {**SETTINGS, "epochs": 1, "layout": "contiguous", "amp": "none", "compile": "none"}
+ARMS = ("base", "slim: insert blocks.2 g=4; size=24")
+
+
+class Here:
+    """Runs one after the other in this process, which is fast; notes which ones it started."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.started: list[str] = []
+        self.over: list[Ended] = []
+
+    def start(self, run: Run) -> bool:
+        self.store.check(run)
+        self.started.append(str(run))
+        try:
+            train(run.config, self.store.folder(run))
+            self.over.append(Ended(run))
+        except UlsamError as error:
+            self.over.append(Ended(run, str(error)))
+        return True
+
+    def room(self) -> bool:
+        return not self.over
+
+    def running(self) -> Sequence[Run]:
+        return [ended.run for ended in self.over]
+
+    def ended(self) -> list[Ended]:
+        over, self.over = self.over, []
+        return over
+
+    def stop(self) -> None:
+        pass
+
+
+def run_here(
+    out: Path, data: Path, arms: Sequence[str], *, settings: dict[str, Any] | None = None, **given: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """As `ulsam.compare`, with :class:`Here`; what it returns, and the runs that it started."""
+    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), **(settings or {})})
+    grid, store = Grid(parse_arms(arms), shared, **given), Store(out)
+    with store.alone():
+        for run in grid.known(store.look):
+            store.clear_failure(run)
+            store.check(run)
+        store.write("grid.json", {**grid.to_json(), "command": "ulsam compare DATA"})
+    launcher = Here(store)
+    run_all(grid, store, launcher, lambda line: None, "ulsam compare")
+    measure_latency(grid, store)
+    return _reported(grid, store, 0.005, "ulsam compare DATA"), launcher.started
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = draw_splits(tmp_path_factory.mktemp("data"), train=16, val=12, noise=110)
+    next((root / "val" / "class1").iterdir()).write_bytes(b"no picture")  # left out of every measurement
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Two arms, each with its own rate, two seeds."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    result, started = run_here(out, data, ARMS, rates=(0.02, 0.1), seeds=2)
+    assert len(started) == len(set(started)) == 2 * (2 + 2)
+    return out, result
+
+
+def summaries(out: Path, arm: str, pattern: str = "seed-*") -> list[dict[str, Any]]:
+    found = sorted(out.glob(f"arms/{arm}/{pattern}/summary.json"))
+    return [json.loads(path.read_text()) for path in found]
+
+
+def test_the_result_is_what_the_summaries_say(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
+    assert json.loads((out / "compare.json").read_text()) == result
+    assert (result["pictures"], result["split"], result["finished"]) == (35, "validation", True)
+    base = summaries(out, "base")
+    for arm in result["arms"]:
+        finals = summaries(out, arm["folder"])
+        top1 = [summary["scores"]["top1"] for summary in finals]
+        assert (arm["seeds"], arm["top1"]) == ([0, 1], top1)
+        assert (arm["top1_mean"], arm["top1_sd"]) == pytest.approx((np.mean(top1), np.std(top1, ddof=1)))
+        assert {(summary["config"]["lr"], summary["config"]["epochs"]) for summary in finals} == {
+            (arm["lr"], arm["epochs"])
+        }
+        tried = {
+            (summary["config"]["lr"], summary["config"]["epochs"]): summary["scores"]["top1"]
+            for summary in summaries(out, arm["folder"], "choose-*")
+        }
+        assert {(entry["lr"], entry["epochs"]): entry["top1"] for entry in arm["tries"]} == tried
+        assert tried[arm["lr"], arm["epochs"]] == max(tried.values())
+        assert arm["cost"] == finals[0]["cost"]
+        if arm["name"] != "base":
+            matrix = [right(mine).astype(int) - right(other) for mine, other in zip(finals, base, strict=True)]
+            minus = arm["minus_base"]
+            assert np.shape(matrix) == (2, 35)
+            assert minus["mean"] == pytest.approx(np.mean(matrix))
+            assert minus["low"] <= minus["mean"] <= minus["high"] and minus["over"] == "seeds and pictures"
+
+
+def test_pictures_are_those_that_choosing_did_not_see(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    for arm in ("base", "slim"):
+        assert {(s["split"], s["pictures"]["train"]) for s in summaries(out, arm)} == {("validation", 48)}
+        held_out = summaries(out, arm, "choose-*")
+        assert {(s["split"], s["pictures"]["train"]) for s in held_out} == {("held-out", 39)}
+        assert {s["outcomes"]["names"] for s in held_out} == {
+            summaries(out, "base", "choose-*")[0]["outcomes"]["names"]
+        }
+
+
+def test_tables_and_pictures(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
+    rows = list(csv.DictReader((out / "compare.csv").read_text().splitlines()))
+    assert [row["arm"] for row in rows] == ["base", "slim"]
+    for row, arm in zip(rows, result["arms"], strict=True):
+        assert float(row["top1_mean"]) == arm["top1_mean"]
+        assert int(row["macs"]) == arm["cost"]["macs"]
+        assert float(row["latency_seconds"]) == arm["latency"]["seconds"] > 0
+    text = (out / "compare.md").read_text()
+    slim = result["arms"][1]
+    assert re.search(rf"\| slim .*{100 * slim['top1_mean']:.2f} ± .*\[", text)
+    for name in ("compare.png", "rates.png"):
+        with Image.open(out / name) as picture:
+            assert picture.width > 500
+
+
+def test_started_again_it_trains_only_what_is_missing(
+    finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    again, started = run_here(out, data, ARMS, rates=(0.02, 0.1), seeds=2)
+    assert (again, started) == (finished[1], [])
+    shutil.rmtree(out / "arms" / "slim" / "seed-1")
+    again, started = run_here(out, data, ARMS, rates=(0.02, 0.1), seeds=2)
+    assert started == ["slim, seed-1"]
+    assert [arm["top1"] for arm in again["arms"]] == [arm["top1"] for arm in finished[1]["arms"]]
+
+
+def test_runs_of_another_recipe_are_never_mixed_in(
+    finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    with pytest.raises(UlsamError, match=r"holds a run with smoothing 0.1, not 0.0: move it away") as error:
+        run_here(out, data, ARMS, rates=(0.02, 0.1), seeds=2, settings={"smoothing": 0.0})
+    assert "choose-0.02-1" in str(error.value)
+    path = out / "arms" / "base" / "seed-0" / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["config"]["split_seed"]  # as an earlier version would have left it: the same recipe only by its default
+    summary["config"]["workers"] = 7  # does not change what is trained
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UlsamError, match="split_seed None, not 0"):
+        report(out)
+
+
+def test_other_pictures_are_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    path = out / "arms" / "slim" / "seed-1" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["outcomes"]["names"] = "0" * 64
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UlsamError, match="measured on different pictures"):
+        report(out)
+
+
+def test_a_published_folder_gives_the_same_tables(
+    finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, result = finished
+    there = tmp_path / "published"
+    assert main(["compare", "--report-only", "--out", str(out), "--publish", str(there)]) == 0
+    printed = capsys.readouterr().out
+    files = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert {path for path in files if path.startswith("arms/")} == {
+        path.relative_to(out).as_posix() for path in out.glob("arms/*/*/summary.json")
+    }
+    for path in there.rglob("*.json"):
+        assert str(data) not in path.read_text() and str(tmp_path.parent) not in path.read_text()
+    assert main(["compare", "--report-only", "--out", str(there)]) == 0
+    assert capsys.readouterr().out == printed
+    assert json.loads((there / "compare.json").read_text()) == result
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ["base", "wild: lr=1e30; clip_grad=1e30", "size=24"]
+    result, started = run_here(tmp_path, data, arms, seeds=1, settings={"val_fraction": 0.25})
+    assert started == ["base, seed-0", "wild, seed-0", "size=24, seed-0"]
+    base, wild, small = result["arms"]
+    assert [entry["run"] for entry in wild["failed"]] == ["seed-0"]
+    assert "try a lower --lr" in wild["failed"][0]["reason"]
+    assert (wild["top1_mean"], wild["missing"], base["missing"], base["top1_sd"]) == (None, 0, 0, None)
+    assert (small["minus_base"]["over"], small["minus_base"]["seeds"]) == ("pictures", [0])
+    notes = " ".join(result["notes"])
+    assert all(words in notes for words in ("wild, seed-0 failed: ", "one seed", "held-out", "not chosen for each arm"))
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--report-only", "--out", str(tmp_path)])
+    assert stop.value.code == 1
+    assert re.search(r"^wild .* failed$", capsys.readouterr().out, re.MULTILINE)
+    shutil.rmtree(tmp_path / "arms" / "wild" / "seed-0")
+    _, started = run_here(tmp_path, data, arms, seeds=1, settings={"val_fraction": 0.25})
+    assert started == ["wild, seed-0"]  # tried again, once
+
+
+def test_the_second_table_has_every_other_pair() -> None:
+    pair = {"mean": 0.01, "low": 0.002, "high": 0.018, "verdict": ["gain", "holds"]}
+    names = [("b", "a"), ("c", "a"), ("c", "b")]
+    result = {"arms": [{"name": "a"}], "differences": [{"arm": one, "minus": other, **pair} for one, other in names]}
+    assert pairs(result) == [["c minus b", "+1.00 [+0.20, +1.80]", "gain, holds"]]
+
+
+def test_runs_that_were_not_started_are_missing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    shutil.rmtree(out / "arms" / "slim" / "seed-1")
+    result = report(out)
+    assert (result["finished"], result["arms"][1]["missing"]) == (False, 1)
+    assert result["arms"][1]["minus_base"]["seeds"] == [0]
+    assert "1 not run" in (out / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["DATA", "--arm", "base"], "needs two arms or more"),
+        (["DATA", "--arm", "base", "--arm", "insert nowhere"], "the arm 'insert nowhere g=4' cannot be built"),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--jobs", "0"], "jobs must be 1 or more"),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--rates", "0.1,x"], "no list of numbers"),
+        (["--arm", "base", "--arm", "size=24"], "no data given"),
+        (["nowhere", "--arm", "base", "--arm", "size=24"], "nowhere"),
+        (
+            ["DATA", "--arm", "base", "--arm", "size=24", "--rates", "0.1,0.2", "--val-fraction", "0.5"],
+            "leave val_frac",
+        ),
+        (["--report-only"], "is not the folder of a comparison"),
+        (["--report-only", "DATA"], "leave DATA, --arm and settings out"),
+    ],
+)
+def test_mistakes_are_one_line_and_train_nothing(
+    words: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    rest = [] if "--report-only" in words else options(SETTLED)
+    line = ["compare", *(str(data) if word == "DATA" else word for word in words), *rest, "--out", str(out)]
+    try:
+        status = main(line)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    found = capsys.readouterr()
+    assert status == 2
+    assert re.fullmatch(rf"ulsam: error: .*{message}.*\n", found.err)
+    assert not (out / "arms").exists()
+
+
+def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -> None:
+    """What another process has in hand is waited for, said once, and taken over from it without training."""
+    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data)})
+    grid, store = Grid(parse_arms(ARMS[:2]), shared, seeds=1), Store(tmp_path)
+    said: list[str] = []
+
+    class Locked(LocalLauncher):
+        def start(self, run: Run) -> bool:
+            if len(said) == 2:  # both were told: the other process is done with one, then with the other
+                for other in grid.known(self.store.look):
+                    if self.store.look(other) is None:
+                        train(other.config, self.store.folder(other))
+            return super().start(run)
+
+    for run in grid.known(store.look):
+        make_folder(store.folder(run).parent)
+        assert take_lock(lock_of(store.folder(run))) is not None
+    launcher = Locked(store, jobs=2)
+    run_all(grid, store, launcher, said.append, "again")
+    assert [line.split(":")[0].split()[0] for line in said] == ["wait", "wait"]
+    assert not any(isinstance(store.look(run), Failed | None) for run in grid.known(store.look))

@@ -1,0 +1,257 @@
+"""What arms mean, which runs a grid needs in which order, and that arms see the same pictures in the same order."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import NET, SETTINGS, draw, draw_splits
+from ulsam.comparison.arms import Arm, check_arms, check_choosing, parse_arms
+from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
+from ulsam.comparison.paths import without_paths
+from ulsam.distributed import World
+from ulsam.errors import UlsamError
+from ulsam.train import parts
+from ulsam.train.config import TrainConfig
+from ulsam.train.loop import Trainer
+
+ARMS = ("base", "slim: insert blocks.2 g=4", "size=24; lr=0.03")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_splits(tmp_path_factory.mktemp("data"))
+
+
+def shared(data: str | Path = "data", **settings: Any) -> TrainConfig:
+    return TrainConfig.from_mapping({**SETTINGS, "data": str(data), **settings})
+
+
+def grid(*arms: str, **options: Any) -> Grid:
+    return Grid(parse_arms(arms), shared(**options.pop("settings", {})), **options)
+
+
+class Results:
+    """What came of runs so far, by arm and name; and what to say of those that were not run."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], Mapping[str, Any] | Failed] = {}
+
+    def __call__(self, run: Run) -> Mapping[str, Any] | Failed | None:
+        return self.found.get((run.arm.name, run.name))
+
+    def add(self, run: Run, top1: float | None) -> None:
+        assert (run.arm.name, run.name) not in self.found
+        self.found[run.arm.name, run.name] = Failed("diverged") if top1 is None else {"scores": {"top1": top1}}
+
+
+# arms
+
+
+def test_an_arm_is_edits_and_settings_on_top_of_the_shared_ones() -> None:
+    arm = Arm.parse("both: insert 17:1 g=8 form=released; size = 96; model_args={drop_rate: 0.1}; lr=1e-3")
+    assert (arm.name, arm.slug, arm.edits) == ("both", "both", ("insert 17:1 g=8 form=released",))
+    config = arm.config(shared(edits=["drop 16"]), seed=3)
+    assert config.edits == ["drop 16", "insert 17:1 g=8 form=released"]
+    assert (config.size, config.lr, config.model_args, config.seed) == (96, 0.001, {"drop_rate": 0.1}, 3)
+    assert config.model == NET
+    assert Arm.parse("insert 17:1 g=8").name == "insert 17:1 g=8"
+    assert Arm.parse("weights=/home/me/net.safetensors").name == "weights=net.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        (["base"], "two arms or more"),
+        (["base", ""], "holds nothing"),
+        (["base", "x: "], "holds nothing"),
+        (["base", "turn 14"], "the arm 'turn 14': unknown edit 'turn'"),
+        (["base", "base; size=24"], "cannot read the edit 'base'"),
+        (["base", "seed=3"], "the arm 'seed=3': seed is the same for all arms"),
+        (["base", "data=x"], "data is the same for all arms"),
+        (["base", "size=[1"], "cannot read size="),
+        (["base", "???: size=24"], "needs a name"),
+        (["base", "Base: size=24"], "two arms are called 'Base'"),
+    ],
+)
+def test_arms_that_cannot_be_read(arms: list[str], message: str) -> None:
+    with pytest.raises(UlsamError, match=message) as error:
+        parse_arms(arms)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        (["base", "other: size=32"], "the arms 'base' and 'other' are the same net and recipe"),
+        (["base", "insert nowhere"], "the arm 'insert nowhere g=4' cannot be built: .*nowhere"),
+        (["base", "big: model=no_such_net"], "the arm 'big' cannot be built: timm has no net"),
+        (["base", "size=big"], "the arm 'size=big': size must be a whole number"),
+        (["base", "colour=red"], "the arm 'colour=red': unknown setting 'colour'"),
+        (["base", "weights=missing.safetensors"], "the arm 'weights=missing.safetensors' cannot be built: no weight"),
+    ],
+)
+def test_arms_that_cannot_be_built(arms: list[str], message: str, data: Path) -> None:
+    with pytest.raises(UlsamError, match=message):
+        check_arms(parse_arms(arms), shared(data))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rates": (0.01, 0.03)}, "the arm 'size=24; lr=0.03' sets lr"),
+        ({"seeds": 0}, "1 seed or more"),
+        ({"epochs": (2, 2)}, "number of epochs is given twice"),
+        ({"settings": {"min_lr": 0.02, "lr": 0.05}, "rates": (0.01,)}, "sets lr|min_lr"),
+    ],
+)
+def test_grids_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UlsamError, match=message):
+        grid(*ARMS, **options)
+
+
+def test_every_tried_rate_is_checked_before_training() -> None:
+    with pytest.raises(UlsamError, match="the arm 'base': min_lr"):
+        grid("base", "size=24", rates=(0.05, 0.001), settings={"min_lr": 0.002})
+
+
+def test_choosing_needs_pictures_that_choosing_does_not_see(data: Path, tmp_path: Path) -> None:
+    check_choosing(shared(data))
+    with pytest.raises(UlsamError, match="leave val_fraction out"):
+        check_choosing(shared(data, val_fraction=0.3))
+    with pytest.raises(UlsamError, match="cannot be measured on train"):
+        check_choosing(shared(data, val_split="train"))
+    draw(tmp_path, 4)
+    with pytest.raises(UlsamError, match="needs an image folder with val/ or test/"):
+        check_choosing(shared(tmp_path))
+
+
+# which runs
+
+
+def test_all_rates_then_the_best_one_at_more_epochs_then_the_seeds() -> None:
+    plan = grid("base", "slim: size=24", rates=(0.01, 0.02, 0.04), epochs=(1, 3), seeds=2)
+    look = Results()
+    top1 = {
+        ("base", 0.01, 1): 0.5,
+        ("base", 0.02, 1): 0.6,
+        ("base", 0.04, 1): 0.6,  # as good: the earlier one is taken
+        ("base", 0.02, 3): 0.55,  # more epochs do not help
+        ("slim", 0.01, 1): None,  # fails
+        ("slim", 0.02, 1): 0.3,
+        ("slim", 0.04, 1): 0.4,
+        ("slim", 0.04, 3): 0.7,
+    }
+    done = []
+    while due := [run for run in plan.due(look) if run.name.startswith("choose")]:
+        run = due[0]
+        assert (run.config.val_fraction, run.config.split_seed, run.config.seed) == (0.2, 0, 0)
+        assert run.config.val_every == run.config.epochs
+        done.append((run.arm.name, run.config.lr, run.config.epochs))
+        look.add(run, top1[done[-1]])
+    assert sorted(done) == sorted(top1)
+    assert done.index(("base", 0.04, 1)) < done.index(("slim", 0.01, 1))  # the base first
+    assert [plan.chosen(arm, look) for arm in plan.arms] == [(0.02, 1), (0.04, 3)]
+    finals = plan.due(look)
+    assert [(run.arm.name, run.name) for run in finals] == [
+        (arm, seed) for seed, arm in itertools.product(("seed-0", "seed-1"), ("base", "slim"))
+    ]
+    assert [(run.config.lr, run.config.epochs, run.config.seed) for run in finals[2:]] == [(0.02, 1, 1), (0.04, 3, 1)]
+    assert {run.config.val_fraction for run in finals} == {None}
+    assert plan.size == len(done) + len(finals)
+    for run in finals:
+        look.add(run, 0.5)
+    assert plan.due(look) == []
+    assert plan.tried(plan.arms[1], look)[0] == Try(0.01, 1, None)
+
+
+def test_an_arm_whose_tries_all_fail_has_no_final_runs() -> None:
+    plan = grid("base", "size=24", rates=(0.01, 0.02), seeds=1)
+    look = Results()
+    for run in plan.due(look):
+        look.add(run, None if run.arm.name == "size=24" else 0.5)
+    assert [(run.arm.name, run.name) for run in plan.due(look)] == [("base", "seed-0")]
+
+
+def test_one_rate_is_no_choice() -> None:
+    plan = grid("base", "size=24", rates=(0.07,), epochs=(3,), seeds=3)
+    assert (plan.choosing, plan.size) == (False, 6)
+    assert {(run.config.lr, run.config.epochs) for run in plan.due(Results())} == {(0.07, 3)}
+    assert [run.config.seed for run in grid("base", "size=24", settings={"seed": 7}, seeds=2).due(Results())][::2] == [
+        7,
+        8,
+    ]
+
+
+def test_a_grid_survives_its_file_and_later_settings() -> None:
+    plan = grid("base", "slim: insert blocks.2; size=24", rates=(0.01, 0.02), epochs=(1, 2))
+    stored = json.loads(json.dumps(plan.to_json()))
+    assert Grid.from_json(stored) == plan
+    del stored["shared"]["split_seed"]  # as an earlier version wrote it
+    assert Grid.from_json(stored) == plan
+    with pytest.raises(UlsamError, match="not the plan of a comparison"):
+        Grid.from_json({"arms": []})
+
+
+def test_the_edge_of_the_tried_rates() -> None:
+    assert at_the_edge([Try(0.01, 1, 0.6), Try(0.02, 1, 0.5), Try(0.04, 1, None)]) == "smallest"
+    assert at_the_edge([Try(0.01, 1, 0.6)]) is None
+    assert at_the_edge([Try(0.01, 1, None), Try(0.02, 1, None)]) is None
+
+
+def test_no_path_is_published() -> None:
+    found = without_paths(
+        {
+            "command": "ulsam compare /a/b/cub --arm 'old: weights=../w/net.safetensors; lr=0.1' --out ~/runs/x",
+            "list": ["/a/b/c d.jpg", "torch/imagenet", "3/4", "cannot read ./x/y.png: gone"],
+            "number": 3,
+        }
+    )
+    assert found == {
+        "command": "ulsam compare cub --arm 'old: weights=net.safetensors; lr=0.1' --out x",
+        "list": ["c d.jpg", "torch/imagenet", "3/4", "cannot read y.png: gone"],
+        "number": 3,
+    }
+
+
+# the same pictures
+
+
+def test_all_arms_see_the_same_batches_and_mixtures(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order, the augmentation, mixup and what is held out depend on seed, epoch and place, never on the net."""
+    strong = {"mixup": 0.5, "rand_augment": "rand-m7-n2-mstd0.5", "random_erasing": 0.5, "drop_rate": 0.3}
+    same = {"mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bilinear"}  # which nets bring of their own
+    settings = {**strong, **same, "val_fraction": 0.25, "split_seed": 0, "layout": "contiguous", "amp": "none"}
+    arms = parse_arms(["base", "insert blocks.2 g=4", "model=test_resnet"])
+    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
+    names: dict[tuple[str, int], Any] = {}
+    for arm, seed in itertools.product(arms, (0, 1)):
+        config = arm.config(shared(data, **settings), seed=seed, compile="none")
+        trainer = Trainer(config, tmp_path, World(0, 1, torch.device("cpu")))
+        add = trainer.learner.add_gradients
+        batches = seen.setdefault((arm.name, seed), [])
+
+        def noted(images: torch.Tensor, labels: torch.Tensor, *, _add=add, _batches=batches, **rest: Any) -> float:
+            _batches.append(torch.cat([images.flatten(), labels.flatten()]))
+            return _add(images, labels, **rest)
+
+        monkeypatch.setattr(trainer.learner, "add_gradients", noted)
+        for epoch in range(2):
+            trainer.at.epoch, trainer.at.batch = epoch, 0
+            stream = trainer._begin_epoch()
+            for _ in range(trainer.epoch_updates):
+                trainer._update(stream, False, False)
+        names[arm.name, seed] = parts.open_pictures(config)[1].names
+    for seed in (0, 1):
+        first, *others = (torch.stack(seen[arm.name, seed]) for arm in arms)
+        assert len(first) == 2 * (36 - 9) // 8
+        assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(seen["base", 0][0], seen["base", 1][0])
+    assert not torch.equal(seen["base", 0][0], seen["base", 0][3])
+    assert len({tuple(found) for found in names.values()}) == 1

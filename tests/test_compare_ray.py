@@ -1,0 +1,99 @@
+"""Runs as Ray tasks: on a cluster of two nodes of which one is lost, and on a node that does not share our storage."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import SETTINGS, draw_splits
+from ulsam.comparison import compare
+from ulsam.comparison.arms import Arm, parse_arms
+from ulsam.comparison.grid import Grid, Run
+from ulsam.comparison.remote import receive, train_there
+from ulsam.comparison.store import Store
+from ulsam.train.config import TrainConfig
+
+SETTLED = {**SETTINGS, "layout": "contiguous", "amp": "none", "compile": "none"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_splits(tmp_path_factory.mktemp("data"), train=16, val=4)
+
+
+def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_path: Path) -> None:
+    arms = parse_arms(["base", "size=24"])
+    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), "epochs": 1})
+    store, grid = Store(tmp_path), Grid(arms, shared, seeds=1)
+    run = grid.known(store.look)[0]
+    folder = store.folder(run)
+    reason, files = train_there(str(folder), run.config.to_yaml(), str(tmp_path / "no-such-token"))
+    assert reason is None
+    assert not folder.exists()
+    assert "checkpoint.pt" not in files
+    receive(folder, files)
+    assert store.look(run)["scores"]["pictures"] == 12  # type: ignore[index,call-overload]
+    assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "config.yaml", "metrics.csv"}
+    assert "result " in folder.with_name("seed-0.log").read_text()
+
+    broken = Run(Arm.parse("base"), "seed-1", TrainConfig("no such folder", threads=1))
+    reason, files = train_there(str(store.folder(broken)), broken.config.to_yaml(), str(tmp_path / "no-such-token"))
+    assert reason is not None and "no such folder" in reason
+    receive(store.folder(broken), files)
+    assert store.look(broken) is None
+
+
+@pytest.mark.slow
+def test_a_node_lost_on_the_way_costs_only_its_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(Path.cwd() / "src"), os.environ.get("PYTHONPATH")]))
+    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    lost = cluster.add_node(num_cpus=1)
+    out = tmp_path / "out"
+    said: list[str] = []
+    stamps: dict[str, float] = {}
+
+    def lose() -> None:
+        end = time.monotonic() + 300
+        while time.monotonic() < end:
+            done, begun = (len(list(out.glob(f"arms/*/*/{name}"))) for name in ("summary.json", "checkpoint.pt"))
+            if done and begun >= done + 2:  # both nodes have something to lose
+                break
+            time.sleep(0.05)
+        for path in out.glob("arms/*/*/summary.json"):
+            stamps[str(path)] = path.stat().st_mtime
+        cluster.remove_node(lost, allow_graceful=False)
+
+    watcher = threading.Thread(target=lose)
+    watcher.start()
+    settings: dict[str, Any] = {**SETTLED, "epochs": 60, "save_seconds": 0}
+    try:
+        result = compare(
+            data,
+            ["base", "size=24"],
+            out,
+            seeds=3,
+            settings=settings,
+            launcher="ray",
+            ray_address=cluster.address,
+            say=said.append,
+        )
+    finally:
+        watcher.join()
+        cluster.shutdown()
+    assert [len(arm["seeds"]) for arm in result["arms"]] == [3, 3]
+    assert not any(arm["failed"] for arm in result["arms"])
+    assert stamps and all(Path(path).stat().st_mtime == before for path, before in stamps.items())
+    logs = [path.read_text() for path in out.glob("arms/*/*.log")]
+    assert any("\nresume " in log for log in logs)  # the lost one went on from its checkpoint
+    assert json.loads((out / "compare.json").read_text())["finished"]
