@@ -42,6 +42,7 @@ def test_the_design_is_factorial() -> None:
         for words in itertools.product(("broadbar", "finebar"), ("spotted", "speckled"), ("shortbill", "longbill"))
     ]
     assert class_marks(12) == every[:12]
+    assert class_marks([every[5][0], every[0][0]]) == [every[5], every[0]]
 
 
 def test_marks_know_their_scale() -> None:
@@ -152,6 +153,11 @@ def test_what_cannot_be_drawn_gets_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert message(lambda: draw_birds(out, 1)) == "the number of bird classes must be 2 to 108: got 1"
     assert "2 to 108: got 109" in message(lambda: draw_birds(out, 109))
+    name = "finebar-spotted-shortbill"
+    wrong = message(lambda: draw_birds(out, [name, "finebar-spoted-longbill"]))
+    assert wrong == "no bird class is called 'finebar-spoted-longbill'; write it as finebar-spotted-longbill"
+    assert message(lambda: draw_birds(out, [name, name])) == f"a bird class is named twice: {name}, {name}"
+    assert "2 to 108: got 1" in message(lambda: draw_birds(out, [name]))
     assert message(lambda: draw_birds(out, train=0)) == "train must be 1 or more pictures a class: got 0"
     assert message(lambda: draw_birds(out, val=-1)) == "val must be 0 or more pictures a class: got -1"
     for size in (31, 1025):

@@ -1,6 +1,7 @@
 """`ulsam birds OUT`: draw the generated bird data set as an image folder."""
 
 import argparse
+import re
 
 from tqdm import tqdm
 
@@ -9,7 +10,9 @@ from ulsam.data.birds import draw_birds
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to make; it may exist if it is empty")
-    parser.add_argument("--classes", type=int, default=8, metavar="N", help="2 to 108 (default: 8)")
+    parser.add_argument(
+        "--classes", type=_classes, default=8, metavar="N", help="2 to 108 (default: 8), or names with commas"
+    )
     for split, number in (("train", 60), ("val", 20), ("test", 0)):
         parser.add_argument(
             f"--{split}", type=int, default=number, metavar="N", help=f"pictures a class (default: {number})"
@@ -20,12 +23,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     counts = {split: getattr(args, split) for split in ("train", "val", "test")}
-    with tqdm(total=args.classes * sum(counts.values()), unit=" birds", disable=None, leave=False) as bar:
+    classes = args.classes if isinstance(args.classes, int) else len(args.classes)
+    with tqdm(total=classes * sum(counts.values()), unit=" birds", disable=None, leave=False) as bar:
 
         def progress(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
         draw_birds(args.out, args.classes, **counts, size=args.size, seed=args.seed, progress=progress)
     drawn = ", ".join(f"{number} {split}" for split, number in counts.items() if number)
-    print(f"{args.out}: {args.classes} classes, {drawn} pictures a class of {args.size} px, seed {args.seed}")
+    print(f"{args.out}: {classes} classes, {drawn} pictures a class of {args.size} px, seed {args.seed}")
     print(f"{args.out}/birds.json tells the field marks of each class, boxes.json where they lie in each picture")
+
+
+def _classes(text: str) -> int | list[str]:
+    return int(text) if re.fullmatch(r"-?\d+", text) else [name.strip() for name in text.split(",")]

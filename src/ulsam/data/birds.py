@@ -5,12 +5,13 @@ place, scene, light and what hides the bird vary at random in the same way for a
 """
 
 import dataclasses
+import difflib
 import itertools
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,14 +32,14 @@ _WORDS: dict[str, dict[Any, str]] = {
 }
 
 
-def class_marks(n_classes: int) -> list[tuple[str, Marks]]:
-    """The first classes of the design, as (name, marks): every combination of marks is one class.
+def class_marks(classes: int | Sequence[str]) -> list[tuple[str, Marks]]:
+    """The first classes of the design, or the named ones, as (name, marks): every combination of marks is one class.
 
     The first 8 combine 2 or 5 wing bars, coarse or fine spots, and a short or long bill; up to 27 the third level of
     each joins, up to 54 the forked tail, up to 108 the eye ring. A larger set of classes begins with the smaller one.
 
     Raises:
-        UlsamError: fewer than 2 classes, or more than there are combinations.
+        UlsamError: fewer than 2 classes, or more than there are combinations; a name that is none of theirs, or twice.
 
     >>> [name for name, _ in class_marks(3)]
     ['broadbar-spotted-shortbill', 'broadbar-spotted-longbill', 'broadbar-speckled-shortbill']
@@ -48,15 +49,24 @@ def class_marks(n_classes: int) -> list[tuple[str, Marks]]:
         itertools.product(*(range(len(level)) for level in levels)),
         key=lambda chosen: (chosen[4], chosen[3], max(chosen[:3]) == 2, chosen),
     )
-    if not 2 <= n_classes <= len(design):
-        raise UlsamError(f"the number of bird classes must be 2 to {len(design)}: got {n_classes}")
-    marks = [Marks(*(level[i] for level, i in zip(levels, chosen, strict=True))) for chosen in design[:n_classes]]
-    return [(_name(each), each) for each in marks]
+    number = classes if isinstance(classes, int) else len(classes)
+    if not 2 <= number <= len(design):
+        raise UlsamError(f"the number of bird classes must be 2 to {len(design)}: got {number}")
+    marks = [Marks(*(level[i] for level, i in zip(levels, chosen, strict=True))) for chosen in design]
+    every = {_name(each): each for each in marks}
+    names = list(every)[:number] if isinstance(classes, int) else classes
+    for name in names:
+        if name not in every:
+            near = difflib.get_close_matches(name, every, n=1) or list(every)[:1]
+            raise UlsamError(f"no bird class is called {name!r}; write it as {near[0]}")
+    if len(set(names)) < number:
+        raise UlsamError(f"a bird class is named twice: {', '.join(names)}")
+    return [(name, every[name]) for name in names]
 
 
 def draw_birds(
     root: str | os.PathLike[str],
-    classes: int = 8,
+    classes: int | Sequence[str] = 8,
     train: int = 60,
     val: int = 20,
     test: int = 0,
@@ -73,7 +83,7 @@ def draw_birds(
 
     Args:
         root: a folder that does not exist yet, or is empty.
-        classes: number of classes, 2 to 108.
+        classes: number of classes, 2 to 108, or their names, as :func:`class_marks` has them.
         train, val, test: pictures of each class in that split; a split of 0 is left out, ``train`` may not be.
         size: side of the pictures in pixels, 32 to 1024.
         seed: any integer.
