@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,21 +219,14 @@ def test_a_map_behind_an_inserted_layer_is_the_layers() -> None:
     assert not torch.equal(found, before)
 
 
-@pytest.mark.parametrize("edit", ["drop blocks.2.0.conv_pwl", "insert conv_stem g=2"])
-def test_at_a_convolution_the_teacher_keeps_its_batchnorm(edit: str, data: Path, teacher: Path) -> None:
+def test_at_a_convolution_the_teacher_keeps_its_batchnorm(data: Path, teacher: Path) -> None:
     base = recipe()
-    student = build(base)[0]
-    place = edit.split()[1]
-    if edit.startswith("insert"):
-        surgery.insert(student, place, 2, input_size=SIZE)
-    else:
-        student.get_submodule(place).register_forward_hook(lambda *_: None)
-        surgery.insert(student, place, 4, input_size=SIZE)
+    student = surgery.insert(build(base)[0], "conv_stem", 2, input_size=SIZE)
     found = open_teacher(config(data, teacher=str(teacher), distill_features=1.0), base, student)
     assert found is not None
-    assert found.places[0] == place
+    assert found.places == ("conv_stem", "bn2")
     assert found.notes == ("the teacher is not folded: a feature map is taken at a convolution",)
-    assert any(isinstance(module, nn.BatchNorm2d) for module in found.net.modules())
+    assert isinstance(found.net.bn1, nn.BatchNorm2d)
 
 
 # the run
@@ -287,6 +281,32 @@ def test_a_compiled_run_is_taught_the_same(data: Path, teacher: Path, tmp_path: 
         assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
         assert ours["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-2)
     load(tmp_path / "compiled" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_are_taught_as_one(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+    """At a learning rate of nothing both see the mean loss of the same pictures, but for the batches' own scales."""
+    its = recipe(base="test_convnext")  # without BatchNorm
+    net, _ = build(its)
+    nn.init.normal_(net.head.fc.weight, std=0.2)
+    save_model(net, its, tmp_path / "teacher.safetensors")
+    settings = {"model": "test_convnext", "batch_size": 4, "lr": 1e-8, "layout": "contiguous"}
+    chosen = config(data, teacher=str(tmp_path / "teacher.safetensors"), distill_features=0.5, **settings)
+    one = train(chosen, tmp_path / "one")
+    (tmp_path / "run.yaml").write_text(chosen.to_yaml())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    words = ["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")]
+    pids = [
+        ulsam.start(words, tmp_path / f"log{rank}", env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [ulsam.ask(wait=pid) for pid in pids] == [0, 0], (tmp_path / "log0").read_text()
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert two["versions"]["processes"] == "2"
+    assert two["epochs"][0]["train_loss"] == pytest.approx(one["epochs"][0]["train_loss"], rel=0.02)
+    load(tmp_path / "two" / "model.safetensors")
 
 
 # going on

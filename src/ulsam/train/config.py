@@ -67,7 +67,7 @@ class TrainConfig:
     distill: float | None = _option(
         None, "weight of the teacher's soft targets against the labels, 0..1 (default: 0.5)"
     )
-    distill_temperature: float | None = _option(None, "that softens the targets (default: 4)")
+    distill_temperature: float | None = _option(None, "temperature that softens the targets (default: 4)")
     distill_features: float | None = _option(None, "weight of the difference of feature maps (default: 0, off)")
     # picture
     size: int | None = _option(None, "height and width of the input in pixels (default: the net's own)")
