@@ -7,11 +7,11 @@ is the L2 norm of a group of coupled weights, channels of all layers compete, th
 met, no layer loses more than 70 %, and the classifier's outputs stay. The classifier is new, so it has no say in what
 is important. --uniform takes the same share of channels from every layer instead.
 
-Runs lie as `ulsam compare` lays them, in OUT/runs/pruned-macs-0.868/choose-LR-EPOCHS and in .../seed-N. Done ones are
-skipped.
+Runs are chosen and lie as `ulsam compare` does it, in OUT/arms/pruned-macs-0.868/choose-LR-EPOCHS and in .../seed-N.
+Done ones are skipped.
 
     pip install 'ulsam[peers]'
-    python benchmarks/pruning.py compared/runs/base/seed-0/config.yaml --macs 0.868 --out compared
+    python benchmarks/pruning.py compared/arms/base/seed-0/config.yaml --macs 0.868 --out compared
 """
 
 import argparse
@@ -28,12 +28,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from ulsam.comparison.arms import Arm
+from ulsam.comparison.grid import Grid, at_the_edge
+from ulsam.comparison.store import Store
 from ulsam.costs import Cost, cost
 from ulsam.data import loading
 from ulsam.errors import UlsamError
 from ulsam.files import write_atomic
 from ulsam.models import build
-from ulsam.train import parts, report, restore
+from ulsam.train import parts, report
 from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.loop import resume, train
 
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loading.seed_all(0)
     whole, _ = build(recipe, weights=config.weights, pretrained=config.pretrained)
     pruned = prune(whole, recipe.input_size, share, measure, uniform=args.uniform)
-    folder = Path(args.out) / "runs" / name
+    folder = Path(args.out) / "arms" / Arm(name, (), {}).slug
     folder.mkdir(parents=True, exist_ok=True)
     before, after = cost(whole, recipe.input_size), cost(pruned, recipe.input_size)
     write_atomic(
@@ -75,23 +78,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
 
-    def top1(run: str, **settings: Any) -> float:
-        return _run(pruned, folder / run, config, **settings)["scores"]["top1"]
-
-    def held_out(rate: float, epochs: int) -> float:
-        return top1(f"choose-{rate:g}-{epochs}", lr=rate, epochs=epochs, seed=0, val_fraction=0.2, val_split=None)
-
-    first, *more = args.tried_epochs
-    tried = {(rate, first): held_out(rate, first) for rate in args.rates}
-    best, _ = max(tried, key=lambda key: tried[key])
-    tried |= {(best, epochs): held_out(best, epochs) for epochs in more}
-    rate, epochs = max(tried, key=lambda key: tried[key])
-    if len(args.rates) > 1 and rate in (min(args.rates), max(args.rates)):
-        print(f"note: the best rate, {rate:g}, lies on the edge of those tried: give more --rates")
-    tested = [top1(f"seed-{seed}", lr=rate, epochs=epochs, seed=seed, val_fraction=None) for seed in range(args.seeds)]
-    if tested:
-        shown = ", ".join(f"{100 * value:.2f}" for value in tested)
-        print(f"{name}: lr {rate:g}, epochs {epochs}; top-1 {shown}; mean {100 * statistics.mean(tested):.2f}")
+    store = Store(args.out)
+    arm = Arm(name, (), {})
+    own: dict[str, Any] = {
+        "weights": None,
+        "pretrained": False,
+        "drop_rate": 0.0,
+        "drop_path": 0.0,
+    }  # the net has them already
+    shared = dataclasses.replace(config, seed=0, val_fraction=None, **own)
+    grid = Grid((arm,), shared, tuple(args.rates), tuple(args.tried_epochs), args.seeds)
+    while due := grid.due(store.look):
+        store.check(due[0])
+        _train(pruned, due[0].config, store.folder(due[0]))
+    tries = grid.tried(arm, store.look)
+    for entry in tries:
+        print(f"{name}: lr {entry.rate:g}, epochs {entry.epochs}: held-out top-1 {100 * (entry.top1 or 0.0):.2f}")
+    if edge := at_the_edge(tries):
+        print(f"note: the best rate is the {edge} of those tried: give more --rates")
+    finals = [store.look(run) for run in grid.known(store.look) if run.name.startswith("seed-")]
+    tested = [100 * summary["scores"]["top1"] for summary in cast(list[dict[str, Any]], finals)]
+    print(f"{name}: top-1 {', '.join(f'{value:.2f}' for value in tested)}; mean {statistics.mean(tested):.2f}")
 
 
 def prune(
@@ -141,24 +148,17 @@ def prune(
     return pruned.train()
 
 
-def _run(pruned: nn.Module, folder: Path, config: TrainConfig, **settings: Any) -> dict[str, Any]:
-    """Train a copy of the net, with a new classifier, in this folder; or go on with it, or read what it gave."""
-    chosen = dataclasses.replace(  # the net has its weights and dropout already
-        config, weights=None, pretrained=False, drop_rate=0.0, drop_path=0.0, **settings
-    )
-    if (folder / "summary.json").exists():
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-        if restore.kept(TrainConfig.from_mapping(summary["config"])) != restore.kept(chosen):
-            raise UlsamError(f"{folder} holds a run with other settings: choose another --out")
-        return summary
+def _train(pruned: nn.Module, config: TrainConfig, folder: Path) -> None:
+    """Train a copy of the net, with a new classifier, in this folder, or go on with it."""
     net = copy.deepcopy(pruned)
     head = cast(nn.Linear, cast(Any, net).get_classifier())
-    loading.seed_all(chosen.seed)
+    loading.seed_all(config.seed)
     nn.init.normal_(head.weight, std=0.01)  # as the new classifiers of the other arms start
     nn.init.zeros_(head.bias)
     if (folder / "config.yaml").exists():
-        return resume(folder, net=net)
-    return train(chosen, folder, net=net)
+        resume(folder, net=net)
+    else:
+        train(config, folder, net=net)
 
 
 def _entry(before: Cost, after: Cost, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_its_runs(
     with monkeypatch.context() as patch, pytest.raises(SystemError):
         patch.setattr("ulsam.data.loading.check_labels", kill)
         pruning.main(words)
-    arm = tmp_path / "out" / "runs" / "pruned-uniform-params-0.95"
+    arm = tmp_path / "out" / "arms" / "pruned-uniform-params-0.95"
     first = arm / "choose-0.01-1" / "summary.json"
     stamp = first.stat().st_mtime_ns
     assert len([run for run in arm.iterdir() if run.is_dir() and not (run / "summary.json").exists()]) == 1
@@ -119,8 +119,8 @@ def test_its_runs(
             sum(value.numel() for name, value in shapes.items() if name.endswith((".weight", ".bias")))
             == (pruned["cost"]["params"])
         )
-    assert "lies on the edge of those tried" in capsys.readouterr().out
-    with pytest.raises(UlsamError, match=r"holds a run with other settings: choose another --out"):
+    assert " of those tried: give more --rates" in capsys.readouterr().out
+    with pytest.raises(UlsamError, match=r"holds a run with hflip 0.5, not 0.4: move it away"):
         changed = base.to_yaml().replace("hflip: 0.5", "hflip: 0.4")
         (tmp_path / "changed.yaml").write_text(changed)
         pruning.main([str(tmp_path / "changed.yaml"), *words[1:]])

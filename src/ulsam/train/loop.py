@@ -79,7 +79,8 @@ def resume(
 
     Args:
         run: its folder.
-        overrides: settings; only those in `restore.HARMLESS` may differ from the run's own.
+        overrides: settings; only those in `restore.HARMLESS`, and the place of the teacher's file, may differ from the
+            run's own.
         net: for a run that :func:`train` began with one, a net of the same shapes; its weights do not matter.
 
     Raises:

@@ -16,13 +16,14 @@ from ulsam.train.probe import undecided
 from ulsam.train.state import Position
 
 #: Settings that a resumed run may change: what is trained, and how, stays the same.
-#: (The teacher's file may lie elsewhere; its content is checked.)
-HARMLESS = ("data", "data_dir", "teacher", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds")
+HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds")
+#: The teacher's file may lie elsewhere: its content is checked.
+_MAY_CHANGE = (*HARMLESS, "teacher")
 
 
 def kept(config: TrainConfig) -> dict[str, Any]:
     """The settings that a resumed run may not change."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in HARMLESS}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _MAY_CHANGE}
 
 
 def continued(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
@@ -38,7 +39,7 @@ def continued(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
     before = read_config(run / "config.yaml")
     config = TrainConfig.from_mapping({**before, **overrides})
     for name, value in dataclasses.asdict(TrainConfig.from_mapping(before)).items():
-        if name not in HARMLESS and getattr(config, name) != value:
+        if name not in _MAY_CHANGE and getattr(config, name) != value:
             raise UlsamError(f"--resume goes on with the run's own settings: {name} was {value} and cannot be changed")
     if names := undecided(config):
         raise UlsamError(f"{run / 'config.yaml'} was changed: {names[0]} is auto, but the run had chosen; put it back")
