@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tiny import SETTINGS, draw_splits, options
+from tiny import NET, SETTINGS, draw_splits, options
 from ulsam.cli import main
 from ulsam.errors import UlsamError
+from ulsam.models import build, save_model
+from ulsam.recipe import Recipe
 from ulsam.train.config import TrainConfig
 
 
@@ -42,6 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_text(text)
     (root / "latin.yaml").write_bytes("data: Zaunkönig".encode("latin-1"))
     save_file({"conv.weight": torch.zeros(2)}, root / "other.safetensors")
+    two = Recipe(NET, ("robin", "wren"))
+    save_model(build(two)[0], two, root / "teacher.safetensors")
     return root
 
 
@@ -80,7 +84,18 @@ CASES = {
     'data --model-args {"width":"x"}': "timm cannot build",
     'data --model-args {"pretrained":true}': "model arguments may not hold pretrained",
     'data --model-args {"in_chans":1}': "pictures are read as RGB: leave in_chans out",
+    # teacher
+    "data --teacher nowhere.safetensors": "no model file nowhere.safetensors",
+    "data --teacher weights.pt": "weights.pt is no safetensors file, or is cut off",
+    "data --teacher other.safetensors": "other.safetensors holds weights without a recipe",
+    "data --teacher teacher.safetensors": "cannot teach: it knows 2 classes, the data has 3",
+    "data --distill 0.3": "distill needs a teacher: name the model file of a trained net",
+    "data --distill-features 1": "distill_features needs a teacher",
+    "data --teacher teacher.safetensors --distill 0": "the teacher would teach nothing",
+    "data --ulsam-lr 2": "ulsam_lr has nothing to act on: this net has no ULSAM layer that is trained",
     # values
+    "data --ulsam-lr 0": "ulsam_lr must be above 0, not 0.0",
+    "data --teacher teacher.safetensors --distill 2": "distill must lie between 0 and 1, not 2.0",
     "data --lr 0": "lr must be above 0, not 0.0",
     "data --lr nan": "lr must be above 0, not nan",
     "data --epochs 0": "epochs must be 1 or more, not 0",

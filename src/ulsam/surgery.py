@@ -186,15 +186,24 @@ def remove(model: ModelT) -> ModelT:
     >>> remove(replace(net, "1", input_size=(3, 16, 16)))[1]
     Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
-    edited = [(name, module) for name, module in model.named_modules() if _is_edited(module)]
-    for name, module in reversed(edited):
+    places = [(name, model.get_submodule(name)) for name in edited(model)]
+    for name, module in reversed(places):
         if _run_inserted in module._forward_hooks.values():
             _detach(model, f"{name}.ulsam")
         if "replaced_module" in vars(module):
             _swap_back(model, name)
-    if not edited:
+    if not places:
         raise UlsamError(f"this {type(model).__name__} holds no edit to remove")
     return model
+
+
+def edited(model: nn.Module) -> list[str]:
+    """The names of the modules that edits put in, and of those that an inserted layer follows.
+
+    >>> edited(insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), "0", input_size=(3, 16, 16)))
+    ['0']
+    """
+    return [name for name, module in model.named_modules() if _is_edited(module)]
 
 
 def changes(model: nn.Module) -> tuple[set[str], dict[str, nn.Module]]:

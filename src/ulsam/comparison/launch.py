@@ -16,8 +16,9 @@ from ulsam.comparison.store import Store, make_folder, take_lock
 from ulsam.errors import UlsamError, printable
 from ulsam.files import write_atomic
 from ulsam.train.config import TrainConfig
-from ulsam.train.loop import HARMLESS, Interrupted
+from ulsam.train.loop import Interrupted
 from ulsam.train.parts import stop_signals
+from ulsam.train.restore import HARMLESS
 
 PAUSE = 0.2  # seconds between two looks at the runs
 

@@ -23,7 +23,7 @@ from ulsam.comparison.paths import without_paths
 from ulsam.errors import UlsamError
 from ulsam.files import write_atomic
 from ulsam.train.config import TrainConfig, read_config
-from ulsam.train.loop import HARMLESS
+from ulsam.train.restore import HARMLESS
 
 REPORTS = ("compare.json", "compare.md", "compare.csv", "compare.png", "rates.png")
 
@@ -137,7 +137,7 @@ class Store:
 
 
 def check_settings(found: Mapping[str, Any], wanted: TrainConfig, folder: Path) -> None:
-    """Raise unless a run's settings are those wanted; how it is computed may differ (`ulsam.train.loop.HARMLESS`).
+    """Raise unless a run's settings are those wanted; how it is computed may differ (`ulsam.train.restore.HARMLESS`).
 
     Raises:
         UlsamError: one differs; the line names it.

@@ -26,10 +26,11 @@ def _option(default: Any, help: str) -> Any:
 _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "val_every", "size", "threads"), 1),
     **dict.fromkeys(("workers", "seed", "split_seed", "warmup_epochs", "weight_decay", "min_lr", "save_seconds"), 0),
-    **dict.fromkeys(("mixup", "cutmix", "color_jitter"), 0),
+    **dict.fromkeys(("mixup", "cutmix", "color_jitter", "distill_features"), 0),
 }
 _MOST_THREADS = 1024  # OpenMP ends the process where it cannot make as many as it is asked for
-_SHARES = ("smoothing", "hflip", "random_erasing", "drop_rate", "drop_path", "ema", "max_unreadable")
+_SHARES = ("smoothing", "hflip", "random_erasing", "drop_rate", "drop_path", "ema", "max_unreadable", "distill")
+_TAUGHT = {"distill": 0.5, "distill_temperature": 4.0, "distill_features": 0.0}  # where a teacher is given
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ class TrainConfig:
     pretrained: bool = _option(False, "start from timm's hub weights of the base net")
     weights: str | None = _option(None, "start from this weight file (safetensors, or a PyTorch checkpoint)")
     freeze: list[str] = _option([], "modules (names or globs) whose weights and BatchNorm statistics stay as they are")
+    # teacher
+    teacher: str | None = _option(None, "model file of a trained net to learn from too, on the same classes")
+    distill: float | None = _option(
+        None, "weight of the teacher's soft targets against the labels, 0..1 (default: 0.5)"
+    )
+    distill_temperature: float | None = _option(None, "temperature that softens the targets (default: 4)")
+    distill_features: float | None = _option(None, "weight of the difference of feature maps (default: 0, off)")
     # picture
     size: int | None = _option(None, "height and width of the input in pixels (default: the net's own)")
     mean: list[float] | None = _option(None, "of the input normalisation, a channel (default: the net's own)")
@@ -80,6 +88,7 @@ class TrainConfig:
     accumulate: int = _option(1, "steps whose gradients are added up before an update")
     opt: Literal["sgd", "adamw"] = _option("sgd", "sgd is with Nesterov momentum")
     lr: float = _option(0.01, "peak learning rate")
+    ulsam_lr: float = _option(1.0, "the learning rate of ULSAM layers, as a multiple of that of the rest")
     momentum: float = _option(0.9, "of sgd")
     weight_decay: float = _option(1e-4, "not applied to norms, biases and ULSAM's weights")
     warmup_epochs: float = _option(0.5, "epochs of linear warm-up from 0")
@@ -110,6 +119,11 @@ class TrainConfig:
             value = getattr(self, spec.name)
             checked = _checked(spec.name, value, hints[spec.name])
             object.__setattr__(self, spec.name, checked)
+        for name, default in _TAUGHT.items():
+            if self.teacher is not None and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            elif self.teacher is None and getattr(self, name) is not None:
+                raise UlsamError(f"{name} needs a teacher: name the model file of a trained net")
         for text in self.edits:
             Edit.parse(text)
         self._check_ranges()
@@ -120,12 +134,15 @@ class TrainConfig:
             if value is not None and not least <= value < math.inf:
                 raise UlsamError(f"{name} must be {least} or more, not {value}")
         for name in _SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UlsamError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
-        for name in ("lr", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UlsamError(f"{name} must lie between 0 and 1, not {value}")
+        for name in ("lr", "ulsam_lr", "clip_grad", "distill_temperature"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UlsamError(f"{name} must be above 0, not {value}")
+        if self.teacher is not None and not (self.distill or self.distill_features):
+            raise UlsamError("distill and distill_features are both 0: the teacher would teach nothing")
         if self.min_lr > self.lr:
             raise UlsamError(f"min_lr, where the cosine ends, is {self.min_lr}: above its peak lr, {self.lr}")
         if self.warmup_epochs >= self.epochs:

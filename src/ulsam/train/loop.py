@@ -6,9 +6,7 @@ that was killed goes on from its last checkpoint to the same weights, bit for bi
 
 import dataclasses
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ulsam.costs import cost
@@ -26,73 +24,75 @@ from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, outcomes, recipe_transform
 from ulsam.files import clear_parts, write_atomic
 from ulsam.models import build, save_model, sketch
-from ulsam.train import parts, report, restore
-from ulsam.train.config import TrainConfig, read_config
+from ulsam.train import distill, parts, report, restore
+from ulsam.train.config import TrainConfig
 from ulsam.train.machine import fitted
-from ulsam.train.probe import probe, undecided
+from ulsam.train.probe import probe
 from ulsam.train.state import Position, environment, read_checkpoint, write_checkpoint
 from ulsam.train.step import Learner
-
-#: Settings that a resumed run may change: what is trained, and how, stays the same.
-HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds")
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on."""
 
 
-def train(config: TrainConfig, run: str | Path) -> dict[str, Any]:
+def train(config: TrainConfig, run: str | Path, *, net: nn.Module | None = None) -> dict[str, Any]:
     """Train a net and write everything about it into the new folder ``run``.
 
     The folder then holds ``config.yaml`` (repeats the run), ``metrics.csv``, ``curves.png``, ``checkpoint.pt``,
     ``model.safetensors`` (the last epoch's weights, or their average; no epoch is picked by its score) and
     ``summary.json``, whose content is returned. Under torchrun all processes call this, and the first one writes.
 
+    Args:
+        config: the settings.
+        run: a new folder, or an empty one.
+        net: a net that no recipe builds, such as a channel-pruned one, to train as it is, with the weights it has, in
+            place of the settings' own. It changes in place. ``weights.safetensors``, a plain state dict, then stands in
+            for ``model.safetensors``, and the summary says ``"prepared": true``: of its recipe, the classes and the
+            picture are those of this net.
+
     Raises:
-        UlsamError: the folder is not empty, the data or the net is not usable, the loss is no longer finite, too many
-            pictures cannot be read, or the disk is full.
+        UlsamError: the folder is not empty, the data or the net is not usable, the teacher is not for it, the loss is
+            no longer finite, too many pictures cannot be read, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     run = Path(run)
     with start(config.device) as world:
         config = fitted(config, world.device)
-        _check_free(run)
-        trainer = Trainer(config, run, world)  # before the folder is made: most mistakes show here
+        restore.check_free(run)
+        trainer = Trainer(config, run, world, net=net)  # before the folder is made: most mistakes show here
         if world.writes:
             try:
                 run.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
+            if net is not None:
+                trainer.save()  # settings cannot make this net, so the run begins with a checkpoint
             write_atomic(run / "config.yaml", trainer.config.to_yaml())
         return trainer.fit()
 
 
-def resume(run: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def resume(
+    run: str | Path, overrides: Mapping[str, Any] | None = None, *, net: nn.Module | None = None
+) -> dict[str, Any]:
     """Go on with a run that was stopped or killed, to the end that it would have had.
 
     Args:
         run: its folder.
-        overrides: settings; only those in `HARMLESS` may differ from the run's own.
+        overrides: settings; only those in `restore.HARMLESS`, and the place of the teacher's file, may differ from the
+            run's own.
+        net: for a run that :func:`train` began with one, a net of the same shapes; its weights do not matter.
 
     Raises:
-        UlsamError: not the folder of a run, a finished one, a setting or a number of processes that would change the
-            result, or a checkpoint that is not this run's.
+        UlsamError: not the folder of a run, a finished one, a setting, a teacher or a number of processes that would
+            change the result, or a checkpoint that is not this run's.
     """
     run = Path(run)
-    if not os.path.isfile(run / "config.yaml"):
-        raise UlsamError(f"{run} is not the folder of a run: there is no config.yaml in it")
-    if os.path.isfile(run / "summary.json"):
-        raise UlsamError(f"{run} is finished: its result is in {run / 'summary.json'}")
-    before = read_config(run / "config.yaml")
-    config = TrainConfig.from_mapping({**before, **(overrides or {})})
-    for name, value in dataclasses.asdict(TrainConfig.from_mapping(before)).items():
-        if name not in HARMLESS and getattr(config, name) != value:
-            raise UlsamError(f"--resume goes on with the run's own settings: {name} was {value} and cannot be changed")
-    if names := undecided(config):
-        raise UlsamError(f"{run / 'config.yaml'} was changed: {names[0]} is auto, but the run had chosen; put it back")
+    config = restore.continued(run, overrides or {})
     saved = read_checkpoint(run)
+    restore.check_prepared(run, saved, net is not None)
     with start(config.device) as world:
-        trainer = Trainer(fitted(config, world.device), run, world, fresh=saved is None)
+        trainer = Trainer(fitted(config, world.device), run, world, fresh=saved is None, net=net)
         if saved is not None:
             trainer.restore(saved)
         if world.writes:
@@ -103,8 +103,10 @@ def resume(run: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[
 class Trainer:
     """One run in one process: the parts are built here, :meth:`fit` is the loop."""
 
-    def __init__(self, config: TrainConfig, run: Path, world: World, fresh: bool = True) -> None:
-        self.run, self.world = run, world
+    def __init__(
+        self, config: TrainConfig, run: Path, world: World, fresh: bool = True, net: nn.Module | None = None
+    ) -> None:
+        self.run, self.world, self.prepared = run, world, net is not None
         if config.threads:
             torch.set_num_threads(config.threads)
         loading.seed_all(config.seed)
@@ -115,7 +117,10 @@ class Trainer:
         self.identity = f"{len(self.train_pictures)} (names {names[:8]})"
         self.recipe = parts.recipe_of(config, self.classes)
         start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
-        model, skipped = build(self.recipe, **start_weights)
+        if net is None:
+            model, notes[len(notes) :] = build(self.recipe, **start_weights)
+        else:
+            model = parts.prepared_net(net, config, self.recipe)
         self.loader, self.order, self.epoch_updates, cache_line = parts.batches_of(
             config, self.recipe, self.train_pictures, world
         )
@@ -127,15 +132,22 @@ class Trainer:
         )
         if cache_line:
             self._say(f"cache   {cache_line}")
-        self._say(f"net     {config.model}; edits: {'; '.join(config.edits) or 'none'}")
+        named = f"{config.model}; edits: {'; '.join(config.edits) or 'none'}"
+        self._say(f"net     {named if net is None else f'a prepared {type(net).__name__} for {config.model}'}")
         self._say(f"cost    {report.cost_line(self.cost, self.base_cost)}")
-        for note in [*notes, *skipped]:
+        self.teacher = distill.open_teacher(config, self.recipe, model)
+        if self.teacher:
+            self._say(f"teacher {distill.describe(config, self.teacher)}")
+            notes += self.teacher.notes
+        for note in notes:
             self._say(f"note    {note}")
 
-        self.config, choice = probe(config, model, self.recipe.input_size, self.epoch_updates, world)
+        self.config, choice = probe(
+            config, model, self.recipe.input_size, self.epoch_updates, world, teacher=self.teacher
+        )
         for line in choice:
             self._say(line)
-        self.learner = Learner(self.config, model, self.epoch_updates, world)
+        self.learner = Learner(self.config, model, self.epoch_updates, world, self.teacher)
         self.model, self.layout, self.optimizer = self.learner.model, self.learner.layout, self.learner.optimizer
         self.mixing = parts.mixing_of(config, len(self.classes))
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
@@ -156,7 +168,8 @@ class Trainer:
                 saved,
                 processes=self.world.size,
                 classes=list(self.classes),
-                settings=self._settings(),
+                settings=restore.kept(self.config),
+                teacher=self.teacher.digest if self.teacher else None,
                 config_file=self.run / "config.yaml",
             )
             self.at = restore.position(saved["position"], self.config, self.epoch_updates)
@@ -186,7 +199,9 @@ class Trainer:
         if self.world.writes:
             state = {
                 "environment": self._environment(),
-                "settings": self._settings(),
+                "settings": restore.kept(self.config),
+                "prepared": self.prepared,
+                "teacher": self.teacher.digest if self.teacher else None,
                 "classes": list(self.classes),
                 "unreadable": {split: found.reasons for split, found in self.unreadable.items()},
                 "position": dataclasses.asdict(self.at),
@@ -349,7 +364,9 @@ class Trainer:
         summary = {
             "command": report.command_line(),
             "config": dataclasses.asdict(self.config),
-            "recipe": json.loads(self.recipe.to_json()),
+            "recipe": report.recipe_entry(self.recipe),
+            "prepared": self.prepared,
+            "teacher": self.teacher and report.teacher_entry(self.teacher),
             "pictures": {"train": len(self.train_pictures), "val": len(self.val_pictures)},
             "split": self.val_pictures.split,
             "scores": report.score_entry(scores, self.classes),
@@ -361,14 +378,21 @@ class Trainer:
             "versions": {**report.versions(), "device": self.world.device.type},
         }
         if self.world.writes:
-            save_model(self.ema.module if self.ema else self.model, self.recipe, self.run / "model.safetensors")
-            report.draw_curves(self.run, self.at.rows, self.val_pictures.split)
+            net = self.ema.module if self.ema else self.model
+            if self.prepared:
+                report.write_weights(self.run, net)
+            else:
+                save_model(net, self.recipe, self.run / "model.safetensors")
+            loss = "cross-entropy and distillation" if self.teacher else "cross-entropy (nats)"
+            report.draw_curves(self.run, self.at.rows, self.val_pictures.split, loss=loss)
             report.write_summary(self.run, summary)
         low, high = scores.interval
         self._say(
             f"result  top-1 {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
             f"top-5 {100 * scores.top5:.2f} % on {scores.pictures} {self.val_pictures.split} pictures; {self.run}"
         )
+        if self.prepared:
+            self._say("note    no recipe builds this net: its weights alone are saved, in weights.safetensors")
         if count := len(bad["train"]) + len(bad["val"]):
             self._say(f"note    {count} pictures could not be read; they are named above and in summary.json")
         return summary
@@ -380,11 +404,8 @@ class Trainer:
         )
 
     def _stopped(self, where: str) -> Interrupted:
-        return Interrupted(f"stopped in {where}; go on with: {launch_line(['train', '--resume', str(self.run)])}")
-
-    def _settings(self) -> dict[str, Any]:
-        """The settings that a resumed run may not change."""
-        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in HARMLESS}
+        line = restore.prepared_call(self.run) if self.prepared else launch_line(["train", "--resume", str(self.run)])
+        return Interrupted(f"stopped in {where}; go on with: {line}")
 
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""
@@ -393,14 +414,3 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.world.writes:
             tqdm.write(printable(line))
-
-
-def _check_free(run: Path) -> None:
-    """Raise unless there is no such folder, or an empty one."""
-    try:
-        taken = run.exists() and not (run.is_dir() and all(path.name.startswith(".") for path in run.iterdir()))
-    except OSError as error:
-        raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
-    if taken:
-        resume = f"go on with --resume {run}, or " if (run / "config.yaml").is_file() else ""
-        raise UlsamError(f"{run} exists: {resume}choose another --out")

@@ -22,6 +22,7 @@ from ulsam.distributed import World
 from ulsam.errors import UlsamError, first_line
 from ulsam.models import make_recipe, ulsam_parameters
 from ulsam.recipe import Edit, Recipe
+from ulsam.trace import trace
 from ulsam.train.config import TrainConfig
 
 
@@ -54,6 +55,24 @@ def recipe_of(config: TrainConfig, classes: Sequence[str]) -> Recipe:
         model_args={**config.model_args, **{name: rate for name, rate in dropout.items() if rate}},
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def prepared_net(net: nn.Module, config: TrainConfig, recipe: Recipe) -> nn.Module:
+    """``net``, which is trained in place of the recipe's, if it can be.
+
+    Raises:
+        UlsamError: a setting that would change the recipe's net is given, the net does not run at the input size, or
+            its outputs are not the classes.
+    """
+    for name in ("edits", "pretrained", "weights", "drop_rate", "drop_path"):
+        if getattr(config, name):
+            raise UlsamError(f"a prepared net is trained as it is: leave {name} out of its settings")
+    shape = trace(net, recipe.input_size)[""].output_shape
+    if shape != (1, len(recipe.classes)):
+        raise UlsamError(
+            f"the prepared net puts out {list(shape or ())} for a picture; {[1, len(recipe.classes)]} is right here"
+        )
+    return net
 
 
 def batches_of(
@@ -105,6 +124,8 @@ def optimizer_of(
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=ulsam_parameters(model))
     if not groups:
         raise UlsamError("every parameter is frozen: leave something to train out of --freeze")
+    if config.ulsam_lr != 1:
+        groups = _scaled_groups(groups, model, config.ulsam_lr)
     momentum = {"momentum": config.momentum} if config.opt == "sgd" else {}
     optimizer = create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=0.0, **momentum)
     schedule = CosineLRScheduler(
@@ -115,6 +136,19 @@ def optimizer_of(
         t_in_epochs=False,
     )
     return optimizer, schedule
+
+
+def _scaled_groups(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:
+    """The groups, with the parameters of ULSAM layers in one of their own behind them, at ``scale`` times the rate."""
+    ours = {id(model.get_parameter(name)) for name in ulsam_parameters(model)}
+    own = [parameter for group in groups for parameter in group["params"] if id(parameter) in ours]
+    if not own:
+        raise UlsamError("ulsam_lr has nothing to act on: this net has no ULSAM layer that is trained")
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in ours]} for group in groups]
+    return [
+        *(group for group in rest if group["params"]),
+        {"params": own, "weight_decay": 0.0, "lr_scale": scale},  # timm's schedules multiply by lr_scale
+    ]
 
 
 def mixing_of(config: TrainConfig, n_classes: int) -> Mixup | None:

@@ -22,6 +22,7 @@ from ulsam.errors import UlsamError, first_line
 from ulsam.models import build
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig
+from ulsam.train.distill import Teacher, open_teacher
 from ulsam.train.machine import fitted, has_bf16, why_not_compiled
 from ulsam.train.step import LAYOUTS, Learner
 
@@ -74,7 +75,8 @@ def settle(config: TrainConfig) -> TrainConfig:
                 recipe = parts.recipe_of(config, pictures.classes)
                 _, _, updates, _ = parts.batches_of(dataclasses.replace(config, cache="false"), recipe, pictures, world)
                 model, _ = build(recipe)
-                config, lines = probe(config, model, recipe.input_size, updates, world)
+                teacher = open_teacher(config, recipe, model)
+                config, lines = probe(config, model, recipe.input_size, updates, world, teacher=teacher)
         finally:
             torch.set_num_threads(threads)
         if world.writes:
@@ -98,6 +100,7 @@ def probe(
     epoch_updates: int,
     world: World,
     measure: Measure | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[TrainConfig, list[str]]:
     """Decide what is left at "auto"; all processes get the first one's choice.
 
@@ -110,6 +113,7 @@ def probe(
         input_size: channels, height, width.
         epoch_updates: of the weights in an epoch.
         measure: in place of :func:`time_in_turn`.
+        teacher: whose forward pass is part of the step.
 
     Returns:
         The settings with the choice, and lines for the user.
@@ -139,7 +143,7 @@ def probe(
 
             def take() -> None:
                 if not made:
-                    made.append(training_step(settled, model, input_size, world.device))
+                    made.append(training_step(settled, model, input_size, world.device, teacher))
                 made[0]()
 
             return take
@@ -226,7 +230,11 @@ def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
 
 
 def training_step(
-    config: TrainConfig, model: nn.Module, input_size: tuple[int, int, int], device: torch.device
+    config: TrainConfig,
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    teacher: Teacher | None = None,
 ) -> Step:
     """A function that takes one training step, forward, backward and update, on random pictures with a copy of the net.
 
@@ -235,12 +243,13 @@ def training_step(
         model: stays as it is.
         input_size: channels, height, width.
         device: where to train.
+        teacher: of a distilled run.
 
     >>> config = TrainConfig("birds", layout="contiguous", amp="none", compile="none", batch_size=2)
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
     >>> training_step(config, net, (3, 4, 4), torch.device("cpu"))()
     """
-    learner = Learner(config, copy.deepcopy(model), 1, World(0, 1, device))
+    learner = Learner(config, copy.deepcopy(model), 1, World(0, 1, device), teacher)
     learner.train()
     images = torch.randn(config.batch_size, *input_size).to(device, memory_format=learner.layout)
     labels = torch.zeros(config.batch_size, dtype=torch.long, device=device)

@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+from torch import nn
+
 from ulsam import __version__
 from ulsam.costs import Cost
 from ulsam.evaluate import Scores
 from ulsam.files import write_atomic
 from ulsam.recipe import Recipe
+from ulsam.train.distill import Teacher
 from ulsam.train.state import environment
 
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds", "images_per_second")
@@ -29,25 +33,27 @@ def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(run / "metrics.csv", text.getvalue())
 
 
-def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]], split: str) -> None:
-    """Draw ``curves.png``: loss and top-1 against epochs; ``split`` is what was measured on."""
+def draw_curves(
+    run: Path, rows: Sequence[Mapping[str, Any]], split: str, *, loss: str = "cross-entropy (nats)"
+) -> None:
+    """Draw ``curves.png``: loss and top-1 against epochs; ``split`` is what was measured on, ``loss`` the axis's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    losses, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
     measured = [row for row in rows if row["val_top1"] is not None]
-    loss.plot(epochs, [row["train_loss"] for row in rows], "o-", ms=3, label="training")
-    loss.plot([row["epoch"] for row in measured], [row["val_loss"] for row in measured], "s--", ms=3, label=split)
-    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
-    loss.legend(frameon=False)
+    losses.plot(epochs, [row["train_loss"] for row in rows], "o-", ms=3, label="training")
+    losses.plot([row["epoch"] for row in measured], [row["val_loss"] for row in measured], "s--", ms=3, label=split)
+    losses.set(xlabel="epoch", ylabel=loss, title="Loss")
+    losses.legend(frameon=False)
     accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top1"] for r in measured], "s--", ms=3, label="top-1")
     accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top5"] for r in measured], "^:", ms=3, label="top-5")
     accuracy.set(xlabel="epoch", ylabel=f"{split} accuracy (%)", title="Accuracy")
     accuracy.legend(frameon=False)
-    for axes in (loss, accuracy):
+    for axes in (losses, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -104,9 +110,20 @@ def command_line() -> str:
     return shlex.join(["ulsam" if name in ("ulsam", "__main__.py") else name, *sys.argv[1:]])
 
 
+def write_weights(run: Path, net: nn.Module) -> None:
+    """Write ``weights.safetensors``: the state dict of a net that no recipe builds."""
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
+    write_atomic(run / "weights.safetensors", save(state))
+
+
 def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
     """Write ``summary.json``."""
     write_atomic(run / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def teacher_entry(teacher: Teacher) -> dict[str, Any]:
+    """A teacher as JSON: its recipe, the SHA-256 of its file, and where its feature maps were compared."""
+    return {"recipe": recipe_entry(teacher.recipe), "sha256": teacher.digest, "places": list(teacher.places)}
 
 
 def recipe_entry(recipe: Recipe) -> dict[str, Any]:

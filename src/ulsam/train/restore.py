@@ -1,6 +1,8 @@
-"""Check that a checkpoint is that of the run that goes on from it, and take it apart."""
+"""What a run's folder must hold for the run to begin or go on, and its checkpoint taken apart."""
 
+import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,24 +11,79 @@ import torch
 
 from ulsam.errors import UlsamError
 from ulsam.train import report
-from ulsam.train.config import TrainConfig
+from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.probe import undecided
 from ulsam.train.state import Position
+
+#: Settings that a resumed run may change: what is trained, and how, stays the same.
+HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds")
+#: The teacher's file may lie elsewhere: its content is checked.
+_MAY_CHANGE = (*HARMLESS, "teacher")
+
+
+def kept(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a resumed run may not change."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _MAY_CHANGE}
+
+
+def continued(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
+    """The settings of the run in this folder, to go on with.
+
+    Raises:
+        UlsamError: not the folder of a run, a finished one, or a setting that would change the result.
+    """
+    if not os.path.isfile(run / "config.yaml"):
+        raise UlsamError(f"{run} is not the folder of a run: there is no config.yaml in it")
+    if os.path.isfile(run / "summary.json"):
+        raise UlsamError(f"{run} is finished: its result is in {run / 'summary.json'}")
+    before = read_config(run / "config.yaml")
+    config = TrainConfig.from_mapping({**before, **overrides})
+    for name, value in dataclasses.asdict(TrainConfig.from_mapping(before)).items():
+        if name not in _MAY_CHANGE and getattr(config, name) != value:
+            raise UlsamError(f"--resume goes on with the run's own settings: {name} was {value} and cannot be changed")
+    if names := undecided(config):
+        raise UlsamError(f"{run / 'config.yaml'} was changed: {names[0]} is auto, but the run had chosen; put it back")
+    return config
+
+
+def check_prepared(run: Path, saved: Mapping[str, Any] | None, given: bool) -> None:
+    """Raise unless a prepared net is given if and only if the run began with one.
+
+    Raises:
+        UlsamError: it is the other way round.
+    """
+    prepared = saved is not None and bool(saved.get("prepared"))
+    if prepared and not given:
+        raise UlsamError(f"{run} trains a prepared net: go on from Python, {prepared_call(run)}")
+    if given and not prepared:
+        raise UlsamError(f"{run} trains the net of its settings, not a prepared one: leave net out")
 
 
 def check_same(
-    saved: Mapping[str, Any], *, processes: int, classes: list[str], settings: Mapping[str, Any], config_file: Path
+    saved: Mapping[str, Any],
+    *,
+    processes: int,
+    classes: list[str],
+    settings: Mapping[str, Any],
+    teacher: str | None,
+    config_file: Path,
 ) -> None:
-    """Raise unless the run was started with these settings, classes and as many processes.
+    """Raise unless the run was started with these settings, classes, teacher (its digest) and as many processes.
 
     Raises:
         UlsamError: it was not; the line says what differs.
     """
     before = saved["environment"]["processes"]
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(TrainConfig)}
     if before != str(processes):
         raise UlsamError(f"this run has {before} process(es), not {processes}: start as many")
     if saved["classes"] != classes:
         raise UlsamError("the data has other classes than this run was started with")
+    if saved.get("teacher") != teacher:
+        raise UlsamError("the teacher's file is not the one that this run was started with: put that one back")
     for name, now in settings.items():
+        if name not in saved["settings"] and now == defaults[name]:
+            continue  # a setting that a later version added
         if saved["settings"][name] != now:
             raise UlsamError(
                 f"{config_file} was changed: {name} was {saved['settings'][name]} and is {now} now; "
@@ -68,3 +125,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], opt:
         fits = all(value.numel() == 1 or value.shape == parameter.shape for value in state.values())
         if state.keys() != kinds or not fits:
             raise ValueError(f"the state of its optimizer is not that of {opt}")
+
+
+def prepared_call(run: Path) -> str:
+    """How to go on with the run of a prepared net."""
+    return f"ulsam.train.loop.resume({str(run)!r}, net=...)"
+
+
+def check_free(run: Path) -> None:
+    """Raise unless there is no such folder, or an empty one."""
+    try:
+        taken = run.exists() and not (run.is_dir() and all(path.name.startswith(".") for path in run.iterdir()))
+    except OSError as error:
+        raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
+    if taken:
+        resume = f"go on with --resume {run}, or " if (run / "config.yaml").is_file() else ""
+        raise UlsamError(f"{run} exists: {resume}choose another --out")

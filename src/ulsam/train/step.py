@@ -11,6 +11,7 @@ from ulsam.distributed import World
 from ulsam.places import match
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig
+from ulsam.train.distill import Distiller, Teacher
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -20,10 +21,17 @@ class Learner:
     """Takes training steps with ``model``, which it moves to the device; none of the settings is left at "auto".
 
     ``model`` stays the plain module, for state dicts, averaging and evaluation; ``net`` is what a step calls: the same
-    weights compiled, or shared with other processes.
+    weights compiled, or shared with other processes, and, with a teacher, its feature maps beside the logits.
     """
 
-    def __init__(self, config: TrainConfig, model: nn.Module, epoch_updates: int, world: World) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        epoch_updates: int,
+        world: World,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.config, self.device = config, world.device
         self.layout = LAYOUTS[config.layout]
         self.model = model.to(world.device).to(memory_format=self.layout)
@@ -34,8 +42,12 @@ class Learner:
         self.amp = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == torch.float16)
         self.net: nn.Module = self.model
+        self.distiller: Distiller | None = None
+        if teacher is not None:
+            self.distiller = Distiller(config, teacher, self.model, world.device, self.layout)
+            self.net = self.distiller.student
         if config.compile == "inductor":
-            self.net = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
+            self.net = torch.compile(self.net, dynamic=False)  # type: ignore[assignment]
         if world.size > 1:
             ids = [world.device] if world.device.type == "cuda" else None
             self.net = DistributedDataParallel(self.net, device_ids=ids)
@@ -55,11 +67,20 @@ class Learner:
         """
         more = isinstance(self.net, DistributedDataParallel) and not last
         with self.net.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
-            with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                logits = self.net(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            loss = self._loss(images, labels, smoothing)
             self.scaler.scale(loss / self.config.accumulate).backward()
         return loss.item()
+
+    def _loss(self, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        precision = torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+        if self.distiller is None:
+            with precision:
+                logits = self.net(images)
+            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        with precision, self.distiller.listening():
+            told = self.distiller.teach(images)
+            output = self.net(images)
+        return self.distiller.loss(output, told, labels, smoothing=smoothing)
 
     def update(self) -> None:
         """Move the weights by the gradients, clipped where the settings say so, and forget these."""

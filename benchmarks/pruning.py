@@ -1,0 +1,184 @@
+"""Channel pruning as a peer: Torch-Pruning takes a net to a share of its cost, and the same fine-tuning restores it.
+
+The net, its weight file and every setting come from the run of another arm (its config.yaml), so that nothing but the
+net differs. The procedure is that of the library's authors for MobileNet-V2 on ImageNet, less its 150 epochs of sparse
+training (https://github.com/VainF/Torch-Pruning, reproduce/scripts/prune/imagenet/mobilenetv2_group_sl.sh): importance
+is the L2 norm of a group of coupled weights, channels of all layers compete, they go in small steps until the cost is
+met, no layer loses more than 70 %, and the classifier's outputs stay. The classifier is new, so it has no say in what
+is important. --uniform takes the same share of channels from every layer instead.
+
+Runs are chosen and lie as `ulsam compare` does it, in OUT/arms/pruned-macs-0.868/choose-LR-EPOCHS and in .../seed-N.
+Done ones are skipped.
+
+    pip install 'ulsam[peers]'
+    python benchmarks/pruning.py compared/arms/base/seed-0/config.yaml --macs 0.868 --out compared
+"""
+
+import argparse
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from ulsam.comparison.arms import Arm
+from ulsam.comparison.grid import Grid, at_the_edge
+from ulsam.comparison.store import Store
+from ulsam.costs import Cost, cost
+from ulsam.data import loading
+from ulsam.errors import UlsamError
+from ulsam.files import write_atomic
+from ulsam.models import build
+from ulsam.train import parts, report
+from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.loop import resume, train
+
+Measure = Literal["macs", "params"]
+STEPS = 1000  # to take all channels, if nothing stopped it: small ones, to end near the target
+MOST = 0.7  # of the channels of a layer
+TOLERANCE = 0.01
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("like", help="config.yaml of a run of the unpruned net, whose settings are taken")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--macs", type=float, metavar="SHARE", help="prune to this share of the MACs")
+    target.add_argument("--params", type=float, metavar="SHARE", help="prune to this share of the parameters")
+    parser.add_argument("--uniform", action="store_true", help="the same share of every layer's channels")
+    parser.add_argument("--rates", type=_list_of(float), default=[0.005, 0.01, 0.02])
+    parser.add_argument("--tried-epochs", type=_list_of(int), default=[4, 8])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args(argv)
+    measure: Measure = "macs" if args.macs is not None else "params"
+    share = args.macs if args.macs is not None else args.params
+    name = f"pruned-{'uniform-' if args.uniform else ''}{measure}-{share:g}"
+
+    config = TrainConfig.from_mapping(read_config(args.like))
+    recipe = parts.recipe_of(config, parts.open_pictures(config)[0].classes)
+    if recipe.edits:
+        raise UlsamError(f"{args.like} is of an edited net: name the run of the unpruned base")
+    loading.seed_all(0)
+    whole, _ = build(recipe, weights=config.weights, pretrained=config.pretrained)
+    pruned = prune(whole, recipe.input_size, share, measure, uniform=args.uniform)
+    folder = Path(args.out) / "arms" / Arm(name, (), {}).slug
+    folder.mkdir(parents=True, exist_ok=True)
+    before, after = cost(whole, recipe.input_size), cost(pruned, recipe.input_size)
+    write_atomic(
+        folder / "pruning.json",
+        json.dumps(_entry(before, after, {measure: share, "uniform": args.uniform}), indent=1) + "\n",
+    )
+    print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
+
+    store = Store(args.out)
+    arm = Arm(name, (), {})
+    own: dict[str, Any] = {
+        "weights": None,
+        "pretrained": False,
+        "drop_rate": 0.0,
+        "drop_path": 0.0,
+    }  # the net has them already
+    shared = dataclasses.replace(config, seed=0, val_fraction=None, **own)
+    grid = Grid((arm,), shared, tuple(args.rates), tuple(args.tried_epochs), args.seeds)
+    while due := grid.due(store.look):
+        store.check(due[0])
+        _train(pruned, due[0].config, store.folder(due[0]))
+    tries = grid.tried(arm, store.look)
+    for entry in tries:
+        print(f"{name}: lr {entry.rate:g}, epochs {entry.epochs}: held-out top-1 {100 * (entry.top1 or 0.0):.2f}")
+    if edge := at_the_edge(tries):
+        print(f"note: the best rate is the {edge} of those tried: give more --rates")
+    finals = [store.look(run) for run in grid.known(store.look) if run.name.startswith("seed-")]
+    tested = [100 * summary["scores"]["top1"] for summary in cast(list[dict[str, Any]], finals)]
+    print(f"{name}: top-1 {', '.join(f'{value:.2f}' for value in tested)}; mean {statistics.mean(tested):.2f}")
+
+
+def prune(
+    net: nn.Module, input_size: Sequence[int], share: float, measure: Measure = "macs", *, uniform: bool = False
+) -> nn.Module:
+    """A copy of ``net`` with fewer channels, that costs ``share`` of what it did, to 1 %; its classifier is all zeros.
+
+    Args:
+        net: a timm classifier; stays as it is.
+        input_size: C, H, W.
+        share: of the MACs or of the parameters that stay, above 0 and below 1.
+        measure: which of the two.
+        uniform: the same share of every layer's channels, instead of the least important ones of all.
+
+    Raises:
+        UlsamError: the share is none, or pruning does not come near it.
+    """
+    import torch_pruning
+
+    if not 0 < share < 1:
+        raise UlsamError(f"the share that stays lies between 0 and 1, not {share}")
+    pruned = copy.deepcopy(net).eval()
+    head = cast(nn.Linear, cast(Any, pruned).get_classifier())
+    with torch.no_grad():
+        head.weight.zero_()
+    wanted = share * getattr(cost(net, input_size), measure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a graph holds besides layers
+        pruner = torch_pruning.pruner.BasePruner(
+            pruned,
+            torch.zeros(1, *input_size),
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+            global_pruning=not uniform,
+            pruning_ratio=1.0,
+            max_pruning_ratio=MOST,
+            iterative_steps=STEPS,
+            ignored_layers=[head],
+        )
+        now = wanted / share
+        for _ in range(STEPS):
+            if now <= wanted:
+                break
+            pruner.step()
+            now = getattr(cost(pruned, input_size), measure)
+    if abs(now / wanted - 1) > TOLERANCE:
+        raise UlsamError(f"pruning ends at {now / wanted * share:.4f} of the {measure}, not within 1 % of {share}")
+    return pruned.train()
+
+
+def _train(pruned: nn.Module, config: TrainConfig, folder: Path) -> None:
+    """Train a copy of the net, with a new classifier, in this folder, or go on with it."""
+    net = copy.deepcopy(pruned)
+    head = cast(nn.Linear, cast(Any, net).get_classifier())
+    loading.seed_all(config.seed)
+    nn.init.normal_(head.weight, std=0.01)  # as the new classifiers of the other arms start
+    nn.init.zeros_(head.bias)
+    if (folder / "config.yaml").exists():
+        resume(folder, net=net)
+    else:
+        train(config, folder, net=net)
+
+
+def _entry(before: Cost, after: Cost, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What was pruned, as JSON."""
+    return {
+        "what": "channels pruned by Torch-Pruning before fine-tuning",
+        "wanted": wanted,
+        "macs_share": after.macs / before.macs,
+        "params_share": after.params / before.params,
+        "cost": report.cost_entry(after),
+        "versions": {**report.versions(), "torch_pruning": importlib.metadata.version("torch-pruning")},
+    }
+
+
+def _list_of(kind: type) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    return parse
+
+
+if __name__ == "__main__":
+    main()

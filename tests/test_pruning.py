@@ -1,0 +1,126 @@
+"""The pruning benchmark: it reaches its share, and the pruned net trains and goes on, in the right folders."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tiny import NET, SETTINGS, draw_splits
+from ulsam.costs import cost
+from ulsam.errors import UlsamError
+from ulsam.models import build
+from ulsam.recipe import Recipe
+from ulsam.train.config import TrainConfig
+from ulsam.train.loop import train
+
+pytest.importorskip("torch_pruning")
+SIZE = (3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def pruning() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("pruning", Path(__file__).parents[1] / "benchmarks" / "pruning.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    net, _ = build(Recipe(NET, ("a", "b", "c"), input_size=SIZE))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return net
+
+
+@pytest.mark.parametrize(("measure", "uniform"), [("macs", False), ("params", True)])
+def test_the_share_is_reached(
+    pruning: ModuleType, net: nn.Module, measure: str, uniform: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "STEPS", 200)  # fine enough for so few channels
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    pruned = pruning.prune(net, SIZE, 0.95, measure, uniform=uniform)
+    whole, now = cost(net, SIZE), cost(pruned, SIZE)
+    assert getattr(now, measure) / getattr(whole, measure) == pytest.approx(0.95, rel=0.01)
+    assert now.macs < whole.macs
+    assert now.params < whole.params
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert pruned(torch.randn(2, *SIZE)).shape == (2, 3)
+
+
+def test_the_least_important_channels_go_whatever_the_classifier_says(pruning: ModuleType) -> None:
+    """Channels 0 and 1 have small weights in the backbone and great ones in the classifier; they go first."""
+    net, _ = build(Recipe(NET, ("a", "b", "c"), input_size=SIZE))
+    with torch.no_grad():
+        for parameter in (net.conv_head.weight, net.bn2.weight):
+            parameter[:2] = 1e-6
+        net.classifier.weight[:, :2] = 1e6
+    pruned = pruning.prune(net, SIZE, 0.985)
+    assert pruned.classifier.in_features < 256
+    assert float(pruned.bn2.weight.detach().min()) > 1e-3
+    assert not pruned.classifier.weight.any()
+
+
+def test_a_share_that_cannot_be(pruning: ModuleType, net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UlsamError, match=r"^the share that stays lies between 0 and 1, not 1.5$"):
+        pruning.prune(net, SIZE, 1.5)
+    monkeypatch.setattr(pruning, "STEPS", 4)
+    with pytest.raises(UlsamError, match=r"^pruning ends at 0\.\d+ of the macs, not within 1 % of 0.95$"):
+        pruning.prune(net, SIZE, 0.95)
+
+
+def test_its_runs(
+    pruning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = draw_splits(tmp_path / "data", train=12, val=4)
+    base = TrainConfig.from_mapping({**SETTINGS, "data": str(data), "epochs": 1, "amp": "none", "layout": "contiguous"})
+    train(base, tmp_path / "base")
+    words = [str(tmp_path / "base" / "config.yaml"), "--params", "0.95", "--uniform", "--out", str(tmp_path / "out")]
+    words += ["--rates", "0.01,0.02", "--tried-epochs", "1", "--seeds", "1"]
+    steps = 0
+
+    def kill(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise SystemError
+
+    with monkeypatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr("ulsam.data.loading.check_labels", kill)
+        pruning.main(words)
+    arm = tmp_path / "out" / "arms" / "pruned-uniform-params-0.95"
+    first = arm / "choose-0.01-1" / "summary.json"
+    stamp = first.stat().st_mtime_ns
+    assert len([run for run in arm.iterdir() if run.is_dir() and not (run / "summary.json").exists()]) == 1
+    pruning.main(words)  # goes on
+    assert first.stat().st_mtime_ns == stamp
+    pruned = json.loads((arm / "pruning.json").read_text())
+    assert pruned["params_share"] == pytest.approx(0.95, rel=0.01)
+    runs = sorted(run.name for run in arm.iterdir() if run.is_dir())
+    assert runs == ["choose-0.01-1", "choose-0.02-1", "seed-0"]
+    for run in runs:
+        summary = json.loads((arm / run / "summary.json").read_text())
+        assert summary["prepared"] is True
+        assert summary["cost"]["macs"] == pruned["cost"]["macs"]
+        assert (summary["split"] == "validation") == (run == "seed-0")
+        assert summary["config"]["size"] == base.size
+        shapes = load_file(arm / run / "weights.safetensors")
+        assert (
+            sum(value.numel() for name, value in shapes.items() if name.endswith((".weight", ".bias")))
+            == (pruned["cost"]["params"])
+        )
+    assert " of those tried: give more --rates" in capsys.readouterr().out
+    with pytest.raises(UlsamError, match=r"holds a run with hflip 0.5, not 0.4: move it away"):
+        changed = base.to_yaml().replace("hflip: 0.5", "hflip: 0.4")
+        (tmp_path / "changed.yaml").write_text(changed)
+        pruning.main([str(tmp_path / "changed.yaml"), *words[1:]])
