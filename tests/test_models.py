@@ -268,6 +268,21 @@ def test_weights_of_the_edited_net_fill_the_layers_too(tmp_path):
         assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("more", ["replace 17", "drop 17"])
+@pytest.mark.parametrize("first", ["replace 14", "insert 14", "drop 14"])
+def test_weights_of_a_net_with_fewer_edits_fill_the_rest(first, more):
+    before = seeded(build(Recipe(SMALL, ("a", "b"), (Edit.parse(first),), input_size=(3, 32, 32)))[0])
+    net, _ = build(Recipe(SMALL, ("a", "b"), (Edit.parse(first), Edit.parse(more)), input_size=(3, 32, 32)))
+    old, state = before.state_dict(), {name: value.clone() for name, value in net.state_dict().items()}
+    assert load_weights(net, old) == []
+    for name, value in net.state_dict().items():
+        expected = state if name.startswith("blocks.5.2.") else old  # the new layer stays as it was
+        assert torch.equal(value, expected[name]), name
+    del old["blocks.4.0.conv_pw.weight"]
+    with pytest.raises(UlsamError, match=r"blocks\.4\.0\.conv_pw\.weight is missing"):
+        load_weights(net, old)
+
+
 def test_presets_take_their_bases_weights(folder, tmp_path):
     state = seeded(timm.create_model("mobilenetv2_100", num_classes=10)).state_dict()
     save_file(state, tmp_path / "base.safetensors")

@@ -165,6 +165,7 @@ def session(pid: int) -> list[int]:
 
 def _serve() -> None:
     import ulsam.cli.eval
+    import ulsam.cli.slim
     import ulsam.cli.train  # noqa: F401
 
     for module in ("matplotlib.backends.backend_agg", "torch._dynamo"):

@@ -20,6 +20,7 @@ _HOME = {
     "inspect": "ulsam.inspection",
     "fold": "ulsam.folding",
     "compare": "ulsam.comparison",
+    "slim": "ulsam.slimming.run",
     "Edit": "ulsam.recipe",
     "Recipe": "ulsam.recipe",
     "build": "ulsam.models",

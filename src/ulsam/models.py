@@ -149,8 +149,8 @@ def sketch(recipe: Recipe) -> nn.Module:
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> list[str]:
     """Fill ``model`` with ``state``; only the classifier may be missing or of another shape.
 
-    An edited net also takes the state of the net that it was before: the layers that edits added then stay as they
-    are, and the modules that edits put aside are filled too, for `ulsam.remove` to bring back.
+    An edited net also takes the state of the net that it was before some or all of its edits: the layers that these
+    added then stay as they are, and the modules that they put aside are filled too, for `ulsam.remove` to bring back.
 
     Returns:
         One line about each part that was not filled, new layers aside.
@@ -167,6 +167,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
     heads = _heads(model)
     added, aside = changes(model)
     before = {f"{name}.{key}": value for name, old in aside.items() for key, value in old.state_dict().items()}
+    for place, old in aside.items():  # where the state has the old block, it is of a net from before that edit
+        theirs = {f"{place}.{key}" for key in old.state_dict()}
+        ours = {name for name in added if name.startswith(f"{place}.")}
+        if (theirs - ours) & state.keys() and not (ours - theirs) & state.keys():
+            own = {name: value for name, value in own.items() if name not in ours}
+            added -= ours
     new, old_alone = (
         added - before.keys(),
         before.keys() - added,

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "draw birds, train a net without and with ULSAM, show both",
     "train": "train a net on a folder of pictures",
     "compare": "train several nets under one recipe, and say how sure their difference is",
+    "slim": "replace blocks of a trained net to fit a budget, and train it again",
     "eval": "measure a trained net on a folder of pictures",
     "predict": "name what is in pictures",
     "inspect": "say what the attention layers of a trained net do on pictures",

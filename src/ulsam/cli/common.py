@@ -39,9 +39,14 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
         ("drop", "take these blocks out"),
     ]:
         edits.add_argument(f"--{kind}", dest="edits", action=_AddEdit, metavar="AT", help=text)
-    edits.add_argument("--layer", metavar="LAYER", help="ulsam (default), or timm's se, eca, cbam or coord")
-    edits.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
-    edits.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")
+    add_layer_options(edits)
+
+
+def add_layer_options(group: "argparse._ArgumentGroup") -> None:
+    """Add ``--layer``, ``--groups`` and ``--form``; :func:`layer_options` reads them."""
+    group.add_argument("--layer", metavar="LAYER", help="ulsam (default), or timm's se, eca, cbam or coord")
+    group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
+    group.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")
 
 
 def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit, ...]:
@@ -51,7 +56,7 @@ def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit
         UlsamError: an unknown form or layer, ``--groups`` or ``--form`` beside another layer than ULSAM, or options
             with nothing to act on: no new layer, and ``model`` is no preset.
     """
-    options = _layer_options(args)
+    options = layer_options(args)
     if options and not _makes_layers(args) and not preset_arguments(args, model):
         raise UlsamError(f"--{next(iter(options))} has nothing to act on: add --replace AT or --insert AT")
     return tuple(Edit(kind, at, **(options if kind != "drop" else {})) for kind, at in args.edits or ())
@@ -59,11 +64,12 @@ def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit
 
 def preset_arguments(args: argparse.Namespace, model: str | None) -> dict[str, Any]:
     """``--groups`` and ``--form`` as arguments of a preset, which has its layers already; empty for other nets."""
-    options = _layer_options(args)
+    options = layer_options(args)
     return options if model in PLACEMENTS and not _makes_layers(args) and "layer" not in options else {}
 
 
-def _layer_options(args: argparse.Namespace) -> dict[str, Any]:
+def layer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`add_layer_options` that were given, as arguments of :class:`ulsam.recipe.Edit`."""
     return {key: value for key in ("layer", "groups", "form") if (value := getattr(args, key, None)) is not None}
 
 

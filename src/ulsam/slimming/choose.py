@@ -1,0 +1,170 @@
+"""Choose the blocks: the damage of replacing them against what that saves, counted, or timed on this machine."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ulsam.costs import Cost
+from ulsam.errors import UlsamError
+from ulsam.slimming.blocks import Block, Switched
+from ulsam.slimming.budget import WORDS, Wish
+from ulsam.slimming.damage import Score
+from ulsam.slimming.latency import Call, Timing, call_of, time_in_turn
+from ulsam.slimming.search import Blocks, Found, saved, search
+from ulsam.slimming.store import Store
+
+STEP = 0.005  # share of the time by which more is asked for at least, where a chosen set turned out too slow
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """What the choice needs; every figure goes into ``store`` and is not taken again.
+
+    Args:
+        wish: the budget.
+        blocks: to choose from, in the order of the net.
+        switched: the net in which they are, on the device on which it is measured.
+        cost: of the net as it is, one picture.
+        score: measures the net with the blocks of these names replaced.
+        store: where to keep figures.
+    """
+
+    wish: Wish
+    blocks: Sequence[Block]
+    switched: Switched
+    cost: Cost
+    score: Callable[[Sequence[str]], Score]
+    store: Store
+
+    def choose(self) -> None:
+        """Choose the blocks to replace; these, and how they were found, are in the store then, under "chosen".
+
+        Raises:
+            UlsamError: all blocks together do not reach the budget.
+        """
+        bar: tqdm[Any] = tqdm(desc="damage", unit="set", disable=None, leave=False)
+        with bar:
+            if self.wish.measure == "latency":
+                with _threads(self.wish.threads):
+                    found = self._by_latency(bar)
+            else:
+                total = getattr(self.cost, self.wish.measure)
+                savings = [getattr(block, self.wish.measure) for block in self.blocks]
+                useful = _useful(savings)
+                self._check_reachable(useful, lambda: 1 - saved(savings, useful) / total)
+                found = self._search(savings, total * (1 - self.wish.share), bar)
+        places = self._places
+        self.store.put(
+            "chosen",
+            {
+                "blocks": places(found.blocks),
+                "how": found.how,
+                "greedy": places(found.greedy),
+                "rivals": [places(rival) for rival in found.rivals],
+            },
+        )
+
+    def _scored(self, blocks: Blocks) -> Score:
+        """The score with these blocks replaced; of none: of the net as it is."""
+        known = self.store.score(self._places(blocks))
+        if known is None:
+            known = self.score([self.blocks[number].name for number in sorted(blocks)])
+            self.store.add_score(self._places(blocks), known)
+        return known
+
+    def _search(self, savings: Sequence[float], least: float, bar: "tqdm[Any]") -> Found:
+        """Search among the blocks that save something."""
+        useful = sorted(_useful(savings))
+
+        def real(blocks: Blocks) -> Blocks:
+            return frozenset(useful[number] for number in blocks)
+
+        def damage(blocks: Blocks) -> float:
+            bar.update(self.store.score(self._places(real(blocks))) is None)
+            return self._scored(real(blocks)).loss - self._scored(frozenset()).loss
+
+        for number in range(len(useful)):  # for the table, whatever the search asks for
+            damage(frozenset({number}))
+        found = search([savings[number] for number in useful], least, damage, self.wish.most_sets)
+        return Found(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
+
+    def _by_latency(self, bar: "tqdm[Any]") -> Found:
+        """Search with the time that each block's replacement saves; ask for more until the real net is fast enough.
+
+        What the blocks save together is not the sum of what each of them saves, so every chosen set is timed.
+        """
+        if self.store.get("timings") is None:
+            bar.write("time    of the net with each block replaced, in turn with the net as it is")
+            timed = self._time([frozenset({number}) for number in range(len(self.blocks))])
+            entries = [{"blocks": self._places(blocks), **asdict(timing)} for blocks, timing in timed.items()]
+            self.store.put("timings", entries)
+        ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.store.get("timings")}
+        savings = [1 - ratios[(block.place,)] for block in self.blocks]
+        useful = _useful(savings)
+        self._check_reachable(useful, lambda: self._ratio(useful))
+        least = 1 - self.wish.share
+        while saved(savings, useful) >= least:
+            found = self._search(savings, least, bar)
+            ratio = self._ratio(found.blocks)
+            if ratio <= self.wish.share:
+                return found
+            bar.write(
+                f"time    {', '.join(self._places(found.blocks))}: {ratio:.3f} of the net's time; looking further"
+            )
+            least += max(ratio - self.wish.share, STEP)
+        self._scored(useful)
+        return Found(useful, "all", useful, (useful,))
+
+    def _ratio(self, blocks: Blocks) -> float:
+        """The measured time of the net with these blocks replaced, as a share of the net's own."""
+        places, timed = self._places(blocks), self.store.get("timed") or []
+        known = next((entry for entry in timed if entry["blocks"] == places), None)
+        if known is None:
+            known = {"blocks": places, **asdict(self._time([blocks])[blocks])}
+            self.store.put("timed", [*timed, known])
+        return float(known["ratio"])
+
+    def _time(self, sets: Sequence[Blocks]) -> dict[Blocks, Timing]:
+        """Time the net as it is (the empty set) and with these sets replaced, in turn."""
+        calls: dict[Blocks, Call] = {}
+        for blocks in (frozenset(), *sets):
+            with self.switched.replaced([self.blocks[number].name for number in blocks]) as net:
+                calls[blocks] = call_of(
+                    net, self.cost.input_size, self.wish.engine, self.wish.batch, torch.get_num_threads()
+                )
+        return time_in_turn(calls, self.wish.seconds)
+
+    def _places(self, blocks: Blocks) -> list[str]:
+        return [self.blocks[number].place for number in sorted(blocks)]
+
+    def _check_reachable(self, useful: Blocks, left: Callable[[], float]) -> None:
+        """Raise unless the budget is no less than what is left when all blocks are replaced that save something."""
+        word = WORDS[self.wish.measure]
+        if not useful:
+            raise UlsamError(f"none of the {len(self.blocks)} blocks saves {word} when it is replaced")
+        if (least := left()) > self.wish.share:
+            raise UlsamError(
+                f"all {len(useful)} blocks that save {word}, replaced, leave {math.ceil(1000 * least) / 1000:.3f} "
+                f"of the {word}: --{self.wish.measure} must be that or more, not {self.wish.share}"
+            )
+
+
+def _useful(savings: Sequence[float]) -> Blocks:
+    """The blocks that save something."""
+    return frozenset(number for number, saving in enumerate(savings) if saving > 0)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Within it PyTorch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,227 @@
+"""Slimming from a trained net to a smaller one: choose the blocks, then restore the accuracy by fine-tuning."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ulsam.costs import cost
+from ulsam.data.loading import eval_loader
+from ulsam.data.sources import AnyPictures
+from ulsam.distributed import start
+from ulsam.errors import UlsamError, printable
+from ulsam.evaluate import evaluate, recipe_transform
+from ulsam.files import write_atomic
+from ulsam.models import load
+from ulsam.recipe import Recipe
+from ulsam.slimming import report
+from ulsam.slimming.blocks import find_blocks
+from ulsam.slimming.budget import Wish, wish
+from ulsam.slimming.choose import Chooser
+from ulsam.slimming.damage import draw_sample, score
+from ulsam.slimming.latency import check_engine
+from ulsam.slimming.store import Store
+from ulsam.train import parts, restore
+from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.loop import Interrupted, resume, train
+from ulsam.train.report import cost_entry, score_entry
+
+#: Settings of training that slimming decides.
+DECIDED = ("data", "model", "model_args", "edits", "pretrained", "weights", "teacher")
+
+
+def slim(
+    model: str | os.PathLike[str],
+    data: str,
+    out: str | os.PathLike[str],
+    *,
+    fine_tune: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Replace blocks of a trained net so that it fits a budget, with the least damage, and restore its accuracy.
+
+    The damage of a set of blocks is the increase of the mean cross-entropy on a sample of the training pictures when
+    they are replaced, without any training. The slimmed net is then fine-tuned with the original one as its teacher.
+
+    ``out/slim.json`` holds all figures and the choice, ``out/train.yaml`` the settings of the fine-tuning, ``out/run``
+    its run with the slimmed net, ``model.safetensors``. A second start with the same ``out`` goes on where it stopped.
+
+    Args:
+        model: a trained net's model file.
+        data: an image folder, or timm's name of a data set; with the net's classes.
+        out: a new folder, or that of the same slimming.
+        fine_tune: whether to go on after the choice.
+        settings: of `ulsam.train.config.TrainConfig`, for the fine-tuning, but for `DECIDED`; how pictures are read
+            (``size``, ``mean``, ...) is by default as in the model file.
+        options: the budget, exactly one of ``macs``, ``params`` and ``latency``, the share of the net's own to keep;
+            and the other settings of `ulsam.slimming.budget.Wish`.
+
+    Returns:
+        What ``slim.json`` holds.
+
+    Raises:
+        UlsamError: no model file, other classes, no block to replace, a budget that all blocks together do not reach,
+            a folder with something else in it, and what `ulsam.train.loop.train` raises.
+        Interrupted: Ctrl-C, or SIGTERM in training; everything that was done is kept.
+    """
+    asked, out = wish(**options), Path(out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UlsamError("slimming chooses in one process: use --no-train, then start the line it prints by torchrun")
+    check_engine(asked.engine)
+    net, recipe = load(model)
+    config = fine_tuning(model, recipe, data, settings or {})
+    with _told(out):
+        store = _choose(asked, out, net, recipe, config, Path(model))
+        chosen = [*config.edits, asked.edit(store.data["chosen"]["blocks"])]
+        config = dataclasses.replace(config, edits=chosen)
+        write_atomic(out / "train.yaml", config.to_yaml())
+        if not fine_tune:
+            _say(f"next    ulsam train --config {out / 'train.yaml'} --out {out / 'run'}")
+        else:
+            summary = _trained(config, out / "run")
+            if store.get("result") is None:
+                store.put("result", _result(net, config, summary))
+    for line in report.result_lines(store.data, out) if fine_tune else []:
+        _say(line)
+    return store.data
+
+
+def fine_tuning(model: str | os.PathLike[str], recipe: Recipe, data: str, settings: Mapping[str, Any]) -> TrainConfig:
+    """The settings with which the slimmed net is trained, its new edit aside.
+
+    Raises:
+        UlsamError: a setting that slimming decides, an unknown one, or a net for pictures that are not square.
+
+    >>> fine_tuning("net.safetensors", Recipe("resnet18", ("a", "b")), "birds", {"epochs": 3}).teacher
+    'net.safetensors'
+    """
+    for name in DECIDED:
+        if name in settings:
+            raise UlsamError(f"slimming decides {name}: leave it out of the settings")
+    _, height, width = recipe.input_size
+    if height != width and "size" not in settings:
+        raise UlsamError(f"this net's pictures are {height} x {width}, and training makes square ones: give a --size")
+    own = {
+        "data": data,
+        "model": recipe.base,
+        "model_args": dict(recipe.model_args),
+        "edits": [str(edit) for edit in recipe.edits],
+        "size": height,
+        "mean": list(recipe.mean),
+        "std": list(recipe.std),
+        "interpolation": recipe.interpolation,
+        "crop_pct": recipe.crop_pct,
+        "weights": os.fspath(model),
+        "teacher": os.fspath(model),
+    }
+    return TrainConfig.from_mapping({**own, **settings})
+
+
+def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: TrainConfig, model: Path) -> Store:
+    """Choose the blocks, or take the choice that ``out`` holds, and tell it."""
+    with start(config.device) as world:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        pictures, _, _ = parts.open_pictures(config)
+        if pictures.classes != recipe.classes:
+            raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(pictures, recipe)}")
+        seen = parts.recipe_of(config, recipe.classes)
+        sample = draw_sample(pictures, seen, asked.pictures, world, workers=config.workers)
+        identity = {
+            **asked.entry(),
+            "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+            "sample_sha256": sample.names,
+            "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
+        }
+        store = Store(out, identity)
+        blocks, switched, notes = find_blocks(net, seen.input_size, dict(asked.layer), asked.at)
+        whole = cost(net, seen.input_size)
+        store.data["net"] = {"recipe": str(recipe.base), "edits": list(map(str, recipe.edits)), **cost_entry(whole)}
+        store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+        store.data["pictures"] = {"sample": sample.pictures, "training": len(pictures)}
+        for line in [*report.start_lines(store.data), *(f"note    {note}" for note in notes)]:
+            _say(line)
+        for _, reason in sample.unreadable:
+            _say(f"unreadable {reason}")
+        if store.get("chosen") is None:
+            Chooser(
+                asked,
+                blocks,
+                switched,
+                whole,
+                lambda names: score(switched, names, sample, recipe.classes, world),
+                store,
+            ).choose()
+        for line in report.choice_lines(store.data):
+            _say(line)
+    return store
+
+
+def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
+    """The summary of the fine-tuning's run: a new one, the one that is there, or its rest."""
+    if not (run / "config.yaml").exists():
+        return train(config, run)
+    wanted = {name: value for name, value in dataclasses.asdict(config).items() if value not in ("auto", None)}
+    before = TrainConfig.from_mapping(read_config(run / "config.yaml"))
+    for name, value in wanted.items():
+        if name not in restore.HARMLESS and getattr(before, name) != value:
+            raise UlsamError(
+                f"{run} was begun with other settings: {name} was {getattr(before, name)} and is {value} now; "
+                "put it back, or choose another --out"
+            )
+    if (run / "summary.json").exists():
+        summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        return summary
+    return resume(run, {name: value for name, value in wanted.items() if name in restore.HARMLESS})
+
+
+def _result(net: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The slimmed net beside the original one, both on the pictures on which the run was measured."""
+    with start(config.device) as world:
+        _, pictures, _ = parts.open_pictures(config)
+        seen = parts.recipe_of(config, summary["recipe"]["classes"])
+        batches = eval_loader(
+            pictures,
+            recipe_transform(seen),
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=world.device,
+        )
+        scores = evaluate(net.to(world.device), batches, len(seen.classes), world=world, progress="original net")
+    return {
+        "split": summary["split"],
+        "original": score_entry(scores, seen.classes),
+        "slimmed": summary["scores"],
+        "cost": summary["cost"],
+    }
+
+
+def _other(pictures: AnyPictures, recipe: Recipe) -> str:
+    """How the classes differ."""
+    if len(pictures.classes) != len(recipe.classes):
+        return f"{len(pictures.classes)}, not {len(recipe.classes)}"
+    wrong, right = next(pair for pair in zip(pictures.classes, recipe.classes, strict=True) if pair[0] != pair[1])
+    return f"{wrong!r} where the net has {right!r}"
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Turn an interruption into one that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        where = str(stop).partition(";")[0] or "stopped"
+        raise Interrupted(f"{where}; what was done is kept: go on with the same command and --out {out}") from None
+
+
+def _say(line: str) -> None:
+    tqdm.write(printable(line))

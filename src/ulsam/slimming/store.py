@@ -1,0 +1,87 @@
+"""``slim.json``: all that slimming measured and chose, written as it goes, so that a second start goes on from it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ulsam.errors import UlsamError
+from ulsam.files import clear_parts, write_atomic
+from ulsam.slimming.damage import Score
+from ulsam.train.report import command_line, versions
+
+NAME = "slim.json"
+
+
+class Store:
+    """The file in ``out``; makes the folder at the first write.
+
+    Args:
+        out: the folder, a new one, or that of the same slimming.
+        wish: what is asked, as JSON; the figures in the file are taken only if they are of the same. Until the choice
+            is made the share may be another: no figure depends on it.
+
+    Raises:
+        UlsamError: the folder holds something else, or the slimming of something else.
+
+    >>> import tempfile
+    >>> out = Path(tempfile.mkdtemp()) / "new"
+    >>> Store(out, {"share": 0.75}).add_score(["14"], Score(loss=0.5, top1=0.9))
+    >>> Store(out, {"share": 0.75}).score(["14"])
+    Score(loss=0.5, top1=0.9)
+    """
+
+    def __init__(self, out: Path, wish: Mapping[str, Any]) -> None:
+        self.path = out / NAME
+        self.data: dict[str, Any] = {"command": command_line(), "versions": versions(), "wish": dict(wish)}
+        if not self.path.exists():
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UlsamError(f"{out} is no new folder, and holds no {NAME} to go on from: choose another --out")
+            return
+        before = _read(self.path)
+        for name, value in wish.items():
+            free = name == "share" and "chosen" not in before
+            if before["wish"].get(name) != value and not free:
+                raise UlsamError(
+                    f"{out} holds a slimming with other settings: {name} was {before['wish'].get(name)!r} and is "
+                    f"{value!r} now; choose another --out"
+                )
+        self.data = {**before, "wish": dict(wish)}
+        clear_parts(out)
+
+    def get(self, key: str) -> Any:
+        """What is kept under this key; None if nothing."""
+        return self.data.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a JSON value, on the disk too."""
+        self.data[key] = value
+        self.write()
+
+    def score(self, blocks: list[str]) -> Score | None:
+        """The score with these blocks replaced, if it was measured."""
+        found = next((entry for entry in self.data.get("measured", []) if entry["blocks"] == blocks), None)
+        return found and Score(found["loss"], found["top1"])
+
+    def add_score(self, blocks: list[str], score: Score) -> None:
+        """Keep a score."""
+        self.data.setdefault("measured", []).append({"blocks": blocks, "loss": score.loss, "top1": score.top1})
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UlsamError(f"cannot make the folder {self.path.parent}: {error.strerror}") from error
+        write_atomic(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and isinstance(data.get("wish"), dict):
+            return data
+    except (OSError, ValueError) as error:
+        raise UlsamError(f"cannot read {path}: {error}") from error
+    raise UlsamError(f"{path} is not what slimming wrote: choose another --out")

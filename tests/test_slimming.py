@@ -1,0 +1,415 @@
+"""Slimming on a tiny net: blocks, damage and time, and the whole of it, stopped and started again too."""
+
+import copy
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+import ulsam
+from tiny import draw_splits, options, warm
+from ulsam.cli import main
+from ulsam.costs import cost
+from ulsam.data.pictures import read_pixels
+from ulsam.data.sources import open_data
+from ulsam.errors import UlsamError
+from ulsam.evaluate import ALONE, recipe_transform
+from ulsam.models import build, load, make_recipe, read_recipe, save_model
+from ulsam.recipe import Edit
+from ulsam.slimming.blocks import Block, Switched, find_blocks
+from ulsam.slimming.budget import Wish
+from ulsam.slimming.choose import Chooser
+from ulsam.slimming.damage import Score, draw_sample, score
+from ulsam.slimming.latency import call_of, check_engine, time_in_turn
+from ulsam.slimming.run import slim
+from ulsam.slimming.store import Store
+from ulsam.train.config import TrainConfig
+from ulsam.train.parts import recipe_of
+
+SIZE = (3, 32, 32)
+CLASSES = ("class0", "class1", "class2")
+SETTINGS: dict[str, Any] = {
+    "epochs": 1,
+    "batch_size": 8,
+    "workers": 0,
+    "threads": 1,
+    "device": "cpu",
+    "layout": "contiguous",
+    "amp": "none",
+    "compile": "none",
+}
+AT = "13,14,16,17"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_splits(tmp_path_factory.mktemp("data"), train=12, val=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A net with ten residual blocks, not trained: enough to have scores."""
+    path = tmp_path_factory.mktemp("model") / "net.safetensors"
+    recipe = make_recipe("mobilenetv2_035", CLASSES, size=32)
+    torch.manual_seed(0)
+    save_model(build(recipe)[0], recipe, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def slimmed(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a slimming that nothing happened to."""
+    out = tmp_path_factory.mktemp("slimmed") / "out"
+    slim(model, str(data), out, params=0.85, at=AT, settings=SETTINGS)
+    return out
+
+
+def kept(out: Path) -> dict[str, Any]:
+    return json.loads((out / "slim.json").read_text())
+
+
+# blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("mobilenetv3_small_050", "blocks.1.1 blocks.2.1 blocks.2.2 blocks.3.0 blocks.3.1 blocks.4.1 blocks.4.2"),
+        ("resnet18", "layer1.0 layer1.1 layer2.1 layer3.1 layer4.1"),  # layer1 itself is no block
+        ("regnetx_002", "s3.b2 s3.b3 s3.b4 s4.b2 s4.b3 s4.b4 s4.b5 s4.b6 s4.b7"),  # nor is a convolution in one
+        ("mobilenetv1_100", "4 6 8 9 10 11 12 14"),  # which has no shortcut
+    ],
+)
+def test_blocks_of_nets_and_what_they_save(name, places):
+    net = timm.create_model(name, num_classes=3)
+    blocks, _, notes = find_blocks(net, SIZE, {"groups": 2, "form": "released"})
+    assert [block.place for block in blocks] == places.split()
+    assert notes == []
+    before, at = cost(net, SIZE), [block.name for block in blocks]
+    ulsam.replace(net, at[1:3], groups=2, form="released", input_size=SIZE)
+    after = cost(net, SIZE)
+    assert before.params - after.params == sum(block.params for block in blocks[1:3])
+    assert before.macs - after.macs == sum(block.macs for block in blocks[1:3])
+
+
+def test_blocks_that_groups_do_not_fit_are_left_out_and_said():
+    net = timm.create_model("mobilenetv2_035")
+    blocks, _, notes = find_blocks(net, SIZE, {"groups": 16})
+    assert {block.shape[0] for block in blocks} == {16, 32}
+    assert "blocks.1.1 is left out: 16 groups do not divide its 8 channels" in notes
+    with pytest.raises(UlsamError, match=r"has no block to replace: blocks\.1\.1 is left out: 9 groups"):
+        find_blocks(net, SIZE, {"groups": 9})
+
+
+def test_a_switched_net_is_the_edited_one_and_then_as_it_was():
+    net = timm.create_model("mobilenetv2_035", num_classes=3).eval()
+    x, state = torch.randn(2, *SIZE), copy.deepcopy(net.state_dict())
+    before, names = net(x), ["blocks.4.1", "blocks.5.2"]
+    switched = Switched(net, [*names, "blocks.5.1"], {"groups": 2}, SIZE)
+    torch.manual_seed(5)
+    again = Switched(net, [*names, "blocks.5.1"], {"groups": 2}, SIZE)  # whatever the generator is at
+    edited = ulsam.replace(copy.deepcopy(net), names, groups=2, input_size=SIZE)
+    for name in names:
+        edited.get_submodule(name).load_state_dict(switched.new[name].state_dict())
+    with switched.replaced(names) as replaced:
+        after = replaced(x)
+    assert torch.equal(after, edited(x))
+    with again.replaced(names) as replaced:
+        assert torch.equal(after, replaced(x))
+    assert not torch.equal(after, before)
+    assert torch.equal(net(x), before)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+# damage
+
+
+def test_the_score_is_that_of_one_picture_after_the_other(model, data):
+    net, recipe = load(model)
+    pictures, _, _ = open_data(str(data))
+    sample = draw_sample(pictures, recipe, 20, ALONE, batch_size=8)
+    assert sample.pictures == 20
+    switched = Switched(net, ["blocks.5.1", "blocks.5.2"], {}, SIZE)
+    found = score(switched, ["blocks.5.2"], sample, CLASSES, ALONE)
+
+    edited = ulsam.replace(load(model)[0], "17", input_size=SIZE)
+    edited.blocks[5][2].load_state_dict(switched.new["blocks.5.2"].state_dict())
+    transform, seen = recipe_transform(recipe), []
+    for path, label in pictures.samples:
+        picture = transform.normalise(transform.pixels(read_pixels(path, transform.reduction))[None])
+        with torch.no_grad():
+            logits = edited(picture)
+        seen.append((picture, label, F.cross_entropy(logits, torch.tensor([label])).item(), int(logits.argmax())))
+    chosen = [
+        next(entry for entry in seen if torch.equal(entry[0][0], picture))
+        for batch in sample.batches
+        for picture in batch.images
+    ]
+    assert found.loss == pytest.approx(sum(loss for *_, loss, _ in chosen) / 20, rel=1e-5)
+    assert found.top1 == sum(label == guess for _, label, _, guess in chosen) / 20
+    assert len({id(entry) for entry in chosen}) == 20  # no picture twice
+
+
+def test_the_sample_is_the_same_one_each_time_and_wherever_the_pictures_lie(model, data, tmp_path):
+    recipe = read_recipe(model)
+    shutil.copytree(data, tmp_path / "moved")
+    samples = [draw_sample(open_data(str(root))[0], recipe, 10, ALONE) for root in (data, data, tmp_path / "moved")]
+    assert len({sample.names for sample in samples}) == 1
+    for sample in samples[1:]:
+        assert torch.equal(sample.batches[0].images, samples[0].batches[0].images)
+    assert draw_sample(open_data(str(data))[0], recipe, 10_000, ALONE).pictures == 36
+
+
+def test_an_unreadable_picture_of_the_sample_is_left_out(model, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "class0" / "000.png").write_bytes(b"broken")
+    sample = draw_sample(open_data(str(tmp_path / "data"))[0], read_recipe(model), 36, ALONE)
+    assert (sample.pictures, len(sample.unreadable)) == (35, 1)
+    assert sum(len(batch.labels) for batch in sample.batches) == 35
+
+
+def test_validation_pictures_are_not_looked_at(model, data, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(data / "train", other / "train")
+    for name in CLASSES[:2]:
+        (other / "val" / name).mkdir(parents=True)
+        (other / "val" / name / "1.png").write_bytes(b"not read")
+    found = [
+        slim(model, str(root), tmp_path / f"out-{root.name}", fine_tune=False, macs=0.9, at=AT, settings=SETTINGS)
+        for root in (data, other)
+    ]
+    assert found[0]["measured"] == found[1]["measured"]
+    assert found[0]["chosen"] == found[1]["chosen"]
+
+
+# time
+
+
+def test_calls_take_turns():
+    order: list[str] = []
+    found = time_in_turn({name: lambda name=name: order.append(name) for name in "abc"}, seconds=0)
+    timed = order[9:]  # three of each to warm up
+    assert {entry.turns for entry in found.values()} == {15}
+    assert all(sorted(timed[first : first + 3]) == list("abc") for first in range(0, 45, 3))
+    assert len({tuple(timed[first : first + 3]) for first in range(0, 45, 3)}) > 1  # shuffled
+    assert found["a"].ratio == 1
+    assert found["b"].ratio == found["b"].seconds / found["a"].seconds
+
+
+def test_onnx_runtime_puts_out_what_the_net_does():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    check_engine("onnxruntime")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), ulsam.ULSAM(8, form="released")).eval()
+    net[1].running_mean += 0.1
+    pictures = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    (found,) = call_of(net, (3, 12, 12), "onnxruntime", batch=2, threads=1)()
+    assert torch.allclose(torch.from_numpy(found), net(pictures), atol=1e-5)
+
+
+def test_a_budget_of_time_is_met_by_the_net_that_was_timed(model, data, tmp_path, capsys):
+    argv = ["slim", str(model), str(data), "--out", str(tmp_path / "out"), "--latency", "0.93", "--no-train"]
+    argv += ["--latency-seconds", "0", "--latency-threads", "1", "--most-sets", "4", *options(SETTINGS)]
+    assert main(argv) == 0
+    found = kept(tmp_path / "out")
+    timed = {tuple(entry["blocks"]): entry["ratio"] for entry in found["timed"]}
+    assert timed[tuple(found["chosen"]["blocks"])] <= 0.93
+    assert [entry["blocks"] for entry in found["timings"]] == [[], *([block["place"]] for block in found["blocks"])]
+    told = capsys.readouterr().out
+    assert "time saved" in told
+    assert f"chosen  {', '.join(found['chosen']['blocks'])}: " in told
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen", "how"),
+    [
+        ({(0, 1): 0.79}, (0, 1), "exact"),
+        ({(0, 1): 0.85, (0, 1, 2): 0.8}, (0, 1, 2), "exact"),  # too slow; more is asked for
+        ({(0, 1): 1.05}, (0, 1, 2, 3), "all"),  # what the blocks promise is never enough, but all together are
+    ],
+)
+def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, times, chosen, how):
+    """Four blocks that save a tenth of the time each; 0.8 is asked for."""
+    blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(4)]
+    store = Store(tmp_path / "out", {})
+    ratios = {(): 1.0, **{(n,): 0.9 for n in range(4)}}
+    entries = {
+        key: {"blocks": [str(n) for n in key], "seconds": 1.0, "ratio": ratio, "turns": 15}
+        for key, ratio in {**ratios, (0, 1, 2, 3): 0.7, **times}.items()
+    }
+    store.put("timings", [entries[key] for key in ratios])
+    store.put("timed", [entry for key, entry in entries.items() if key not in ratios])
+    net = nn.Conv2d(3, 3, 1)
+    chooser = Chooser(
+        Wish("latency", 0.8),
+        blocks,
+        Switched(nn.Sequential(net), ["0"], {"groups": 1}, SIZE),
+        cost(net, SIZE),
+        lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
+        store,
+    )
+    chooser.choose()
+    found = Store(tmp_path / "out", {}).get("chosen")
+    assert found["blocks"] == [str(n) for n in chosen]
+    assert found["how"] == how
+    assert any(entry["blocks"] == found["blocks"] for entry in store.get("measured"))
+
+
+# the whole
+
+
+def test_the_slimmed_net_keeps_to_the_budget_and_is_told(model, data, slimmed, capsys):
+    found = kept(slimmed)
+    net, recipe = load(slimmed / "run" / "model.safetensors")
+    original, _ = load(model)
+    assert cost(net, SIZE).params <= 0.85 * cost(original, SIZE).params
+    assert recipe.edits == (Edit("replace", ",".join(found["chosen"]["blocks"])),)
+    scores = {tuple(entry["blocks"]): entry["loss"] for entry in found["measured"]}
+    assert scores[tuple(found["chosen"]["blocks"])] == min(scores[tuple(rival)] for rival in found["chosen"]["rivals"])
+    settings = yaml.safe_load((slimmed / "run" / "config.yaml").read_text())
+    assert settings["teacher"] == settings["weights"] == str(model)
+    assert settings["distill"] == 0.5
+    result = found["result"]
+    assert result["slimmed"] == json.loads((slimmed / "run" / "summary.json").read_text())["scores"]
+    assert result["original"]["pictures"] == result["slimmed"]["pictures"] == 9
+
+
+def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data, slimmed, capsys):
+    before = {
+        path: path.stat().st_mtime_ns for path in slimmed.rglob("*") if path.name not in ("slim.json", "train.yaml")
+    }
+    figures = kept(slimmed)
+    argv = ["slim", str(model), str(data), "--out", str(slimmed), "--params", "0.85", "--at", AT, *options(SETTINGS)]
+    assert main(argv) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert kept(slimmed) == figures
+    assert f"{slimmed}/run/model.safetensors" in capsys.readouterr().out
+    for change, message in [
+        (["--params", "0.8"], "other settings: share was 0.85 and is 0.8 now"),
+        (["--groups", "2"], "other settings: layer was {} and is {'groups': 2} now"),
+        (["--epochs", "2"], "epochs was 1 and is 2 now"),
+    ]:
+        assert main([*argv, *change]) == 2
+        assert message in capsys.readouterr().err
+    assert kept(slimmed) == figures
+
+
+def test_a_net_with_edits_is_slimmed_further(data, tmp_path, capsys):
+    recipe = make_recipe("mobilenetv2_035", CLASSES, [Edit("replace", "17", 2)], size=32)
+    save_model(build(recipe)[0], recipe, tmp_path / "net.safetensors")
+    argv = ["slim", str(tmp_path / "net.safetensors"), str(data), "--macs", "0.97", "--layer", "eca", "--no-train"]
+    assert main([*argv, "--at", "14,16", "--out", str(tmp_path / "out"), *options(SETTINGS)]) == 0
+    chosen = kept(tmp_path / "out")["chosen"]["blocks"]
+    config = TrainConfig.from_mapping(yaml.safe_load((tmp_path / "out" / "train.yaml").read_text()))
+    assert config.edits == ["replace 17 g=2", f"replace {','.join(chosen)} layer=eca"]
+    net, notes = build(recipe_of(config, CLASSES), weights=config.weights)
+    assert notes == []
+    original = load(tmp_path / "net.safetensors")[0]
+    assert torch.equal(net.blocks[5][2].pointwise.weight, original.blocks[5][2].pointwise.weight)
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"next    ulsam train --config {tmp_path}/out/train.yaml --out {tmp_path}/out/run"
+    )
+
+
+def wait_for(event: Any) -> None:
+    end = time.monotonic() + 120
+    while not event():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    argv = ["slim", str(model), str(data), "--out", str(out), "--params", "0.85", "--at", AT]
+    argv += options({**SETTINGS, "save_seconds": 0})
+    with warm() as ulsam_:
+        pid = ulsam_.start(argv, log)
+        wait_for(lambda: (out / "slim.json").exists() and len(kept(out).get("measured", [])) >= 3)
+        assert ulsam_.kill(pid) == -signal.SIGKILL
+        measured = kept(out)["measured"]
+        pid = ulsam_.start(argv, log)
+        wait_for((out / "run" / "checkpoint.pt").exists)
+        code = ulsam_.kill(pid, signal.SIGINT)
+        assert kept(out)["measured"][: len(measured)] == measured
+        assert code == 130, log.read_text()
+        assert f"go on with the same command and --out {out}" in log.read_text()
+        assert ulsam_.run(argv, log) == 0
+    mine, theirs = kept(out), kept(slimmed)
+    assert mine["measured"] == theirs["measured"]
+    assert mine["chosen"] == theirs["chosen"]
+    assert mine["result"] == theirs["result"]
+    models = [(folder / "run" / "model.safetensors").read_bytes() for folder in (out, slimmed)]
+    assert models[0] == models[1]
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "give exactly one budget: --macs, --params or --latency, a share such as 0.75"),
+        ("--macs 0.8 --params 0.8", "give exactly one budget"),
+        ("--macs 1", "--macs is the share of the net's own MACs to keep, between 0 and 1, both excluded, e.g. 0.75"),
+        ("--latency 1.5", "--latency is the share of the net's own time to keep"),
+        ("--macs nan", "between 0 and 1"),
+        (
+            "--macs 0.1",
+            "all 10 blocks that save MACs, replaced, leave 0.587 of the MACs: --macs must be that or more, not 0.1",
+        ),
+        ("--params 0.9 --at 17 --groups 3", "has no block to replace: blocks.5.2 is left out: 3 groups do not divide"),
+        ("--macs 0.9 --at 15", "blocks.5.0 cannot be replaced: `ulsam candidates` lists the blocks that can"),
+        ("--macs 0.9 --at blocks.77", "no module is named 'blocks.77'"),
+        ("--macs 0.9 --layer se --groups 2", "groups and form are for ULSAM alone"),
+        ("--macs 0.9 --pictures 0", "pictures must be 1 or more, not 0"),
+        ("--latency 0.9 --engine tensorrt", "unknown engine 'tensorrt'; valid: eager, onnxruntime"),
+        ("--macs 0.9 --lr 0", "lr must be above 0"),
+        ("--macs 0.9 --out full", "full is no new folder, and holds no slim.json to go on from: choose another --out"),
+        ("--macs 0.9 --out taken", "taken/slim.json is not what slimming wrote: choose another --out"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(model, data, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "slim.json").write_text("{}")
+    assert main(["slim", str(model), str(data), *options(SETTINGS), *words.split()]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert message in told[-1]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "letter.txt", "slim.json", "taken"]
+
+
+def test_other_classes_are_refused(model, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "class1").rename(tmp_path / "data" / split / "wren")
+    assert main(["slim", str(model), str(tmp_path / "data"), "--macs", "0.9", "--out", str(tmp_path / "out")]) == 2
+    assert (
+        f"has other classes than {model} was trained on: 'class2' where the net has 'class1'" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_slimming_decides_are_refused(model, data, tmp_path):
+    with pytest.raises(UlsamError, match="slimming decides teacher: leave it out of the settings"):
+        slim(model, str(data), tmp_path / "out", macs=0.9, settings={"teacher": str(model)})
+
+
+def test_a_net_without_a_place_is_refused(data, tmp_path, capsys):
+    recipe = make_recipe("test_vit", CLASSES, model_args={"img_size": 32}, size=32)
+    save_model(build(recipe)[0], recipe, tmp_path / "vit.safetensors")
+    assert main(["slim", str(tmp_path / "vit.safetensors"), str(data), "--macs", "0.9", *options(SETTINGS)]) == 2
+    assert (
+        "has no block to replace that takes and puts out the same feature map [B, C, H, W]" in capsys.readouterr().err
+    )
