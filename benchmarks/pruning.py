@@ -1,27 +1,28 @@
 """Channel pruning as a peer: Torch-Pruning takes a net to a share of its cost, and the same fine-tuning restores it.
 
-The net, its weight file and every setting come from the run of another arm (its config.yaml), so that nothing but the
-net differs. The procedure is that of the library's authors for MobileNet-V2 on ImageNet, less its 150 epochs of sparse
-training (https://github.com/VainF/Torch-Pruning, reproduce/scripts/prune/imagenet/mobilenetv2_group_sl.sh): importance
-is the L2 norm of a group of coupled weights, channels of all layers compete, they go in small steps until the cost is
-met, no layer loses more than 70 %, and the classifier's outputs stay. The classifier is new, so it has no say in what
-is important. --uniform takes the same share of channels from every layer instead.
+The net, its weight file and every setting come from a comparison, where the pruned net joins as one more arm: `ulsam
+compare --report-only` then has it in its tables. The procedure is that of the library's authors for MobileNet-V2 on
+ImageNet, less its 150 epochs of sparse training (https://github.com/VainF/Torch-Pruning,
+reproduce/scripts/prune/imagenet/mobilenetv2_group_sl.sh): importance is the L2 norm of a group of coupled weights,
+channels of all layers compete, they go in small steps until the cost is met, no layer loses more than 70 %, and the
+classifier's outputs stay. The classifier is new, so it has no say in what is important. --uniform takes the same share
+of channels from every layer instead.
 
 Runs are chosen and lie as `ulsam compare` does it, in OUT/arms/pruned-macs-0.868/choose-LR-EPOCHS and in .../seed-N.
 Done ones are skipped.
 
     pip install 'ulsam[peers]'
-    python benchmarks/pruning.py compared/arms/base/seed-0/config.yaml --macs 0.868 --out compared
+    python benchmarks/pruning.py compared --macs 0.868
+    ulsam compare --report-only --out compared
 """
 
 import argparse
 import copy
 import dataclasses
 import importlib.metadata
-import json
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,65 +30,58 @@ import torch
 from torch import nn
 
 from ulsam.comparison.arms import Arm
-from ulsam.comparison.grid import Grid, at_the_edge
-from ulsam.comparison.store import Store
+from ulsam.comparison.grid import at_the_edge
+from ulsam.comparison.latency import measure as measure_latency
+from ulsam.comparison.store import Store, make_folder
 from ulsam.costs import Cost, cost
 from ulsam.data import loading
 from ulsam.errors import UlsamError
-from ulsam.files import write_atomic
 from ulsam.models import build
 from ulsam.train import parts, report
-from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.config import TrainConfig
 from ulsam.train.loop import resume, train
 
 Measure = Literal["macs", "params"]
 STEPS = 1000  # to take all channels, if nothing stopped it: small ones, to end near the target
 MOST = 0.7  # of the channels of a layer
 TOLERANCE = 0.01
+HAS_WEIGHTS = {"weights": None, "pretrained": False, "drop_rate": 0.0, "drop_path": 0.0}  # a prepared net has its own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("like", help="config.yaml of a run of the unpruned net, whose settings are taken")
+    parser.add_argument("out", help="folder of the comparison, whose first arm is pruned")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--macs", type=float, metavar="SHARE", help="prune to this share of the MACs")
     target.add_argument("--params", type=float, metavar="SHARE", help="prune to this share of the parameters")
     parser.add_argument("--uniform", action="store_true", help="the same share of every layer's channels")
-    parser.add_argument("--rates", type=_list_of(float), default=[0.005, 0.01, 0.02])
-    parser.add_argument("--tried-epochs", type=_list_of(int), default=[4, 8])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", required=True)
     args = parser.parse_args(argv)
     measure: Measure = "macs" if args.macs is not None else "params"
     share = args.macs if args.macs is not None else args.params
     name = f"pruned-{'uniform-' if args.uniform else ''}{measure}-{share:g}"
 
-    config = TrainConfig.from_mapping(read_config(args.like))
+    store = Store(args.out)
+    compared = store.read_grid()
+    if compared is None:
+        raise UlsamError(f"{args.out} is not the folder of a comparison: there is no grid.json in it")
+    config = compared.arms[0].config(compared.shared)
     recipe = parts.recipe_of(config, parts.open_pictures(config)[0].classes)
     if recipe.edits:
-        raise UlsamError(f"{args.like} is of an edited net: name the run of the unpruned base")
+        raise UlsamError(f"the first arm of {args.out} is an edited net: compare with the plain one first")
     loading.seed_all(0)
     whole, _ = build(recipe, weights=config.weights, pretrained=config.pretrained)
     pruned = prune(whole, recipe.input_size, share, measure, uniform=args.uniform)
-    folder = Path(args.out) / "arms" / Arm(name, (), {}).slug
-    folder.mkdir(parents=True, exist_ok=True)
-    before, after = cost(whole, recipe.input_size), cost(pruned, recipe.input_size)
-    write_atomic(
-        folder / "pruning.json",
-        json.dumps(_entry(before, after, {measure: share, "uniform": args.uniform}), indent=1) + "\n",
-    )
+    arm = Arm(name, (), {**compared.arms[0].settings, **HAS_WEIGHTS})
+    size = recipe.input_size
+    before, after = cost(whole, size), cost(pruned, size)
+    make_folder(store.root / "arms" / arm.slug)
+    if store.read(f"arms/{arm.slug}/guest.json") is None:
+        times = measure_latency({"base": (whole, size), name: (pruned, size)})
+        guest = {"name": name, "settings": arm.settings, "latency": times[name].to_json()}
+        store.write(f"arms/{arm.slug}/guest.json", {**guest, **_entry(before, after, {measure: share})})
     print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
 
-    store = Store(args.out)
-    arm = Arm(name, (), {})
-    own: dict[str, Any] = {
-        "weights": None,
-        "pretrained": False,
-        "drop_rate": 0.0,
-        "drop_path": 0.0,
-    }  # the net has them already
-    shared = dataclasses.replace(config, seed=0, val_fraction=None, **own)
-    grid = Grid((arm,), shared, tuple(args.rates), tuple(args.tried_epochs), args.seeds)
+    grid = dataclasses.replace(compared, arms=(arm,))
     while due := grid.due(store.look):
         store.check(due[0])
         _train(pruned, due[0].config, store.folder(due[0]))
@@ -164,20 +158,13 @@ def _train(pruned: nn.Module, config: TrainConfig, folder: Path) -> None:
 def _entry(before: Cost, after: Cost, wanted: dict[str, Any]) -> dict[str, Any]:
     """What was pruned, as JSON."""
     return {
-        "what": "channels pruned by Torch-Pruning before fine-tuning",
+        "what": "channels pruned by Torch-Pruning before fine-tuning; latency beside the unpruned net's",
         "wanted": wanted,
         "macs_share": after.macs / before.macs,
         "params_share": after.params / before.params,
         "cost": report.cost_entry(after),
         "versions": {**report.versions(), "torch_pruning": importlib.metadata.version("torch-pruning")},
     }
-
-
-def _list_of(kind: type) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        return [kind(part) for part in text.split(",")]
-
-    return parse
 
 
 if __name__ == "__main__":

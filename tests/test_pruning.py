@@ -1,5 +1,6 @@
 """The pruning benchmark: it reaches its share, and the pruned net trains and goes on, in the right folders."""
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tiny import NET, SETTINGS, draw_splits
+from ulsam.comparison import report
+from ulsam.comparison.arms import Arm
+from ulsam.comparison.grid import Grid
+from ulsam.comparison.store import Store
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
 from ulsam.models import build
@@ -83,10 +88,17 @@ def test_its_runs(
     pruning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = draw_splits(tmp_path / "data", train=12, val=4)
-    base = TrainConfig.from_mapping({**SETTINGS, "data": str(data), "epochs": 1, "amp": "none", "layout": "contiguous"})
-    train(base, tmp_path / "base")
-    words = [str(tmp_path / "base" / "config.yaml"), "--params", "0.95", "--uniform", "--out", str(tmp_path / "out")]
-    words += ["--rates", "0.01,0.02", "--tried-epochs", "1", "--seeds", "1"]
+    base = TrainConfig.from_mapping(
+        {**SETTINGS, "data": str(data), "epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none"}
+    )
+    store, words = Store(tmp_path / "out"), [str(tmp_path / "out"), "--params", "0.95", "--uniform"]
+    with pytest.raises(UlsamError, match=r"is not the folder of a comparison: there is no grid.json in it$"):
+        pruning.main(words)
+    grid = Grid((Arm.parse("base"),), base, rates=(0.01, 0.02), epochs=(1,), seeds=1)
+    store.root.mkdir()
+    store.write("grid.json", grid.to_json())
+    while due := grid.due(store.look):
+        train(due[0].config, store.folder(due[0]))
     steps = 0
 
     def kill(*_: object) -> None:
@@ -104,7 +116,7 @@ def test_its_runs(
     assert len([run for run in arm.iterdir() if run.is_dir() and not (run / "summary.json").exists()]) == 1
     pruning.main(words)  # goes on
     assert first.stat().st_mtime_ns == stamp
-    pruned = json.loads((arm / "pruning.json").read_text())
+    pruned = json.loads((arm / "guest.json").read_text())
     assert pruned["params_share"] == pytest.approx(0.95, rel=0.01)
     runs = sorted(run.name for run in arm.iterdir() if run.is_dir())
     assert runs == ["choose-0.01-1", "choose-0.02-1", "seed-0"]
@@ -120,7 +132,17 @@ def test_its_runs(
             == (pruned["cost"]["params"])
         )
     assert " of those tried: give more --rates" in capsys.readouterr().out
+
+    result = report(store.root, publish=tmp_path / "published")
+    assert [arm["name"] for arm in result["arms"]] == ["base", "pruned-uniform-params-0.95"]
+    _, guest = result["arms"]
+    assert guest["cost"]["params"] == pruned["cost"]["params"]
+    assert guest["latency"] == pruned["latency"]
+    assert guest["minus_base"]["over"] == "pictures"
+    assert [entry["lr"] for entry in guest["tries"]] == [0.01, 0.02]
+    assert result["finished"]
+    assert report(tmp_path / "published")["arms"] == result["arms"]
+
+    store.write("grid.json", dataclasses.replace(grid, shared=dataclasses.replace(base, hflip=0.4)).to_json())
     with pytest.raises(UlsamError, match=r"holds a run with hflip 0.5, not 0.4: move it away"):
-        changed = base.to_yaml().replace("hflip: 0.5", "hflip: 0.4")
-        (tmp_path / "changed.yaml").write_text(changed)
-        pruning.main([str(tmp_path / "changed.yaml"), *words[1:]])
+        pruning.main(words)

@@ -119,7 +119,7 @@ def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | Non
     if publish is not None:
         if Path(publish).resolve() == store.root.resolve():
             raise UlsamError(f"cannot publish {out} into itself: name another folder")
-        store.publish(publish, grid)
+        store.publish(publish, dataclasses.replace(grid, arms=(*grid.arms, *store.guests())))
     return result
 
 

@@ -4,7 +4,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,24 +29,28 @@ class Latency:
     ratio_quartiles: tuple[float, float]
     turns: int
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "ratio_quartiles": list(self.ratio_quartiles)}
 
-def measure(recipes: Mapping[str, Recipe]) -> dict[str, Latency]:
-    """Time folded nets (`ulsam.fold`) with random weights on one picture each, in turn, in shuffled order.
+
+def measure(nets: Mapping[str, tuple[nn.Module, Sequence[int]]]) -> dict[str, Latency]:
+    """Time nets, folded (`ulsam.fold`), on one picture each, in turn, in shuffled order.
 
     Args:
-        recipes: by name; the first one is what the others are held against.
+        nets: each with its input size C, H, W, by name; the first one is what the others are held against.
 
-    >>> base = Recipe("test_efficientnet", ("a", "b"), input_size=(3, 32, 32))
-    >>> found = measure({"base": base, "same": base})
+    >>> net = torch.nn.Conv2d(3, 8, 3)
+    >>> found = measure({"base": (net, (3, 32, 32)), "same": (net, (3, 32, 32))})
     >>> found["base"].ratio, 0.2 < found["same"].ratio < 5
     (1.0, True)
     """
-    nets = {}
-    for name, recipe in recipes.items():
-        picture = torch.randn(1, *recipe.input_size).contiguous(memory_format=torch.channels_last)
-        nets[name] = fold(build(recipe)[0], recipe.input_size), picture
-    times = _times(nets)
-    first = times[next(iter(nets))]
+    folded = {}
+    for name, (net, size) in nets.items():
+        picture = torch.randn(1, *size).contiguous(memory_format=torch.channels_last)
+        folded[name] = fold(net, size), picture
+    times = _times(folded)
+    first = times[next(iter(folded))]
     found = {}
     for name, taken in times.items():
         ratios = [mine / base for mine, base in zip(taken, first, strict=True)]
@@ -81,10 +85,8 @@ def entry(recipes: Mapping[str, Recipe], before: Mapping[str, Any] | None) -> di
     nets = {name: recipe.to_json() for name, recipe in recipes.items()}
     if before and (before["nets"], before["where"]) == (nets, where):
         return dict(before)
-    arms = {
-        name: {**asdict(found), "ratio_quartiles": list(found.ratio_quartiles)}
-        for name, found in measure(recipes).items()
-    }
+    found = measure({name: (build(recipe)[0], recipe.input_size) for name, recipe in recipes.items()})
+    arms = {name: latency.to_json() for name, latency in found.items()}
     return {
         "what": "seconds of one picture, folded net, CPU, float32, channels_last",
         "arms": arms,

@@ -1,9 +1,9 @@
 """What a comparison found, from the runs that are there."""
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from ulsam.comparison import latency, plot, table
@@ -23,19 +23,22 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
 
     Args:
         grid: what was compared.
-        store: where its runs lie.
+        store: where its runs lie; arms that another program trained there are part of the result.
         margin: share of top-1 that an arm may lose and still hold.
         command: that made the runs; by default the one that is running.
 
     Raises:
         UlsamError: a run has other settings than the grid says, or the runs were measured on different pictures.
     """
+    guests = store.guests()
+    grid = dataclasses.replace(grid, arms=(*grid.arms, *guests))
     runs = {arm.name: _finals(grid, arm, store) for arm in grid.arms}
     measured = [summary for found in runs.values() for summary in found.values()]
     if measured:
         check_paired(measured)
-    times = store.read("latency.json") or {"arms": {}}
-    arms = [_arm_entry(grid, arm, store, runs[arm.name], times["arms"].get(arm.name)) for arm in grid.arms]
+    times = dict((store.read("latency.json") or {"arms": {}})["arms"])
+    times |= {arm.name: store.read(f"arms/{arm.slug}/guest.json")["latency"] for arm in guests}
+    arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
     differences = []
     for number, arm in enumerate(grid.arms):
         for other in grid.arms[:number]:
@@ -127,7 +130,7 @@ def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[st
 
 
 def _difference_entry(found: Difference, margin: float) -> dict[str, Any]:
-    entry = {**asdict(found), "verdict": list(found.words(margin))}
+    entry = {**dataclasses.asdict(found), "verdict": list(found.words(margin))}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
 
 

@@ -3,6 +3,7 @@
 grid.json                     what is compared
 arms/ARM/RUN/summary.json     of each finished run; in the folder itself with all that training leaves
 arms/ARM/RUN.log, RUN.failed  what a run printed; why it failed
+arms/ARM/guest.json           of an arm that another program trains in here, with the grid's seeds, rates and epochs
 latency.json                  measured when all runs were finished
 compare.json, .md, .csv, .png, rates.png
 """
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ulsam.comparison.arms import Arm
 from ulsam.comparison.grid import Failed, Grid, Run
 from ulsam.comparison.paths import without_paths
 from ulsam.errors import UlsamError
@@ -85,6 +87,15 @@ class Store:
             return None
         return Grid.from_json(_json(path.read_text(encoding="utf-8"), path))
 
+    def guests(self) -> tuple[Arm, ...]:
+        """The arms that another program trains in here: each folder's ``guest.json`` holds its name and settings.
+
+        Raises:
+            UlsamError: such a file is damaged.
+        """
+        found = [_json(path.read_text(encoding="utf-8"), path) for path in sorted(self.root.glob("arms/*/guest.json"))]
+        return tuple(Arm(guest["name"], (), guest["settings"]) for guest in found)
+
     def write(self, name: str, value: Any) -> None:
         """Write JSON into the folder."""
         write_atomic(self.root / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -122,7 +133,8 @@ class Store:
                 make_folder(folder)
                 there.clear_failure(run)
                 there.write(str((folder / "summary.json").relative_to(there.root)), without_paths(found))
-        for name in ("grid.json", "latency.json", "compare.json"):
+        guests = [f"arms/{arm.slug}/guest.json" for arm in self.guests()]
+        for name in ("grid.json", "latency.json", "compare.json", *guests):
             if (value := self.read(name)) is not None:
                 there.write(name, without_paths(value))
         for name in REPORTS:
