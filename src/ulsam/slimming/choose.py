@@ -47,16 +47,20 @@ class Chooser:
         Raises:
             UlsamError: all blocks together do not reach the budget.
         """
+        by_time = self.wish.measure == "latency"
         bar: tqdm[Any] = tqdm(desc="damage", unit="set", disable=None, leave=False)
-        with bar:
-            if self.wish.measure == "latency":
-                with _threads(self.wish.threads):
-                    found = self._by_latency(bar)
+        with bar, _threads(self.wish.threads if by_time else None):
+            savings, total = self._savings(bar)
+            useful = _useful(savings)
+            self._check_reachable(
+                useful, lambda: self._ratio(useful) if by_time else 1 - saved(savings, useful) / total
+            )
+            self._damage(frozenset(), bar)
+            for number in sorted(useful):  # for the table, whatever the search asks for
+                self._damage(frozenset({number}), bar)
+            if by_time:
+                found = self._by_latency(savings, bar)
             else:
-                total = getattr(self.cost, self.wish.measure)
-                savings = [getattr(block, self.wish.measure) for block in self.blocks]
-                useful = _useful(savings)
-                self._check_reachable(useful, lambda: 1 - saved(savings, useful) / total)
                 found = self._search(savings, total * (1 - self.wish.share), bar)
         places = self._places
         self.store.put(
@@ -77,6 +81,23 @@ class Chooser:
             self.store.add_score(self._places(blocks), known)
         return known
 
+    def _damage(self, blocks: Blocks, bar: "tqdm[Any]") -> float:
+        """How much the loss grows when these blocks are replaced."""
+        bar.update(self.store.score(self._places(blocks)) is None)
+        return self._scored(blocks).loss - self._scored(frozenset()).loss
+
+    def _savings(self, bar: "tqdm[Any]") -> tuple[list[float], float]:
+        """What each block saves, counted or timed, and what there is in all; of time both are shares."""
+        if self.wish.measure != "latency":
+            return [getattr(block, self.wish.measure) for block in self.blocks], getattr(self.cost, self.wish.measure)
+        if self.store.get("timings") is None:
+            bar.write("time    of the net with each block replaced, in turn with the net as it is")
+            timed = self._time([frozenset({number}) for number in range(len(self.blocks))])
+            entries = [{"blocks": self._places(blocks), **asdict(timing)} for blocks, timing in timed.items()]
+            self.store.put("timings", entries)
+        ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.store.get("timings")}
+        return [1 - ratios[(block.place,)] for block in self.blocks], 1.0
+
     def _search(self, savings: Sequence[float], least: float, bar: "tqdm[Any]") -> Found:
         """Search among the blocks that save something."""
         useful = sorted(_useful(savings))
@@ -85,28 +106,17 @@ class Chooser:
             return frozenset(useful[number] for number in blocks)
 
         def damage(blocks: Blocks) -> float:
-            bar.update(self.store.score(self._places(real(blocks))) is None)
-            return self._scored(real(blocks)).loss - self._scored(frozenset()).loss
+            return self._damage(real(blocks), bar)
 
-        for number in range(len(useful)):  # for the table, whatever the search asks for
-            damage(frozenset({number}))
         found = search([savings[number] for number in useful], least, damage, self.wish.most_sets)
         return Found(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
 
-    def _by_latency(self, bar: "tqdm[Any]") -> Found:
+    def _by_latency(self, savings: Sequence[float], bar: "tqdm[Any]") -> Found:
         """Search with the time that each block's replacement saves; ask for more until the real net is fast enough.
 
         What the blocks save together is not the sum of what each of them saves, so every chosen set is timed.
         """
-        if self.store.get("timings") is None:
-            bar.write("time    of the net with each block replaced, in turn with the net as it is")
-            timed = self._time([frozenset({number}) for number in range(len(self.blocks))])
-            entries = [{"blocks": self._places(blocks), **asdict(timing)} for blocks, timing in timed.items()]
-            self.store.put("timings", entries)
-        ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.store.get("timings")}
-        savings = [1 - ratios[(block.place,)] for block in self.blocks]
         useful = _useful(savings)
-        self._check_reachable(useful, lambda: self._ratio(useful))
         least = 1 - self.wish.share
         while saved(savings, useful) >= least:
             found = self._search(savings, least, bar)
@@ -117,7 +127,7 @@ class Chooser:
                 f"time    {', '.join(self._places(found.blocks))}: {ratio:.3f} of the net's time; looking further"
             )
             least += max(ratio - self.wish.share, STEP)
-        self._scored(useful)
+        self._damage(useful, bar)
         return Found(useful, "all", useful, (useful,))
 
     def _ratio(self, blocks: Blocks) -> float:
