@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -234,9 +235,10 @@ def test_a_budget_of_time_is_met_by_the_net_that_was_timed(model, data, tmp_path
 @pytest.mark.parametrize(
     ("single", "times", "chosen", "how"),
     [
-        (0.9, {(0, 1): 0.79}, (0, 1), "exact"),
-        (0.9, {(0, 1): 0.85, (0, 1, 2): 0.8}, (0, 1, 2), "exact"),  # too slow; more is asked for
-        (0.9, {(0, 1): 1.05}, (0, 1, 2, 3), "all"),  # more is asked for than blocks promise, but all together are
+        (0.9, {(0, 1): 0.79}, (0, 1), "timed"),
+        (0.9, {(0, 1): 0.85, (0, 2): 0.78}, (0, 2), "timed"),  # of two blocks too, the next by damage
+        (0.9, {(0, 1, 2): 0.8}, (0, 1, 2), "timed"),  # any two are too slow; more is asked for
+        (0.9, {}, (0, 1, 2, 3), "all"),  # more is asked for than blocks promise, but all together are
         (0.96, {(0, 1, 2, 3): 0.79}, (0, 1, 2, 3), "all"),  # what the blocks promise is too little from the start
     ],
 )
@@ -246,9 +248,10 @@ def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, sin
     wish = Wish("latency", 0.8)
     store = Store(tmp_path / "out", wish.entry())
     ratios = {(): 1.0, **{(n,): single for n in range(4)}}
+    others = {key: {2: 0.85, 3: 1.05}[size] for size in (2, 3) for key in itertools.combinations(range(4), size)}
     entries = {
         key: {"blocks": [str(n) for n in key], "seconds": 1.0, "ratio": ratio, "turns": 15}
-        for key, ratio in {**ratios, (0, 1, 2, 3): 0.7, **times}.items()
+        for key, ratio in {**ratios, **others, (0, 1, 2, 3): 0.7, **times}.items()
     }
     store.put("timings", [entries[key] for key in ratios])
     store.put("timed", [entry for key, entry in entries.items() if key not in ratios])
@@ -265,9 +268,17 @@ def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, sin
     found = Store(tmp_path / "out", wish.entry()).get("chosen")
     assert found["blocks"] == [str(n) for n in chosen]
     assert found["how"] == how
+    slow = [rival for rival in found["rivals"] if rival != found["blocks"]]
+    assert all(entries[tuple(map(int, rival))]["ratio"] > 0.8 for rival in slow)
     store.data["net"] = {"params": 100, "macs": 100}
     store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
-    assert choice_lines(store.data)[-1].startswith(f"chosen  {', '.join(found['blocks'])}: ")
+    reason = {
+        "timed": f"of {1 + len(slow)} sets that were timed, by damage, the first"
+        if slow
+        else "the least damage of the",
+        "all": "all blocks that save time reach 0.8 of the time; no smaller set was found",
+    }[how]
+    assert choice_lines(store.data)[-1].startswith(f"chosen  {', '.join(found['blocks'])}: {reason}")
     assert any(entry["blocks"] == found["blocks"] for entry in store.get("measured"))
 
 

@@ -78,15 +78,13 @@ def _set_table(data: Data) -> list[str]:
     net, chosen = data["net"], data["chosen"]
     blocks, base = {block["place"]: block for block in data["blocks"]}, _score(data, [])
     timed = {tuple(entry["blocks"]): entry for entry in data.get("timed", [])}
-    cells = [
-        ["sets of blocks that reach the budget", "params left", "MACs left", "time left", "loss change", "top-1 change"]
-    ]
+    by_time = chosen["how"] in ("timed", "all")
+    title = "sets of blocks that were timed" if by_time else "sets of blocks that reach the budget"
+    cells = [[title, "params left", "MACs left", *["time left"] * by_time, "loss change", "top-1 change"]]
     for places in chosen["rivals"][:SHOWN]:
         left = [f"{1 - sum(blocks[place][key] for place in places) / net[key]:.2%}" for key in ("params", "macs")]
-        time = f"{timed[tuple(places)]['ratio']:.2%}" if tuple(places) in timed else ""
-        cells.append([", ".join(places), *left, time, *_damage(_score(data, places), base)])
-    if not timed:
-        cells = [[*row[:3], *row[4:]] for row in cells]
+        time = [f"{timed[tuple(places)]['ratio']:.2%}"] if by_time else []
+        cells.append([", ".join(places), *left, *time, *_damage(_score(data, places), base)])
     lines = aligned(cells, right=range(1, len(cells[0])))
     if more := len(chosen["rivals"]) - SHOWN:
         lines += [f"and {more} more, in slim.json"] if more > 0 else []
@@ -102,8 +100,15 @@ def _reason(data: Data) -> str:
         why = (
             f"{told} that reach{'es' if number == 1 else ''} {budget} and need{'s' if number == 1 else ''} every block"
         )
+    elif chosen["how"] == "timed":
+        why = (
+            f"the least damage of the sets whose blocks promise {budget}, and timed it reaches that"
+            if number == 1
+            else f"of {number} sets that were timed, by damage, the first that reaches {budget}; "
+            "the others are too slow, and one that was not timed may be better"
+        )
     elif chosen["how"] == "all":
-        why = f"all blocks that save {WORDS[wish['measure']]} are needed to reach {budget}"
+        why = f"all blocks that save time reach {budget}; no smaller set was found"
     elif number == 1:
         why = f"the set that the greedy search ends with to reach {budget}"
     else:
@@ -111,7 +116,7 @@ def _reason(data: Data) -> str:
             f"the least damage of {number} sets that reach {budget}: the greedy one and exchanges of its blocks; "
             "there are too many for all to be measured, and a better one may exist"
         )
-    if chosen["greedy"] != chosen["blocks"]:
+    if chosen["how"] in ("exact", "greedy") and chosen["greedy"] != chosen["blocks"]:
         why += f"; greedy: {', '.join(chosen['greedy'])}"
     return why
 

@@ -20,12 +20,13 @@ Damage = Callable[[Blocks], float]
 class Found:
     """The chosen set.
 
-    ``how`` is "exact" where all minimal sets were measured, else "greedy"; "all" without a search. ``rivals`` are the
-    minimal sets that were measured, by damage, the chosen one first; ``greedy`` is where the greedy search ended.
+    ``how`` is "exact" where all minimal sets were measured, else "greedy". ``rivals`` are the minimal sets that were
+    measured, by damage, the chosen one first; ``greedy`` is where the greedy search ended. Where time decides, ``how``
+    is "timed", or "all" for all blocks, and ``rivals`` are the chosen set and those that were timed and are too slow.
     """
 
     blocks: Blocks
-    how: Literal["exact", "greedy", "all"]
+    how: Literal["exact", "greedy", "timed", "all"]
     greedy: Blocks
     rivals: tuple[Blocks, ...]
 
