@@ -33,10 +33,10 @@ from ulsam.slimming.choose import Chooser
 from ulsam.slimming.damage import Score, draw_sample, score
 from ulsam.slimming.latency import call_of, check_engine, time_in_turn
 from ulsam.slimming.report import choice_lines
-from ulsam.slimming.run import slim
+from ulsam.slimming.run import fine_tuning, slim
 from ulsam.slimming.store import Store
 from ulsam.train.config import TrainConfig
-from ulsam.train.parts import recipe_of
+from ulsam.train.parts import open_pictures, recipe_of
 
 SIZE = (3, 32, 32)
 CLASSES = ("class0", "class1", "class2")
@@ -368,6 +368,26 @@ def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, tmp
     assert mine["result"] == theirs["result"]
     models = [(folder / "run" / "model.safetensors").read_bytes() for folder in (out, slimmed)]
     assert models[0] == models[1]
+
+
+def test_the_pictures_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, capsys):
+    """Class folders, where a run holds pictures out by its seed."""
+    run = tmp_path / "run"
+    run.mkdir()
+    beside, alone = Path(shutil.copy(model, run / "model.safetensors")), Path(shutil.copy(model, tmp_path))
+    before = TrainConfig(str(data / "train"), seed=3, val_fraction=0.5)
+    (run / "config.yaml").write_text(before.to_yaml())
+    trained_on = set(open_pictures(before)[0].names)
+    options = {"at": AT, "macs": 0.9, "fine_tune": False}
+    for number, (path, given) in enumerate([(beside, {}), (beside, {"seed": 7}), (alone, {})]):
+        slim(path, before.data, tmp_path / f"out{number}", settings={**SETTINGS, **given}, **options)
+        said = "the held-out pictures may be ones that" in capsys.readouterr().out
+        config = TrainConfig.from_mapping(yaml.safe_load((tmp_path / f"out{number}" / "train.yaml").read_text()))
+        measured = set(open_pictures(config)[1].names)
+        assert said == bool(measured & trained_on) == (path == alone)
+    recipe = read_recipe(model)
+    assert fine_tuning(beside, recipe, before.data, {"split_seed": 5, "val_fraction": 0.1}).split_seed == 5
+    assert fine_tuning(beside, recipe, str(data), {"val_split": "val"}).val_fraction is None
 
 
 # mistakes

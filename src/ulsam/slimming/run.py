@@ -98,6 +98,9 @@ def slim(
 def fine_tuning(model: str | os.PathLike[str], recipe: Recipe, data: str, settings: Mapping[str, Any]) -> TrainConfig:
     """The settings with which the slimmed net is trained, its new edit aside.
 
+    Where the model file lies in the folder of its run, the same pictures are held out as in that run, unless
+    ``val_fraction``, ``val_split`` or ``split_seed`` say otherwise: the net was trained on the others.
+
     Raises:
         UlsamError: a setting that slimming decides, an unknown one, or a net for pictures that are not square.
 
@@ -123,7 +126,17 @@ def fine_tuning(model: str | os.PathLike[str], recipe: Recipe, data: str, settin
         "weights": os.fspath(model),
         "teacher": os.fspath(model),
     }
-    return TrainConfig.from_mapping({**own, **settings})
+    return TrainConfig.from_mapping({**own, **_held_out(Path(model), data, settings), **settings})
+
+
+def _held_out(model: Path, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by which the run of this model file chose its held-out pictures; empty without such a run."""
+    beside = model.parent / "config.yaml"
+    if model.name != "model.safetensors" or not beside.is_file() or not Path(data).is_dir():
+        return {}
+    before = TrainConfig.from_mapping(read_config(beside))
+    found = {"split_seed": before.seed if before.split_seed is None else before.split_seed}
+    return found if "val_split" in settings else {"val_fraction": before.val_fraction, **found}
 
 
 def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: TrainConfig, model: Path) -> Store:
@@ -131,7 +144,7 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
     with start(config.device) as world:
         if config.threads:
             torch.set_num_threads(config.threads)
-        pictures, _, _ = parts.open_pictures(config)
+        pictures, measured, _ = parts.open_pictures(config)
         if pictures.classes != recipe.classes:
             raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(pictures, recipe)}")
         seen = parts.recipe_of(config, recipe.classes)
@@ -148,6 +161,11 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
         store.data["net"] = {"recipe": str(recipe.base), "edits": list(map(str, recipe.edits)), **cost_entry(whole)}
         store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
         store.data["pictures"] = {"sample": sample.pictures, "training": len(pictures)}
+        if measured.split == "held-out" and config.split_seed is None:
+            notes.append(
+                f"the held-out pictures may be ones that {model} was trained on: there is no config.yaml of its run "
+                "beside it; give that run's seed as --split-seed, and its --val-fraction"
+            )
         for line in [*report.start_lines(store.data), *(f"note    {note}" for note in notes)]:
             _say(line)
         for _, reason in sample.unreadable:
