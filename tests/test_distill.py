@@ -229,6 +229,24 @@ def test_at_a_convolution_the_teacher_keeps_its_batchnorm(data: Path, teacher: P
     assert isinstance(found.net.bn1, nn.BatchNorm2d)
 
 
+def test_a_place_inside_a_norm_that_is_folded_away(data: Path, teacher: Path) -> None:
+    """timm's BatchNorm with an activation in it: what is left of it keeps its names."""
+    its = recipe()
+    student = surgery.insert(build(its)[0], "blocks.3.0.bn1.act", 2, input_size=SIZE)
+    found = open_teacher(config(data, teacher=str(teacher), distill_features=1.0), its, student)
+    assert found is not None
+    assert found.notes == ()
+    x, (plain, _) = torch.randn(1, *SIZE), load(teacher)
+    maps = []
+    for net in (found.net, plain):
+        tapped = Tapped(net, ["blocks.3.0.bn1.act"])
+        with tapped.listening(), torch.no_grad():
+            maps += tapped(x)[1]
+    assert isinstance(plain.blocks[3][0].bn1, nn.BatchNorm2d)
+    assert not isinstance(found.net.blocks[3][0].bn1, nn.BatchNorm2d)
+    torch.testing.assert_close(maps[0], maps[1], rtol=1e-4, atol=1e-5)
+
+
 # the run
 
 

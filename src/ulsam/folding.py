@@ -1,6 +1,7 @@
 """A net for inference: BatchNorm folded into the convolutions before it, in the layout that is fastest."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -104,8 +105,9 @@ def _fold_pair(model: nn.Module, conv_name: str, norm_name: str) -> None:
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
     )
-    rest = [child for name, child in norm.named_children() if name in ("drop", "act")]  # of timm's BatchNormAct2d
-    model.set_submodule(norm_name, nn.Sequential(*rest) if rest else nn.Identity())
+    # of timm's BatchNormAct2d, under their names
+    rest = OrderedDict((name, child) for name, child in norm.named_children() if name in ("drop", "act"))
+    model.set_submodule(norm_name, nn.Sequential(rest) if rest else nn.Identity())
 
 
 def _tensors(output: Any) -> list[Tensor]:
