@@ -219,6 +219,18 @@ def test_a_map_behind_an_inserted_layer_is_the_layers() -> None:
     assert not torch.equal(found, before)
 
 
+def test_a_map_is_what_its_place_puts_out_whatever_follows_in_place() -> None:
+    """ResNet adds the shortcut to the output of bn2, and applies its ReLU, in place."""
+    net = build(recipe(base="resnet18"))[0].eval()
+    block, x = net.layer1[0], torch.randn(1, 64, 16, 16)
+    tapped = Tapped(block, ["bn2"])
+    with tapped.listening(), torch.no_grad():
+        nn.init.constant_(block.bn2.bias, -0.3)
+        _, (found,) = tapped(x)
+        by_hand = block.bn2(block.conv2(block.act1(block.bn1(block.conv1(x)))))
+    torch.testing.assert_close(found, by_hand)
+
+
 def test_at_a_convolution_the_teacher_keeps_its_batchnorm(data: Path, teacher: Path) -> None:
     base = recipe()
     student = surgery.insert(build(base)[0], "conv_stem", 2, input_size=SIZE)

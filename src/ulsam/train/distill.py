@@ -199,7 +199,7 @@ class Tapped(nn.Module):
                 handle.remove()
 
     def _note(self, place: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.found[place] = output
+        self.found[place] = output.clone()  # what comes next may change it in place: x += shortcut, a ReLU
 
 
 class Distiller:
