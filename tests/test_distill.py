@@ -198,6 +198,26 @@ def test_places_are_those_of_the_edits_and_the_last_map(edits: list[str], places
     assert shared_places(build(recipe(*edits))[0], flows, SIZE) == places
 
 
+@pytest.mark.parametrize("size", [(3, 64, 64), (3, 32, 32)], ids=str)
+@pytest.mark.parametrize(
+    ("base", "edits", "places"),
+    [
+        ("mobilenetv2_035", [], ["bn2"]),
+        ("mobilenetv2_035", ["replace 17"], ["blocks.5.2", "bn2"]),  # a map of one pixel, at 32 px
+        ("mobilenetv3_small_050", [], ["blocks"]),  # whose head is convolutions behind the pooling
+        ("resnet18", [], ["layer4"]),
+        ("resnet18", ["replace layer4.1"], ["layer4.1"]),  # which is what layer4 puts out
+        ("resnet18", ["replace layer4.1.bn2"], ["layer4.1.bn2", "layer4"]),
+        ("regnetx_002", ["replace s4.b7"], ["s4.b7"]),  # which s4 and final_conv, an identity, hand on
+    ],
+)
+def test_the_last_map_is_found_at_any_size_and_counted_once(
+    base: str, edits: list[str], places: list[str], size: tuple[int, int, int]
+) -> None:
+    flows = trace(build(recipe(base=base))[0], size)
+    assert shared_places(build(recipe(*edits, base=base))[0], flows, size) == places
+
+
 def test_a_place_that_the_teacher_lacks_is_left_out() -> None:
     wider = trace(build(recipe(base="mobilenetv2_100"))[0], SIZE)
     narrow = build(recipe("drop 14", base="mobilenetv2_035"))[0]

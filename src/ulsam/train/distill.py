@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulsam.errors import UlsamError, printable
+from ulsam.evaluate import eval_mode
 from ulsam.folding import fold
 from ulsam.models import load
 from ulsam.recipe import Recipe
@@ -95,8 +96,9 @@ def open_teacher(config: TrainConfig, recipe: Recipe, student: nn.Module) -> Tea
 def shared_places(student: nn.Module, teacher: Mapping[str, Flow], input_size: Sequence[int]) -> list[str]:
     """Where the student's feature maps are compared with the teacher's.
 
-    That is at every place of an edit, and at the last map before the head: the last one of more than one pixel, at the
-    outermost module that puts it out. Where the teacher puts out another shape, nothing is compared.
+    That is at every place of an edit, and at the last map before the head, which begins with the pooling: at the
+    outermost module that puts it out, and once if an edit's place puts out this very map. Where the teacher puts out
+    another shape, nothing is compared. None of this depends on the size of the maps.
 
     Args:
         student: with the edits.
@@ -115,12 +117,18 @@ def shared_places(student: nn.Module, teacher: Mapping[str, Flow], input_size: S
     flows = trace(student, input_size)
     maps = [name for name in flows if name and _is_map(flows[name])]
     outermost = [name for name in maps if not any(name.startswith(f"{other}.") for other in maps)]
-    wanted = dict.fromkeys([*edited(student), *outermost[-1:]])
+    pools = [
+        number for number, name in enumerate(outermost) if "Adaptive" in type(student.get_submodule(name)).__name__
+    ]
+    last = outermost[: pools[-1] if pools else None][-1:]
+    wanted = dict.fromkeys([*edited(student), *last])
     found = [
         name
         for name in wanted
         if name in teacher and _is_map(teacher[name]) and teacher[name].output_shape == flows[name].output_shape
     ]
+    if found and found[-1:] == last and _is_repeated(student, found, input_size):
+        del found[-1]
     if not found:
         raise UlsamError(
             "distill_features compares feature maps at places of one name and shape, and the teacher has none at "
@@ -275,9 +283,27 @@ def describe(config: TrainConfig, teacher: Teacher) -> str:
 
 
 def _is_map(flow: Flow) -> bool:
-    """Whether it is a feature map [1, C, H, W] of more than one pixel."""
-    shape = flow.output_shape
-    return shape is not None and len(shape) == 4 and shape[2] * shape[3] > 1
+    """Whether it is a feature map [1, C, H, W]."""
+    return flow.output_shape is not None and len(flow.output_shape) == 4
+
+
+@torch.no_grad()
+def _is_repeated(net: nn.Module, places: Sequence[str], input_size: Sequence[int]) -> bool:
+    """Whether the last of these places puts out the very tensor that an earlier one does, unchanged since."""
+    outputs: dict[str, tuple[Tensor, int]] = {}
+
+    def note(place: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs[place] = output, output._version
+
+    handles = [net.get_submodule(place).register_forward_hook(partial(note, place)) for place in places]
+    try:
+        with eval_mode(net):
+            net(torch.zeros(1, *input_size, device=next(net.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    last, version = outputs[places[-1]]
+    return any(outputs[place][0] is last and outputs[place][1] == version for place in places[:-1])
 
 
 def _other_classes(its: Sequence[str], ours: Sequence[str]) -> str:
