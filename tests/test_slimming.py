@@ -21,10 +21,11 @@ import ulsam
 from tiny import draw_splits, options, warm
 from ulsam.cli import main
 from ulsam.costs import cost
+from ulsam.data.loading import eval_loader
 from ulsam.data.pictures import read_pixels
 from ulsam.data.sources import open_data
 from ulsam.errors import UlsamError
-from ulsam.evaluate import ALONE, recipe_transform
+from ulsam.evaluate import ALONE, evaluate, recipe_transform
 from ulsam.models import build, load, make_recipe, read_recipe, save_model
 from ulsam.recipe import Edit
 from ulsam.slimming.blocks import Block, Switched, find_blocks
@@ -33,7 +34,7 @@ from ulsam.slimming.choose import Chooser
 from ulsam.slimming.damage import Score, draw_sample, score
 from ulsam.slimming.latency import call_of, check_engine, time_in_turn
 from ulsam.slimming.report import choice_lines
-from ulsam.slimming.run import fine_tuning, slim
+from ulsam.slimming.run import _result, fine_tuning, slim
 from ulsam.slimming.store import Store
 from ulsam.train.config import TrainConfig
 from ulsam.train.parts import open_pictures, recipe_of
@@ -299,6 +300,17 @@ def test_the_slimmed_net_keeps_to_the_budget_and_is_told(model, data, slimmed, c
     result = found["result"]
     assert result["slimmed"] == json.loads((slimmed / "run" / "summary.json").read_text())["scores"]
     assert result["original"]["pictures"] == result["slimmed"]["pictures"] == 9
+
+
+def test_the_original_is_measured_in_the_precision_of_the_run(model, data, slimmed):
+    """Whose settings may say auto, where the run then chose."""
+    summary = json.loads((slimmed / "run" / "summary.json").read_text())
+    summary["config"] |= {"amp": "bf16", "layout": "channels_last"}
+    net, seen = load(model)
+    found = _result(net, TrainConfig.from_mapping({**summary["config"], "amp": "auto", "layout": "auto"}), summary)
+    batches = eval_loader(open_data(str(data))[1], recipe_transform(seen), batch_size=8, workers=0, device=ALONE.device)
+    scores = [evaluate(load(model)[0], batches, 3, amp=amp).loss for amp in (torch.bfloat16, None)]
+    assert found["original"]["loss"] == pytest.approx(scores[0], rel=1e-6) != scores[1]
 
 
 def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data, slimmed, capsys):

@@ -33,6 +33,7 @@ from ulsam.train import parts, restore
 from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.loop import Interrupted, resume, train
 from ulsam.train.report import cost_entry, score_entry
+from ulsam.train.step import AMP_DTYPES, LAYOUTS
 
 #: Settings of training that slimming decides.
 DECIDED = ("data", "model", "model_args", "edits", "pretrained", "weights", "teacher")
@@ -203,7 +204,8 @@ def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
 
 
 def _result(net: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The slimmed net beside the original one, both on the pictures on which the run was measured."""
+    """The slimmed net beside the original one, both on the run's own pictures, in its precision and layout."""
+    ran = TrainConfig.from_mapping(summary["config"])
     with start(config.device) as world:
         _, pictures, _ = parts.open_pictures(config)
         seen = parts.recipe_of(config, summary["recipe"]["classes"])
@@ -214,7 +216,15 @@ def _result(net: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> 
             workers=config.workers,
             device=world.device,
         )
-        scores = evaluate(net.to(world.device), batches, len(seen.classes), world=world, progress="original net")
+        scores = evaluate(
+            net.to(world.device).to(memory_format=LAYOUTS[ran.layout]),
+            batches,
+            len(seen.classes),
+            world=world,
+            amp=AMP_DTYPES[ran.amp],
+            channels_last=ran.layout == "channels_last",
+            progress="original net",
+        )
     return {
         "split": summary["split"],
         "original": score_entry(scores, seen.classes),
