@@ -21,6 +21,7 @@ from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import evaluate, recipe_transform
 from ulsam.files import write_atomic
 from ulsam.models import load
+from ulsam.places import match
 from ulsam.recipe import Recipe
 from ulsam.slimming import report
 from ulsam.slimming.blocks import find_blocks
@@ -28,7 +29,7 @@ from ulsam.slimming.budget import Wish, wish
 from ulsam.slimming.choose import Chooser
 from ulsam.slimming.damage import draw_sample, score
 from ulsam.slimming.latency import check_engine
-from ulsam.slimming.store import Store
+from ulsam.slimming.store import Store, check_folder
 from ulsam.train import parts, restore
 from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.loop import Interrupted, resume, train
@@ -149,6 +150,11 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
         if pictures.classes != recipe.classes:
             raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(pictures, recipe)}")
         seen = parts.recipe_of(config, recipe.classes)
+        # what cannot be trained or kept shows before anything is measured
+        check_folder(out)
+        if config.freeze:
+            match(net, config.freeze)
+        blocks, switched, notes = find_blocks(net, seen.input_size, dict(asked.layer), asked.at)
         sample = draw_sample(pictures, seen, asked.pictures, world, workers=config.workers)
         identity = {
             **asked.entry(),
@@ -157,7 +163,6 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
             "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
         }
         store = Store(out, identity)
-        blocks, switched, notes = find_blocks(net, seen.input_size, dict(asked.layer), asked.at)
         whole = cost(net, seen.input_size)
         store.data["net"] = {"recipe": str(recipe.base), "edits": list(map(str, recipe.edits)), **cost_entry(whole)}
         store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]

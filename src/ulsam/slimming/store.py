@@ -34,9 +34,8 @@ class Store:
     def __init__(self, out: Path, wish: Mapping[str, Any]) -> None:
         self.path = out / NAME
         self.data: dict[str, Any] = {"command": command_line(), "versions": versions(), "wish": dict(wish)}
+        check_folder(out)
         if not self.path.exists():
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise UlsamError(f"{out} is no new folder, and holds no {NAME} to go on from: choose another --out")
             return
         before = _read(self.path)
         for name, value in wish.items():
@@ -75,6 +74,20 @@ class Store:
         except OSError as error:
             raise UlsamError(f"cannot make the folder {self.path.parent}: {error.strerror}") from error
         write_atomic(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_folder(out: Path) -> None:
+    """Raise unless it is a new folder, an empty one, or that of a slimming.
+
+    Raises:
+        UlsamError: it is something else.
+
+    >>> check_folder(Path("a folder that is not there"))
+    """
+    if (out / NAME).exists():
+        _read(out / NAME)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UlsamError(f"{out} is no new folder, and holds no {NAME} to go on from: choose another --out")
 
 
 def _read(path: Path) -> dict[str, Any]:
