@@ -477,6 +477,18 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
         TrainConfig.from_mapping({"data": "birds", **settings})
 
 
+def test_a_run_without_a_teacher_gets_none_when_it_goes_on(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(TrainConfig("birds").to_yaml())
+    with pytest.raises(UlsamError, match=r"own settings: teacher was None and cannot be changed$"):
+        resume(tmp_path, {"teacher": str(teacher)})
+
+
+def test_a_diverged_run_is_told_of_the_weight_of_its_maps(data: Path, teacher: Path, tmp_path: Path) -> None:
+    trainer = Trainer(config(data, teacher=str(teacher), distill_features=1e38, lr=1e3), tmp_path, ALONE)
+    with pytest.raises(UlsamError, match=r"or --amp none, or a lower --distill-features$"):
+        trainer.fit()
+
+
 def test_the_defaults_of_a_teacher_are_written_down(teacher: Path) -> None:
     given = TrainConfig("birds", teacher="a.safetensors")
     assert (given.distill, given.distill_temperature, given.distill_features) == (0.5, 4.0, 0.0)

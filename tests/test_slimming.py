@@ -114,6 +114,15 @@ def test_blocks_that_groups_do_not_fit_are_left_out_and_said():
         find_blocks(net, SIZE, {"groups": 9})
 
 
+def test_single_convolutions_are_replaced_where_they_are_named():
+    (block,), _, _ = find_blocks(timm.create_model("resnet18"), SIZE, {}, "layer1.0.conv1")
+    assert (block.place, block.params) == ("layer1.0.conv1", 9 * 64 * 64 - 2 * 64)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    with pytest.raises(UlsamError, match=r"H, W\] \(single convolutions: name them by --at\)$"):
+        find_blocks(plain, SIZE, {})
+    assert [block.name for block in find_blocks(plain, SIZE, {}, "2")[0]] == ["2"]
+
+
 def test_a_switched_net_is_the_edited_one_and_then_as_it_was():
     net = timm.create_model("mobilenetv2_035", num_classes=3).eval()
     x, state = torch.randn(2, *SIZE), copy.deepcopy(net.state_dict())

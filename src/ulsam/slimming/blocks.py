@@ -99,7 +99,7 @@ def find_blocks(
         net: on the CPU.
         input_size: C, H, W.
         layer, seed: as for :class:`Switched`.
-        at: names, globs or layer numbers of the blocks to choose from.
+        at: names, globs or layer numbers of the blocks to choose from; also of single convolutions.
 
     Raises:
         UlsamError: there is no such block, one of ``at`` is no candidate or lies inside another, or what the blocks
@@ -110,7 +110,7 @@ def find_blocks(
     >>> [block.name for block in found]
     ['layer1.0', 'layer1.1', 'layer2.1', 'layer3.1', 'layer4.1']
     """
-    every = {candidate.name: candidate for candidate in candidates(net, input_size)}
+    every = {candidate.name: candidate for candidate in candidates(net, input_size, leaves=at is not None)}
     names = _outermost(net, every) if at is None else _named(net, every, at)
     groups = Edit("replace", "any", **layer).groups
     fitting = [name for name in names if groups is None or groups in every[name].groups]
@@ -121,6 +121,8 @@ def find_blocks(
     ]
     if not fitting:
         why = f": {notes[0]}" if notes else " that takes and puts out the same feature map [B, C, H, W]"
+        if not notes and candidates(net, input_size, leaves=True):
+            why += " (single convolutions: name them by --at)"
         raise UlsamError(f"this {type(net).__name__} has no block to replace{why}")
     switched = Switched(net, fitting, layer, input_size, seed)
     numbers = {name: number for number, name in layer_names(net).items()}

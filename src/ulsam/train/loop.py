@@ -398,9 +398,10 @@ class Trainer:
         return summary
 
     def _diverged(self, what: str, step: int) -> UlsamError:
+        taught = ", or a lower --distill-features" if self.config.distill_features else ""
         return UlsamError(
             f"{what} in epoch {self.at.epoch + 1}, step {step}, at learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:.3g}: try a lower --lr, --clip-grad 1, or --amp none"
+            f"{self.optimizer.param_groups[0]['lr']:.3g}: try a lower --lr, --clip-grad 1, or --amp none{taught}"
         )
 
     def _stopped(self, where: str) -> Interrupted:

@@ -39,7 +39,8 @@ def continued(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
     before = read_config(run / "config.yaml")
     config = TrainConfig.from_mapping({**before, **overrides})
     for name, value in dataclasses.asdict(TrainConfig.from_mapping(before)).items():
-        if name not in _MAY_CHANGE and getattr(config, name) != value:
+        now = getattr(config, name)
+        if (name not in _MAY_CHANGE or (name == "teacher" and value is None)) and now != value:
             raise UlsamError(f"--resume goes on with the run's own settings: {name} was {value} and cannot be changed")
     if names := undecided(config):
         raise UlsamError(f"{run / 'config.yaml'} was changed: {names[0]} is auto, but the run had chosen; put it back")
