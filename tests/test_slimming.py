@@ -346,17 +346,17 @@ def test_a_net_with_edits_is_slimmed_further(data, tmp_path, capsys):
     recipe = make_recipe("mobilenetv2_035", CLASSES, [Edit("replace", "17", 2)], size=32)
     save_model(build(recipe)[0], recipe, tmp_path / "net.safetensors")
     argv = ["slim", str(tmp_path / "net.safetensors"), str(data), "--macs", "0.97", "--layer", "eca", "--no-train"]
-    assert main([*argv, "--at", "14,16", "--out", str(tmp_path / "out"), *options(SETTINGS)]) == 0
-    chosen = kept(tmp_path / "out")["chosen"]["blocks"]
-    config = TrainConfig.from_mapping(yaml.safe_load((tmp_path / "out" / "train.yaml").read_text()))
+    out = tmp_path / "the out"
+    assert main([*argv, "--at", "14,16", "--out", str(out), *options(SETTINGS)]) == 0
+    chosen = kept(out)["chosen"]["blocks"]
+    config = TrainConfig.from_mapping(yaml.safe_load((out / "train.yaml").read_text()))
     assert config.edits == ["replace 17 g=2", f"replace {','.join(chosen)} layer=eca"]
     net, notes = build(recipe_of(config, CLASSES), weights=config.weights)
     assert notes == []
     original = load(tmp_path / "net.safetensors")[0]
     assert torch.equal(net.blocks[5][2].pointwise.weight, original.blocks[5][2].pointwise.weight)
     assert (
-        capsys.readouterr().out.splitlines()[-1]
-        == f"next    ulsam train --config {tmp_path}/out/train.yaml --out {tmp_path}/out/run"
+        capsys.readouterr().out.splitlines()[-1] == f"next    ulsam train --config '{out}/train.yaml' --out '{out}/run'"
     )
 
 

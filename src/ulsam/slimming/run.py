@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,8 @@ def slim(
         config = dataclasses.replace(config, edits=chosen)
         write_atomic(out / "train.yaml", config.to_yaml())
         if not fine_tune:
-            _say(f"next    ulsam train --config {out / 'train.yaml'} --out {out / 'run'}")
+            command = ["ulsam", "train", "--config", str(out / "train.yaml"), "--out", str(out / "run")]
+            _say(f"next    {shlex.join(command)}")
         else:
             summary = _trained(config, out / "run")
             if store.get("result") is None:
