@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--pictures", type=int, default=400, metavar="N", help="training pictures to measure damage on (default: 400)"
     )
     choice.add_argument(
-        "--most-sets", type=int, default=64, metavar="N", help="sets to measure after the greedy search (default: 64)"
+        "--most-sets", type=int, default=200, metavar="N", help="sets to measure after the greedy search (default: 200)"
     )
     time = parser.add_argument_group("how time is taken for --latency")
     time.add_argument("--engine", default="eager", metavar="ENGINE", help="eager (default) or onnxruntime")

@@ -39,7 +39,7 @@ class Wish:
     layer: Mapping[str, Any] = field(default_factory=dict)
     at: str | None = None
     pictures: int = 400
-    most_sets: int = 64
+    most_sets: int = 200
     engine: Engine = "eager"
     batch: int = 1
     threads: int | None = None

@@ -31,7 +31,7 @@ class Found:
     rivals: tuple[Blocks, ...]
 
 
-def search(savings: Sequence[float], least: float, damage: Damage, most_sets: int = 64) -> Found:
+def search(savings: Sequence[float], least: float, damage: Damage, most_sets: int = 200) -> Found:
     """Find the set of least damage that saves ``least`` or more.
 
     First greedily (:func:`greedy`). Then, where there are at most ``most_sets`` minimal sets, all of them are measured
