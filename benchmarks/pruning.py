@@ -8,7 +8,7 @@ channels of all layers compete, they go in small steps until the cost is met, no
 classifier's outputs stay. The classifier is new, so it has no say in what is important. --uniform takes the same share
 of channels from every layer instead.
 
-Runs are chosen and lie as `ulsam compare` does it, in OUT/arms/pruned-macs-0.868/choose-LR-EPOCHS and in .../seed-N.
+Runs are chosen and lie as `ulsam compare` does it, in OUT/arms/pruned-macs-0.868/choose-LR-EPOCHS and .../seed-N-LR-EPOCHS.
 Done ones are skipped.
 
     pip install 'ulsam[peers]'

@@ -100,6 +100,12 @@ def summaries(out: Path, arm: str, pattern: str = "seed-*") -> list[dict[str, An
     return [json.loads(path.read_text()) for path in found]
 
 
+def final(out: Path, arm: str, seed: int) -> Path:
+    """The folder of a run that counts, where rates were tried."""
+    (found,) = out.glob(f"arms/{arm}/seed-{seed}-*/")
+    return found
+
+
 def test_the_result_is_what_the_summaries_say(finished: tuple[Path, dict[str, Any]]) -> None:
     out, result = finished
     assert json.loads((out / "compare.json").read_text()) == result
@@ -161,9 +167,10 @@ def test_started_again_it_trains_only_what_is_missing(
     out = shutil.copytree(finished[0], tmp_path / "out")
     again, started = run_here(out, data, ARMS, rates=(0.02, 0.1), seeds=2)
     assert (again, started) == (finished[1], [])
-    shutil.rmtree(out / "arms" / "slim" / "seed-1")
+    lost = final(out, "slim", 1)
+    shutil.rmtree(lost)
     again, started = run_here(out, data, ARMS, rates=(0.02, 0.1), seeds=2)
-    assert started == ["slim, seed-1"]
+    assert started == [f"slim, {lost.name}"]
     assert [arm["top1"] for arm in again["arms"]] == [arm["top1"] for arm in finished[1]["arms"]]
 
 
@@ -174,7 +181,7 @@ def test_runs_of_another_recipe_are_never_mixed_in(
     with pytest.raises(UlsamError, match=r"holds a run with smoothing 0.1, not 0.0: move it away") as error:
         run_here(out, data, ARMS, rates=(0.02, 0.1), seeds=2, settings={"smoothing": 0.0})
     assert "choose-0.02-1" in str(error.value)
-    path = out / "arms" / "base" / "seed-0" / "summary.json"
+    path = final(out, "base", 0) / "summary.json"
     summary = json.loads(path.read_text())
     del summary["config"]["split_seed"]  # as an earlier version would have left it: the same recipe only by its default
     summary["config"]["workers"] = 7  # does not change what is trained
@@ -185,7 +192,7 @@ def test_runs_of_another_recipe_are_never_mixed_in(
 
 def test_other_pictures_are_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out = shutil.copytree(finished[0], tmp_path / "out")
-    path = out / "arms" / "slim" / "seed-1" / "summary.json"
+    path = final(out, "slim", 1) / "summary.json"
     summary = json.loads(path.read_text())
     summary["outcomes"]["names"] = "0" * 64
     path.write_text(json.dumps(summary))
@@ -242,7 +249,7 @@ def test_the_second_table_has_every_other_pair() -> None:
 
 def test_runs_that_were_not_started_are_missing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out = shutil.copytree(finished[0], tmp_path / "out")
-    shutil.rmtree(out / "arms" / "slim" / "seed-1")
+    shutil.rmtree(final(out, "slim", 1))
     result = report(out)
     assert (result["finished"], result["arms"][1]["missing"]) == (False, 1)
     assert result["arms"][1]["minus_base"]["seeds"] == [0]

@@ -157,9 +157,8 @@ def test_all_rates_then_the_best_one_at_more_epochs_then_the_seeds() -> None:
     assert done.index(("base", 0.04, 1)) < done.index(("slim", 0.01, 1))  # the base first
     assert [plan.chosen(arm, look) for arm in plan.arms] == [(0.02, 1), (0.04, 3)]
     finals = plan.due(look)
-    assert [(run.arm.name, run.name) for run in finals] == [
-        (arm, seed) for seed, arm in itertools.product(("seed-0", "seed-1"), ("base", "slim"))
-    ]
+    names = [f"seed-{seed}-{choice}" for seed, choice in itertools.product((0, 1), ("0.02-1", "0.04-3"))]
+    assert [(run.arm.name, run.name) for run in finals] == list(zip(["base", "slim"] * 2, names, strict=True))
     assert [(run.config.lr, run.config.epochs, run.config.seed) for run in finals[2:]] == [(0.02, 1, 1), (0.04, 3, 1)]
     assert {run.config.val_fraction for run in finals} == {None}
     assert plan.size == len(done) + len(finals)
@@ -169,12 +168,26 @@ def test_all_rates_then_the_best_one_at_more_epochs_then_the_seeds() -> None:
     assert plan.tried(plan.arms[1], look)[0] == Try(0.01, 1, None)
 
 
+def test_another_choice_is_another_run() -> None:
+    """A winning rate is added, or a failed try succeeds later: the runs of the earlier choice are left as they are."""
+    look = Results()
+    plan = grid("base", "size=24", rates=(0.01, 0.02), seeds=1)
+    while due := plan.due(look):
+        look.add(due[0], {0.01: 0.5, 0.02: 0.6}[due[0].config.lr])
+    more = grid("base", "size=24", rates=(0.01, 0.02, 0.04), seeds=1)
+    for run in more.due(look):
+        assert run.name == "choose-0.04-2"
+        look.add(run, 0.7 if run.arm.name == "base" else 0.1)
+    assert [(run.arm.name, run.name) for run in more.due(look)] == [("base", "seed-0-0.04-2")]
+    assert plan.due(look) == []
+
+
 def test_an_arm_whose_tries_all_fail_has_no_final_runs() -> None:
     plan = grid("base", "size=24", rates=(0.01, 0.02), seeds=1)
     look = Results()
     for run in plan.due(look):
         look.add(run, None if run.arm.name == "size=24" else 0.5)
-    assert [(run.arm.name, run.name) for run in plan.due(look)] == [("base", "seed-0")]
+    assert [(run.arm.name, run.name) for run in plan.due(look)] == [("base", "seed-0-0.01-2")]
 
 
 def test_one_rate_is_no_choice() -> None:

@@ -18,7 +18,7 @@ class Run:
     """One training run of a comparison."""
 
     arm: Arm
-    name: str  # of its folder: choose-RATE-EPOCHS or seed-N
+    name: str  # of its folder: choose-RATE-EPOCHS, then seed-N-RATE-EPOCHS; seed-N where nothing is chosen
     config: TrainConfig
 
     def __str__(self) -> str:
@@ -134,7 +134,9 @@ class Grid:
         if chosen is None:
             return None
         seed = self.shared.seed + number
-        return Run(arm, f"seed-{seed}", self._config(arm, *chosen, seed=seed))
+        rate, epochs = chosen
+        name = f"seed-{seed}-{rate:g}-{epochs}" if self.choosing else f"seed-{seed}"  # another choice is another run
+        return Run(arm, name, self._config(arm, rate, epochs, seed=seed))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; :meth:`from_json` reads it back.
