@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ulsam.comparison.arms import check_arms, check_choosing, parse_arms
 from ulsam.comparison.grid import Grid
 from ulsam.comparison.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
+from ulsam.comparison.paths import without_paths
 from ulsam.comparison.remote import RayLauncher
 from ulsam.comparison.report import measure_latency, summarise, write_reports
 from ulsam.comparison.store import Store
@@ -120,6 +121,7 @@ def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | Non
         if Path(publish).resolve() == store.root.resolve():
             raise UlsamError(f"cannot publish {out} into itself: name another folder")
         store.publish(publish, dataclasses.replace(grid, arms=(*grid.arms, *store.guests())))
+        write_reports(Store(publish), without_paths(result))
     return result
 
 

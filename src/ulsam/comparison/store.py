@@ -13,7 +13,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,8 +25,6 @@ from ulsam.errors import UlsamError
 from ulsam.files import write_atomic
 from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.restore import HARMLESS
-
-REPORTS = ("compare.json", "compare.md", "compare.csv", "compare.png", "rates.png")
 
 
 class Store:
@@ -117,7 +114,7 @@ class Store:
                 os.close(descriptor)
 
     def publish(self, target: str | Path, grid: Grid) -> None:
-        """Copy what a repository should hold: summaries and reports, without paths of this machine, and no weights.
+        """Copy what reports are made of: summaries, plan and latencies, without paths of this machine, and no weights.
 
         Raises:
             UlsamError: the folder cannot be written.
@@ -134,12 +131,9 @@ class Store:
                 there.clear_failure(run)
                 there.write(str((folder / "summary.json").relative_to(there.root)), without_paths(found))
         guests = [f"arms/{arm.slug}/guest.json" for arm in self.guests()]
-        for name in ("grid.json", "latency.json", "compare.json", *guests):
+        for name in ("grid.json", "latency.json", *guests):
             if (value := self.read(name)) is not None:
                 there.write(name, without_paths(value))
-        for name in REPORTS:
-            if not name.endswith(".json") and (self.root / name).is_file():
-                shutil.copyfile(self.root / name, there.root / name)
 
     def _failure(self, run: Run) -> Failed | None:
         try:
