@@ -70,10 +70,7 @@ def run_here(
     shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), **(settings or {})})
     grid, store = Grid(parse_arms(arms), shared, **given), Store(out)
     with store.alone():
-        for run in grid.known(store.look):
-            store.clear_failure(run)
-            store.check(run)
-        store.write("grid.json", {**grid.to_json(), "command": f"ulsam compare {data}"})
+        store.begin(grid, f"ulsam compare {data}")
     launcher = Here(store)
     run_all(grid, store, launcher, lambda line: None, "ulsam compare")
     measure_latency(grid, store)
@@ -251,6 +248,33 @@ def test_a_failed_run_is_told_and_the_others_go_on(
     shutil.rmtree(tmp_path / "arms" / "wild" / "seed-0")
     _, started = run_here(tmp_path, data, arms, seeds=1, settings={"val_fraction": 0.25})
     assert started == ["wild, seed-0"]  # tried again, once
+
+
+def test_a_rate_that_is_too_high_is_a_result_and_no_failure(data: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"rates": (0.02, 1e30), "seeds": 1, "settings": {"clip_grad": 1e30}}
+    result, _ = run_here(tmp_path, data, ARMS, **given)
+    for arm in result["arms"]:
+        assert (arm["lr"], arm["failed"], arm["missing"], arm["seeds"]) == (0.02, [], 0, [0])
+        assert "the loss is nan" in arm["tries"][1]["failed"]
+    assert any(note.startswith("slim: rate 1e+30 (1 epochs) failed: the loss") for note in result["notes"])
+    assert main(["compare", "--report-only", "--out", str(tmp_path)]) == 0
+    assert "1 failed" not in (tmp_path / "compare.md").read_text()
+    assert run_here(tmp_path, data, ARMS, **given) == (result, [])
+    killed = tmp_path / "arms" / "slim" / "choose-1e+30-1"
+    killed.with_name(f"{killed.name}.failed").write_text("killed by signal 9\n")
+    shutil.rmtree(killed)
+    assert run_here(tmp_path, data, ARMS, **given) == (result, ["slim, choose-1e+30-1"])  # that was no divergence
+
+
+def test_an_arm_of_which_every_try_fails_has_failed(data: Path, tmp_path: Path) -> None:
+    result, _ = run_here(
+        tmp_path, data, ["base", "wild: clip_grad=1e30; momentum=0.5"], rates=(1e29, 1e30), seeds=1
+    )
+    for arm in result["arms"]:
+        assert [entry["run"] for entry in arm["failed"]] == ["choose-1e+29-1", "choose-1e+30-1"]
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--report-only", "--out", str(tmp_path)])
+    assert stop.value.code == 1
 
 
 def test_the_second_table_has_every_other_pair() -> None:

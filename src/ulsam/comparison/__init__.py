@@ -87,10 +87,7 @@ def compare(
     store = Store(out)
     with store.alone():
         grid = dataclasses.replace(grid, shared=_settled(grid, store))
-        for run in grid.known(store.look):
-            store.clear_failure(run)
-            store.check(run)
-        store.write("grid.json", {**grid.to_json(), "command": command_line()})
+        store.begin(grid, command_line())
     say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {store.root}")
     place: Launcher = LocalLauncher(store, jobs or 1)
     if launcher == "ray":

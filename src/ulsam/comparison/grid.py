@@ -8,6 +8,7 @@ from typing import Any
 from ulsam.comparison.arms import Arm
 from ulsam.errors import UlsamError
 from ulsam.train.config import TrainConfig
+from ulsam.train.parts import DIVERGED
 
 HELD_OUT = 0.2  # of the training pictures, to choose on
 SPLIT_SEED = 0  # of what is held out: the same pictures for every arm and seed
@@ -24,12 +25,22 @@ class Run:
     def __str__(self) -> str:
         return f"{self.arm.name}, {self.name}"
 
+    @property
+    def is_try(self) -> bool:
+        """Whether it helps to choose; else its result counts."""
+        return self.name.startswith("choose-")
+
 
 @dataclass(frozen=True)
 class Failed:
     """A run that ended without a result; the reason is the last line that it printed."""
 
     reason: str
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its loss was no longer finite; it would be so again."""
+        return DIVERGED in self.reason
 
 
 #: What came of a run: its summary, a failure, or None where it has not ended yet.
@@ -43,6 +54,7 @@ class Try:
     rate: float
     epochs: int
     top1: float | None  # share; None: the run failed, or has not ended
+    failed: str | None = None  # why
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,11 @@ class Grid:
 
     def tried(self, arm: Arm, look: Look) -> list[Try]:
         """What came of the runs that choose."""
-        return [Try(run.config.lr, run.config.epochs, _top1(look(run))) for run in self.tries(arm, look)]
+        found = [(run.config, look(run)) for run in self.tries(arm, look)]
+        return [
+            Try(config.lr, config.epochs, _top1(end), end.reason if isinstance(end, Failed) else None)
+            for config, end in found
+        ]
 
     def chosen(self, arm: Arm, look: Look) -> tuple[float, int] | None:
         """The learning rate and the epochs of the arm's final runs; None where they are not known, or no try succeeded.

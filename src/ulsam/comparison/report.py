@@ -103,11 +103,13 @@ def _final_runs(grid: Grid, arm: Arm, store: Store) -> list[Run]:
 def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[str, Any] | None) -> dict[str, Any]:
     top1 = [summary["scores"]["top1"] for summary in runs.values()]
     chosen = grid.chosen(arm, store.look)
-    all_runs = [*grid.tries(arm, store.look), *_final_runs(grid, arm, store)]
+    tries = grid.tried(arm, store.look)
+    finals = _final_runs(grid, arm, store)
+    # a rate that fails is a result of its own, but without any that works the arm has failed
+    counted = grid.tries(arm, store.look) if tries and all(entry.failed for entry in tries) else finals
     failed = [
-        {"run": run.name, "reason": found.reason} for run in all_runs if isinstance(found := store.look(run), Failed)
+        {"run": run.name, "reason": found.reason} for run in counted if isinstance(found := store.look(run), Failed)
     ]
-    failed_finals = sum(entry["run"].startswith("seed-") for entry in failed)
     return {
         "name": arm.name,
         "folder": arm.slug,
@@ -116,7 +118,7 @@ def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[st
         "lr": chosen[0] if chosen else None,
         "epochs": chosen[1] if chosen else None,
         "tries": [
-            {"lr": entry.rate, "epochs": entry.epochs, "top1": entry.top1} for entry in grid.tried(arm, store.look)
+            {"lr": entry.rate, "epochs": entry.epochs, "top1": entry.top1, "failed": entry.failed} for entry in tries
         ],
         "seeds": list(runs),
         "top1": top1,
@@ -125,7 +127,7 @@ def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[st
         "cost": dict(next(iter(runs.values()))["cost"]) if runs else {},
         "latency": dict(times) if times else None,
         "failed": failed,
-        "missing": grid.seeds - len(top1) - failed_finals,
+        "missing": grid.seeds - sum(store.look(run) is not None for run in finals),
     }
 
 
@@ -137,7 +139,13 @@ def _difference_entry(found: Difference, margin: float) -> dict[str, Any]:
 def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[Mapping[str, Any]]) -> list[str]:
     notes = []
     for entry in arms:
-        notes += [f"{entry['name']}, {bad['run']} failed: {bad['reason']}" for bad in entry["failed"]]
+        notes += [
+            f"{entry['name']}: rate {tried['lr']:g} ({tried['epochs']} epochs) failed: {tried['failed']}"
+            for tried in entry["tries"]
+            if tried["failed"]
+        ]
+        if entry["lr"] is not None:
+            notes += [f"{entry['name']}, {bad['run']} failed: {bad['reason']}" for bad in entry["failed"]]
         if edge := at_the_edge([Try(found["lr"], found["epochs"], found["top1"]) for found in entry["tries"]]):
             side = "larger" if edge == "largest" else "smaller"
             notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones, --rates")

@@ -69,8 +69,29 @@ class Store:
         """Note why a run failed."""
         write_atomic(self.folder(run).with_name(f"{run.name}.failed"), reason + "\n")
 
+    def begin(self, grid: Grid, command: str) -> None:
+        """Write down what is compared, and let failed runs be done again; but a try that diverged is a result.
+
+        Args:
+            grid: with nothing left at "auto".
+            command: that compares it.
+
+        Raises:
+            UlsamError: a folder holds a run of other settings.
+        """
+        for run in grid.known(self.look):
+            self.forgive(run)
+            self.check(run)
+        self.write("grid.json", {**grid.to_json(), "command": command})
+
+    def forgive(self, run: Run) -> None:
+        """Let a run that failed be done again; not a try that diverged: that its rate is too high is a result."""
+        found = self.look(run)
+        if isinstance(found, Failed) and not (run.is_try and found.diverged):
+            self.clear_failure(run)
+
     def clear_failure(self, run: Run) -> None:
-        """Let a run be tried again."""
+        """Forget why a run failed."""
         self.folder(run).with_name(f"{run.name}.failed").unlink(missing_ok=True)
 
     def read_grid(self) -> Grid | None:

@@ -401,7 +401,7 @@ class Trainer:
         taught = ", or a lower --distill-features" if self.config.distill_features else ""
         return UlsamError(
             f"{what} in epoch {self.at.epoch + 1}, step {step}, at learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:.3g}: try a lower --lr, --clip-grad 1, or --amp none{taught}"
+            f"{self.optimizer.param_groups[0]['lr']:.3g}: {parts.DIVERGED}{taught}"
         )
 
     def _stopped(self, where: str) -> Interrupted:

@@ -26,6 +26,10 @@ from ulsam.trace import trace
 from ulsam.train.config import TrainConfig
 
 
+#: What to do about a loss that is no longer finite: part of the line that such a run ends with.
+DIVERGED = "try a lower --lr, --clip-grad 1, or --amp none"
+
+
 def open_pictures(config: TrainConfig) -> tuple[sources.AnyPictures, sources.AnyPictures, list[str]]:
     """Training pictures, validation pictures and notes for the user; see `ulsam.data.sources.open_data`."""
     return sources.open_data(
