@@ -8,8 +8,8 @@ channels of all layers compete, they go in small steps until the cost is met, no
 classifier's outputs stay. The classifier is new, so it has no say in what is important. --uniform takes the same share
 of channels from every layer instead.
 
-Runs are chosen and lie as `ulsam compare` does it, in OUT/arms/pruned-macs-0.868/choose-LR-EPOCHS and .../seed-N-LR-EPOCHS.
-Done ones are skipped.
+Runs are chosen and lie as `ulsam compare` does it, in OUT/arms/pruned-macs-0.868/choose-LR-EPOCHS and in
+.../seed-N-LR-EPOCHS. Done ones are skipped; the exit status is 1 if one with a seed failed.
 
     pip install 'ulsam[peers]'
     python benchmarks/pruning.py compared --macs 0.868
@@ -21,8 +21,9 @@ import copy
 import dataclasses
 import importlib.metadata
 import statistics
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,7 +31,7 @@ import torch
 from torch import nn
 
 from ulsam.comparison.arms import Arm
-from ulsam.comparison.grid import at_the_edge
+from ulsam.comparison.grid import Failed, at_the_edge
 from ulsam.comparison.latency import measure as measure_latency
 from ulsam.comparison.store import Store, make_folder
 from ulsam.costs import Cost, cost
@@ -82,17 +83,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
 
     grid = dataclasses.replace(compared, arms=(arm,))
+    for run in grid.known(store.look):
+        store.forgive(run)
     while due := grid.due(store.look):
         store.check(due[0])
-        _train(pruned, due[0].config, store.folder(due[0]))
+        try:
+            _train(pruned, due[0].config, store.folder(due[0]))
+        except UlsamError as error:
+            store.fail(due[0], str(error))
     tries = grid.tried(arm, store.look)
     for entry in tries:
-        print(f"{name}: lr {entry.rate:g}, epochs {entry.epochs}: held-out top-1 {100 * (entry.top1 or 0.0):.2f}")
+        found = entry.failed or f"held-out top-1 {100 * (entry.top1 or 0.0):.2f}"
+        print(f"{name}: lr {entry.rate:g}, epochs {entry.epochs}: {found}")
     if edge := at_the_edge(tries):
         print(f"note: the best rate is the {edge} of those tried: give more --rates")
-    finals = [store.look(run) for run in grid.known(store.look) if run.name.startswith("seed-")]
-    tested = [100 * summary["scores"]["top1"] for summary in cast(list[dict[str, Any]], finals)]
-    print(f"{name}: top-1 {', '.join(f'{value:.2f}' for value in tested)}; mean {statistics.mean(tested):.2f}")
+    finals = [(run, store.look(run)) for run in grid.known(store.look) if not run.is_try]
+    tested = [100 * found["scores"]["top1"] for _, found in finals if isinstance(found, Mapping)]
+    if tested:
+        print(f"{name}: top-1 {', '.join(f'{value:.2f}' for value in tested)}; mean {statistics.mean(tested):.2f}")
+    for run, found in finals:
+        if isinstance(found, Failed):
+            print(f"{run} failed: {found.reason}")
+    if not finals or len(tested) < len(finals):
+        raise SystemExit(1)
 
 
 def prune(
@@ -168,4 +181,8 @@ def _entry(before: Cost, after: Cost, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UlsamError as error:
+        print(f"pruning.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

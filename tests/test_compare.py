@@ -267,9 +267,7 @@ def test_a_rate_that_is_too_high_is_a_result_and_no_failure(data: Path, tmp_path
 
 
 def test_an_arm_of_which_every_try_fails_has_failed(data: Path, tmp_path: Path) -> None:
-    result, _ = run_here(
-        tmp_path, data, ["base", "wild: clip_grad=1e30; momentum=0.5"], rates=(1e29, 1e30), seeds=1
-    )
+    result, _ = run_here(tmp_path, data, ["base", "wild: clip_grad=1e30; momentum=0.5"], rates=(1e29, 1e30), seeds=1)
     for arm in result["arms"]:
         assert [entry["run"] for entry in arm["failed"]] == ["choose-1e+29-1", "choose-1e+30-1"]
     with pytest.raises(SystemExit) as stop:

@@ -3,9 +3,12 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +29,12 @@ from ulsam.train.loop import train
 
 pytest.importorskip("torch_pruning")
 SIZE = (3, 32, 32)
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "pruning.py"
 
 
 @pytest.fixture(scope="module")
 def pruning() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("pruning", Path(__file__).parents[1] / "benchmarks" / "pruning.py")
+    spec = importlib.util.spec_from_file_location("pruning", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -82,6 +86,47 @@ def test_a_share_that_cannot_be(pruning: ModuleType, net: nn.Module, monkeypatch
     monkeypatch.setattr(pruning, "STEPS", 4)
     with pytest.raises(UlsamError, match=r"^pruning ends at 0\.\d+ of the macs, not within 1 % of 0.95$"):
         pruning.prune(net, SIZE, 0.95)
+
+
+def test_a_mistake_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pruning.py", str(tmp_path), "--macs", "0.9"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stop.value.code == 2
+    assert re.fullmatch(r"pruning.py: error: .* is not the folder of a comparison.*\n", capsys.readouterr().err)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    pruning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate diverges, and the second seed's training fails; with the cause gone only that seed is trained again."""
+    data = draw_splits(tmp_path / "data", train=12, val=4)
+    settled = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "clip_grad": 1e30}
+    base = TrainConfig.from_mapping({**SETTINGS, **settled, "data": str(data)})
+    grid, store = Grid((Arm.parse("base"),), base, rates=(0.01, 1e30), seeds=2), Store(tmp_path / "out")
+    store.root.mkdir()
+    store.write("grid.json", grid.to_json())
+    words = [str(store.root), "--params", "0.95", "--uniform"]
+    started: list[str] = []
+
+    def train_or_fail(config: TrainConfig, folder: Path, **rest: Any) -> None:
+        started.append(folder.name)
+        if config.seed == 1 and len(started) < 5:
+            raise UlsamError("no space is left")
+        train(config, folder, **rest)
+
+    monkeypatch.setattr(pruning, "train", train_or_fail)
+    with pytest.raises(SystemExit) as stop:
+        pruning.main(words)
+    assert stop.value.code == 1
+    printed = capsys.readouterr().out
+    assert "lr 1e+30, epochs 1: the loss is nan" in printed
+    assert re.search(r"top-1 \d+\.\d\d; mean", printed)
+    assert "seed-1-0.01-1 failed: no space is left" in printed
+    pruning.main(words)
+    assert started == ["choose-0.01-1", "choose-1e+30-1", "seed-0-0.01-1", "seed-1-0.01-1", "seed-1-0.01-1"]
 
 
 def test_its_runs(

@@ -25,7 +25,6 @@ from ulsam.recipe import Edit, Recipe
 from ulsam.trace import trace
 from ulsam.train.config import TrainConfig
 
-
 #: What to do about a loss that is no longer finite: part of the line that such a run ends with.
 DIVERGED = "try a lower --lr, --clip-grad 1, or --amp none"
 
