@@ -93,11 +93,27 @@ def test_arms_that_cannot_be_read(arms: list[str], message: str) -> None:
         (["base", "size=big"], "the arm 'size=big': size must be a whole number"),
         (["base", "colour=red"], "the arm 'colour=red': unknown setting 'colour'"),
         (["base", "weights=missing.safetensors"], "the arm 'weights=missing.safetensors' cannot be built: no weight"),
+        (["base", "taught: teacher=missing.safetensors"], "the arm 'taught' cannot be built: .*missing.safetensors"),
+        (["base", "ulsam_lr=10"], "the arm 'ulsam_lr=10' cannot be built: ulsam_lr has nothing to act on"),
+        (["base", "freeze=[nothing.here]"], "cannot be built: .*nothing.here"),
+        (["base", "freeze=['*']"], "cannot be built: every parameter is frozen"),
+        (["base", "rand_augment=foo"], "the arm 'rand_augment=foo' cannot be built: .*foo"),
+        (["base", "accumulate=99"], "cannot be built: an epoch has 4 batches"),
     ],
 )
 def test_arms_that_cannot_be_built(arms: list[str], message: str, data: Path) -> None:
     with pytest.raises(UlsamError, match=message):
         check_arms(parse_arms(arms), shared(data))
+
+
+def test_a_shared_rate_of_ulsam_layers_is_for_the_arms_that_have_some(data: Path) -> None:
+    preset = "model=ulsam_mobilenetv2_100_replace_14"
+    arms = parse_arms(["base", "drop blocks.2", "insert blocks.2", "insert blocks.2 layer=se", preset])
+    scaled = shared(data, ulsam_lr=10.0)
+    assert [arm.config(scaled).ulsam_lr for arm in arms] == [1, 1, 10, 1, 10]
+    check_arms((arms[0], *arms[2:]), scaled)
+    with pytest.raises(UlsamError, match="ulsam_lr has nothing to act on: no arm has a ULSAM layer"):
+        check_arms(arms[:2], scaled)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +181,7 @@ def test_all_rates_then_the_best_one_at_more_epochs_then_the_seeds() -> None:
     for run in finals:
         look.add(run, 0.5)
     assert plan.due(look) == []
-    assert plan.tried(plan.arms[1], look)[0] == Try(0.01, 1, None)
+    assert plan.tried(plan.arms[1], look)[0] == Try(0.01, 1, None, "diverged")
 
 
 def test_another_choice_is_another_run() -> None:

@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import yaml
 
 from ulsam.comparison.paths import without_paths
-from ulsam.costs import cost
 from ulsam.data.folder import find_splits
 from ulsam.data.sources import is_named
+from ulsam.distributed import World
 from ulsam.errors import UlsamError
-from ulsam.models import build, sketch
+from ulsam.presets import PLACEMENTS
 from ulsam.recipe import Edit
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig
+from ulsam.train.rehearse import rehearse
 
 #: Settings that are one and the same for all arms: what is trained and measured on, and what `compare` decides itself.
 COMMON = (
@@ -83,6 +85,8 @@ class Arm:
     def config(self, shared: TrainConfig, **decided: Any) -> TrainConfig:
         """The settings of one of its runs: those that all arms share, its own, and what was ``decided`` for the run.
 
+        Of the shared settings ``ulsam_lr`` is left out where the net has no ULSAM layer.
+
         Raises:
             UlsamError: they do not go together; the line names the arm.
 
@@ -91,6 +95,8 @@ class Arm:
         """
         values = dataclasses.asdict(shared)
         edits = [*values["edits"], *self.edits]
+        if self.settings.get("model", shared.model) not in PLACEMENTS and not any(map(_is_ulsam, edits)):
+            del values["ulsam_lr"]
         try:
             return TrainConfig.from_mapping({**values, **self.settings, "edits": edits, **decided})
         except UlsamError as error:
@@ -120,9 +126,12 @@ def check_arms(arms: Sequence[Arm], shared: TrainConfig) -> None:
     """Build every arm, without training, so that a mistake shows before the first run.
 
     Raises:
-        UlsamError: the data is not usable, two arms are the same, or an arm cannot be built; the line names the arm.
+        UlsamError: the data is not usable, two arms are the same, an arm cannot be built or trained, which the line
+            names, or ``shared.ulsam_lr`` has nothing to act on.
     """
     configs = [arm.config(shared) for arm in arms]
+    if shared.ulsam_lr != 1 and all(config.ulsam_lr == 1 for config in configs):
+        raise UlsamError("ulsam_lr has nothing to act on: no arm has a ULSAM layer")
     for number, config in enumerate(configs):
         if config in configs[:number]:
             twin = arms[configs.index(config)].name
@@ -130,10 +139,7 @@ def check_arms(arms: Sequence[Arm], shared: TrainConfig) -> None:
     pictures, _, _ = parts.open_pictures(shared)
     for arm, config in zip(arms, configs, strict=True):
         try:
-            recipe = parts.recipe_of(config, pictures.classes)
-            cost(sketch(recipe), recipe.input_size)
-            if config.weights:
-                build(recipe, weights=config.weights)
+            rehearse(config, pictures, World(0, 1, torch.device("cpu")))
         except UlsamError as error:
             raise UlsamError(f"the arm {arm.name!r} cannot be built: {error}") from error
 
@@ -153,6 +159,11 @@ def check_choosing(shared: TrainConfig) -> None:
         raise UlsamError("choosing holds pictures out by itself, and measures on val/ or test/: leave val_fraction out")
     if shared.val_split == shared.train_split:
         raise UlsamError(f"the final runs cannot be measured on {shared.val_split}, which is trained on")
+
+
+def _is_ulsam(edit: str) -> bool:
+    """Whether the edit puts a ULSAM layer in."""
+    return Edit.parse(edit).groups is not None
 
 
 def _setting(name: str, text: str) -> dict[str, Any]:

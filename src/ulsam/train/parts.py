@@ -21,6 +21,7 @@ from ulsam.data.cache import cache_for
 from ulsam.distributed import World
 from ulsam.errors import UlsamError, first_line
 from ulsam.models import make_recipe, ulsam_parameters
+from ulsam.places import match
 from ulsam.recipe import Edit, Recipe
 from ulsam.trace import trace
 from ulsam.train.config import TrainConfig
@@ -118,6 +119,18 @@ def batches_of(
         device=world.device,
     )
     return loader, order, batches // config.accumulate, cache_line
+
+
+def freeze(model: nn.Module, places: Sequence[str]) -> list[nn.Module]:
+    """Keep the weights of the modules at these places as they are; the modules.
+
+    Raises:
+        UlsamError: a place that no module matches.
+    """
+    frozen = [model.get_submodule(name) for name in (match(model, places) if places else [])]
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
 
 
 def optimizer_of(

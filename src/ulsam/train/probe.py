@@ -19,11 +19,11 @@ from torch import nn
 
 from ulsam.distributed import World, start
 from ulsam.errors import UlsamError, first_line
-from ulsam.models import build
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig
-from ulsam.train.distill import Teacher, open_teacher
+from ulsam.train.distill import Teacher
 from ulsam.train.machine import fitted, has_bf16, why_not_compiled
+from ulsam.train.rehearse import rehearse
 from ulsam.train.step import LAYOUTS, Learner
 
 MARGIN = 0.05  # so much faster than a plainer one a choice must be, so that noise does not choose
@@ -72,10 +72,7 @@ def settle(config: TrainConfig) -> TrainConfig:
         try:
             with _same_generators(world.device):
                 pictures, _, _ = parts.open_pictures(config)
-                recipe = parts.recipe_of(config, pictures.classes)
-                _, _, updates, _ = parts.batches_of(dataclasses.replace(config, cache="false"), recipe, pictures, world)
-                model, _ = build(recipe)
-                teacher = open_teacher(config, recipe, model)
+                recipe, model, teacher, updates = rehearse(config, pictures, world)
                 config, lines = probe(config, model, recipe.input_size, updates, world, teacher=teacher)
         finally:
             torch.set_num_threads(threads)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ulsam.distributed import World
-from ulsam.places import match
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig
 from ulsam.train.distill import Distiller, Teacher
@@ -35,9 +34,7 @@ class Learner:
         self.config, self.device = config, world.device
         self.layout = LAYOUTS[config.layout]
         self.model = model.to(world.device).to(memory_format=self.layout)
-        self.frozen = [model.get_submodule(name) for name in (match(model, config.freeze) if config.freeze else [])]
-        for module in self.frozen:
-            module.requires_grad_(False)
+        self.frozen = parts.freeze(model, config.freeze)
         self.optimizer, self.schedule = parts.optimizer_of(config, self.model, epoch_updates)
         self.amp = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == torch.float16)
