@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ulsam import __version__
 from ulsam.errors import UlsamError, printable
@@ -33,7 +33,13 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's parser, but a mistake gets one line, without the usage of every option above it."""
+    """argparse's parser, but a mistake gets one line, without the usage of every option above it.
+
+    Options are written out: ``--seed`` is never taken for ``--seeds``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ulsam: error: {message}; see {self.prog} --help\n")

@@ -21,7 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "base: no change. The first one is what the others are held against",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison; go on with the same one")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm (default: 5)")
+    parser.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="runs of each arm, with seeds from --seed on (default: 5)"
+    )
     parser.add_argument("--rates", type=_numbers(float), default=(), metavar="LR,...", help="learning rates to try")
     parser.add_argument("--tried-epochs", type=_numbers(int), default=(), metavar="N,...", help="epochs to try")
     parser.add_argument("--config", metavar="YAML", help="settings from a file; options on the command line come first")
@@ -39,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report-only", action="store_true", help="train nothing: the tables of what is in --out")
     parser.add_argument("--publish", metavar="FOLDER", help="copy summaries and tables there, without machine paths")
-    add_settings(parser, but=("seed", "split_seed", "val_every"))
+    add_settings(parser, but=("split_seed", "val_every"))
 
 
 def run(args: argparse.Namespace) -> None:
