@@ -1,6 +1,7 @@
 """A comparison from pictures to tables: runs in this process, real summaries, what is refused, what is published."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from ulsam.cli import main
 from ulsam.comparison import _reported, report
 from ulsam.comparison.arms import parse_arms
 from ulsam.comparison.grid import Failed, Grid, Run
+from ulsam.comparison.identity import data_digest
 from ulsam.comparison.launch import Ended, LocalLauncher, lock_of, run_all
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.report import measure_latency
@@ -70,7 +72,7 @@ def run_here(
     shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), **(settings or {})})
     grid, store = Grid(parse_arms(arms), shared, **given), Store(out)
     with store.alone():
-        store.begin(grid, f"ulsam compare {data}")
+        store.begin(grid, f"ulsam compare {data}", data_digest(shared))
     launcher = Here(store)
     run_all(grid, store, launcher, lambda line: None, "ulsam compare")
     measure_latency(grid, store)
@@ -186,6 +188,32 @@ def test_runs_of_another_recipe_are_never_mixed_in(
     path.write_text(json.dumps(summary))
     with pytest.raises(UlsamError, match="split_seed None, not 0"):
         report(out)
+
+
+@pytest.mark.parametrize("what", ["longer", "renamed", "in another split", "one more", "another class"])
+def test_data_that_changed_is_refused_before_training(what: str, tmp_path: Path) -> None:
+    data = draw_splits(tmp_path / "data", train=3, val=2)
+    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data)})
+    grid, store = Grid(parse_arms(ARMS), shared), Store(tmp_path / "out")
+    store.root.mkdir()
+    store.write("grid.json", grid.to_json())  # as an earlier version left it
+    store.begin(grid, "ulsam compare", data_digest(shared))
+    moved = data.rename(tmp_path / "moved")
+    store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved), workers=1)))
+    picture = moved / "train" / "class1" / "000.png"
+    if what == "longer":
+        picture.write_bytes(picture.read_bytes() + b"0")
+    elif what == "renamed":
+        picture.rename(picture.with_name("other.png"))
+    elif what == "in another split":
+        picture.rename(moved / "val" / "class1" / "moved.png")
+    elif what == "one more":
+        shutil.copyfile(picture, picture.with_name("more.png"))
+    else:
+        for split in ("train", "val"):
+            (moved / split / "class1").rename(moved / split / "class9")
+    with pytest.raises(UlsamError, match=r"on other pictures than .*data holds now: name another --out$"):
+        store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved))))
 
 
 def test_other_pictures_are_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -304,6 +332,10 @@ def test_runs_that_were_not_started_are_missing(finished: tuple[Path, dict[str, 
             ["DATA", "--arm", "base", "--arm", "size=24", "--rates", "0.1,0.2", "--val-fraction", "0.5"],
             "leave val_frac",
         ),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--rate", "0.1"], "unrecognized arguments: --rate 0.1"),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--config", "EDITS"], "base too: give edits with --arm"),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--config", "OFTEN"], "leave val_every out"),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--config", "SPLIT"], "leave split_seed out"),
         (["--report-only"], "is not the folder of a comparison"),
         (["--report-only", "DATA"], "leave DATA, --arm and settings out"),
     ],
@@ -313,7 +345,12 @@ def test_mistakes_are_one_line_and_train_nothing(
 ) -> None:
     out = tmp_path / "out"
     rest = [] if "--report-only" in words else options(SETTLED)
-    line = ["compare", *(str(data) if word == "DATA" else word for word in words), *rest, "--out", str(out)]
+    values = {"edits": ["drop blocks.2"]}, {"val_every": 2, "split_seed": None, "edits": []}, {"split_seed": 0}
+    files = dict(zip(("EDITS", "OFTEN", "SPLIT"), values, strict=True))
+    for name, settings in files.items():
+        (tmp_path / name).write_text(json.dumps(settings))  # which is YAML too
+    known = {"DATA": data} | {name: tmp_path / name for name in files}
+    line = ["compare", *(str(known.get(word, word)) for word in words), *rest, "--out", str(out)]
     try:
         status = main(line)
     except SystemExit as stop:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ulsam.comparison.arms import check_arms, check_choosing, parse_arms
+from ulsam.comparison.arms import check_arms, check_choosing, check_shared, parse_arms
 from ulsam.comparison.grid import Grid
+from ulsam.comparison.identity import data_digest
 from ulsam.comparison.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.remote import RayLauncher
@@ -63,7 +64,7 @@ def compare(
 
     Raises:
         UlsamError: an arm that cannot be built, settings or data that do not fit, before any training; or a folder
-            with runs of other settings.
+            with runs of other settings or on other pictures.
         Interrupted: Ctrl-C or SIGTERM, after every run has saved (`ulsam.train.loop.Interrupted`).
 
     >>> compare("birds", ["base", "drop"], "runs/x")
@@ -75,6 +76,7 @@ def compare(
         raise UlsamError(f"jobs must be 1 or more, not {jobs}")
     parsed = parse_arms(arms)
     shared = TrainConfig.from_mapping({**(settings or {}), "data": str(data)})
+    check_shared(shared)
     shared = (
         threads_of(shared, jobs or 1)
         if launcher == "local"
@@ -84,10 +86,10 @@ def compare(
     if grid.choosing:
         check_choosing(shared)
     check_arms(parsed, shared)
-    store = Store(out)
+    store, digest = Store(out), data_digest(shared)
     with store.alone():
         grid = dataclasses.replace(grid, shared=_settled(grid, store))
-        store.begin(grid, command_line())
+        store.begin(grid, command_line(), digest)
     say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {store.root}")
     place: Launcher = LocalLauncher(store, jobs or 1)
     if launcher == "ray":

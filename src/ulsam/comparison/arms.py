@@ -122,6 +122,24 @@ def parse_arms(texts: Sequence[str]) -> tuple[Arm, ...]:
     return arms
 
 
+def check_shared(shared: TrainConfig) -> None:
+    """Raise unless the settings that all arms share are theirs to give.
+
+    Raises:
+        UlsamError: they hold edits, so that even ``base`` would be an edited net, or what `compare` decides itself.
+
+    >>> check_shared(TrainConfig("birds", val_every=5))
+    Traceback (most recent call last):
+    ulsam.errors.UlsamError: every run is measured once, after its last epoch: leave val_every out of the settings
+    """
+    if shared.edits:
+        raise UlsamError("edits in the shared settings would change every arm, base too: give edits with --arm")
+    if shared.val_every != 1:
+        raise UlsamError("every run is measured once, after its last epoch: leave val_every out of the settings")
+    if shared.split_seed is not None:
+        raise UlsamError("the same pictures are held out for all runs: leave split_seed out of the settings")
+
+
 def check_arms(arms: Sequence[Arm], shared: TrainConfig) -> None:
     """Build every arm, without training, so that a mistake shows before the first run.
 

@@ -69,20 +69,26 @@ class Store:
         """Note why a run failed."""
         write_atomic(self.folder(run).with_name(f"{run.name}.failed"), reason + "\n")
 
-    def begin(self, grid: Grid, command: str) -> None:
+    def begin(self, grid: Grid, command: str, data: str | None) -> None:
         """Write down what is compared, and let failed runs be done again; but a try that diverged is a result.
 
         Args:
             grid: with nothing left at "auto".
             command: that compares it.
+            data: the digest of its pictures, `ulsam.comparison.identity.data_digest`.
 
         Raises:
-            UlsamError: a folder holds a run of other settings.
+            UlsamError: a folder holds a run of other settings, or the pictures are not those of the runs in it.
         """
+        before = (self.read("grid.json") or {}).get("data_sha256")
+        if None not in (before, data) and before != data:
+            raise UlsamError(
+                f"{self.root} compares nets on other pictures than {grid.shared.data} holds now: name another --out"
+            )
         for run in grid.known(self.look):
             self.forgive(run)
             self.check(run)
-        self.write("grid.json", {**grid.to_json(), "command": command})
+        self.write("grid.json", {**grid.to_json(), "command": command, "data_sha256": data})
 
     def forgive(self, run: Run) -> None:
         """Let a run that failed be done again; not a try that diverged: that its rate is too high is a result."""

@@ -1,0 +1,41 @@
+"""Tell whether data is what it was, without reading it."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+
+from ulsam.data.sources import AnyPictures, FolderPictures, StreamPictures
+from ulsam.train import parts
+from ulsam.train.config import TrainConfig
+
+
+def data_digest(config: TrainConfig) -> str | None:
+    """SHA-256 of the classes and of the names and file sizes of all pictures, in hexadecimal; None for a stream.
+
+    Whatever is held out, and wherever the folder lies, it is the same; of a named data set the sizes are not known.
+
+    Raises:
+        UlsamError: the data is not usable.
+
+    >>> import tempfile
+    >>> from ulsam.data.birds import draw_birds
+    >>> one, two = (
+    ...     TrainConfig(str(draw_birds(tempfile.mkdtemp() + "/birds", classes=2, train=4, val=1, size=32)), seed=seed)
+    ...     for seed in range(2)
+    ... )
+    >>> data_digest(one) == data_digest(two)
+    True
+    """
+    train, val, _ = parts.open_pictures(config)
+    if isinstance(train, StreamPictures):
+        return None
+    lines = [*sorted({*_pictures(train, config.data), *_pictures(val, config.data)}), *train.classes]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _pictures(pictures: AnyPictures, root: str) -> Iterator[str]:
+    if isinstance(pictures, FolderPictures):
+        for path, _ in pictures.samples:
+            yield f"{os.path.relpath(path, root)} {os.stat(path).st_size}"
+    else:
+        yield from (f"{pictures.split} {name}" for name in pictures.names)
