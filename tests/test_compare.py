@@ -242,6 +242,19 @@ def test_a_published_folder_gives_the_same_tables(
     assert json.loads((there / "compare.json").read_text()) == without_paths(result)
 
 
+def test_a_report_tells_of_the_machine_of_the_runs_not_of_its_own(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, result = finished
+    report(out, publish=tmp_path)
+    monkeypatch.setattr("ulsam.comparison.latency.processor", lambda: "another processor")
+    monkeypatch.setattr("ulsam.train.report.__version__", "99")
+    assert report(tmp_path) == without_paths(result)
+    assert result["versions"]["ulsam"] == [summaries(out, "base")[0]["versions"]["ulsam"]]
+    latencies = json.loads((tmp_path / "latency.json").read_text())
+    assert result["processor"] == latencies["where"]["processor"]
+
+
 def test_no_published_text_holds_a_path(finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
     out, there = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published"
     lost = final(out, "slim", 1)

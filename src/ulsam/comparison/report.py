@@ -13,7 +13,7 @@ from ulsam.comparison.statistics import Difference, check_paired, difference
 from ulsam.comparison.store import Store
 from ulsam.files import write_atomic
 from ulsam.recipe import Recipe
-from ulsam.train.report import command_line, versions
+from ulsam.train.report import command_line
 
 Runs = dict[int, Mapping[str, Any]]  # summaries by seed
 
@@ -36,7 +36,8 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
     measured = [summary for found in runs.values() for summary in found.values()]
     if measured:
         check_paired(measured)
-    times = dict((store.read("latency.json") or {"arms": {}})["arms"])
+    timed = store.read("latency.json")
+    times = dict(timed["arms"]) if timed else {}
     times |= {arm.name: store.read(f"arms/{arm.slug}/guest.json")["latency"] for arm in guests}
     arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
     differences = []
@@ -60,8 +61,10 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
         "arms": arms,
         "differences": differences,
         "notes": _notes(grid, arms, differences, measured),
-        "versions": versions(),
-        "processor": latency.processor(),
+        "versions": {
+            name: _values(measured, name) for name in sorted({key for run in measured for key in run["versions"]})
+        },
+        "processor": timed["where"]["processor"] if timed else None,  # that latencies were measured on
     }
 
 
@@ -162,7 +165,12 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
     if "seeds" in over:
         notes.append("which pictures were right is not known of these runs: intervals are over seeds alone")
     for name in ("torch", "timm", "device", "ulsam"):
-        used = sorted({summary["versions"][name] for summary in measured})
+        used = _values(measured, name)
         if len(used) > 1:
             notes.append(f"the runs were not all made with the same {name}: {', '.join(used)}")
     return notes
+
+
+def _values(measured: list[Mapping[str, Any]], name: str) -> list[str]:
+    """Every version of something that the runs were made with."""
+    return sorted({run["versions"][name] for run in measured if name in run["versions"]})

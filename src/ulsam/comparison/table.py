@@ -96,7 +96,7 @@ def legend(result: Mapping[str, Any]) -> str:
         f"Top-1 in %, mean ± standard deviation over seeds, on {result['pictures'] or 'no'} {result['split'] or ''} "
         f"pictures. Minus base: points, paired by seed{' and picture' if 'seeds' not in over else ''}, {interval}. "
         f"holds: its lower end is above -{margin:g}; gain, loss: it leaves 0 out. Latency: one picture, folded net, "
-        "this machine's CPU; its ratio to the base's. MACs: multiply-adds."
+        f"{result['processor'] or 'CPU'}; its ratio to the base's. MACs: multiply-adds."
     )
 
 
