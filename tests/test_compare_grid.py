@@ -59,6 +59,9 @@ def test_an_arm_is_edits_and_settings_on_top_of_the_shared_ones() -> None:
     assert config.edits == ["drop 16", "insert 17:1 g=8 form=released"]
     assert (config.size, config.lr, config.model_args, config.seed) == (96, 0.001, {"drop_rate": 0.1}, 3)
     assert config.model == NET
+    assert Arm.parse("small: base; size=24") == Arm("small", (), {"size": 24})
+    assert Arm.parse(r"weights=C:\drop\n.safetensors").settings == {"weights": r"C:\drop\n.safetensors"}
+    assert Arm.parse("m: model=a:b").settings == {"model": "a:b"}
     assert Arm.parse("insert 17:1 g=8").name == "insert 17:1 g=8"
     assert Arm.parse("weights=/home/me/net.safetensors").name == "weights=net.safetensors"
 
@@ -70,7 +73,9 @@ def test_an_arm_is_edits_and_settings_on_top_of_the_shared_ones() -> None:
         (["base", ""], "holds nothing"),
         (["base", "x: "], "holds nothing"),
         (["base", "turn 14"], "the arm 'turn 14': unknown edit 'turn'"),
-        (["base", "base; size=24"], "cannot read the edit 'base'"),
+        (["base", "x:drop 14"], "the arm 'x:drop 14': put a space after the colon"),
+        (["base", "two words:replace 14 g=4; size=24"], "put a space after the colon"),
+        (["base", "x:size=24"], "put a space after the colon"),
         (["base", "seed=3"], "the arm 'seed=3': seed is the same for all arms"),
         (["base", "data=x"], "data is the same for all arms"),
         (["base", "size=[1"], "cannot read size="),
@@ -82,6 +87,14 @@ def test_arms_that_cannot_be_read(arms: list[str], message: str) -> None:
     with pytest.raises(UlsamError, match=message) as error:
         parse_arms(arms)
     assert "\n" not in str(error.value)
+
+
+def test_an_arm_can_do_without_the_shared_teacher() -> None:
+    taught = shared(teacher="net.safetensors", distill=0.7)
+    assert Arm.parse("alone: teacher=null").config(taught) == Arm.parse("base").config(shared())
+    assert Arm.parse("less: distill=0.2").config(taught).distill == 0.2
+    with pytest.raises(UlsamError, match="the arm 'odd': distill needs a teacher"):
+        Arm.parse("odd: teacher=null; distill=0.2").config(taught)
 
 
 @pytest.mark.parametrize(

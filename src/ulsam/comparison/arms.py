@@ -46,7 +46,7 @@ class Arm:
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
-        """Read ``[NAME: ]ITEM[; ITEM ...]``: an item is an edit or ``setting=value``; ``base`` alone is no change.
+        """Read ``[NAME: ]ITEM[; ITEM ...]``: an item is an edit or ``setting=value``; ``base`` is no change.
 
         Raises:
             UlsamError: see above; the line names the arm.
@@ -58,9 +58,13 @@ class Arm:
         settings: dict[str, Any] = {}
         if not items:
             raise UlsamError(f"the arm {text!r} holds nothing: write base, an edit, or setting=value; several with ;")
-        for item in items if items != ["base"] else ():
+        for item in items:
+            if item == "base":
+                continue
             setting = re.match(r"(\w+)\s*=(.*)$", item, re.DOTALL)
             try:
+                if re.match(r"[^:=]*:(replace|insert|drop|base|\w+\s*=)", item):
+                    raise UlsamError("put a space after the colon that ends the name")
                 if not setting:
                     edits.append(str(Edit.parse(item)))
                     continue
@@ -85,7 +89,8 @@ class Arm:
     def config(self, shared: TrainConfig, **decided: Any) -> TrainConfig:
         """The settings of one of its runs: those that all arms share, its own, and what was ``decided`` for the run.
 
-        Of the shared settings ``ulsam_lr`` is left out where the net has no ULSAM layer.
+        Of the shared settings ``ulsam_lr`` is left out where the net has no ULSAM layer, and those of distillation where
+        the arm has ``teacher=null``.
 
         Raises:
             UlsamError: they do not go together; the line names the arm.
@@ -97,6 +102,8 @@ class Arm:
         edits = [*values["edits"], *self.edits]
         if self.settings.get("model", shared.model) not in PLACEMENTS and not any(map(_is_ulsam, edits)):
             del values["ulsam_lr"]
+        if self.settings.get("teacher", shared.teacher) is None:
+            values = {name: value for name, value in values.items() if not name.startswith("distill")}
         try:
             return TrainConfig.from_mapping({**values, **self.settings, "edits": edits, **decided})
         except UlsamError as error:
