@@ -132,6 +132,20 @@ def test_different_pictures_are_not_paired(other: dict[str, Any], word: str) -> 
     ],
 )
 def test_verdicts(low: float, high: float, words: tuple[str, ...]) -> None:
-    found = Difference((low + high) / 2, low, high, "pictures", (0,), ((low + high) / 2,))
+    middle = (low + high) / 2
+    found = Difference(middle, low, high, "seeds and pictures", (0, 1), (middle, middle), 10)
     assert found.words() == words
+    one = Difference(middle, low, high, "pictures", (0,), (middle,), 10)
+    assert one.words() == tuple(f"{word} (one seed)" if word in ("gain", "loss") else word for word in words)
     assert ("holds" in found.words(margin=0.03)) is True
+
+
+def test_no_verdict_from_a_handful_of_pictures() -> None:
+    """9 pictures of 1000 that one net alone gets right, with both seeds, are a tight interval above 0: no verdict."""
+    base = {seed: summary([0] * 1000) for seed in range(2)}
+    for count, words in ((9, ("not resolved",)), (10, ("gain", "holds"))):
+        found = difference({seed: summary([1] * count + [0] * (1000 - count)) for seed in range(2)}, base)
+        assert found is not None and found.low is not None
+        assert (found.differ, found.low > 0, found.words()) == (count, True, words)
+    moving = {seed: summary([index // 6 == seed for index in range(12)] + [0] * 988) for seed in range(2)}
+    assert difference(moving, base).differ == 12  # type: ignore[union-attr]

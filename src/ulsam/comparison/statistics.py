@@ -20,7 +20,9 @@ from scipy.stats import t as student
 from ulsam.errors import UlsamError
 
 Over = Literal["seeds and pictures", "pictures", "seeds", "nothing"]
-Word = Literal["gain", "holds", "loss", "not resolved"]
+Word = Literal["gain", "gain (one seed)", "holds", "loss", "loss (one seed)", "not resolved"]
+
+LEAST_PICTURES = 10  # on which two nets must differ for a verdict: an interval from fewer is no good one
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,26 @@ class Difference:
     over: Over  # what the interval is over
     seeds: tuple[int, ...]  # that both nets have
     of_seeds: tuple[float, ...]  # the difference with each seed
+    differ: int | None = None  # pictures that one net got right and the other wrong, with any seed
 
     def words(self, margin: float = 0.005) -> tuple[Word, ...]:
         """The verdict: ``holds`` where the lower bound is above -``margin``; ``gain`` or ``loss`` where 0 is outside.
 
-        >>> Difference(0.02, 0.01, 0.03, "pictures", (0,), (0.02,)).words()
+        It is ``not resolved`` where the nets differ on fewer than 10 pictures.
+
+        >>> Difference(0.02, 0.01, 0.03, "seeds and pictures", (0, 1), (0.02, 0.02), 45).words()
         ('gain', 'holds')
-        >>> Difference(0.0, -0.01, 0.01, "pictures", (0,), (0.0,)).words()
+        >>> Difference(0.02, 0.01, 0.03, "pictures", (0,), (0.02,), 45).words()
+        ('gain (one seed)', 'holds')
+        >>> Difference(0.02, 0.01, 0.03, "pictures", (0,), (0.02,), 9).words()
         ('not resolved',)
         """
-        if self.low is None or self.high is None:
+        few = self.differ is not None and self.differ < LEAST_PICTURES
+        if self.low is None or self.high is None or few:
             return ("not resolved",)
-        true: dict[Word, bool] = {"gain": self.low > 0, "loss": self.high < 0, "holds": self.low > -margin}
+        gain: Word = "gain" if len(self.seeds) > 1 else "gain (one seed)"
+        loss: Word = "loss" if len(self.seeds) > 1 else "loss (one seed)"
+        true: dict[Word, bool] = {gain: self.low > 0, loss: self.high < 0, "holds": self.low > -margin}
         return tuple(word for word, holds in true.items() if holds) or ("not resolved",)
 
 
@@ -113,9 +123,11 @@ def difference(runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping
     told = all(found[seed].get("outcomes") for found in (runs, base) for seed in seeds)
     low: float | None
     high: float | None
+    differ: int | None = None
     if told and runs[seeds[0]]["outcomes"]["pictures"] > 1:
-        matrix = [right(runs[seed]).astype(np.int8) - right(base[seed]).astype(np.int8) for seed in seeds]
-        mean, low, high = crossed_interval(np.stack(matrix))
+        matrix = np.stack([right(runs[seed]).astype(np.int8) - right(base[seed]).astype(np.int8) for seed in seeds])
+        mean, low, high = crossed_interval(matrix)
+        differ = int(matrix.any(axis=0).sum())
         over: Over = "seeds and pictures" if len(seeds) > 1 else "pictures"
     elif len(seeds) > 1:
         spread = float(np.std(of_seeds, ddof=1)) / math.sqrt(len(seeds))
@@ -123,7 +135,7 @@ def difference(runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping
         low, high, over = mean - half, mean + half, "seeds"
     else:
         low, high, over = None, None, "nothing"
-    return Difference(mean, low, high, over, seeds, tuple(of_seeds))
+    return Difference(mean, low, high, over, seeds, tuple(of_seeds), differ)
 
 
 def right(run: Mapping[str, Any]) -> NDArray[np.uint8]:
