@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -350,19 +351,30 @@ def test_runs_that_were_not_started_are_missing(finished: tuple[Path, dict[str, 
         (["DATA", "--arm", "base", "--arm", "size=24", "--config", "OFTEN"], "leave val_every out"),
         (["DATA", "--arm", "base", "--arm", "size=24", "--config", "SPLIT"], "leave split_seed out"),
         (["--report-only"], "is not the folder of a comparison"),
-        (["--report-only", "DATA"], "leave DATA, --arm and settings out"),
+        (["--report-only", "DATA"], "leave all but --margin and --publish out"),
+        (["--report-only", "--seeds", "5"], "leave all but --margin and --publish out"),
+        (["--report-only", "--rates", "0.1"], "leave all but --margin and --publish out"),
+        (["--report-only", "--launcher", "local"], "leave all but --margin and --publish out"),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--publish", "OUT"], "cannot publish .* into itself"),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--launcher", "ray"], r"pip install 'ulsam\[ray\]'"),
     ],
 )
 def test_mistakes_are_one_line_and_train_nothing(
-    words: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # is not installed
     out = tmp_path / "out"
     rest = [] if "--report-only" in words else options(SETTLED)
     values = {"edits": ["drop blocks.2"]}, {"val_every": 2, "split_seed": None, "edits": []}, {"split_seed": 0}
     files = dict(zip(("EDITS", "OFTEN", "SPLIT"), values, strict=True))
     for name, settings in files.items():
         (tmp_path / name).write_text(json.dumps(settings))  # which is YAML too
-    known = {"DATA": data} | {name: tmp_path / name for name in files}
+    known = {"DATA": data, "OUT": out} | {name: tmp_path / name for name in files}
     line = ["compare", *(str(known.get(word, word)) for word in words), *rest, "--out", str(out)]
     try:
         status = main(line)
@@ -371,7 +383,7 @@ def test_mistakes_are_one_line_and_train_nothing(
     found = capsys.readouterr()
     assert status == 2
     assert re.fullmatch(rf"ulsam: error: .*{message}.*\n", found.err)
-    assert not (out / "arms").exists()
+    assert not out.exists()
 
 
 def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from ulsam.comparison.table import text
 from ulsam.errors import UlsamError, printable
 from ulsam.train.config import read_config
 
+PLAN = ("seeds", "rates", "tried_epochs", "jobs", "launcher", "ray_address")  # of `ulsam.compare`, with its defaults
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
@@ -22,13 +24,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison; go on with the same one")
     parser.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="runs of each arm, with seeds from --seed on (default: 5)"
+        "--seeds", type=int, metavar="N", help="runs of each arm, with seeds from --seed on (default: 5)"
     )
-    parser.add_argument("--rates", type=_numbers(float), default=(), metavar="LR,...", help="learning rates to try")
-    parser.add_argument("--tried-epochs", type=_numbers(int), default=(), metavar="N,...", help="epochs to try")
+    parser.add_argument("--rates", type=_numbers(float), metavar="LR,...", help="learning rates to try")
+    parser.add_argument("--tried-epochs", type=_numbers(int), metavar="N,...", help="epochs to try")
     parser.add_argument("--config", metavar="YAML", help="settings from a file; options on the command line come first")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: 1; with ray: as many as fit)")
-    parser.add_argument("--launcher", choices=["local", "ray"], default="local", help="where runs are started")
+    parser.add_argument("--launcher", choices=["local", "ray"], help="where runs are started (default: local)")
     parser.add_argument(
         "--ray-address", metavar="ADDRESS", help="Ray cluster (default: RAY_ADDRESS, else this machine)"
     )
@@ -47,26 +49,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Exits with status 1 if a run failed."""
     margin = args.margin / 100
+    plan = {name: value for name in PLAN if (value := getattr(args, name)) is not None}
     if args.report_only:
-        if args.data or args.arms or given_settings(args):
-            raise UlsamError("--report-only takes everything from --out: leave DATA, --arm and settings out")
+        if args.data or args.arms or args.config or plan or given_settings(args):
+            raise UlsamError("--report-only takes everything from --out: leave all but --margin and --publish out")
         result = report(args.out, margin=margin, publish=args.publish)
     else:
         result = compare(
             arms=args.arms or (),
             out=args.out,
-            seeds=args.seeds,
-            rates=args.rates,
-            tried_epochs=args.tried_epochs,
-            jobs=args.jobs,
-            launcher=args.launcher,
-            ray_address=args.ray_address,
             margin=margin,
+            publish=args.publish,
             say=lambda line: print(printable(line), flush=True),
+            **plan,
             **_data_and_settings(args),
         )
-        if args.publish:
-            report(args.out, margin=margin, publish=args.publish)
     print(text(result))
     if any(arm["failed"] for arm in result["arms"]):
         raise SystemExit(1)

@@ -10,7 +10,7 @@ from ulsam.comparison.grid import Grid
 from ulsam.comparison.identity import data_digest
 from ulsam.comparison.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.comparison.paths import without_paths
-from ulsam.comparison.remote import RayLauncher
+from ulsam.comparison.remote import RayLauncher, require_ray
 from ulsam.comparison.report import measure_latency, summarise, write_reports
 from ulsam.comparison.store import Store
 from ulsam.errors import UlsamError
@@ -36,6 +36,7 @@ def compare(
     launcher: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     margin: float = MARGIN,
+    publish: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train every arm under one recipe with the same seeds, and compare their top-1, paired by seed and picture.
@@ -57,6 +58,7 @@ def compare(
         launcher: ``local`` processes, or ``ray`` tasks (`ulsam.comparison.remote`).
         ray_address: of the Ray cluster.
         margin: share of top-1 that an arm may lose and still "hold".
+        publish: as for :func:`report`.
         say: gets a line for each run that ends.
 
     Returns:
@@ -72,6 +74,9 @@ def compare(
     ulsam.errors.UlsamError: the arm 'drop': cannot read the edit 'drop'; write it as 'replace 14,17 g=4 form=equations'
     """
     refuse_torchrun()
+    _check_publish(out, publish)
+    if launcher == "ray":
+        require_ray()
     if jobs is not None and jobs < 1:
         raise UlsamError(f"jobs must be 1 or more, not {jobs}")
     parsed = parse_arms(arms)
@@ -97,7 +102,10 @@ def compare(
         place = RayLauncher(store, threads=shared.threads or 1, gpus=gpus, jobs=jobs or 0, address=ray_address)
     run_all(grid, store, place, say, command_line())
     measure_latency(grid, store)
-    return _reported(grid, store, margin, command_line())
+    result = _reported(grid, store, margin, command_line())
+    if publish is not None:
+        _publish(grid, store, result, publish)
+    return result
 
 
 def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | None = None) -> dict[str, Any]:
@@ -111,17 +119,25 @@ def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | Non
     Raises:
         UlsamError: no comparison in this folder, or one that is damaged.
     """
+    _check_publish(out, publish)
     store = Store(out)
     grid = store.read_grid()
     if grid is None:
         raise UlsamError(f"{out} is not the folder of a comparison: there is no grid.json in it")
     result = _reported(grid, store, margin, store.read("grid.json").get("command"))
     if publish is not None:
-        if Path(publish).resolve() == store.root.resolve():
-            raise UlsamError(f"cannot publish {out} into itself: name another folder")
-        store.publish(publish, dataclasses.replace(grid, arms=(*grid.arms, *store.guests())))
-        write_reports(Store(publish), without_paths(result))
+        _publish(grid, store, result, publish)
     return result
+
+
+def _check_publish(out: str | Path, publish: str | Path | None) -> None:
+    if publish is not None and Path(publish).resolve() == Path(out).resolve():
+        raise UlsamError(f"cannot publish {out} into itself: name another folder")
+
+
+def _publish(grid: Grid, store: Store, result: Mapping[str, Any], folder: str | Path) -> None:
+    store.publish(folder, dataclasses.replace(grid, arms=(*grid.arms, *store.guests())))
+    write_reports(Store(folder), without_paths(result))
 
 
 def _reported(grid: Grid, store: Store, margin: float, command: str | None) -> dict[str, Any]:

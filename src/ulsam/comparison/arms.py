@@ -89,8 +89,8 @@ class Arm:
     def config(self, shared: TrainConfig, **decided: Any) -> TrainConfig:
         """The settings of one of its runs: those that all arms share, its own, and what was ``decided`` for the run.
 
-        Of the shared settings ``ulsam_lr`` is left out where the net has no ULSAM layer, and those of distillation where
-        the arm has ``teacher=null``.
+        Of the shared settings ``ulsam_lr`` is left out where the net has no ULSAM layer, and those of
+        distillation where the arm has ``teacher=null``.
 
         Raises:
             UlsamError: they do not go together; the line names the arm.

@@ -42,10 +42,9 @@ class RayLauncher:
     """
 
     def __init__(self, store: Store, *, threads: int, gpus: int = 0, jobs: int = 0, address: str | None = None) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise UlsamError("--launcher ray needs Ray: pip install 'ulsam[ray]'") from error
+        require_ray()
+        import ray
+
         self.ray, self.store, self.jobs = ray, store, jobs
         self.token = store.root.absolute() / f".shared-{uuid.uuid4().hex}"
         self.tasks: dict[Any, Run] = {}
@@ -96,6 +95,18 @@ class RayLauncher:
             return Ended(run, f"Ray lost it: {printable(first_line(error))}")
         receive(self.store.folder(run), files)
         return Ended(run, reason)
+
+
+def require_ray() -> None:
+    """Raise unless Ray is installed.
+
+    Raises:
+        UlsamError: it is not.
+    """
+    try:
+        import ray  # noqa: F401
+    except ImportError as error:
+        raise UlsamError("--launcher ray needs Ray: pip install 'ulsam[ray]'") from error
 
 
 def train_there(folder: str, settings: str, token: str) -> tuple[str | None, dict[str, bytes]]:
