@@ -330,6 +330,7 @@ def test_runs_that_were_not_started_are_missing(finished: tuple[Path, dict[str, 
     result = report(out)
     assert (result["finished"], result["arms"][1]["missing"]) == (False, 1)
     assert result["arms"][1]["minus_base"]["seeds"] == [0]
+    assert "slim minus base: over 1 common seeds" in result["notes"]
     assert "1 not run" in (out / "compare.md").read_text()
 
 

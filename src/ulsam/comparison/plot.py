@@ -9,7 +9,8 @@ def draw(result: Mapping[str, Any]) -> bytes:
     """A PNG: top-1 against MACs and, where it was measured, against latency.
 
     Error bars of the base are its standard deviation over seeds; those of the others are the 95 % interval of their
-    difference to the base, so an arm whose bar does not reach the dashed line differs from the base.
+    difference to the base, around the base's mean plus that difference. So an arm whose bar does not reach the dashed
+    line differs from the base.
 
     Args:
         result: what `ulsam.comparison.compare` returns.
@@ -25,7 +26,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
     costs += [("latency of one picture (ms)", [(*pair, 1e3 * pair[1]["latency"]["seconds"]) for pair in timed])]
     for panel, (label, shown) in zip(axes, costs, strict=False):
         for number, arm, cost in shown:
-            middle = 100 * arm["top1_mean"]
+            middle = centre(arm, arms[0][1])
             bar: Any = _bar(arm, number == 0)
             panel.errorbar(cost, middle, yerr=bar, capsize=4, label=arm["name"], **_style(number))
             if number == 0:
@@ -73,6 +74,17 @@ def draw_rates(result: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
+
+
+def centre(arm: Mapping[str, Any], base: Mapping[str, Any]) -> float:
+    """Where an arm is drawn, in points: its difference, which is over common seeds, above the base's mean.
+
+    >>> base = {"top1_mean": 0.8}
+    >>> centre({"top1_mean": 0.9, "minus_base": {"mean": 0.05}}, base), centre({**base, "minus_base": None}, base)
+    (85.0, 80.0)
+    """
+    minus = arm["minus_base"]
+    return 100 * (base["top1_mean"] + minus["mean"] if minus else arm["top1_mean"])
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -152,6 +152,9 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         if edge := at_the_edge([Try(found["lr"], found["epochs"], found["top1"]) for found in entry["tries"]]):
             side = "larger" if edge == "largest" else "smaller"
             notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones, --rates")
+        minus = entry["minus_base"]
+        if minus and not set(minus["seeds"]) == set(entry["seeds"]) == set(arms[0]["seeds"]):
+            notes.append(f"{entry['name']} minus base: over {len(minus['seeds'])} common seeds")
     if not grid.choosing:
         notes.append(
             "learning rate and epochs were given, not chosen for each arm: a difference may be theirs (--rates, "
