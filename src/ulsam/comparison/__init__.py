@@ -71,7 +71,8 @@ def compare(
 
     >>> compare("birds", ["base", "drop"], "runs/x")
     Traceback (most recent call last):
-    ulsam.errors.UlsamError: the arm 'drop': cannot read the edit 'drop'; write it as 'replace 14,17 g=4 form=equations'
+    ulsam.errors.UlsamError: the arm 'drop': cannot read the edit 'drop'; write it as 'replace 14,17 g=4 form=equations' \
+or 'insert 17 layer=se'
     """
     refuse_torchrun()
     _check_publish(out, publish)

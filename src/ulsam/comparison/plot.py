@@ -79,9 +79,9 @@ def draw_rates(result: Mapping[str, Any]) -> bytes:
 def centre(arm: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     """Where an arm is drawn, in points: its difference, which is over common seeds, above the base's mean.
 
-    >>> base = {"top1_mean": 0.8}
-    >>> centre({"top1_mean": 0.9, "minus_base": {"mean": 0.05}}, base), centre({**base, "minus_base": None}, base)
-    (85.0, 80.0)
+    >>> base = {"top1_mean": 0.5}
+    >>> centre({"top1_mean": 0.9, "minus_base": {"mean": 0.25}}, base), centre({**base, "minus_base": None}, base)
+    (75.0, 50.0)
     """
     minus = arm["minus_base"]
     return 100 * (base["top1_mean"] + minus["mean"] if minus else arm["top1_mean"])
