@@ -69,10 +69,9 @@ def compare(
             with runs of other settings or on other pictures.
         Interrupted: Ctrl-C or SIGTERM, after every run has saved (`ulsam.train.loop.Interrupted`).
 
-    >>> compare("birds", ["base", "drop"], "runs/x")
+    >>> compare("birds", ["base"], "runs/x")
     Traceback (most recent call last):
-    ulsam.errors.UlsamError: the arm 'drop': cannot read the edit 'drop'; write it as 'replace 14,17 g=4 form=equations' \
-or 'insert 17 layer=se'
+    ulsam.errors.UlsamError: a comparison needs two arms or more, e.g. --arm base --arm 'replace 14,17 g=4'
     """
     refuse_torchrun()
     _check_publish(out, publish)
