@@ -59,11 +59,11 @@ def draw_rates(result: Mapping[str, Any]) -> bytes:
                 for entry in arm["tries"]
                 if entry["epochs"] == epochs and entry["top1"] is not None
             )
+            if not found:
+                continue
+            turns = {"ls": ("-", "--", ":", "-.")[turn % 4], "fillstyle": "none" if turn else "full"}
             label = f"{arm['name']}, {epochs} epochs"
-            dashes = ("-", "--", ":", "-.")[turn % 4]
-            axes.plot(
-                [lr for lr, _ in found], [top for _, top in found], label=label, **_style(number) | {"ls": dashes}
-            )
+            axes.plot([lr for lr, _ in found], [top for _, top in found], label=label, **_style(number) | turns)
     axes.set(xscale="log", xlabel="learning rate", ylabel="top-1 on held-out training pictures (%)")
     rates = sorted({entry["lr"] for arm in result["arms"] for entry in arm["tries"]})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
