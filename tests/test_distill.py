@@ -1,6 +1,5 @@
 """Distillation: its losses against naive ones, the places of the maps, the teacher left alone, and going on."""
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -19,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from timm.data import Mixup
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from stopping import stop_after
 from tiny import NET, SETTINGS, Warm, draw_splits, options, warm
 from ulsam import surgery
 from ulsam.data import loading
@@ -360,24 +359,6 @@ def test_two_processes_are_taught_as_one(ulsam: Warm, data: Path, tmp_path: Path
 
 
 # going on
-
-
-@contextlib.contextmanager
-def stop_after(updates: int) -> Iterator[None]:
-    """Press Ctrl-C at the end of so many updates: the run makes one more, then saves and stops."""
-    count = 0
-
-    def note(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == updates:
-            signal.raise_signal(signal.SIGINT)
-
-    handle = register_optimizer_step_post_hook(note)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 FULL = {"epochs": 2, "lr": 0.01, "mixup": 0.3, "drop_rate": 0.2, "ema": 0.5, "distill_features": 0.5, "ulsam_lr": 3.0}

@@ -1,6 +1,5 @@
 """What a run does and leaves behind: its files, its options, and what it does about bad pictures and numbers."""
 
-import contextlib
 import copy
 import csv
 import dataclasses
@@ -14,7 +13,6 @@ import signal
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from stopping import stop_after
 from tiny import NET, SETTINGS, draw, draw_shards, draw_splits, options
 from ulsam import __version__
 from ulsam import evaluate as evaluate_module
@@ -442,24 +440,6 @@ def test_outputs_that_are_not_finite_stop_the_run(data: Path, tmp_path: Path) ->
 
 
 # the folder of a run, and going on with it
-
-
-@contextlib.contextmanager
-def stop_after(updates: int) -> Iterator[None]:
-    """Press Ctrl-C at the end of so many updates: the run makes one more, then saves and stops."""
-    count = 0
-
-    def note(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == updates:
-            signal.raise_signal(signal.SIGINT)
-
-    handle = register_optimizer_step_post_hook(note)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @pytest.fixture(scope="module")
