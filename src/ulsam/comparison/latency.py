@@ -1,22 +1,22 @@
 """How long each arm's net takes for one picture on this machine's CPU, measured side by side."""
 
+import functools
 import platform
-import random
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ulsam.folding import fold
 from ulsam.models import build
 from ulsam.recipe import Recipe
+from ulsam.timing import times_in_turn
 from ulsam.train.report import versions
 
-LEAST_TURNS, MOST_TURNS = 15, 200
+MOST_TURNS = 200
 SECONDS = 20.0  # for all arms together; a slow net takes longer, for its least turns
 
 
@@ -45,38 +45,18 @@ def measure(nets: Mapping[str, tuple[nn.Module, Sequence[int]]]) -> dict[str, La
     >>> found["base"].ratio, 0.2 < found["same"].ratio < 5
     (1.0, True)
     """
-    folded = {}
+    calls = {}
     for name, (net, size) in nets.items():
         picture = torch.randn(1, *size).contiguous(memory_format=torch.channels_last)
-        folded[name] = fold(net, size), picture
-    times = _times(folded)
-    first = times[next(iter(folded))]
+        calls[name] = functools.partial(fold(net, size), picture)
+    times = times_in_turn(calls, SECONDS, MOST_TURNS)
+    first = times[next(iter(calls))]
     found = {}
     for name, taken in times.items():
         ratios = [mine / base for mine, base in zip(taken, first, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         found[name] = Latency(statistics.median(taken), middle, (low, high), len(taken))
     return found
-
-
-@torch.inference_mode()
-def _times(nets: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, list[float]]:
-    """Seconds of each net on its picture, a turn each, after three turns that are not timed."""
-    for net, picture in [*nets.values()] * 3:
-        net(picture)
-    times: dict[str, list[float]] = {name: [] for name in nets}
-    order, shuffle = list(nets), random.Random(0).shuffle
-    began = time.monotonic()
-    for turn in range(MOST_TURNS):
-        if turn >= LEAST_TURNS and time.monotonic() - began > SECONDS:
-            break
-        shuffle(order)
-        for name in order:
-            net, picture = nets[name]
-            before = time.perf_counter()
-            net(picture)
-            times[name].append(time.perf_counter() - before)
-    return times
 
 
 def entry(recipes: Mapping[str, Recipe], before: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from ulsam.errors import UlsamError
 from ulsam.slimming.blocks import Block, Switched
 from ulsam.slimming.budget import WORDS, Wish
 from ulsam.slimming.damage import Score
-from ulsam.slimming.latency import Call, Timing, call_of, time_in_turn
+from ulsam.slimming.latency import Timing, call_of, time_in_turn
 from ulsam.slimming.search import Blocks, Found, saved, search
 from ulsam.slimming.store import Store
+from ulsam.timing import Call
 
 STEP = 0.005  # share of the time by which more is asked for at least, where the sets that were found are too slow
 TIMED = 8  # sets of one search that are timed at most

@@ -1,12 +1,10 @@
 """The time that nets take on this machine, each folded and run in turn with the others."""
 
-import random
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +12,11 @@ from torch import Tensor, nn
 from ulsam.errors import UlsamError, first_line
 from ulsam.folding import fold
 from ulsam.ops import reference
+from ulsam.timing import Call, NameT, times_in_turn
 
 Engine = Literal["eager", "onnxruntime"]
-NameT = TypeVar("NameT")
-Call = Callable[[], Any]
 
-WARM_UP = 3  # calls of each net that are not timed
-LEAST_TURNS, MOST_TURNS = 15, 2000
+MOST_TURNS = 2000
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,6 @@ class Timing:
     turns: int
 
 
-@torch.inference_mode()
 def time_in_turn(calls: Mapping[NameT, Call], seconds: float) -> dict[NameT, Timing]:
     """Time calls in turns, each of them once a turn in shuffled order, so that what slows the machine slows them all.
 
@@ -44,20 +39,7 @@ def time_in_turn(calls: Mapping[NameT, Call], seconds: float) -> dict[NameT, Tim
     >>> found["short"].ratio, found["long"].ratio > 2
     (1.0, True)
     """
-    for call in calls.values():
-        for _ in range(WARM_UP):
-            call()
-    times: dict[NameT, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
-    end = time.monotonic() + seconds
-    for turn in range(MOST_TURNS):
-        if turn >= LEAST_TURNS and time.monotonic() > end:
-            break
-        shuffle(order)
-        for name in order:
-            before = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - before)
+    times = times_in_turn(calls, seconds, MOST_TURNS)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     first = medians[next(iter(calls))]
     return {name: Timing(median, median / first, len(times[name])) for name, median in medians.items()}
