@@ -134,6 +134,8 @@ def test_a_shared_rate_of_ulsam_layers_is_for_the_arms_that_have_some(data: Path
     [
         ({"rates": (0.01, 0.03)}, "the arm 'size=24; lr=0.03' sets lr"),
         ({"seeds": 0}, "1 seed or more"),
+        ({"tried_seeds": 0, "epochs": (1, 2)}, "tried with 1 seed or more"),
+        ({"tried_seeds": 2}, "nothing to try"),
         ({"epochs": (2, 2)}, "number of epochs is given twice"),
         ({"settings": {"min_lr": 0.02, "lr": 0.05}, "rates": (0.01,)}, "sets lr|min_lr"),
     ],
@@ -195,6 +197,38 @@ def test_all_rates_then_the_best_one_at_more_epochs_then_the_seeds() -> None:
         look.add(run, 0.5)
     assert plan.due(look) == []
     assert plan.tried(plan.arms[1], look)[0] == Try(0.01, 1, None, "diverged")
+
+
+def test_the_mean_over_the_seeds_of_a_try_chooses() -> None:
+    plan = grid("base", "size=24", rates=(0.01, 0.02), epochs=(1, 3), seeds=1, tried_seeds=2, settings={"seed": 7})
+    base, look = plan.arms[0], Results()
+    top1 = {(0.01, 1): (0.5, 0.7), (0.02, 1): (0.65, 0.4), (0.01, 3): (0.9, 0.2)}
+    done = []
+    while due := [run for run in plan.due(look) if run.arm == base and run.is_try]:
+        config = due[0].config
+        number = config.seed - 7
+        assert config.split_seed == number and config.val_fraction == 0.2  # each seed holds out other pictures
+        done.append(due[0].name)
+        look.add(due[0], top1[config.lr, config.epochs][number])
+        if (config.lr, config.epochs, number) == (0.02, 1, 0):
+            assert plan.chosen(base, look) is None and len(plan.tries(base, look)) == 4  # the second seed is to come
+    both = [f"{name}{seed}" for name in ("choose-0.01-1", "choose-0.02-1", "choose-0.01-3") for seed in ("", "-seed-8")]
+    assert done == both
+    assert plan.tried(base, look)[0] == Try(0.01, 1, pytest.approx(0.6), None, (0.5, 0.7))
+    assert plan.chosen(base, look) == (0.01, 1)
+    final = plan.final(base, 0, look)
+    assert final and (final.name, final.config.split_seed) == ("seed-7-0.01-1", 0)
+    assert plan.size == 2 * (3 * 2 + 1)
+    assert Grid.from_json(json.loads(json.dumps(plan.to_json()))).tried_seeds == 2
+
+
+def test_a_try_counts_only_with_all_its_seeds() -> None:
+    plan = grid("base", "size=24", rates=(0.01, 0.02), seeds=1, tried_seeds=2)
+    base, look = plan.arms[0], Results()
+    for run, value in zip(plan.tries(base, look), (0.9, None, 0.5, 0.5), strict=True):
+        look.add(run, value)
+    assert plan.tried(base, look)[0] == Try(0.01, 2, None, "diverged", (0.9,))
+    assert plan.chosen(base, look) == (0.02, 2)
 
 
 def test_another_choice_is_another_run() -> None:

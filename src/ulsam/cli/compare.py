@@ -9,7 +9,15 @@ from ulsam.comparison.table import text
 from ulsam.errors import UlsamError, printable
 from ulsam.train.config import read_config
 
-PLAN = ("seeds", "rates", "tried_epochs", "jobs", "launcher", "ray_address")  # of `ulsam.compare`, with its defaults
+PLAN = (
+    "seeds",
+    "rates",
+    "tried_epochs",
+    "tried_seeds",
+    "jobs",
+    "launcher",
+    "ray_address",
+)  # of `ulsam.compare`, with its defaults
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rates", type=_numbers(float), metavar="LR,...", help="learning rates to try")
     parser.add_argument("--tried-epochs", type=_numbers(int), metavar="N,...", help="epochs to try")
+    parser.add_argument("--tried-seeds", type=int, metavar="N", help="runs of each try, the mean counts (default: 1)")
     parser.add_argument("--config", metavar="YAML", help="settings from a file; options on the command line come first")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: 1; with ray: as many as fit)")
     parser.add_argument("--launcher", choices=["local", "ray"], help="where runs are started (default: local)")

@@ -31,6 +31,7 @@ def compare(
     seeds: int = 5,
     rates: Sequence[float] = (),
     tried_epochs: Sequence[int] = (),
+    tried_seeds: int = 1,
     settings: Mapping[str, Any] | None = None,
     jobs: int | None = None,
     launcher: Literal["local", "ray"] = "local",
@@ -53,6 +54,7 @@ def compare(
         out: folder of the comparison; see `ulsam.comparison.store`.
         seeds: how many, from the settings' ``seed`` on.
         rates, tried_epochs: what is tried; one value or none is no choice.
+        tried_seeds: how many seeds of each try, which hold out other pictures each; the best mean is chosen.
         settings: of `ulsam.train.config.TrainConfig`, shared by all arms.
         jobs: runs at a time; by default 1 on this machine, and what a Ray cluster has room for.
         launcher: ``local`` processes, or ``ray`` tasks (`ulsam.comparison.remote`).
@@ -87,7 +89,7 @@ def compare(
         if launcher == "local"
         else dataclasses.replace(shared, threads=shared.threads or 1)
     )
-    grid = Grid(parsed, shared, tuple(map(float, rates)), tuple(tried_epochs), seeds)
+    grid = Grid(parsed, shared, tuple(map(float, rates)), tuple(tried_epochs), seeds, tried_seeds)
     if grid.choosing:
         check_choosing(shared)
     check_arms(parsed, shared)

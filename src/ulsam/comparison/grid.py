@@ -1,6 +1,7 @@
 """Which runs a comparison needs: tries that choose each arm's learning rate and epochs, then the runs that count."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from ulsam.train.config import TrainConfig
 from ulsam.train.parts import DIVERGED
 
 HELD_OUT = 0.2  # of the training pictures, to choose on
-SPLIT_SEED = 0  # of what is held out: the same pictures for every arm and seed
+SPLIT_SEED = 0  # of what is held out: the same pictures for every arm; further seeds of the tries hold out others
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class Run:
     """One training run of a comparison."""
 
     arm: Arm
-    name: str  # of its folder: choose-RATE-EPOCHS, then seed-N-RATE-EPOCHS; seed-N where nothing is chosen
+    # of its folder: choose-RATE-EPOCHS, with -seed-N for further seeds, then seed-N-RATE-EPOCHS; seed-N where nothing
+    # is chosen
+    name: str
     config: TrainConfig
 
     def __str__(self) -> str:
@@ -53,17 +56,18 @@ class Try:
 
     rate: float
     epochs: int
-    top1: float | None  # share; None: the run failed, or has not ended
+    top1: float | None  # share, the mean over seeds; None: a run failed, or has not ended
     failed: str | None = None  # why
+    each: tuple[float, ...] = ()  # top-1 of each seed that has ended
 
 
 @dataclass(frozen=True)
 class Grid:
     """All arms, what they share, and what is tried.
 
-    Each arm is tried with every rate at the first number of epochs, then with its best rate at the further numbers.
-    The best top-1 on held-out pictures is chosen, the earlier try where two are equal. With one rate and one number of
-    epochs nothing is chosen.
+    Each arm is tried with every rate at the first number of epochs, then with its best rate at the further numbers,
+    each with ``tried_seeds`` seeds, which hold out other pictures each. The best mean top-1 on held-out pictures is
+    chosen, the earlier try where two are equal. With one rate and one number of epochs nothing is chosen.
 
     >>> grid = Grid((Arm.parse("base"), Arm.parse("drop 14")), TrainConfig("birds"), (0.01, 0.02), (4, 8), seeds=5)
     >>> grid.choosing, grid.size
@@ -75,10 +79,15 @@ class Grid:
     rates: tuple[float, ...] = ()  # none: that of the settings
     epochs: tuple[int, ...] = ()  # none: that of the settings
     seeds: int = 5
+    tried_seeds: int = 1
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise UlsamError(f"a comparison takes 1 seed or more, not {self.seeds}")
+        if self.tried_seeds < 1:
+            raise UlsamError(f"each rate is tried with 1 seed or more, not {self.tried_seeds}")
+        if self.tried_seeds > 1 and not self.choosing:
+            raise UlsamError("several seeds for each try, but nothing to try: give several learning rates or epochs")
         for name, values in (("learning rate", self.rates), ("number of epochs", self.epochs)):
             if len(set(values)) < len(values):
                 raise UlsamError(f"a {name} is given twice: {', '.join(f'{value:g}' for value in values)}")
@@ -98,7 +107,7 @@ class Grid:
     def size(self) -> int:
         """The number of runs."""
         tries = max(1, len(self.rates)) + max(1, len(self.epochs)) - 1 if self.choosing else 0
-        return len(self.arms) * (tries + self.seeds)
+        return len(self.arms) * (tries * self.tried_seeds + self.seeds)
 
     def due(self, look: Look) -> list[Run]:
         """The runs that are known to be needed by now and have not ended; first those that choose, the base first."""
@@ -113,21 +122,11 @@ class Grid:
 
     def tries(self, arm: Arm, look: Look) -> list[Run]:
         """The runs that choose, as far as they are known: the further ones need the results of the first ones."""
-        if not self.choosing:
-            return []
-        rates, epochs = self._tried(arm)
-        first = [self._try(arm, rate, epochs[0]) for rate in rates]
-        if any(look(run) is None for run in first) or not (best := _best(first, look)):
-            return first
-        return first + [self._try(arm, best.config.lr, more) for more in epochs[1:]]
+        return [run for runs in self._tries(arm, look) for run in runs]
 
     def tried(self, arm: Arm, look: Look) -> list[Try]:
-        """What came of the runs that choose."""
-        found = [(run.config, look(run)) for run in self.tries(arm, look)]
-        return [
-            Try(config.lr, config.epochs, _top1(end), end.reason if isinstance(end, Failed) else None)
-            for config, end in found
-        ]
+        """What came of the runs that choose, an entry for each rate and number of epochs."""
+        return [_outcome(runs, look) for runs in self._tries(arm, look)]
 
     def chosen(self, arm: Arm, look: Look) -> tuple[float, int] | None:
         """The learning rate and the epochs of the arm's final runs; None where they are not known, or no try succeeded.
@@ -136,13 +135,12 @@ class Grid:
         >>> [grid.chosen(arm, lambda run: None) for arm in grid.arms]
         [(0.01, 10), (0.1, 10)]
         """
-        runs = self.tries(arm, look)
-        if not runs:
+        tried = self.tried(arm, look)
+        if not tried:
             (rate,), (epochs,) = self._tried(arm)
             return rate, epochs
-        if any(look(run) is None for run in runs) or not (best := _best(runs, look)):
-            return None
-        return best.config.lr, best.config.epochs
+        best = _best(tried)
+        return (best.rate, best.epochs) if best else None
 
     def final(self, arm: Arm, number: int, look: Look) -> Run | None:
         """The arm's run with the ``number``-th seed, on all training pictures; None where :meth:`chosen` is None."""
@@ -177,6 +175,7 @@ class Grid:
                 rates=tuple(values["rates"]),
                 epochs=tuple(values["epochs"]),
                 seeds=values["seeds"],
+                tried_seeds=values.get("tried_seeds", 1),
             )
         except (KeyError, TypeError) as error:
             raise UlsamError(f"not the plan of a comparison: {type(error).__name__} {error}") from error
@@ -191,13 +190,27 @@ class Grid:
             for epochs in self.epochs or (own["epochs"],):
                 yield rate, epochs
 
-    def _try(self, arm: Arm, rate: float, epochs: int) -> Run:
-        held_out = {"val_fraction": HELD_OUT, "val_split": None}
-        return Run(arm, f"choose-{rate:g}-{epochs}", self._config(arm, rate, epochs, **held_out))
+    def _tries(self, arm: Arm, look: Look) -> list[list[Run]]:
+        """A list for each rate and number of epochs, with a run for each seed."""
+        if not self.choosing:
+            return []
+        rates, epochs = self._tried(arm)
+        first = [self._try(arm, rate, epochs[0]) for rate in rates]
+        best = _best([_outcome(runs, look) for runs in first])
+        return first + [self._try(arm, best.rate, more) for more in epochs[1:] if best]
+
+    def _try(self, arm: Arm, rate: float, epochs: int) -> list[Run]:
+        runs = []
+        for number in range(self.tried_seeds):
+            seed = self.shared.seed + number
+            name = f"choose-{rate:g}-{epochs}" + (f"-seed-{seed}" if number else "")
+            held_out = {"val_fraction": HELD_OUT, "val_split": None, "split_seed": SPLIT_SEED + number}
+            runs.append(Run(arm, name, self._config(arm, rate, epochs, seed=seed, **held_out)))
+        return runs
 
     def _config(self, arm: Arm, rate: float, epochs: int, **decided: Any) -> TrainConfig:
-        measured_once = {"val_every": epochs, "split_seed": SPLIT_SEED}
-        return arm.config(self.shared, lr=rate, epochs=epochs, **measured_once, **decided)
+        usual = {"val_every": epochs, "split_seed": SPLIT_SEED}
+        return arm.config(self.shared, lr=rate, epochs=epochs, **{**usual, **decided})
 
 
 def at_the_edge(tries: Sequence[Try]) -> str | None:
@@ -215,10 +228,21 @@ def at_the_edge(tries: Sequence[Try]) -> str | None:
     return "largest" if best == max(rates) else "smallest" if best == min(rates) else None
 
 
-def _best(runs: Sequence[Run], look: Look) -> Run | None:
-    """The run with the best score, the earliest of equals; None where all failed."""
-    scored = [(top1, run) for run in runs if (top1 := _top1(look(run))) is not None]
-    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+def _outcome(runs: Sequence[Run], look: Look) -> Try:
+    """What came of the seeds of one rate and number of epochs."""
+    config = runs[0].config
+    found = [look(run) for run in runs]
+    each = tuple(top1 for end in found if (top1 := _top1(end)) is not None)
+    failed = next((end.reason for end in found if isinstance(end, Failed)), None)
+    mean = statistics.fmean(each) if len(each) == len(runs) else None
+    return Try(config.lr, config.epochs, mean, failed, each)
+
+
+def _best(tries: Sequence[Try]) -> Try | None:
+    """The try with the best score, the earliest of equals; None where one has not ended, or all failed."""
+    if any(entry.top1 is None and entry.failed is None for entry in tries):
+        return None
+    return max((entry for entry in tries if entry.top1 is not None), key=lambda entry: entry.top1 or 0.0, default=None)
 
 
 def _top1(found: Mapping[str, Any] | Failed | None) -> float | None:

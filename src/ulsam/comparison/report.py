@@ -121,7 +121,14 @@ def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[st
         "lr": chosen[0] if chosen else None,
         "epochs": chosen[1] if chosen else None,
         "tries": [
-            {"lr": entry.rate, "epochs": entry.epochs, "top1": entry.top1, "failed": entry.failed} for entry in tries
+            {
+                "lr": entry.rate,
+                "epochs": entry.epochs,
+                "top1": entry.top1,
+                "each": list(entry.each),
+                "failed": entry.failed,
+            }
+            for entry in tries
         ],
         "seeds": list(runs),
         "top1": top1,
