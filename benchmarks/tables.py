@@ -211,6 +211,27 @@ def training_table() -> str:
     return "\n".join(lines)
 
 
+def allocation_table() -> str:
+    """One row a precision and form of the training step: freed memory kept against handed back."""
+    result = json.loads((ROOT / "results" / "allocation.json").read_text())
+    lines = [
+        f"{result['processor']}, {result['versions']['libc']}, torch {result['versions']['torch']}:",
+        "",
+        "| step | handed back | kept | times faster (each round) | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        back, kept = (f"{1e3 * sorted(case['seconds'][way])[1]:.0f} ms" for way in ("handed back", "kept"))
+        each = ", ".join(f"{ratio:.2f}" for ratio in case["times_faster_of_each_round"])
+        more = case["peak_bytes"]["kept"] / case["peak_bytes"]["handed back"] - 1
+        form = "eager" if case["compile"] == "none" else "compiled"
+        lines.append(
+            f"| {PRECISIONS[case['amp']]}, {form} | {back} | {kept} | {case['times_faster']:.2f} ({each}) "
+            f"| {100 * more:+.0f} % |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "README.md": {"finetune": finetune_table},
     "docs/performance.md": {
@@ -219,6 +240,7 @@ TABLES = {
         "network_compile": lambda: network_table("network_compile"),
         "inside": inside_table,
         "training": training_table,
+        "allocation": allocation_table,
         "precision": precision_table,
         "pipeline": pipeline_table,
         "steps": steps_table,

