@@ -157,6 +157,12 @@ def test_tables_and_pictures(finished: tuple[Path, dict[str, Any]]) -> None:
     text = (out / "compare.md").read_text()
     slim = result["arms"][1]
     assert re.search(rf"\| slim .*{100 * slim['top1_mean']:.2f} ± .*\[", text)
+    assert "| held-out top-1 at lr, epochs | 0.02, 1 | 0.1, 1 |" in text
+    tried = [
+        f"**{100 * entry['top1']:.1f}**" if entry["lr"] == slim["lr"] else f"{100 * entry['top1']:.1f}"
+        for entry in slim["tries"]
+    ]
+    assert f"| slim | {' | '.join(tried)} |" in text
     for name in ("compare.png", "rates.png"):
         with Image.open(out / name) as picture:
             assert picture.width > 500

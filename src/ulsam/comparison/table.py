@@ -30,6 +30,18 @@ def pairs(result: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def tries(result: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the table of tries, heads first: each arm's mean top-1 on held-out pictures, the best one in bold.
+
+    Empty where nothing was tried.
+    """
+    columns = sorted({(entry["lr"], entry["epochs"]) for arm in result["arms"] for entry in arm["tries"]}, key=_order)
+    if not columns:
+        return []
+    heads = ["held-out top-1 at lr, epochs", *(f"{lr:g}, {epochs}" for lr, epochs in columns)]
+    return [heads, *([arm["name"], *(_tried(arm, *column) for column in columns)] for arm in result["arms"])]
+
+
 def text(result: Mapping[str, Any]) -> str:
     """For the terminal."""
     blocks = ["\n".join(aligned([list(HEADS), *rows(result)], right=NUMBERS))]
@@ -45,6 +57,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     if others := pairs(result):
         blocks.append(_markdown_table([["difference", "points", "verdict"], *others]))
     blocks.append(legend(result))
+    if tried := tries(result):
+        blocks.append(_markdown_table(tried))
     if result["notes"]:
         blocks.append("\n".join(f"- {note}" for note in result["notes"]))
     blocks.append(f"`{result['command']}`")
@@ -91,13 +105,18 @@ def legend(result: Mapping[str, Any]) -> str:
     """What the columns are."""
     over = {pair["over"] for pair in result["differences"]}
     interval = f"95 % interval over {' / '.join(sorted(over))}" if over else "no interval"
+    paired = "seed" if "seeds" in over else "seed and picture"
     margin = 100 * result["margin"]
     return (
-        f"Top-1 in %, mean ± standard deviation over seeds, on {result['pictures'] or 'no'} {result['split'] or ''} "
-        f"pictures. Minus base: points, paired by seed{' and picture' if 'seeds' not in over else ''}, {interval}. "
+        f"Top-1 in %, mean ± standard deviation over seeds{_where(result)}. Minus base: points, paired by {paired}, "
+        f"{interval}. "
         f"holds: its lower end is above -{margin:g}; gain, loss: it leaves 0 out. Latency: one picture, folded net, "
         f"{result['processor'] or 'CPU'}; its ratio to the base's. MACs: multiply-adds."
     )
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    return f", on {result['pictures']} {result['split']} pictures" if result["pictures"] else ""
 
 
 def _row(arm: Mapping[str, Any], is_base: bool) -> list[str]:
@@ -115,6 +134,22 @@ def _row(arm: Mapping[str, Any], is_base: bool) -> list[str]:
         points(minus) if minus and not is_base else "",
         ", ".join(words),
     ]
+
+
+def _order(column: tuple[float, int]) -> tuple[int, float]:
+    """Fewer epochs first, then smaller rates."""
+    return column[1], column[0]
+
+
+def _tried(arm: Mapping[str, Any], lr: float, epochs: int) -> str:
+    """The cell of one try: empty where it was not tried or has not ended."""
+    found = [entry for entry in arm["tries"] if (entry["lr"], entry["epochs"]) == (lr, epochs)]
+    if not found or (found[0]["top1"] is None and not found[0]["failed"]):
+        return ""
+    if found[0]["failed"]:
+        return "failed"
+    top1 = f"{100 * found[0]['top1']:.1f}"
+    return f"**{top1}**" if (arm["lr"], arm["epochs"]) == (lr, epochs) else top1
 
 
 def _lacks(arm: Mapping[str, Any]) -> list[str]:

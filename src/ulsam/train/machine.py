@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for good: training on a CPU is up to half as fast again.
 
     A training step takes and frees the same large tensors again and again. By default glibc hands each of them back to
-    the kernel, which then gives out empty pages anew. Peak memory grows by some 5 %.
+    the kernel, which then gives out empty pages anew. Peak memory stays about the same.
 
     Returns:
         Whether it could be done: the C library is glibc.
