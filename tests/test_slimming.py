@@ -28,10 +28,11 @@ from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
 from ulsam.models import build, load, make_recipe, read_recipe, save_model
 from ulsam.recipe import Edit
+from ulsam.sampling import draw_sample
 from ulsam.slimming.blocks import Block, Switched, find_blocks
 from ulsam.slimming.budget import Wish
 from ulsam.slimming.choose import Chooser
-from ulsam.slimming.damage import Score, draw_sample, score
+from ulsam.slimming.damage import Score, score
 from ulsam.slimming.latency import call_of, check_engine, time_in_turn
 from ulsam.slimming.report import choice_lines
 from ulsam.slimming.run import _result, fine_tuning, slim
@@ -141,6 +142,28 @@ def test_a_switched_net_is_the_edited_one_and_then_as_it_was():
     assert not torch.equal(after, before)
     assert torch.equal(net(x), before)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+def test_low_rank_layers_are_fitted_to_the_blocks_before_the_damage_is_measured():
+    torch.manual_seed(0)
+    net = timm.create_model("mobilenetv2_035", num_classes=3)
+    net(torch.randn(16, *SIZE))  # BatchNorm gets statistics
+    names, x = ["blocks.3.1", "blocks.4.1"], torch.randn(32, *SIZE)
+    _, switched, _ = find_blocks(net.eval(), SIZE, {"layer": "lowrank", "rank": 4}, names)
+
+    def distances() -> list[float]:
+        found = []
+        for name in names:
+            with switched.replaced([name]) as replaced:
+                found.append((replaced.forward_features(x) - before).square().mean().item())
+        return found
+
+    with torch.no_grad():
+        before = net.forward_features(x)
+        as_dropped = distances()
+        switched.fit([x])
+        assert all(fitted < 0.9 * dropped for fitted, dropped in zip(distances(), as_dropped, strict=True))
+        assert torch.equal(net.forward_features(x), before)
 
 
 # damage

@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ULSAM": "ulsam.module",
+    "LowRank": "ulsam.mixing",
+    "fit": "ulsam.fitting",
     "convert_released": "ulsam.module",
     "candidates": "ulsam.surgery",
     "insert": "ulsam.surgery",

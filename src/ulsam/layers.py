@@ -1,4 +1,4 @@
-"""The attention layers that an edit can make: ULSAM, and timm's layers of other papers to compare it with."""
+"""The layers that an edit can make: ULSAM, a low-rank one, and timm's attention of other papers to compare with."""
 
 from typing import Literal, get_args
 
@@ -6,9 +6,16 @@ import torch
 from torch import nn
 
 from ulsam.errors import UlsamError
+from ulsam.mixing import LowRank
 from ulsam.module import ULSAM, Form
 
-Layer = Literal["ulsam", "se", "eca", "cbam", "coord"]
+Layer = Literal["ulsam", "lowrank", "se", "eca", "cbam", "coord"]
+
+DEFAULT_RANK = 8
+
+
+class Chain(nn.Sequential):
+    """A low-rank layer and the one behind it; a type of its own: surgery takes an `nn.Sequential` for a wrapping."""
 
 
 def make_layer(
@@ -18,12 +25,14 @@ def make_layer(
     groups: int | None = None,
     form: Form | None = None,
     momentum: float | None = None,
+    rank: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """A new attention layer by name, [B, channels, H, W] -> the same shape.
+    """A new layer by name, [B, channels, H, W] -> the same shape.
 
-    The layers of other papers are timm's, with timm's defaults:
+    ``"lowrank"`` is :class:`ulsam.LowRank`; with a ``rank``, any other layer follows one. The layers of other papers
+    are timm's, with timm's defaults:
 
     - ``"se"``: squeeze-and-excitation (`SEModule`, arXiv 1709.01507); two 1x1 convolutions with biases through
       channels / 16 channels, rounded to a multiple of 8.
@@ -38,22 +47,28 @@ def make_layer(
         layer: which one.
         channels: C of the input; H and W are free.
         groups, form, momentum: of :class:`ulsam.ULSAM` alone; None takes its default.
+        rank: of a low-rank layer; by default 8 for ``"lowrank"``, and none before the others.
 
     Raises:
         UlsamError: the name is unknown, ``groups``, ``form`` or ``momentum`` for a layer that has none, or values that
-            :class:`ulsam.ULSAM` refuses.
+            :class:`ulsam.ULSAM` or :class:`ulsam.LowRank` refuses.
 
     >>> {name: sum(p.numel() for p in make_layer(name, 160).parameters()) for name in get_args(Layer)}
-    {'ulsam': 320, 'se': 2728, 'eca': 5, 'cbam': 3300, 'coord': 3856}
+    {'ulsam': 320, 'lowrank': 2720, 'se': 2728, 'eca': 5, 'cbam': 3300, 'coord': 3856}
     """
     if layer not in get_args(Layer):
         raise UlsamError(f"unknown layer {layer!r}; valid: {', '.join(get_args(Layer))}")
     options = {"groups": groups, "form": form, "momentum": momentum}
     given = {name: value for name, value in options.items() if value is not None}
+    if rank is not None and layer != "lowrank":
+        behind = make_layer(layer, channels, **given, device=device, dtype=dtype)  # type: ignore[arg-type]
+        return Chain(LowRank(channels, rank, device=device, dtype=dtype), behind)
     if layer == "ulsam":
         return ULSAM(channels, **given, device=device, dtype=dtype)  # type: ignore[arg-type]
     if given:
-        raise UlsamError(f"{', '.join(given)}: for ULSAM alone; the layer {layer} is made with timm's defaults")
+        raise UlsamError(f"{', '.join(given)}: for ULSAM alone, not for the layer {layer}")
+    if layer == "lowrank":
+        return LowRank(channels, rank or DEFAULT_RANK, device=device, dtype=dtype)
     from timm.layers import create_attn  # the layer ULSAM works without timm
 
     made: nn.Module = create_attn(layer, channels, device=device, dtype=dtype)

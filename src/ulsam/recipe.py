@@ -13,7 +13,7 @@ from torch import nn
 
 from ulsam import surgery
 from ulsam.errors import UlsamError, printable
-from ulsam.layers import Layer
+from ulsam.layers import DEFAULT_RANK, Layer
 from ulsam.module import Form
 
 Kind = Literal["replace", "insert", "drop"]
@@ -30,10 +30,11 @@ class Edit:
     """One change of a net; its text form is e.g. ``replace 14,17 g=4``, ``insert 17:1 g=8 form=released`` or
     ``insert 17:1 layer=se``.
 
-    ULSAM has 4 groups and the form "equations" where none are given; other layers, and a drop, have neither.
+    ULSAM has 4 groups and the form "equations" where none are given; other layers, and a drop, have neither. A
+    ``rank`` is that of a low-rank layer before the named one, or of the layer "lowrank" itself.
 
     >>> Edit.parse("replace 14,17 g=8")
-    Edit(kind='replace', at='14,17', groups=8, form='equations', layer='ulsam')
+    Edit(kind='replace', at='14,17', groups=8, form='equations', layer='ulsam', rank=None)
     >>> str(Edit("drop", "14, 16")), str(Edit("replace", "14", layer="eca"))
     ('drop 14,16', 'replace 14 layer=eca')
 
@@ -47,6 +48,7 @@ class Edit:
     groups: int | None = None
     form: Form | None = None
     layer: Layer = "ulsam"
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -57,18 +59,23 @@ class Edit:
             raise UlsamError(f"unknown form {self.form!r}; valid: {', '.join(forms)}")
         if type(self.groups) is int and self.groups < 1:
             raise UlsamError(f"groups must be 1 or more, not {self.groups}")
-        if type(self.groups) not in (int, type(None)) or type(self.at) is not str:
+        if type(self.rank) is int and self.rank < 1:
+            raise UlsamError(f"rank must be 1 or more, not {self.rank}")
+        if {type(self.groups), type(self.rank)} - {int, type(None)} or type(self.at) is not str:
             raise UlsamError(
-                f"an edit takes a place as text and a whole number of groups, not {self.at!r}, {self.groups!r}"
+                "an edit takes a place as text, a whole number of groups and a whole rank, not "
+                f"{self.at!r}, {self.groups!r}, {self.rank!r}"
             )
         object.__setattr__(self, "at", re.sub(r"\s*,\s*", ",", self.at.strip()))
         if not self.at or re.search(r"[\s=]", self.at):
             raise UlsamError(f"cannot read the place {self.at!r}; write names or layer numbers with commas, as 14,17")
         plain = (self.groups, self.form) == (None, None)
-        if self.kind == "drop" and not (plain and self.layer == "ulsam"):
-            raise UlsamError(f"a drop makes no layer: it has neither groups nor a form nor a layer ({self.at})")
+        if self.kind == "drop" and not (plain and self.layer == "ulsam" and self.rank is None):
+            raise UlsamError(f"a drop makes no layer: it has neither groups nor a form, layer or rank ({self.at})")
         if self.layer != "ulsam" and not plain:
             raise UlsamError(f"groups and form are for ULSAM alone: the layer {self.layer} has neither ({self.at})")
+        if self.layer == "lowrank":
+            object.__setattr__(self, "rank", self.rank or DEFAULT_RANK)
         if self.kind != "drop" and self.layer == "ulsam":
             object.__setattr__(self, "groups", self.groups or 4)
             object.__setattr__(self, "form", self.form or "equations")
@@ -83,13 +90,13 @@ class Edit:
         kind, *rest = text.split() or [""]
         options: dict[str, Any] = dict(word.split("=", 1) for word in rest if "=" in word)
         places = [word for word in rest if "=" not in word]
-        groups = options.pop("g", None)
-        sound = set(options) <= {"form", "layer"} and (groups is None or re.fullmatch(r"\d{1,9}", groups))
+        counts = {name: options.pop(key) for key, name in (("g", "groups"), ("rank", "rank")) if key in options}
+        sound = set(options) <= {"form", "layer"} and all(re.fullmatch(r"\d{1,9}", count) for count in counts.values())
         if len(places) != 1 or not sound:
             raise UlsamError(
                 f"cannot read the edit {text!r}; write it as 'replace 14,17 g=4 form=equations' or 'insert 17 layer=se'"
             )
-        return cls(kind, places[0], None if groups is None else int(groups), **options)  # type: ignore[arg-type]
+        return cls(kind, places[0], **{name: int(count) for name, count in counts.items()}, **options)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         words = [self.kind, self.at]
@@ -99,6 +106,8 @@ class Edit:
             words.append(f"form={self.form}")
         if self.layer != "ulsam":
             words.append(f"layer={self.layer}")
+        if self.rank is not None:
+            words.append(f"rank={self.rank}")
         return " ".join(words)
 
     def apply(self, model: nn.Module, input_size: Sequence[int] | None = None) -> None:
@@ -107,7 +116,7 @@ class Edit:
             surgery.drop(model, self.at, input_size=input_size)
         else:
             edit = surgery.insert if self.kind == "insert" else surgery.replace
-            edit(model, self.at, self.groups, layer=self.layer, form=self.form, input_size=input_size)
+            edit(model, self.at, self.groups, layer=self.layer, form=self.form, rank=self.rank, input_size=input_size)
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
 
 def add_layer_options(group: "argparse._ArgumentGroup") -> None:
     """Add ``--layer``, ``--groups`` and ``--form``; :func:`layer_options` reads them."""
-    group.add_argument("--layer", metavar="LAYER", help="ulsam (default), or timm's se, eca, cbam or coord")
+    group.add_argument("--layer", metavar="LAYER", help="ulsam (default), lowrank, or timm's se, eca, cbam or coord")
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
+    group.add_argument("--rank", type=int, metavar="R", help="of a low-rank layer, alone or before another (see docs)")
     group.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")
 
 
@@ -65,12 +66,14 @@ def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit
 def preset_arguments(args: argparse.Namespace, model: str | None) -> dict[str, Any]:
     """``--groups`` and ``--form`` as arguments of a preset, which has its layers already; empty for other nets."""
     options = layer_options(args)
-    return options if model in PLACEMENTS and not _makes_layers(args) and "layer" not in options else {}
+    return options if model in PLACEMENTS and not _makes_layers(args) and not options.keys() & {"layer", "rank"} else {}
 
 
 def layer_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of :func:`add_layer_options` that were given, as arguments of :class:`ulsam.recipe.Edit`."""
-    return {key: value for key in ("layer", "groups", "form") if (value := getattr(args, key, None)) is not None}
+    return {
+        key: value for key in ("layer", "groups", "form", "rank") if (value := getattr(args, key, None)) is not None
+    }
 
 
 def _makes_layers(args: argparse.Namespace) -> bool:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
+from ulsam.fitting import fit_apart
 from ulsam.places import At, layer_names, match
 from ulsam.recipe import Edit
 from ulsam.surgery import Candidate, candidates
@@ -73,6 +74,10 @@ class Switched:
         self.new = {name: edited.get_submodule(name) for name in blocks}
         for module in self.new.values():
             del vars(module)["replaced_module"]  # a copy of the old block
+
+    def fit(self, batches: Sequence[Tensor]) -> None:
+        """Fit those new layers that can be to the blocks which they are to replace, each alone (`ulsam.fit`)."""
+        fit_apart(self.net, self.new, batches)
 
     @contextmanager
     def replaced(self, blocks: Collection[str]) -> Iterator[nn.Module]:

@@ -24,11 +24,12 @@ from ulsam.files import write_atomic
 from ulsam.models import load
 from ulsam.places import match
 from ulsam.recipe import Recipe
+from ulsam.sampling import draw_sample
 from ulsam.slimming import report
 from ulsam.slimming.blocks import find_blocks
 from ulsam.slimming.budget import Wish, wish
 from ulsam.slimming.choose import Chooser
-from ulsam.slimming.damage import draw_sample, score
+from ulsam.slimming.damage import score
 from ulsam.slimming.latency import check_engine
 from ulsam.slimming.store import Store, check_folder
 from ulsam.train import parts, restore
@@ -179,6 +180,8 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
         for _, reason in sample.unreadable:
             _say(f"unreadable {reason}")
         if store.get("chosen") is None:
+            net.to(world.device)
+            switched.fit([batch.images for batch in sample.batches if len(batch.images)])
             Chooser(
                 asked,
                 blocks,

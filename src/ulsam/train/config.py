@@ -26,7 +26,7 @@ def _option(default: Any, help: str) -> Any:
 _LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "val_every", "size", "threads"), 1),
     **dict.fromkeys(("workers", "seed", "split_seed", "warmup_epochs", "weight_decay", "min_lr", "save_seconds"), 0),
-    **dict.fromkeys(("mixup", "cutmix", "color_jitter", "distill_features"), 0),
+    **dict.fromkeys(("mixup", "cutmix", "color_jitter", "distill_features", "fit_pictures"), 0),
 }
 _MOST_THREADS = 1024  # OpenMP ends the process where it cannot make as many as it is asked for
 _SHARES = ("smoothing", "hflip", "random_erasing", "drop_rate", "drop_path", "ema", "max_unreadable", "distill")
@@ -61,6 +61,9 @@ class TrainConfig:
     edits: list[str] = _option([], "changes of the net, e.g. 'replace 14,17 g=4'")
     pretrained: bool = _option(False, "start from timm's hub weights of the base net")
     weights: str | None = _option(None, "start from this weight file (safetensors, or a PyTorch checkpoint)")
+    fit_pictures: int = _option(
+        512, "training pictures to fit new low-rank layers on, to the blocks they replace; 0: none"
+    )
     freeze: list[str] = _option([], "modules (names or globs) whose weights and BatchNorm statistics stay as they are")
     # teacher
     teacher: str | None = _option(None, "model file of a trained net to learn from too, on the same classes")

@@ -26,6 +26,7 @@ from ulsam.files import clear_parts, write_atomic
 from ulsam.models import build, save_model, sketch
 from ulsam.train import distill, parts, report, restore
 from ulsam.train.config import TrainConfig
+from ulsam.train.fit import fit_layers
 from ulsam.train.machine import fitted
 from ulsam.train.probe import probe
 from ulsam.train.state import Position, environment, read_checkpoint, write_checkpoint
@@ -141,6 +142,9 @@ class Trainer:
             notes += self.teacher.notes
         for note in notes:
             self._say(f"note    {note}")
+        if fresh and net is None:
+            for line in fit_layers(config, self.recipe, model, self.train_pictures, world):
+                self._say(f"fit     {line}")
 
         self.config, choice = probe(
             config, model, self.recipe.input_size, self.epoch_updates, world, teacher=self.teacher

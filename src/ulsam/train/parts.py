@@ -1,6 +1,7 @@
 """What a training run is made of: pictures, net, batches, optimizer, each built from the settings."""
 
 import os
+import random
 import signal
 import sys
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
@@ -247,3 +249,15 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def same_generators(device: torch.device) -> Iterator[None]:
+    """Leave Python's, NumPy's and PyTorch's random generators as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

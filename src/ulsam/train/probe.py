@@ -6,14 +6,11 @@ as it was: a run whose choice is written into its settings ends in the same weig
 
 import copy
 import dataclasses
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -70,7 +67,7 @@ def settle(config: TrainConfig) -> TrainConfig:
         threads = torch.get_num_threads()
         torch.set_num_threads(config.threads or threads)
         try:
-            with _same_generators(world.device):
+            with parts.same_generators(world.device):
                 pictures, _, _ = parts.open_pictures(config)
                 recipe, model, teacher, updates = rehearse(config, pictures, world)
                 config, lines = probe(config, model, recipe.input_size, updates, world, teacher=teacher)
@@ -145,7 +142,7 @@ def probe(
 
             return take
 
-        with parts.plain_words(), _same_generators(world.device):
+        with parts.plain_words(), parts.same_generators(world.device):
             times = (measure or time_in_turn)({setup: step(setup) for setup in tried}, steps)
             if not times:
                 raise UlsamError("the memory is full: use a smaller --batch-size, and --accumulate instead")
@@ -290,15 +287,3 @@ def _span(seconds: float) -> str:
     ('40 s', '10 minutes')
     """
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-
-
-@contextmanager
-def _same_generators(device: torch.device) -> Iterator[None]:
-    """Leave Python's, NumPy's and PyTorch's random generators as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -1,0 +1,58 @@
+"""A sample of training pictures in memory, the same one each time."""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+from ulsam.data.loading import Batch, EvalSet, Loader
+from ulsam.data.sources import AnyPictures, StreamPictures
+from ulsam.distributed import World
+from ulsam.errors import UlsamError
+from ulsam.evaluate import recipe_transform
+from ulsam.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Training pictures in memory, as the net's input.
+
+    ``names`` is the SHA-256 of their names; ``unreadable`` are those of them that were left out (name, reason).
+    """
+
+    batches: list[Batch]
+    pictures: int
+    names: str
+    unreadable: list[tuple[str, str]]
+
+
+def draw_sample(
+    pictures: AnyPictures, recipe: Recipe, number: int, world: World, *, batch_size: int = 32, workers: int = 0
+) -> Sample:
+    """Read ``number`` of the pictures, or all if there are fewer; the same ones whenever the pictures are the same.
+
+    Args:
+        pictures: of the training split.
+        recipe: of the net; how a picture becomes its input. There is no augmentation.
+        number: 1 or more.
+        world: its device gets the pictures: [number, C, H, W] in float32.
+
+    Raises:
+        UlsamError: the pictures are a stream, from which none can be picked.
+    """
+    if isinstance(pictures, StreamPictures):
+        raise UlsamError("pictures cannot be picked from a stream of shards: name an image folder, or torch/... data")
+    chosen = sorted(random.Random(0).sample(range(len(pictures)), min(number, len(pictures))))
+    transform = recipe_transform(recipe)
+    loader = Loader(
+        EvalSet(pictures, transform),
+        transform.normalise,
+        world.device,
+        workers,
+        batch_size=batch_size,
+        sampler=chosen,
+    )
+    batches = list(loader)
+    names = pictures.names or list(map(str, range(len(pictures))))
+    digest = hashlib.sha256("\0".join(names[index] for index in chosen).encode(errors="surrogateescape")).hexdigest()
+    unreadable = [bad for batch in batches for bad in batch.unreadable]
+    return Sample(batches, len(chosen) - len(unreadable), digest, unreadable)

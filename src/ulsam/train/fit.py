@@ -1,0 +1,34 @@
+"""Fitting a run's new low-rank layers before its first step."""
+
+from torch import nn
+
+from ulsam.data.sources import AnyPictures
+from ulsam.distributed import World
+from ulsam.fitting import fit, new_layers
+from ulsam.recipe import Recipe
+from ulsam.sampling import draw_sample
+from ulsam.train import parts
+from ulsam.train.config import TrainConfig
+
+
+def fit_layers(config: TrainConfig, recipe: Recipe, model: nn.Module, pictures: AnyPictures, world: World) -> list[str]:
+    """Fit the new low-rank layers of ``model`` to the blocks that they replaced, if these have weights.
+
+    Random generators stay as they were. All processes do the same, and DistributedDataParallel takes the first one's.
+
+    Returns:
+        A line for the user about each layer.
+
+    Raises:
+        UlsamError: the pictures are a stream.
+    """
+    if not (config.fit_pictures and (config.weights or config.pretrained) and new_layers(model)):
+        return []
+    with parts.same_generators(world.device):
+        sample = draw_sample(pictures, recipe, config.fit_pictures, world)
+    found = fit(model.to(world.device), [batch.images for batch in sample.batches if len(batch.images)])
+    return [
+        f"{layer.name}: rank {layer.rank} gives {100 * layer.explained:.0f} % of what the block added, "
+        f"on {sample.pictures} training pictures"
+        for layer in found
+    ]
