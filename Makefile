@@ -1,5 +1,6 @@
 # make demo    draw birds, train a net without and with ULSAM, show both
 # make test    lint, types and the tests that take seconds
+# make results  whether README.md and docs/ say what the JSON files under results/ say
 # make bench   the attention layer against a loop over groups and a copy, in 3 minutes
 # Either makes .venv on its first run; a later run installs again only if pyproject.toml, constraints.txt or the C kernels changed.
 
@@ -10,7 +11,7 @@ INSTALLED := .venv/.installed
 # one thread a test worker: two workers with a thread pool each would fight for the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow bench lint format wheel-test clean
+.PHONY: demo test test-slow results bench lint format wheel-test clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard src/ulsam/ops/*.[ch])
@@ -37,6 +38,9 @@ test-slow: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results: $(INSTALLED)
+	$(BIN)/python benchmarks/tables.py --check
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/layer.py

@@ -1,13 +1,21 @@
 """Write the tables of measured results into the pages, from the JSON files under results/.
 
-python benchmarks/tables.py           # rewrite README.md and docs/performance.md
-python benchmarks/tables.py --check   # exit 1 if a page and the results disagree
+python benchmarks/tables.py           # rewrite README.md and pages under docs/
+python benchmarks/tables.py --check   # exit 1 if a page and the results disagree; also make results
+
+Tables of comparisons are computed from the summaries of their runs, and their compare.json must say the same.
 """
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from ulsam.comparison import table
+from ulsam.comparison.paths import without_paths
+from ulsam.comparison.report import summarise
+from ulsam.comparison.store import Store
+from ulsam.errors import UlsamError
 
 ROOT = Path(__file__).parents[1]
 SETS = {"cub100": "CUB-200-2011, 100 of its classes", "grocery81": "Grocery Store, 81 classes"}
@@ -211,6 +219,27 @@ def training_table() -> str:
     return "\n".join(lines)
 
 
+def comparison(name: str) -> dict[str, Any]:
+    """A published comparison, computed again from its runs.
+
+    Raises:
+        UlsamError: its compare.json says something else.
+    """
+    store = Store(ROOT / "results" / name)
+    grid, told = store.read_grid(), store.read("compare.json")
+    if grid is None or told is None:
+        raise UlsamError(f"results/{name} is not a published comparison: it lacks grid.json or compare.json")
+    found = without_paths(summarise(grid, store, told["margin"], told["command"]))
+    if json.loads(json.dumps(found)) != told:
+        raise UlsamError(f"results/{name}/compare.json is not what its runs say: ulsam compare --report-only makes it")
+    return found
+
+
+def comparison_table(name: str) -> str:
+    """The tables of a comparison, with its notes and command."""
+    return table.markdown(comparison(name)).strip()
+
+
 def allocation_table() -> str:
     """One row a precision and form of the training step: freed memory kept against handed back."""
     result = json.loads((ROOT / "results" / "allocation.json").read_text())
@@ -234,6 +263,9 @@ def allocation_table() -> str:
 
 TABLES = {
     "README.md": {"finetune": finetune_table},
+    "docs/results.md": {
+        "cub100": lambda: comparison_table("compare_cub100"),
+    },
     "docs/performance.md": {
         "layer": layer_table,
         "network": network_table,
@@ -253,10 +285,10 @@ def main() -> int:
     for name, tables in TABLES.items():
         page = ROOT / name
         old = new = page.read_text()
-        for mark, table in tables.items():
+        for mark, write in tables.items():
             before, rest = new.split(f"<!-- {mark} -->\n")
             after = rest.partition(f"<!-- /{mark} -->")[2]
-            new = f"{before}<!-- {mark} -->\n{table()}\n<!-- /{mark} -->{after}"
+            new = f"{before}<!-- {mark} -->\n{write()}\n<!-- /{mark} -->{after}"
         if "--check" not in sys.argv:
             page.write_text(new)
         elif new != old:
@@ -266,4 +298,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UlsamError as error:
+        sys.exit(str(error))

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +49,28 @@ def test_links_and_pictures_exist(page):
         assert (page.parent / target).exists() or (page.parent / f"{target}.md").exists(), target
 
 
-def test_measured_tables_are_what_the_results_say():
-    check = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
+def check_tables(root: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, root / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
     )
-    assert check.returncode == 0, check.stdout
+
+
+def test_measured_tables_are_what_the_results_say():
+    check = check_tables(ROOT)
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_a_page_or_a_result_that_was_changed_by_hand_is_noticed(tmp_path):
+    for name in ("benchmarks", "results", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    page, results = tmp_path / "docs" / "results.md", tmp_path / "results" / "compare_cub100"
+    text = page.read_text()
+    page.write_text(text.replace("| base | 2.352 M |", "| base | 1.352 M |"))
+    check = check_tables(tmp_path)
+    assert (check.returncode, "docs/results.md and results/ disagree" in check.stdout) == (1, True)
+    page.write_text(text)
+    summary = next(results.glob("arms/base/seed-*/summary.json"))
+    summary.write_text(summary.read_text().replace('"top1": 0.8', '"top1": 0.9', 1))
+    check = check_tables(tmp_path)
+    assert (check.returncode, "compare.json is not what its runs say" in check.stderr) == (1, True)
