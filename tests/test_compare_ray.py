@@ -31,7 +31,8 @@ def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_pat
     store, grid = Store(tmp_path), Grid(arms, shared, seeds=1)
     run = grid.known(store.look)[0]
     folder = store.folder(run)
-    reason, files = train_there(str(folder), run.config.to_yaml(), str(tmp_path / "no-such-token"))
+    here, token = str(Path.cwd()), str(tmp_path / "no-such-token")
+    reason, files = train_there(str(folder), run.config.to_yaml(), token, here)
     assert reason is None
     assert not folder.exists()
     assert "checkpoint.pt" not in files
@@ -41,10 +42,22 @@ def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_pat
     assert "result " in folder.with_name("seed-0.log").read_text()
 
     broken = Run(Arm.parse("base"), "seed-1", TrainConfig("no such folder", threads=1))
-    reason, files = train_there(str(store.folder(broken)), broken.config.to_yaml(), str(tmp_path / "no-such-token"))
+    reason, files = train_there(str(store.folder(broken)), broken.config.to_yaml(), token, here)
     assert reason is not None and "no such folder" in reason
     receive(store.folder(broken), files)
     assert store.look(broken) is None
+
+
+def test_relative_paths_are_seen_from_where_the_command_was_given(data: Path, tmp_path: Path) -> None:
+    config = TrainConfig.from_mapping({**SETTLED, "data": data.name, "epochs": 1})
+    run = Run(Arm.parse("base"), "seed-0", config)
+    store, token = Store(tmp_path), str(tmp_path / "no-such-token")
+    reason, files = train_there(str(store.folder(run)), config.to_yaml(), token, str(data.parent))
+    assert reason is None
+    receive(store.folder(run), files)
+    assert store.look(run) is not None  # with the settings as they were given
+    reason, files = train_there(str(store.folder(run)), config.to_yaml(), token, str(tmp_path / "gone"))
+    assert reason is not None and reason.endswith("gone, from where the command was given") and not files
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from ulsam.comparison.report import measure_latency, summarise, write_reports
 from ulsam.comparison.store import Store
 from ulsam.errors import UlsamError
 from ulsam.train.config import TrainConfig
-from ulsam.train.probe import SETTINGS, settle
+from ulsam.train.probe import SETTINGS, settle, undecided
 from ulsam.train.report import command_line
 
 __all__ = ["compare", "report"]
@@ -95,7 +95,7 @@ def compare(
     check_arms(parsed, shared)
     store, digest = Store(out), data_digest(shared)
     with store.alone():
-        grid = dataclasses.replace(grid, shared=_settled(grid, store))
+        grid = dataclasses.replace(grid, shared=_settled(grid, store, launcher == "ray"))
         store.begin(grid, command_line(), digest)
     say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {store.root}")
     place: Launcher = LocalLauncher(store, jobs or 1)
@@ -148,13 +148,15 @@ def _reported(grid: Grid, store: Store, margin: float, command: str | None) -> d
     return result
 
 
-def _settled(grid: Grid, store: Store) -> TrainConfig:
+def _settled(grid: Grid, store: Store, elsewhere: bool) -> TrainConfig:
     """The shared settings with nothing left at "auto": as they were settled here before, or by a probe of the base."""
     shared = grid.shared
     before = store.read_grid()
     if before:
         known = {name: getattr(before.shared, name) for name in SETTINGS if getattr(shared, name) == "auto"}
         shared = dataclasses.replace(shared, **known)
+    if elsewhere and not undecided(shared):
+        return shared  # what this machine lacks, a GPU say, others may have
     longest = grid.arms[0].config(shared, epochs=max([shared.epochs, *grid.epochs]))
     settled = settle(longest)
     return dataclasses.replace(shared, **{name: getattr(settled, name) for name in SETTINGS})

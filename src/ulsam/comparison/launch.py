@@ -123,10 +123,13 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, say: Callable[[str], N
                 say(f"run     {_progress(grid, store, launcher)} {ended.run}: {_result(store, ended.run)}")
 
 
-def start_process(folder: Path, config: TrainConfig, lock: int | None) -> "subprocess.Popen[bytes]":
+def start_process(
+    folder: Path, config: TrainConfig, lock: int | None, cwd: str | None = None
+) -> "subprocess.Popen[bytes]":
     """Start training in ``folder``, or go on with what is there; its output goes to the file beside it, FOLDER.log.
 
-    The process, and those that it starts, hold ``lock`` open. It saves and stops when its standard input is closed.
+    Relative paths among the settings are seen from ``cwd``, by default the working directory of this process. The
+    process, and those that it starts, hold ``lock`` open. It saves and stops when its standard input is closed.
     """
     if (folder / "config.yaml").is_file():
         given = {name: getattr(config, name) for name in HARMLESS}
@@ -140,6 +143,7 @@ def start_process(folder: Path, config: TrainConfig, lock: int | None) -> "subpr
     with open(folder.with_name(f"{folder.name}.log"), "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "ulsam.attached", *words],
+            cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,

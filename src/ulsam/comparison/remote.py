@@ -2,12 +2,13 @@
 
 Ray starts a task that is lost with its node again on another one. It goes on from the run's last checkpoint where all
 nodes see the comparison's folder under the same path, and from the start where they do not; then the files of a
-finished run, without its checkpoint, come back to the driver. The data must lie under the same path on all nodes, and
-ulsam must be installed there.
+finished run, without its checkpoint, come back to the driver. Data, weights and a teacher must lie under the same paths
+on all nodes, relative ones seen from the directory where the command is given, and ulsam must be installed there.
 """
 
 import logging
 import os
+import platform
 import tempfile
 import time
 import uuid
@@ -63,7 +64,7 @@ class RayLauncher:
     def start(self, run: Run) -> bool:
         self.store.check(run)
         folder = str(self.store.folder(run).absolute())
-        self.tasks[self.task.remote(folder, run.config.to_yaml(), str(self.token))] = run
+        self.tasks[self.task.remote(folder, run.config.to_yaml(), str(self.token), os.getcwd())] = run
         return True
 
     def room(self) -> bool:
@@ -109,13 +110,14 @@ def require_ray() -> None:
         raise UlsamError("--launcher ray needs Ray: pip install 'ulsam[ray]'") from error
 
 
-def train_there(folder: str, settings: str, token: str) -> tuple[str | None, dict[str, bytes]]:
+def train_there(folder: str, settings: str, token: str, cwd: str) -> tuple[str | None, dict[str, bytes]]:
     """Train on the node where this is called; what a Ray task does.
 
     Args:
         folder: of the run, as the driver calls it.
         settings: YAML.
         token: a file beside the runs on the driver; a node that sees it shares the driver's storage.
+        cwd: the driver's working directory, from which relative paths among the settings are seen.
 
     Returns:
         Why the run failed, or None; and, where storage is not shared, its files by name, the log too.
@@ -123,11 +125,13 @@ def train_there(folder: str, settings: str, token: str) -> tuple[str | None, dic
     import yaml
 
     config = TrainConfig.from_mapping(yaml.safe_load(settings))
+    if not Path(cwd).is_dir():
+        return f"the node {platform.node()} has no folder {cwd}, from where the command was given", {}
     if Path(token).exists():
-        return _train(Path(folder), config), {}
+        return _train(Path(folder), config, cwd), {}
     with tempfile.TemporaryDirectory(prefix="ulsam-") as scratch:
         there = Path(scratch) / Path(folder).name
-        reason = _train(there, config)
+        reason = _train(there, config, cwd)
         files = [path for path in there.glob("*") if path.is_file() and path.name != CHECKPOINT]
         log = there.with_name(f"{there.name}.log")
         return reason, {path.name: path.read_bytes() for path in [*files, log] if path.is_file()}
@@ -143,14 +147,14 @@ def receive(folder: Path, files: Mapping[str, bytes]) -> None:
         write_atomic(folder.with_name(name) if beside else folder / name, files[name])
 
 
-def _train(folder: Path, config: TrainConfig) -> str | None:
+def _train(folder: Path, config: TrainConfig, cwd: str) -> str | None:
     """Train in ``folder``, in a process that ends with this one; why it failed, or None."""
     make_folder(folder.parent)
     lock = take_lock(lock_of(folder), wait=True)  # the process of a lost task may still be saving
     try:
         if lock is None or (folder / "summary.json").exists():
             return None
-        process = start_process(folder, config, lock)
+        process = start_process(folder, config, lock, cwd)
     finally:
         if lock is not None:
             os.close(lock)
