@@ -38,7 +38,9 @@ def pruning() -> Iterator[ModuleType]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        spec.loader.exec_module(module)
     yield module
 
 
@@ -117,7 +119,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
             raise UlsamError("no space is left")
         train(config, folder, **rest)
 
-    monkeypatch.setattr(pruning, "train", train_or_fail)
+    monkeypatch.setattr(pruning.guest, "train", train_or_fail)
     with pytest.raises(SystemExit) as stop:
         pruning.main(words)
     assert stop.value.code == 1

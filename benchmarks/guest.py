@@ -1,0 +1,125 @@
+"""A net that no recipe builds as one more arm of a comparison: `ulsam compare --report-only` has it in its tables.
+
+Its weight file and every setting are those of the comparison's first arm, its tries and seeds the comparison's. Runs
+are chosen and lie as `ulsam compare` does it, in OUT/arms/NAME/choose-LR-EPOCHS and .../seed-N-LR-EPOCHS; done ones are
+skipped. The classifier is new, as that of the other arms.
+"""
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from ulsam.comparison.arms import Arm
+from ulsam.comparison.grid import Failed, Grid, at_the_edge
+from ulsam.comparison.latency import measure as measure_latency
+from ulsam.comparison.store import Store, make_folder
+from ulsam.costs import Cost, cost
+from ulsam.data import loading
+from ulsam.errors import UlsamError
+from ulsam.models import build
+from ulsam.recipe import Recipe
+from ulsam.train import parts, report
+from ulsam.train.config import TrainConfig
+from ulsam.train.loop import resume, train
+
+HAS_WEIGHTS = {"weights": None, "pretrained": False, "drop_rate": 0.0, "drop_path": 0.0}  # a prepared net has its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A comparison, and the plain net of its first arm with the weights that it starts from."""
+
+    store: Store
+    grid: Grid
+    recipe: Recipe
+    net: nn.Module
+
+
+def host(out: str) -> Host:
+    """Open the comparison in the folder ``out``.
+
+    Raises:
+        UlsamError: there is none, or its first arm is an edited net.
+    """
+    store = Store(out)
+    grid = store.read_grid()
+    if grid is None:
+        raise UlsamError(f"{out} is not the folder of a comparison: there is no grid.json in it")
+    config = grid.arms[0].config(grid.shared)
+    recipe = parts.recipe_of(config, parts.open_pictures(config)[0].classes)
+    if recipe.edits:
+        raise UlsamError(f"the first arm of {out} is an edited net: compare with the plain one first")
+    loading.seed_all(0)
+    net, _ = build(recipe, weights=config.weights, pretrained=config.pretrained)
+    return Host(store, grid, recipe, net)
+
+
+def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
+    """Train ``net`` as the arm ``name``, and print what came of it; whether every run with a seed succeeded.
+
+    Args:
+        host: the comparison.
+        name: of the arm.
+        net: is trained in copies, each with a new classifier.
+        entry: what ``guest.json`` tells of it besides cost and latency.
+    """
+    store, size = host.store, host.recipe.input_size
+    arm = Arm(name, (), {**host.grid.arms[0].settings, **HAS_WEIGHTS})
+    before, after = cost(host.net, size), cost(net, size)
+    make_folder(store.root / "arms" / arm.slug)
+    if store.read(f"arms/{arm.slug}/guest.json") is None:
+        times = measure_latency({"base": (host.net, size), name: (net, size)})
+        guest = {"name": name, "settings": arm.settings, "latency": times[name].to_json()}
+        store.write(f"arms/{arm.slug}/guest.json", {**guest, **_shares(before, after), **entry})
+    print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
+
+    grid = dataclasses.replace(host.grid, arms=(arm,))
+    for run in grid.known(store.look):
+        store.forgive(run)
+    while due := grid.due(store.look):
+        store.check(due[0])
+        try:
+            _train(net, due[0].config, store.folder(due[0]))
+        except UlsamError as error:
+            store.fail(due[0], str(error))
+    tries = grid.tried(arm, store.look)
+    for tried in tries:
+        found = tried.failed or f"held-out top-1 {100 * (tried.top1 or 0.0):.2f}"
+        print(f"{name}: lr {tried.rate:g}, epochs {tried.epochs}: {found}")
+    if edge := at_the_edge(tries):
+        print(f"note: the best rate is the {edge} of those tried: give more --rates")
+    finals = [(run, store.look(run)) for run in grid.known(store.look) if not run.is_try]
+    tested = [100 * found["scores"]["top1"] for _, found in finals if isinstance(found, Mapping)]
+    if tested:
+        print(f"{name}: top-1 {', '.join(f'{value:.2f}' for value in tested)}; mean {statistics.mean(tested):.2f}")
+    for run, found in finals:
+        if isinstance(found, Failed):
+            print(f"{run} failed: {found.reason}")
+    return bool(finals) and len(tested) == len(finals)
+
+
+def _train(prepared: nn.Module, config: TrainConfig, folder: Path) -> None:
+    """Train a copy of the net, with a new classifier, in this folder, or go on with it."""
+    net = copy.deepcopy(prepared)
+    head = cast(nn.Linear, cast(Any, net).get_classifier())
+    loading.seed_all(config.seed)
+    nn.init.normal_(head.weight, std=0.01)  # as the new classifiers of the other arms start
+    nn.init.zeros_(head.bias)
+    if (folder / "config.yaml").exists():
+        resume(folder, net=net)
+    else:
+        train(config, folder, net=net)
+
+
+def _shares(before: Cost, after: Cost) -> dict[str, Any]:
+    return {
+        "macs_share": after.macs / before.macs,
+        "params_share": after.params / before.params,
+        "cost": report.cost_entry(after),
+        "versions": report.versions(),
+    }

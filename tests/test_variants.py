@@ -1,0 +1,71 @@
+"""The variants of the layer: what each computes, where they stand, and that they join a comparison."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import ulsam
+from tiny import SETTINGS, draw_splits
+from ulsam.comparison import report
+from ulsam.comparison.arms import Arm
+from ulsam.comparison.grid import Grid
+from ulsam.comparison.store import Store
+from ulsam.train.config import TrainConfig
+from ulsam.train.loop import train
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "variants.py"
+
+
+@pytest.fixture(scope="module")
+def variants() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("variants", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        spec.loader.exec_module(module)
+    yield module
+
+
+@pytest.mark.parametrize("kind", ["scaled", "gated", "depthwise", "mixed"])
+def test_they_start_as_the_identity(variants: ModuleType, kind: str) -> None:
+    x = torch.randn(2, 8, 5, 4)
+    torch.testing.assert_close(variants.Variant(8, 2, kind)(x), x)
+
+
+def test_still_is_the_papers_form(variants: ModuleType) -> None:
+    x, layer, paper = torch.randn(2, 8, 5, 4), variants.Variant(8, 2, "still"), ulsam.ULSAM(8, 2)
+    torch.testing.assert_close(layer(x), x * (1 + 1 / 20))
+    layer.load_state_dict(paper.state_dict())
+    torch.testing.assert_close(layer(x), paper(x))
+    assert variants.Variant(8, 2, "sharp").load_state_dict(paper.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["sharp", "scaled"])
+def test_their_maps_average_one_whatever_the_size(variants: ModuleType, kind: str) -> None:
+    layer = variants.Variant(8, 2, kind)
+    for size in ((3, 3), (14, 9)):
+        gate = layer.gate(3 * torch.randn(2, 2, *size))
+        torch.testing.assert_close(gate.mean((2, 3)), torch.full((2, 2), 2.0 if kind == "sharp" else 1.0))
+
+
+def test_a_variant_joins_a_comparison(variants: ModuleType, tmp_path: Path) -> None:
+    data = draw_splits(tmp_path / "data", train=8, val=4)
+    settled = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
+    base = TrainConfig.from_mapping({**SETTINGS, **settled, "data": str(data)})
+    grid, store = Grid((Arm.parse("base"),), base, seeds=1), Store(tmp_path / "out")
+    store.root.mkdir()
+    store.write("grid.json", grid.to_json())
+    for run in grid.due(store.look):
+        train(run.config, store.folder(run))
+    variants.main([str(store.root), "gated", "14", "--groups", "2"])
+    arms = report(store.root)["arms"]
+    assert [arm["name"] for arm in arms] == ["base", "gated 14 g=2"]
+    assert arms[1]["cost"]["macs"] < arms[0]["cost"]["macs"] and arms[1]["top1_mean"] is not None
+    assert json.loads((store.root / "arms" / "gated-14-g-2" / "guest.json").read_text())["kind"] == "gated"
