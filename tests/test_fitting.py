@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ulsam
-from tiny import NET, SETTINGS, draw_splits
+from tiny import NET, SETTINGS, draw_shards, draw_splits
 from ulsam import fitting
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
@@ -237,6 +237,18 @@ def test_training_starts_from_a_fit(data: Path, tmp_path: Path, capsys: pytest.C
         capsys.readouterr()
         assert start(name, **options)["up.weight"].abs().max() < 1e-20  # all but the zeros of a new layer
         assert "fit " not in capsys.readouterr().out
+
+
+def test_a_stream_cannot_be_fitted_on(data: Path, tmp_path: Path) -> None:
+    torch.save(timm.create_model(NET, num_classes=3).state_dict(), tmp_path / "base.pt")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    draw_shards(shards, data / "train")
+    settings = {**SETTINGS, "weights": str(tmp_path / "base.pt"), "edits": ["replace blocks.3.0.se rank=3"]}
+    stream = {"data": "wds/set", "data_dir": str(shards), "class_names": str(shards / "names.txt")}
+    with pytest.raises(UlsamError, match="cannot be fitted on a stream of shards: --fit-pictures 0"):
+        train(TrainConfig.from_mapping({**settings, **stream, "val_split": "validation"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_fitting_moves_no_random_generator(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 from torch import nn
 
-from ulsam.data.sources import AnyPictures
+from ulsam.data.sources import AnyPictures, StreamPictures
 from ulsam.distributed import World
+from ulsam.errors import UlsamError
 from ulsam.fitting import fit, new_layers
 from ulsam.recipe import Recipe
 from ulsam.sampling import draw_sample
@@ -24,6 +25,10 @@ def fit_layers(config: TrainConfig, recipe: Recipe, model: nn.Module, pictures: 
     """
     if not (config.fit_pictures and (config.weights or config.pretrained) and new_layers(model)):
         return []
+    if isinstance(pictures, StreamPictures):
+        raise UlsamError(
+            "low-rank layers cannot be fitted on a stream of shards: --fit-pictures 0 starts them as nothing"
+        )
     with parts.same_generators(world.device):
         sample = draw_sample(pictures, recipe, config.fit_pictures, world)
     found = fit(model.to(world.device), [batch.images for batch in sample.batches if len(batch.images)])
