@@ -16,6 +16,7 @@ from ulsam import fitting
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
 from ulsam.fitting import fit, fit_apart
+from ulsam.layers import make_layer
 from ulsam.mixing import LowRank
 from ulsam.models import build, load, load_weights, save_model
 from ulsam.recipe import Edit, Recipe
@@ -55,6 +56,15 @@ def rows(x: Tensor) -> Tensor:
 
 def weight_of(layer: LowRank) -> Tensor:
     return (layer.up.weight[:, :, 0, 0] @ layer.down.weight[:, :, 0, 0]).double()
+
+
+def zeros(layer: nn.Module) -> dict[str, Tensor]:
+    """Of its low-rank layer what makes it a new one."""
+    return {name: torch.zeros_like(value) for name, value in layer.state_dict().items() if "up." in name}
+
+
+def maps() -> Tensor:
+    return torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(3))
 
 
 def best(x: Tensor, r: Tensor, rank: int) -> Tensor:
@@ -117,12 +127,16 @@ def test_a_layer_is_fitted_on_what_the_fitted_ones_before_it_put_out() -> None:
 
 def test_fitting_apart_is_fitting_each_alone() -> None:
     whole = net()
-    layers = {name: LowRank(6, 3) for name in ("1", "2")}
+    layers = {"1": LowRank(6, 3), "2": make_layer("ulsam", 6, groups=2, rank=3).eval()}
+    with torch.no_grad():
+        layers["2"][0].pointwise.weight.mul_(30)  # far from the identity
     fit_apart(whole, layers, list(pictures().split(16)))
     for name, layer in layers.items():
-        model = ulsam.replace(copy.deepcopy(whole), name, layer="lowrank", rank=3, input_size=SIZE)
+        options = {"layer": "lowrank"} if name == "1" else {"groups": 2}
+        model = ulsam.replace(copy.deepcopy(whole), name, rank=3, input_size=SIZE, **options)
+        model.get_submodule(name).load_state_dict({**layer.state_dict(), **zeros(layer)})
         fit(model, [pictures()])
-        torch.testing.assert_close(weight_of(layer), weight_of(model.get_submodule(name)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model.get_submodule(name)(maps()), layer(maps()), rtol=1e-3, atol=1e-4)
 
 
 def test_fitting_leaves_all_else_alone() -> None:
@@ -132,7 +146,7 @@ def test_fitting_leaves_all_else_alone() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert [found.name for found in fit(model, [pictures()])] == ["1"]
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
-    assert changed == {"1.0.down.weight", "1.0.up.weight", "1.0.up.bias"}
+    assert changed == {"1.1.down.weight", "1.1.up.weight", "1.1.up.bias"}
     assert not model[0].training and model[1].training and model[2].training
     assert fit(model, [pictures(seed=2)]) == []  # it is no new layer any more
     back = ulsam.remove(model).eval()

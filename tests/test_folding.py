@@ -138,9 +138,9 @@ def test_a_net_of_another_dtype_keeps_it(dtype: torch.dtype) -> None:
     assert (folded(x).double() - exact).abs().max() <= (0.1 if dtype == torch.bfloat16 else 1e-9) * size
 
 
-def with_low_rank(at: str, **options: object) -> nn.Module:
+def with_low_rank(at: str, layer: str = "lowrank", rank: int = 5) -> nn.Module:
     """MobileNet-V2 with low-rank layers that do something in the place of these blocks."""
-    net = ulsam.replace(timm.create_model("mobilenetv2_100"), at, layer="lowrank", input_size=SIZE, **options)
+    net = ulsam.replace(timm.create_model("mobilenetv2_100"), at, layer=layer, rank=rank, input_size=SIZE)
     for module in net.modules():
         if isinstance(module, LowRank):
             nn.init.normal_(module.up.weight, 0, 0.2)
@@ -158,7 +158,7 @@ def with_low_rank(at: str, **options: object) -> nn.Module:
     ],
 )
 def test_low_rank_layers_go_where_a_pointwise_convolution_alone_follows(at: str, left: int) -> None:
-    net = with_low_rank(at, rank=5)
+    net = with_low_rank(at)
     x = torch.randn(3, *SIZE)
     expected = net(x)
     folded = fold(net, SIZE)
@@ -168,6 +168,15 @@ def test_low_rank_layers_go_where_a_pointwise_convolution_alone_follows(at: str,
         dropped = fold(lively(ulsam.drop(timm.create_model("mobilenetv2_100"), at, input_size=SIZE)), SIZE)
         assert ulsam.cost(folded, SIZE).macs == ulsam.cost(dropped, SIZE).macs
         assert ulsam.cost(folded, SIZE).params == ulsam.cost(dropped, SIZE).params
+
+
+def test_behind_attention_they_go_too() -> None:
+    net, x = with_low_rank("14,17", "ulsam"), torch.randn(3, *SIZE)
+    folded, expected = fold(net, SIZE), net(x)
+    torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert not any(isinstance(module, LowRank) for module in folded.modules())
+    plain = lively(ulsam.replace(timm.create_model("mobilenetv2_100"), "14,17", input_size=SIZE))
+    assert ulsam.cost(folded, SIZE).macs == ulsam.cost(fold(plain, SIZE), SIZE).macs
 
 
 def test_a_low_rank_layer_stays_before_what_is_not_pointwise() -> None:

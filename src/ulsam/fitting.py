@@ -80,14 +80,17 @@ def fit_apart(net: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
 
     Args:
         net: whose blocks are trained, in eval mode.
-        layers: by the name of the block that each is to replace; those without a :class:`ulsam.LowRank` are left out.
+        layers: by the name of the block that each is to replace; those without a :class:`ulsam.LowRank` are left out,
+            and what others have before it, attention, counts.
         batches: as for :func:`fit`.
     """
     found = {name: low for name, layer in layers.items() for low in layer.modules() if isinstance(low, LowRank)}
     sums = {name: _Sums(layer.channels) for name, layer in found.items()}
 
     def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
-        sums[name].add(args[0], output)
+        with _passing(found[name]) as ours:
+            layers[name](args[0])
+        sums[name].add(ours.pop()[0], output)
 
     handles = [net.get_submodule(name).register_forward_hook(partial(look, name=name)) for name in found]
     try:

@@ -15,7 +15,7 @@ DEFAULT_RANK = 8
 
 
 class Chain(nn.Sequential):
-    """A low-rank layer and the one behind it; a type of its own: surgery takes an `nn.Sequential` for a wrapping."""
+    """An attention layer and the low-rank one behind it; not an `nn.Sequential`, which surgery takes for a wrapping."""
 
 
 def make_layer(
@@ -31,7 +31,7 @@ def make_layer(
 ) -> nn.Module:
     """A new layer by name, [B, channels, H, W] -> the same shape.
 
-    ``"lowrank"`` is :class:`ulsam.LowRank`; with a ``rank``, any other layer follows one. The layers of other papers
+    ``"lowrank"`` is :class:`ulsam.LowRank`; with a ``rank``, one follows any other layer. The layers of other papers
     are timm's, with timm's defaults:
 
     - ``"se"``: squeeze-and-excitation (`SEModule`, arXiv 1709.01507); two 1x1 convolutions with biases through
@@ -47,7 +47,7 @@ def make_layer(
         layer: which one.
         channels: C of the input; H and W are free.
         groups, form, momentum: of :class:`ulsam.ULSAM` alone; None takes its default.
-        rank: of a low-rank layer; by default 8 for ``"lowrank"``, and none before the others.
+        rank: of a low-rank layer; by default 8 for ``"lowrank"``, and none behind the others.
 
     Raises:
         UlsamError: the name is unknown, ``groups``, ``form`` or ``momentum`` for a layer that has none, or values that
@@ -61,8 +61,8 @@ def make_layer(
     options = {"groups": groups, "form": form, "momentum": momentum}
     given = {name: value for name, value in options.items() if value is not None}
     if rank is not None and layer != "lowrank":
-        behind = make_layer(layer, channels, **given, device=device, dtype=dtype)  # type: ignore[arg-type]
-        return Chain(LowRank(channels, rank, device=device, dtype=dtype), behind)
+        attention = make_layer(layer, channels, **given, device=device, dtype=dtype)  # type: ignore[arg-type]
+        return Chain(attention, LowRank(channels, rank, device=device, dtype=dtype))
     if layer == "ulsam":
         return ULSAM(channels, **given, device=device, dtype=dtype)  # type: ignore[arg-type]
     if given:

@@ -31,7 +31,7 @@ class Edit:
     ``insert 17:1 layer=se``.
 
     ULSAM has 4 groups and the form "equations" where none are given; other layers, and a drop, have neither. A
-    ``rank`` is that of a low-rank layer before the named one, or of the layer "lowrank" itself.
+    ``rank`` is that of a low-rank layer behind the named one, or of the layer "lowrank" itself.
 
     >>> Edit.parse("replace 14,17 g=8")
     Edit(kind='replace', at='14,17', groups=8, form='equations', layer='ulsam', rank=None)

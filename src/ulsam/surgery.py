@@ -113,7 +113,7 @@ def replace(
         groups: subspaces of each new ULSAM layer, by default 4.
         layer: what to put there; see :func:`ulsam.layers.make_layer`.
         form, momentum: as in :class:`ulsam.ULSAM`; like ``groups`` refused for other layers.
-        rank: put a :class:`ulsam.LowRank` layer of this rank before the new layer; :func:`ulsam.fit` gives it the
+        rank: put a :class:`ulsam.LowRank` layer of this rank behind the new layer; :func:`ulsam.fit` gives it the
             weights that come nearest to the block's work.
         input_size: C, H, W for the tracing that finds the channels; any size the net accepts will do.
 

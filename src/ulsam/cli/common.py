@@ -46,7 +46,7 @@ def add_layer_options(group: "argparse._ArgumentGroup") -> None:
     """Add ``--layer``, ``--groups`` and ``--form``; :func:`layer_options` reads them."""
     group.add_argument("--layer", metavar="LAYER", help="ulsam (default), lowrank, or timm's se, eca, cbam or coord")
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
-    group.add_argument("--rank", type=int, metavar="R", help="of a low-rank layer, alone or before another (see docs)")
+    group.add_argument("--rank", type=int, metavar="R", help="of a low-rank layer, alone or behind another (see docs)")
     group.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")
 
 
