@@ -236,8 +236,17 @@ def comparison(name: str) -> dict[str, Any]:
 
 
 def comparison_table(name: str) -> str:
-    """The tables of a comparison, with its notes and command."""
-    return table.markdown(comparison(name)).strip()
+    """The tables of a comparison, with its notes and command; of the differences those to removal of the same blocks.
+
+    Arms are called by what is done and where: "removed 14,17".
+    """
+    found = comparison(name)
+    matched = [
+        pair
+        for pair in found["differences"]
+        if pair["minus"].startswith("removed ") and pair["arm"].split()[-1] == pair["minus"].split()[-1]
+    ]
+    return table.markdown({**found, "differences": matched}).strip()
 
 
 def allocation_table() -> str:
@@ -265,6 +274,7 @@ TABLES = {
     "README.md": {"finetune": finetune_table},
     "docs/results.md": {
         "cub100": lambda: comparison_table("compare_cub100"),
+        "forms_cub100": lambda: comparison_table("forms_cub100"),
     },
     "docs/performance.md": {
         "layer": layer_table,
