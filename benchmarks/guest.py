@@ -8,7 +8,8 @@ skipped. The classifier is new, as that of the other arms.
 import copy
 import dataclasses
 import statistics
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,9 +48,7 @@ def host(out: str) -> Host:
         UlsamError: there is none, or its first arm is an edited net.
     """
     store = Store(out)
-    grid = store.read_grid()
-    if grid is None:
-        raise UlsamError(f"{out} is not the folder of a comparison: there is no grid.json in it")
+    grid = store.grid()
     config = grid.arms[0].config(grid.shared)
     recipe = parts.recipe_of(config, parts.open_pictures(config)[0].classes)
     if recipe.edits:
@@ -101,6 +100,15 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
         if isinstance(found, Failed):
             print(f"{run} failed: {found.reason}")
     return bool(finals) and len(tested) == len(finals)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's ``main``: a mistake is one line and exit status 2."""
+    try:
+        main()
+    except UlsamError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _train(prepared: nn.Module, config: TrainConfig, folder: Path) -> None:

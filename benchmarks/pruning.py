@@ -17,7 +17,6 @@ How it joins: benchmarks/guest.py. The exit status is 1 if a run with a seed fai
 import argparse
 import copy
 import importlib.metadata
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -106,8 +105,4 @@ def prune(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UlsamError as error:
-        print(f"pruning.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    guest.run_script(main)

@@ -9,7 +9,6 @@ place of some blocks. Several may run at a time, each a process of its own.
 
 import argparse
 import copy
-import sys
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ulsam
-from ulsam.errors import UlsamError
 
 Kind = Literal["still", "sharp", "scaled", "gated", "depthwise", "mixed"]
 
@@ -99,8 +97,4 @@ class Variant(nn.Module):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UlsamError as error:
-        print(f"variants.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    guest.run_script(main)

@@ -1,7 +1,11 @@
 """Low-rank layers: what they compute, that fitting finds the best one, and what it leaves alone."""
 
 import copy
+import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,7 +16,6 @@ from torch import Tensor, nn
 
 import ulsam
 from tiny import NET, SETTINGS, draw_shards, draw_splits
-from ulsam import fitting
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
 from ulsam.fitting import fit, fit_apart
@@ -21,6 +24,7 @@ from ulsam.mixing import LowRank
 from ulsam.models import build, load, load_weights, save_model
 from ulsam.recipe import Edit, Recipe
 from ulsam.train.config import TrainConfig
+from ulsam.train.fit import fit_layers
 from ulsam.train.loop import train
 
 SIZE = (3, 12, 12)
@@ -91,9 +95,10 @@ def test_the_layer_is_a_matrix_at_every_position(channels: int, data: st.DataObj
 
 
 @pytest.mark.parametrize("rank", [0, 9])
-def test_a_rank_that_cannot_be(rank: int) -> None:
+@pytest.mark.parametrize("make", [LowRank, partial(make_layer, "lowrank"), partial(make_layer, "ulsam")])
+def test_a_rank_that_cannot_be(make: Callable[..., nn.Module], rank: int) -> None:
     with pytest.raises(UlsamError, match=f"between 1 and the 8 channels, not {rank}"):
-        LowRank(8, rank)
+        make(channels=8, rank=rank)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 6])
@@ -268,18 +273,17 @@ def test_a_stream_cannot_be_fitted_on(data: Path, tmp_path: Path) -> None:
 def test_fitting_moves_no_random_generator(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run goes on with the same numbers, whether it fitted or not."""
     seen = []
-    real = fitting.fit
 
-    def listen(*args: object) -> object:
-        before = torch.get_rng_state()
-        found = real(*args)  # type: ignore[arg-type]
-        seen.append(before.equal(torch.get_rng_state()))
-        return found
+    def listen(*args: Any) -> list[str]:
+        before = torch.get_rng_state(), random.getstate()
+        lines = fit_layers(*args)
+        seen.append((len(lines), before[0].equal(torch.get_rng_state()), before[1] == random.getstate()))
+        return lines
 
-    monkeypatch.setattr("ulsam.train.fit.fit", listen)
+    monkeypatch.setattr("ulsam.train.loop.fit_layers", listen)
     torch.save(timm.create_model(NET, num_classes=3).state_dict(), tmp_path / "base.pt")
     config = {**SETTINGS, "data": str(data), "weights": str(tmp_path / "base.pt"), "epochs": 1}
     train(
         TrainConfig.from_mapping({**config, "edits": ["replace blocks.3.0.se layer=lowrank rank=3"]}), tmp_path / "run"
     )
-    assert seen == [True]
+    assert seen == [(1, True, True)]

@@ -1,11 +1,9 @@
 """The pruning benchmark: it reaches its share, and the pruned net trains and goes on, in the right folders."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from scripts import BENCHMARKS, load_benchmark
 from tiny import NET, SETTINGS, draw_splits
 from ulsam.comparison import report
 from ulsam.comparison.arms import Arm
@@ -29,19 +28,11 @@ from ulsam.train.loop import train
 
 pytest.importorskip("torch_pruning")
 SIZE = (3, 32, 32)
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "pruning.py"
 
 
 @pytest.fixture(scope="module")
-def pruning() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("pruning", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec.loader.exec_module(module)
-    yield module
+def pruning() -> ModuleType:
+    return load_benchmark("pruning")
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +85,9 @@ def test_a_mistake_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["pruning.py", str(tmp_path), "--macs", "0.9"])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(BENCHMARKS / "pruning.py"), run_name="__main__")
     assert stop.value.code == 2
     assert re.fullmatch(r"pruning.py: error: .* is not the folder of a comparison.*\n", capsys.readouterr().err)
 

@@ -1,8 +1,6 @@
 """The variants of the layer: what each computes, where they stand, and that they join a comparison."""
 
-import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 
 import ulsam
+from scripts import load_benchmark
 from tiny import SETTINGS, draw_splits
 from ulsam.comparison import report
 from ulsam.comparison.arms import Arm
@@ -18,19 +17,10 @@ from ulsam.comparison.store import Store
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "variants.py"
-
 
 @pytest.fixture(scope="module")
-def variants() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("variants", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec.loader.exec_module(module)
-    yield module
+def variants() -> ModuleType:
+    return load_benchmark("variants")
 
 
 @pytest.mark.parametrize("kind", ["scaled", "gated", "depthwise", "mixed"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ulsam.errors import UlsamError
+from ulsam.evaluate import eval_mode
 from ulsam.mixing import LowRank
 from ulsam.surgery import changes, remove
 
@@ -62,7 +63,7 @@ def fit(model: nn.Module, batches: Sequence[Tensor]) -> list[Fitted]:
         return []
     whole = remove(copy.deepcopy(model)).eval()
     found = []
-    with _eval(model):
+    with eval_mode(model):
         for name in _called(model, places, batches[0]):
             layer, sums = places[name], _Sums(places[name].channels)
             with _passing(layer) as ours, _passing(whole.get_submodule(name)) as theirs:
@@ -85,6 +86,8 @@ def fit_apart(net: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
         batches: as for :func:`fit`.
     """
     found = {name: low for name, layer in layers.items() for low in layer.modules() if isinstance(low, LowRank)}
+    if not found:
+        return
     sums = {name: _Sums(layer.channels) for name, layer in found.items()}
 
     def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
@@ -177,15 +180,3 @@ def _passing(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         yield seen
     finally:
         handle.remove()
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    """Within it every module is in eval mode; afterwards each is as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was

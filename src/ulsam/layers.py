@@ -6,12 +6,10 @@ import torch
 from torch import nn
 
 from ulsam.errors import UlsamError
-from ulsam.mixing import LowRank
+from ulsam.mixing import DEFAULT_RANK, LowRank
 from ulsam.module import ULSAM, Form
 
 Layer = Literal["ulsam", "lowrank", "se", "eca", "cbam", "coord"]
-
-DEFAULT_RANK = 8
 
 
 class Chain(nn.Sequential):
@@ -68,7 +66,7 @@ def make_layer(
     if given:
         raise UlsamError(f"{', '.join(given)}: for ULSAM alone, not for the layer {layer}")
     if layer == "lowrank":
-        return LowRank(channels, rank or DEFAULT_RANK, device=device, dtype=dtype)
+        return LowRank(channels, DEFAULT_RANK if rank is None else rank, device=device, dtype=dtype)
     from timm.layers import create_attn  # the layer ULSAM works without timm
 
     made: nn.Module = create_attn(layer, channels, device=device, dtype=dtype)

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from ulsam.errors import UlsamError
 
+DEFAULT_RANK = 8
+
 
 class LowRank(nn.Module):
     """y = x + U V x + b at every position, with V [rank, C] and U [C, rank]; the identity at its start.
@@ -28,7 +30,7 @@ class LowRank(nn.Module):
     def __init__(
         self,
         channels: int,
-        rank: int = 8,
+        rank: int = DEFAULT_RANK,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

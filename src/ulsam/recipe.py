@@ -13,7 +13,8 @@ from torch import nn
 
 from ulsam import surgery
 from ulsam.errors import UlsamError, printable
-from ulsam.layers import DEFAULT_RANK, Layer
+from ulsam.layers import Layer
+from ulsam.mixing import DEFAULT_RANK
 from ulsam.module import Form
 
 Kind = Literal["replace", "insert", "drop"]

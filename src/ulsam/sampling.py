@@ -4,6 +4,8 @@ import hashlib
 import random
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ulsam.data.loading import Batch, EvalSet, Loader
 from ulsam.data.sources import AnyPictures, StreamPictures
 from ulsam.distributed import World
@@ -23,6 +25,11 @@ class Sample:
     pictures: int
     names: str
     unreadable: list[tuple[str, str]]
+
+    @property
+    def images(self) -> list[Tensor]:
+        """The pictures of each batch, [B, C, H, W], without batches of which none could be read."""
+        return [batch.images for batch in self.batches if len(batch.images)]
 
 
 def draw_sample(

@@ -9,15 +9,8 @@ from ulsam.comparison.table import text
 from ulsam.errors import UlsamError, printable
 from ulsam.train.config import read_config
 
-PLAN = (
-    "seeds",
-    "rates",
-    "tried_epochs",
-    "tried_seeds",
-    "jobs",
-    "launcher",
-    "ray_address",
-)  # of `ulsam.compare`, with its defaults
+#: What is handed to `ulsam.compare` where it is given; the defaults are those there.
+PLAN = ("seeds", "rates", "tried_epochs", "tried_seeds", "jobs", "launcher", "ray_address")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -123,9 +123,7 @@ def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | Non
     """
     _check_publish(out, publish)
     store = Store(out)
-    grid = store.read_grid()
-    if grid is None:
-        raise UlsamError(f"{out} is not the folder of a comparison: there is no grid.json in it")
+    grid = store.grid()
     result = _reported(grid, store, margin, store.read("grid.json").get("command"))
     if publish is not None:
         _publish(grid, store, result, publish)

@@ -111,6 +111,17 @@ class Store:
             return None
         return Grid.from_json(_json(path.read_text(encoding="utf-8"), path))
 
+    def grid(self) -> Grid:
+        """What is compared in this folder.
+
+        Raises:
+            UlsamError: it is not the folder of a comparison, or the file is damaged.
+        """
+        found = self.read_grid()
+        if found is None:
+            raise UlsamError(f"{self.root} is not the folder of a comparison: there is no grid.json in it")
+        return found
+
     def guests(self) -> tuple[Arm, ...]:
         """The arms that another program trains in here: each folder's ``guest.json`` holds its name and settings.
 

@@ -181,7 +181,7 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
             _say(f"unreadable {reason}")
         if store.get("chosen") is None:
             net.to(world.device)
-            switched.fit([batch.images for batch in sample.batches if len(batch.images)])
+            switched.fit(sample.images)
             Chooser(
                 asked,
                 blocks,

@@ -31,7 +31,7 @@ def fit_layers(config: TrainConfig, recipe: Recipe, model: nn.Module, pictures: 
         )
     with parts.same_generators(world.device):
         sample = draw_sample(pictures, recipe, config.fit_pictures, world)
-    found = fit(model.to(world.device), [batch.images for batch in sample.batches if len(batch.images)])
+    found = fit(model.to(world.device), sample.images)
     return [
         f"{layer.name}: rank {layer.rank} gives {100 * layer.explained:.0f} % of what the block added, "
         f"on {sample.pictures} training pictures"
