@@ -17,9 +17,9 @@ from PIL import Image
 from tiny import SETTINGS, draw_splits, options
 from ulsam.cli import main
 from ulsam.comparison import _reported, report
-from ulsam.comparison.arms import parse_arms
+from ulsam.comparison.arms import Arm, parse_arms
 from ulsam.comparison.grid import Failed, Grid, Run
-from ulsam.comparison.identity import data_digest
+from ulsam.comparison.identity import data_digest, file_digests
 from ulsam.comparison.launch import Ended, LocalLauncher, lock_of, run_all
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.report import measure_latency
@@ -73,7 +73,7 @@ def run_here(
     shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), **(settings or {})})
     grid, store = Grid(parse_arms(arms), shared, **given), Store(out)
     with store.alone():
-        store.begin(grid, f"ulsam compare {data}", data_digest(shared))
+        store.begin(grid, f"ulsam compare {data}", data_digest(shared), {})
     launcher = Here(store)
     run_all(grid, store, launcher, lambda line: None, "ulsam compare")
     measure_latency(grid, store)
@@ -204,9 +204,9 @@ def test_data_that_changed_is_refused_before_training(what: str, tmp_path: Path)
     grid, store = Grid(parse_arms(ARMS), shared), Store(tmp_path / "out")
     store.root.mkdir()
     store.write("grid.json", grid.to_json())  # as an earlier version left it
-    store.begin(grid, "ulsam compare", data_digest(shared))
+    store.begin(grid, "ulsam compare", data_digest(shared), {})
     moved = data.rename(tmp_path / "moved")
-    store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved), workers=1)))
+    store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved), workers=1)), {})
     picture = moved / "train" / "class1" / "000.png"
     if what == "longer":
         picture.write_bytes(picture.read_bytes() + b"0")
@@ -220,7 +220,38 @@ def test_data_that_changed_is_refused_before_training(what: str, tmp_path: Path)
         for split in ("train", "val"):
             (moved / split / "class1").rename(moved / split / "class9")
     with pytest.raises(UlsamError, match=r"on other pictures than .*data holds now: name another --out$"):
-        store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved))))
+        store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved))), {})
+
+
+def test_another_weight_file_or_teacher_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    data = draw_splits(tmp_path / "data", train=3, val=2)
+    weights, teacher = tmp_path / "weights.safetensors", tmp_path / "teacher.safetensors"
+    weights.write_bytes(b"one")
+    teacher.write_bytes(b"two")
+    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), "weights": str(weights)})
+    arms = [
+        *parse_arms(ARMS),
+        dataclasses.replace(parse_arms(ARMS)[1], name="taught", settings={"teacher": str(teacher)}),
+    ]
+    store = Store(tmp_path / "out")
+    store.root.mkdir()
+
+    def begin(arms: Sequence[Arm]) -> None:
+        files = file_digests(arm.config(shared) for arm in arms)
+        store.begin(Grid(tuple(arms), shared), "ulsam compare", None, files)
+
+    begin(arms)
+    begin(arms)
+    for file in (weights, teacher):
+        before = file.read_bytes()
+        file.write_bytes(b"other")
+        with pytest.raises(UlsamError, match=f"^{file} is not the file that .* began with: put it back"):
+            begin(arms)
+        file.write_bytes(before)
+    teacher.write_bytes(b"other")
+    begin(arms[:-1])  # nothing there uses it
+    with pytest.raises(UlsamError, match="teacher"):
+        begin(arms)  # and it was not forgotten
 
 
 def test_other_pictures_are_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ulsam.comparison.arms import check_arms, check_choosing, check_shared, parse_arms
 from ulsam.comparison.grid import Grid
-from ulsam.comparison.identity import data_digest
+from ulsam.comparison.identity import data_digest, file_digests
 from ulsam.comparison.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.remote import RayLauncher, require_ray
@@ -94,9 +94,10 @@ def compare(
         check_choosing(shared)
     check_arms(parsed, shared)
     store, digest = Store(out), data_digest(shared)
+    files = file_digests(arm.config(shared) for arm in parsed)
     with store.alone():
         grid = dataclasses.replace(grid, shared=_settled(grid, store, launcher == "ray"))
-        store.begin(grid, command_line(), digest)
+        store.begin(grid, command_line(), digest, files)
     say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {store.root}")
     place: Launcher = LocalLauncher(store, jobs or 1)
     if launcher == "ray":

@@ -1,12 +1,13 @@
-"""Tell whether data is what it was, without reading it."""
+"""Tell whether pictures and weight files are what they were."""
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ulsam.data.sources import AnyPictures, FolderPictures, StreamPictures
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig
+from ulsam.trained import locate
 
 
 def data_digest(config: TrainConfig) -> str | None:
@@ -31,6 +32,16 @@ def data_digest(config: TrainConfig) -> str | None:
         return None
     lines = [*sorted({*_pictures(train, config.data), *_pictures(val, config.data)}), *train.classes]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def file_digests(configs: Iterable[TrainConfig]) -> dict[str, str]:
+    """SHA-256, in hexadecimal, of each weight file and teacher that the settings name.
+
+    >>> file_digests([TrainConfig("birds")])
+    {}
+    """
+    files = sorted({name for config in configs for name in (config.weights, config.teacher) if name})
+    return {name: hashlib.sha256(locate(name).read_bytes()).hexdigest() for name in files}
 
 
 def _pictures(pictures: AnyPictures, root: str) -> Iterator[str]:

@@ -69,26 +69,35 @@ class Store:
         """Note why a run failed."""
         write_atomic(self.folder(run).with_name(f"{run.name}.failed"), reason + "\n")
 
-    def begin(self, grid: Grid, command: str, data: str | None) -> None:
+    def begin(self, grid: Grid, command: str, data: str | None, files: Mapping[str, str]) -> None:
         """Write down what is compared, and let failed runs be done again; but a try that diverged is a result.
 
         Args:
             grid: with nothing left at "auto".
             command: that compares it.
             data: the digest of its pictures, `ulsam.comparison.identity.data_digest`.
+            files: the digests of its weight files and teachers, `ulsam.comparison.identity.file_digests`.
 
         Raises:
-            UlsamError: a folder holds a run of other settings, or the pictures are not those of the runs in it.
+            UlsamError: a folder holds a run of other settings, or the pictures or a weight file are not those of the
+                runs in it.
         """
-        before = (self.read("grid.json") or {}).get("data_sha256")
-        if None not in (before, data) and before != data:
+        before = self.read("grid.json") or {}
+        if None not in (before.get("data_sha256"), data) and before["data_sha256"] != data:
             raise UlsamError(
                 f"{self.root} compares nets on other pictures than {grid.shared.data} holds now: name another --out"
             )
+        known = dict(before.get("files_sha256", []))
+        for name in known.keys() & files:
+            if known[name] != files[name]:
+                raise UlsamError(
+                    f"{name} is not the file that {self.root} began with: put it back, or name another --out"
+                )
         for run in grid.known(self.look):
             self.forgive(run)
             self.check(run)
-        self.write("grid.json", {**grid.to_json(), "command": command, "data_sha256": data})
+        told = {"command": command, "data_sha256": data, "files_sha256": sorted({**known, **files}.items())}
+        self.write("grid.json", {**grid.to_json(), **told})
 
     def forgive(self, run: Run) -> None:
         """Let a run that failed be done again; not a try that diverged: that its rate is too high is a result."""
