@@ -17,6 +17,7 @@ from torch import nn
 
 from ulsam.comparison.arms import Arm
 from ulsam.comparison.grid import Failed, Grid, at_the_edge
+from ulsam.comparison.identity import data_digest, file_digests
 from ulsam.comparison.latency import measure as measure_latency
 from ulsam.comparison.store import Store, make_folder
 from ulsam.costs import Cost, cost
@@ -50,6 +51,7 @@ def host(out: str) -> Host:
     store = Store(out)
     grid = store.grid()
     config = grid.arms[0].config(grid.shared)
+    store.check_identity(config.data, data_digest(config), file_digests([config]))
     recipe = parts.recipe_of(config, parts.open_pictures(config)[0].classes)
     if recipe.edits:
         raise UlsamError(f"the first arm of {out} is an edited net: compare with the plain one first")
@@ -71,10 +73,9 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
     arm = Arm(name, (), {**host.grid.arms[0].settings, **HAS_WEIGHTS})
     before, after = cost(host.net, size), cost(net, size)
     make_folder(store.root / "arms" / arm.slug)
-    if store.read(f"arms/{arm.slug}/guest.json") is None:
-        times = measure_latency({"base": (host.net, size), name: (net, size)})
-        guest = {"name": name, "settings": arm.settings, "latency": times[name].to_json()}
-        store.write(f"arms/{arm.slug}/guest.json", {**guest, **_shares(before, after), **entry})
+    about = f"arms/{arm.slug}/guest.json"
+    guest = {"name": name, "settings": arm.settings, **_shares(before, after), **entry}
+    store.write(about, {**guest, **(store.read(about) or {})})
     print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
 
     grid = dataclasses.replace(host.grid, arms=(arm,))
@@ -99,7 +100,11 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
     for run, found in finals:
         if isinstance(found, Failed):
             print(f"{run} failed: {found.reason}")
-    return bool(finals) and len(tested) == len(finals)
+    done = bool(finals) and len(tested) == len(finals)
+    if done and "latency" not in store.read(about):
+        times = measure_latency({"base": (host.net, size), name: (net, size)})
+        store.write(about, {**store.read(about), "latency": times[name].to_json()})
+    return done
 
 
 def run_script(main: Callable[[], None]) -> None:

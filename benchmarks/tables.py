@@ -297,7 +297,9 @@ def main() -> int:
         page = ROOT / name
         old = new = page.read_text()
         for mark, write in tables.items():
-            before, rest = new.split(f"<!-- {mark} -->\n")
+            before, found, rest = new.partition(f"<!-- {mark} -->\n")
+            if not found:
+                raise UlsamError(f"{name} lacks the line <!-- {mark} -->")
             after = rest.partition(f"<!-- /{mark} -->")[2]
             new = f"{before}<!-- {mark} -->\n{write()}\n<!-- /{mark} -->{after}"
         if "--check" not in sys.argv:

@@ -1,7 +1,7 @@
 """What might make subspace attention do more than the paper's equations do: variants of the layer, in plain PyTorch.
 
 A variant joins a comparison as one more arm (benchmarks/guest.py): the net of its first arm, with the variant in the
-place of some blocks. Several may run at a time, each a process of its own.
+place of some blocks. Several may run at a time, each a process of its own; each is timed behind its last run.
 
     python benchmarks/variants.py compared gated 14,17
     ulsam compare --report-only --out compared

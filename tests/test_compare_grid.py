@@ -274,7 +274,8 @@ def test_a_grid_survives_its_file_and_later_settings() -> None:
 
 
 def test_the_edge_of_the_tried_rates() -> None:
-    assert at_the_edge([Try(0.01, 1, 0.6), Try(0.02, 1, 0.5), Try(0.04, 1, None)]) == "smallest"
+    assert at_the_edge([Try(0.01, 1, 0.6), Try(0.02, 1, 0.5), Try(0.04, 1, None, "diverged")]) == "smallest"
+    assert at_the_edge([Try(0.01, 1, 0.6), Try(0.02, 1, 0.5), Try(0.04, 1, None)]) is None  # it has not ended
     assert at_the_edge([Try(0.01, 1, 0.6)]) is None
     assert at_the_edge([Try(0.01, 1, None), Try(0.02, 1, None)]) is None
 

@@ -1,4 +1,4 @@
-"""Low-rank layers: what they compute, that fitting finds the best one, and what it leaves alone."""
+"""Thin blocks: what they compute, that fitting makes them do what a block did, and what it leaves alone."""
 
 import copy
 import random
@@ -20,9 +20,9 @@ from ulsam.costs import cost
 from ulsam.errors import UlsamError
 from ulsam.fitting import fit, fit_apart
 from ulsam.layers import make_layer
-from ulsam.mixing import LowRank
 from ulsam.models import build, load, load_weights, save_model
 from ulsam.recipe import Edit, Recipe
+from ulsam.thin import ThinBlock
 from ulsam.train.config import TrainConfig
 from ulsam.train.fit import fit_layers
 from ulsam.train.loop import train
@@ -53,106 +53,132 @@ def pictures(number: int = 40, seed: int = 1) -> Tensor:
     return torch.randn(number, *SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def rows(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [positions, C] in float64."""
-    return x.movedim(1, -1).flatten(0, -2).double()
-
-
-def weight_of(layer: LowRank) -> Tensor:
-    return (layer.up.weight[:, :, 0, 0] @ layer.down.weight[:, :, 0, 0]).double()
-
-
-def zeros(layer: nn.Module) -> dict[str, Tensor]:
-    """Of its low-rank layer what makes it a new one."""
-    return {name: torch.zeros_like(value) for name, value in layer.state_dict().items() if "up." in name}
-
-
 def maps() -> Tensor:
     return torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(3))
 
 
-def best(x: Tensor, r: Tensor, rank: int) -> Tensor:
-    """The predictions of the best linear map of this rank, found from the data matrices themselves."""
-    x, r = x - x.mean(0), r - r.mean(0)
-    fitted = x @ torch.linalg.lstsq(x, r).solution
-    u, s, v = torch.linalg.svd(fitted, full_matrices=False)
-    return u[:, :rank] * s[:rank] @ v[:rank]
+def random_thin(channels: int, width: int) -> ThinBlock:
+    """One that does something, BatchNorm statistics included."""
+    layer = ThinBlock(channels, width)
+    for norm in (layer.bn1, layer.bn2, layer.bn3):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, 0.0, 1.0)
+        norm.running_mean.uniform_(-0.1, 0.1)
+        norm.running_var.uniform_(0.1, 0.3)
+    return layer.eval()
 
 
-@given(channels=st.integers(1, 9), data=st.data())
-@settings(max_examples=30, deadline=None)
-def test_the_layer_is_a_matrix_at_every_position(channels: int, data: st.DataObject) -> None:
-    rank = data.draw(st.integers(1, channels))
-    layer, x = LowRank(channels, rank), torch.randn(2, channels, 3, 4)
-    assert torch.equal(layer(x), x)
-    nn.init.normal_(layer.up.weight)
-    nn.init.normal_(layer.up.bias)
-    expected = rows(x) + rows(x) @ weight_of(layer).T + layer.up.bias.double()
-    torch.testing.assert_close(rows(layer(x)), expected, rtol=1e-4, atol=1e-5)
-    assert torch.linalg.matrix_rank(weight_of(layer), atol=1e-5) <= rank
+def explained(x: Tensor, wanted: Tensor, ours: Tensor) -> float:
+    """The share of what was added to x, in squares, that ours has."""
+    return 1 - float((wanted - ours).square().sum() / (wanted - x).square().sum())
+
+
+@given(channels=st.integers(1, 9), width=st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+def test_the_layer_against_loops_over_positions(channels: int, width: int) -> None:
+    torch.manual_seed(channels * width)
+    layer, x = ThinBlock(channels, width), torch.randn(2, channels, 3, 4)
+    assert layer.is_new and torch.equal(layer(x), x)
+    layer = random_thin(channels, width).double().requires_grad_(False)
+
+    def normed(values: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        """[C, ...] by the running statistics."""
+        parts = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        mean, variance, weight, bias = (part.view(-1, *[1] * (values.ndim - 1)) for part in parts)
+        return (values - mean) / (variance + norm.eps).sqrt() * weight + bias
+
+    expected = []
+    for values in x.double():
+        hidden = normed(torch.einsum("wc,chv->whv", layer.conv1.weight[:, :, 0, 0], values), layer.bn1).clamp(0, 6)
+        padded = torch.zeros(width, 5, 6, dtype=torch.float64)
+        padded[:, 1:4, 1:5] = hidden
+        spread = torch.zeros_like(hidden)
+        for row in range(3):
+            for column in range(4):
+                window = padded[:, row : row + 3, column : column + 3]
+                spread[:, row, column] = (window * layer.conv2.weight[:, 0]).sum((1, 2))
+        spread = normed(spread, layer.bn2).clamp(0, 6)
+        expected.append(values + normed(torch.einsum("cw,whv->chv", layer.conv3.weight[:, :, 0, 0], spread), layer.bn3))
+    torch.testing.assert_close(layer(x.double()), torch.stack(expected))
     found = cost(layer, (channels, 3, 4))
-    assert (found.params, found.macs) == ((2 * rank + 1) * channels, 2 * rank * channels * 12)
+    assert found.params == 2 * channels * width + 13 * width + 2 * channels
+    assert found.macs == (2 * channels + 9) * width * 12
 
 
-@pytest.mark.parametrize("rank", [0, 9])
-@pytest.mark.parametrize("make", [LowRank, partial(make_layer, "lowrank"), partial(make_layer, "ulsam")])
-def test_a_rank_that_cannot_be(make: Callable[..., nn.Module], rank: int) -> None:
-    with pytest.raises(UlsamError, match=f"between 1 and the 8 channels, not {rank}"):
-        make(channels=8, rank=rank)
+@pytest.mark.parametrize("make", [ThinBlock, partial(make_layer, "thin"), partial(make_layer, "ulsam")])
+def test_a_width_that_cannot_be(make: Callable[..., nn.Module]) -> None:
+    with pytest.raises(UlsamError, match="width must be 1 or more, not 0"):
+        make(channels=8, width=0)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4, 6])
-def test_a_fit_is_the_best_of_its_rank(rank: int) -> None:
+def test_a_fit_finds_a_block_that_is_thin_itself() -> None:
     whole = net()
-    model = ulsam.replace(copy.deepcopy(whole), "1", layer="lowrank", rank=rank, input_size=SIZE)
-    (found,) = fit(model, list(pictures().split(7)))
+    whole[1] = random_thin(6, 3)
     with torch.no_grad():
-        given = whole[0](pictures())
-    x, r = rows(given), rows(whole[1](given)) - rows(given)
-    ours = rows(model[1](given)) - x
-    theirs = best(x, r, rank) + r.mean(0)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * r.std().item())
-    least = (r - theirs).square().sum()
-    assert least <= (r - ours).square().sum() * (1 + 1e-9) <= least * 1.01
-    left = (r - ours).square().sum() / r.square().sum()
-    assert found.explained == pytest.approx(1 - left.item(), abs=1e-4)
-    assert (found.name, found.rank) == ("1", rank)
+        x = whole[0](pictures(400))
+        model = ulsam.replace(copy.deepcopy(whole), "1", layer="thin", width=12, input_size=SIZE)
+        (found,) = fit(model, list(pictures(400).split(70)))
+        seen = explained(x, whole[1](x), model[1](x))
+        other = whole[0](pictures(100, seed=2))
+        unseen = explained(other, whole[1](other), model[1](other))
+    assert (found.name, found.width) == ("1", 12)
+    assert found.explained == pytest.approx(seen, abs=1e-5)
+    assert seen > 0.9 and unseen > 0.85
+
+
+def test_more_steps_and_more_width_give_more_of_a_block() -> None:
+    def share(width: int, steps: int) -> float:
+        torch.manual_seed(7)
+        model = ulsam.replace(net(), "1", layer="thin", width=width, input_size=SIZE)
+        return fit(model, [pictures(200)], steps=steps)[0].explained
+
+    assert 0 < share(2, 100) + 0.05 < share(24, 100)
+    assert share(24, 10) + 0.05 < share(24, 300)
 
 
 def test_a_layer_is_fitted_on_what_the_fitted_ones_before_it_put_out() -> None:
     whole = net()
-    model = ulsam.replace(copy.deepcopy(whole), "1,2", layer="lowrank", rank=2, input_size=SIZE)
-    assert [found.name for found in fit(model, [pictures()])] == ["1", "2"]
-    middle = model[1](whole[0](pictures()))
-    wanted = whole[2](whole[1](whole[0](pictures())))  # not whole[2](middle)
-    theirs = best(rows(middle), rows(wanted) - rows(middle), 2) + (rows(wanted) - rows(middle)).mean(0)
-    ours = rows(model[2](middle)) - rows(middle)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * theirs.std().item())
+    torch.manual_seed(0)
+    model = ulsam.replace(copy.deepcopy(whole), "1,2", layer="thin", width=2, input_size=SIZE)
+    again = copy.deepcopy(model)
+    first, second = fit(model, [pictures()], steps=30)
+    assert (first.name, second.name) == ("1", "2")
+    with torch.no_grad():
+        x = whole[0](pictures())
+        wanted = whole[2](whole[1](x))
+        middle = model[1](x)  # not whole[1](x)
+        assert second.explained == pytest.approx(explained(middle, wanted, model[2](middle)), abs=1e-5)
+    again[1].load_state_dict(model[1].state_dict())
+    assert [found.name for found in fit(again, [pictures()], steps=30)] == ["2"]  # and the same way, bit for bit
+    assert all(torch.equal(value, model[2].state_dict()[name]) for name, value in again[2].state_dict().items())
 
 
 def test_fitting_apart_is_fitting_each_alone() -> None:
     whole = net()
-    layers = {"1": LowRank(6, 3), "2": make_layer("ulsam", 6, groups=2, rank=3).eval()}
-    with torch.no_grad():
-        layers["2"][0].pointwise.weight.mul_(30)  # far from the identity
-    fit_apart(whole, layers, list(pictures().split(16)))
-    for name, layer in layers.items():
-        options = {"layer": "lowrank"} if name == "1" else {"groups": 2}
-        model = ulsam.replace(copy.deepcopy(whole), name, rank=3, input_size=SIZE, **options)
-        model.get_submodule(name).load_state_dict({**layer.state_dict(), **zeros(layer)})
-        fit(model, [pictures()])
-        torch.testing.assert_close(model.get_submodule(name)(maps()), layer(maps()), rtol=1e-3, atol=1e-4)
+    torch.manual_seed(4)
+    layers = {"1": ThinBlock(6, 3).eval(), "2": make_layer("ulsam", 6, groups=2, width=3).eval(), "0": nn.Identity()}
+    fresh = copy.deepcopy(layers)
+    fit_apart(whole, layers, list(pictures().split(16)), steps=20)
+    for name, options in (("1", {"layer": "thin"}), ("2", {"groups": 2})):
+        model = ulsam.replace(copy.deepcopy(whole), name, width=3, input_size=SIZE, **options)
+        model.get_submodule(name).load_state_dict(fresh[name].state_dict())
+        fit(model, list(pictures().split(16)), steps=20)
+        torch.testing.assert_close(model.get_submodule(name)(maps()), layers[name](maps()))
+        assert not torch.allclose(layers[name](maps()), fresh[name](maps()))
+        assert not layers[name].training
 
 
 def test_fitting_leaves_all_else_alone() -> None:
     whole = net()
-    model = ulsam.replace(copy.deepcopy(whole).train(), "1", groups=2, rank=2, input_size=SIZE)
+    model = ulsam.replace(copy.deepcopy(whole).train(), "1", groups=2, width=2, input_size=SIZE)
     model[0].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert [found.name for found in fit(model, [pictures()])] == ["1"]
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
-    assert changed == {"1.1.down.weight", "1.1.up.weight", "1.1.up.bias"}
-    assert not model[0].training and model[1].training and model[2].training
+    assert {name.split(".")[0] for name in changed} == {"1"}
+    assert {"1.0.depthwise.weight", "1.1.conv1.weight", "1.1.bn3.weight", "1.1.bn3.running_var"} <= changed
+    assert not model[0].training and model[1].training and model[1][1].bn1.training and model[2].training
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert fit(model, [pictures(seed=2)]) == []  # it is no new layer any more
     back = ulsam.remove(model).eval()
     torch.testing.assert_close(back(pictures()), whole(pictures()), rtol=0, atol=0)
@@ -162,7 +188,7 @@ def test_nothing_to_fit() -> None:
     with pytest.raises(UlsamError, match="no pictures"):
         fit(net(), [])
     assert fit(ulsam.replace(net(), "1", groups=2, input_size=SIZE), [pictures()]) == []
-    inserted = ulsam.insert(net(), "1", layer="lowrank", rank=2, input_size=SIZE)
+    inserted = ulsam.insert(net(), "1", layer="thin", width=2, input_size=SIZE)
     assert fit(inserted, [pictures()]) == []  # it stands for no block
 
 
@@ -170,12 +196,27 @@ def test_a_block_that_does_nothing_and_pictures_without_spread() -> None:
     whole = net()
     for parameter in whole[1].parameters():
         nn.init.zeros_(parameter)
-    model = ulsam.replace(copy.deepcopy(whole), "1", layer="lowrank", rank=2, input_size=SIZE)
+    model = ulsam.replace(copy.deepcopy(whole), "1", layer="thin", width=2, input_size=SIZE)
     assert fit(model, [pictures()])[0].explained == 1.0
     torch.testing.assert_close(model(pictures()), whole(pictures()), rtol=0, atol=1e-6)
-    model = ulsam.replace(net(), "1", layer="lowrank", rank=2, input_size=SIZE)
+    model = ulsam.replace(net(), "1", layer="thin", width=2, input_size=SIZE)
     fit(model, [torch.zeros(4, *SIZE)])
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_what_later_layers_do_in_place_is_not_fitted_to() -> None:
+    whole = nn.Sequential(net()[:2], nn.ReLU(inplace=True), nn.Conv2d(6, 4, 1)).eval()
+    model = ulsam.replace(copy.deepcopy(whole), "0.1", layer="thin", width=8, input_size=SIZE)
+    (found,) = fit(model, [pictures()], steps=50)
+    with torch.no_grad():
+        x = whole[0][0](pictures())
+        assert found.explained == pytest.approx(explained(x, whole[0][1](x), model[0][1](x)), abs=1e-5)
+
+
+def test_one_picture_of_one_pixel_is_too_little() -> None:
+    model = ulsam.replace(net(), "1", layer="thin", width=2, input_size=SIZE)
+    with pytest.raises(UlsamError, match="1 cannot be fitted on a batch of one picture whose map is one pixel there"):
+        fit(model, [torch.randn(1, 3, 3, 3)])
 
 
 # in edits, files and training
@@ -184,12 +225,16 @@ def test_a_block_that_does_nothing_and_pictures_without_spread() -> None:
 @pytest.mark.parametrize(
     ("text", "edit", "children"),
     [
-        ("replace 14 layer=lowrank rank=8", Edit("replace", "14", layer="lowrank"), ["down", "up"]),
-        ("replace 14 g=4 rank=2", Edit("replace", "14", rank=2), ["0", "1"]),
-        ("insert 14:1 layer=se rank=3", Edit("insert", "14:1", layer="se", rank=3), ["0", "1"]),
+        (
+            "replace 14 layer=thin width=32",
+            Edit("replace", "14", layer="thin"),
+            ["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"],
+        ),
+        ("replace 14 g=4 width=2", Edit("replace", "14", width=2), ["0", "1"]),
+        ("insert 14:1 layer=se width=3", Edit("insert", "14:1", layer="se", width=3), ["0", "1"]),
     ],
 )
-def test_edits_with_a_rank(text: str, edit: Edit, children: list[str], tmp_path: Path) -> None:
+def test_edits_with_a_width(text: str, edit: Edit, children: list[str], tmp_path: Path) -> None:
     assert str(edit) == text and Edit.parse(text) == edit
     recipe = Recipe("mobilenetv2_035", ("a", "b"), (edit,), input_size=(3, 32, 32))
     model, _ = build(recipe)
@@ -209,24 +254,16 @@ def test_edits_with_a_rank(text: str, edit: Edit, children: list[str], tmp_path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("drop 14 rank=2", "a drop makes no layer"),
-        ("replace 14 rank=0", "rank must be 1 or more, not 0"),
-        ("replace 14 rank=two", "cannot read the edit"),
-        ("replace 14 rank=2 rank=3 x=1", "cannot read the edit"),
-        ("replace 14 layer=lowrank g=4", "groups and form are for ULSAM alone"),
+        ("drop 14 width=2", "a drop makes no layer"),
+        ("replace 14 width=0", "width must be 1 or more, not 0"),
+        ("replace 14 width=two", "cannot read the edit"),
+        ("replace 14 width=2 width=3 x=1", "cannot read the edit"),
+        ("replace 14 layer=thin g=4", "groups and form are for ULSAM alone"),
     ],
 )
-def test_edits_with_a_rank_that_cannot_be(text: str, message: str) -> None:
+def test_edits_with_a_width_that_cannot_be(text: str, message: str) -> None:
     with pytest.raises(UlsamError, match=message):
         Edit.parse(text)
-
-
-def test_a_rank_above_the_channels_leaves_the_net_alone() -> None:
-    model = timm.create_model("mobilenetv2_035", num_classes=2)
-    keys = list(model.state_dict())
-    with pytest.raises(UlsamError, match=r"blocks\.4\.2: rank must lie between 1 and the 32 channels, not 33"):
-        ulsam.replace(model, "14", layer="lowrank", rank=33)
-    assert list(model.state_dict()) == keys
 
 
 @pytest.fixture(scope="module")
@@ -239,22 +276,23 @@ def test_training_starts_from_a_fit(data: Path, tmp_path: Path, capsys: pytest.C
 
     def start(name: str, **options: object) -> dict[str, Tensor]:
         still = {"lr": 1e-30, "weight_decay": 0.0, "epochs": 1}  # what it ends with is what it started from
-        edits = ["replace blocks.3.0.se layer=lowrank rank=3"]
+        edits = ["replace blocks.3.0.se layer=thin width=3"]
         config = {**SETTINGS, **still, "data": str(data), "edits": edits, **options}
         train(TrainConfig.from_mapping(config), tmp_path / name)
-        return load(tmp_path / name / "model.safetensors")[0].get_submodule("blocks.3.0.se").state_dict()
+        trained = load(tmp_path / name / "model.safetensors")[0].get_submodule("blocks.3.0.se")
+        return {name: value.detach() for name, value in trained.named_parameters()}  # BatchNorm statistics go on
 
     base = timm.create_model(NET, num_classes=3)
     torch.save(base.state_dict(), tmp_path / "base.pt")
     torch.manual_seed(5)
     fitted = start("fitted", weights=str(tmp_path / "base.pt"))
-    assert "fit     blocks.3.0.se: rank 3 gives" in capsys.readouterr().out
-    assert fitted["up.weight"].any()
+    assert "fit     blocks.3.0.se: width 3 gives" in capsys.readouterr().out
+    assert fitted["bn3.weight"].any()
     again = start("again", weights=str(tmp_path / "fitted" / "model.safetensors"))
     assert all(torch.equal(again[name], fitted[name]) for name in fitted)
     for name, options in [("off", {"weights": str(tmp_path / "base.pt"), "fit_pictures": 0}), ("fresh", {})]:
         capsys.readouterr()
-        assert start(name, **options)["up.weight"].abs().max() < 1e-20  # all but the zeros of a new layer
+        assert start(name, **options)["bn3.weight"].abs().max() < 1e-20  # all but the zeros of a new layer
         assert "fit " not in capsys.readouterr().out
 
 
@@ -263,7 +301,7 @@ def test_a_stream_cannot_be_fitted_on(data: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     draw_shards(shards, data / "train")
-    settings = {**SETTINGS, "weights": str(tmp_path / "base.pt"), "edits": ["replace blocks.3.0.se rank=3"]}
+    settings = {**SETTINGS, "weights": str(tmp_path / "base.pt"), "edits": ["replace blocks.3.0.se width=3"]}
     stream = {"data": "wds/set", "data_dir": str(shards), "class_names": str(shards / "names.txt")}
     with pytest.raises(UlsamError, match="cannot be fitted on a stream of shards: --fit-pictures 0"):
         train(TrainConfig.from_mapping({**settings, **stream, "val_split": "validation"}), tmp_path / "run")
@@ -283,7 +321,5 @@ def test_fitting_moves_no_random_generator(data: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr("ulsam.train.loop.fit_layers", listen)
     torch.save(timm.create_model(NET, num_classes=3).state_dict(), tmp_path / "base.pt")
     config = {**SETTINGS, "data": str(data), "weights": str(tmp_path / "base.pt"), "epochs": 1}
-    train(
-        TrainConfig.from_mapping({**config, "edits": ["replace blocks.3.0.se layer=lowrank rank=3"]}), tmp_path / "run"
-    )
+    train(TrainConfig.from_mapping({**config, "edits": ["replace blocks.3.0.se layer=thin width=3"]}), tmp_path / "run")
     assert seen == [(1, True, True)]

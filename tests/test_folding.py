@@ -9,7 +9,6 @@ from torch import Tensor, nn
 import ulsam
 from ulsam.errors import UlsamError
 from ulsam.folding import fold
-from ulsam.mixing import LowRank
 
 SIZE = (3, 64, 64)
 
@@ -136,66 +135,3 @@ def test_a_net_of_another_dtype_keeps_it(dtype: torch.dtype) -> None:
     exact = net.double()(x.double())
     size = exact.abs().max()
     assert (folded(x).double() - exact).abs().max() <= (0.1 if dtype == torch.bfloat16 else 1e-9) * size
-
-
-def with_low_rank(at: str, layer: str = "lowrank", rank: int = 5) -> nn.Module:
-    """MobileNet-V2 with low-rank layers that do something in the place of these blocks."""
-    net = ulsam.replace(timm.create_model("mobilenetv2_100"), at, layer=layer, rank=rank, input_size=SIZE)
-    for module in net.modules():
-        if isinstance(module, LowRank):
-            nn.init.normal_(module.up.weight, 0, 0.2)
-            nn.init.normal_(module.up.bias, 0, 0.2)
-    return lively(net)
-
-
-@pytest.mark.parametrize(
-    ("at", "left"),
-    [
-        ("14,17", 0),  # the last blocks of their stages: only a 1x1 convolution follows
-        ("13,14,16,17", 0),  # two in a row
-        ("16", 1),  # a shortcut takes the output too
-        ("13,16,17", 1),
-    ],
-)
-def test_low_rank_layers_go_where_a_pointwise_convolution_alone_follows(at: str, left: int) -> None:
-    net = with_low_rank(at)
-    x = torch.randn(3, *SIZE)
-    expected = net(x)
-    folded = fold(net, SIZE)
-    torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    assert sum(isinstance(module, LowRank) for module in folded.modules()) == left
-    if not left:  # it costs what the net costs whose blocks are taken out
-        dropped = fold(lively(ulsam.drop(timm.create_model("mobilenetv2_100"), at, input_size=SIZE)), SIZE)
-        assert ulsam.cost(folded, SIZE).macs == ulsam.cost(dropped, SIZE).macs
-        assert ulsam.cost(folded, SIZE).params == ulsam.cost(dropped, SIZE).params
-
-
-def test_behind_attention_they_go_too() -> None:
-    net, x = with_low_rank("14,17", "ulsam"), torch.randn(3, *SIZE)
-    folded, expected = fold(net, SIZE), net(x)
-    torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    assert not any(isinstance(module, LowRank) for module in folded.modules())
-    plain = lively(ulsam.replace(timm.create_model("mobilenetv2_100"), "14,17", input_size=SIZE))
-    assert ulsam.cost(folded, SIZE).macs == ulsam.cost(fold(plain, SIZE), SIZE).macs
-
-
-def test_a_low_rank_layer_stays_before_what_is_not_pointwise() -> None:
-    class Net(nn.Sequential):
-        def __init__(self, *rest: nn.Module) -> None:
-            super().__init__(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), *rest)
-
-    for rest in ([nn.Conv2d(8, 4, 3)], [nn.Conv2d(8, 4, 1, padding=1)], [nn.Conv2d(8, 8, 1, groups=8)], [nn.ReLU()]):
-        net = ulsam.replace(Net(*rest), "1", layer="lowrank", rank=2, input_size=SIZE)
-        nn.init.normal_(net[1].up.weight)
-        nn.init.normal_(net[1].up.bias)
-        folded = fold(net.eval(), SIZE)
-        x = torch.randn(2, *SIZE)
-        torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-5)
-        assert isinstance(folded[1], LowRank)
-
-
-def test_a_low_rank_layer_with_something_hung_behind_it_stays() -> None:
-    net = with_low_rank("14")
-    ulsam.insert(net, "14", layer="se", input_size=SIZE)
-    folded = fold(net.eval(), SIZE)
-    assert any(isinstance(module, LowRank) for module in folded.modules())

@@ -240,7 +240,7 @@ def test_the_parts_of_a_layer_are_no_places() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer": "bam"}, r"blocks\.5\.2: unknown layer 'bam'; valid: ulsam, lowrank, se, eca, cbam, coord"),
+        ({"layer": "bam"}, r"blocks\.5\.2: unknown layer 'bam'; valid: ulsam, thin, se, eca, cbam, coord"),
         ({"layer": "eca", "groups": 4}, "groups: for ULSAM alone, not for the layer eca"),
         ({"layer": "se", "form": "released", "momentum": 0.1}, "form, momentum: for ULSAM alone"),
     ],
@@ -272,7 +272,7 @@ def test_profile_takes_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([V2, "--replace", "17", "--layer", "bam"], "unknown layer 'bam'; valid: ulsam, lowrank, se, eca, cbam, coord"),
+        ([V2, "--replace", "17", "--layer", "bam"], "unknown layer 'bam'; valid: ulsam, thin, se, eca, cbam, coord"),
         (
             [V2, "--replace", "17", "--layer", "se", "--groups", "4"],
             "groups and form are for ULSAM alone: the layer se",

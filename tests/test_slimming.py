@@ -115,14 +115,6 @@ def test_blocks_that_groups_do_not_fit_are_left_out_and_said():
         find_blocks(net, SIZE, {"groups": 9})
 
 
-def test_blocks_with_fewer_channels_than_the_rank_are_left_out_and_said():
-    net = timm.create_model("mobilenetv2_035")
-    for layer in ({"layer": "lowrank", "rank": 24}, {"groups": 4, "rank": 24}):
-        blocks, _, notes = find_blocks(net, SIZE, layer)
-        assert {block.shape[0] for block in blocks} == {24, 32, 56}
-        assert "blocks.1.1 is left out: rank 24 is above its 8 channels" in notes
-
-
 def test_single_convolutions_are_replaced_where_they_are_named():
     (block,), _, _ = find_blocks(timm.create_model("resnet18"), SIZE, {}, "layer1.0.conv1")
     assert (block.place, block.params) == ("layer1.0.conv1", 9 * 64 * 64 - 2 * 64)
@@ -157,7 +149,7 @@ def test_low_rank_layers_are_fitted_to_the_blocks_before_the_damage_is_measured(
     net = timm.create_model("mobilenetv2_035", num_classes=3)
     net(torch.randn(16, *SIZE))  # BatchNorm gets statistics
     names, x = ["blocks.3.1", "blocks.4.1"], torch.randn(32, *SIZE)
-    _, switched, _ = find_blocks(net.eval(), SIZE, {"layer": "lowrank", "rank": 4}, names)
+    _, switched, _ = find_blocks(net.eval(), SIZE, {"layer": "thin", "width": 4}, names)
 
     def distances() -> list[float]:
         found = []

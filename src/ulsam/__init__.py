@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ULSAM": "ulsam.module",
-    "LowRank": "ulsam.mixing",
+    "ThinBlock": "ulsam.thin",
     "fit": "ulsam.fitting",
     "convert_released": "ulsam.module",
     "candidates": "ulsam.surgery",

@@ -1,20 +1,22 @@
-"""Fit low-rank layers to the blocks that they replaced, in closed form and without labels."""
+"""Fit thin blocks to the blocks that they replaced, one by one and without labels, before the net is trained."""
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import trange
 
 from ulsam.errors import UlsamError
-from ulsam.evaluate import eval_mode
-from ulsam.mixing import LowRank
+from ulsam.evaluate import NotFinite, eval_mode
+from ulsam.models import lacks_weights
 from ulsam.surgery import changes, remove
+from ulsam.thin import ThinBlock
 
-RIDGE = 1e-3  # of the mean variance of the channels, added to each: directions without spread stay out
+STEPS, RATE = 500, 0.01  # of Adam; its rate falls to 0 as a cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,142 +24,136 @@ class Fitted:
     """A layer that was fitted, and the share of what its block added to its input (sum of squares) that it gives."""
 
     name: str
-    rank: int
+    width: int
     explained: float
 
 
 @torch.no_grad()
-def fit(model: nn.Module, batches: Sequence[Tensor]) -> list[Fitted]:
-    """Give each new :class:`ulsam.LowRank` layer the weights that come nearest to the block which it replaced.
+def fit(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> list[Fitted]:
+    """Train each new :class:`ulsam.ThinBlock` to put out what the block that it replaced put out.
 
-    A block adds something to its input. The layer gets the linear map of its rank that predicts this with the least
-    mean square over all positions of the pictures: reduced-rank regression (Izenman 1975). Layers are fitted in the
-    order in which the net calls them, each on what the layers before it put out, towards what the net without edits
-    has there.
+    The layer, with the attention before it if there is any, is trained alone, with Adam on the mean square of the
+    difference between the two outputs. Layers are fitted in the order in which the net calls them, each on what the
+    layers before it put out, towards what the net without edits has there. Nothing is random: the same net and pictures
+    give the same weights.
 
     Args:
         model: an edited net whose blocks were trained before they were replaced; is changed in place.
-        batches: pictures [B, C, H, W] as the net takes them, on its device; labels are not needed. A few hundred do.
+        batches: pictures [B, C, H, W] as the net takes them, on its device; labels are not needed. A dozen batches of
+            32 do. The maps of all of them at one layer are in memory together.
+        steps: of training for each layer, with a batch each.
 
     Returns:
-        One entry a layer; none for layers whose weights are no longer those of a new one.
+        One entry a layer; none for layers that were fitted or trained before, or whose blocks have no weights: those
+        that `ulsam.models.load_weights` did not find in its file, because they were replaced there already.
 
     Raises:
-        UlsamError: no pictures.
+        UlsamError: no pictures, a batch that is one pixel at some layer, or a net that puts out NaN or infinity.
 
     >>> import ulsam
-    >>> block = nn.Conv2d(8, 8, 1)
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), block)
-    >>> net = ulsam.replace(net, "1", layer="lowrank", rank=8, input_size=(3, 9, 9))
-    >>> pictures = torch.randn(64, 3, 9, 9)
-    >>> before = block(net[0](pictures))
-    >>> [found.name for found in fit(net, [pictures])]
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
+    >>> net = ulsam.replace(net, "1", layer="thin", width=8, input_size=(3, 9, 9))
+    >>> [found.name for found in fit(net, [torch.randn(32, 3, 9, 9)], steps=20)]
     ['1']
-    >>> bool((net(pictures) - before).abs().max() < 0.02)
-    True
+    >>> net[1].is_new
+    False
     """
-    if not batches:
-        raise UlsamError("no pictures to fit the layers on")
+    batches = _checked(batches)
     places = new_layers(model)
     if not places:
         return []
-    whole = remove(copy.deepcopy(model)).eval()
-    found = []
     with eval_mode(model):
-        for name in _called(model, places, batches[0]):
-            layer, sums = places[name], _Sums(places[name].channels)
-            with _passing(layer) as ours, _passing(whole.get_submodule(name)) as theirs:
-                for batch in batches:
-                    model(batch)
-                    whole(batch)
-                    sums.add(ours.pop()[0], theirs.pop()[1])
-            found.append(Fitted(name, layer.rank, sums.solve(layer)))
+        names = _called(model, places, batches[0])
+        wanted = _passing(_whole(model), names, batches)
+        found = []
+        for name in names:
+            given = [x for x, _ in _passing(model, [name], batches)[name]]
+            explained = _regress(places[name], name, given, [y for _, y in wanted.pop(name)], steps)
+            found.append(Fitted(name, _thin_of(places[name]).width, explained))
     return found
 
 
 @torch.no_grad()
-def fit_apart(net: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]) -> None:
+def fit_apart(
+    net: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor], *, steps: int = STEPS
+) -> None:
     """Fit layers that are to replace blocks of ``net``, each as if it were the only one; ``net`` stays as it is.
 
     Args:
         net: whose blocks are trained, in eval mode.
-        layers: by the name of the block that each is to replace; those without a :class:`ulsam.LowRank` are left out,
-            and what others have before it, attention, counts.
-        batches: as for :func:`fit`.
+        layers: by the name of the block that each is to replace, in eval mode and on the device of ``net``; those
+            without a new :class:`ulsam.ThinBlock` are left out.
+        batches, steps: as for :func:`fit`, and so are the errors.
     """
-    found = {name: low for name, layer in layers.items() for low in layer.modules() if isinstance(low, LowRank)}
-    if not found:
-        return
-    sums = {name: _Sums(layer.channels) for name, layer in found.items()}
-
-    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
-        with _passing(found[name]) as ours:
-            layers[name](args[0])
-        sums[name].add(ours.pop()[0], output)
-
-    handles = [net.get_submodule(name).register_forward_hook(partial(look, name=name)) for name in found]
-    try:
-        for batch in batches:
-            net(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, layer in found.items():
-        sums[name].solve(layer)
+    batches = _checked(batches)
+    for name, layer in layers.items():
+        if _has_new(layer):
+            given, wanted = zip(*_passing(net, [name], batches)[name], strict=True)
+            _regress(layer, name, given, wanted, steps)
 
 
-class _Sums:
-    """Sums over positions of what a layer gets and of what its block adds to that."""
-
-    def __init__(self, channels: int) -> None:
-        self.count, self.added_squares = 0, 0.0
-        self.x = torch.zeros(channels, dtype=torch.float64)
-        self.r = torch.zeros(channels, dtype=torch.float64)
-        self.xx = torch.zeros(channels, channels, dtype=torch.float64)
-        self.xr = torch.zeros(channels, channels, dtype=torch.float64)
-
-    def add(self, given: Tensor, wanted: Tensor) -> None:
-        """Both [B, C, H, W]."""
-        x = given.movedim(1, -1).flatten(0, -2).double().cpu()
-        r = wanted.movedim(1, -1).flatten(0, -2).double().cpu() - x
-        self.count += len(x)
-        self.added_squares += float(r.square().sum())
-        self.x += x.sum(0)
-        self.r += r.sum(0)
-        self.xx += x.T @ x
-        self.xr += x.T @ r
-
-    def solve(self, layer: LowRank) -> float:
-        """Set the weights of ``layer``; the share of the squares that it explains."""
-        mean_x, mean_r = self.x / self.count, self.r / self.count
-        cov = self.xx / self.count - mean_x.outer(mean_x)
-        cross = self.xr / self.count - mean_x.outer(mean_r)
-        ridge = RIDGE * cov.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        slopes = torch.linalg.solve(cov + ridge * torch.eye(len(cov), dtype=cov.dtype), cross)  # r is about x @ slopes
-        _, directions = torch.linalg.eigh(slopes.T @ cov @ slopes)  # of the predictions' covariance, ascending
-        up = directions[:, -layer.rank :]
-        down = (slopes @ up).T
-        weight = up @ down
-        bias = mean_r - weight @ mean_x
-        explained = (2 * (cross * weight.T).sum() - (weight @ cov * weight).sum() + mean_r.square().sum()) * self.count
-        scale = down.norm(dim=1).clamp(min=1e-12).sqrt()  # both factors of equal size: they are trained at one rate
-        layer.down.weight.copy_((down / scale[:, None])[:, :, None, None])
-        layer.up.weight.copy_((up * scale)[:, :, None, None])
-        layer.up.bias.copy_(bias)  # type: ignore[union-attr]
-        return float(explained) / self.added_squares if self.added_squares else 1.0
+def _checked(batches: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(batches, Tensor):
+        raise UlsamError("batches is a list of pictures [B, C, H, W] each, not one tensor")
+    batches = list(batches)
+    if not batches:
+        raise UlsamError("no pictures to fit the layers on")
+    return batches
 
 
-def new_layers(model: nn.Module) -> dict[str, LowRank]:
-    """The low-rank layer at each place where one replaced a block and has neither been fitted nor trained."""
-    found = {}
-    for name in changes(model)[1]:
-        for module in model.get_submodule(name).modules():
-            if isinstance(module, LowRank) and not module.up.weight.any():
-                found[name] = module
-    return found
+def _regress(layer: nn.Module, name: str, given: Sequence[Tensor], wanted: Sequence[Tensor], steps: int) -> float:
+    """Train ``layer`` to make ``wanted`` of ``given``, batches [B, C, H, W]; the share of the difference it gives."""
+    pairs = list(zip(given, wanted, strict=True))
+    values = sum(x.numel() for x in given)
+    added = float(sum((y - x).square().sum() for x, y in pairs)) / values
+    if not math.isfinite(added):
+        raise NotFinite(f"the net puts out NaN or infinity at {name}: its weights are broken, or not for such pictures")
+    if not added:
+        return 1.0
+    if any(x[:, 0].numel() == 1 for x in given):
+        raise UlsamError(f"{name} cannot be fitted on a batch of one picture whose map is one pixel there: give larger")
+    optimizer = torch.optim.Adam(layer.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    layer.train()
+    with torch.enable_grad():
+        for step in trange(steps, desc=f"fit {name}", unit="step", disable=None, leave=False):
+            x, y = pairs[step % len(pairs)]
+            loss = F.mse_loss(layer(x), y) / added
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    optimizer.zero_grad()
+    layer.eval()
+    left = float(sum((y - layer(x)).square().sum() for x, y in pairs)) / values
+    return 1 - left / added
 
 
-def _called(model: nn.Module, places: dict[str, LowRank], batch: Tensor) -> list[str]:
+def new_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layer at each place where one with a thin block replaced a block that has weights, and is still as made."""
+    _, aside = changes(model)
+    places = {name: model.get_submodule(name) for name, old in aside.items() if not lacks_weights(old)}
+    return {name: place for name, place in places.items() if _has_new(place)}
+
+
+def _has_new(layer: nn.Module) -> bool:
+    return any(isinstance(module, ThinBlock) and module.is_new for module in layer.modules())
+
+
+def _thin_of(layer: nn.Module) -> ThinBlock:
+    return next(module for module in layer.modules() if isinstance(module, ThinBlock))
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """A copy of the net before its edits, in eval mode; edits whose block has no weights stay."""
+    whole = remove(copy.deepcopy(model)).eval()
+    for name, old in changes(model)[1].items():
+        if lacks_weights(old):
+            whole.set_submodule(name, copy.deepcopy(model.get_submodule(name)))
+    return whole
+
+
+def _called(model: nn.Module, places: Mapping[str, nn.Module], batch: Tensor) -> list[str]:
     """The places in the order of their calls."""
     order: list[str] = []
     handles = [
@@ -171,12 +167,19 @@ def _called(model: nn.Module, places: dict[str, LowRank], batch: Tensor) -> list
     return order
 
 
-@contextmanager
-def _passing(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Within it the inputs and outputs of the module's calls are collected."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+def _passing(net: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """What goes into each of these modules and what it puts out, for each batch; copies: later layers may change it."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    handles = [
+        net.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: seen[name].append((args[0].clone(), output.clone()))
+        )
+        for name in names
+    ]
     try:
-        yield seen
+        for batch in batches:
+            net(batch)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    return seen

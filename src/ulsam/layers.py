@@ -1,4 +1,4 @@
-"""The layers that an edit can make: ULSAM, a low-rank one, and timm's attention of other papers to compare with."""
+"""The layers that an edit can make: ULSAM, a thin block, and timm's attention of other papers to compare with."""
 
 from typing import Literal, get_args
 
@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from ulsam.errors import UlsamError
-from ulsam.mixing import DEFAULT_RANK, LowRank
 from ulsam.module import ULSAM, Form
+from ulsam.thin import DEFAULT_WIDTH, ThinBlock
 
-Layer = Literal["ulsam", "lowrank", "se", "eca", "cbam", "coord"]
+Layer = Literal["ulsam", "thin", "se", "eca", "cbam", "coord"]
 
 
 class Chain(nn.Sequential):
-    """An attention layer and the low-rank one behind it; not an `nn.Sequential`, which surgery takes for a wrapping."""
+    """An attention layer and the thin block behind it; not an `nn.Sequential`, which surgery takes for a wrapping."""
 
 
 def make_layer(
@@ -23,13 +23,13 @@ def make_layer(
     groups: int | None = None,
     form: Form | None = None,
     momentum: float | None = None,
-    rank: int | None = None,
+    width: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """A new layer by name, [B, channels, H, W] -> the same shape.
 
-    ``"lowrank"`` is :class:`ulsam.LowRank`; with a ``rank``, one follows any other layer. The layers of other papers
+    ``"thin"`` is :class:`ulsam.ThinBlock`; with a ``width``, one follows any other layer. The layers of other papers
     are timm's, with timm's defaults:
 
     - ``"se"``: squeeze-and-excitation (`SEModule`, arXiv 1709.01507); two 1x1 convolutions with biases through
@@ -45,28 +45,28 @@ def make_layer(
         layer: which one.
         channels: C of the input; H and W are free.
         groups, form, momentum: of :class:`ulsam.ULSAM` alone; None takes its default.
-        rank: of a low-rank layer; by default 8 for ``"lowrank"``, and none behind the others.
+        width: of a thin block; by default 32 for ``"thin"``, and none behind the others.
 
     Raises:
         UlsamError: the name is unknown, ``groups``, ``form`` or ``momentum`` for a layer that has none, or values that
-            :class:`ulsam.ULSAM` or :class:`ulsam.LowRank` refuses.
+            :class:`ulsam.ULSAM` or :class:`ulsam.ThinBlock` refuses.
 
     >>> {name: sum(p.numel() for p in make_layer(name, 160).parameters()) for name in get_args(Layer)}
-    {'ulsam': 320, 'lowrank': 2720, 'se': 2728, 'eca': 5, 'cbam': 3300, 'coord': 3856}
+    {'ulsam': 320, 'thin': 10976, 'se': 2728, 'eca': 5, 'cbam': 3300, 'coord': 3856}
     """
     if layer not in get_args(Layer):
         raise UlsamError(f"unknown layer {layer!r}; valid: {', '.join(get_args(Layer))}")
     options = {"groups": groups, "form": form, "momentum": momentum}
     given = {name: value for name, value in options.items() if value is not None}
-    if rank is not None and layer != "lowrank":
+    if width is not None and layer != "thin":
         attention = make_layer(layer, channels, **given, device=device, dtype=dtype)  # type: ignore[arg-type]
-        return Chain(attention, LowRank(channels, rank, device=device, dtype=dtype))
+        return Chain(attention, ThinBlock(channels, width, device=device, dtype=dtype))
     if layer == "ulsam":
         return ULSAM(channels, **given, device=device, dtype=dtype)  # type: ignore[arg-type]
     if given:
         raise UlsamError(f"{', '.join(given)}: for ULSAM alone, not for the layer {layer}")
-    if layer == "lowrank":
-        return LowRank(channels, DEFAULT_RANK if rank is None else rank, device=device, dtype=dtype)
+    if layer == "thin":
+        return ThinBlock(channels, DEFAULT_WIDTH if width is None else width, device=device, dtype=dtype)
     from timm.layers import create_attn  # the layer ULSAM works without timm
 
     made: nn.Module = create_attn(layer, channels, device=device, dtype=dtype)

@@ -23,6 +23,7 @@ from ulsam.module import ULSAM
 from ulsam.presets import PLACEMENTS
 from ulsam.recipe import Edit, Json, Recipe
 from ulsam.surgery import changes
+from ulsam.trained import locate
 
 __all__ = [
     "PLACEMENTS",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _KEY = "ulsam"  # of the recipe among a model file's metadata
+_LACKING = "ulsam_lacks_weights"  # attribute of a block that was put aside
 _FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 
 
@@ -201,8 +203,26 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
     model.load_state_dict(fitting, strict=False)
     for place, old in aside.items():
         keys = {key: f"{place}.{key}" for key in old.state_dict()}
-        old.load_state_dict({key: state[name] for key, name in keys.items() if name in before.keys() & state}, False)
+        filled = {key: state[name] for key, name in keys.items() if name in before.keys() & state}
+        old.load_state_dict(filled, False)
+        vars(old)[_LACKING] = any(key not in filled for key in keys if not key.endswith("num_batches_tracked"))
     return notes
+
+
+def lacks_weights(old: nn.Module) -> bool:
+    """Whether a block that an edit put aside is as it was made, because the weights were of a net without it.
+
+    >>> net = timm.create_model("mobilenetv2_035", num_classes=2)
+    >>> edit = Edit("replace", "14")
+    >>> edit.apply(net)
+    >>> edited = timm.create_model("mobilenetv2_035", num_classes=2)
+    >>> edit.apply(edited)
+    >>> load_weights(net, edited.state_dict())
+    []
+    >>> lacks_weights(changes(net)[1]["blocks.4.2"])
+    True
+    """
+    return bool(vars(old).get(_LACKING))
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -211,6 +231,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         UlsamError: no such file, or not weights.
     """
+    path = locate(path)
     check_readable(path, "weight file")
     try:
         state = timm.models.load_state_dict(os.fspath(path), weights_only=True)
@@ -244,8 +265,16 @@ def save_model(model: nn.Module, recipe: Recipe, path: str | os.PathLike[str]) -
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[nn.Module, Recipe]:
     """Rebuild a net from its file alone, in eval mode; no code in the file, nothing unpickled, nothing fetched.
 
+    Args:
+        path: a model file, or the name of a trained net of the package, one of `ulsam.trained.names`.
+        device: where to.
+
     Raises:
         UlsamError: not a model file, cut off, from an unknown base, or not what its recipe builds.
+
+    >>> net, recipe = load("mobilenetv2_100.grocery81_slim75")
+    >>> len(recipe.classes), recipe.input_size
+    (81, (3, 160, 160))
     """
     recipe = read_recipe(path)
     with _opened(path) as file:
@@ -300,6 +329,7 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:
+    path = locate(path)
     check_readable(path, "model file")
     try:
         return safe_open(path, "pt")

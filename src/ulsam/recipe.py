@@ -14,8 +14,8 @@ from torch import nn
 from ulsam import surgery
 from ulsam.errors import UlsamError, printable
 from ulsam.layers import Layer
-from ulsam.mixing import DEFAULT_RANK
 from ulsam.module import Form
+from ulsam.thin import DEFAULT_WIDTH
 
 Kind = Literal["replace", "insert", "drop"]
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -32,10 +32,10 @@ class Edit:
     ``insert 17:1 layer=se``.
 
     ULSAM has 4 groups and the form "equations" where none are given; other layers, and a drop, have neither. A
-    ``rank`` is that of a low-rank layer behind the named one, or of the layer "lowrank" itself.
+    ``width`` is that of a thin block behind the named one, or of the layer "thin" itself.
 
     >>> Edit.parse("replace 14,17 g=8")
-    Edit(kind='replace', at='14,17', groups=8, form='equations', layer='ulsam', rank=None)
+    Edit(kind='replace', at='14,17', groups=8, form='equations', layer='ulsam', width=None)
     >>> str(Edit("drop", "14, 16")), str(Edit("replace", "14", layer="eca"))
     ('drop 14,16', 'replace 14 layer=eca')
 
@@ -49,7 +49,7 @@ class Edit:
     groups: int | None = None
     form: Form | None = None
     layer: Layer = "ulsam"
-    rank: int | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -60,23 +60,23 @@ class Edit:
             raise UlsamError(f"unknown form {self.form!r}; valid: {', '.join(forms)}")
         if type(self.groups) is int and self.groups < 1:
             raise UlsamError(f"groups must be 1 or more, not {self.groups}")
-        if type(self.rank) is int and self.rank < 1:
-            raise UlsamError(f"rank must be 1 or more, not {self.rank}")
-        if {type(self.groups), type(self.rank)} - {int, type(None)} or type(self.at) is not str:
+        if type(self.width) is int and self.width < 1:
+            raise UlsamError(f"width must be 1 or more, not {self.width}")
+        if {type(self.groups), type(self.width)} - {int, type(None)} or type(self.at) is not str:
             raise UlsamError(
-                "an edit takes a place as text, a whole number of groups and a whole rank, not "
-                f"{self.at!r}, {self.groups!r}, {self.rank!r}"
+                "an edit takes a place as text, a whole number of groups and a whole width, not "
+                f"{self.at!r}, {self.groups!r}, {self.width!r}"
             )
         object.__setattr__(self, "at", re.sub(r"\s*,\s*", ",", self.at.strip()))
         if not self.at or re.search(r"[\s=]", self.at):
             raise UlsamError(f"cannot read the place {self.at!r}; write names or layer numbers with commas, as 14,17")
         plain = (self.groups, self.form) == (None, None)
-        if self.kind == "drop" and not (plain and self.layer == "ulsam" and self.rank is None):
-            raise UlsamError(f"a drop makes no layer: it has neither groups nor a form, layer or rank ({self.at})")
+        if self.kind == "drop" and not (plain and self.layer == "ulsam" and self.width is None):
+            raise UlsamError(f"a drop makes no layer: it has neither groups nor a form, layer or width ({self.at})")
         if self.layer != "ulsam" and not plain:
             raise UlsamError(f"groups and form are for ULSAM alone: the layer {self.layer} has neither ({self.at})")
-        if self.layer == "lowrank":
-            object.__setattr__(self, "rank", self.rank or DEFAULT_RANK)
+        if self.layer == "thin":
+            object.__setattr__(self, "width", self.width or DEFAULT_WIDTH)
         if self.kind != "drop" and self.layer == "ulsam":
             object.__setattr__(self, "groups", self.groups or 4)
             object.__setattr__(self, "form", self.form or "equations")
@@ -91,7 +91,7 @@ class Edit:
         kind, *rest = text.split() or [""]
         options: dict[str, Any] = dict(word.split("=", 1) for word in rest if "=" in word)
         places = [word for word in rest if "=" not in word]
-        counts = {name: options.pop(key) for key, name in (("g", "groups"), ("rank", "rank")) if key in options}
+        counts = {name: options.pop(key) for key, name in (("g", "groups"), ("width", "width")) if key in options}
         sound = set(options) <= {"form", "layer"} and all(re.fullmatch(r"\d{1,9}", count) for count in counts.values())
         if len(places) != 1 or not sound:
             raise UlsamError(
@@ -107,8 +107,8 @@ class Edit:
             words.append(f"form={self.form}")
         if self.layer != "ulsam":
             words.append(f"layer={self.layer}")
-        if self.rank is not None:
-            words.append(f"rank={self.rank}")
+        if self.width is not None:
+            words.append(f"width={self.width}")
         return " ".join(words)
 
     def apply(self, model: nn.Module, input_size: Sequence[int] | None = None) -> None:
@@ -117,7 +117,7 @@ class Edit:
             surgery.drop(model, self.at, input_size=input_size)
         else:
             edit = surgery.insert if self.kind == "insert" else surgery.replace
-            edit(model, self.at, self.groups, layer=self.layer, form=self.form, rank=self.rank, input_size=input_size)
+            edit(model, self.at, self.groups, layer=self.layer, form=self.form, width=self.width, input_size=input_size)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def replace(
     layer: Layer = "ulsam",
     form: Form | None = None,
     momentum: float | None = None,
-    rank: int | None = None,
+    width: int | None = None,
     input_size: Sequence[int] | None = None,
 ) -> ModelT:
     """Put an attention layer in the place of each named module; in place, and returns ``model``.
@@ -113,8 +113,8 @@ def replace(
         groups: subspaces of each new ULSAM layer, by default 4.
         layer: what to put there; see :func:`ulsam.layers.make_layer`.
         form, momentum: as in :class:`ulsam.ULSAM`; like ``groups`` refused for other layers.
-        rank: put a :class:`ulsam.LowRank` layer of this rank behind the new layer; :func:`ulsam.fit` gives it the
-            weights that come nearest to the block's work.
+        width: put a :class:`ulsam.ThinBlock` of this width behind the new layer; :func:`ulsam.fit` trains the two to do
+            what the block did.
         input_size: C, H, W for the tracing that finds the channels; any size the net accepts will do.
 
     Raises:
@@ -131,7 +131,7 @@ def replace(
     )
     """
     flows = _targets(model, _blocks(model, at), input_size, _why_not_replace)
-    make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum, rank=rank)
+    make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum, width=width)
     return _edit(model, _layers(model, flows, make), _swap, _swap_back, input_size)
 
 
@@ -156,7 +156,7 @@ def insert(
     layer: Layer = "ulsam",
     form: Form | None = None,
     momentum: float | None = None,
-    rank: int | None = None,
+    width: int | None = None,
     input_size: Sequence[int] | None = None,
 ) -> ModelT:
     """Put an attention layer behind each named module; in place, and returns ``model``.
@@ -172,7 +172,7 @@ def insert(
     """
     names = list(dict.fromkeys(_host(model, name) for name in match(model, after)))
     flows = _targets(model, names, input_size, _why_not_insert)
-    make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum, rank=rank)
+    make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum, width=width)
     layers = {f"{name}.ulsam": made for name, made in _layers(model, flows, make).items()}
     return _edit(model, layers, _attach, _detach, input_size)
 

@@ -10,6 +10,7 @@ import timm
 from ulsam.errors import UlsamError
 from ulsam.models import PLACEMENTS, make_recipe, read_recipe
 from ulsam.recipe import Edit, Recipe
+from ulsam.trained import names
 
 
 class _AddEdit(argparse.Action):
@@ -44,9 +45,9 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
 
 def add_layer_options(group: "argparse._ArgumentGroup") -> None:
     """Add ``--layer``, ``--groups`` and ``--form``; :func:`layer_options` reads them."""
-    group.add_argument("--layer", metavar="LAYER", help="ulsam (default), lowrank, or timm's se, eca, cbam or coord")
+    group.add_argument("--layer", metavar="LAYER", help="ulsam (default), thin, or timm's se, eca, cbam or coord")
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
-    group.add_argument("--rank", type=int, metavar="R", help="of a low-rank layer, alone or behind another (see docs)")
+    group.add_argument("--width", type=int, metavar="W", help="of a thin block, alone or behind another layer")
     group.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")
 
 
@@ -66,13 +67,14 @@ def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit
 def preset_arguments(args: argparse.Namespace, model: str | None) -> dict[str, Any]:
     """``--groups`` and ``--form`` as arguments of a preset, which has its layers already; empty for other nets."""
     options = layer_options(args)
-    return options if model in PLACEMENTS and not _makes_layers(args) and not options.keys() & {"layer", "rank"} else {}
+    takes = model in PLACEMENTS and not _makes_layers(args) and not options.keys() & {"layer", "width"}
+    return options if takes else {}
 
 
 def layer_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of :func:`add_layer_options` that were given, as arguments of :class:`ulsam.recipe.Edit`."""
     return {
-        key: value for key in ("layer", "groups", "form", "rank") if (value := getattr(args, key, None)) is not None
+        key: value for key in ("layer", "groups", "form", "width") if (value := getattr(args, key, None)) is not None
     }
 
 
@@ -82,7 +84,8 @@ def _makes_layers(args: argparse.Namespace) -> bool:
 
 def add_net_arguments(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and ``--size``; :func:`recipe_from` reads them."""
-    parser.add_argument("model", metavar="MODEL", help="a timm name, a preset's included, or a .safetensors model file")
+    what = "a timm name, a preset's included, a .safetensors model file, or a trained net of the package"
+    parser.add_argument("model", metavar="MODEL", help=what)
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: the net's own)")
 
 
@@ -98,7 +101,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     """
     if args.size is not None and args.size < 1:
         raise UlsamError(f"--size must be 1 pixel or more, not {args.size}")
-    if args.model.endswith(".safetensors"):
+    if args.model.endswith(".safetensors") or args.model in names():
         recipe = read_recipe(args.model)
     elif not timm.is_model(args.model) and (Path(args.model).suffix or Path(args.model).exists()):
         raise UlsamError(f"{args.model} is neither timm's name of a net nor a model file, NAME.safetensors")

@@ -2,15 +2,15 @@
 
 import argparse
 from collections import Counter
-from pathlib import Path
 
 from ulsam.costs import cost
 from ulsam.models import load, read_weights
+from ulsam.trained import card, locate, names
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("file", metavar="FILE", help="a .safetensors model file")
+    parser.add_argument("file", metavar="FILE", help="a .safetensors model file, or a trained net of the package")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,5 +24,7 @@ def run(args: argparse.Namespace) -> None:
     print(recipe)
     print(f"parameters  {found.params:,}")
     print(f"numbers     {', '.join(f'{count:,} {name}' for name, count in formats.most_common())}")
-    print(f"file        {Path(args.file).stat().st_size:,} bytes")
+    print(f"file        {locate(args.file).stat().st_size:,} bytes")
     print(f"cost        {found.macs:,} MACs, {found.activations:,} activations for one {size} picture")
+    if args.file in names():
+        print(f"\n{card(args.file)}", end="")

@@ -216,13 +216,16 @@ class Grid:
 def at_the_edge(tries: Sequence[Try]) -> str | None:
     """``smallest`` or ``largest`` if that of the tried rates was the best one, so that others may be better still.
 
+    None while a try has not ended.
+
     >>> at_the_edge([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6), Try(0.02, 8, 0.7)])
     'largest'
     >>> at_the_edge([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6), Try(0.04, 4, 0.3)])
     """
     rates = [entry.rate for entry in tries]
     ended = [entry for entry in tries if entry.top1 is not None]
-    if len(set(rates)) < 2 or not ended:
+    waiting = any(entry.top1 is None and entry.failed is None for entry in tries)
+    if waiting or len(set(rates)) < 2 or not ended:
         return None
     best = max(ended, key=lambda entry: entry.top1 or 0.0).rate
     return "largest" if best == max(rates) else "smallest" if best == min(rates) else None

@@ -38,7 +38,8 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
         check_paired(measured)
     timed = store.read("latency.json")
     times = dict(timed["arms"]) if timed else {}
-    times |= {arm.name: store.read(f"arms/{arm.slug}/guest.json")["latency"] for arm in guests}
+    told = {arm.name: store.read(f"arms/{arm.slug}/guest.json") for arm in guests}
+    times |= {name: guest["latency"] for name, guest in told.items() if "latency" in guest}
     arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
     differences = []
     for number, arm in enumerate(grid.arms):
@@ -156,7 +157,8 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         ]
         if entry["lr"] is not None:
             notes += [f"{entry['name']}, {bad['run']} failed: {bad['reason']}" for bad in entry["failed"]]
-        if edge := at_the_edge([Try(found["lr"], found["epochs"], found["top1"]) for found in entry["tries"]]):
+        tries = [Try(found["lr"], found["epochs"], found["top1"], found["failed"]) for found in entry["tries"]]
+        if edge := at_the_edge(tries):
             side = "larger" if edge == "largest" else "smaller"
             notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones, --rates")
         minus = entry["minus_base"]

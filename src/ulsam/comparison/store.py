@@ -82,22 +82,33 @@ class Store:
             UlsamError: a folder holds a run of other settings, or the pictures or a weight file are not those of the
                 runs in it.
         """
+        known = self.check_identity(grid.shared.data, data, files)
+        for run in grid.known(self.look):
+            self.forgive(run)
+            self.check(run)
+        told = {"command": command, "data_sha256": data, "files_sha256": sorted({**known, **files}.items())}
+        self.write("grid.json", {**grid.to_json(), **told})
+
+    def check_identity(self, source: str, data: str | None, files: Mapping[str, str]) -> dict[str, str]:
+        """Raise unless pictures and weight files are those of the runs in here; the known digests of files.
+
+        Args:
+            source: of the pictures, for the message.
+            data, files: as for :meth:`begin`.
+
+        Raises:
+            UlsamError: they are not.
+        """
         before = self.read("grid.json") or {}
         if None not in (before.get("data_sha256"), data) and before["data_sha256"] != data:
-            raise UlsamError(
-                f"{self.root} compares nets on other pictures than {grid.shared.data} holds now: name another --out"
-            )
+            raise UlsamError(f"{self.root} compares nets on other pictures than {source} holds now: name another --out")
         known = dict(before.get("files_sha256", []))
         for name in known.keys() & files:
             if known[name] != files[name]:
                 raise UlsamError(
                     f"{name} is not the file that {self.root} began with: put it back, or name another --out"
                 )
-        for run in grid.known(self.look):
-            self.forgive(run)
-            self.check(run)
-        told = {"command": command, "data_sha256": data, "files_sha256": sorted({**known, **files}.items())}
-        self.write("grid.json", {**grid.to_json(), **told})
+        return known
 
     def forgive(self, run: Run) -> None:
         """Let a run that failed be done again; not a try that diverged: that its rate is too high is a result."""

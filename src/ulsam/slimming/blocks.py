@@ -76,7 +76,13 @@ class Switched:
             del vars(module)["replaced_module"]  # a copy of the old block
 
     def fit(self, batches: Sequence[Tensor]) -> None:
-        """Fit those new layers that can be to the blocks which they are to replace, each alone (`ulsam.fit`)."""
+        """Fit those new layers that can be to the blocks which they are to replace, each alone (`ulsam.fit`).
+
+        Args:
+            batches: pictures [B, C, H, W], on the net's device.
+        """
+        for layer in self.new.values():
+            layer.to(batches[0].device)
         fit_apart(self.net, self.new, batches)
 
     @contextmanager
@@ -117,10 +123,13 @@ def find_blocks(
     """
     every = {candidate.name: candidate for candidate in candidates(net, input_size, leaves=at is not None)}
     names = _outermost(net, every) if at is None else _named(net, every, at)
-    edit = Edit("replace", "any", **layer)
-    reasons = {name: _unfit(edit, every[name]) for name in names}
-    fitting = [name for name in names if reasons[name] is None]
-    notes = [f"{name} is left out: {reasons[name]}" for name in names if name not in fitting]
+    groups = Edit("replace", "any", **layer).groups
+    fitting = [name for name in names if groups is None or groups in every[name].groups]
+    notes = [
+        f"{name} is left out: {groups} groups do not divide its {every[name].shape[0]} channels"
+        for name in names
+        if name not in fitting
+    ]
     if not fitting:
         why = f": {notes[0]}" if notes else " that takes and puts out the same feature map [B, C, H, W]"
         if not notes and candidates(net, input_size, leaves=True):
@@ -142,16 +151,6 @@ def find_blocks(
     if together != (sum(block.params for block in found), sum(block.macs for block in found)):
         raise UlsamError("what the blocks of this net save does not add up: they share parameters")
     return found, switched, notes
-
-
-def _unfit(edit: Edit, block: Candidate) -> str | None:
-    """Why a block cannot be replaced by the layer of this edit; None where it can."""
-    channels = block.shape[0]
-    if edit.groups is not None and edit.groups not in block.groups:
-        return f"{edit.groups} groups do not divide its {channels} channels"
-    if edit.rank is not None and edit.rank > channels:
-        return f"rank {edit.rank} is above its {channels} channels"
-    return None
 
 
 def _outermost(net: nn.Module, every: dict[str, Candidate]) -> list[str]:

@@ -37,6 +37,7 @@ from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.loop import Interrupted, resume, train
 from ulsam.train.report import cost_entry, score_entry
 from ulsam.train.step import AMP_DTYPES, LAYOUTS
+from ulsam.trained import locate
 
 #: Settings of training that slimming decides.
 DECIDED = ("data", "model", "model_args", "edits", "pretrained", "weights", "teacher")
@@ -84,7 +85,7 @@ def slim(
     net, recipe = load(model)
     config = fine_tuning(model, recipe, data, settings or {})
     with _told(out):
-        store = _choose(asked, out, net, recipe, config, Path(model))
+        store = _choose(asked, out, net, recipe, config, locate(model))
         chosen = [*config.edits, asked.edit(store.data["chosen"]["blocks"])]
         config = dataclasses.replace(config, edits=chosen)
         write_atomic(out / "train.yaml", config.to_yaml())
@@ -131,7 +132,7 @@ def fine_tuning(model: str | os.PathLike[str], recipe: Recipe, data: str, settin
         "weights": os.fspath(model),
         "teacher": os.fspath(model),
     }
-    return TrainConfig.from_mapping({**own, **_held_out(Path(model), data, settings), **settings})
+    return TrainConfig.from_mapping({**own, **_held_out(locate(model), data, settings), **settings})
 
 
 def _held_out(model: Path, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +162,7 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
         sample = draw_sample(pictures, seen, asked.pictures, world, workers=config.workers)
         identity = {
             **asked.entry(),
+            "fit_pictures": config.fit_pictures,
             "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
             "sample_sha256": sample.names,
             "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
@@ -181,7 +183,8 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
             _say(f"unreadable {reason}")
         if store.get("chosen") is None:
             net.to(world.device)
-            switched.fit(sample.images)
+            if config.fit_pictures:
+                switched.fit(draw_sample(pictures, seen, config.fit_pictures, world, workers=config.workers).images)
             Chooser(
                 asked,
                 blocks,

@@ -61,9 +61,7 @@ class TrainConfig:
     edits: list[str] = _option([], "changes of the net, e.g. 'replace 14,17 g=4'")
     pretrained: bool = _option(False, "start from timm's hub weights of the base net")
     weights: str | None = _option(None, "start from this weight file (safetensors, or a PyTorch checkpoint)")
-    fit_pictures: int = _option(
-        512, "training pictures to fit new low-rank layers on, to the blocks they replace; 0: none"
-    )
+    fit_pictures: int = _option(512, "training pictures to fit new thin blocks on, to the blocks they replace; 0: none")
     freeze: list[str] = _option([], "modules (names or globs) whose weights and BatchNorm statistics stay as they are")
     # teacher
     teacher: str | None = _option(None, "model file of a trained net to learn from too, on the same classes")

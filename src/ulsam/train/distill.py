@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ from ulsam.recipe import Recipe
 from ulsam.surgery import edited
 from ulsam.trace import Flow, trace
 from ulsam.train.config import TrainConfig
+from ulsam.trained import locate
 
 Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps at the places
 
@@ -85,7 +85,7 @@ def open_teacher(config: TrainConfig, recipe: Recipe, student: nn.Module) -> Tea
     return Teacher(
         net.requires_grad_(False),
         its,
-        hashlib.sha256(Path(config.teacher).read_bytes()).hexdigest(),
+        hashlib.sha256(locate(config.teacher).read_bytes()).hexdigest(),
         std / its_std,
         (mean - its_mean) / its_std,
         tuple(places),

@@ -1,4 +1,4 @@
-"""Fitting a run's new low-rank layers before its first step."""
+"""Fitting a run's new thin blocks before its first step."""
 
 from torch import nn
 
@@ -12,8 +12,21 @@ from ulsam.train import parts
 from ulsam.train.config import TrainConfig
 
 
+def to_fit(config: TrainConfig, model: nn.Module, pictures: AnyPictures) -> bool:
+    """Whether the run fits layers of ``model`` before its first step.
+
+    Raises:
+        UlsamError: it should, and the pictures are a stream.
+    """
+    if not (config.fit_pictures and (config.weights or config.pretrained) and new_layers(model)):
+        return False
+    if isinstance(pictures, StreamPictures):
+        raise UlsamError("thin blocks cannot be fitted on a stream of shards: --fit-pictures 0 starts them as nothing")
+    return True
+
+
 def fit_layers(config: TrainConfig, recipe: Recipe, model: nn.Module, pictures: AnyPictures, world: World) -> list[str]:
-    """Fit the new low-rank layers of ``model`` to the blocks that they replaced, if these have weights.
+    """Fit the new thin blocks of ``model`` to the blocks that they replaced, if these have weights.
 
     Random generators stay as they were. All processes do the same, and DistributedDataParallel takes the first one's.
 
@@ -21,19 +34,15 @@ def fit_layers(config: TrainConfig, recipe: Recipe, model: nn.Module, pictures: 
         A line for the user about each layer.
 
     Raises:
-        UlsamError: the pictures are a stream.
+        UlsamError: as :func:`to_fit`.
     """
-    if not (config.fit_pictures and (config.weights or config.pretrained) and new_layers(model)):
+    if not to_fit(config, model, pictures):
         return []
-    if isinstance(pictures, StreamPictures):
-        raise UlsamError(
-            "low-rank layers cannot be fitted on a stream of shards: --fit-pictures 0 starts them as nothing"
-        )
     with parts.same_generators(world.device):
         sample = draw_sample(pictures, recipe, config.fit_pictures, world)
     found = fit(model.to(world.device), sample.images)
     return [
-        f"{layer.name}: rank {layer.rank} gives {100 * layer.explained:.0f} % of what the block added, "
+        f"{layer.name}: width {layer.width} gives {100 * layer.explained:.0f} % of what the block added, "
         f"on {sample.pictures} training pictures"
         for layer in found
     ]

@@ -1,0 +1,42 @@
+"""The trained nets that come with the package: each a model file and, beside it, its card in Markdown."""
+
+import os
+from pathlib import Path
+
+from ulsam.errors import UlsamError
+
+_FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The names by which `ulsam.load`, and every command that takes a model file, know them.
+
+    >>> names()
+    ['mobilenetv2_100.grocery81_slim75']
+    """
+    return sorted(path.name.removesuffix(".safetensors") for path in _FOLDER.glob("*.safetensors"))
+
+
+def locate(model: str | os.PathLike[str]) -> Path:
+    """The file that is meant: the package's own for one of :func:`names`, otherwise the path itself.
+
+    A file of your own with such a name is meant by ``./NAME``.
+
+    >>> locate("runs/mine/model.safetensors").as_posix()
+    'runs/mine/model.safetensors'
+    """
+    return _FOLDER / f"{model}.safetensors" if os.fspath(model) in names() else Path(model)
+
+
+def card(name: str) -> str:
+    """What the trained net ``name`` was made from, how, how good it is, and what it is not for: Markdown.
+
+    Raises:
+        UlsamError: no trained net of this name comes with the package.
+
+    >>> card(names()[0]).splitlines()[0]
+    '# mobilenetv2_100.grocery81_slim75'
+    """
+    if name not in names():
+        raise UlsamError(f"no trained net {name!r} comes with the package; there are: {', '.join(names())}")
+    return (_FOLDER / f"{name}.md").read_text(encoding="utf-8")
