@@ -18,7 +18,7 @@ import ulsam
 from tiny import NET, SETTINGS, draw_shards, draw_splits
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
-from ulsam.fitting import fit, fit_apart
+from ulsam.fitting import fit, fit_apart, new_layers
 from ulsam.layers import make_layer
 from ulsam.models import build, load, load_weights, save_model
 from ulsam.recipe import Edit, Recipe
@@ -217,6 +217,48 @@ def test_one_picture_of_one_pixel_is_too_little() -> None:
     model = ulsam.replace(net(), "1", layer="thin", width=2, input_size=SIZE)
     with pytest.raises(UlsamError, match="1 cannot be fitted on a batch of one picture whose map is one pixel there"):
         fit(model, [torch.randn(1, 3, 3, 3)])
+
+
+@pytest.mark.parametrize("edit", ["replace 14 layer=thin width=4", "drop 14"])
+def test_a_block_that_the_weights_lack_is_not_fitted_to(edit: str) -> None:
+    """A net is slimmed once more: the blocks that went the first time come from nowhere."""
+    size = (3, 32, 32)
+    before, _ = build(Recipe("mobilenetv2_035", ("a", "b"), (Edit.parse(edit),), input_size=size))
+    for module in before.modules():
+        if isinstance(module, ThinBlock):
+            nn.init.ones_(module.bn3.weight)
+    shown = [torch.randn(16, *size) for _ in range(2)]
+    for batch in shown:
+        before(batch)
+    model, _ = build(
+        Recipe("mobilenetv2_035", ("a", "b"), (Edit.parse(edit), Edit("replace", "17", layer="thin")), input_size=size)
+    )
+    assert load_weights(model, before.state_dict()) == []
+    maps: list[tuple[Tensor, Tensor]] = []
+    before.eval().blocks[5][2].register_forward_hook(lambda _, args, output: maps.append((args[0], output)))
+    (found,) = fit(model, shown, steps=30)
+    assert found.name == "blocks.5.2"
+    with torch.no_grad():
+        for batch in shown:
+            before(batch)
+        ours = [model.eval().blocks[5][2](x) for x, _ in maps]
+    x, wanted = (torch.cat(each) for each in zip(*maps, strict=True))
+    assert found.explained == pytest.approx(explained(x, wanted, torch.cat(ours)), abs=1e-4)
+    again, _ = build(Recipe("mobilenetv2_035", ("a", "b"), (Edit("replace", "14", layer="thin"),), input_size=size))
+    load_weights(again, timm.create_model("mobilenetv2_035", num_classes=2).state_dict())
+    assert list(new_layers(again)) == ["blocks.4.2"]
+    if edit == "drop 14":
+        load_weights(again, before.state_dict())
+        assert new_layers(again) == {} and fit(again, shown) == []
+
+
+def test_what_is_not_finite_and_what_is_no_list_is_said_in_a_line() -> None:
+    model = ulsam.replace(net(), "1", layer="thin", width=2, input_size=SIZE)
+    with pytest.raises(UlsamError, match="batches is a list of pictures"):
+        fit(model, pictures())  # type: ignore[arg-type]
+    nn.init.constant_(model[0][0].weight, torch.nan)
+    with pytest.raises(UlsamError, match="the net puts out NaN or infinity at 1: its weights are broken"):
+        fit(model, [pictures()])
 
 
 # in edits, files and training

@@ -144,7 +144,7 @@ def test_a_switched_net_is_the_edited_one_and_then_as_it_was():
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
-def test_low_rank_layers_are_fitted_to_the_blocks_before_the_damage_is_measured():
+def test_thin_blocks_are_fitted_to_the_blocks_before_the_damage_is_measured():
     torch.manual_seed(0)
     net = timm.create_model("mobilenetv2_035", num_classes=3)
     net(torch.randn(16, *SIZE))  # BatchNorm gets statistics
@@ -164,6 +164,23 @@ def test_low_rank_layers_are_fitted_to_the_blocks_before_the_damage_is_measured(
         switched.fit([x])
         assert all(fitted < 0.9 * dropped for fitted, dropped in zip(distances(), as_dropped, strict=True))
         assert torch.equal(net.forward_features(x), before)
+
+
+def test_slimming_fits_on_the_pictures_of_the_fine_tuning_or_not_at_all(model, data, tmp_path):
+    losses = []
+    for number in (16, 0):
+        layer, settings = {"layer": "thin", "width": 4}, {**SETTINGS, "fit_pictures": number}
+        out = tmp_path / str(number)
+        slim(model, str(data), out, fine_tune=False, macs=0.97, at="17", layer=layer, settings=settings)
+        (alone,) = (entry for entry in kept(out)["measured"] if entry["blocks"] == ["17"])
+        losses.append(alone["loss"])
+    assert losses[0] != losses[1]
+    net, recipe = load(model)
+    pictures, _, _ = open_data(str(data))
+    dropped = ulsam.drop(net, "17", input_size=SIZE)
+    sample = draw_sample(pictures, recipe, 400, ALONE)
+    scores = evaluate(dropped, sample.batches, len(CLASSES), world=ALONE)
+    assert losses[1] == pytest.approx(scores.loss, rel=1e-5)  # a new layer is the identity
 
 
 # damage

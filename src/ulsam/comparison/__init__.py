@@ -68,7 +68,7 @@ def compare(
 
     Raises:
         UlsamError: an arm that cannot be built, settings or data that do not fit, before any training; or a folder
-            with runs of other settings or on other pictures.
+            with runs of other settings, on other pictures, or from another weight file or teacher of the same name.
         Interrupted: Ctrl-C or SIGTERM, after every run has saved (`ulsam.train.loop.Interrupted`).
 
     >>> compare("birds", ["base"], "runs/x")
