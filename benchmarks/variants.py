@@ -48,7 +48,7 @@ class Variant(nn.Module):
     map, one a subspace:
 
     - ``"still"``: the paper's y = x * (1 + A), started with z = 0 everywhere, where the paper starts at random.
-    - ``"sharp"``: y = x * (1 + H * W * A), A the softmax of 4 * z: the map averages 1, whatever its size.
+    - ``"sharp"``: y = x * H * W * A, A the softmax of 4 * z: the gate averages 1, whatever the map's size.
     - ``"scaled"``: y = x * (1 + gain * (H * W * A - 1)), with a learned gain a subspace, 1 at the start.
     - ``"gated"``: y = x * 2 * sigmoid(z).
     - ``"depthwise"``: y = x + a depthwise 3x3 convolution of x; no attention: what cheap spatial mixing alone brings.
@@ -93,7 +93,7 @@ class Variant(nn.Module):
         if self.kind == "still":
             return 1 + share
         share = share * z.shape[2] * z.shape[3]
-        return 1 + share if self.kind == "sharp" else 1 + self.gain.view(1, -1, 1, 1) * (share - 1)
+        return share if self.kind == "sharp" else 1 + self.gain.view(1, -1, 1, 1) * (share - 1)
 
 
 if __name__ == "__main__":

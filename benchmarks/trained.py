@@ -1,0 +1,171 @@
+"""Make a trained net of the package: slim a comparison's base nets, and put the first seed's into src/ulsam/trained.
+
+1. The base net of the comparison's best try, which was trained on four fifths of the training pictures, is slimmed at
+   each of --rates; the rate that does best on the other pictures is taken.
+2. The base net of each final run is slimmed at this rate, on all training pictures, and measured once on the pictures
+   on which the comparison measured the base.
+3. The slimmed net of the first seed becomes the package's, whichever seed is the best, with convolutions and classifier
+   in half precision; it is measured once more. results/trained_NAME.json holds every figure, and tables.py writes
+   the card's table from it.
+
+What is done is not done again.
+
+    python benchmarks/trained.py runs/grocery81 mobilenetv2_100.grocery81_slim75 --macs 0.75 --jobs 2
+    python benchmarks/tables.py
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import guest
+from torch import nn
+
+from ulsam.comparison.grid import Failed, Grid, Run
+from ulsam.comparison.latency import measure
+from ulsam.comparison.latency import processor as processor_name
+from ulsam.comparison.paths import without_paths
+from ulsam.comparison.statistics import difference
+from ulsam.comparison.store import Store
+from ulsam.data.loading import eval_loader
+from ulsam.errors import UlsamError
+from ulsam.evaluate import ALONE, evaluate, recipe_transform
+from ulsam.files import write_atomic
+from ulsam.models import load, save_model
+from ulsam.slimming.run import slim
+from ulsam.train import parts
+from ulsam.train.report import versions
+
+ROOT = Path(__file__).parents[1]
+KEPT = ("size", "layout", "amp", "compile", "workers", "threads")  # of the comparison's settings
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("compared", help="folder of a comparison whose base net is finished")
+    parser.add_argument("name", help="of the net in the package: ARCHITECTURE.DATA_WHAT")
+    parser.add_argument("--macs", type=float, default=0.75, metavar="SHARE")
+    parser.add_argument("--width", type=int, default=32, help="of the thin blocks")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args(argv)
+
+    store = Store(args.compared)
+    grid = store.grid()
+    whole, finals = base_runs(grid, store)
+    asked = {"macs": args.macs, "layer": {"layer": "thin", "width": args.width}, "most_sets": 100}
+    shared = {name: getattr(grid.shared, name) for name in KEPT}
+    shared |= {"epochs": args.epochs, "val_every": args.epochs}
+    place = Path(args.compared) / "trained" / args.name
+
+    def slimmed(run: Run, lr: float, folder: str) -> dict[str, Any]:
+        settings = {**shared, "lr": lr, "seed": run.config.seed, "val_split": run.config.val_split}
+        settings |= {"split_seed": run.config.split_seed, "val_fraction": run.config.val_fraction}
+        return {"model": store.folder(run) / "model.safetensors", "out": place / folder, "settings": settings}
+
+    jobs = [slimmed(whole, lr, f"choose-{lr:g}") for lr in args.rates]
+    tries = dict(zip(args.rates, _all(jobs, grid.shared.data, asked, args.jobs), strict=True))
+    best = max(tries, key=lambda lr: tries[lr]["result"]["slimmed"]["top1"])
+    jobs = [slimmed(run, best, f"seed-{run.config.seed}") for run in finals]
+    done = _all(jobs, grid.shared.data, asked, args.jobs)
+
+    before = {run.config.seed: _summary(store.folder(run)) for run in finals}
+    after = {run.config.seed: _summary(Path(job["out"]) / "run") for run, job in zip(finals, jobs, strict=True)}
+    compared = difference(after, before)
+    first = finals[0].config.seed
+    file = ROOT / "src" / "ulsam" / "trained" / f"{args.name}.safetensors"
+    pack(jobs[0]["out"] / "run" / "model.safetensors", file)
+    net, recipe = load(file)
+    base, _ = load(store.folder(finals[0]) / "model.safetensors")
+    times = measure({"whole": (base, recipe.input_size), "slimmed": (net, recipe.input_size)})
+    told = {
+        "what": "a net of the package, and how it was made",
+        "name": args.name,
+        "recipe": json.loads(recipe.to_json()) | {"classes": len(recipe.classes)},
+        "blocks": [found["chosen"]["blocks"] for found in done],
+        "tries": {f"{lr:g}": found["result"]["slimmed"]["top1"] for lr, found in tries.items()},
+        "tried_whole": next(found["result"]["original"]["top1"] for found in tries.values()),
+        "lr": best,
+        "epochs": args.epochs,
+        "whole": {"lr": finals[0].config.lr, "epochs": finals[0].config.epochs, **_scores(before)},
+        "slimmed": {**_scores(after), "cost": after[first]["cost"]},
+        "whole_cost": before[first]["cost"],
+        "minus_whole": dataclasses.asdict(compared) if compared else None,
+        "packed": {"seed": first, "top1": measured(net, finals[0]), "bytes": file.stat().st_size},
+        "latency": {"processor": processor_name(), **{name: time.to_json() for name, time in times.items()}},
+        "pictures": after[first]["scores"]["pictures"],
+        "config": after[first]["config"],
+        "versions": versions(),
+    }
+    text = json.dumps(without_paths(told), indent=1) + "\n"
+    write_atomic(ROOT / "results" / f"trained_{args.name}.json", text)
+    print(text)
+
+
+def base_runs(grid: Grid, store: Store) -> tuple[Run, list[Run]]:
+    """The comparison's best try of its base net, and the final runs.
+
+    Raises:
+        UlsamError: one of them is not finished, or left no model file.
+    """
+    arm = grid.arms[0]
+    chosen = grid.chosen(arm, store.look) if grid.choosing else None
+    if chosen is None:
+        raise UlsamError(f"{store.root} has not chosen a learning rate for its base net: go on with ulsam compare")
+    runs = [run for run in grid.tries(arm, store.look) if (run.config.lr, run.config.epochs) == chosen][:1]
+    runs += [run for number in range(grid.seeds) if (run := grid.final(arm, number, store.look))]
+    for run in runs:
+        summary = store.look(run)
+        if summary is None or isinstance(summary, Failed) or not (store.folder(run) / "model.safetensors").exists():
+            raise UlsamError(f"{run} is not finished: go on with ulsam compare")
+    return runs[0], runs[1:]
+
+
+def pack(source: Path, target: Path) -> None:
+    """Write the net in ``source`` to ``target``, the weights of convolutions and linear layers in half precision."""
+    net, recipe = load(source)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.half()
+    save_model(net, recipe, target)
+
+
+def measured(net: nn.Module, run: Run) -> float:
+    """Top-1 of the net, as a share, on the pictures on which ``run`` was measured."""
+    _, pictures, _ = parts.open_pictures(run.config)
+    recipe = parts.recipe_of(run.config, pictures.classes)
+    batches = eval_loader(pictures, recipe_transform(recipe), batch_size=32, workers=0, device=ALONE.device)
+    return evaluate(net, batches, len(pictures.classes), world=ALONE).top1
+
+
+def _all(jobs: Sequence[dict[str, Any]], data: str, asked: dict[str, Any], most: int) -> list[dict[str, Any]]:
+    """Do these slimmings, so many at a time, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(most, mp_context=context) as pool:
+        return [found.result() for found in [pool.submit(slim, data=data, **job, **asked) for job in jobs]]
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _scores(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    tops = [run["scores"]["top1"] for run in runs.values()]
+    return {
+        "seeds": list(runs),
+        "top1": tops,
+        "top1_mean": statistics.mean(tops),
+        "top1_sd": statistics.stdev(tops) if len(tops) > 1 else None,
+    }
+
+
+if __name__ == "__main__":
+    guest.run_script(main)
