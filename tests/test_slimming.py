@@ -314,6 +314,7 @@ def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, sin
         cost(net, SIZE),
         lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
         store,
+        lambda: None,
     )
     chooser.choose()
     found = Store(tmp_path / "out", wish.entry()).get("chosen")
@@ -341,7 +342,7 @@ def test_the_slimmed_net_keeps_to_the_budget_and_is_told(model, data, slimmed, c
     net, recipe = load(slimmed / "run" / "model.safetensors")
     original, _ = load(model)
     assert cost(net, SIZE).params <= 0.85 * cost(original, SIZE).params
-    assert recipe.edits == (Edit("replace", ",".join(found["chosen"]["blocks"])),)
+    assert recipe.edits == (Edit("replace", ",".join(found["chosen"]["blocks"]), layer="thin"),)
     scores = {tuple(entry["blocks"]): entry["loss"] for entry in found["measured"]}
     assert scores[tuple(found["chosen"]["blocks"])] == min(scores[tuple(rival)] for rival in found["chosen"]["rivals"])
     settings = yaml.safe_load((slimmed / "run" / "config.yaml").read_text())
@@ -375,7 +376,7 @@ def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data
     assert f"{slimmed}/run/model.safetensors" in capsys.readouterr().out
     for change, message in [
         (["--params", "0.8"], "other settings: share was 0.85 and is 0.8 now"),
-        (["--groups", "2"], "other settings: layer was {} and is {'groups': 2} now"),
+        (["--groups", "2"], "other settings: layer was {'layer': 'thin'} and is {'groups': 2} now"),
         (["--epochs", "2"], "epochs was 1 and is 2 now"),
     ]:
         assert main([*argv, *change]) == 2
@@ -465,7 +466,7 @@ def test_the_pictures_that_the_original_was_not_trained_on_stay_held_out(model, 
         ("--macs nan", "between 0 and 1"),
         (
             "--macs 0.1",
-            "all 10 blocks that save MACs, replaced, leave 0.587 of the MACs: --macs must be that or more, not 0.1",
+            "all 10 blocks that save MACs, replaced, leave 0.703 of the MACs: --macs must be that or more, not 0.1",
         ),
         ("--params 0.9 --at 17 --groups 3", "has no block to replace: blocks.5.2 is left out: 3 groups do not divide"),
         ("--macs 0.9 --at 15", "blocks.5.0 cannot be replaced: `ulsam candidates` lists the blocks that can"),

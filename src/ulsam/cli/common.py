@@ -43,9 +43,10 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
     add_layer_options(edits)
 
 
-def add_layer_options(group: "argparse._ArgumentGroup") -> None:
-    """Add ``--layer``, ``--groups`` and ``--form``; :func:`layer_options` reads them."""
-    group.add_argument("--layer", metavar="LAYER", help="ulsam (default), thin, or timm's se, eca, cbam or coord")
+def add_layer_options(group: "argparse._ArgumentGroup", default: str = "ulsam") -> None:
+    """Add ``--layer``, ``--groups``, ``--width`` and ``--form``; :func:`layer_options` reads them."""
+    layers = f"ulsam, thin, or timm's se, eca, cbam or coord (default: {default})"
+    group.add_argument("--layer", metavar="LAYER", help=layers)
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
     group.add_argument("--width", type=int, metavar="W", help="of a thin block, alone or behind another layer")
     group.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")

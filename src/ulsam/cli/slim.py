@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         budget.add_argument(f"--{name}", type=float, metavar="SHARE", help=text)
     choice = parser.add_argument_group("choice")
     choice.add_argument("--at", help="blocks to choose from: names, globs or layer numbers (default: all that can be)")
-    add_layer_options(choice)
+    add_layer_options(choice, default="thin, fitted to the block; ulsam with --groups or --form")
     choice.add_argument(
         "--pictures", type=int, default=400, metavar="N", help="training pictures to measure damage on (default: 400)"
     )

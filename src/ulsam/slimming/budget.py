@@ -20,7 +20,8 @@ class Wish:
     Args:
         measure: what the budget limits.
         share: of the net's own cost, that may be left; between 0 and 1.
-        layer: of the new layers, keyword arguments of :class:`ulsam.Edit`: ``groups``, ``form``, ``layer``.
+        layer: of the new layers, keyword arguments of :class:`ulsam.Edit`: ``layer``, ``width``, ``groups``, ``form``;
+            a thin block where neither a layer nor what only ULSAM has is named.
         at: names, globs or layer numbers of the blocks to choose from; None: all that can be replaced.
         pictures: how many training pictures to measure the damage on.
         most_sets: how many sets to measure after the greedy search.
@@ -30,8 +31,8 @@ class Wish:
     Raises:
         UlsamError: a value out of range, or layer options that no edit takes.
 
-    >>> Wish("macs", 0.75, layer={"groups": 8}).edit(["14", "17"])
-    'replace 14,17 g=8'
+    >>> Wish("macs", 0.75).edit(["14", "17"]), Wish("macs", 0.75, layer={"groups": 8}).edit(["14", "17"])
+    ('replace 14,17 layer=thin width=32', 'replace 14,17 g=8')
     """
 
     measure: Measure
@@ -59,6 +60,8 @@ class Wish:
                 raise UlsamError(f"{name} must be 1 or more, not {value}")
         if not 0 <= self.seconds < math.inf:
             raise UlsamError(f"seconds must be 0 or more, not {self.seconds}")
+        if not self.layer.keys() & {"layer", "groups", "form"}:
+            object.__setattr__(self, "layer", {**self.layer, "layer": "thin"})
         self.edit(["any"])
 
     def edit(self, places: list[str]) -> str:

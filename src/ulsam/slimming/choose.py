@@ -34,6 +34,7 @@ class Chooser:
         cost: of the net as it is, one picture.
         score: measures the net with the blocks of these names replaced.
         store: where to keep figures.
+        prepare: called before the first block is replaced, once the budget is known to be reachable.
     """
 
     wish: Wish
@@ -42,6 +43,7 @@ class Chooser:
     cost: Cost
     score: Callable[[Sequence[str]], Score]
     store: Store
+    prepare: Callable[[], None]
 
     def choose(self) -> None:
         """Choose the blocks to replace; these, and how they were found, are in the store then, under "chosen".
@@ -57,6 +59,7 @@ class Chooser:
             self._check_reachable(
                 useful, lambda: self._ratio(useful) if by_time else 1 - saved(savings, useful) / total
             )
+            self.prepare()
             self._damage(frozenset(), bar)
             for number in sorted(useful):  # for the table, whatever the search asks for
                 self._damage(frozenset({number}), bar)

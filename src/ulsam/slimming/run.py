@@ -183,8 +183,12 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
             _say(f"unreadable {reason}")
         if store.get("chosen") is None:
             net.to(world.device)
-            if config.fit_pictures:
-                switched.fit(draw_sample(pictures, seen, config.fit_pictures, world, workers=config.workers).images)
+
+            def fit() -> None:
+                if config.fit_pictures:
+                    shown = draw_sample(pictures, seen, config.fit_pictures, world, workers=config.workers)
+                    switched.fit(shown.images)
+
             Chooser(
                 asked,
                 blocks,
@@ -192,6 +196,7 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
                 whole,
                 lambda names: score(switched, names, sample, recipe.classes, world),
                 store,
+                fit,
             ).choose()
         for line in report.choice_lines(store.data):
             _say(line)
