@@ -237,16 +237,12 @@ def comparison(name: str) -> dict[str, Any]:
 
 
 def comparison_table(name: str) -> str:
-    """The tables of a comparison, with its notes and command; of the differences those to removal of the same blocks.
+    """The tables of a comparison, with its notes and command; of the differences those at the same blocks.
 
     Arms are called by what is done and where: "removed 14,17".
     """
     found = comparison(name)
-    matched = [
-        pair
-        for pair in found["differences"]
-        if pair["minus"].startswith("removed ") and pair["arm"].split()[-1] == pair["minus"].split()[-1]
-    ]
+    matched = [pair for pair in found["differences"] if pair["arm"].split()[-1] == pair["minus"].split()[-1]]
     return table.markdown({**found, "differences": matched}).strip()
 
 
