@@ -38,12 +38,11 @@ from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
 from ulsam.files import write_atomic
 from ulsam.models import load, save_model
-from ulsam.slimming.run import slim
+from ulsam.slimming.run import DECIDED, slim
 from ulsam.train import parts
 from ulsam.train.report import versions
 
 ROOT = Path(__file__).parents[1]
-KEPT = ("size", "layout", "amp", "compile", "workers", "threads")  # of the comparison's settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,13 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     grid = store.grid()
     whole, finals = base_runs(grid, store)
     asked = {"macs": args.macs, "layer": {"layer": "thin", "width": args.width}, "most_sets": 100}
-    shared = {name: getattr(grid.shared, name) for name in KEPT}
-    shared |= {"epochs": args.epochs, "val_every": args.epochs}
     place = Path(args.compared) / "trained" / args.name
 
     def slimmed(run: Run, lr: float, folder: str) -> dict[str, Any]:
-        settings = {**shared, "lr": lr, "seed": run.config.seed, "val_split": run.config.val_split}
-        settings |= {"split_seed": run.config.split_seed, "val_fraction": run.config.val_fraction}
+        given = dataclasses.asdict(run.config)  # all but what slimming decides is as in the run of the whole net
+        settings = {name: value for name, value in given.items() if name not in DECIDED and value is not None}
+        settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs}
         return {"model": store.folder(run) / "model.safetensors", "out": place / folder, "settings": settings}
 
     jobs = [slimmed(whole, lr, f"choose-{lr:g}") for lr in args.rates]

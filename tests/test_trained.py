@@ -1,0 +1,75 @@
+"""The trained nets of the package: what their names mean, and the script that makes them."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from scripts import load_benchmark
+from tiny import SETTINGS, draw_splits
+from ulsam import trained
+from ulsam.comparison.arms import Arm
+from ulsam.comparison.grid import Grid
+from ulsam.comparison.store import Store
+from ulsam.costs import cost
+from ulsam.errors import UlsamError
+from ulsam.models import load
+from ulsam.train.config import TrainConfig
+from ulsam.train.loop import train
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    return load_benchmark("trained")
+
+
+def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trained.locate(tmp_path / "net.safetensors") == tmp_path / "net.safetensors"
+    assert trained.locate("net") == Path("net")
+    monkeypatch.setattr(trained, "_FOLDER", tmp_path)
+    (tmp_path / "net.safetensors").write_bytes(b"")
+    assert trained.names() == ["net"]
+    assert trained.locate("net") == tmp_path / "net.safetensors"
+    assert trained.locate("./net") == Path("./net")
+    with pytest.raises(UlsamError, match="no trained net 'other' comes with the package; there are: net"):
+        trained.card("other")
+
+
+@pytest.mark.slow
+def test_the_script_slims_what_a_comparison_trained(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = draw_splits(tmp_path / "data", train=12, val=4)
+    settled = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
+    base = TrainConfig.from_mapping({**SETTINGS, **settled, "data": str(data)})
+    grid, store = Grid((Arm.parse("base"),), base, rates=(0.01, 0.02), seeds=2), Store(tmp_path / "out")
+    store.root.mkdir()
+    store.write("grid.json", grid.to_json())
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "src" / "ulsam" / "trained").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    words = [str(store.root), "net", "--macs", "0.9", "--width", "4", "--rates", "0.01", "0.02", "--epochs", "1"]
+    with pytest.raises(UlsamError, match="has not chosen a learning rate for its base net: go on with ulsam compare"):
+        script.main(words)
+    while due := grid.due(store.look):
+        train(due[0].config, store.folder(due[0]))
+    script.main(words)
+    made = tmp_path / "src" / "ulsam" / "trained" / "net.safetensors"
+    told = json.loads((tmp_path / "results" / "trained_net.json").read_text())
+    net, recipe = load(made)
+    slimmed, _ = load(store.root / "trained" / "net" / "seed-0" / "run" / "model.safetensors")
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(net(x), slimmed(x), rtol=0, atol=1e-2)
+    assert made.stat().st_size < 0.6 * (store.root / "trained/net/seed-0/run/model.safetensors").stat().st_size
+    found = cost(net, (3, 32, 32))
+    assert found.macs <= 0.9 * told["whole_cost"]["macs"] and found.params == told["slimmed"]["cost"]["params"]
+    assert recipe.classes == ("class0", "class1", "class2")
+    assert list(told["tries"]) == ["0.01", "0.02"] and told["tries"][f"{told['lr']:g}"] == max(told["tries"].values())
+    assert told["slimmed"]["seeds"] == told["whole"]["seeds"] == [0, 1] and told["pictures"] == 12
+    assert str(tmp_path) not in (tmp_path / "results" / "trained_net.json").read_text()
+    before = made.stat().st_mtime_ns, (store.root / "trained/net/seed-1/run/summary.json").stat().st_mtime_ns
+    script.main(words)
+    assert made.stat().st_mtime_ns > before[0]
+    assert (store.root / "trained/net/seed-1/run/summary.json").stat().st_mtime_ns == before[1]
