@@ -3,15 +3,15 @@
 1. The base net of the comparison's best try, which was trained on four fifths of the training pictures, is slimmed at
    each of --rates; the rate that does best on the other pictures is taken.
 2. The base net of each final run is slimmed at this rate, on all training pictures, and measured once on the pictures
-   on which the comparison measured the base.
+   on which the comparison measured the base. Beside it the base net is trained on in the same way, with itself as the
+   teacher and no block replaced: what the further epochs bring without slimming.
 3. The slimmed net of the first seed becomes the package's, whichever seed is the best, with convolutions and classifier
-   in half precision; it is measured once more. results/trained_NAME.json holds every figure, and tables.py writes
-   the card's table from it.
+   in half precision; it is measured once more. results/trained_NAME.json holds every figure. It is known by its
+   name once there is a card, NAME.md, beside it.
 
 What is done is not done again.
 
     python benchmarks/trained.py runs/grocery81 mobilenetv2_100.grocery81_slim75 --macs 0.75 --jobs 2
-    python benchmarks/tables.py
 """
 
 import argparse
@@ -20,14 +20,14 @@ import dataclasses
 import json
 import multiprocessing
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import guest
 from torch import nn
 
-from ulsam.comparison.grid import Failed, Grid, Run
+from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
 from ulsam.comparison.latency import measure
 from ulsam.comparison.latency import processor as processor_name
 from ulsam.comparison.paths import without_paths
@@ -37,9 +37,10 @@ from ulsam.data.loading import eval_loader
 from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
 from ulsam.files import write_atomic
-from ulsam.models import load, save_model
-from ulsam.slimming.run import DECIDED, slim
+from ulsam.models import load, read_recipe, save_model
+from ulsam.slimming.run import DECIDED, fine_tuning, slim
 from ulsam.train import parts
+from ulsam.train.loop import resume, train
 from ulsam.train.report import versions
 
 ROOT = Path(__file__).parents[1]
@@ -71,12 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = [slimmed(whole, lr, f"choose-{lr:g}") for lr in args.rates]
     tries = dict(zip(args.rates, _all(jobs, grid.shared.data, asked, args.jobs), strict=True))
     best = max(tries, key=lambda lr: tries[lr]["result"]["slimmed"]["top1"])
+    if edge := at_the_edge([Try(lr, args.epochs, tried["result"]["slimmed"]["top1"]) for lr, tried in tries.items()]):
+        print(f"note: the best rate is the {edge} of those tried: give more --rates")
     jobs = [slimmed(run, best, f"seed-{run.config.seed}") for run in finals]
     done = _all(jobs, grid.shared.data, asked, args.jobs)
+    _in_processes(_train_on, [{**job, "data": grid.shared.data} for job in jobs], args.jobs)
 
     before = {run.config.seed: _summary(store.folder(run)) for run in finals}
     after = {run.config.seed: _summary(Path(job["out"]) / "run") for run, job in zip(finals, jobs, strict=True)}
-    compared = difference(after, before)
+    longer = {run.config.seed: _summary(Path(job["out"]) / "whole") for run, job in zip(finals, jobs, strict=True)}
+    compared = {"minus_whole": difference(after, before), "minus_longer": difference(after, longer)}
     first = finals[0].config.seed
     file = ROOT / "src" / "ulsam" / "trained" / f"{args.name}.safetensors"
     pack(jobs[0]["out"] / "run" / "model.safetensors", file)
@@ -95,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "whole": {"lr": finals[0].config.lr, "epochs": finals[0].config.epochs, **_scores(before)},
         "slimmed": {**_scores(after), "cost": after[first]["cost"]},
         "whole_cost": before[first]["cost"],
-        "minus_whole": dataclasses.asdict(compared) if compared else None,
+        "longer": _scores(longer),
+        **{name: dataclasses.asdict(found) for name, found in compared.items() if found},
         "packed": {"seed": first, "top1": measured(net, finals[0]), "bytes": file.stat().st_size},
         "latency": {"processor": processor_name(), **{name: time.to_json() for name, time in times.items()}},
         "pictures": after[first]["scores"]["pictures"],
@@ -144,10 +150,24 @@ def measured(net: nn.Module, run: Run) -> float:
 
 
 def _all(jobs: Sequence[dict[str, Any]], data: str, asked: dict[str, Any], most: int) -> list[dict[str, Any]]:
-    """Do these slimmings, so many at a time, each in a process of its own."""
+    """Do these slimmings, so many at a time."""
+    return _in_processes(slim, [{**job, **asked, "data": data} for job in jobs], most)
+
+
+def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> None:
+    """Train the whole net as its slimmed one is, or go on with it."""
+    folder = Path(out) / "whole"
+    if not (folder / "config.yaml").exists():
+        train(fine_tuning(model, read_recipe(model), data, settings), folder)
+    elif not (folder / "summary.json").exists():
+        resume(folder)
+
+
+def _in_processes(do: Callable[..., Any], jobs: Sequence[dict[str, Any]], most: int) -> list[Any]:
+    """The results of these calls, so many at a time, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(most, mp_context=context) as pool:
-        return [found.result() for found in [pool.submit(slim, data=data, **job, **asked) for job in jobs]]
+        return [found.result() for found in [pool.submit(do, **job) for job in jobs]]
 
 
 def _summary(folder: Path) -> dict[str, Any]:

@@ -215,8 +215,11 @@ def test_what_later_layers_do_in_place_is_not_fitted_to() -> None:
 
 def test_one_picture_of_one_pixel_is_too_little() -> None:
     model = ulsam.replace(net(), "1", layer="thin", width=2, input_size=SIZE)
-    with pytest.raises(UlsamError, match="1 cannot be fitted on a batch of one picture whose map is one pixel there"):
-        fit(model, [torch.randn(1, 3, 3, 3)])
+    with pytest.raises(
+        UlsamError, match="1 cannot be fitted on one picture at a time, whose map is one pixel there: give more"
+    ):
+        fit(model, [torch.randn(1, 3, 3, 3)] * 2)
+    assert len(fit(model, [torch.randn(1, 3, 3, 3), torch.randn(4, 3, 3, 3)], steps=5)) == 1
 
 
 @pytest.mark.parametrize("edit", ["replace 14 layer=thin width=4", "drop 14"])
@@ -250,6 +253,66 @@ def test_a_block_that_the_weights_lack_is_not_fitted_to(edit: str) -> None:
     if edit == "drop 14":
         load_weights(again, before.state_dict())
         assert new_layers(again) == {} and fit(again, shown) == []
+
+
+def test_a_net_from_a_file_is_fitted_to_what_the_file_holds(tmp_path: Path) -> None:
+    size = (3, 32, 32)
+    recipe = Recipe(
+        "mobilenetv2_035", ("a", "b"), (Edit("insert", "8:1", layer="se"), Edit("drop", "14")), input_size=size
+    )
+    before, _ = build(recipe)
+    for _ in range(2):
+        before(torch.randn(16, *size))  # BatchNorm gets statistics
+    save_model(before, recipe, tmp_path / "net.safetensors")
+    shown = [torch.randn(8, *size)]
+    maps: list[tuple[Tensor, Tensor]] = []
+    before.eval().blocks[5][2].register_forward_hook(lambda _, args, output: maps.append((args[0], output)))
+    with torch.no_grad():
+        before(shown[0])
+    recipe = Recipe(recipe.base, recipe.classes, (*recipe.edits, Edit("replace", "17", layer="thin")), input_size=size)
+    by_weights, _ = build(recipe, weights=tmp_path / "net.safetensors")
+    loaded, _ = load(tmp_path / "net.safetensors")
+    for model in (by_weights, ulsam.replace(loaded, "17", layer="thin", input_size=size)):
+        (found,) = fit(model, shown, steps=30)
+        with torch.no_grad():
+            ours = model.eval().blocks[5][2](maps[0][0])
+        assert found.explained == pytest.approx(explained(*maps[0], ours), abs=1e-4)
+        with pytest.raises(UlsamError, match=r"blocks\.4\.2 cannot return: the net's file holds no weights"):
+            ulsam.remove(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_layer_keeps_its_dtype_and_is_fitted_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = ulsam.replace(net(), "1", layer="thin", width=12, input_size=SIZE)
+    exact = copy.deepcopy(model)
+    (found,) = fit(model.to(dtype), [pictures(64).to(dtype)], steps=100)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert found.explained == pytest.approx(fit(exact, [pictures(64)], steps=100)[0].explained, abs=0.05)
+
+
+def test_a_frozen_layer_is_fitted_and_stays_frozen() -> None:
+    model = ulsam.replace(net(), "1", layer="thin", width=2, input_size=SIZE).requires_grad_(False)
+    assert fit(model, [pictures()], steps=5)[0].name == "1"
+    assert not model[1].is_new and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_interrupted_fit_leaves_the_layer_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ulsam.replace(net().train(), "1", layer="thin", width=2, input_size=SIZE)
+    before = copy.deepcopy(model.state_dict())
+    step, steps = torch.optim.Adam.step, iter(range(5))
+
+    def stop(self: torch.optim.Adam, *args: Any) -> Any:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.Adam, "step", stop)
+        fit(model, [pictures()])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model[1].training and all(parameter.grad is None for parameter in model.parameters())
+    assert [found.name for found in fit(model, [pictures()], steps=5)] == ["1"]
 
 
 def test_what_is_not_finite_and_what_is_no_list_is_said_in_a_line() -> None:

@@ -29,11 +29,13 @@ def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert trained.locate(tmp_path / "net.safetensors") == tmp_path / "net.safetensors"
     assert trained.locate("net") == Path("net")
     monkeypatch.setattr(trained, "_FOLDER", tmp_path)
-    (tmp_path / "net.safetensors").write_bytes(b"")
+    (tmp_path / "net.md").write_text("# net\n")
     assert trained.names() == ["net"]
     assert trained.locate("net") == tmp_path / "net.safetensors"
     assert trained.locate("./net") == Path("./net")
-    with pytest.raises(UlsamError, match="no trained net 'other' comes with the package; there are: net"):
+    assert trained.locate(Path("net")) == Path("net")
+    assert trained.card("net") == "# net\n"
+    with pytest.raises(UlsamError, match="no trained net 'other' comes with the package"):
         trained.card("other")
 
 
@@ -67,7 +69,7 @@ def test_the_script_slims_what_a_comparison_trained(
     assert found.macs <= 0.9 * told["whole_cost"]["macs"] and found.params == told["slimmed"]["cost"]["params"]
     assert recipe.classes == ("class0", "class1", "class2")
     assert list(told["tries"]) == ["0.01", "0.02"] and told["tries"][f"{told['lr']:g}"] == max(told["tries"].values())
-    assert told["slimmed"]["seeds"] == told["whole"]["seeds"] == [0, 1] and told["pictures"] == 12
+    assert told["slimmed"]["seeds"] == told["whole"]["seeds"] == told["longer"]["seeds"] == [0, 1] and told["pictures"] == 12
     assert str(tmp_path) not in (tmp_path / "results" / "trained_net.json").read_text()
     before = made.stat().st_mtime_ns, (store.root / "trained/net/seed-1/run/summary.json").stat().st_mtime_ns
     script.main(words)

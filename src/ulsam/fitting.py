@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,7 @@ from tqdm import trange
 
 from ulsam.errors import UlsamError
 from ulsam.evaluate import NotFinite, eval_mode
-from ulsam.models import lacks_weights
-from ulsam.surgery import changes, remove
+from ulsam.surgery import changes, lacks_weights, put_back
 from ulsam.thin import ThinBlock
 
 STEPS, RATE = 500, 0.01  # of Adam; its rate falls to 0 as a cosine
@@ -34,21 +34,21 @@ def fit(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> l
 
     The layer, with the attention before it if there is any, is trained alone, with Adam on the mean square of the
     difference between the two outputs. Layers are fitted in the order in which the net calls them, each on what the
-    layers before it put out, towards what the net without edits has there. Nothing is random: the same net and pictures
-    give the same weights.
+    layers before it put out, towards what the net has there with all its blocks back; inserted layers stay. Nothing
+    is random: the same net and pictures give the same weights. An error or Ctrl-C leaves a layer as it was.
 
     Args:
         model: an edited net whose blocks were trained before they were replaced; is changed in place.
         batches: pictures [B, C, H, W] as the net takes them, on its device; labels are not needed. A dozen batches of
-            32 do. The maps of all of them at one layer are in memory together.
+            32 do. What goes into one layer and what its block put out, of all of them, are in memory together.
         steps: of training for each layer, with a batch each.
 
     Returns:
-        One entry a layer; none for layers that were fitted or trained before, or whose blocks have no weights: those
-        that `ulsam.models.load_weights` did not find in its file, because they were replaced there already.
+        One entry a layer; none for layers that were fitted or trained before, or whose blocks have no weights, because
+        they were not in the file that the net came from.
 
     Raises:
-        UlsamError: no pictures, a batch that is one pixel at some layer, or a net that puts out NaN or infinity.
+        UlsamError: no pictures, single ones whose map is one pixel at a layer, or a net that puts out NaN or infinity.
 
     >>> import ulsam
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
@@ -63,12 +63,11 @@ def fit(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> l
     if not places:
         return []
     with eval_mode(model):
-        names = _called(model, places, batches[0])
-        wanted = _passing(_whole(model), names, batches)
-        found = []
-        for name in names:
-            given = [x for x, _ in _passing(model, [name], batches)[name]]
-            explained = _regress(places[name], name, given, [y for _, y in wanted.pop(name)], steps)
+        whole, found = put_back(copy.deepcopy(model)), []
+        for name in _called(model, places, batches[0]):
+            given, _ = _passing(model, name, batches)
+            _, wanted = _passing(whole, name, batches)
+            explained = _regress(places[name], name, given, wanted, steps)
             found.append(Fitted(name, _thin_of(places[name]).width, explained))
     return found
 
@@ -88,8 +87,7 @@ def fit_apart(
     batches = _checked(batches)
     for name, layer in layers.items():
         if _has_new(layer):
-            given, wanted = zip(*_passing(net, [name], batches)[name], strict=True)
-            _regress(layer, name, given, wanted, steps)
+            _regress(layer, name, *_passing(net, name, batches), steps)
 
 
 def _checked(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -102,30 +100,36 @@ def _checked(batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _regress(layer: nn.Module, name: str, given: Sequence[Tensor], wanted: Sequence[Tensor], steps: int) -> float:
-    """Train ``layer`` to make ``wanted`` of ``given``, batches [B, C, H, W]; the share of the difference it gives."""
-    pairs = list(zip(given, wanted, strict=True))
-    values = sum(x.numel() for x in given)
+    """Train ``layer`` to make ``wanted`` of ``given``, batches [B, C, H, W]; the share of the difference it gives.
+
+    It changes at the end alone: a copy is trained, in float32, whatever the layer's dtype and whether it is frozen.
+    """
+    pairs = [(x.float(), y.float()) for x, y in zip(given, wanted, strict=True)]
+    values = sum(x.numel() for x, _ in pairs)
     added = float(sum((y - x).square().sum() for x, y in pairs)) / values
     if not math.isfinite(added):
         raise NotFinite(f"the net puts out NaN or infinity at {name}: its weights are broken, or not for such pictures")
     if not added:
         return 1.0
-    if any(x[:, 0].numel() == 1 for x in given):
-        raise UlsamError(f"{name} cannot be fitted on a batch of one picture whose map is one pixel there: give larger")
-    optimizer = torch.optim.Adam(layer.parameters(), RATE)
+    spread = [pair for pair in pairs if pair[0][:, 0].numel() > 1]  # BatchNorm takes no single value
+    if not spread:
+        raise UlsamError(f"{name} cannot be fitted on one picture at a time, whose map is one pixel there: give more")
+    copied = copy.deepcopy(layer).float().train().requires_grad_(True)
+    optimizer = torch.optim.Adam(copied.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    layer.train()
     with torch.enable_grad():
         for step in trange(steps, desc=f"fit {name}", unit="step", disable=None, leave=False):
-            x, y = pairs[step % len(pairs)]
-            loss = F.mse_loss(layer(x), y) / added
+            x, y = spread[step % len(spread)]
+            loss = F.mse_loss(copied(x), y) / added
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    optimizer.zero_grad()
-    layer.eval()
-    left = float(sum((y - layer(x)).square().sum() for x, y in pairs)) / values
+    copied.eval()
+    left = float(sum((y - copied(x)).square().sum() for x, y in pairs)) / values
+    if not math.isfinite(left):
+        raise NotFinite(f"fitting the layer at {name} diverged: give other pictures")
+    layer.load_state_dict(copied.state_dict())
     return 1 - left / added
 
 
@@ -144,15 +148,6 @@ def _thin_of(layer: nn.Module) -> ThinBlock:
     return next(module for module in layer.modules() if isinstance(module, ThinBlock))
 
 
-def _whole(model: nn.Module) -> nn.Module:
-    """A copy of the net before its edits, in eval mode; edits whose block has no weights stay."""
-    whole = remove(copy.deepcopy(model)).eval()
-    for name, old in changes(model)[1].items():
-        if lacks_weights(old):
-            whole.set_submodule(name, copy.deepcopy(model.get_submodule(name)))
-    return whole
-
-
 def _called(model: nn.Module, places: Mapping[str, nn.Module], batch: Tensor) -> list[str]:
     """The places in the order of their calls."""
     order: list[str] = []
@@ -167,19 +162,27 @@ def _called(model: nn.Module, places: Mapping[str, nn.Module], batch: Tensor) ->
     return order
 
 
-def _passing(net: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """What goes into each of these modules and what it puts out, for each batch; copies: later layers may change it."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-    handles = [
-        net.get_submodule(name).register_forward_hook(
-            lambda _, args, output, name=name: seen[name].append((args[0].clone(), output.clone()))
-        )
-        for name in names
-    ]
+def _passing(net: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What goes into the module of this name and what it puts out, for each batch.
+
+    Both are copies, as later layers may change them in place. What comes behind the module is not computed.
+    """
+    given, wanted = [], []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        given.append(args[0].clone())
+        wanted.append(output.clone())
+        raise _Seen
+
+    handle = net.get_submodule(name).register_forward_hook(look)
     try:
         for batch in batches:
-            net(batch)
+            with suppress(_Seen):
+                net(batch)
     finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+        handle.remove()
+    return given, wanted
+
+
+class _Seen(Exception):
+    """Ends a pass through a net whose rest is of no use."""

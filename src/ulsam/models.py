@@ -22,7 +22,7 @@ from ulsam.files import check_readable, write_atomic
 from ulsam.module import ULSAM
 from ulsam.presets import PLACEMENTS
 from ulsam.recipe import Edit, Json, Recipe
-from ulsam.surgery import changes
+from ulsam.surgery import changes, mark_weightless
 from ulsam.trained import locate
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 _KEY = "ulsam"  # of the recipe among a model file's metadata
-_LACKING = "ulsam_lacks_weights"  # attribute of a block that was put aside
 _FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 
 
@@ -205,24 +204,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
         keys = {key: f"{place}.{key}" for key in old.state_dict()}
         filled = {key: state[name] for key, name in keys.items() if name in before.keys() & state}
         old.load_state_dict(filled, False)
-        vars(old)[_LACKING] = any(key not in filled for key in keys if not key.endswith("num_batches_tracked"))
+        mark_weightless(old, any(key not in filled for key in keys if not key.endswith("num_batches_tracked")))
     return notes
-
-
-def lacks_weights(old: nn.Module) -> bool:
-    """Whether a block that an edit put aside is as it was made, because the weights were of a net without it.
-
-    >>> net = timm.create_model("mobilenetv2_035", num_classes=2)
-    >>> edit = Edit("replace", "14")
-    >>> edit.apply(net)
-    >>> edited = timm.create_model("mobilenetv2_035", num_classes=2)
-    >>> edit.apply(edited)
-    >>> load_weights(net, edited.state_dict())
-    []
-    >>> lacks_weights(changes(net)[1]["blocks.4.2"])
-    True
-    """
-    return bool(vars(old).get(_LACKING))
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -272,15 +255,17 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
     Raises:
         UlsamError: not a model file, cut off, from an unknown base, or not what its recipe builds.
 
-    >>> net, recipe = load("mobilenetv2_100.grocery81_slim75")
-    >>> len(recipe.classes), recipe.input_size
-    (81, (3, 160, 160))
+    >>> load("mobilenet.safetensors")
+    Traceback (most recent call last):
+    ulsam.errors.UlsamError: no model file mobilenet.safetensors
     """
     recipe = read_recipe(path)
     with _opened(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     model, _ = build(recipe)
     model.load_state_dict(state)
+    for old in changes(model)[1].values():
+        mark_weightless(old, weightless=True)
     return model.eval().to(device), recipe
 
 

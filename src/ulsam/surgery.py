@@ -23,6 +23,7 @@ from ulsam.places import At, match, original, words
 from ulsam.trace import Flow, Shape, trace
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+_WEIGHTLESS = "ulsam_weightless"  # attribute of a module that was put aside
 
 
 class _Net(NamedTuple):
@@ -113,8 +114,8 @@ def replace(
         groups: subspaces of each new ULSAM layer, by default 4.
         layer: what to put there; see :func:`ulsam.layers.make_layer`.
         form, momentum: as in :class:`ulsam.ULSAM`; like ``groups`` refused for other layers.
-        width: put a :class:`ulsam.ThinBlock` of this width behind the new layer; :func:`ulsam.fit` trains the two to do
-            what the block did.
+        width: of the :class:`ulsam.ThinBlock` that ``layer="thin"`` is; behind another layer, put one of this width.
+            :func:`ulsam.fit` trains the new layer, both parts together, to do what the block did.
         input_size: C, H, W for the tracing that finds the channels; any size the net accepts will do.
 
     Raises:
@@ -164,7 +165,7 @@ def insert(
     The new layer, of whatever kind, becomes the child ``ulsam`` of the module it follows (of the last one in an
     `nn.Sequential`), run by a forward hook: no other name changes. Arguments and errors are those of :func:`replace`;
     ``"17:1"`` and ``17`` both mean behind the paper's layer 17; the output may have another shape than the input, but
-    must be a map [B, C, H, W].
+    must be a map [B, C, H, W]. An inserted thin block stands for no block, and is not fitted.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     >>> list(insert(net, "0", groups=2, input_size=(3, 16, 16)).state_dict())
@@ -184,13 +185,15 @@ def remove(model: ModelT) -> ModelT:
     touched.
 
     Raises:
-        UlsamError: the net holds no edit.
+        UlsamError: the net holds no edit, or came from a file without the weights of a block that would return.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1))
     >>> remove(replace(net, "1", input_size=(3, 16, 16)))[1]
     Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
     places = [(name, model.get_submodule(name)) for name in edited(model)]
+    if gone := [name for name, old in changes(model)[1].items() if lacks_weights(old)]:
+        raise UlsamError(f"{gone[0]} cannot return: the net's file holds no weights of the block that stood there")
     for name, module in reversed(places):
         if _run_inserted in module._forward_hooks.values():
             _detach(model, f"{name}.ulsam")
@@ -221,6 +224,33 @@ def changes(model: nn.Module) -> tuple[set[str], dict[str, nn.Module]]:
     added = {f"{name}.{key}" for name, layer in added_layers(model).items() for key in layer.state_dict()}
     modules = model.named_modules()
     return added, {name: original(module) for name, module in modules if "replaced_module" in vars(module)}
+
+
+def put_back(model: ModelT) -> ModelT:
+    """Put every module that has weights back where an edit replaced or dropped it; inserted layers stay.
+
+    >>> net = insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "0", groups=2, input_size=(3, 9, 9))
+    >>> [type(module).__name__ for module in put_back(drop(net, "1", input_size=(3, 9, 9)))], edited(net)
+    (['Conv2d', 'Conv2d'], ['0'])
+    """
+    for name, old in changes(model)[1].items():
+        if not lacks_weights(old):
+            _swap_back(model, name)
+    return model
+
+
+def mark_weightless(old: nn.Module, weightless: bool) -> None:
+    """Note whether a module that was put aside is as it was made, because the net's file held no weights of it."""
+    vars(old)[_WEIGHTLESS] = weightless
+
+
+def lacks_weights(old: nn.Module) -> bool:
+    """Whether a module that was put aside was marked so by :func:`mark_weightless`.
+
+    >>> lacks_weights(nn.Conv2d(3, 8, 3))
+    False
+    """
+    return bool(vars(old).get(_WEIGHTLESS))
 
 
 def added_layers(model: nn.Module) -> dict[str, nn.Module]:

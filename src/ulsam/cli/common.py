@@ -48,7 +48,9 @@ def add_layer_options(group: "argparse._ArgumentGroup", default: str = "ulsam") 
     layers = f"ulsam, thin, or timm's se, eca, cbam or coord (default: {default})"
     group.add_argument("--layer", metavar="LAYER", help=layers)
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
-    group.add_argument("--width", type=int, metavar="W", help="of a thin block, alone or behind another layer")
+    group.add_argument(
+        "--width", type=int, metavar="W", help="of a thin block: of --layer thin, or behind another layer"
+    )
     group.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")
 
 
@@ -85,8 +87,7 @@ def _makes_layers(args: argparse.Namespace) -> bool:
 
 def add_net_arguments(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and ``--size``; :func:`recipe_from` reads them."""
-    what = "a timm name, a preset's included, a .safetensors model file, or a trained net of the package"
-    parser.add_argument("model", metavar="MODEL", help=what)
+    parser.add_argument("model", metavar="MODEL", help="a timm name, a preset's included, or a .safetensors model file")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: the net's own)")
 
 

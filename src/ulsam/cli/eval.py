@@ -17,7 +17,7 @@ from ulsam.train.report import command_line, cost_entry, score_entry, versions
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model file of ulsam train, or a trained net of the package")
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
     parser.add_argument("--split", help="split to measure on (default: test, else val, else the whole folder)")
     parser.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")

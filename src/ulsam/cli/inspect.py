@@ -23,7 +23,7 @@ BATCH = 32
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a model file of ulsam train, or a trained net of the package")
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
     parser.add_argument("paths", nargs="+", metavar="PICTURE", help="picture files, or folders of them")
     parser.add_argument(
         "--pictures", type=int, default=256, metavar="N", help="at most so many, spread evenly (default: 256)"

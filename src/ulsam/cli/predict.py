@@ -10,7 +10,7 @@ from ulsam.models import load
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model file of ulsam train, or a trained net of the package")
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files, or folders of them")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each picture (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")

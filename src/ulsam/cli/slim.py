@@ -9,8 +9,7 @@ from ulsam.slimming.run import DECIDED, slim
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    what = "a model file of ulsam train, or a trained net of the package"
-    parser.add_argument("model_file", metavar="MODEL", help=what)
+    parser.add_argument("model_file", metavar="MODEL", help="a .safetensors model file of ulsam train")
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the net")
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the result; the same one goes on (default: runs/slim-N)"

@@ -79,10 +79,10 @@ class Switched:
         """Fit those new layers that can be to the blocks which they are to replace, each alone (`ulsam.fit`).
 
         Args:
-            batches: pictures [B, C, H, W], on the net's device.
+            batches: pictures [B, C, H, W], on any device; net and layers follow.
         """
-        for layer in self.new.values():
-            layer.to(batches[0].device)
+        for module in (self.net, *self.new.values()):  # timing may have taken the net to the CPU
+            module.to(batches[0].device)
         fit_apart(self.net, self.new, batches)
 
     @contextmanager

@@ -39,7 +39,7 @@ def fit_layers(config: TrainConfig, recipe: Recipe, model: nn.Module, pictures: 
     if not to_fit(config, model, pictures):
         return []
     with parts.same_generators(world.device):
-        sample = draw_sample(pictures, recipe, config.fit_pictures, world)
+        sample = draw_sample(pictures, recipe, config.fit_pictures, world, workers=config.workers)
     found = fit(model.to(world.device), sample.images)
     return [
         f"{layer.name}: width {layer.width} gives {100 * layer.explained:.0f} % of what the block added, "

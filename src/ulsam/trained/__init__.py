@@ -11,21 +11,21 @@ _FOLDER = Path(__file__).parent
 def names() -> list[str]:
     """The names by which `ulsam.load`, and every command that takes a model file, know them.
 
-    >>> names()
-    ['mobilenetv2_100.grocery81_slim75']
+    >>> names() == sorted(names())
+    True
     """
-    return sorted(path.name.removesuffix(".safetensors") for path in _FOLDER.glob("*.safetensors"))
+    return sorted(path.name.removesuffix(".md") for path in _FOLDER.glob("*.md"))
 
 
 def locate(model: str | os.PathLike[str]) -> Path:
     """The file that is meant: the package's own for one of :func:`names`, otherwise the path itself.
 
-    A file of your own with such a name is meant by ``./NAME``.
+    A file of your own with such a name is meant by ``./NAME``, or by a `Path`.
 
     >>> locate("runs/mine/model.safetensors").as_posix()
     'runs/mine/model.safetensors'
     """
-    return _FOLDER / f"{model}.safetensors" if os.fspath(model) in names() else Path(model)
+    return _FOLDER / f"{model}.safetensors" if isinstance(model, str) and model in names() else Path(model)
 
 
 def card(name: str) -> str:
@@ -34,9 +34,10 @@ def card(name: str) -> str:
     Raises:
         UlsamError: no trained net of this name comes with the package.
 
-    >>> card(names()[0]).splitlines()[0]
-    '# mobilenetv2_100.grocery81_slim75'
+    >>> card("mobilenet")
+    Traceback (most recent call last):
+    ulsam.errors.UlsamError: no trained net 'mobilenet' comes with the package: see ulsam.trained.names()
     """
     if name not in names():
-        raise UlsamError(f"no trained net {name!r} comes with the package; there are: {', '.join(names())}")
+        raise UlsamError(f"no trained net {name!r} comes with the package: see ulsam.trained.names()")
     return (_FOLDER / f"{name}.md").read_text(encoding="utf-8")
