@@ -69,7 +69,10 @@ def test_the_script_slims_what_a_comparison_trained(
     assert found.macs <= 0.9 * told["whole_cost"]["macs"] and found.params == told["slimmed"]["cost"]["params"]
     assert recipe.classes == ("class0", "class1", "class2")
     assert list(told["tries"]) == ["0.01", "0.02"] and told["tries"][f"{told['lr']:g}"] == max(told["tries"].values())
-    assert told["slimmed"]["seeds"] == told["whole"]["seeds"] == told["longer"]["seeds"] == [0, 1] and told["pictures"] == 12
+    assert (
+        told["slimmed"]["seeds"] == told["whole"]["seeds"] == told["longer"]["seeds"] == [0, 1]
+        and told["pictures"] == 12
+    )
     assert str(tmp_path) not in (tmp_path / "results" / "trained_net.json").read_text()
     before = made.stat().st_mtime_ns, (store.root / "trained/net/seed-1/run/summary.json").stat().st_mtime_ns
     script.main(words)

@@ -22,7 +22,7 @@ from ulsam.files import check_readable, write_atomic
 from ulsam.module import ULSAM
 from ulsam.presets import PLACEMENTS
 from ulsam.recipe import Edit, Json, Recipe
-from ulsam.surgery import changes, mark_weightless
+from ulsam.surgery import changes, note_weights
 from ulsam.trained import locate
 
 __all__ = [
@@ -127,6 +127,8 @@ def build(
         ) from error
     for edit in recipe.edits:
         edit.apply(model, recipe.input_size)
+    for old in changes(model)[1].values() if not pretrained else ():
+        note_weights(old, filled=None)
     notes = load_weights(model, read_weights(weights), os.fspath(weights)) if weights is not None else []
     from_file, from_hub = weights is not None, pretrained and model.pretrained_cfg["num_classes"] == len(recipe.classes)
     if notes or not (from_file or from_hub):
@@ -204,7 +206,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
         keys = {key: f"{place}.{key}" for key in old.state_dict()}
         filled = {key: state[name] for key, name in keys.items() if name in before.keys() & state}
         old.load_state_dict(filled, False)
-        mark_weightless(old, any(key not in filled for key in keys if not key.endswith("num_batches_tracked")))
+        note_weights(old, all(key in filled for key in keys if not key.endswith("num_batches_tracked")))
     return notes
 
 
@@ -265,7 +267,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
     model, _ = build(recipe)
     model.load_state_dict(state)
     for old in changes(model)[1].values():
-        mark_weightless(old, weightless=True)
+        note_weights(old, filled=not old.state_dict())
     return model.eval().to(device), recipe
 
 

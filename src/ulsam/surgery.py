@@ -23,7 +23,7 @@ from ulsam.places import At, match, original, words
 from ulsam.trace import Flow, Shape, trace
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-_WEIGHTLESS = "ulsam_weightless"  # attribute of a module that was put aside
+_WEIGHTS = "ulsam_weights"  # attribute of a module that was put aside: see note_weights
 
 
 class _Net(NamedTuple):
@@ -239,18 +239,30 @@ def put_back(model: ModelT) -> ModelT:
     return model
 
 
-def mark_weightless(old: nn.Module, weightless: bool) -> None:
-    """Note whether a module that was put aside is as it was made, because the net's file held no weights of it."""
-    vars(old)[_WEIGHTLESS] = weightless
+def note_weights(old: nn.Module, filled: bool | None) -> None:
+    """Note of a module that was put aside where its weights are from, for :func:`lacks_weights`.
+
+    Args:
+        old: the module.
+        filled: None: it was just made; then whether a file that the net was filled from held weights of it. One that a
+            file did not hold keeps what it had from elsewhere.
+    """
+    if filled:
+        vars(old).pop(_WEIGHTS, None)
+    elif filled is None or _WEIGHTS in vars(old):
+        vars(old)[_WEIGHTS] = filled
 
 
 def lacks_weights(old: nn.Module) -> bool:
-    """Whether a module that was put aside was marked so by :func:`mark_weightless`.
+    """Whether a module that was put aside is as it was made, while the net was filled from a file without it.
 
-    >>> lacks_weights(nn.Conv2d(3, 8, 3))
-    False
+    >>> block = nn.Conv2d(3, 8, 3)
+    >>> note_weights(block, None)
+    >>> note_weights(block, False)
+    >>> lacks_weights(block)
+    True
     """
-    return bool(vars(old).get(_WEIGHTLESS))
+    return vars(old).get(_WEIGHTS) is False
 
 
 def added_layers(model: nn.Module) -> dict[str, nn.Module]:
