@@ -51,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "layout": "contiguous",
     "amp": "none",
     "compile": "none",
+    "fit_pictures": 0,  # new layers as they are made: fitting them has tests of its own
 }
 AT = "13,14,16,17"
 
