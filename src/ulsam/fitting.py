@@ -65,8 +65,8 @@ def fit(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> l
     with eval_mode(model):
         whole, found = put_back(copy.deepcopy(model)), []
         for name in _called(model, places, batches[0]):
-            given, _ = _passing(model, name, batches)
-            _, wanted = _passing(whole, name, batches)
+            given = _passing(model, name, batches)[0]
+            wanted = _passing(whole, name, batches)[1]
             explained = _regress(places[name], name, given, wanted, steps)
             found.append(Fitted(name, _thin_of(places[name]).width, explained))
     return found
