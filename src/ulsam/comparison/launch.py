@@ -20,7 +20,8 @@ from ulsam.train.loop import Interrupted
 from ulsam.train.parts import stop_signals
 from ulsam.train.restore import HARMLESS
 
-PAUSE = 0.2  # seconds between two looks at the runs
+PAUSE = 0.2  # seconds between two looks at the runs that were started
+OTHERS = 5.0  # seconds between two looks at what other processes have done: each reads the whole plan
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, say: Callable[[str], N
         Interrupted: Ctrl-C or SIGTERM, after every run has saved.
     """
     told: set[str] = set()
+    due, looked = grid.due(store.look), time.monotonic()
     with stop_signals() as stopping, _stopped_at_the_end(launcher):
-        while (due := grid.due(store.look)) or launcher.running():
+        while due or launcher.running():
             if stopping():
                 raise Interrupted(f"stopped, all runs are saved; go on with: {again}")
             busy = [str(run) for run in launcher.running()]
@@ -115,12 +117,15 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, say: Callable[[str], N
                     told.add(str(run))
                     say(f"wait    {run}: another process is training it")
             time.sleep(PAUSE)
-            for ended in launcher.ended():
+            over = launcher.ended()
+            for ended in over:
                 if ended.reason:
                     store.fail(ended.run, ended.reason)
                 elif store.look(ended.run) is None:
                     store.fail(ended.run, "it ended without a summary")
                 say(f"run     {_progress(grid, store, launcher)} {ended.run}: {_result(store, ended.run)}")
+            if over or time.monotonic() > looked + OTHERS:
+                due, looked = grid.due(store.look), time.monotonic()
 
 
 def start_process(
