@@ -22,7 +22,7 @@ from ulsam.train.loop import train
 
 @pytest.fixture
 def script() -> ModuleType:
-    return load_benchmark("trained")
+    return load_benchmark("slimmed")
 
 
 def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,29 +52,27 @@ def test_the_script_slims_what_a_comparison_trained(
     monkeypatch.setattr(script, "ROOT", tmp_path)
     (tmp_path / "src" / "ulsam" / "trained").mkdir(parents=True)
     (tmp_path / "results").mkdir()
-    words = [str(store.root), "net", "--macs", "0.9", "--width", "4", "--rates", "0.01", "0.02", "--epochs", "1"]
+    words = f"{store.root} birds --package net --macs 0.9 --width 4 --rates 0.01 0.02 --epochs 1".split()
     with pytest.raises(UlsamError, match="has not chosen a learning rate for its base net: go on with ulsam compare"):
         script.main(words)
     while due := grid.due(store.look):
         train(due[0].config, store.folder(due[0]))
     script.main(words)
     made = tmp_path / "src" / "ulsam" / "trained" / "net.safetensors"
-    told = json.loads((tmp_path / "results" / "trained_net.json").read_text())
+    told = json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())
     net, recipe = load(made)
-    slimmed, _ = load(store.root / "trained" / "net" / "seed-0" / "run" / "model.safetensors")
+    slimmed, _ = load(store.root / "slimmed" / "birds" / "seed-0" / "run" / "model.safetensors")
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(net(x), slimmed(x), rtol=0, atol=1e-2)
-    assert made.stat().st_size < 0.6 * (store.root / "trained/net/seed-0/run/model.safetensors").stat().st_size
+    assert made.stat().st_size < 0.6 * (store.root / "slimmed/birds/seed-0/run/model.safetensors").stat().st_size
     found = cost(net, (3, 32, 32))
     assert found.macs <= 0.9 * told["whole_cost"]["macs"] and found.params == told["slimmed"]["cost"]["params"]
     assert recipe.classes == ("class0", "class1", "class2")
     assert list(told["tries"]) == ["0.01", "0.02"] and told["tries"][f"{told['lr']:g}"] == max(told["tries"].values())
-    assert (
-        told["slimmed"]["seeds"] == told["whole"]["seeds"] == told["longer"]["seeds"] == [0, 1]
-        and told["pictures"] == 12
-    )
-    assert str(tmp_path) not in (tmp_path / "results" / "trained_net.json").read_text()
-    before = made.stat().st_mtime_ns, (store.root / "trained/net/seed-1/run/summary.json").stat().st_mtime_ns
+    assert all(told[way]["seeds"] == [0, 1] for way in ("slimmed", "whole", "longer")) and told["pictures"] == 12
+    assert told["packed"] == {**told["packed"], "name": "net", "seed": 0, "bytes": made.stat().st_size}
+    assert str(tmp_path) not in (tmp_path / "results" / "slimmed_birds.json").read_text()
+    before = made.stat().st_mtime_ns, (store.root / "slimmed/birds/seed-1/run/summary.json").stat().st_mtime_ns
     script.main(words)
     assert made.stat().st_mtime_ns > before[0]
-    assert (store.root / "trained/net/seed-1/run/summary.json").stat().st_mtime_ns == before[1]
+    assert (store.root / "slimmed/birds/seed-1/run/summary.json").stat().st_mtime_ns == before[1]

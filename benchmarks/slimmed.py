@@ -1,17 +1,18 @@
-"""Make a trained net of the package: slim a comparison's base nets, and put the first seed's into src/ulsam/trained.
+"""Slim the trained base nets of a comparison, seed by seed, with distillation; on wish into a net of the package.
 
 1. The base net of the comparison's best try, which was trained on four fifths of the training pictures, is slimmed at
    each of --rates; the rate that does best on the other pictures is taken.
 2. The base net of each final run is slimmed at this rate, on all training pictures, and measured once on the pictures
    on which the comparison measured the base. Beside it the base net is trained on in the same way, with itself as the
    teacher and no block replaced: what the further epochs bring without slimming.
-3. The slimmed net of the first seed becomes the package's, whichever seed is the best, with convolutions and classifier
-   in half precision; it is measured once more. results/trained_NAME.json holds every figure. It is known by its
-   name once there is a card, NAME.md, beside it.
+3. With --package the slimmed net of the first seed becomes the package's, whichever seed is the best, with convolutions
+   and classifier in half precision; it is measured once more. It is known by its name once there is a card, NAME.md,
+   beside it.
 
-What is done is not done again.
+results/slimmed_NAME.json holds every figure. What is done is not done again.
 
-    python benchmarks/trained.py runs/grocery81 mobilenetv2_100.grocery81_slim75 --macs 0.75 --jobs 2
+    python benchmarks/slimmed.py runs/cub100 cub100_macs75 --macs 0.75 --jobs 2
+    python benchmarks/slimmed.py runs/grocery81 grocery81_macs75 --macs 0.75 --package mobilenetv2_100.grocery81_slim75
 """
 
 import argparse
@@ -38,6 +39,7 @@ from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
 from ulsam.files import write_atomic
 from ulsam.models import load, read_recipe, save_model
+from ulsam.recipe import Recipe
 from ulsam.slimming.run import DECIDED, fine_tuning, slim
 from ulsam.train import parts
 from ulsam.train.loop import resume, train
@@ -49,19 +51,20 @@ ROOT = Path(__file__).parents[1]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("compared", help="folder of a comparison whose base net is finished")
-    parser.add_argument("name", help="of the net in the package: ARCHITECTURE.DATA_WHAT")
+    parser.add_argument("name", help="of the results")
     parser.add_argument("--macs", type=float, default=0.75, metavar="SHARE")
     parser.add_argument("--width", type=int, default=32, help="of the thin blocks")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--package", metavar="NAME", help="put the first seed's net there, as ARCHITECTURE.DATA_WHAT")
     args = parser.parse_args(argv)
 
     store = Store(args.compared)
     grid = store.grid()
     whole, finals = base_runs(grid, store)
     asked = {"macs": args.macs, "layer": {"layer": "thin", "width": args.width}, "most_sets": 100}
-    place = Path(args.compared) / "trained" / args.name
+    place = Path(args.compared) / "slimmed" / args.name
 
     def slimmed(run: Run, lr: float, folder: str) -> dict[str, Any]:
         given = dataclasses.asdict(run.config)  # all but what slimming decides is as in the run of the whole net
@@ -83,14 +86,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     longer = {run.config.seed: _summary(Path(job["out"]) / "whole") for run, job in zip(finals, jobs, strict=True)}
     compared = {"minus_whole": difference(after, before), "minus_longer": difference(after, longer)}
     first = finals[0].config.seed
-    file = ROOT / "src" / "ulsam" / "trained" / f"{args.name}.safetensors"
-    pack(jobs[0]["out"] / "run" / "model.safetensors", file)
-    net, recipe = load(file)
+    net, recipe = load(jobs[0]["out"] / "run" / "model.safetensors")
     base, _ = load(store.folder(finals[0]) / "model.safetensors")
     times = measure({"whole": (base, recipe.input_size), "slimmed": (net, recipe.input_size)})
     told = {
-        "what": "a net of the package, and how it was made",
-        "name": args.name,
+        "what": "base nets of a comparison, slimmed with distillation and, beside it, trained on",
         "recipe": json.loads(recipe.to_json()) | {"classes": len(recipe.classes)},
         "blocks": [found["chosen"]["blocks"] for found in done],
         "tries": {f"{lr:g}": found["result"]["slimmed"]["top1"] for lr, found in tries.items()},
@@ -102,14 +102,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "whole_cost": before[first]["cost"],
         "longer": _scores(longer),
         **{name: dataclasses.asdict(found) for name, found in compared.items() if found},
-        "packed": {"seed": first, "top1": measured(net, finals[0]), "bytes": file.stat().st_size},
         "latency": {"processor": processor_name(), **{name: time.to_json() for name, time in times.items()}},
         "pictures": after[first]["scores"]["pictures"],
         "config": after[first]["config"],
         "versions": versions(),
     }
+    if args.package:
+        file = ROOT / "src" / "ulsam" / "trained" / f"{args.package}.safetensors"
+        pack(net, recipe, file)
+        packed = {"name": args.package, "seed": first, "top1": measured(load(file)[0], finals[0])}
+        told["packed"] = {**packed, "bytes": file.stat().st_size}
     text = json.dumps(without_paths(told), indent=1) + "\n"
-    write_atomic(ROOT / "results" / f"trained_{args.name}.json", text)
+    write_atomic(ROOT / "results" / f"slimmed_{args.name}.json", text)
     print(text)
 
 
@@ -132,9 +136,8 @@ def base_runs(grid: Grid, store: Store) -> tuple[Run, list[Run]]:
     return runs[0], runs[1:]
 
 
-def pack(source: Path, target: Path) -> None:
-    """Write the net in ``source`` to ``target``, the weights of convolutions and linear layers in half precision."""
-    net, recipe = load(source)
+def pack(net: nn.Module, recipe: Recipe, target: Path) -> None:
+    """Write the net to ``target``, the weights of convolutions and linear layers in half precision."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.half()
