@@ -15,12 +15,13 @@ from torch import Tensor, nn
 import ulsam
 from tiny import NET, SETTINGS, draw_splits, options
 from ulsam.cli import main
+from ulsam.edits import added_layers
 from ulsam.errors import UlsamError
 from ulsam.layers import make_layer
 from ulsam.models import build, load, load_weights, make_recipe, save_model, ulsam_parameters
 from ulsam.module import ULSAM
 from ulsam.recipe import Edit
-from ulsam.surgery import added_layers, candidates, drop, insert, remove, replace
+from ulsam.surgery import candidates, drop, insert, remove, replace
 
 SIZE = (3, 32, 32)
 V2 = "mobilenetv2_035"

@@ -1,5 +1,6 @@
 """The trained nets of the package: what their names mean, and the script that makes them."""
 
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -7,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from scripts import load_benchmark
+from scripts import BENCHMARKS
 from tiny import SETTINGS, draw_splits
 from ulsam import trained
 from ulsam.comparison.arms import Arm
@@ -21,8 +22,9 @@ from ulsam.train.loop import train
 
 
 @pytest.fixture
-def script() -> ModuleType:
-    return load_benchmark("slimmed")
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # its processes import it by name
+    return importlib.import_module("slimmed")
 
 
 def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from typing import Literal, get_args
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ulsam.edits import added_layers
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM
-from ulsam.surgery import added_layers
 from ulsam.trace import default_input_size, trace
 
 Rule = Literal["exact", "paper"]

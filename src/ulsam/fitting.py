@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
+from ulsam.edits import changes, lacks_weights, put_back
 from ulsam.errors import UlsamError
 from ulsam.evaluate import NotFinite, eval_mode
-from ulsam.surgery import changes, lacks_weights, put_back
 from ulsam.thin import ThinBlock
 
 STEPS, RATE = 500, 0.01  # of Adam; its rate falls to 0 as a cosine

@@ -17,12 +17,12 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ulsam.edits import changes, note_weights
 from ulsam.errors import UlsamError, first_line
 from ulsam.files import check_readable, write_atomic
 from ulsam.module import ULSAM
 from ulsam.presets import PLACEMENTS
 from ulsam.recipe import Edit, Json, Recipe
-from ulsam.surgery import changes, note_weights
 from ulsam.trained import locate
 
 __all__ = [

@@ -11,19 +11,30 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ulsam.edits import (
+    added_layers,
+    attach,
+    changes,
+    detach,
+    edited,
+    is_edited,
+    is_followed,
+    lacks_weights,
+    reference_tensor,
+    swap,
+    swap_back,
+)
 from ulsam.errors import UlsamError
 from ulsam.layers import Layer, make_layer
 from ulsam.module import ULSAM, Form, divisors
-from ulsam.places import At, match, original, words
+from ulsam.places import At, match, words
 from ulsam.trace import Flow, Shape, trace
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-_WEIGHTS = "ulsam_weights"  # attribute of a module that was put aside: see note_weights
 
 
 class _Net(NamedTuple):
@@ -133,7 +144,7 @@ def replace(
     """
     flows = _targets(model, _blocks(model, at), input_size, _why_not_replace)
     make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum, width=width)
-    return _edit(model, _layers(model, flows, make), _swap, _swap_back, input_size)
+    return _edit(model, _layers(model, flows, make), swap, swap_back, input_size)
 
 
 def drop(model: ModelT, at: At, *, input_size: Sequence[int] | None = None) -> ModelT:
@@ -146,7 +157,7 @@ def drop(model: ModelT, at: At, *, input_size: Sequence[int] | None = None) -> M
     Identity()
     """
     names = _targets(model, _blocks(model, at), input_size, _why_not_replace)
-    return _edit(model, {name: nn.Identity() for name in names}, _swap, _swap_back, input_size)
+    return _edit(model, {name: nn.Identity() for name in names}, swap, swap_back, input_size)
 
 
 def insert(
@@ -175,7 +186,7 @@ def insert(
     flows = _targets(model, names, input_size, _why_not_insert)
     make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum, width=width)
     layers = {f"{name}.ulsam": made for name, made in _layers(model, flows, make).items()}
-    return _edit(model, layers, _attach, _detach, input_size)
+    return _edit(model, layers, attach, detach, input_size)
 
 
 def remove(model: ModelT) -> ModelT:
@@ -195,90 +206,13 @@ def remove(model: ModelT) -> ModelT:
     if gone := [name for name, old in changes(model)[1].items() if lacks_weights(old)]:
         raise UlsamError(f"{gone[0]} cannot return: the net's file holds no weights of the block that stood there")
     for name, module in reversed(places):
-        if _run_inserted in module._forward_hooks.values():
-            _detach(model, f"{name}.ulsam")
+        if is_followed(module):
+            detach(model, f"{name}.ulsam")
         if "replaced_module" in vars(module):
-            _swap_back(model, name)
+            swap_back(model, name)
     if not places:
         raise UlsamError(f"this {type(model).__name__} holds no edit to remove")
     return model
-
-
-def edited(model: nn.Module) -> list[str]:
-    """The names of the modules that edits put in, and of those that an inserted layer follows.
-
-    >>> edited(insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), "0", input_size=(3, 16, 16)))
-    ['0']
-    """
-    return [name for name, module in model.named_modules() if _is_edited(module)]
-
-
-def changes(model: nn.Module) -> tuple[set[str], dict[str, nn.Module]]:
-    """What edits did: the state-dict keys that they added, and the modules that they put aside, by name.
-
-    >>> net = replace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)), "1", input_size=(3, 16, 16))
-    >>> added, aside = changes(net)
-    >>> sorted(added), list(aside)
-    (['1.depthwise.weight', '1.pointwise.weight'], ['1'])
-    """
-    added = {f"{name}.{key}" for name, layer in added_layers(model).items() for key in layer.state_dict()}
-    modules = model.named_modules()
-    return added, {name: original(module) for name, module in modules if "replaced_module" in vars(module)}
-
-
-def put_back(model: ModelT) -> ModelT:
-    """Put every module that has weights back where an edit replaced or dropped it; inserted layers stay.
-
-    >>> net = insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "0", groups=2, input_size=(3, 9, 9))
-    >>> [type(module).__name__ for module in put_back(drop(net, "1", input_size=(3, 9, 9)))], edited(net)
-    (['Conv2d', 'Conv2d'], ['0'])
-    """
-    for name, old in changes(model)[1].items():
-        if not lacks_weights(old):
-            _swap_back(model, name)
-    return model
-
-
-def note_weights(old: nn.Module, filled: bool | None) -> None:
-    """Note of a module that was put aside where its weights are from, for :func:`lacks_weights`.
-
-    Args:
-        old: the module.
-        filled: None: it was just made; then whether a file that the net was filled from held weights of it. One that a
-            file did not hold keeps what it had from elsewhere.
-    """
-    if filled:
-        vars(old).pop(_WEIGHTS, None)
-    elif filled is None or _WEIGHTS in vars(old):
-        vars(old)[_WEIGHTS] = filled
-
-
-def lacks_weights(old: nn.Module) -> bool:
-    """Whether a module that was put aside is as it was made, while the net was filled from a file without it.
-
-    >>> block = nn.Conv2d(3, 8, 3)
-    >>> note_weights(block, None)
-    >>> note_weights(block, False)
-    >>> lacks_weights(block)
-    True
-    """
-    return vars(old).get(_WEIGHTS) is False
-
-
-def added_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that edits put in, of any kind, by name.
-
-    >>> list(added_layers(insert(nn.Sequential(nn.Conv2d(3, 8, 3)), "0", layer="se", input_size=(3, 16, 16))))
-    ['0.ulsam']
-    """
-    names = []
-    for name, module in model.named_modules():
-        if "replaced_module" in vars(module):
-            names.append(f"{name}.0" if type(module) is nn.Sequential else name)
-        if _run_inserted in module._forward_hooks.values():
-            names.append(f"{name}.ulsam")
-    found = {name: model.get_submodule(name) for name in names}
-    return {name: layer for name, layer in found.items() if not isinstance(layer, nn.Identity)}  # a drop puts none in
 
 
 def _blocks(model: nn.Module, at: At) -> list[str]:
@@ -369,9 +303,9 @@ def _why_not_insert(module: nn.Module, flow: Flow, net: _Net) -> str | None:
 def _why_not_replace(module: nn.Module, flow: Flow, net: _Net) -> str | None:
     if id(module) in net.layers:
         return f"is a {type(module).__name__} layer already"
-    if _run_inserted in module._forward_hooks.values():
+    if is_followed(module):
         return "has a layer inserted behind it"
-    if any(_is_edited(part) for part in module.modules()):
+    if any(is_edited(part) for part in module.modules()):
         return "holds an edit already"
     if reason := _why_not_both(module, flow, net):
         return reason
@@ -389,7 +323,7 @@ def _layers(model: nn.Module, flows: Mapping[str, Flow], make: Callable[..., nn.
     made = {}
     for name, flow in flows.items():
         module = model.get_submodule(name)
-        like = _like(module, model)
+        like = reference_tensor(module, model)
         try:
             layer = make(channels=cast(Shape, flow.output_shape)[1], device=like.device, dtype=like.dtype)
         except UlsamError as error:
@@ -422,58 +356,3 @@ def _edit(model: ModelT, new: Mapping[str, nn.Module], do: Do, undo: Undo, input
             undo(model, name)
         raise
     return model
-
-
-def _attach(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Hang ``layer`` on its host, the module before ``.ulsam`` in ``name``."""
-    host = model.get_submodule(name.removesuffix(".ulsam"))
-    host.add_module("ulsam", layer)
-    host.register_forward_hook(_run_inserted, prepend=True)
-
-
-def _detach(model: nn.Module, name: str) -> None:
-    host = model.get_submodule(name.removesuffix(".ulsam"))
-    for key in [key for key, hook in host._forward_hooks.items() if hook is _run_inserted]:
-        del host._forward_hooks[key]
-    del host.ulsam
-
-
-def _run_inserted(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """The forward hook of a module with a layer behind it."""
-    return cast(Tensor, cast(Any, module).ulsam(output))
-
-
-def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` at ``name``; it remembers what stood there, unseen by parameters() and state_dict()."""
-    original = model.get_submodule(name)
-    if type(original).forward is nn.Sequential.forward:
-        new = nn.Sequential(new)
-    _set(model, name, new.train(original.training))
-    like = _like(new, model)
-    vars(new)["replaced_module"] = (original, like.device, like.dtype)
-
-
-def _swap_back(model: nn.Module, name: str) -> None:
-    """Put back what stood at ``name``, moved and switched as the net was meanwhile."""
-    new = model.get_submodule(name)
-    original, *was = cast(Any, new).replaced_module
-    like = _like(new, model)
-    if [like.device, like.dtype] != was:
-        original.to(like.device, like.dtype)
-    if original.training != new.training:
-        original.train(new.training)
-    _set(model, name, original)
-
-
-def _like(module: nn.Module, model: nn.Module) -> Tensor:
-    """A tensor with the device and dtype of ``module``, or, where it has no parameters, of ``model``."""
-    return next(module.parameters(), next(model.parameters(), torch.empty(0)))
-
-
-def _is_edited(module: nn.Module) -> bool:
-    return "replaced_module" in vars(module) or _run_inserted in module._forward_hooks.values()
-
-
-def _set(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)

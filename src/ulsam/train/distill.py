@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ulsam.edits import edited
 from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import eval_mode
 from ulsam.folding import fold
 from ulsam.models import load
 from ulsam.recipe import Recipe
-from ulsam.surgery import edited
 from ulsam.trace import Flow, trace
 from ulsam.train.config import TrainConfig
 from ulsam.trained import locate

@@ -1,0 +1,157 @@
+"""What an edit leaves in a net, and how it is undone: a layer hung behind a module, or one in a module's place.
+
+The rules of who may be edited are in `ulsam.surgery`.
+"""
+
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ulsam.places import original
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+_WEIGHTS = "ulsam_weights"  # attribute of a module that was put aside: see note_weights
+
+
+def edited(model: nn.Module) -> list[str]:
+    """The names of the modules that edits put in, and of those that an inserted layer follows.
+
+    >>> from ulsam import insert
+    >>> edited(insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), "0", input_size=(3, 16, 16)))
+    ['0']
+    """
+    return [name for name, module in model.named_modules() if is_edited(module)]
+
+
+def changes(model: nn.Module) -> tuple[set[str], dict[str, nn.Module]]:
+    """What edits did: the state-dict keys that they added, and the modules that they put aside, by name.
+
+    >>> from ulsam import replace
+    >>> net = replace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)), "1", input_size=(3, 16, 16))
+    >>> added, aside = changes(net)
+    >>> sorted(added), list(aside)
+    (['1.depthwise.weight', '1.pointwise.weight'], ['1'])
+    """
+    added = {f"{name}.{key}" for name, layer in added_layers(model).items() for key in layer.state_dict()}
+    modules = model.named_modules()
+    return added, {name: original(module) for name, module in modules if "replaced_module" in vars(module)}
+
+
+def added_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that edits put in, of any kind, by name.
+
+    >>> from ulsam import insert
+    >>> list(added_layers(insert(nn.Sequential(nn.Conv2d(3, 8, 3)), "0", layer="se", input_size=(3, 16, 16))))
+    ['0.ulsam']
+    """
+    names = []
+    for name, module in model.named_modules():
+        if "replaced_module" in vars(module):
+            names.append(f"{name}.0" if type(module) is nn.Sequential else name)
+        if is_followed(module):
+            names.append(f"{name}.ulsam")
+    found = {name: model.get_submodule(name) for name in names}
+    return {name: layer for name, layer in found.items() if not isinstance(layer, nn.Identity)}  # a drop puts none in
+
+
+def put_back(model: ModelT) -> ModelT:
+    """Put every module that has weights back where an edit replaced or dropped it; inserted layers stay.
+
+    >>> from ulsam import drop, insert
+    >>> net = insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "0", groups=2, input_size=(3, 9, 9))
+    >>> [type(module).__name__ for module in put_back(drop(net, "1", input_size=(3, 9, 9)))], edited(net)
+    (['Conv2d', 'Conv2d'], ['0'])
+    """
+    for name, old in changes(model)[1].items():
+        if not lacks_weights(old):
+            swap_back(model, name)
+    return model
+
+
+def note_weights(old: nn.Module, filled: bool | None) -> None:
+    """Note of a module that was put aside where its weights are from, for :func:`lacks_weights`.
+
+    Args:
+        old: the module.
+        filled: None: it was just made; then whether a file that the net was filled from held weights of it. One that a
+            file did not hold keeps what it had from elsewhere.
+    """
+    if filled:
+        vars(old).pop(_WEIGHTS, None)
+    elif filled is None or _WEIGHTS in vars(old):
+        vars(old)[_WEIGHTS] = filled
+
+
+def lacks_weights(old: nn.Module) -> bool:
+    """Whether a module that was put aside is as it was made, while the net was filled from a file without it.
+
+    >>> block = nn.Conv2d(3, 8, 3)
+    >>> note_weights(block, None)
+    >>> note_weights(block, False)
+    >>> lacks_weights(block)
+    True
+    """
+    return vars(old).get(_WEIGHTS) is False
+
+
+def attach(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Hang ``layer`` on its host, the module before ``.ulsam`` in ``name``."""
+    host = model.get_submodule(name.removesuffix(".ulsam"))
+    host.add_module("ulsam", layer)
+    host.register_forward_hook(_run_inserted, prepend=True)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Undo :func:`attach`."""
+    host = model.get_submodule(name.removesuffix(".ulsam"))
+    for key in [key for key, hook in host._forward_hooks.items() if hook is _run_inserted]:
+        del host._forward_hooks[key]
+    del host.ulsam
+
+
+def _run_inserted(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """The forward hook of a module with a layer behind it."""
+    return cast(Tensor, cast(Any, module).ulsam(output))
+
+
+def swap(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` at ``name``; it remembers what stood there, unseen by parameters() and state_dict()."""
+    original = model.get_submodule(name)
+    if type(original).forward is nn.Sequential.forward:
+        new = nn.Sequential(new)
+    _set(model, name, new.train(original.training))
+    like = reference_tensor(new, model)
+    vars(new)["replaced_module"] = (original, like.device, like.dtype)
+
+
+def swap_back(model: nn.Module, name: str) -> None:
+    """Put back what stood at ``name``, moved and switched as the net was meanwhile."""
+    new = model.get_submodule(name)
+    original, *was = cast(Any, new).replaced_module
+    like = reference_tensor(new, model)
+    if [like.device, like.dtype] != was:
+        original.to(like.device, like.dtype)
+    if original.training != new.training:
+        original.train(new.training)
+    _set(model, name, original)
+
+
+def reference_tensor(module: nn.Module, model: nn.Module) -> Tensor:
+    """A tensor with the device and dtype of ``module``, or, where it has no parameters, of ``model``."""
+    return next(module.parameters(), next(model.parameters(), torch.empty(0)))
+
+
+def is_followed(module: nn.Module) -> bool:
+    """Whether a layer was inserted behind this module."""
+    return _run_inserted in module._forward_hooks.values()
+
+
+def is_edited(module: nn.Module) -> bool:
+    """Whether this module was put in by an edit, or is followed by one that was."""
+    return "replaced_module" in vars(module) or is_followed(module)
+
+
+def _set(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
