@@ -175,6 +175,7 @@ def test_slimming_fits_on_the_pictures_of_the_fine_tuning_or_not_at_all(model, d
         slim(model, str(data), out, fine_tune=False, macs=0.97, at="17", layer=layer, settings=settings)
         (alone,) = (entry for entry in kept(out)["measured"] if entry["blocks"] == ["17"])
         losses.append(alone["loss"])
+        assert list(kept(out).get("fitted", {})) == (["blocks.5.2"] if number else [])
     assert losses[0] != losses[1]
     net, recipe = load(model)
     pictures, _, _ = open_data(str(data))
@@ -221,6 +222,16 @@ def test_the_sample_is_the_same_one_each_time_and_wherever_the_pictures_lie(mode
     for sample in samples[1:]:
         assert torch.equal(sample.batches[0].images, samples[0].batches[0].images)
     assert draw_sample(open_data(str(data))[0], recipe, 10_000, ALONE).pictures == 36
+
+
+@pytest.mark.parametrize("taken, number, common", [(20, 16, 0), (20, 20, 4), (36, 9, 9), (0, 36, 0)])
+def test_a_sample_apart_from_another_shares_as_few_pictures_as_can_be(model, data, taken, number, common):
+    pictures, recipe = open_data(str(data))[0], read_recipe(model)
+    others = draw_sample(pictures, recipe, number, ALONE, apart_from=taken)
+    first = draw_sample(pictures, recipe, taken, ALONE).images if taken else []
+    seen = {hash(picture.numpy().tobytes()) for batch in first for picture in batch}
+    mine = {hash(picture.numpy().tobytes()) for batch in others.images for picture in batch}
+    assert (others.pictures, len(mine), len(mine & seen)) == (number, number, common)
 
 
 def test_an_unreadable_picture_of_the_sample_is_left_out(model, data, tmp_path):

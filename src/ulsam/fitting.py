@@ -75,19 +75,21 @@ def fit(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> l
 @torch.no_grad()
 def fit_apart(
     net: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor], *, steps: int = STEPS
-) -> None:
+) -> list[Fitted]:
     """Fit layers that are to replace blocks of ``net``, each as if it were the only one; ``net`` stays as it is.
 
     Args:
         net: whose blocks are trained, in eval mode.
         layers: by the name of the block that each is to replace, in eval mode and on the device of ``net``; those
             without a new :class:`ulsam.ThinBlock` are left out.
-        batches, steps: as for :func:`fit`, and so are the errors.
+        batches, steps: as for :func:`fit`, and so are the result and the errors.
     """
-    batches = _checked(batches)
+    batches, found = _checked(batches), []
     for name, layer in layers.items():
         if _has_new(layer):
-            _regress(layer, name, *_passing(net, name, batches), steps)
+            explained = _regress(layer, name, *_passing(net, name, batches), steps)
+            found.append(Fitted(name, _thin_of(layer).width, explained))
+    return found
 
 
 def _checked(batches: Sequence[Tensor]) -> list[Tensor]:

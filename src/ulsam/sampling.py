@@ -33,7 +33,14 @@ class Sample:
 
 
 def draw_sample(
-    pictures: AnyPictures, recipe: Recipe, number: int, world: World, *, batch_size: int = 32, workers: int = 0
+    pictures: AnyPictures,
+    recipe: Recipe,
+    number: int,
+    world: World,
+    *,
+    apart_from: int = 0,
+    batch_size: int = 32,
+    workers: int = 0,
 ) -> Sample:
     """Read ``number`` of the pictures, or all if there are fewer; the same ones whenever the pictures are the same.
 
@@ -42,13 +49,14 @@ def draw_sample(
         recipe: of the net; how a picture becomes its input. There is no augmentation.
         number: 1 or more.
         world: its device gets the pictures: [number, C, H, W] in float32.
+        apart_from: none of those that a sample of so many has, as long as there are enough others.
 
     Raises:
         UlsamError: the pictures are a stream, from which none can be picked.
     """
     if isinstance(pictures, StreamPictures):
         raise UlsamError("pictures cannot be picked from a stream of shards: name an image folder, or torch/... data")
-    chosen = sorted(random.Random(0).sample(range(len(pictures)), min(number, len(pictures))))
+    chosen = sorted(_picked(len(pictures), number, apart_from))
     transform = recipe_transform(recipe)
     loader = Loader(
         EvalSet(pictures, transform),
@@ -63,3 +71,11 @@ def draw_sample(
     digest = hashlib.sha256("\0".join(names[index] for index in chosen).encode(errors="surrogateescape")).hexdigest()
     unreadable = [bad for batch in batches for bad in batch.unreadable]
     return Sample(batches, len(chosen) - len(unreadable), digest, unreadable)
+
+
+def _picked(pictures: int, number: int, apart_from: int) -> list[int]:
+    """Indices of ``number`` of the pictures, for :func:`draw_sample`."""
+    taken = set(_picked(pictures, apart_from, 0)) if apart_from else set()
+    others = [index for index in range(pictures) if index not in taken]
+    found = random.Random(0).sample(others, min(number, len(others)))
+    return found + sorted(taken)[: number - len(found)]

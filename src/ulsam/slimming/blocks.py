@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
-from ulsam.fitting import fit_apart
+from ulsam.fitting import Fitted, fit_apart
 from ulsam.places import At, layer_names, match
 from ulsam.recipe import Edit
 from ulsam.surgery import Candidate, candidates
@@ -75,15 +75,18 @@ class Switched:
         for module in self.new.values():
             del vars(module)["replaced_module"]  # a copy of the old block
 
-    def fit(self, batches: Sequence[Tensor]) -> None:
+    def fit(self, batches: Sequence[Tensor]) -> list[Fitted]:
         """Fit those new layers that can be to the blocks which they are to replace, each alone (`ulsam.fit`).
 
         Args:
             batches: pictures [B, C, H, W], on any device; net and layers follow.
+
+        Returns:
+            One entry a layer that was fitted.
         """
         for module in (self.net, *self.new.values()):  # timing may have taken the net to the CPU
             module.to(batches[0].device)
-        fit_apart(self.net, self.new, batches)
+        return fit_apart(self.net, self.new, batches)
 
     @contextmanager
     def replaced(self, blocks: Collection[str]) -> Iterator[nn.Module]:

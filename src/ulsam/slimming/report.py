@@ -56,8 +56,11 @@ def _block_table(data: Data) -> list[str]:
     net, base = data["net"], _score(data, [])
     timings = {tuple(entry["blocks"]): entry for entry in data.get("timings", [])}
     cells = [["layer", "name", "type", "output", "params saved", "MACs saved", "loss change", "top-1 change"]]
+    fitted = data.get("fitted", {})
     if timings:
         cells[0].insert(6, "time saved")
+    if fitted:
+        cells[0].insert(-2, "fit gives")
     for block in data["blocks"]:
         found = _score(data, [block["place"]])
         row = [
@@ -70,6 +73,8 @@ def _block_table(data: Data) -> list[str]:
         ]
         if timings:
             row.append(f"{1 - timings[(block['place'],)]['ratio']:.2%}")
+        if fitted:
+            row.append(f"{fitted[block['name']]:.0%}" if block["name"] in fitted else "")
         cells.append([*row, *(_damage(found, base) if found else ("not tried", ""))])
     return aligned(cells, right=(0, *range(3, len(cells[0]))))
 

@@ -186,8 +186,10 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
 
             def fit() -> None:
                 if config.fit_pictures:
-                    shown = draw_sample(pictures, seen, config.fit_pictures, world, workers=config.workers)
-                    switched.fit(shown.images)
+                    shown = draw_sample(
+                        pictures, seen, config.fit_pictures, world, apart_from=asked.pictures, workers=config.workers
+                    )
+                    store.put("fitted", {found.name: found.explained for found in switched.fit(shown.images)})
 
             Chooser(
                 asked,
