@@ -20,6 +20,7 @@ _HOME = {
     "remove": "ulsam.surgery",
     "cost": "ulsam.costs",
     "inspect": "ulsam.inspection",
+    "explain": "ulsam.explanation",
     "fold": "ulsam.folding",
     "compare": "ulsam.comparison",
     "slim": "ulsam.slimming.run",

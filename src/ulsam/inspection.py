@@ -12,7 +12,7 @@ from ulsam.costs import aligned
 from ulsam.errors import UlsamError
 from ulsam.evaluate import NotFinite, eval_mode
 from ulsam.module import ULSAM, Form
-from ulsam.places import layer_names
+from ulsam.places import paper_places
 
 #: Attention is called inert if replacing its maps by uniform ones changes the features by less than this share.
 INERT = 0.01
@@ -23,7 +23,7 @@ LEGEND = (
     "agreement: mean correlation of two maps."
 )
 #: A map whose values differ by a smaller share than this is flat: what is left is the rounding of float32.
-_FLAT = 1e-6
+FLAT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ def inspect(model: nn.Module, batches: Iterable[Tensor]) -> list[LayerStats]:
             hook.remove()
     if not pictures:
         raise UlsamError("no picture to inspect the layers on")
-    numbers = layer_names(model).items()
-    places = {name: str(n) for n, name in numbers} | {f"{name}.ulsam": f"{n}:1" for n, name in numbers}
+    places = paper_places(model)
     return [sums[name].stats(places.get(name), layer.form) for name, layer in layers.items()]
 
 
@@ -185,7 +184,7 @@ class _Sums:
             raise NotFinite(f"the features or maps of {self.name} are not finite (NaN or infinity)")
         deviation = maps - 1 / maps.shape[2]
         size = deviation.norm(dim=2)
-        bent = size > _FLAT * maps.norm(dim=2)
+        bent = size > FLAT * maps.norm(dim=2)
         deviation = deviation.where(bent[:, :, None], 0.0)
         unit = deviation / size.where(bent, 1.0)[:, :, None]
         count = bent.sum(1)  # of the maps of a picture that are not flat

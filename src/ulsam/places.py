@@ -38,6 +38,21 @@ def layer_names(model: nn.Module) -> dict[int, str]:
     return {1: "conv_stem", **{n: name for n, name in enumerate(names, start=2)}}
 
 
+def paper_places(model: nn.Module) -> dict[str, str]:
+    """Where attention layers can be, in the paper's numbers by module name: "17" in a layer's place, "17:1" behind it.
+
+    Of a layer with a thin block behind it, the attention is the first part. Empty where :func:`layer_names` is.
+
+    >>> import timm
+    >>> places = paper_places(timm.create_model("mobilenetv2_100"))
+    >>> places["blocks.5.2"], places["blocks.5.2.ulsam"], places["blocks.5.2.0"]
+    ('17', '17:1', '17')
+    """
+    numbers = layer_names(model).items()
+    places = {name: str(n) for n, name in numbers} | {f"{name}.ulsam": f"{n}:1" for n, name in numbers}
+    return places | {f"{name}.0": place for name, place in places.items()}
+
+
 def match(model: nn.Module, at: At) -> list[str]:
     """The module names that ``at`` means, in the order of the model; see :func:`replace` for what it may be.
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "measure a trained net on a folder of pictures",
     "predict": "name what is in pictures",
     "inspect": "say what the attention layers of a trained net do on pictures",
+    "explain": "show what a net looks at, picture by picture, in a report",
     "info": "print what a model file holds",
     "candidates": "list the blocks of a net that ULSAM can replace",
     "profile": "count parameters, MACs and activations, block by block",

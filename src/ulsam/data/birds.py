@@ -6,6 +6,7 @@ place, scene, light and what hides the bird vary at random in the same way for a
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import os
@@ -126,6 +127,43 @@ def draw_birds(
     except OSError as error:
         raise UlsamError(f"cannot write {root}: {(error.strerror or str(error)).lower()}") from error
     return root
+
+
+def mark_boxes(picture: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | None:
+    """Where the field marks lie in a picture of a set of :func:`draw_birds`; None for any other picture.
+
+    Args:
+        picture: its path, ``ROOT/SPLIT/CLASS/NAME`` beside ``ROOT/boxes.json``.
+
+    Returns:
+        The side of the picture in pixels, and the box of each field of `Marks`.
+
+    Raises:
+        UlsamError: the files that tell of the set are damaged.
+
+    >>> mark_boxes("holiday/1.jpg") is None
+    True
+    """
+    path = Path(os.path.abspath(picture))
+    if len(path.parents) < 3:
+        return None
+    size, boxes = _told(path.parents[2])
+    box = boxes.get(path.relative_to(path.parents[2]).as_posix())
+    return None if box is None else (size, {name: (x0, y0, x1, y1) for name, (x0, y0, x1, y1) in box.items()})
+
+
+@functools.lru_cache(maxsize=8)
+def _told(root: Path) -> tuple[int, dict[str, dict[str, list[int]]]]:
+    """The size of a drawn set's pictures and all its boxes; of a folder without such a set 0 and none."""
+    try:
+        facts = json.loads((root / "birds.json").read_text())
+        return int(facts["size"]), json.loads((root / "boxes.json").read_text())
+    except FileNotFoundError:
+        return 0, {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UlsamError(
+            f"{root}: birds.json and boxes.json are not those of ulsam birds: draw the set again"
+        ) from error
 
 
 def _draw_all(

@@ -1,0 +1,5 @@
+"""What a net looks at: its attention maps, its class activation maps, panels, a report, and numbers about all of it."""
+
+from ulsam.explanation.explainer import Explainer, Explanation, LayerMaps, explain
+
+__all__ = ["Explainer", "Explanation", "LayerMaps", "explain"]

@@ -1,0 +1,87 @@
+"""What panels and the report draw with: one colour map, fonts, and maps laid over pictures."""
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFont
+
+from ulsam.data.pictures import Pixels
+
+COLOURS = "viridis"
+"""Perceptually uniform, and readable without seeing colours."""
+
+STRENGTH = 0.64
+"""Share of a map's colour where it lies on a picture, whose greys make up the rest."""
+
+Bytes = NDArray[np.uint8]
+
+
+@cache
+def palette() -> Bytes:
+    """The colours of values from 0 to 1, [256, 3]."""
+    from matplotlib import colormaps
+
+    colours: Bytes = (colormaps[COLOURS](np.arange(256), bytes=True))[:, :3]
+    return colours
+
+
+@cache
+def font(size: int, weight: Literal["", "-Bold"] = "") -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib, in pixels."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", f"DejaVuSans{weight}.ttf"), size)
+
+
+def fitting(text: str, width: float, size: int, weight: Literal["", "-Bold"] = "") -> str:
+    """The text, or as much of its two ends as is no wider than so many pixels, with an ellipsis between them.
+
+    >>> fitting("wren", 200, 12), fitting("a very long name of a bird", 100, 12)
+    ('wren', 'a very l…f a bird')
+    """
+    face = font(size, weight)
+    if face.getlength(text) <= width:
+        return text
+    low, high = 0, len(text) - 1  # of the letters that are kept
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if face.getlength(_cut(text, middle)) <= width else (low, middle - 1)
+    return _cut(text, low)
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """A vertical colour scale, its largest value on top."""
+    values = np.linspace(255, 0, height).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(palette()[values][:, None], (height, width, 3)).copy())
+
+
+def greyed(pixels: Pixels, width: int) -> Image.Image:
+    """The picture in grey and of that width, for maps to be laid over."""
+    return resized(pixels, width).convert("L")
+
+
+def resized(pixels: Pixels, width: int) -> Image.Image:
+    """The picture at another width."""
+    height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def coloured(values: NDArray[np.floating], size: tuple[int, int]) -> Bytes:
+    """A map [h, w] of values from 0 to 1 as colours [height, width, 3], bilinearly enlarged to a width and height."""
+    large = Image.fromarray(np.ascontiguousarray(values, np.float32)).resize(size, Image.Resampling.BILINEAR)
+    colours: Bytes = palette()[(np.asarray(large).clip(0, 1) * 255).round().astype(np.uint8)]
+    return colours
+
+
+def overlaid(grey: Image.Image, values: NDArray[np.floating]) -> Image.Image:
+    """A map of values from 0 to 1 on a picture of :func:`greyed`."""
+    colours = Image.fromarray(coloured(values, grey.size))
+    return Image.blend(grey.convert("RGB"), colours, STRENGTH)
+
+
+def _cut(text: str, kept: int) -> str:
+    tail = kept // 2
+    return f"{text[: kept - tail]}…{text[len(text) - tail :]}"

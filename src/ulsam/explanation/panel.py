@@ -1,0 +1,183 @@
+"""One picture on one page: what it is, what the net says, and every map laid over it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ulsam.explanation import words
+from ulsam.explanation.drawing import fitting, font, greyed, overlaid, ramp, resized
+from ulsam.explanation.explainer import Explanation, LayerMaps
+
+MARGIN, PICTURE, GUTTER = 28, 264, 36
+TILE, GAP, CAPTION = 136, 10, 36
+HEAD, HEADING, ROW_GAP = 86, 24, 16
+SCALE = 66  # a colour scale with its labels
+LIST_ROW = 23
+PAPER, INK, QUIET, LINE = "#ffffff", "#17181c", "#5b5f69", "#d9dbe0"
+BAR = (63, 90, 140)
+
+
+def panel(
+    found: Explanation, base: Explanation | None = None, *, title: str = "", truth: str | None = None
+) -> Image.Image:
+    """A panel: the picture, the five most probable classes, the CAM, and the attention maps of every ULSAM layer.
+
+    The maps of a layer share one colour scale, from 0 to its largest value and to twice a uniform map's at least, so
+    that maps that are nearly uniform look so. Maps lie on the picture in grey; what the picture shows is what the net
+    was given.
+
+    Args:
+        found: by one net.
+        base: of the same picture by another one, whose classes and CAM are shown beside.
+        title: usually the name of the file.
+        truth: the true class, if it is known.
+
+    Returns:
+        An RGB picture; its width depends on the largest number of maps of a layer, its height on all of them.
+
+    >>> maps = np.full((4, 7, 7), 1 / 49, np.float32)
+    >>> layer = LayerMaps("blocks.5.2", "17", "equations", maps)
+    >>> pixels, shares = np.zeros((96, 96, 3), np.uint8), np.array([0.9, 0.1], np.float32)
+    >>> found = Explanation(pixels, ("wren", "robin"), shares, 0, (layer,), np.ones((3, 3), np.float32), "bn2")
+    >>> panel(found, title="1.jpg", truth="wren").size
+    (996, 520)
+    """
+    page = _Page(found, base)
+    page.head(title, words.headline(truth, found, base), words.verdict(truth, found.top(1)[0][0]))
+    page.left(truth)
+    page.right()
+    return page.cut()
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A map of values from 0 to 1 on a picture, and two lines below it."""
+
+    values: NDArray[np.floating]
+    grey: Image.Image
+    caption: tuple[str, str]
+
+
+class _Page:
+    """A white page that is filled from the top, in two columns."""
+
+    def __init__(self, found: Explanation, base: Explanation | None) -> None:
+        self.found, self.base = found, base
+        self.columns = 4 if all(len(layer.maps) <= 4 for layer in found.layers) else 8
+        self.grey = greyed(found.pixels, TILE)
+        self.x = MARGIN + PICTURE + GUTTER
+        self.width = self.x + self.columns * (TILE + GAP) - GAP + SCALE + MARGIN
+        lines = 1 + sum(-(-len(layer.maps) // self.columns) for layer in found.layers)
+        row = HEADING + self.grey.height + CAPTION + ROW_GAP
+        tall = HEAD + lines * row + 6 * PICTURE + resized(found.pixels, PICTURE).height
+        self.canvas = Image.new("RGB", (self.width, tall), PAPER)
+        self.draw = ImageDraw.Draw(self.canvas)
+        self.bottom = 0
+
+    def head(self, title: str, headline: str, verdict: str) -> None:
+        """The name of the picture and what was made of it."""
+        room = self.width - 2 * MARGIN
+        self.text((MARGIN, 20), fitting(title, room, 20, "-Bold"), 20, weight="-Bold")
+        colour = {"wrong": "#a3241b", "right": "#1d6b3a"}.get(verdict, QUIET)
+        self.text((MARGIN, 50), fitting(headline, room, 14), 14, colour)
+
+    def left(self, truth: str | None) -> None:
+        """The picture, and the classes below it."""
+        picture = resized(self.found.pixels, PICTURE)
+        self.canvas.paste(picture, (MARGIN, HEAD))
+        y = HEAD + picture.height + 20
+        for name, found in (("this net", self.found), ("base", self.base)):
+            if found is None:
+                continue
+            self.text((MARGIN, y), name, 13, weight="-Bold")
+            y += HEADING
+            for label, share in found.top():
+                self.bar(y, label, share, label == truth)
+                y += LIST_ROW
+            y += 14
+        self.bottom = max(self.bottom, y - 14)
+
+    def bar(self, y: int, label: str, share: float, true: bool) -> None:
+        """A class, its probability as a bar below its name, and as a figure; the true class has a mark."""
+        figure = words.percent(share)
+        room = PICTURE - font(12).getlength(figure) - 12
+        text = fitting(f"{label} (true)" if true else label, room, 12)
+        self.text((MARGIN, y), text, 12)
+        self.text((MARGIN + PICTURE, y), figure, 12, INK, anchor="ra")
+        self.draw.rectangle((MARGIN, y + 16, MARGIN + PICTURE - 1, y + 18), fill=LINE)
+        if (length := round(share * PICTURE)) > 0:
+            self.draw.rectangle((MARGIN, y + 16, MARGIN + length - 1, y + 18), fill=BAR)
+
+    def right(self) -> None:
+        """The CAMs, then the maps of each layer."""
+        y = HEAD - 2
+        tiles = [_Tile(self.found.cam, self.grey, words.cam_caption("this net", self.found))]
+        if self.base is not None:
+            grey = greyed(self.base.pixels, TILE)
+            tiles.append(_Tile(self.base.cam, grey, words.cam_caption("base", self.base)))
+        rows, columns = self.found.cam.shape
+        heading = f"Grad-CAM++ of {self.found.cam_layer}, {rows} × {columns}"
+        y = self.row(y, heading, tiles, [(1.0, "max"), (0.0, "0")])
+        for layer in self.found.layers:
+            y = self.layer(y, layer)
+        if not self.found.layers:
+            self.text((self.x, y), words.NO_LAYER, 12, QUIET)
+            y += HEADING
+        self.bottom = max(self.bottom, y - ROW_GAP)
+
+    def layer(self, y: int, layer: LayerMaps) -> int:
+        top = words.layer_scale(layer)
+        values = layer.maps * (layer.maps[0].size / top)
+        captions = words.map_captions(layer)
+        tiles = [_Tile(one, self.grey, caption) for one, caption in zip(values, captions, strict=True)]
+        labels = [(1.0, words.scale_text(top)), (1 / top, "uniform"), (0.0, "0")]
+        return self.row(y, words.layer_heading(layer), tiles, labels)
+
+    def row(self, y: int, heading: str, tiles: list[_Tile], labels: list[tuple[float, str]]) -> int:
+        """Tiles in as many lines as they need, with their colour scale; returns where the next row begins."""
+        self.text((self.x, y), fitting(heading, self.width - MARGIN - self.x, 13, "-Bold"), 13, weight="-Bold")
+        y += HEADING
+        for first in range(0, len(tiles), self.columns):
+            line = tiles[first : first + self.columns]
+            for number, tile in enumerate(line):
+                x = self.x + number * (TILE + GAP)
+                self.canvas.paste(overlaid(tile.grey, tile.values), (x, y))
+                for step, text in enumerate(tile.caption):
+                    place = (x, y + tile.grey.height + 4 + 15 * step)
+                    self.text(place, fitting(text, TILE, 11), 11, QUIET)
+            if not first:
+                self.scale(self.x + min(len(tiles), self.columns) * (TILE + GAP), y, labels)
+            y += max(tile.grey.height for tile in line) + CAPTION + ROW_GAP // 2
+        return y + ROW_GAP // 2
+
+    def scale(self, x: int, y: int, labels: list[tuple[float, str]]) -> None:
+        """A colour scale with labels at shares of its height; one that would lie on another is left out."""
+        height = self.grey.height
+        self.canvas.paste(ramp(10, height), (x, y))
+        last = -20.0
+        for share, text in labels:
+            place = y + (1 - share) * (height - 1)
+            self.draw.line((x + 10, place, x + 13, place), fill=QUIET)
+            level = min(max(place, y + 5), y + height - 6)
+            if level - last >= 12:
+                self.text((x + 17, level), text, 10, QUIET, anchor="lm")
+                last = level
+
+    def text(
+        self,
+        place: tuple[float, float],
+        text: str,
+        size: int,
+        colour: str = INK,
+        *,
+        weight: Literal["", "-Bold"] = "",
+        anchor: str = "la",
+    ) -> None:
+        self.draw.text(place, text, fill=colour, font=font(size, weight), anchor=anchor)
+
+    def cut(self) -> Image.Image:
+        """The part of the page that is filled."""
+        return self.canvas.crop((0, 0, self.width, self.bottom + MARGIN))

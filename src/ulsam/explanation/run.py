@@ -1,0 +1,166 @@
+"""Explain a folder of pictures: a panel of each, one report over all, and the numbers."""
+
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from ulsam.errors import UlsamError, printable
+from ulsam.evaluate import read_batch
+from ulsam.explanation.explainer import Explainer, Explanation
+from ulsam.explanation.index import list_pictures, urgency
+from ulsam.explanation.numbers import Numbers
+from ulsam.explanation.page import Card, card, page
+from ulsam.explanation.panel import panel
+from ulsam.explanation.regions import mark_areas
+from ulsam.explanation.table import table
+from ulsam.explanation.words import net_name
+from ulsam.files import write_atomic
+from ulsam.models import load
+from ulsam.recipe import Recipe
+from ulsam.train.report import command_line, recipe_entry, versions
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    page: Path
+    pictures: int
+    known: int  # pictures whose true class is known
+    wrong: int  # of these
+    unreadable: tuple[str, ...]  # a line each
+    numbers: str  # a text table; empty if no numbers were asked for
+
+
+def explain_pictures(
+    model: str | os.PathLike[str],
+    pictures: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    numbers: bool = False,
+) -> Report:
+    """Write ``panels/NUMBER-NAME.png`` of each picture, ``report.html``, and on wish ``numbers.json``, into ``out``.
+
+    Every file is whole or not there; the report comes last.
+
+    Args:
+        model: a model file.
+        pictures: files, and folders of them; see :func:`ulsam.explanation.index.list_pictures` for true classes.
+        out: a folder that does not exist yet, or is empty.
+        against: the model file of a net to compare with.
+        numbers: whether to measure, too, what :class:`ulsam.explanation.numbers.Numbers` does.
+
+    Raises:
+        UlsamError: not a model file, a folder without a picture, no picture that can be read, a net without a feature
+            map to explain, or ``out`` holds something or cannot be written.
+    """
+    out = Path(out)
+    check_empty(out)
+    nets = {name: load(file) for name, file in (("this net", model), ("base", against)) if file is not None}
+    found = list_pictures(pictures, nets["this net"][1].classes)
+    tallies = {name: Numbers(*net) for name, net in nets.items()} if numbers else {}
+    explainers = [tallies[name].explainer if numbers else Explainer(*net) for name, net in nets.items()]
+    cards: list[Card] = []
+    unreadable: list[str] = []
+    with tqdm(total=len(found), unit=" pictures", disable=None, leave=False) as bar:
+        for first in range(0, len(found), BATCH):
+            chunk = found[first : first + BATCH]
+            seen, bad = _explained([one.path for one in chunk], explainers)
+            unreadable += bad.values()
+            read = [(number, one) for number, one in enumerate(chunk, start=first + 1) if one.path not in bad]
+            for place, tally in enumerate(tallies.values()):
+                areas = [mark_areas(one.path, tally.explainer.transform) for _, one in read]
+                tally.add([each[place] for each in seen], [one.truth for _, one in read], areas)
+            for (number, one), each in zip(read, seen, strict=True):
+                name = panel_name(number, len(found), one.name)
+                _write_panel(out / "panels" / name, panel(*each, title=one.name, truth=one.truth))
+                cards.append(card(one.name, one.truth, *each, panel=name))
+                bar.update()
+            bar.update(len(bad))
+    if not cards:
+        raise UlsamError(unreadable[0] + (f" (and {len(unreadable) - 1} more unreadable)" if unreadable[1:] else ""))
+    results = {name: tally.result() for name, tally in tallies.items()}
+    written = table(results) if results else ""
+    if results:
+        _write_numbers(out / "numbers.json", results, {name: recipe for name, (_, recipe) in nets.items()})
+    cards.sort(key=lambda one: urgency(one.truth, one.named, one.share))
+    told = {name: net_name(recipe) for name, (_, recipe) in nets.items()}
+    look: dict[str, Any] = {"net": told["this net"], "base": told.get("base"), "numbers": written}
+    machine = ", ".join(f"{name} {value}" for name, value in versions().items())
+    text = page(cards, **look, unreadable=unreadable, command=printable(command_line()), versions=machine)
+    write_atomic(out / "report.html", text)
+    known = [one for one in cards if one.truth is not None]
+    wrong = sum(one.verdict == "wrong" for one in known)
+    return Report(out / "report.html", len(cards), len(known), wrong, tuple(unreadable), written)
+
+
+def check_empty(folder: Path) -> None:
+    """Raise unless the folder is empty, or can be made.
+
+    Raises:
+        UlsamError: otherwise.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UlsamError(f"{folder} is not an empty folder: name one that does not exist yet, or empty it first")
+    except OSError as error:
+        raise UlsamError(f"cannot write {folder}: {(error.strerror or str(error)).lower()}") from error
+
+
+def panel_name(number: int, total: int, name: str) -> str:
+    """The file name of a panel: the picture's place among all makes it a name of its own.
+
+    >>> panel_name(7, 500, "birds/wren/my wren.jpg")
+    '007-my_wren.png'
+    """
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(name).stem)[:60]
+    return f"{number:0{len(str(total))}}-{stem}.png"
+
+
+def _explained(paths: list[str], explainers: Sequence[Explainer]) -> tuple[list[list[Explanation]], dict[str, str]]:
+    """What each net finds on each picture that can be read, and why the others cannot."""
+    pixels, bad = read_batch(paths, explainers[0].transform)
+    good = [path for path in paths if path not in bad]
+    if not good:
+        return [], bad
+    found = []
+    for explainer in explainers:
+        if _look(explainer.recipe) != _look(explainers[0].recipe):
+            pixels, _ = read_batch(good, explainer.transform)
+        found.append(explainer(pixels))
+    return [list(each) for each in zip(*found, strict=True)], bad
+
+
+def _look(recipe: Recipe) -> tuple[Any, ...]:
+    """What decides on a picture before it is normalised."""
+    return recipe.input_size, recipe.interpolation, recipe.crop_pct
+
+
+def _write_panel(path: Path, picture: Image.Image) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UlsamError(f"cannot write {path.parent}: {(error.strerror or str(error)).lower()}") from error
+    buffer = io.BytesIO()
+    picture.save(buffer, "png", compress_level=4)
+    write_atomic(path, buffer.getvalue())
+
+
+def _write_numbers(path: Path, results: dict[str, dict[str, Any]], recipes: dict[str, Recipe]) -> None:
+    entry = {
+        "command": command_line(),
+        "nets": {name: {"recipe": recipe_entry(recipes[name]), **result} for name, result in results.items()},
+        "versions": versions(),
+    }
+    write_atomic(path, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
