@@ -145,21 +145,22 @@ def mark_boxes(picture: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | 
     True
     """
     path = Path(os.path.abspath(picture))
-    if len(path.parents) < 3:
+    try:
+        root = path.parents[2]
+        changed = (root / "boxes.json").stat().st_mtime_ns
+    except (IndexError, OSError):
         return None
-    size, boxes = _told(path.parents[2])
-    box = boxes.get(path.relative_to(path.parents[2]).as_posix())
+    size, boxes = _told(root, changed)
+    box = boxes.get(path.relative_to(root).as_posix())
     return None if box is None else (size, {name: (x0, y0, x1, y1) for name, (x0, y0, x1, y1) in box.items()})
 
 
 @functools.lru_cache(maxsize=8)
-def _told(root: Path) -> tuple[int, dict[str, dict[str, list[int]]]]:
-    """The size of a drawn set's pictures and all its boxes; of a folder without such a set 0 and none."""
+def _told(root: Path, changed: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
+    """The size of a drawn set's pictures, and all its boxes; ``changed`` is when those were."""
     try:
         facts = json.loads((root / "birds.json").read_text())
         return int(facts["size"]), json.loads((root / "boxes.json").read_text())
-    except FileNotFoundError:
-        return 0, {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UlsamError(
             f"{root}: birds.json and boxes.json are not those of ulsam birds: draw the set again"

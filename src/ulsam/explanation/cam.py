@@ -45,25 +45,31 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
     """The name of the module whose output is the last feature map [B, K, h, w] of more than one position.
 
     It is found on one forward pass, in the order in which modules finish, so of nested modules it is the outer one:
-    what the global pooling of any CNN takes in.
+    what the global pooling of any CNN takes in. Where more modules put out tokens [B, N, C] after it than maps up to
+    it, as in a vision transformer behind its patches, it would say little of the net.
 
     Args:
         model: a classifier; run in eval mode, and left as it was.
         image: an input of it, [1, C, H, W].
 
     Raises:
-        UlsamError: nothing of that shape leads to the outputs, as in a net of tokens.
+        UlsamError: nothing of that shape leads to the outputs, or the net works mostly on tokens.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
     >>> cam_layer(net, torch.zeros(1, 3, 9, 9))
     '1'
     """
     found: list[tuple[str, Tensor]] = []
+    tokens = 0  # modules that put them out after the last map
 
     def note(name: str) -> None:
         def hook(_module: nn.Module, _args: object, output: object) -> None:
+            nonlocal tokens
             if isinstance(output, Tensor) and _is_map(output, image):
                 found.append((name, output))
+                tokens = 0
+            elif isinstance(output, Tensor):
+                tokens += output.ndim == 3
 
         handles.append(modules[name].register_forward_hook(hook))
 
@@ -81,7 +87,7 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
     used = torch.autograd.grad(score, outputs, allow_unused=True) if outputs else ()
     names = [name for name, output in found if output.requires_grad]
     leading = [name for name, gradient in zip(names, used, strict=True) if gradient is not None]
-    if not leading:
+    if not leading or tokens > len(leading):
         raise UlsamError(
             f"this {type(model).__name__} has no feature map [B, C, H, W] of several positions before its outputs: "
             "Grad-CAM++ is for CNNs, on pictures that are not too small for them"

@@ -1,0 +1,274 @@
+"""Panels, figures and the report: what they show is what was found, and whatever a file or a class is called."""
+
+import json
+import re
+import signal
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiny import NET, draw, warm
+from ulsam.cli import main
+from ulsam.explanation import Explanation, LayerMaps
+from ulsam.explanation.drawing import STRENGTH, coloured, greyed, overlaid, palette
+from ulsam.explanation.index import list_pictures, urgency
+from ulsam.explanation.page import MOST_CARDS, card, page
+from ulsam.explanation.panel import HEAD, MARGIN, PICTURE, TILE, panel
+from ulsam.explanation.run import panel_name
+from ulsam.models import build, make_recipe, save_model
+from ulsam.recipe import Edit
+
+CLASSES = ["class0", "class1", "class2"]
+
+
+def found(
+    *groups: int, classes: tuple[str, ...] = ("wren", "robin"), size: int = 64, peak: tuple[int, int] = (1, 2)
+) -> Explanation:
+    """An explanation of a grey picture with layers of so many maps of 4 x 4, all of them with this peak."""
+    maps = np.full((4, 4), 0.5 / 15, np.float32)
+    maps[peak] = 0.5
+    layers = tuple(LayerMaps(f"blocks.{n}", None, "equations", np.stack([maps] * g)) for n, g in enumerate(groups))
+    shares = np.array([0.7, 0.3] + [0.0] * (len(classes) - 2), np.float32)
+    cam = np.zeros((4, 4), np.float32)
+    cam[peak] = 1
+    return Explanation(np.full((size, size, 3), 90, np.uint8), classes, shares, 0, layers, cam, "bn2")
+
+
+# ------------------------------------------------------------------------------------------ panels
+
+
+def test_a_map_on_a_picture_has_its_colours_where_its_values_are() -> None:
+    values = np.array([[0.0, 1.0], [0.5, 0.25]])
+    large = coloured(values, (200, 100))
+    for (row, column), value in np.ndenumerate(values):
+        assert np.array_equal(large[99 * row, 199 * column], palette()[round(255 * value)])
+    grey = greyed(np.full((50, 100, 3), (200, 20, 20), np.uint8), 200)
+    assert (grey.size, grey.mode) == ((200, 100), "L")
+    expected = (1 - STRENGTH) * np.asarray(grey)[..., None] + STRENGTH * large
+    assert np.abs(np.asarray(overlaid(grey, values)) - expected).max() <= 1.5
+
+
+def test_a_panel_holds_the_picture_the_maps_and_a_row_for_each_layer() -> None:
+    one = found(4, 2)
+    drawn = np.asarray(panel(one, title="a.jpg", truth="robin"))
+    assert (drawn[HEAD : HEAD + PICTURE, MARGIN : MARGIN + PICTURE] == 90).all()
+    hot = (np.abs(drawn.astype(int) - ((1 - STRENGTH) * 90 + STRENGTH * palette()[255])).max(2) <= 15).nonzero()
+    lines = sorted({(y - HEAD) // (TILE + 40) for y in hot[0]})
+    assert len(lines) == 3  # the CAM and two layers
+    tall = [panel(found(*groups)).height for groups in ((), (4,), (4, 4), (4, 4, 4))]
+    assert tall[1] <= tall[2] < tall[3]
+    widths = [panel(found(groups)).width for groups in (1, 4, 5, 8, 16)]
+    assert widths[0] == widths[1] < widths[2] == widths[3] == widths[4]
+    assert panel(found(16, 16)).height > panel(found(8, 8)).height
+
+
+def test_a_panel_of_two_nets_shows_both_and_says_what_is_wrong() -> None:
+    wrong, right = (
+        np.asarray(panel(found(), found(peak=(3, 0)), truth=truth)).astype(int) for truth in ("robin", "wren")
+    )
+    alone = np.asarray(panel(found(), truth="wren")).astype(int)
+    assert (wrong[50:64] != right[50:64]).any()
+    x = MARGIN + PICTURE + 36 + TILE + 10  # where the base net's CAM is
+    assert (right[HEAD + 30 : HEAD + TILE, x : x + TILE].std((0, 1)) > 5).any()
+    assert (alone[HEAD + 30 : HEAD + TILE, x + 70 : x + TILE] == 255).all()
+
+
+def test_any_size_name_and_number_of_classes_fits(tmp_path: Path) -> None:
+    classes = tuple(f"a very long name of a class, number {n}, with <tags> & 鳥" for n in range(12))
+    one = found(3, classes=classes)
+    assert panel(one, title="x" * 500, truth=classes[0]).width == panel(found(3)).width
+    wide = Explanation(np.zeros((40, 90, 3), np.uint8), ("a",), np.ones(1, np.float32), 0, (), np.ones((2, 5)), "x")
+    panel(wide).save(tmp_path / "wide.png")
+    figure = wide.figure()
+    figure.savefig(tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").width > 300
+
+
+def test_a_figure_has_every_map_on_one_scale_a_layer() -> None:
+    one = found(4, 9)
+    figure = one.figure()
+    drawn = [image for axes in figure.axes for image in axes.get_images() if image.get_array().shape == (4, 4)]
+    assert len(drawn) == 1 + 4 + 9
+    for image in drawn[1:]:
+        assert np.allclose(image.get_array(), one.layers[0].maps[0] * 16)
+        assert image.get_clim() == (0, pytest.approx(8))
+    words = "\n".join(text.get_text() for axes in figure.axes for text in (*axes.texts, axes.title))
+    assert "70 %" in words and "for wren" in words and "peak 8.00×" in words
+
+
+# ------------------------------------------------------------------------------------------ the page
+
+
+class Reader(HTMLParser):
+    """The tags of a page, and the text that a person sees."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_else_and_escapes_every_name() -> None:
+    evil = '<script>alert("1")</script>'
+    classes = (evil, "'\" onload=alert(2) x='")
+    cards = [card(f"{evil}.jpg", classes[1], found(2, classes=classes), found(classes=classes, size=32), panel=evil)]
+    text = page(cards, net=evil, base=evil, unreadable=[evil], numbers=evil, command=evil, versions=evil)
+    read = Reader(text)
+    assert "<script" not in text and evil in read.text
+    assert not re.search(r"(?:https?:)?//|@import|<link|<iframe|<base", text)
+    for tag, attributes in read.tags:
+        assert not {"onload", "onerror", "srcset", "srcdoc", "action"} & attributes.keys()
+        assert attributes.get("src", "data:image/").startswith("data:image/"), tag
+        assert attributes.get("href", "#").startswith("#")
+        assert tag != "img" or attributes.get("alt")
+    assert all(target.startswith("data:image/") for target in re.findall(r"url\((.*?)\)", text))
+    assert sum(tag == "img" for tag, _ in read.tags) == 2 + 2
+    ids = {attributes["id"] for _, attributes in read.tags if "id" in attributes}
+    assert {attributes["href"][1:] for _, attributes in read.tags if attributes.get("href")} <= ids
+
+
+def test_a_long_page_lists_all_and_shows_the_first() -> None:
+    one = card("1.jpg", None, found(1))
+    text = page([one] * (MOST_CARDS + 3), net="a net")
+    assert text.count("<article") == MOST_CARDS
+    assert text.count("<tr data-verdict") == MOST_CARDS + 3
+    assert f"The first {MOST_CARDS} are shown" in text
+    assert "No true classes are known" in text
+
+
+def test_a_net_without_ulsam_says_so() -> None:
+    text = page([card("1.jpg", "wren", found())], net="a net")
+    assert "no ULSAM layer" in text and "1 picture." in text and "0 of the 1 whose class is known are wrong" in text
+
+
+def test_errors_come_first_and_folders_tell_the_class(tmp_path: Path) -> None:
+    shown = [("a", "a", 0.6), ("a", "b", 0.4), (None, "a", 0.9), ("a", "b", 0.8), (None, "b", 0.3), ("b", "b", 0.5)]
+    assert [share for *_, share in sorted(shown, key=lambda one: urgency(*one))] == [0.8, 0.4, 0.3, 0.9, 0.5, 0.6]
+    draw(tmp_path / "a" / "class9", 1, classes=2)
+    root = tmp_path / "a"
+    listed = list_pictures([str(root)], CLASSES)
+    assert [(one.name, one.truth) for one in listed] == [
+        ("a/class9/class0/000.png", "class0"), ("a/class9/class1/000.png", "class1"),
+    ]  # fmt: skip
+    inner = root / "class9" / "class0"
+    assert list_pictures([str(inner)], CLASSES)[0].truth == "class0"
+    assert list_pictures([str(inner / "000.png")], CLASSES)[0].truth == "class0"
+    assert list_pictures([str(root)], ["a", "class9"])[0].truth == "class9"
+    assert list_pictures([str(inner)], ["a"])[0].truth is None  # that folder was not named
+    names = {panel_name(number, 10, name) for number, name in enumerate(["a/1.jpg", "b/1.jpg", "a/1.png", "é/1.jpg"])}
+    assert len(names) == 4
+    assert panel_name(1, 9, "../../etc/" + "é" * 300 + ".jpg") == "1-" + "_" * 60 + ".png"
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A net with a ULSAM layer, one without, and two folders of pictures of the same names, one picture broken."""
+    folder = tmp_path_factory.mktemp("explain")
+    for name in ("here", "there"):
+        draw(folder / name, 3)
+    (folder / "here" / "class1" / "bad.png").write_bytes(b"no picture")
+    torch.manual_seed(0)
+    for name, edits, size in (("net", [Edit("insert", "blocks.2", 4)], 64), ("plain", [], 48)):
+        recipe = make_recipe(NET, CLASSES, edits, size=size)
+        net, _ = build(recipe)
+        torch.nn.init.normal_(net.classifier.weight)
+        save_model(net, recipe, folder / f"{name}.safetensors")
+    return folder
+
+
+def test_a_folder_becomes_panels_a_report_and_numbers(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = root / "out"
+    words = ["explain", str(root / "net.safetensors"), str(root / "here"), str(root / "there")]
+    assert main([*words, "--against", str(root / "plain.safetensors"), "--out", str(out), "--numbers"]) == 2
+    told = capsys.readouterr()
+    assert told.err == "ulsam: error: 1 of 19 pictures could not be read; they are named above\n"
+    assert re.search(r"^unreadable .*bad\.png: not a picture", told.out, re.MULTILINE)
+    panels = sorted((out / "panels").iterdir())
+    assert len(panels) == len({path.read_bytes() for path in panels}) == 18
+    assert all(Image.open(path).format == "PNG" for path in panels)
+    assert sorted(path.name for path in out.iterdir()) == ["numbers.json", "panels", "report.html"]
+
+    text = (out / "report.html").read_text()
+    rows = re.findall(r'<tr data-verdict="(\w+)">.*?#n\d+">(.*?)</a>.*?<td class="number">([^<]*) %', text, re.DOTALL)
+    verdicts = [verdict for verdict, _, _ in rows]
+    assert len(rows) == 18 and verdicts == sorted(verdicts, reverse=True)  # wrong before right
+    wrong = verdicts.count("wrong")
+    assert f"18 pictures, {wrong} of 18 with a known class wrong: {out / 'report.html'}" in told.out
+    shares = [float(share.strip("<> ")) for verdict, _, share in rows if verdict == "wrong"]
+    assert wrong > 0 and shares == sorted(shares, reverse=True)
+    assert {name for _, name, _ in rows} == {
+        f"{a}/class{b}/00{c}.png" for a in ("here", "there") for b in range(3) for c in range(3)
+    }
+    assert "bad.png: not a picture" in Reader(text).text
+
+    numbers = json.loads((out / "numbers.json").read_text())
+    assert numbers["nets"]["this net"]["pictures"] == 18
+    assert len(numbers["nets"]["this net"]["layers"]) == 1 and numbers["nets"]["base"]["layers"] == []
+    deletion = numbers["nets"]["base"]["cam"]["deletion"]["mean"]
+    assert f"{deletion:.3f} ± " in told.out and f"{deletion:.3f} ± " in text
+
+
+def test_a_net_alone_and_pictures_of_unknown_class(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "loose").mkdir()
+    (root / "loose" / "a & b.png").write_bytes((root / "here" / "class0" / "000.png").read_bytes())
+    out = root / "alone"
+    assert main(["explain", str(root / "plain.safetensors"), str(root / "loose"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"1 picture: {out / 'report.html'}\n"
+    text = (out / "report.html").read_text()
+    assert "no ULSAM layer" in text and "loose/a &amp; b.png" in text
+    assert [path.name for path in (out / "panels").iterdir()] == ["1-a___b.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["net.safetensors", "here/class1/bad.png"], "bad.png: not a picture in a known format"),
+        (["net.safetensors", "none.png"], "none.png: no such file or directory"),
+        (["net.safetensors", "here", "--against", "no.safetensors"], "no model file .*no.safetensors"),
+        (["no.safetensors", "here"], "no model file"),
+        (["net.safetensors", "here", "--out", "here"], "here is not an empty folder: name one that does not exist"),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(
+    root: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words if "--out" in words else [*words, "--out", "new"]
+    assert main(["explain", *(word if word.startswith("--") else str(root / word) for word in given)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ulsam: error: ") and error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (root / "new").exists()
+
+
+def test_ctrl_c_leaves_whole_files_alone(root: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "many", 120, size=64)
+    out = tmp_path / "out"
+    argv = ["explain", root / "net.safetensors", tmp_path / "many", "--out", out]
+    with warm() as interpreter:
+        pid = interpreter.start(argv, tmp_path / "log")
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("panels/*.png"))) < 3:
+            assert interpreter.poll(pid) is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        assert interpreter.kill(pid, signal.SIGINT) == 130
+    assert (tmp_path / "log").read_text().endswith("ulsam: interrupted\n")
+    assert not (out / "report.html").exists()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert 3 <= len(files) < 360 and all(path.suffix == ".png" for path in files)
+    for path in files:
+        Image.open(path).load()
