@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scripts import load_benchmark
 from tiny import NET, draw, warm
 from ulsam.cli import main
 from ulsam.explanation import Explanation, LayerMaps
@@ -253,6 +254,19 @@ def test_mistakes_get_one_line_and_leave_nothing(
     assert error.startswith("ulsam: error: ") and error.count("\n") == 1
     assert re.search(message, error)
     assert not (root / "new").exists()
+
+
+def test_the_benchmark_writes_numbers_and_no_path(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = root / "explained.json"
+    load_benchmark("explained").main(
+        ["tiny", str(root / "net.safetensors"), str(root / "there"), "--pictures", "4", "--out", str(out)]
+    )
+    told = json.loads(out.read_text())
+    assert (told["data"], told["pictures"], told["of"]) == ("there", 4, 9)
+    net = told["nets"]["this net"]
+    assert net["pictures"] == 4 and set(net["layers"][0]["entropy_of_class"]) == set(CLASSES)
+    assert f"{net['cam']['insertion']['mean']:.3f}" in capsys.readouterr().out
+    assert str(root) not in out.read_text()
 
 
 def test_ctrl_c_leaves_whole_files_alone(root: Path, tmp_path: Path) -> None:

@@ -56,5 +56,5 @@ def _lay(axes: Any, found: Explanation, values: Any, top: float) -> Any:
 
 def _scale(figure: Any, drawn: Any, axes: list[Any], ticks: list[float], labels: list[str]) -> None:
     bar = figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01)
-    bar.set_alpha(1)
+    bar.solids.set_alpha(1)
     bar.set_ticks(ticks, labels=labels, fontsize=7)

@@ -10,24 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from ulsam.errors import UlsamError, printable
-from ulsam.evaluate import read_batch
-from ulsam.explanation.explainer import Explainer, Explanation
+from ulsam.explanation.batches import add, check_any, explained
+from ulsam.explanation.explainer import Explainer
 from ulsam.explanation.index import list_pictures, urgency
 from ulsam.explanation.numbers import Numbers
 from ulsam.explanation.page import Card, card, page
 from ulsam.explanation.panel import panel
-from ulsam.explanation.regions import mark_areas
 from ulsam.explanation.table import table
 from ulsam.explanation.words import net_name
 from ulsam.files import write_atomic
 from ulsam.models import load
 from ulsam.recipe import Recipe
 from ulsam.train.report import command_line, recipe_entry, versions
-
-BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -73,23 +69,13 @@ def explain_pictures(
     explainers = [tallies[name].explainer if numbers else Explainer(*net) for name, net in nets.items()]
     cards: list[Card] = []
     unreadable: list[str] = []
-    with tqdm(total=len(found), unit=" pictures", disable=None, leave=False) as bar:
-        for first in range(0, len(found), BATCH):
-            chunk = found[first : first + BATCH]
-            seen, bad = _explained([one.path for one in chunk], explainers)
-            unreadable += bad.values()
-            read = [(number, one) for number, one in enumerate(chunk, start=first + 1) if one.path not in bad]
-            for place, tally in enumerate(tallies.values()):
-                areas = [mark_areas(one.path, tally.explainer.transform) for _, one in read]
-                tally.add([each[place] for each in seen], [one.truth for _, one in read], areas)
-            for (number, one), each in zip(read, seen, strict=True):
-                name = panel_name(number, len(found), one.name)
-                _write_panel(out / "panels" / name, panel(*each, title=one.name, truth=one.truth))
-                cards.append(card(one.name, one.truth, *each, panel=name))
-                bar.update()
-            bar.update(len(bad))
-    if not cards:
-        raise UlsamError(unreadable[0] + (f" (and {len(unreadable) - 1} more unreadable)" if unreadable[1:] else ""))
+    for seen in explained(found, explainers, unreadable):
+        add(list(tallies.values()), seen)
+        for number, one, each in seen:
+            name = panel_name(number, len(found), one.name)
+            _write_panel(out / "panels" / name, panel(*each, title=one.name, truth=one.truth))
+            cards.append(card(one.name, one.truth, *each, panel=name))
+    check_any(len(cards), unreadable)
     results = {name: tally.result() for name, tally in tallies.items()}
     written = table(results) if results else ""
     if results:
@@ -126,25 +112,6 @@ def panel_name(number: int, total: int, name: str) -> str:
     """
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(name).stem)[:60]
     return f"{number:0{len(str(total))}}-{stem}.png"
-
-
-def _explained(paths: list[str], explainers: Sequence[Explainer]) -> tuple[list[list[Explanation]], dict[str, str]]:
-    """What each net finds on each picture that can be read, and why the others cannot."""
-    pixels, bad = read_batch(paths, explainers[0].transform)
-    good = [path for path in paths if path not in bad]
-    if not good:
-        return [], bad
-    found = []
-    for explainer in explainers:
-        if _look(explainer.recipe) != _look(explainers[0].recipe):
-            pixels, _ = read_batch(good, explainer.transform)
-        found.append(explainer(pixels))
-    return [list(each) for each in zip(*found, strict=True)], bad
-
-
-def _look(recipe: Recipe) -> tuple[Any, ...]:
-    """What decides on a picture before it is normalised."""
-    return recipe.input_size, recipe.interpolation, recipe.crop_pct
 
 
 def _write_panel(path: Path, picture: Image.Image) -> None:
