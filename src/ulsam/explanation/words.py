@@ -4,7 +4,6 @@ from ulsam.explanation.explainer import Explanation, LayerMaps
 from ulsam.recipe import Recipe
 
 NO_LAYER = "This net has no ULSAM layer: there are no attention maps to show."
-CAM_SCALE = "share of its maximum"
 
 
 def layer_heading(layer: LayerMaps) -> str:
