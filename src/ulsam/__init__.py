@@ -22,6 +22,8 @@ _HOME = {
     "inspect": "ulsam.inspection",
     "explain": "ulsam.explanation",
     "fold": "ulsam.folding",
+    "export": "ulsam.exporting",
+    "quantize": "ulsam.quantization",
     "compare": "ulsam.comparison",
     "slim": "ulsam.slimming.run",
     "Edit": "ulsam.recipe",

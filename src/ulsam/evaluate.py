@@ -14,22 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ulsam import prediction
 from ulsam.data.augment import EvalTransform
 from ulsam.data.loading import Batch, check_labels
-from ulsam.data.pictures import UnreadablePicture, read_pixels
+from ulsam.data.pictures import Pixels, UnreadablePicture, read_pixels
 from ulsam.data.sources import AnyPictures, StreamPictures
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
+from ulsam.prediction import NOT_FINITE, Logits
+from ulsam.prediction import NotFinite as NotFinite
+from ulsam.prediction import Prediction as Prediction
 from ulsam.recipe import Recipe
 
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-_BROKEN = "the net puts out numbers that are not finite (NaN or infinity)"
-
-
-class NotFinite(UlsamError):
-    """A net puts out NaN or infinity."""
 
 
 class Stopped(Exception):
@@ -134,7 +131,7 @@ def evaluate(
         raise UlsamError(f"none of the {len(unreadable)} pictures could be read")
     loss, top1, top5 = (sums / n).tolist()
     if not math.isfinite(loss):
-        raise NotFinite(_BROKEN)
+        raise NotFinite(NOT_FINITE)
     pictures, right = counts.tolist()
     hits_of = tuple(tuple(share) for share in world.gather(hit))
     return Scores(n, loss, top1, top5, tuple(pictures), tuple(right), tuple(unreadable), hits_of)
@@ -183,23 +180,14 @@ def _until(stop: Callable[[], bool], batches: Iterable[Batch], world: World) -> 
             yield batch
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One picture's most probable classes, best first; or why it could not be read."""
-
-    path: str
-    classes: tuple[tuple[str, float], ...] = ()  # name, probability
-    error: str | None = None
-
-
-@torch.no_grad()
 def predict(
     model: nn.Module, recipe: Recipe, paths: Sequence[str | os.PathLike[str]], *, top: int = 5, batch_size: int = 32
-) -> Iterable[Prediction]:
+) -> Iterator[Prediction]:
     """Name what is in picture files, in their order; an unreadable one gives a prediction with an error.
 
     Raises:
         NotFinite: the net's outputs are not finite.
+        UlsamError: the recipe's net is not for RGB pictures.
 
     >>> from ulsam.models import build
     >>> recipe = Recipe("mobilenetv2_100", ("cat", "dog"))
@@ -208,23 +196,14 @@ def predict(
     """
     device = next(model.parameters()).device
     transform = recipe_transform(recipe)
-    for first in range(0, len(paths), batch_size):
-        chunk = [os.fspath(path) for path in paths[first : first + batch_size]]
-        images, errors = read_batch(chunk, transform)
+
+    @torch.no_grad()
+    def logits(images: Pixels) -> Logits:
         with eval_mode(model):
-            outputs = torch.empty(0, 1)
-            if images:
-                outputs = model(transform.normalise(torch.stack(images).to(device))).float().cpu()
-        if not outputs.isfinite().all():
-            raise NotFinite(_BROKEN)
-        shares = iter(outputs.softmax(1))
-        for path in chunk:
-            if path in errors:
-                yield Prediction(path, error=errors[path])
-            else:
-                best = next(shares).topk(min(top, len(recipe.classes)))
-                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                yield Prediction(path, tuple((recipe.classes[index], share) for index, share in pairs))
+            found: Tensor = model(transform.normalise(torch.from_numpy(images).to(device)))
+        return found.float().cpu().numpy()
+
+    return prediction.predict(paths, logits, transform.preprocessing, recipe.classes, top=top, batch=batch_size)
 
 
 def read_batch(paths: Iterable[str], transform: EvalTransform) -> tuple[list[Tensor], dict[str, str]]:

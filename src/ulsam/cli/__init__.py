@@ -21,6 +21,8 @@ COMMANDS = {
     "slim": "replace blocks of a trained net to fit a budget, and train it again",
     "eval": "measure a trained net on a folder of pictures",
     "predict": "name what is in pictures",
+    "export": "write a trained net for another engine: ONNX, OpenVINO, ExecuTorch",
+    "quantize": "write a trained net in 8-bit integers, and say what that costs",
     "inspect": "say what the attention layers of a trained net do on pictures",
     "explain": "show what a net looks at, picture by picture, in a report",
     "info": "print what a model file holds",

@@ -123,3 +123,12 @@ def free_folder(name: str) -> Path:
     while (folder := Path("runs") / f"{name}-{number}").exists():
         number += 1
     return folder
+
+
+def beside(model: str, ending: str) -> str:
+    """The name of a file made from MODEL: beside it, with another ending; here, for a trained net of the package.
+
+    >>> beside("runs/mine/model.safetensors", ".onnx"), beside("runs/mine/model.onnx", "-int8.onnx")
+    ('runs/mine/model.onnx', 'runs/mine/model-int8.onnx')
+    """
+    return (model if model in names() else str(Path(model).with_suffix(""))) + ending

@@ -4,20 +4,25 @@ import argparse
 import json
 from pathlib import Path
 
+from torch import nn
+
 from ulsam.costs import cost
+from ulsam.data.augment import EvalTransform
 from ulsam.data.folder import find_splits
 from ulsam.data.loading import eval_loader
 from ulsam.data.sources import is_named, open_split
 from ulsam.distributed import start
 from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import evaluate, recipe_transform
+from ulsam.exporting.module import load_exported
 from ulsam.files import check_writable, write_atomic
-from ulsam.models import load
+from ulsam.models import load, sketch
+from ulsam.recipe import Recipe
 from ulsam.train.report import command_line, cost_entry, score_entry, versions
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file, or NAME.onnx of ulsam export")
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
     parser.add_argument("--split", help="split to measure on (default: test, else val, else the whole folder)")
     parser.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")
@@ -40,8 +45,11 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         check_writable(args.json)
     split = args.split or _default_split(args.data)
-    with start(args.device) as world:
-        model, recipe = load(args.model)
+    exported = args.model.endswith(".onnx")
+    if exported and args.device not in ("auto", "cpu"):
+        raise UlsamError(f"--device {args.device}: an exported net runs on the CPU here")
+    with start("cpu" if exported else args.device) as world:
+        model, recipe, transform = load_exported(args.model) if exported else _load(args.model)
         pictures = open_split(
             args.data,
             split,
@@ -52,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         )
         batches = eval_loader(
             pictures,
-            recipe_transform(recipe),
+            transform,
             batch_size=args.batch_size,
             workers=args.workers,
             rank=world.rank,
@@ -60,7 +68,14 @@ def run(args: argparse.Namespace) -> None:
             device=world.device,
         )
         progress = split if world.writes else None
-        scores = evaluate(model.to(world.device), batches, len(recipe.classes), world=world, progress=progress)
+        scores = evaluate(
+            model.to(world.device),
+            batches,
+            len(recipe.classes),
+            world=world,
+            channels_last=not exported,
+            progress=progress,
+        )
     if not world.writes:
         return
     for _, reason in scores.unreadable:
@@ -89,11 +104,16 @@ def run(args: argparse.Namespace) -> None:
             "model": Path(args.model).name,
             "split": split,
             "scores": score_entry(scores, recipe.classes),
-            "cost": cost_entry(cost(model, recipe.input_size)),
+            "cost": cost_entry(cost(sketch(recipe) if exported else model, recipe.input_size)),
             "recipe": json.loads(recipe.to_json()),
             "versions": versions(),
         }
         write_atomic(args.json, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
+
+
+def _load(model: str) -> tuple[nn.Module, Recipe, EvalTransform]:
+    net, recipe = load(model)
+    return net, recipe, recipe_transform(recipe)
 
 
 def _default_split(data: str) -> str:

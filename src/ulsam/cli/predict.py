@@ -2,15 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 
 from ulsam.data.folder import picture_paths
 from ulsam.errors import UlsamError, printable
-from ulsam.evaluate import predict
-from ulsam.models import load
+from ulsam.prediction import Prediction
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file, or NAME.onnx of ulsam export")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files, or folders of them")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each picture (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -20,9 +20,8 @@ def run(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise UlsamError(f"--top must be 1 or more, not {args.top}")
     paths = picture_paths(args.pictures)
-    model, recipe = load(args.model)
     failed = 0
-    for prediction in predict(model, recipe, paths, top=args.top):
+    for prediction in _predictions(args.model, paths, args.top):
         failed += prediction.error is not None
         if args.json:
             named = {name: round(share, 6) for name, share in prediction.classes}
@@ -36,3 +35,15 @@ def run(args: argparse.Namespace) -> None:
             print(printable(f"{prediction.path}: {named_text}"))
     if failed:
         raise UlsamError(f"{failed} of {len(paths)} pictures could not be read; they are named above")
+
+
+def _predictions(model: str, paths: Sequence[str], top: int) -> Iterable[Prediction]:
+    """By ONNX Runtime for an exported net, which needs no PyTorch: neither may be imported for the other."""
+    if model.endswith(".onnx"):
+        from ulsam import runtime
+
+        return runtime.load(model).predict(paths, top=top)
+    from ulsam.evaluate import predict
+    from ulsam.models import load
+
+    return predict(*load(model), paths, top=top)

@@ -17,6 +17,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from ulsam.data.pictures import Pixels
+from ulsam.data.preprocessing import Preprocessing, power_of_two
 from ulsam.errors import UlsamError
 
 ASPECT = (3 / 4, 4 / 3)
@@ -117,7 +118,7 @@ class TrainTransform:
         (1, 4)
         """
         least = min(width, height, math.sqrt(self.crop_scale[0] * width * height * ASPECT[0]))
-        return _power_of_two(least / max(self.size))
+        return power_of_two(least / max(self.size))
 
     def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Box | None]:
         top, left, height, width = random_crop(pixels.shape[1], pixels.shape[0], self.crop_scale, generator)
@@ -152,18 +153,12 @@ class EvalTransform:
         crop_pct: float,
     ) -> None:
         self.normalise = Normalise(mean, std)
-        self.resized = max(input_size[1:]) / crop_pct
-        self.resize_crop: Callable[[Image.Image], Tensor] = create_transform(
-            input_size, interpolation=interpolation, crop_pct=crop_pct, normalize=False
-        )
-
-    def reduction(self, width: int, height: int) -> int:
-        """The most that leaves the picture twice the size it is resized to: below that, every pixel counts."""
-        return _power_of_two(min(width, height) / (2 * self.resized))
+        self.preprocessing = Preprocessing(input_size[1:], interpolation, crop_pct, tuple(mean), tuple(std))
+        self.reduction = self.preprocessing.reduction
 
     def pixels(self, pixels: Pixels) -> Tensor:
         """The picture at the net's size, uint8 [H, W, 3]."""
-        return self.resize_crop(Image.fromarray(pixels)).permute(1, 2, 0)
+        return torch.from_numpy(self.preprocessing.crop(pixels))
 
     def __call__(self, picture: Image.Image) -> Tensor:
         return self.normalise(self.pixels(np.asarray(picture))[None])[0]
@@ -247,8 +242,3 @@ def _policy(input_size: tuple[int, int, int], name: str, look: dict[str, Any]) -
     except (AssertionError, ValueError, KeyError) as error:
         raise UlsamError(f"unknown policy --rand-augment {name}; write e.g. rand-m7-n2-mstd0.5") from error
     return policy
-
-
-def _power_of_two(most: float) -> int:
-    """The largest of 1, 2, 4, 8 that is not above ``most``, 1 at least."""
-    return next((factor for factor in (8, 4, 2) if factor <= most), 1)

@@ -9,11 +9,15 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ulsam.errors import UlsamError
+
+try:
+    import simplejpeg
+except ImportError:  # where exported nets run: Pillow gives the same values, only slower
+    simplejpeg = None
 
 MAX_PIXELS = 89_000_000
 """Largest width * height that is read: 267 MB as RGB. More is refused from the header, before anything is decoded."""
@@ -105,6 +109,9 @@ def whole(width: int, height: int) -> int:
 def read_pixels(path: str | os.PathLike[str] | BinaryIO, reduction: Reduction = whole) -> Pixels:
     """Read one picture as :func:`read_picture` does, as an array, and faster where it is an ordinary JPEG.
 
+    Without the package simplejpeg, Pillow reads these too, to the same values. Only a damaged one, which simplejpeg
+    leaves to Pillow to be read at full size, is then read at the scale that was asked for.
+
     Args:
         path: as of :func:`read_picture`.
         reduction: asked for the scale of a JPEG (grey or RGB); all else is read at full size.
@@ -133,6 +140,8 @@ def _pixels(file: BinaryIO, reduction: Reduction) -> Pixels:
     """Decode; raises whatever Pillow raises."""
     file.seek(0)
     start = file.read(3)
+    if simplejpeg is None:
+        return np.array(_read(file, reduction))
     found = _jpeg(start + file.read(), reduction) if start == b"\xff\xd8\xff" else None
     return np.array(_read(file)) if found is None else found
 
@@ -186,8 +195,8 @@ _TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
 }
 
 
-def _read(file: BinaryIO) -> Image.Image:
-    """Decode, turn upright and convert; raises whatever Pillow raises."""
+def _read(file: BinaryIO, reduction: Reduction = whole) -> Image.Image:
+    """Decode, an ordinary JPEG at the scale asked for, turn upright and convert; raises whatever Pillow raises."""
     file.seek(0)
     if not file.read(1):
         raise EOFError("empty file (zero bytes)")
@@ -197,6 +206,9 @@ def _read(file: BinaryIO) -> Image.Image:
         stored = Image.open(file, formats=FORMATS)
         if stored.width * stored.height > MAX_PIXELS:
             raise Image.DecompressionBombError
+        if stored.format in ("JPEG", "MPO") and stored.mode in ("RGB", "L"):
+            factor = reduction(*stored.size)
+            stored.draft(None, (stored.width // factor, stored.height // factor))
         stored.load()
         turn = _TURNS.get(_orientation(stored))
         picture = _rgb(stored)

@@ -1,17 +1,16 @@
 """The time that nets take on this machine, each folded and run in turn with the others."""
 
 import statistics
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ulsam.errors import UlsamError, first_line
+from ulsam.exporting.engines import onnx_run
+from ulsam.exporting.onnx_graph import check_installed, onnx_graph
 from ulsam.folding import fold
-from ulsam.ops import reference
 from ulsam.timing import Call, NameT, times_in_turn
 
 Engine = Literal["eager", "onnxruntime"]
@@ -66,7 +65,9 @@ def call_of(net: nn.Module, input_size: tuple[int, int, int], engine: Engine, ba
     if engine == "eager":
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         return lambda: folded(pictures)
-    return _onnx_call(folded, pictures, threads)
+    run = onnx_run(onnx_graph(folded, pictures).SerializeToString(), threads)
+    feed = pictures.numpy()
+    return lambda: run(feed)
 
 
 def check_engine(engine: Engine) -> None:
@@ -78,37 +79,4 @@ def check_engine(engine: Engine) -> None:
     >>> check_engine("eager")
     """
     if engine == "onnxruntime":
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise UlsamError(f"--engine onnxruntime: {error}; pip install 'ulsam[onnx]'") from error
-
-
-def _onnx_call(net: nn.Module, pictures: Tensor, threads: int) -> Call:
-    import onnxruntime
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations
-            program = torch.export.export(net, (pictures,)).run_decompositions(
-                {torch.ops.ulsam.subspace_attention.default: _plain}
-            )
-            exported = torch.onnx.export(program, (pictures,), dynamo=True, verbose=False)
-            assert exported is not None  # a program, where no file is named
-    except Exception as error:  # whatever the exporter raises at an operation that it does not know
-        raise UlsamError(f"this {type(net).__name__} cannot be exported to ONNX: {first_line(error)}") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        exported.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    feed = {session.get_inputs()[0].name: pictures.numpy()}
-    return lambda: session.run(None, feed)
-
-
-def _plain(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Our operator in operations that ONNX knows; inference needs neither the logits nor a choice of the backend."""
-    y, moments = reference.subspace_attention(x, *operands[:8])
-    return y, moments.new_zeros(x.shape[0], operands[5], *x.shape[2:]), moments
+        check_installed("--engine onnxruntime")

@@ -1,0 +1,111 @@
+"""From a decoded picture to a net's input, by NumPy and Pillow alone: resize, centre crop, normalise."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ulsam.data.pictures import Pixels
+from ulsam.errors import UlsamError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """timm's evaluation transform, pixel for pixel.
+
+    The shorter side is resized to the net's size over ``crop_pct``, and the centre is cut out; what lies beyond the
+    picture is black.
+
+    Args:
+        size: H, W of the net's input.
+        interpolation: by which pictures are resized, as timm names it.
+        crop_pct: share of the resized picture's side that the crop keeps.
+        mean, std: of red, green and blue, for pictures scaled to 0..1.
+
+    >>> look = Preprocessing((2, 2), "bilinear", 0.5, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    >>> pixels = np.repeat(np.uint8([0, 51, 255, 255])[:, None, None], 4, 1).repeat(3, 2)
+    >>> look.crop(pixels)[:, :, 0].tolist()
+    [[51, 51], [255, 255]]
+    >>> look.normalise(look.crop(pixels)[None])[0, 0].round(3).astype(float).round(3).tolist()
+    [[-1.2, -1.2], [2.0, 2.0]]
+    """
+
+    size: tuple[int, int]
+    interpolation: str
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def reduction(self, width: int, height: int) -> int:
+        """By which of 1, 2, 4, 8 a JPEG may be reduced when it is decoded.
+
+        It is the most that leaves the picture twice the size it is resized to: below that, every pixel counts.
+        """
+        return power_of_two(min(width, height) / (2 * max(self.size) / self.crop_pct))
+
+    def crop(self, pixels: Pixels) -> Pixels:
+        """The picture [H, W, 3], of any size, at the net's size."""
+        picture = Image.fromarray(pixels)
+        height, width = self.size
+        # torchvision rounds these two cases, and the crop, each in its own way
+        if height == width:
+            short, long = int(height / self.crop_pct), max(picture.size)
+            long = int(short * long / min(picture.size))
+            resized = (short, long) if picture.width <= picture.height else (long, short)
+        else:
+            ratio = min(picture.height / int(height / self.crop_pct), picture.width / int(width / self.crop_pct))
+            resized = (round(picture.width / ratio), round(picture.height / ratio))
+        if resized != picture.size:
+            picture = picture.resize(resized, Image.Resampling[self.interpolation.upper()])
+        left, top = _margin(picture.width, width), _margin(picture.height, height)
+        return np.array(picture.crop((left, top, left + width, top + height)))
+
+    def normalise(self, images: Pixels) -> NDArray[np.float32]:
+        """Bytes [B, H, W, 3] to float [B, 3, H, W]: (bytes / 255 - mean) / std."""
+        spread = np.array(self.std)
+        scale, shift = (1 / (255 * spread)).astype(np.float32), (-np.array(self.mean) / spread).astype(np.float32)
+        return np.ascontiguousarray((images.astype(np.float32) * scale + shift).transpose(0, 3, 1, 2))
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read :meth:`to_json`'s line.
+
+        Raises:
+            UlsamError: it is none.
+
+        >>> look = Preprocessing((64, 64), "bicubic", 0.875, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        >>> Preprocessing.from_json(look.to_json()) == look
+        True
+        """
+        try:
+            found: dict[str, Any] = json.loads(text)
+            height, width = map(int, found.pop("size"))
+            mean, std = (tuple(map(float, found.pop(name))) for name in ("mean", "std"))
+            made = cls((height, width), mean=mean, std=std, **found)
+            sound = min(height, width) >= 1 and 0.1 <= made.crop_pct <= 1.5 and len(mean) == len(std) == 3
+            if not sound or made.interpolation.upper() not in Image.Resampling.__members__:
+                raise ValueError(made)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UlsamError(f"no preprocessing of pictures: {type(error).__name__} {error}") from error
+        return made
+
+
+def power_of_two(most: float) -> int:
+    """The largest of 1, 2, 4, 8 that is not above ``most``, 1 at least.
+
+    >>> [power_of_two(most) for most in (0.5, 3.9, 100)]
+    [1, 2, 8]
+    """
+    return next((factor for factor in (8, 4, 2) if factor <= most), 1)
+
+
+def _margin(side: int, wanted: int) -> int:
+    """Where a centred piece of ``wanted`` pixels begins; below 0 where the side is shorter."""
+    return round((side - wanted) / 2) if side >= wanted else -((wanted - side) // 2)

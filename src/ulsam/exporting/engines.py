@@ -1,0 +1,139 @@
+"""What runs exported nets: each engine makes its files from a net, and runs what they hold."""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ulsam.errors import UlsamError, first_line
+from ulsam.exporting.onnx_graph import check_installed, onnx_graph
+from ulsam.ops import reference
+from ulsam.prediction import Logits
+
+Run = Callable[[NDArray[Any]], Logits]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An exported net.
+
+    Attributes:
+        files: what its files hold, by their suffixes, that which is opened last.
+        run: input -> logits [B, classes], by what the files hold.
+        one_by_one: whether it takes no more than one picture at a time.
+    """
+
+    files: Mapping[str, bytes]
+    run: Run
+    one_by_one: bool = False
+
+
+def onnx_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]) -> Engine:
+    """ONNX, run by ONNX Runtime.
+
+    Args:
+        net: folded, contiguous, on the CPU, in eval mode.
+        example: an input, 2 pictures.
+        free: dimensions of the input that may differ, and their names.
+        metadata: to put into the file.
+
+    Raises:
+        UlsamError: a package is missing, or the net cannot be exported.
+    """
+    content = _onnx(net, example, free, metadata).SerializeToString()
+    return Engine({".onnx": content}, onnx_run(content))
+
+
+def onnx_run(content: bytes, threads: int | None = None) -> Run:
+    """What runs an ONNX file's content in ONNX Runtime on the CPU, by default with a thread for each core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
+
+
+def openvino_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]) -> Engine:
+    """OpenVINO's intermediate representation in float32, read from the ONNX graph; as :func:`onnx_engine`.
+
+    It is compared in float32: by itself OpenVINO computes in bfloat16 where the processor can. The metadata is its
+    runtime information, under ``ulsam``.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise UlsamError(f"--to openvino: {error}; pip install 'ulsam[openvino]'") from error
+    core = openvino.Core()
+    model = core.read_model(_onnx(net, example, free, {}).SerializeToString())
+    for key, text in metadata.items():
+        model.set_rt_info(text, ["ulsam", key])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "net.xml")
+        openvino.save_model(model, path, compress_to_fp16=False)
+        files = {suffix: path.with_suffix(suffix).read_bytes() for suffix in (".bin", ".xml")}
+        compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return Engine(files, lambda images: compiled(images)[0])
+
+
+def executorch_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]) -> Engine:
+    """ExecuTorch's program for one picture at a time, lowered to XNNPACK; as :func:`onnx_engine`.
+
+    Each entry of the metadata is a method without arguments that returns it.
+
+    Raises:
+        UlsamError: also for a free size, whose memory could not be planned.
+    """
+    if len(free) > 1:
+        raise UlsamError("--dynamic-size: ExecuTorch plans its memory ahead, for one size; leave it out")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+            from executorch.runtime import Runtime
+    except ImportError as error:
+        raise UlsamError(f"--to executorch: {error}; pip install 'ulsam[executorch]'") from error
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(net, (example[:1],)).run_decompositions(
+                {torch.ops.ulsam.subspace_attention.default: _definition}
+            )
+            edge = to_edge_transform_and_lower(
+                program, partitioner=[XnnpackPartitioner()], constant_methods=dict(metadata)
+            )
+            content = bytes(edge.to_executorch().buffer)
+    except Exception as error:  # whatever it raises at an operation that it does not know
+        raise UlsamError(f"this {type(net).__name__} cannot be exported to ExecuTorch: {first_line(error)}") from error
+    method = Runtime.get().load_program(content).load_method("forward")
+    return Engine({".pte": content}, lambda images: _executed(method, images), one_by_one=True)
+
+
+def _onnx(net: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]) -> Any:
+    """The net as an ONNX model that passes ONNX's own checks."""
+    check_installed("ulsam export")
+    import onnx
+
+    model = onnx_graph(net, example, free)
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _definition(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Our operator by its definition; inference needs neither the logits nor a choice of the backend."""
+    y, moments = reference.subspace_attention(x, *operands[:8])
+    return y, moments.new_zeros(x.shape[0], operands[5], *x.shape[2:]), moments
+
+
+def _executed(method: Any, images: NDArray[Any]) -> Logits:
+    return np.asarray(method.execute([torch.from_numpy(np.ascontiguousarray(images))])[0])

@@ -1,0 +1,143 @@
+"""Whether an exported net puts out what the net does."""
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ulsam.data.bird_drawing import draw_bird
+from ulsam.data.birds import MAX_SIZE, MIN_SIZE, class_marks
+from ulsam.data.pictures import Pixels, UnreadablePicture, read_pixels
+from ulsam.data.preprocessing import Preprocessing
+from ulsam.errors import UlsamError
+from ulsam.evaluate import eval_mode
+from ulsam.prediction import Logits
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit that is let pass, as a share of the largest logit.
+
+Folding and another order of summation make about 1e-5. A picture's first class can then change only where its two best
+are nearer to each other than twice this."""
+
+MOST_PICTURES, DRAWN_PICTURES, BATCH = 64, 16, 16
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an exported net compares with the net itself.
+
+    Attributes:
+        pictures: that both saw.
+        same: on how many of them both name the same class first.
+        difference: largest one of any logit; NaN where a logit is none.
+        largest: absolute value of any of the net's logits.
+        drawn: whether the pictures were drawn birds.
+
+    >>> print(Parity(16, 16, 2e-6, 3.5, drawn=True))
+    16 drawn birds: the same first class for 16, largest difference of a logit 2.0e-06 (largest logit 3.5)
+    """
+
+    pictures: int
+    same: int
+    difference: float
+    largest: float
+    drawn: bool = False
+
+    def __add__(self, other: "Parity") -> "Parity":
+        return Parity(
+            self.pictures + other.pictures,
+            self.same + other.same,
+            float(np.maximum(self.difference, other.difference)),  # which keeps NaN
+            max(self.largest, other.largest),
+        )
+
+    def of(self, *, drawn: bool) -> "Parity":
+        """The same, of drawn birds or of real pictures."""
+        return dataclasses.replace(self, drawn=drawn)
+
+    def check(self, format: str) -> None:
+        """Raise unless the exported net may stand for the net.
+
+        Raises:
+            UlsamError: its logits differ by more than `TOLERANCE`.
+
+        >>> Parity(16, 12, 0.25, 3.5).check("onnx")
+        Traceback (most recent call last):
+        ulsam.errors.UlsamError: the net for onnx puts out something else than the net: 16 pictures: the same first \
+class for 12, largest difference of a logit 2.5e-01 (largest logit 3.5); nothing was written
+        """
+        if not self.difference <= TOLERANCE * self.largest:
+            raise UlsamError(f"the net for {format} puts out something else than the net: {self}; nothing was written")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pictures} {'drawn birds' if self.drawn else 'pictures'}: the same first class for {self.same}, "
+            f"largest difference of a logit {self.difference:.1e} (largest logit {self.largest:.3g})"
+        )
+
+
+def compared(
+    model: nn.Module,
+    run: Callable[[NDArray[Any]], Logits],
+    look: Preprocessing,
+    images: Sequence[Pixels],
+    *,
+    pixels: bool = True,
+    one_by_one: bool = False,
+) -> Parity:
+    """Run the net and its exported form on the same pictures: the first one alone, the others in batches.
+
+    Args:
+        model: the net itself, on any device, not folded; in eval mode for the time being.
+        run: the exported net, by default on bytes [B, H, W, 3].
+        look: whose normalisation the net's input needs.
+        images: all of one size.
+        pixels: False if ``run`` takes normalised pictures.
+        one_by_one: whether ``run`` takes one picture at a time.
+    """
+    device = next(model.parameters()).device
+    step = 1 if one_by_one else BATCH
+    found = []
+    for first in [0, *range(1, len(images), step)]:
+        batch = np.stack(images[first : first + (step if first else 1)])
+        normalised = look.normalise(batch)
+        theirs = np.asarray(run(batch if pixels else normalised))
+        with torch.no_grad(), eval_mode(model):
+            ours = model(torch.from_numpy(normalised).to(device)).float().cpu().numpy()
+        if theirs.shape != ours.shape:
+            raise UlsamError(f"the exported net puts out {list(theirs.shape)}, the net {list(ours.shape)}")
+        same = int((theirs.argmax(1) == ours.argmax(1)).sum())
+        found.append(Parity(len(batch), same, float(abs(theirs - ours).max()), float(abs(ours).max())))
+    return sum(found[1:], found[0])
+
+
+def read_images(paths: Sequence[str | os.PathLike[str]], look: Preprocessing) -> list[Pixels]:
+    """Up to `MOST_PICTURES` of these files, spread evenly, at the net's size; unreadable ones are left out.
+
+    Raises:
+        UlsamError: not one of them can be read.
+    """
+    chosen = [paths[number * len(paths) // MOST_PICTURES] for number in range(MOST_PICTURES)]
+    images, reason = [], "there are none"
+    for path in chosen if len(paths) > MOST_PICTURES else paths:
+        try:
+            images.append(look.crop(read_pixels(path, look.reduction)))
+        except UnreadablePicture as error:
+            reason = str(error)
+    if not images:
+        raise UlsamError(f"no picture to compare the exported net with the net on: {reason}")
+    return images
+
+
+def drawn_images(look: Preprocessing) -> list[Pixels]:
+    """`DRAWN_PICTURES` birds at the net's size, each of another class."""
+    size = min(max(*look.size, MIN_SIZE), MAX_SIZE)
+    birds = [draw_bird(marks, size, random.Random(name))[0] for name, marks in class_marks(DRAWN_PICTURES)]
+    return [look.crop(np.asarray(bird)) for bird in birds]

@@ -1,0 +1,103 @@
+"""Name what is in pictures: the same reading and the same answers, whatever computes the net."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ulsam.data.pictures import Pixels, UnreadablePicture, read_pixels
+from ulsam.data.preprocessing import Preprocessing
+from ulsam.errors import UlsamError
+
+Logits = NDArray[np.float32]
+"""What a net puts out, [B, classes]."""
+
+Picture = str | os.PathLike[str] | BinaryIO | Pixels
+"""A file, a binary stream that holds one, or RGB bytes [H, W, 3]."""
+
+NOT_FINITE = "the net puts out numbers that are not finite (NaN or infinity)"
+
+
+class NotFinite(UlsamError):
+    """A net puts out NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One picture's most probable classes, best first; or why it could not be read."""
+
+    path: str
+    classes: tuple[tuple[str, float], ...] = ()  # name, probability
+    error: str | None = None
+
+
+def predict(
+    pictures: Iterable[Picture],
+    logits: Callable[[Pixels], Logits],
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    *,
+    top: int = 5,
+    batch: int = 32,
+) -> Iterator[Prediction]:
+    """Name what is in pictures, in their order; an unreadable one gives a prediction with an error.
+
+    Args:
+        pictures: of any size. What is no file is called ``<picture N>``, counted from 0.
+        logits: of RGB bytes [B, H, W, 3] at the net's size.
+        preprocessing: that brings them to this size.
+        classes: names of the outputs.
+        top: classes to name for each picture.
+        batch: pictures at once.
+
+    Raises:
+        NotFinite: the net's outputs are not finite.
+
+    >>> look = Preprocessing((1, 1), "bilinear", 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    >>> def redness(images):
+    ...     return images[:, 0, 0, :2].astype(np.float32)
+    >>> list(predict([np.uint8([[[250, 0, 0]]]), "missing.jpg"], redness, look, ["red", "green"], top=1))
+    [Prediction(path='<picture 0>', classes=(('red', 1.0),), error=None), \
+Prediction(path='missing.jpg', classes=(), error='missing.jpg: no such file or directory')]
+    """
+    numbered = enumerate(pictures)
+    while chunk := list(itertools.islice(numbered, batch)):
+        names = [_name(picture, number) for number, picture in chunk]
+        images, errors = [], {}
+        for place, (_, picture) in enumerate(chunk):
+            try:
+                pixels = picture if isinstance(picture, np.ndarray) else read_pixels(picture, preprocessing.reduction)
+                images.append(preprocessing.crop(pixels))
+            except UnreadablePicture as error:
+                errors[place] = str(error)
+        shares = iter(softmax(logits(np.stack(images))) if images else np.empty((0, len(classes)), np.float32))
+        for place, name in enumerate(names):
+            if place in errors:
+                yield Prediction(name, error=errors[place])
+            else:
+                row = next(shares)
+                best = np.argsort(-row, kind="stable")[:top]
+                yield Prediction(name, tuple((classes[index], float(row[index])) for index in best))
+
+
+def softmax(logits: Logits) -> Logits:
+    """Probabilities of the classes, [B, classes].
+
+    Raises:
+        NotFinite: a logit is not finite.
+
+    >>> softmax(np.float32([[0, 0], [1000, 0]])).tolist()
+    [[0.5, 0.5], [1.0, 0.0]]
+    """
+    if not np.isfinite(logits).all():
+        raise NotFinite(NOT_FINITE)
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)
+
+
+def _name(picture: Picture, number: int) -> str:
+    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else f"<picture {number}>"

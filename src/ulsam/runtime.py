@@ -1,0 +1,113 @@
+"""Run an exported net: needs NumPy, Pillow and ONNX Runtime, and nothing of PyTorch.
+
+pip install --no-deps ulsam && pip install numpy pillow onnxruntime
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import onnxruntime
+
+from ulsam.data.pictures import Pixels
+from ulsam.data.preprocessing import Preprocessing
+from ulsam.errors import UlsamError, first_line
+from ulsam.files import check_readable
+from ulsam.prediction import Logits, Picture, Prediction, predict
+
+CLASSES, PREPROCESSING, RECIPE, VERSION = "classes", "preprocessing", "recipe", "ulsam_version"
+"""Keys of an exported file's metadata; each value is text: JSON, but for the version."""
+
+
+class Net:
+    """An exported net on the CPU; :func:`load` makes it.
+
+    Attributes:
+        classes: names of the outputs.
+        preprocessing: how a picture becomes the input.
+        metadata: of the file, as text by key.
+    """
+
+    def __init__(self, session: Any, metadata: dict[str, str]) -> None:
+        self.metadata = metadata
+        self.classes: tuple[str, ...] = tuple(json.loads(metadata[CLASSES]))
+        self.preprocessing = Preprocessing.from_json(metadata[PREPROCESSING])
+        self._session = session
+        given = session.get_inputs()[0]
+        self._name, self._takes_pixels = given.name, given.type == "tensor(uint8)"
+
+    def logits(self, images: Pixels) -> Logits:
+        """The net's outputs [B, classes] for RGB bytes [B, H, W, 3].
+
+        H and W are those of ``preprocessing.size``; others too, if the net was exported with a dynamic size.
+
+        Raises:
+            UlsamError: the net does not take images of this shape.
+        """
+        try:
+            found: Logits = self._session.run(None, self.feed(images))[0]
+        except Exception as error:  # ONNX Runtime has its own, which derive from nothing else
+            raise UlsamError(
+                f"the net does not take {images.dtype} {list(images.shape)}: {first_line(error)}"
+            ) from error
+        return found
+
+    def feed(self, images: Pixels) -> dict[str, Any]:
+        """The input that the file takes for RGB bytes [B, H, W, 3], by its name."""
+        return {self._name: images if self._takes_pixels else self.preprocessing.normalise(images)}
+
+    def predict(self, pictures: Iterable[Picture], *, top: int = 5, batch: int = 32) -> Iterator[Prediction]:
+        """Name what is in pictures, in their order: `ulsam.prediction.predict`.
+
+        A picture is a file's path, a binary stream, or RGB bytes [H, W, 3] of any size; an unreadable one gives a
+        prediction with an error.
+
+        Raises:
+            NotFinite: the net's outputs are not finite.
+        """
+        return predict(pictures, self.logits, self.preprocessing, self.classes, top=top, batch=batch)
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Net:
+    """Open a file that `ulsam export --to onnx` or `ulsam quantize` wrote.
+
+    Args:
+        path: the file.
+        threads: CPU threads that compute one batch; by default one a core.
+
+    Raises:
+        UlsamError: no such file, no ONNX file, or one that was not exported by ulsam.
+
+    >>> load("birds.onnx")
+    Traceback (most recent call last):
+    ulsam.errors.UlsamError: no exported net birds.onnx
+    """
+    check_readable(path, "exported net")
+    return open_net(os.fspath(path), os.fspath(path), threads)
+
+
+def open_net(model: str | bytes, name: str, threads: int | None = None) -> Net:
+    """A net from its path, or from what a file would hold; messages call it ``name``.
+
+    Raises:
+        UlsamError: as of :func:`load`.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors, which are raised as well
+    options.intra_op_num_threads = threads or 0
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise UlsamError(f"{name} is no ONNX file that can be run here: {first_line(error)}") from error
+    metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    missing = [key for key in (CLASSES, PREPROCESSING) if key not in metadata]
+    if missing:
+        raise UlsamError(
+            f"{name} was not exported by ulsam: its metadata has no {' and no '.join(missing)};"
+            " write it by ulsam export MODEL --to onnx"
+        )
+    try:
+        return Net(session, metadata)
+    except ValueError as error:  # no JSON, or an UlsamError
+        raise UlsamError(f"{name} has metadata that cannot be read: {first_line(error)}") from error
