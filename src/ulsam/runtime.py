@@ -8,8 +8,6 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import onnxruntime
-
 from ulsam.data.pictures import Pixels
 from ulsam.data.preprocessing import Preprocessing
 from ulsam.errors import UlsamError, first_line
@@ -93,6 +91,10 @@ def open_net(model: str | bytes, name: str, threads: int | None = None) -> Net:
     Raises:
         UlsamError: as of :func:`load`.
     """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UlsamError(f"{name}: {error}; pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors, which are raised as well
     options.intra_op_num_threads = threads or 0

@@ -52,14 +52,14 @@ def onnx_graph(net: nn.Module, example: Tensor, free: Mapping[int, str] | None =
     >>> [(node.name, node.op_type) for node in graph.node], graph.output[0].type.tensor_type.shape.dim[0].dim_param
     ([('Conv', 'Conv')], 'batch')
     """
-    dynamic = {dimension: torch.export.Dim(name) for dimension, name in (free or {}).items()}
+    names = dict(free or {})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             program = torch.export.export(
                 net,
                 (example,),
-                dynamic_shapes=(dynamic,),
+                dynamic_shapes=(dict.fromkeys(names, torch.export.Dim.DYNAMIC),),  # what is too small may be refused
                 prefer_deferred_runtime_asserts_over_guards=True,  # or a map of one pixel would be refused
             )
             made = torch.onnx.export(
@@ -68,13 +68,13 @@ def onnx_graph(net: nn.Module, example: Tensor, free: Mapping[int, str] | None =
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
-                dynamic_shapes=(dynamic,),
+                dynamic_shapes=(names,),
                 output_names=["logits"],
                 custom_translation_table={torch.ops.ulsam.subspace_attention.default: _attention},
             )
             assert made is not None  # a program, where no file is named
     except Exception as error:  # whatever the exporter raises at an operation that it does not know
-        sizes = f" with a free {', '.join(free.values())}" if free else ""
+        sizes = f" with a free {', '.join(names.values())}" if names else ""
         raise UlsamError(f"this {type(net).__name__} cannot be exported to ONNX{sizes}: {first_line(error)}") from error
     return _tidied(made.model_proto)
 

@@ -1,0 +1,272 @@
+"""What is exported is what the net is: ULSAM's graph against the definition, whole files against the net."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import ulsam
+from tiny import NET, draw
+from ulsam import runtime
+from ulsam.cli import main
+from ulsam.data.preprocessing import Preprocessing
+from ulsam.errors import UlsamError
+from ulsam.evaluate import recipe_transform
+from ulsam.exporting import export
+from ulsam.exporting.onnx_graph import ATTENTION, onnx_graph
+from ulsam.exporting.parity import Parity, read_images
+from ulsam.models import build, load, make_recipe, save_model
+from ulsam.ops.reference import subspace_attention
+from ulsam.recipe import Edit, Recipe
+
+CLASSES = ("wren", "Zaunkönig", "finch")
+RECIPE = make_recipe(NET, CLASSES, size=48)
+GROUPS = (1, 4, 16)
+
+
+def layers(form: str) -> nn.Sequential:
+    """One folded layer of 16 channels for each number of groups, with weights of either sign."""
+    torch.manual_seed(0)
+    made = [ulsam.ULSAM(16, groups, form=form) for groups in GROUPS]
+    for layer in made:
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        for name, buffer in layer.named_buffers():
+            if "running" in name:
+                nn.init.uniform_(buffer, 0.5, 2)
+    return nn.Sequential(*[layer.eval().fold() for layer in made]).eval()
+
+
+def exactly(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """What the layers put out by the definition, in float64."""
+    x = x.double()
+    for layer in net:
+        scale, shift, weight, bias, norms, eps = layer._operands()
+        values = [None if value is None else value.detach().double() for value in (scale, shift, weight, bias)]
+        x, _ = subspace_attention(x, *values, norms, layer.groups, layer.form != "equations", eps)
+    return x
+
+
+@pytest.mark.parametrize("free", [{0: "batch"}, {0: "batch", 2: "height", 3: "width"}], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("form", ["equations", "released"])
+def test_a_layer_is_few_nodes_that_follow_the_definition(form, free):
+    net = layers(form)
+    model = onnx_graph(net, torch.zeros(2, 16, 7, 6), free)
+    onnx.checker.check_model(model, full_check=True)
+    nodes = model.graph.node
+    assert not {node.op_type for node in nodes} & {"Loop", "Scan", "If", "Split", "Concat", "Slice", "Gather"}
+    for place in range(len(GROUPS)):
+        own = [node.op_type for node in nodes if node.name.startswith(f"{place}/{ATTENTION}/")]
+        assert len(own) == 8 + 2 * (form == "released") + (len(free) == 3)
+        assert sorted(set(own) - {"Shape", "Relu"}) == ["Conv", "MaxPool", "Mul", "Reshape", "Softmax"]
+    assert len({node.name for node in nodes}) == len(nodes)
+
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+    known = {value.name: value.type.tensor_type for value in [*inferred.value_info, *inferred.output]}
+    assert all(output in known for node in nodes for output in node.output)
+    dims = [dim.dim_param or dim.dim_value for dim in known["logits"].shape.dim]
+    assert dims == (["batch", 16, "height", "width"] if len(free) == 3 else ["batch", 16, 7, 6])
+
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for size in [(7, 6), (1, 1), (13, 4)][: 3 if len(free) == 3 else 1]:
+        for scale in (1.0, 1e-4, 1e4):
+            for batch in (1, 3):
+                x = scale * torch.randn(batch, 16, *size)
+                (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+                expected = exactly(net, x).numpy()
+                assert np.isfinite(found).all()
+                if scale <= 1:
+                    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    for value in (1e4, -1e4):  # a flat map is multiplied by 1 + 1 / (H * W), whatever its height
+        flat = np.full((2, 16, 7, 6), value, np.float32)
+        (found,) = session.run(None, {session.get_inputs()[0].name: flat})
+        expected = exactly(net, torch.from_numpy(flat)).numpy()
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A net with both forms of the layer, whose pictures get different answers."""
+    torch.manual_seed(0)
+    edits = [Edit("insert", "blocks.1.0", 4, "released"), Edit("insert", "blocks.2.0", 8)]
+    recipe = make_recipe(NET, CLASSES, edits, size=48)
+    net, _ = build(recipe)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    nn.init.normal_(net.get_submodule("classifier").weight)
+    path = tmp_path_factory.mktemp("models") / "net.safetensors"
+    save_model(net, recipe, path)
+    return path
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    """A net that is exported at once, with both forms of the layer."""
+    torch.manual_seed(0)
+    attention = [ulsam.ULSAM(8, 2, form="released"), ulsam.ULSAM(8)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), *attention, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return net.append(nn.Linear(8, 3)).eval()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    draw(folder, 3, size=60)
+    (folder / "class0" / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def outputs(net: nn.Module, recipe: Recipe, images: np.ndarray) -> np.ndarray:
+    """The net's own outputs for bytes [B, H, W, 3]."""
+    with torch.no_grad():
+        return net(recipe_transform(recipe).normalise(torch.from_numpy(images))).numpy()
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def test_the_file_is_the_net_and_says_what_it_is(model, pictures, capsys):
+    assert main(["export", str(model), "--pictures", str(pictures)]) == 0
+    out = model.with_suffix(".onnx")
+    wrote, compared = capsys.readouterr().out.splitlines()
+    assert wrote == f"wrote     {out}, {out.stat().st_size:,} bytes"
+    assert compared.startswith("compared  9 pictures: the same first class for 9, largest difference of a logit ")
+
+    made = onnx.load(out)
+    onnx.checker.check_model(made, full_check=True)
+    (given,), (put_out,) = made.graph.input, made.graph.output
+    dims = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (given, put_out)]
+    assert (given.name, put_out.name, dims) == ("pixels", "logits", [["batch", 48, 48, 3], ["batch", 3]])
+    notes = {entry.key: entry.value for entry in made.metadata_props}
+    recipe = load(model)[1]
+    assert json.loads(notes["classes"]) == list(CLASSES)
+    assert (notes["recipe"], notes["ulsam_version"]) == (recipe.to_json(), ulsam.__version__)
+    look = Preprocessing.from_json(notes["preprocessing"])
+    assert (look.size, look.interpolation, look.crop_pct) == ((48, 48), recipe.interpolation, recipe.crop_pct)
+    assert b".py" not in out.read_bytes()  # where the code lay is nobody's business
+
+    net = runtime.load(out)
+    for batch in (1, 5):
+        images = noise(batch, 48, 48)
+        np.testing.assert_allclose(net.logits(images), outputs(*load(model), images), atol=1e-4)
+    with pytest.raises(UlsamError, match=r"the net does not take uint8 \[1, 64, 64, 3\]"):
+        net.logits(noise(1, 64, 64))
+
+
+def test_height_and_width_may_be_left_open(small, tmp_path):
+    parity = export(small, RECIPE, tmp_path / "open.onnx", dynamic_size=True)
+    assert (parity.pictures, parity.same, parity.drawn) == (20, 20, True)  # 4 of them at another size
+    net = runtime.load(tmp_path / "open.onnx")
+    for size in [(48, 48), (33, 80), (129, 64)]:
+        images = noise(2, *size)
+        np.testing.assert_allclose(net.logits(images), outputs(small, RECIPE, images), atol=1e-4)
+
+
+def test_a_net_for_one_size_cannot_leave_it_open(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 2, 5, 5), nn.Flatten(), nn.Linear(2 * 9 * 9, 3)).eval()
+    with pytest.raises(UlsamError, match=r"cannot be exported to ONNX with a free batch, height, width: ") as caught:
+        export(net, RECIPE, tmp_path / "net.onnx", dynamic_size=True)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_normalised_pictures_may_be_the_input(small, tmp_path):
+    export(small, RECIPE, tmp_path / "plain.onnx", preprocessing=False)
+    made = onnx.load(tmp_path / "plain.onnx")
+    assert [dim.dim_value for dim in made.graph.input[0].type.tensor_type.shape.dim] == [0, 3, 48, 48]
+    images, net = noise(3, 48, 48), runtime.load(tmp_path / "plain.onnx")
+    np.testing.assert_allclose(net.logits(images), outputs(small, RECIPE, images), atol=1e-4)
+
+
+class Sly(nn.Module):
+    """Puts out something else when it is exported."""
+
+    def __init__(self, net: nn.Module, change: float) -> None:
+        super().__init__()
+        self.net, self.change = net, change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) + (self.change if torch.compiler.is_exporting() else 0.0)
+
+
+def test_another_output_is_refused_and_leaves_no_file(small, tmp_path):
+    with pytest.raises(UlsamError, match="the net for onnx puts out something else than the net: 16 drawn birds"):
+        export(Sly(small, 0.5), RECIPE, tmp_path / "sly.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "sound"),
+    [(Parity(4, 4, 0.9e-3, 1.0), True), (Parity(4, 4, 1.1e-3, 1.0), False), (Parity(4, 4, np.nan, 1.0), False)],
+)
+def test_what_parity_lets_pass(found, sound):
+    whole = Parity(2, 1, 0.0, 0.5) + found
+    assert (whole.pictures, whole.same, whole.largest) == (6, 5, 1.0)
+    if sound:
+        whole.check("onnx")
+    else:
+        with pytest.raises(UlsamError, match="nothing was written"):
+            whole.check("onnx")
+
+
+def test_pictures_to_compare_on_are_spread_over_all(tmp_path):
+    draw(tmp_path, 100, classes=2, size=8, noise=0)
+    paths = sorted(map(str, tmp_path.rglob("*.png")))
+    look = Preprocessing((8, 8), "bilinear", 1.0, (0.5,) * 3, (0.5,) * 3)
+    reds = [int(image[0, 0, 0]) for image in read_images(paths, look)]
+    assert reds == [200] * 32 + [60] * 32
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("{folder}", "no model file {folder}"),
+        ("{model} --to tensorrt", "unknown format 'tensorrt'; valid: onnx, openvino, executorch"),
+        ("{model} --out {folder}/none/net.onnx", "cannot write {folder}/none/net.onnx: no such folder"),
+        ("{model} --out {folder}/net.pt", "a file for onnx is called NAME.onnx, not {folder}/net.pt"),
+        ("{model} --pictures {folder}/empty", "no pictures in the folder {folder}/empty"),
+        ("{model} --out {folder}/net.onnx --pictures {folder}/a.png", "no picture to compare"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(model, tmp_path, capsys, words, told):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    names = {"model": model, "folder": tmp_path}
+    assert main(["export", *words.format(**names).split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ulsam: error: {told.format(**names)}") and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "empty"]
+
+
+def test_openvino_runs_the_file(small, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    out = tmp_path / "net.xml"
+    assert export(small, RECIPE, out, "openvino", dynamic_size=True).same == 20
+    read = openvino.Core().read_model(out)
+    assert json.loads(read.get_rt_info(["ulsam", "classes"]).value) == list(CLASSES)
+    compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for images in (noise(1, 48, 48), noise(3, 64, 40)):
+        np.testing.assert_allclose(compiled(images)[0], outputs(small, RECIPE, images), atol=1e-4)
+
+
+def test_executorch_runs_the_file(small, tmp_path):
+    pytest.importorskip("executorch")
+    from executorch.runtime import Runtime
+
+    out = tmp_path / "net.pte"
+    assert export(small, RECIPE, out, "executorch").same == 16
+    program = Runtime.get().load_program(out)
+    images = noise(1, 48, 48)
+    (found,) = program.load_method("forward").execute([torch.from_numpy(images)])
+    np.testing.assert_allclose(found.numpy(), outputs(small, RECIPE, images), atol=1e-4)
+    assert json.loads(program.load_method("classes").execute([])[0]) == list(CLASSES)
+    with pytest.raises(UlsamError, match="for one size"):
+        export(small, RECIPE, out, "executorch", dynamic_size=True)

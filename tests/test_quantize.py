@@ -1,0 +1,146 @@
+"""Quantised nets: from drawn birds to int8, what stays in float32, and what is refused."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.numpy_helper import to_array
+
+from tiny import NET, options
+from ulsam import runtime
+from ulsam.cli import main
+from ulsam.data.birds import draw_birds
+from ulsam.errors import UlsamError
+from ulsam.evaluate import predict
+from ulsam.exporting.onnx_graph import ATTENTION
+from ulsam.models import build, load, make_recipe, save_model
+from ulsam.quantization import quantize
+from ulsam.recipe import Edit
+
+EDIT = "insert blocks.1.0 g=4"
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory) -> Path:
+    return draw_birds(tmp_path_factory.mktemp("birds") / "birds", classes=2, train=24, val=20, size=40)
+
+
+def test_from_pictures_to_an_int8_file(birds, tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = {"model": NET, "size": 32, "batch_size": 8, "epochs": 2, "workers": 0, "threads": 1, "device": "cpu"}
+    training = {**settings, "layout": "channels_last", "amp": "none", "compile": "none"}
+    edit = ["--insert", "blocks.1.0", "--form", "released"]
+    assert main(["train", str(birds), *edit, "--out", str(run), *options(training)]) == 0
+    model, whole, small = (run / name for name in ("model.safetensors", "model.onnx", "model-int8.onnx"))
+    assert main(["export", str(model), "--pictures", str(birds / "val")]) == 0
+    assert main(["quantize", str(whole), str(birds), "--calibrate", "24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith(f"wrote     {small}, {small.stat().st_size:,} bytes, ")
+    assert small.stat().st_size < 0.6 * whole.stat().st_size  # of a net of 0.1 M parameters
+
+    paths = sorted(map(str, (birds / "val").rglob("*.jpg")))
+    answers = {path.name: list(runtime.load(path).predict(paths)) for path in (whole, small)}
+    first = [[one.classes[0][0] for one in answer] for answer in answers.values()]
+    same = np.mean([one == other for one, other in zip(*first, strict=True)])
+    assert same >= 0.85
+    told = re.search(
+        r"(\d+\.\d\d) % -> (\d+\.\d\d) %.* on 40 pictures; the same first class for (\d+\.\d) %", lines[-1]
+    )
+    assert told is not None
+    truth = [Path(path).parent.name for path in paths]
+    shares = [100 * np.mean([name == true for name, true in zip(names, truth, strict=True)]) for names in first]
+    assert [float(word) for word in told.groups()] == pytest.approx([*shares, 100 * same], abs=0.06)
+
+    for path, share in ((whole, shares[0]), (small, shares[1])):
+        assert main(["eval", str(path), str(birds), "--workers", "0"]) == 0
+        assert f"top-1   {share:.2f} %" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def exported(birds, tmp_path_factory) -> Path:
+    """A net that was not trained, as a model file and exported."""
+    torch.manual_seed(0)
+    recipe = make_recipe(NET, sorted(path.name for path in (birds / "val").iterdir()), [Edit.parse(EDIT)], size=32)
+    path = tmp_path_factory.mktemp("models") / "net.onnx"
+    save_model(build(recipe)[0], recipe, path.with_suffix(".safetensors"))
+    assert main(["export", str(path.with_suffix(".safetensors"))]) == 0
+    return path
+
+
+def test_attention_normalisation_and_logits_stay_in_float(birds, exported, tmp_path):
+    out = tmp_path / "small.onnx"
+    report = quantize(exported, str(birds), out, calibrate=8, measure=10)
+    assert (report.calibrated, report.pictures, report.bytes) == (8, 10, out.stat().st_size)
+    made = onnx.load(out)
+    onnx.checker.check_model(made, full_check=True)
+    makes = {output: node for node in made.graph.node for output in node.output}
+    weights = {tensor.name: to_array(tensor) for tensor in made.graph.initializer}
+    convolutions = {True: [], False: []}
+    for node in made.graph.node:
+        if node.op_type == "Conv":
+            convolutions[ATTENTION in node.name].append(node)
+    assert len(convolutions[True]) == 3
+    for node in convolutions[True]:
+        assert weights[node.input[1]].dtype == np.float32
+    for node in convolutions[False]:
+        kernel = makes[node.input[1]]
+        assert kernel.op_type == "DequantizeLinear"
+        assert weights[kernel.input[0]].dtype == np.int8
+        assert weights[kernel.input[1]].shape == weights[kernel.input[0]].shape[:1]  # a scale for each channel
+        assert makes[node.input[0]].op_type == "DequantizeLinear"
+    assert makes["logits"].op_type == "Gemm"
+    assert [node.op_type for node in made.graph.node if "pixels" in node.input] == ["Transpose"]
+
+
+def test_a_model_file_is_exported_on_the_way(birds, exported, tmp_path):
+    quantize(exported, str(birds), tmp_path / "a.onnx", calibrate=8, measure=4)
+    quantize(exported.with_suffix(".safetensors"), str(birds), tmp_path / "b.onnx", calibrate=8, measure=4)
+    one, other = (runtime.load(tmp_path / name) for name in ("a.onnx", "b.onnx"))
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(one.logits(images), other.logits(images))
+    assert one.metadata == other.metadata
+
+
+def test_a_net_that_8_bits_ruin_is_refused(birds, exported, tmp_path):
+    """One channel that nobody listens to takes up the whole range of a map, and the other channels drown in it."""
+    net, recipe = load(exported.with_suffix(".safetensors"))
+    norm, head = net.get_submodule("bn2"), net.get_submodule("classifier")
+    with torch.no_grad():
+        norm.bias[0] = 1e6
+        head.weight.normal_()
+        head.weight[:, 0] = 0
+    save_model(net, recipe, tmp_path / "net.safetensors")
+    paths = sorted(map(str, birds.rglob("*.jpg")))
+    for path, said in zip(paths, list(predict(net, recipe, paths)), strict=True):  # the truth is what the net says
+        folder = tmp_path / "data" / Path(path).parts[-3] / said.classes[0][0]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{len(list(folder.iterdir()))}.jpg").write_bytes(Path(path).read_bytes())
+    with pytest.raises(UlsamError, match=r"worse than 1 point: top-1 100.00 % -> .*; nothing was written"):
+        quantize(tmp_path / "net.safetensors", str(tmp_path / "data"), tmp_path / "small.onnx")
+    assert not (tmp_path / "small.onnx").exists()
+
+
+def test_mistakes_are_told_in_one_line(birds, exported, tmp_path, capsys):
+    small = str(tmp_path / "small.onnx")
+    assert main(["quantize", str(exported), str(birds), "--out", small, "--calibrate", "2", "--measure", "2"]) == 0
+    for name in ("train/dodo", "train/wren", "val/dodo", "val/wren"):
+        (tmp_path / "dodos" / name).mkdir(parents=True)
+        first = next((birds / "train").rglob("*.jpg"))
+        (tmp_path / "dodos" / name / "1.jpg").write_bytes(first.read_bytes())
+    capsys.readouterr()
+    for words, told in [
+        ([small, str(birds)], "is quantised already"),
+        ([str(exported), str(birds), "--out", str(tmp_path)], "a quantised net is a file called NAME.onnx"),
+        ([str(exported), str(birds), "--out", str(tmp_path / "no" / "a.onnx")], "no such folder"),
+        ([str(exported), str(birds), "--calibrate", "0"], "must be 1 or more, not 0 and 1000"),
+        ([str(exported), str(tmp_path / "dodos")], "the net knows no class 'dodo'"),
+        ([str(exported), str(tmp_path / "none")], "no such folder"),
+        ([str(tmp_path / "none.safetensors"), str(birds)], "no model file"),
+    ]:
+        assert main(["quantize", *words]) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1
+    assert not exported.with_name("net-int8.onnx").exists()

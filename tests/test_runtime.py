@@ -1,0 +1,237 @@
+"""An exported net gives the answers of the net, also where nothing of PyTorch can be imported."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import PIL
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+
+import ulsam
+from tiny import NET, draw_splits
+from ulsam import runtime
+from ulsam.cli import main
+from ulsam.data import pictures as pictures_room
+from ulsam.data.pictures import read_pixels
+from ulsam.data.preprocessing import Preprocessing
+from ulsam.errors import UlsamError
+from ulsam.evaluate import predict
+from ulsam.exporting import export
+from ulsam.models import build, load, make_recipe, save_model
+from ulsam.recipe import Edit
+
+CLASSES = ("class0", "class1", "class2")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model file, the same net exported, and a folder with pictures, one of which cannot be read."""
+    torch.manual_seed(0)
+    recipe = make_recipe(NET, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=48)
+    net, _ = build(recipe)
+    nn.init.normal_(net.get_submodule("classifier").weight)
+    root = tmp_path_factory.mktemp("runtime")
+    save_model(net, recipe, root / "net.safetensors")
+    export(net, recipe, root / "net.onnx")
+    data = draw_splits(root / "data", train=1, val=4, size=70)
+    Image.open(data / "val" / "class0" / "000.png").resize((300, 410)).save(data / "val" / "class0" / "large.jpg")
+    (data / "val" / "class1" / "002.png").write_bytes(b"no picture")
+    return root
+
+
+def photograph(width: int, height: int) -> np.ndarray:
+    coarse = np.random.default_rng(width * height).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@given(
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.sampled_from([(32, 32), (32, 24), (24, 40), (1, 1)]),
+    st.sampled_from([0.5, 0.875, 0.9, 1.0, 1.3]),
+    st.sampled_from(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_crop_is_timms(picture, size, crop_pct, interpolation):
+    if int(min(size) / crop_pct) < 1:
+        return  # timm resizes to nothing
+    pixels = photograph(*picture)
+    theirs = create_transform((3, *size), crop_pct=crop_pct, interpolation=interpolation, normalize=False)
+    ours = Preprocessing(size, interpolation, crop_pct, (0.5,) * 3, (0.5,) * 3)
+    try:
+        expected = theirs(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
+    except ValueError:  # Pillow: a side of 0
+        with pytest.raises(ValueError, match="must be > 0"):
+            ours.crop(pixels)
+        return
+    assert np.array_equal(ours.crop(pixels), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_pillow_alone_reads_the_same_pixels(monkeypatch, mode, factor):
+    for number, (width, height) in enumerate([(97, 64), (201, 155), (33, 47)]):
+        stream = io.BytesIO()
+        options = {"subsampling": number, "progressive": number == 1, "exif": b"Exif\0\0"} if mode == "RGB" else {}
+        if mode == "RGB":
+            exif = Image.Exif()
+            exif[0x0112] = 6  # to be turned
+            options["exif"] = exif
+        Image.fromarray(photograph(width, height)).convert(mode).save(stream, "jpeg", **options)
+        expected = read_pixels(stream, lambda *_: factor)
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures_room, "simplejpeg", None)
+            found = read_pixels(stream, lambda *_: factor)
+        assert np.array_equal(found, expected)
+
+
+def test_predictions_are_the_nets(world):
+    paths = sorted(map(str, (world / "data" / "val").rglob("*.*")))
+    expected = list(predict(*load(world / "net.safetensors"), paths))
+    net = runtime.load(world / "net.onnx", threads=1)
+    for batch in (1, 5, 32):
+        found = list(net.predict(paths, batch=batch))
+        assert [(one.path, one.error) for one in found] == [(one.path, one.error) for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert [name for name, _ in one.classes] == [name for name, _ in other.classes]
+            shares = [[share for _, share in each.classes] for each in (one, other)]
+            np.testing.assert_allclose(*shares, atol=1e-5)
+    assert sum(one.error is not None for one in found) == 1
+    assert len({one.classes[0][0] for one in found if one.classes}) > 1
+
+
+def test_streams_and_pixels_are_pictures_too(world):
+    net = runtime.load(world / "net.onnx")
+    path = world / "data" / "val" / "class0" / "large.jpg"
+    by_path, by_stream, broken, by_pixels = net.predict(
+        [path, io.BytesIO(path.read_bytes()), io.BytesIO(b""), read_pixels(path, net.preprocessing.reduction)]
+    )
+    assert by_path.classes == by_stream.classes == by_pixels.classes
+    assert (by_path.path, by_stream.path, by_pixels.path) == (str(path), "<picture 1>", "<picture 3>")
+    assert "empty file" in broken.error
+    assert list(net.predict([])) == []
+
+
+def test_the_commands_say_the_same_of_both_files(world, capsys):
+    told = {}
+    for suffix in (".safetensors", ".onnx"):
+        model = str(world / f"net{suffix}")
+        codes = [main(["predict", model, str(world / "data" / "val"), *more]) for more in ([], ["--json"])]
+        assert codes == [2, 2]  # one picture is none
+        assert main(["eval", model, str(world / "data"), "--workers", "0", "--json", str(world / "scores.json")]) == 0
+        told[suffix] = capsys.readouterr().out
+        scores = json.loads((world / "scores.json").read_text())
+        told[suffix + "s"] = [scores[key] for key in ("split", "cost", "recipe")], scores["scores"]["top1"]
+    # probabilities differ by 1e-6 at most, and are told to 6 digits
+    words, others = (told[suffix].replace(".safetensors", ".onnx").split() for suffix in (".safetensors", ".onnx"))
+    assert len(words) == len(others) > 60
+    for word, other in zip(words, others, strict=True):
+        try:
+            assert float(word.strip(",};")) == pytest.approx(float(other.strip(",};")), abs=1.1e-3)
+        except ValueError:
+            assert word == other
+    assert told[".onnxs"] == told[".safetensorss"]
+
+
+BARE = """
+import importlib, json, sys
+sys.path[:0] = [{site!r}]
+for name in ("torch", "timm", "torchvision", "safetensors", "simplejpeg", "tqdm", "scipy"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        continue
+    raise SystemExit(name + " can be imported")
+import ulsam.runtime
+net = ulsam.runtime.load({model!r})
+print(json.dumps([[one.path, one.classes, one.error] for one in net.predict({paths!r}, batch=3)]))
+from ulsam.cli import main
+raise SystemExit(main(["predict", {model!r}, {folder!r}]))
+"""
+
+
+def test_it_runs_where_there_is_no_torch(world, tmp_path, capsys):
+    """In an interpreter whose only packages are NumPy, Pillow and ONNX Runtime."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for package in (np, PIL, onnxruntime, ulsam):
+        folder = Path(package.__file__).parent
+        (site / folder.name).symlink_to(folder)
+        for libraries in folder.parent.glob(f"{folder.name.lower()}.libs"):
+            (site / libraries.name).symlink_to(libraries)
+    for libraries in Path(PIL.__file__).parents[1].glob("pillow.libs"):
+        (site / libraries.name).symlink_to(libraries)
+    folder = str(world / "data" / "val")
+    paths = sorted(map(str, Path(folder).rglob("*.*")))
+    code = BARE.format(site=str(site), model=str(world / "net.onnx"), paths=paths, folder=folder)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr  # one picture is none
+    assert "1 of 13 pictures could not be read" in done.stderr
+    lines = done.stdout.splitlines()
+    here = list(runtime.load(world / "net.onnx").predict(paths))
+    assert json.loads(lines[0]) == [[one.path, [list(pair) for pair in one.classes], one.error] for one in here]
+    main(["predict", str(world / "net.onnx"), folder])
+    assert lines[1:] == capsys.readouterr().out.splitlines()
+
+
+def test_without_onnx_runtime_it_says_what_to_install(world, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["predict", str(world / "net.onnx"), str(world / "data")]) == 2
+    assert capsys.readouterr().err.endswith("; pip install onnxruntime\n")
+
+
+def renamed(source: Path, target: Path, **changes: str | None) -> str:
+    """A copy of an exported file with other metadata; None takes a key away."""
+    model = onnx.load(source)
+    notes = {entry.key: entry.value for entry in model.metadata_props} | changes
+    onnx.helper.set_model_props(model, {key: value for key, value in notes.items() if value is not None})
+    onnx.save(model, target)
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"classes": None}, "was not exported by ulsam: its metadata has no classes; write it by ulsam export"),
+        ({"classes": None, "preprocessing": None}, "its metadata has no classes and no preprocessing; "),
+        ({"classes": "wren"}, "has metadata that cannot be read"),
+        ({"preprocessing": "{}"}, "has metadata that cannot be read: no preprocessing of pictures: KeyError 'size'"),
+    ],
+)
+def test_a_file_that_is_not_ours_says_what_is_missing(world, tmp_path, changes, told, capsys):
+    path = renamed(world / "net.onnx", tmp_path / "other.onnx", **changes)
+    with pytest.raises(UlsamError, match=r"other\.onnx") as caught:
+        runtime.load(path)
+    assert told in str(caught.value)
+    picture = str(world / "data" / "val" / "class0" / "000.png")
+    assert main(["predict", path, picture]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_no_exported_net(world, tmp_path, capsys):
+    (tmp_path / "broken.onnx").write_bytes((world / "net.onnx").read_bytes()[:5000])
+    (tmp_path / "folder.onnx").mkdir()
+    recipe_gone = renamed(world / "net.onnx", tmp_path / "norecipe.onnx", recipe=None)
+    data = str(world / "data")
+    for words, told in [
+        (["predict", str(tmp_path / "broken.onnx"), data], "is no ONNX file that can be run here"),
+        (["predict", str(tmp_path / "none.onnx"), data], f"no exported net {tmp_path / 'none.onnx'}"),
+        (["predict", str(tmp_path / "folder.onnx"), data], f"no exported net {tmp_path / 'folder.onnx'}"),
+        (["eval", recipe_gone, data], "holds no recipe: write it by ulsam export"),
+        (["eval", str(world / "net.onnx"), data, "--device", "cuda"], "an exported net runs on the CPU here"),
+    ]:
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1
