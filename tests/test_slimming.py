@@ -277,7 +277,7 @@ def test_onnx_runtime_puts_out_what_the_net_does():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), ulsam.ULSAM(8, form="released")).eval()
     net[1].running_mean += 0.1
     pictures = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    (found,) = call_of(net, (3, 12, 12), "onnxruntime", batch=2, threads=1)()
+    found = call_of(net, (3, 12, 12), "onnxruntime", batch=2, threads=1)()
     assert torch.allclose(torch.from_numpy(found), net(pictures), atol=1e-5)
 
 

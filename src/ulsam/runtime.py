@@ -96,7 +96,7 @@ def open_net(model: str | bytes, name: str, threads: int | None = None) -> Net:
     except ImportError as error:
         raise UlsamError(f"{name}: {error}; pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors, which are raised as well
+    options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads or 0
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -56,6 +56,7 @@ def onnx_run(content: bytes, threads: int | None = None) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

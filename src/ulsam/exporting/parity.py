@@ -16,7 +16,7 @@ from ulsam.data.bird_drawing import draw_bird
 from ulsam.data.birds import MAX_SIZE, MIN_SIZE, class_marks
 from ulsam.data.pictures import Pixels, UnreadablePicture, read_pixels
 from ulsam.data.preprocessing import Preprocessing
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, first_line
 from ulsam.evaluate import eval_mode
 from ulsam.prediction import Logits
 
@@ -101,6 +101,9 @@ def compared(
         images: all of one size.
         pixels: False if ``run`` takes normalised pictures.
         one_by_one: whether ``run`` takes one picture at a time.
+
+    Raises:
+        UlsamError: ``run`` fails, or puts out another number of classes.
     """
     device = next(model.parameters()).device
     step = 1 if one_by_one else BATCH
@@ -108,7 +111,13 @@ def compared(
     for first in [0, *range(1, len(images), step)]:
         batch = np.stack(images[first : first + (step if first else 1)])
         normalised = look.normalise(batch)
-        theirs = np.asarray(run(batch if pixels else normalised))
+        try:
+            theirs = np.asarray(run(batch if pixels else normalised))
+        except Exception as error:  # each engine has its own; a size may be fixed in the net, though left open
+            size = "x".join(map(str, batch.shape[1:3]))
+            raise UlsamError(
+                f"the exported net fails on pictures of {size}: {first_line(error)}; nothing was written"
+            ) from error
         with torch.no_grad(), eval_mode(model):
             ours = model(torch.from_numpy(normalised).to(device)).float().cpu().numpy()
         if theirs.shape != ours.shape:
