@@ -1,5 +1,6 @@
 """Batches are a function of seed and epoch, whatever the workers and restarts; bad pictures; data sets by name."""
 
+import gc
 import io
 import json
 import math
@@ -161,6 +162,28 @@ def test_reading_processes_give_way_to_training() -> None:
 
     (batch,) = eval_loader(Telling(1), EVAL, batch_size=1, workers=1)
     assert batch.unreadable == [("picture 0", f"niceness {min(19, os.nice(0) + 5)}")]
+
+
+class Threaded:
+    """Notes the process that collects it, in a cycle, as a session of ONNX Runtime may be."""
+
+    def __init__(self, ended: list[int]) -> None:
+        self.own, self.ended = self, ended
+
+    def __del__(self) -> None:
+        self.ended.append(os.getpid())
+
+
+def test_garbage_is_collected_before_a_process_is_forked(pictures: FolderPictures) -> None:
+    """What has threads hangs the reading process that collects it: they are not there."""
+    ended: list[int] = []
+    gc.disable()
+    try:
+        Threaded(ended)
+        next(iter(eval_loader(pictures, EVAL, batch_size=4, workers=1)))
+    finally:
+        gc.enable()
+    assert ended == [os.getpid()]
 
 
 def test_start_gives_the_rest_of_the_epoch(pictures: FolderPictures) -> None:

@@ -4,6 +4,7 @@ Every random choice is a function of (seed, epoch, position in the epoch), which
 So a run can go on in mid-epoch with nothing saved but its position.
 """
 
+import gc
 import itertools
 import os
 import random
@@ -209,6 +210,8 @@ class Loader(DataLoader[Item]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         handler = signal.getsignal(signal.SIGCHLD)
+        if self.num_workers:  # a forked process hangs when it collects what has threads, as an ONNX Runtime session has
+            gc.collect()
         batches = super().__iter__()
         if signal.getsignal(signal.SIGCHLD) is not handler:
             signal.signal(signal.SIGCHLD, handler)
