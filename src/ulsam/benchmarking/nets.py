@@ -24,8 +24,10 @@ from ulsam.recipe import Recipe
 from ulsam.train.machine import why_not_compiled
 from ulsam.trained import names
 
-INT8_TOLERANCE = 0.1
-"""As `ulsam.exporting.parity.TOLERANCE`, between two engines that each round maps to a byte in their own way."""
+INT8_TOLERANCE = 0.15
+"""As `ulsam.exporting.parity.TOLERANCE`, between two engines that each round maps to a byte in their own way.
+
+OpenVINO's logits of quantised MobileNets were found 4 to 6 % from ONNX Runtime's, with the same first classes."""
 
 
 @dataclass(frozen=True)
