@@ -93,7 +93,7 @@ def figures(times: Sequence[float], first: Sequence[float] | None) -> dict[str, 
 
     Args:
         times: of the net.
-        first: of the net that it is held against, in the same turns.
+        first: of the net that it is held against, in the same turns; ``times`` itself for that net.
 
     >>> figures([3.0, 1.0, 2.0], [6.0, 2.0, 4.0])["ratio"]
     0.5

@@ -1,7 +1,8 @@
-"""One net in one backend, in a process of its own whose memory is that of the net: ``python -m ...worker``.
+"""One net in one backend, in a process of its own: ``python -m ulsam.benchmarking.worker``.
 
 `ulsam.benchmarking.process` drives it. Its first line of input is a `Case`; it answers when the net has run once. Each
-further line asks for one timed call. Nothing of PyTorch is imported for ONNX Runtime and OpenVINO.
+further line asks for one timed call. Nothing of PyTorch is imported for ONNX Runtime and OpenVINO, whose
+memory is measured.
 """
 
 import json
