@@ -54,7 +54,7 @@ def bench(
             exported for the last two.
         batches: pictures a call.
         threads: CPU threads of the backend.
-        seconds: for each batch size and number of threads, for all nets together; 15 turns in any case.
+        seconds: for each batch size and number of threads, for all nets together; 15 turns at least, 2000 at most.
         size: height and width of the pictures in place of each net's own.
         fold: False for nets as they were trained in PyTorch's backends; what is exported is always folded.
         say: is told what happens.
