@@ -24,6 +24,7 @@ _HOME = {
     "fold": "ulsam.folding",
     "export": "ulsam.exporting",
     "quantize": "ulsam.quantization",
+    "bench": "ulsam.benchmarking.run",
     "compare": "ulsam.comparison",
     "slim": "ulsam.slimming.run",
     "Edit": "ulsam.recipe",

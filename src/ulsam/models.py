@@ -3,10 +3,12 @@
 Importing this module registers the presets of `ulsam.presets` with timm.
 """
 
+import dataclasses
 import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -23,7 +25,7 @@ from ulsam.files import check_readable, write_atomic
 from ulsam.module import ULSAM
 from ulsam.presets import PLACEMENTS
 from ulsam.recipe import Edit, Json, Recipe
-from ulsam.trained import locate
+from ulsam.trained import locate, names
 
 __all__ = [
     "PLACEMENTS",
@@ -33,6 +35,7 @@ __all__ = [
     "make_recipe",
     "read_recipe",
     "read_weights",
+    "recipe_of",
     "save_model",
     "sketch",
     "ulsam_parameters",
@@ -85,6 +88,37 @@ def make_recipe(
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
+
+
+def recipe_of(model: str, *, size: int | None = None, model_args: Mapping[str, Json] | None = None) -> Recipe:
+    """The recipe that a name means: a model file's own, or that of timm's net with all its classes.
+
+    Args:
+        model: a timm name, a preset's included, a model file NAME.safetensors, or a trained net of the package.
+        size: height and width of the input in place of the net's own, in pixels.
+        model_args: of a timm name, as of :func:`make_recipe`.
+
+    Raises:
+        UlsamError: no such net, not a model file, or a size below 1.
+
+    >>> recipe = recipe_of("mobilenetv2_100", size=96)
+    >>> len(recipe.classes), recipe.input_size
+    (1000, (3, 96, 96))
+    """
+    if size is not None and size < 1:
+        raise UlsamError(f"--size must be 1 pixel or more, not {size}")
+    if model.endswith(".safetensors") or model in names():
+        recipe = read_recipe(model)
+    elif not timm.is_model(model) and (Path(model).suffix or Path(model).exists()):
+        raise UlsamError(f"{model} is neither timm's name of a net nor a model file, NAME.safetensors")
+    else:
+        recipe = make_recipe(model, [], model_args=model_args)
+        config = timm.get_pretrained_cfg(model)
+        classes = tuple(str(n) for n in range(config.num_classes if config else 1000))
+        recipe = dataclasses.replace(recipe, classes=classes)
+    if size is not None:
+        recipe = dataclasses.replace(recipe, input_size=(recipe.input_size[0], size, size))
+    return recipe
 
 
 def build(

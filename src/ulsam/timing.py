@@ -1,8 +1,9 @@
 """The time that calls take on this machine, in turn with each other."""
 
+import functools
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -30,18 +31,34 @@ def times_in_turn(calls: Mapping[NameT, Call], seconds: float, most_turns: int) 
     >>> len(found["short"]), min(found["long"]) > min(found["short"])
     (15, True)
     """
-    for call in calls.values():
+    turns = list(in_turn({name: functools.partial(_timed, call) for name, call in calls.items()}, seconds, most_turns))
+    return {name: [turn[name] for turn in turns] for name in calls}
+
+
+def in_turn(
+    measures: Mapping[NameT, Callable[[], float]], seconds: float, most_turns: int
+) -> Iterator[dict[NameT, float]]:
+    """As :func:`times_in_turn`, a turn at a time, of calls that take their own time.
+
+    Args:
+        measures: by name; each makes a call and returns the seconds that it took.
+
+    >>> next(in_turn({"one": lambda: 1.0, "two": lambda: 2.0}, 0, 1)) == {"one": 1.0, "two": 2.0}
+    True
+    """
+    for measure in measures.values():
         for _ in range(WARM_UP):
-            call()
-    times: dict[NameT, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
+            measure()
+    order, shuffle = list(measures), random.Random(0).shuffle
     end = time.monotonic() + seconds
     for turn in range(most_turns):
         if turn >= LEAST_TURNS and time.monotonic() > end:
             break
         shuffle(order)
-        for name in order:
-            before = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - before)
-    return times
+        yield {name: measures[name]() for name in order}
+
+
+def _timed(call: Call) -> float:
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before

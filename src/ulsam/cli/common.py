@@ -1,14 +1,12 @@
 """Arguments that several commands share: a net by name or file, and the edits to make on it."""
 
 import argparse
-import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from ulsam.errors import UlsamError
-from ulsam.models import PLACEMENTS, make_recipe, read_recipe
+from ulsam.models import PLACEMENTS, recipe_of
 from ulsam.recipe import Edit, Recipe
 from ulsam.trained import names
 
@@ -92,29 +90,29 @@ def add_net_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The recipe that MODEL and ``--size`` mean: a file's own, or that of timm's net with all its classes.
-
-    Raises:
-        UlsamError: no such net, not a model file, or a size below 1.
+    """The recipe that MODEL and ``--size`` mean, with a preset's ``--groups`` and ``--form``: `ulsam.models.recipe_of`.
 
     >>> recipe = recipe_from(argparse.Namespace(model="mobilenetv2_100", size=96))
     >>> len(recipe.classes), recipe.input_size
     (1000, (3, 96, 96))
     """
-    if args.size is not None and args.size < 1:
-        raise UlsamError(f"--size must be 1 pixel or more, not {args.size}")
-    if args.model.endswith(".safetensors") or args.model in names():
-        recipe = read_recipe(args.model)
-    elif not timm.is_model(args.model) and (Path(args.model).suffix or Path(args.model).exists()):
-        raise UlsamError(f"{args.model} is neither timm's name of a net nor a model file, NAME.safetensors")
-    else:
-        recipe = make_recipe(args.model, [], model_args=preset_arguments(args, args.model))
-        config = timm.get_pretrained_cfg(args.model)
-        classes = tuple(str(n) for n in range(config.num_classes if config else 1000))
-        recipe = dataclasses.replace(recipe, classes=classes)
-    if args.size is not None:
-        recipe = dataclasses.replace(recipe, input_size=(recipe.input_size[0], args.size, args.size))
-    return recipe
+    return recipe_of(args.model, size=args.size, model_args=preset_arguments(args, args.model))
+
+
+def numbers(kind: type[Any]) -> Callable[[str], tuple[Any, ...]]:
+    """An argparse type: several numbers with commas between them.
+
+    >>> numbers(int)("1,32")
+    (1, 32)
+    """
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(word) for word in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2") from None
+
+    return read
 
 
 def free_folder(name: str) -> Path:

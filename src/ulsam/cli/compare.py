@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from ulsam.cli.common import numbers
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.comparison import MARGIN, compare, report
 from ulsam.comparison.table import text
@@ -27,8 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=int, metavar="N", help="runs of each arm, with seeds from --seed on (default: 5)"
     )
-    parser.add_argument("--rates", type=_numbers(float), metavar="LR,...", help="learning rates to try")
-    parser.add_argument("--tried-epochs", type=_numbers(int), metavar="N,...", help="epochs to try")
+    parser.add_argument("--rates", type=numbers(float), metavar="LR,...", help="learning rates to try")
+    parser.add_argument("--tried-epochs", type=numbers(int), metavar="N,...", help="epochs to try")
     parser.add_argument("--tried-seeds", type=int, metavar="N", help="runs of each try, the mean counts (default: 1)")
     parser.add_argument("--config", metavar="YAML", help="settings from a file; options on the command line come first")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: 1; with ray: as many as fit)")
@@ -77,13 +78,3 @@ def _data_and_settings(args: argparse.Namespace) -> dict[str, Any]:
     if data is None:
         raise UlsamError("no data given: name an image folder or a data set")
     return {"data": data, "settings": settings}
-
-
-def _numbers(kind: type) -> Any:
-    def read(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(word) for word in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2") from None
-
-    return read

@@ -28,7 +28,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
         for number, arm, cost in shown:
             middle = centre(arm, arms[0][1])
             bar: Any = _bar(arm, number == 0)
-            panel.errorbar(cost, middle, yerr=bar, capsize=4, label=arm["name"], **_style(number))
+            panel.errorbar(cost, middle, yerr=bar, capsize=4, label=arm["name"], **style(number))
             if number == 0:
                 panel.axhline(middle, ls="--", lw=0.8, color="grey")
         panel.set(xlabel=label)
@@ -63,7 +63,7 @@ def draw_rates(result: Mapping[str, Any]) -> bytes:
                 continue
             turns = {"ls": ("-", "--", ":", "-.")[turn % 4], "fillstyle": "none" if turn else "full"}
             label = f"{arm['name']}, {epochs} epochs"
-            axes.plot([lr for lr, _ in found], [top for _, top in found], label=label, **_style(number) | turns)
+            axes.plot([lr for lr, _ in found], [top for _, top in found], label=label, **style(number) | turns)
     axes.set(xscale="log", xlabel="learning rate", ylabel="top-1 on held-out training pictures (%)")
     rates = sorted({entry["lr"] for arm in result["arms"] for entry in arm["tries"]})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -87,8 +87,8 @@ def centre(arm: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     return 100 * (base["top1_mean"] + minus["mean"] if minus else arm["top1_mean"])
 
 
-def _style(number: int) -> dict[str, Any]:
-    """Colour and marker of an arm; a line of its own has none."""
+def style(number: int) -> dict[str, Any]:
+    """Colour and marker of an arm, or of a net, by its number; a line of its own has none."""
     return {"marker": "os^Dv<>pPX"[number % 10], "color": f"C{number % 10}", "ls": "none"}
 
 

@@ -62,6 +62,14 @@ class Parity:
         """The same, of drawn birds or of real pictures."""
         return dataclasses.replace(self, drawn=drawn)
 
+    def within(self, tolerance: float) -> bool:
+        """Whether no logit differs by more than this share of the largest one.
+
+        >>> Parity(4, 4, 0.5, 10.0).within(0.1), Parity(4, 4, np.nan, 10.0).within(0.1)
+        (True, False)
+        """
+        return self.difference <= tolerance * self.largest
+
     def check(self, format: str) -> None:
         """Raise unless the exported net may stand for the net.
 
@@ -73,7 +81,7 @@ class Parity:
         ulsam.errors.UlsamError: the net for onnx puts out something else than the net: 16 pictures: the same first \
 class for 12, largest difference of a logit 2.5e-01 (largest logit 3.5); nothing was written
         """
-        if not self.difference <= TOLERANCE * self.largest:
+        if not self.within(TOLERANCE):
             raise UlsamError(f"the net for {format} puts out something else than the net: {self}; nothing was written")
 
     def __str__(self) -> str:
@@ -120,11 +128,23 @@ def compared(
             ) from error
         with torch.no_grad(), eval_mode(model):
             ours = model(torch.from_numpy(normalised).to(device)).float().cpu().numpy()
-        if theirs.shape != ours.shape:
-            raise UlsamError(f"the exported net puts out {list(theirs.shape)}, the net {list(ours.shape)}")
-        same = int((theirs.argmax(1) == ours.argmax(1)).sum())
-        found.append(Parity(len(batch), same, float(abs(theirs - ours).max()), float(abs(ours).max())))
+        found.append(parity_of(theirs, ours))
     return sum(found[1:], found[0])
+
+
+def parity_of(theirs: Logits, ours: Logits) -> Parity:
+    """How the exported net's logits [B, classes] compare with the net's own for the same pictures.
+
+    Raises:
+        UlsamError: they are of another shape.
+
+    >>> print(parity_of(np.float32([[0, 1], [3, 2]]), np.float32([[0, 1], [2, 2.5]])))
+    2 pictures: the same first class for 1, largest difference of a logit 1.0e+00 (largest logit 2.5)
+    """
+    if theirs.shape != ours.shape:
+        raise UlsamError(f"the exported net puts out {list(theirs.shape)}, the net {list(ours.shape)}")
+    same = int((theirs.argmax(1) == ours.argmax(1)).sum())
+    return Parity(len(ours), same, float(abs(theirs - ours).max()), float(abs(ours).max()))
 
 
 def read_images(paths: Sequence[str | os.PathLike[str]], look: Preprocessing) -> list[Pixels]:

@@ -1,0 +1,59 @@
+"""`ulsam bench MODEL...`: nets side by side in the engines that run them."""
+
+import argparse
+
+from ulsam.benchmarking.report import text
+from ulsam.benchmarking.run import bench
+from ulsam.cli.common import free_folder, numbers
+from ulsam.errors import printable
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a timm name (random weights), a .safetensors model file, or NAME.onnx of ulsam export or quantize; "
+        "the first one is what the others are held against",
+    )
+    parser.add_argument(
+        "--backends",
+        type=lambda text: tuple(text.split(",")),
+        default=("eager", "onnxruntime"),
+        metavar="NAME,...",
+        help="of eager, compile, onnxruntime, openvino (default: eager,onnxruntime)",
+    )
+    parser.add_argument(
+        "--batch", type=numbers(int), default=(1, 32), metavar="N,...", help="pictures a call (default: 1,32)"
+    )
+    parser.add_argument("--threads", type=numbers(int), default=(1,), metavar="N,...", help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="time for each batch size and number of threads, all nets together (default: 30)",
+    )
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: each net's own)")
+    parser.add_argument(
+        "--no-fold", dest="fold", action="store_false", help="run nets as they were trained, by eager and compile"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder of the result (default: runs/bench-N)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, and print the table."""
+    out = args.out or free_folder("bench")
+    rows = bench(
+        args.models,
+        out,
+        backends=args.backends,
+        batches=args.batch,
+        threads=args.threads,
+        seconds=args.seconds,
+        size=args.size,
+        fold=args.fold,
+        say=lambda line: print(printable(line), flush=True),
+    )
+    print(f"\n{text(rows)}\n\nwrote   {out}/bench.csv, bench.png and bench.json")
