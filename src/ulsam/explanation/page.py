@@ -126,7 +126,7 @@ def photo_uri(pixels: Pixels) -> str:
 
 
 def map_uri(values: NDArray[np.floating], smallest: int = SMALLEST) -> str:
-    """A map of values from 0 to 1 as a PNG of so many pixels to a side at least, for the browser to enlarge: a data URI.
+    """A map of values from 0 to 1 as a PNG of so many pixels to a side at least, in a data URI; browsers enlarge it.
 
     >>> map_uri(np.zeros((7, 7))).startswith("data:image/png;base64,")
     True

@@ -16,8 +16,8 @@ from ulsam.explanation.words import net_name
 from ulsam.models import load
 
 LONGEST = 32
-"""The longest side of a picture that is taken, in multiples of the other one. Pictures are resized by their shorter side,
-which would make gigabytes of a line one pixel wide."""
+"""The longest side of a picture that is taken, in multiples of the other one. Pictures are resized by their shorter
+side, which would make gigabytes of a line one pixel wide."""
 
 
 @dataclass(frozen=True)

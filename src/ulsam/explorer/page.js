@@ -4,16 +4,16 @@ const find = (selector, within = document) => within.querySelector(selector);
 const body = document.body, input = find("#file"), radios = find("#show");
 let settings; // what the server told at first
 let file = null; // the picture that is shown
-let asking = null; // the AbortController of the question that is under way
+let next = null; // the picture to look at as soon as the one before it is done
+let working = false;
 
 // ---------------------------------------------------------------- questions to the server
 
-async function ask(path, picture, signal) {
+async function ask(path, picture) {
   let answer;
   try {
-    answer = await fetch(`${path}?name=${encodeURIComponent(picture.name)}`, { method: "POST", body: picture, signal });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
+    answer = await fetch(`${path}?name=${encodeURIComponent(picture.name)}`, { method: "POST", body: picture });
+  } catch {
     throw new Error("The program does not answer, or the file cannot be read. Is ulsam explore still running?");
   }
   if (answer.ok) return answer;
@@ -21,26 +21,31 @@ async function ask(path, picture, signal) {
   throw new Error(typeof told === "string" ? told : `The program failed (${answer.status}): its terminal says why.`);
 }
 
+/** Show what the nets find; of pictures that come while one is looked at, the last is next and the others are left out. */
 async function look(picture) {
-  asking?.abort();
-  asking = null;
-  busy(false);
   fail("");
   if (picture.size > settings.max_bytes) {
     const size = (picture.size / 1e6).toFixed(1), most = settings.max_bytes / 1e6;
     return fail(`${picture.name} has ${size} MB, and ${most} MB is the most that is taken (see --max-mb).`);
   }
-  const mine = (asking = new AbortController());
-  busy(true, picture.name);
-  try {
-    const answer = await (await ask("explain", picture, mine.signal)).json();
-    file = picture;
-    show(answer);
-  } catch (error) {
-    if (error.name !== "AbortError") fail(error.message);
-  } finally {
-    if (asking === mine) busy(false);
+  next = picture;
+  if (working) return;
+  working = true;
+  while (next) {
+    const mine = next;
+    next = null;
+    busy(true, mine.name);
+    try {
+      const answer = await (await ask("explain", mine)).json();
+      if (next) continue;
+      file = mine;
+      show(answer);
+    } catch (error) {
+      if (!next) fail(error.message);
+    }
   }
+  working = false;
+  busy(false);
 }
 
 async function download(number, button) {
@@ -143,7 +148,7 @@ class Net {
     scale.style.setProperty("--uniform", `${layer?.uniform ?? 0}%`);
     find(".controls", this.card).hidden = !layer;
     find(".subspace", this.card).hidden = find(".strip", this.card).hidden = !(count > 1);
-    find("output", this.card).textContent = `${number} of ${count}`;
+    find(".count", this.card).textContent = `${number} of ${count}`;
     this.slider.setAttribute("aria-valuetext", `${number} of ${count}: ${words.join(", ")}`);
     find(".strip", this.card).childNodes.forEach((thumb, place) => thumb.classList.toggle("on", place + 1 === number));
   }

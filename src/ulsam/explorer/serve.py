@@ -73,9 +73,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address, family=family)
+    except socket.gaierror as error:
+        raise UlsamError(f"cannot listen on {host}: {str(error.strerror).lower()}; see --host") from error
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        hint = (
-            "see --host" if isinstance(error, socket.gaierror) else "name another --port, or --port 0 for any free one"
-        )
+        reason = os.strerror(error.errno or 0).lower()  # its own text tells the address once more
+        hint = "name another --port, or --port 0 for any free one"
         raise UlsamError(f"cannot listen on port {port} of {host}: {reason}; {hint}") from error
