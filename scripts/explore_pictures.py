@@ -1,4 +1,4 @@
-"""Draw docs/explore*.png: the page of `ulsam explore` in Chromium, light, dark and as wide as a phone.
+"""Draw docs/explore*.jpg: the page of `ulsam explore` in Chromium, light, dark and as wide as a phone.
 
 The nets and the drawn birds are those of explain_picture.py; Chromium is `$ULSAM_CHROMIUM`, or the one on the PATH.
 
@@ -19,7 +19,11 @@ from playwright.sync_api import Page, sync_playwright
 
 from ulsam.files import write_atomic
 
-SHOTS = {"explore": ("light", 1180), "explore-dark": ("dark", 1180), "explore-phone": ("light", 390)}
+SHOTS = {  # name: colour scheme, width, and what is shown
+    "explore": ("light", 1180, "attention"),
+    "explore-dark": ("dark", 1180, "cam"),
+    "explore-phone": ("light", 390, "attention"),
+}
 
 
 def main() -> None:
@@ -35,25 +39,24 @@ def main() -> None:
         assert server.stdout is not None
         address = server.stdout.readline().split()[0]
         browser = playwright.chromium.launch(executable_path=chromium)
-        for name, (scheme, width) in SHOTS.items():
+        for name, (scheme, width, mode) in SHOTS.items():
             view = {"width": width, "height": 800}
-            page = browser.new_page(color_scheme=scheme, viewport=view, device_scale_factor=1.5)  # type: ignore[arg-type]
+            page = browser.new_page(color_scheme=scheme, viewport=view, device_scale_factor=1.25)  # type: ignore[arg-type]
             page.goto(address)
             page.set_input_files("#file", args.picture)
             page.wait_for_selector("#result:not([hidden])")
-            page.mouse.move(0, 0)
+            page.locator(f"[value={mode}]").check(force=True)
             page.wait_for_timeout(400)
-            write_atomic(args.out / f"{name}.png", shot(page))
+            write_atomic(args.out / f"{name}.jpg", shot(page))
         browser.close()
         server.terminate()
 
 
 def shot(page: Page) -> bytes:
-    """The whole page, in 256 colours."""
-    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    palette = picture.quantize(256, Image.Quantize.MAXCOVERAGE)  # median cut would lose the ends of the colour scale
+    """The whole page as a JPEG, whose colours are not halved: letters stay sharp."""
     buffer = io.BytesIO()
-    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    picture.save(buffer, "jpeg", quality=85, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 

@@ -169,6 +169,8 @@ function busy(on, name) {
   find(".progress").hidden = !on;
   body.classList.toggle("busy", on);
   find("main").setAttribute("aria-busy", on);
+  const most = `JPEG, PNG, WebP and others, up to ${settings.max_bytes / 1e6} MB`;
+  find("#limits").textContent = on ? `Looking at ${name} …` : most;
   if (on) find("#status").textContent = `Looking at ${name}`;
 }
 
@@ -208,7 +210,7 @@ async function start() {
     return fail("The program does not answer. Is ulsam explore still running?");
   }
   document.documentElement.style.setProperty("--gradient", settings.gradient);
-  find("#limits").textContent = `JPEG, PNG, WebP and others, up to ${settings.max_bytes / 1e6} MB`;
+  busy(false);
   nets.push(...settings.nets.map((net, number) => new Net(net, number, settings.nets.length === 1)));
   find("#nets").replaceChildren(...nets.map((net) => net.card));
   const attention = settings.nets.some((net) => net.attention);
