@@ -1,8 +1,8 @@
 """From the choice of a picture to its maps on the page of `ulsam explore`: seconds, in Chromium, nets of 224 px.
 
 Two nets of MobileNet-V2 with 100 classes and random weights, one of them with blocks 14 and 17 replaced by ULSAM. Each
-picture is given to a page that was just opened: one drawn bird as a JPEG of 0.2 and of 12 million pixels. The clock runs
-from the file's choice until every image on the page is decoded. Chromium is `$ULSAM_CHROMIUM`, or the one on the PATH.
+picture is given to a page that was just opened: a drawn bird as a JPEG of 0.2 and of 12 million pixels. The clock runs
+from the choice of the file until every image on it is decoded. Chromium is `$ULSAM_CHROMIUM`, or that on the PATH.
 
     python benchmarks/explored.py     # results/explored.json; a minute on a quiet machine
 """
@@ -32,7 +32,7 @@ from ulsam.train.report import versions
 
 SIZES = {"0.2 Mpx": (512, 384), "12 Mpx": (4000, 3000)}
 EDITS = {"ulsam": (Edit("replace", "14,17"),), "base": ()}
-DONE = "document.querySelector('.photo[src]') && [...document.images].every((it) => !it.src || it.complete)"
+DECODED = "Promise.all([...document.images].filter((it) => it.src).map((it) => it.decode()))"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,7 +87,9 @@ def measure(models: Sequence[Path], pictures: dict[str, Path], times: int) -> di
             assert server.stdout is not None
             address = server.stdout.readline().split()[0]
             browser = playwright.chromium.launch(executable_path=chromium)
-            return {name: [one_picture(browser, address, path) for _ in range(times)] for name, path in pictures.items()}
+            return {
+                name: [one_picture(browser, address, path) for _ in range(times)] for name, path in pictures.items()
+            }
         finally:
             server.terminate()
 
@@ -98,7 +100,8 @@ def one_picture(browser: Browser, address: str, picture: Path) -> float:
     page.wait_for_selector("article")
     began = time.perf_counter()
     page.set_input_files("#file", picture)
-    page.wait_for_function(DONE)
+    page.wait_for_selector(".photo[src]")
+    page.evaluate(DECODED)
     took = time.perf_counter() - began
     page.close()
     return took

@@ -77,7 +77,7 @@ def shown(page: Page, bird: Path) -> Page:
 def seen(page: Page, net: int = 0) -> Any:
     """The pixels of a net's picture, with whatever lies on it."""
     stage = page.locator(".stage").nth(net)
-    page.wait_for_function("[...document.images].every((image) => !image.src || image.complete)")
+    page.evaluate("Promise.all([...document.images].filter((image) => image.src).map((image) => image.decode()))")
     return np.asarray(Image.open(io.BytesIO(stage.screenshot())).convert("RGB")).astype(int)
 
 

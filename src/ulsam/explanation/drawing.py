@@ -62,7 +62,7 @@ def gradient() -> str:
     """The colours from 0 to 1 as the stops of a CSS gradient.
 
     >>> gradient()[:18], gradient().count(",")
-    ('#440154, #481f70, ', 12)
+    ('#440154, #481e70, ', 12)
     """
     return ", ".join("#" + bytes(palette()[step]).hex() for step in np.linspace(0, 255, 13).astype(int))
 
