@@ -100,7 +100,7 @@ class _Desk:
     async def ask(self, request: Request, name: str, answer: Callable[[Sequence[Explanation]], T]) -> T:
         """Have the picture in the body explained, and the explanations made an answer of."""
         if self.places.locked():
-            await self.body(request)  # a browser that is still sending would not hear the answer
+            await self.body(request, keep=False)  # a browser that is still sending would not hear the answer
             raise HTTPException(
                 429, f"{PLACES} pictures are being looked at: try again in a moment", {"Retry-After": "1"}
             )
@@ -112,17 +112,17 @@ class _Desk:
     def work(self, content: bytes, name: str, answer: Callable[[Sequence[Explanation]], T]) -> T:
         return answer(explain_upload(self.nets, content, name))
 
-    async def body(self, request: Request) -> bytes:
-        """The body, whole. Of a larger one than is taken a little is read on, for the sender to hear the answer."""
+    async def body(self, request: Request, *, keep: bool = True) -> bytes:
+        """The body, whole, or read and forgotten; of too large a one some is read on, for its sender to hear so."""
         content, size = bytearray(), 0
         try:
             async with asyncio.timeout(PATIENCE):
                 async for part in request.stream():
                     size += len(part)
-                    if size <= self.max_bytes:
-                        content += part
-                    elif size > 2 * self.max_bytes:
+                    if size > 2 * self.max_bytes:
                         break
+                    if keep and size <= self.max_bytes:
+                        content += part
         except TimeoutError:
             raise HTTPException(408, f"the upload took more than {PATIENCE:.0f} seconds") from None
         if size > self.max_bytes:
