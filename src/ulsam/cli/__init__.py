@@ -26,6 +26,7 @@ COMMANDS = {
     "bench": "time nets side by side in the engines that run them: eager, compile, ONNX Runtime, OpenVINO",
     "inspect": "say what the attention layers of a trained net do on pictures",
     "explain": "show what a net looks at, picture by picture, in a report",
+    "explore": "ask nets about pictures on a local web page",
     "info": "print what a model file holds",
     "candidates": "list the blocks of a net that ULSAM can replace",
     "profile": "count parameters, MACs and activations, block by block",

@@ -44,7 +44,7 @@ def explained(
             if good:
                 found = []
                 for explainer in explainers:
-                    if _look(explainer.recipe) != _look(explainers[0].recipe):
+                    if look(explainer.recipe) != look(explainers[0].recipe):
                         pixels, _ = read_batch([one.path for _, one in good], explainer.transform)
                     found.append(explainer(pixels))
                 each = zip(*found, strict=True)
@@ -94,6 +94,6 @@ def check_any(read: int, unreadable: Sequence[str]) -> None:
         raise UlsamError(unreadable[0] + (f" (and {others} more that cannot be read)" if others else ""))
 
 
-def _look(recipe: Recipe) -> tuple[Any, ...]:
-    """What decides on a picture before it is normalised."""
+def look(recipe: Recipe) -> tuple[Any, ...]:
+    """What decides on a picture before it is normalised: two nets of the same look are given the same pixels."""
     return recipe.input_size, recipe.interpolation, recipe.crop_pct

@@ -58,6 +58,15 @@ def ramp(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.broadcast_to(palette()[values][:, None], (height, width, 3)).copy())
 
 
+def gradient() -> str:
+    """The colours from 0 to 1 as the stops of a CSS gradient.
+
+    >>> gradient()[:18], gradient().count(",")
+    ('#440154, #481e70, ', 12)
+    """
+    return ", ".join("#" + bytes(palette()[step]).hex() for step in np.linspace(0, 255, 13).astype(int))
+
+
 def greyed(pixels: Pixels, width: int) -> Image.Image:
     """The picture in grey and of that width, for maps to be laid over."""
     return resized(pixels, width).convert("L")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ulsam.data.pictures import Pixels
 from ulsam.explanation import words
-from ulsam.explanation.drawing import coloured, palette, resized
+from ulsam.explanation.drawing import coloured, gradient, resized
 from ulsam.explanation.explainer import Explanation, LayerMaps
 
 MOST_CARDS = 500
@@ -60,10 +60,10 @@ def card(name: str, truth: str | None, found: Explanation, base: Explanation | N
         photo=photo_uri(found.pixels),
         other_photo=None if base is None or np.array_equal(base.pixels, found.pixels) else photo_uri(base.pixels),
         aspect=found.pixels.shape[1] / found.pixels.shape[0],
-        top=_top(found),
-        base_top=_top(base) if base else (),
+        top=top_view(found),
+        base_top=top_view(base) if base else (),
         cams=tuple((whose, words.cam_caption(whose, one), map_uri(one.cam)) for whose, one in pairs if one),
-        layers=tuple(_layer(layer) for layer in found.layers),
+        layers=tuple(layer_view(layer) for layer in found.layers),
     )
 
 
@@ -113,7 +113,7 @@ def page(
         versions=versions,
         no_layer=words.NO_LAYER,
         percent=words.percent,
-        gradient=", ".join("#" + bytes(palette()[step]).hex() for step in np.linspace(0, 255, 13).astype(int)),
+        gradient=gradient(),
     )
 
 
@@ -125,16 +125,27 @@ def photo_uri(pixels: Pixels) -> str:
     return _uri("jpeg", simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 85, "RGB", "420"))
 
 
-def map_uri(values: NDArray[np.floating]) -> str:
-    """A map of values from 0 to 1 as a small PNG in a data URI, for the browser to enlarge."""
+def map_uri(values: NDArray[np.floating], smallest: int = SMALLEST) -> str:
+    """A map of values from 0 to 1 as a PNG of so many pixels to a side at least, in a data URI; browsers enlarge it.
+
+    >>> map_uri(np.zeros((7, 7))).startswith("data:image/png;base64,")
+    True
+    """
     height, width = values.shape
-    factor = max(1, -(-SMALLEST // min(height, width)))
+    factor = max(1, -(-smallest // min(height, width)))
     buffer = io.BytesIO()
     Image.fromarray(coloured(values, (width * factor, height * factor))).save(buffer, "png")
     return _uri("png", buffer.getvalue())
 
 
-def _layer(layer: LayerMaps) -> dict[str, Any]:
+def layer_view(layer: LayerMaps, smallest: int = SMALLEST) -> dict[str, Any]:
+    """What a page shows of a layer: heading, the top of its colour scale, where "uniform" lies on it in percent, and of
+    each map the caption and an image, as of :func:`map_uri`.
+
+    >>> view = layer_view(LayerMaps("blocks.5.2", "17", "equations", np.full((1, 2, 2), 0.25)))
+    >>> view["heading"], view["top"], view["uniform"], view["maps"][0][0]
+    ('layer 17, blocks.5.2: 1 map of 2 × 2', '2.00×', 50.0, ('1: entropy 100.0 %', 'peak 1.00×'))
+    """
     top = words.layer_scale(layer)
     values = layer.maps * (layer.maps[0].size / top)
     captions = words.map_captions(layer)
@@ -142,11 +153,12 @@ def _layer(layer: LayerMaps) -> dict[str, Any]:
         "heading": words.layer_heading(layer),
         "top": words.scale_text(top),
         "uniform": 100 / top,
-        "maps": [(captions[number], map_uri(one)) for number, one in enumerate(values)],
+        "maps": [(captions[number], map_uri(one, smallest)) for number, one in enumerate(values)],
     }
 
 
-def _top(found: Explanation) -> tuple[tuple[str, str, float], ...]:
+def top_view(found: Explanation) -> tuple[tuple[str, str, float], ...]:
+    """The most probable classes: name, probability in words, and as a share."""
     return tuple((name, words.percent(share), share) for name, share in found.top())
 
 

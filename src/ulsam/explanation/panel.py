@@ -21,7 +21,12 @@ BAR = (63, 90, 140)
 
 
 def panel(
-    found: Explanation, base: Explanation | None = None, *, title: str = "", truth: str | None = None
+    found: Explanation,
+    base: Explanation | None = None,
+    *,
+    title: str = "",
+    truth: str | None = None,
+    names: tuple[str, str] = ("this net", "base"),
 ) -> Image.Image:
     """A panel: the picture, the five most probable classes, the CAM, and the attention maps of every ULSAM layer.
 
@@ -34,6 +39,7 @@ def panel(
         base: of the same picture by another one, whose classes and CAM are shown beside.
         title: usually the name of the file.
         truth: the true class, if it is known.
+        names: what the two nets are called.
 
     Returns:
         An RGB picture; its width depends on the largest number of maps of a layer, its height on all of them.
@@ -45,8 +51,8 @@ def panel(
     >>> panel(found, title="1.jpg", truth="wren").size
     (996, 520)
     """
-    page = _Page(found, base)
-    page.head(title, words.headline(truth, found, base), words.verdict(truth, found.top(1)[0][0]))
+    page = _Page(found, base, names)
+    page.head(title, words.headline(truth, found, base, names[1]), words.verdict(truth, found.top(1)[0][0]))
     page.left(truth)
     page.right()
     return page.cut()
@@ -64,8 +70,8 @@ class _Tile:
 class _Page:
     """A white page that is filled from the top, in two columns."""
 
-    def __init__(self, found: Explanation, base: Explanation | None) -> None:
-        self.found, self.base = found, base
+    def __init__(self, found: Explanation, base: Explanation | None, names: tuple[str, str]) -> None:
+        self.found, self.base, self.names = found, base, names
         self.columns = 4 if all(len(layer.maps) <= 4 for layer in found.layers) else 8
         self.grey = greyed(found.pixels, TILE)
         self.x = MARGIN + PICTURE + GUTTER
@@ -89,10 +95,10 @@ class _Page:
         picture = resized(self.found.pixels, PICTURE)
         self.canvas.paste(picture, (MARGIN, HEAD))
         y = HEAD + picture.height + 20
-        for name, found in (("this net", self.found), ("base", self.base)):
+        for name, found in zip(self.names, (self.found, self.base), strict=True):
             if found is None:
                 continue
-            self.text((MARGIN, y), name, 13, weight="-Bold")
+            self.text((MARGIN, y), fitting(name, PICTURE, 13, "-Bold"), 13, weight="-Bold")
             y += HEADING
             for label, share in found.top():
                 self.bar(y, label, share, label == truth)
@@ -114,10 +120,10 @@ class _Page:
     def right(self) -> None:
         """The CAMs, then the maps of each layer."""
         y = HEAD - 2
-        tiles = [_Tile(self.found.cam, self.grey, words.cam_caption("this net", self.found))]
+        tiles = [_Tile(self.found.cam, self.grey, words.cam_caption(self.names[0], self.found))]
         if self.base is not None:
             grey = greyed(self.base.pixels, TILE)
-            tiles.append(_Tile(self.base.cam, grey, words.cam_caption("base", self.base)))
+            tiles.append(_Tile(self.base.cam, grey, words.cam_caption(self.names[1], self.base)))
         rows, columns = self.found.cam.shape
         heading = f"Grad-CAM++ of {self.found.cam_layer}, {rows} × {columns}"
         y = self.row(y, heading, tiles, [(1.0, "max"), (0.0, "0")])

@@ -65,15 +65,15 @@ def verdict(truth: str | None, named: str) -> str:
     return "unknown" if truth is None else "right" if truth == named else "wrong"
 
 
-def headline(truth: str | None, found: Explanation, base: Explanation | None) -> str:
-    """One sentence on what was predicted."""
+def headline(truth: str | None, found: Explanation, base: Explanation | None, whose: str = "base") -> str:
+    """One sentence on what was predicted; ``whose`` is what the base net is called."""
     (named, share), *_ = found.top(1)
     told = {"wrong": f"✗ wrong: {truth}, taken for {named}", "right": f"✓ right: {named}"}
     text = f"{told.get(verdict(truth, named), named)} ({percent(share)})"
     if base is None:
         return text
     (other, share), *_ = base.top(1)
-    return f"{text}; base: {other} ({percent(share)})"
+    return f"{text}; {whose}: {other} ({percent(share)})"
 
 
 def _entropy(share: float) -> str:

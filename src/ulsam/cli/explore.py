@@ -1,0 +1,26 @@
+"""`ulsam explore MODEL...`: a local web page to ask nets about pictures."""
+
+import argparse
+import functools
+
+from ulsam.explorer.serve import serve
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help=".safetensors model files of ulsam train, to compare"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="name or address to listen on (default: 127.0.0.1, this machine alone)"
+    )
+    parser.add_argument("--port", type=int, default=8765, help="0 takes any free one (default: 8765)")
+    parser.add_argument(
+        "--max-mb", type=int, default=20, metavar="MB", help="largest picture file that is taken (default: 20)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    say = functools.partial(print, flush=True)
+    serve(args.models, host=args.host, port=args.port, max_mb=args.max_mb, say=say)
