@@ -3,17 +3,19 @@
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from scripts import load_benchmark
 from ulsam.cli import parse
+from ulsam.errors import UlsamError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.name for page in PAGES]
+SLOW = ("compare.md", "slim.md")  # their examples train nets one after the other
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -21,7 +23,10 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [text for language, text in found if language in languages]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (page.name in SLOW)) for page in PAGES],
+)
 def test_python_examples_run(page, tmp_path, monkeypatch):
     code = "\n".join(blocks(page, "python"))
     if not code:
@@ -49,28 +54,29 @@ def test_links_and_pictures_exist(page):
         assert (page.parent / target).exists() or (page.parent / f"{target}.md").exists(), target
 
 
-def check_tables(root: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, root / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def tables(monkeypatch):
+    """The script that writes measured tables, told to check them."""
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    return load_benchmark("tables")
 
 
-def test_measured_tables_are_what_the_results_say():
-    check = check_tables(ROOT)
-    assert check.returncode == 0, check.stdout + check.stderr
+def test_measured_tables_are_what_the_results_say(tables, capsys):
+    assert tables.main() == 0, capsys.readouterr().out
 
 
-def test_a_page_or_a_result_that_was_changed_by_hand_is_noticed(tmp_path):
-    for name in ("benchmarks", "results", "docs"):
+def test_a_page_or_a_result_that_was_changed_by_hand_is_noticed(tables, tmp_path, monkeypatch, capsys):
+    for name in ("results", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
     page, results = tmp_path / "docs" / "results.md", tmp_path / "results" / "compare_cub100"
     text = page.read_text()
     page.write_text(text.replace("| base | 2.352 M |", "| base | 1.352 M |"))
-    check = check_tables(tmp_path)
-    assert (check.returncode, "docs/results.md and results/ disagree" in check.stdout) == (1, True)
+    assert tables.main() == 1
+    assert "docs/results.md and results/ disagree" in capsys.readouterr().out
     page.write_text(text)
     summary = next(results.glob("arms/base/seed-*/summary.json"))
     summary.write_text(summary.read_text().replace('"top1": 0.8', '"top1": 0.9', 1))
-    check = check_tables(tmp_path)
-    assert (check.returncode, "compare.json is not what its runs say" in check.stderr) == (1, True)
+    with pytest.raises(UlsamError, match=r"compare\.json is not what its runs say"):
+        tables.main()
