@@ -1,0 +1,161 @@
+"""Curves as SVG: where each line, mark and label goes. The page's style sheet gives the colours, light and dark."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.ticker import MaxNLocator
+
+WIDTH, HEIGHT = 460, 290
+LEFT, RIGHT, TOP, BOTTOM = 52, 26, 12, 40  # of what is outside the axes
+LABEL = 13  # the least distance of two labels, from base line to base line
+
+#: Shapes of marks, as SVG paths around (0, 0). Runs differ in colour, in shape and by the letter at a line's end.
+SHAPES = (
+    "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
+    "M-3.2 -3.2h6.4v6.4h-6.4z",
+    "M0 -4.2L4 3h-8z",
+    "M0 -4.6L4.6 0L0 4.6L-4.6 0z",
+    "M0 4.2L4 -3h-8z",
+    "M-1.3 -4.2h2.6v2.9h2.9v2.6h-2.9v2.9h-2.6v-2.9h-2.9v-2.6h2.9z",
+    "M-4 -2.6h8v5.2h-8z",
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve to draw: (x, y) points, sorted by x."""
+
+    key: str  # of the run
+    number: int  # of the run; it gives colour and mark
+    name: str  # in the description and the marks' tooltips
+    points: tuple[tuple[float, float], ...]
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a curve, where it is drawn, and what it says."""
+
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A curve as it is drawn; its label stands at its end."""
+
+    line: Line
+    path: str
+    marks: tuple[Mark, ...]
+    label: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """All that the template needs."""
+
+    name: str
+    title: str
+    description: str
+    y_label: str
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    lines: tuple[Drawn, ...]
+
+
+def shape(number: int) -> str:
+    """The mark of a run."""
+    return SHAPES[number % len(SHAPES)]
+
+
+def chart(
+    name: str,
+    title: str,
+    lines: Sequence[Line],
+    *,
+    y_label: str,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+    digits: str = ".4g",
+) -> Chart | None:
+    """Lay curves over epochs out; None where there is no point.
+
+    Args:
+        name: of the chart's ids in the page.
+        title: of the chart.
+        lines: the curves; those without a point are left out.
+        y_label: quantity and unit of the y axis.
+        limits: what the y axis does not go beyond.
+        digits: the format of values in words.
+
+    >>> found = chart("loss", "Loss", [Line("A", 0, "A, training", ((1, 2.0), (2, 1.0)))], y_label="nats")
+    >>> found.description
+    'A, training: 2 in epoch 1, 1 in epoch 2.'
+    >>> [round(x) for x, _ in found.x_ticks], found.y_ticks[0][1], found.y_ticks[-1][1]
+    ([52, 434], '1', '2')
+    """
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    x_values = _ticks(min(xs), max(xs), (1, math.inf), whole=True)
+    y_values = _ticks(min(ys), max(ys), limits)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_values[0]) / (x_values[-1] - x_values[0])
+        up = (y - y_values[0]) / (y_values[-1] - y_values[0])
+        return (
+            round(LEFT + across * (WIDTH - LEFT - RIGHT), 2),
+            round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 2),
+        )
+
+    drawn = []
+    for line in lines:
+        at = [place(*point) for point in line.points]
+        texts = [f"{line.name}, epoch {x:g}: {y:{digits}}" for x, y in line.points]
+        marks = tuple(Mark(*xy, text) for xy, text in zip(at, texts, strict=True))
+        path = "M" + "L".join(f"{x:g} {y:g}" for x, y in at)
+        drawn.append(Drawn(line, path, marks, (at[-1][0] + 8, at[-1][1] + 4)))
+    return Chart(
+        name,
+        title,
+        " ".join(_words(line, digits) for line in lines),
+        y_label,
+        tuple((place(x, y_values[0])[0], f"{x:g}") for x in x_values),
+        tuple((place(x_values[0], y)[1], f"{y:g}") for y in y_values),
+        tuple(_apart(drawn)),
+    )
+
+
+def _ticks(low: float, high: float, limits: tuple[float, float], whole: bool = False) -> list[float]:
+    """Round values that hold the range between them; two at least."""
+    if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
+        around = 1.0 if whole else max(0.02 * abs(high), 1e-9)
+        low, high = max(low - around, limits[0]), min(high + around, limits[1])
+    values = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=2).tick_values(low, high)
+    kept = [round(float(value), 12) for value in values if limits[0] <= value <= limits[1]]
+    if whole:  # epochs begin and end the axis
+        return sorted({low, *(value for value in kept if low < value < high - 0.4 * (values[1] - values[0])), high})
+    return sorted({*kept, *([max(limits[0], low)] if kept[0] > low else []), *([high] if kept[-1] < high else [])})
+
+
+def _apart(lines: Sequence[Drawn]) -> list[Drawn]:
+    """The same, with labels that stand at the same place moved apart, downwards."""
+    found: list[Drawn] = []
+    taken: list[tuple[float, float]] = []
+    for one in sorted(lines, key=lambda one: one.label[1]):
+        x, y = one.label
+        for other_x, other_y in sorted(taken, key=lambda label: label[1]):
+            if abs(other_x - x) < LABEL and abs(other_y - y) < LABEL:
+                y = other_y + LABEL
+        taken.append((x, y))
+        found.append(Drawn(one.line, one.path, one.marks, (x, round(y, 2))))
+    return found
+
+
+def _words(line: Line, digits: str) -> str:
+    (first, at_first), (last, at_last) = line.points[0], line.points[-1]
+    end = f", {at_last:{digits}} in epoch {last:g}" if last != first else ""
+    return f"{line.name}: {at_first:{digits}} in epoch {first:g}{end}."
