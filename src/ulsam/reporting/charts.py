@@ -59,7 +59,7 @@ class Chart:
     name: str
     title: str
     description: str
-    y_label: str
+    unit: str
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     lines: tuple[Drawn, ...]
@@ -75,7 +75,8 @@ def chart(
     title: str,
     lines: Sequence[Line],
     *,
-    y_label: str,
+    unit: str,
+    epochs: tuple[float, float],
     limits: tuple[float, float] = (-math.inf, math.inf),
     digits: str = ".4g",
 ) -> Chart | None:
@@ -85,11 +86,13 @@ def chart(
         name: of the chart's ids in the page.
         title: of the chart.
         lines: the curves; those without a point are left out.
-        y_label: quantity and unit of the y axis.
+        unit: of the y axis.
+        epochs: the first and the last one of the x axis.
         limits: what the y axis does not go beyond.
         digits: the format of values in words.
 
-    >>> found = chart("loss", "Loss", [Line("A", 0, "A, training", ((1, 2.0), (2, 1.0)))], y_label="nats")
+    >>> line = Line("A", 0, "A, training", ((1, 2.0), (2, 1.0)))
+    >>> found = chart("loss", "Loss", [line], unit="nats", epochs=(1, 2))
     >>> found.description
     'A, training: 2 in epoch 1, 1 in epoch 2.'
     >>> [round(x) for x, _ in found.x_ticks], found.y_ticks[0][1], found.y_ticks[-1][1]
@@ -98,9 +101,8 @@ def chart(
     lines = [line for line in lines if line.points]
     if not lines:
         return None
-    xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    x_values = _ticks(min(xs), max(xs), (1, math.inf), whole=True)
+    x_values = _epoch_ticks(epochs[0], max(epochs[1], epochs[0] + 1))
     y_values = _ticks(min(ys), max(ys), limits)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -122,23 +124,28 @@ def chart(
         name,
         title,
         " ".join(_words(line, digits) for line in lines),
-        y_label,
+        unit,
         tuple((place(x, y_values[0])[0], f"{x:g}") for x in x_values),
         tuple((place(x_values[0], y)[1], f"{y:g}") for y in y_values),
         tuple(_apart(drawn)),
     )
 
 
-def _ticks(low: float, high: float, limits: tuple[float, float], whole: bool = False) -> list[float]:
-    """Round values that hold the range between them; two at least."""
-    if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
-        around = 1.0 if whole else max(0.02 * abs(high), 1e-9)
+def _ticks(low: float, high: float, limits: tuple[float, float]) -> list[float]:
+    """Round values that hold the range between them, and stay within the limits, which are round themselves."""
+    if high - low < 1e-6 * abs(high) or high == low:
+        around = 0.02 * abs(high) or 1.0
         low, high = max(low - around, limits[0]), min(high + around, limits[1])
-    values = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=2).tick_values(low, high)
-    kept = [round(float(value), 12) for value in values if limits[0] <= value <= limits[1]]
-    if whole:  # epochs begin and end the axis
-        return sorted({low, *(value for value in kept if low < value < high - 0.4 * (values[1] - values[0])), high})
-    return sorted({*kept, *([max(limits[0], low)] if kept[0] > low else []), *([high] if kept[-1] < high else [])})
+    values = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2).tick_values(low, high)
+    return [round(float(value), 12) for value in values if limits[0] <= value <= limits[1]]
+
+
+def _epoch_ticks(first: float, last: float) -> list[float]:
+    """The first epoch, the last one, and round ones between them."""
+    values = MaxNLocator(nbins=8, integer=True).tick_values(first, last)
+    step = float(values[1] - values[0])
+    between = [float(value) for value in values if first + 0.4 * step < value < last - 0.4 * step]
+    return [first, *between, last]
 
 
 def _apart(lines: Sequence[Drawn]) -> list[Drawn]:

@@ -1,11 +1,14 @@
 """The page: figures, curves, confusions and pictures of runs, in one HTML file that needs no other and no network."""
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from ulsam.errors import UlsamError, printable
 from ulsam.explanation.explainer import Explainer
@@ -51,6 +54,18 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class CostRow:
+    """A net's cost beside its base net's; of a base net, ``run`` is None."""
+
+    run: TrainedRun | None
+    net: str
+    cost: Mapping[str, Any]
+    base: Mapping[str, Any]
+    time: Mapping[str, Any] | None
+    base_time: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Small:
     """A small picture and what each run says of it, by the runs' keys."""
 
@@ -86,6 +101,7 @@ def page(
     room.globals.update(
         shape=shape, quantity=quantity, change=change, points=points, duration=duration, percent=percent
     )
+    room.filters["breakable"] = breakable
     return room.get_template("page.html").render(
         runs=runs,
         keys={run.key: run for run in runs},
@@ -102,6 +118,7 @@ def page(
         small=small,
         samples=samples,
         times=times,
+        costs=_costs(runs, times),
         settings=_settings(runs),
         repeat={run.key: repeat(run) for run in runs},
         training_note=_training_note(runs),
@@ -128,10 +145,12 @@ def curves(runs: Sequence[TrainedRun]) -> list[Chart]:
     losses = lines("train_loss", "training loss") + lines("val_loss", "loss on measured pictures", dashed=True)
     top = lines("val_top1", "top-1 (%)", 100) + lines("val_top5", "top-5 (%)", 100, dashed=True)
     rate = lines("lr", "learning rate")
+    told = [row["epoch"] or 0 for run in runs for row in run.rows]
+    epochs = (min(told, default=1), max(told, default=1))
     found = [
-        chart("loss", "Loss", losses, y_label="nats", limits=(0, float("inf"))),
-        chart("accuracy", "Accuracy", top, y_label="%", limits=(0, 100), digits=".2f"),
-        chart("rate", "Learning rate", rate, y_label="at the end of the epoch", limits=(0, float("inf"))),
+        chart("loss", "Loss", losses, unit="nats", epochs=epochs, limits=(0, math.inf)),
+        chart("accuracy", "Accuracy", top, unit="%", epochs=epochs, limits=(0, 100), digits=".2f"),
+        chart("rate", "Learning rate", rate, unit="at the end of each epoch", epochs=epochs, limits=(0, math.inf)),
     ]
     return [one for one in found if one]
 
@@ -163,6 +182,15 @@ def change(now: float, before: float) -> str:
     return "as base" if now == before else f"{100 * (now / before - 1):+.1f} %".replace("-", "−")
 
 
+def breakable(name: str) -> Markup:
+    """A name as HTML, which a browser may break behind its underscores, too.
+
+    >>> print(breakable("Scarlet_Tanager<br>"))
+    Scarlet_<wbr>Tanager&lt;br&gt;
+    """
+    return Markup("_<wbr>").join(name.split("_"))
+
+
 def points(share: float) -> str:
     """A difference of shares in points.
 
@@ -182,6 +210,22 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _costs(runs: Sequence[TrainedRun], times: Times | None) -> list[CostRow]:
+    """The finished runs' nets, and before them the base nets that none of them is."""
+    shown = [(run.config.model, run.result.cost) for run in runs if run.result and not run.config.edits]
+    bases, rows = [], []
+    for run in runs:
+        if run.result is None:
+            continue
+        base, key = run.result.base_cost, run.key
+        time, base_time = (times.runs.get(key), times.bases.get(key)) if times else (None, None)
+        if (run.config.model, base) not in shown:
+            shown.append((run.config.model, base))
+            bases.append(CostRow(None, f"{run.config.model} without edits", base, base, base_time, base_time))
+        rows.append(CostRow(run, run.net, run.result.cost, base, time, base_time))
+    return [*bases, *rows]
 
 
 def _forest(found: Sequence[Paired]) -> tuple[float, float] | None:
