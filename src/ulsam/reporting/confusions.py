@@ -70,7 +70,7 @@ def most_confused(runs: Sequence[Measured], pairs: int = 8, pictures: int = 6) -
         Pair(
             classes,
             {key: (found[classes], found[classes[::-1]]) for key, found in counts.items()},
-            tuple(sorted((one for one in pool if _mixes(one, classes)), key=_surest_error)[:pictures]),
+            tuple(_mixed(pool, classes)[:pictures]),
             tuple(shown for name in classes for shown in _best_right(pool, name)),
         )
         for classes in chosen
@@ -117,18 +117,21 @@ def seen_by(runs: Iterable[Measured]) -> list[Shown]:
     return [Shown(picture, first.name, first.truth, found[picture]) for picture, first in firsts.items()]
 
 
-def _mixes(one: Shown, classes: tuple[str, str]) -> bool:
-    return one.truth in classes and any(not guess.right and guess.named in classes for guess in one.guesses.values())
+def _mixed(pool: Iterable[Shown], classes: tuple[str, str]) -> list[Shown]:
+    """The pictures of one of two classes that a run takes for the other, the surest first."""
+
+    def surest(one: Shown) -> float:
+        return max(
+            (guess.share for guess in one.guesses.values() if {guess.truth, guess.named} == {*classes}), default=0
+        )
+
+    return sorted((one for one in pool if surest(one)), key=surest, reverse=True)
 
 
 def _errors(pool: Iterable[Shown], key: str) -> list[Shown]:
     """Of one run, the surest first."""
     found = [one for one in pool if key in one.guesses and not one.guesses[key].right]
     return sorted(found, key=lambda one: -one.guesses[key].share)
-
-
-def _surest_error(one: Shown) -> float:
-    return -max(guess.share for guess in one.guesses.values() if not guess.right)
 
 
 def _best_right(pool: Iterable[Shown], name: str) -> list[Shown]:

@@ -107,7 +107,7 @@ def page(
         keys={run.key: run for run in runs},
         finished=[run for run in runs if run.result],
         measured=measured,
-        notes=[*notes, *why_not],
+        notes=list(map(printable, [*notes, *why_not])),
         charts=curves(runs),
         differences=found,
         forest=_forest(found),
@@ -255,7 +255,7 @@ def _matrix(measured: Measured) -> Matrix:
 def _small(one: Shown, measured: Sequence[Measured]) -> Small:
     first = next(each for each in measured if each.run.key in one.guesses)
     image = photo_uri(first.pixels(one.guesses[first.run.key]), THUMBNAIL)
-    return Small(one.name, one.truth, image, one.guesses)
+    return Small(printable(one.name), one.truth, image, one.guesses)
 
 
 def _samples(measured: Sequence[Measured]) -> tuple[list[Card], list[str]]:
@@ -282,7 +282,9 @@ def _samples(measured: Sequence[Measured]) -> tuple[list[Card], list[str]]:
             names = nets if len(measured) > 1 else {"this net": nets[next(iter(nets))]}
             attention = nets if len(measured) > 1 else {"": nets[next(iter(nets))]}
             headline = f"{shown.truth}: " + "; ".join(told)
-            cards.append(card_of_nets(printable(shown.name), shown.truth, names, headline, attention))
+            card = card_of_nets(printable(shown.name), shown.truth, names, headline, attention)
+            right = {shown.guesses[key].right for key in nets}
+            cards.append(dataclasses.replace(card, verdict="unknown") if len(right) > 1 else card)
     return cards, notes
 
 
@@ -308,11 +310,10 @@ def _text(value: Any) -> str:
 
 
 def _training_note(runs: Sequence[TrainedRun]) -> str:
-    """Why the training loss is not the loss on measured pictures, of these runs."""
-    more = [
-        ("label smoothing", any(run.config.smoothing for run in runs)),
-        ("mixup or cutmix", any(run.config.mixup or run.config.cutmix for run in runs)),
-        ("a teacher's part", any(run.config.teacher for run in runs)),
-        ("augmented pictures", True),
-    ]
-    return ", ".join(word for word, holds in more if holds)
+    """What makes the training loss another one than that on measured pictures, in these runs."""
+    found = {
+        "label smoothing": any(run.config.smoothing for run in runs),
+        "mixup or cutmix": any(run.config.mixup or run.config.cutmix for run in runs),
+        "a teacher's part": any(run.config.teacher for run in runs),
+    }
+    return ", ".join(["augmented pictures", *(name for name, holds in found.items() if holds)])
