@@ -234,7 +234,7 @@ def test_pictures_that_are_gone_are_told(root: Path, tmp_path: Path, capsys: pyt
     data.rename(away)
     try:
         text = report(root, tmp_path / "page.html")
-        told = f"A: no confusions and no pictures: no such folder: {data}"
+        told = f"no confusions and no pictures of A, B: no such folder: {data}"
         assert told in words_of(text) and told in capsys.readouterr().out
         assert "<img" not in text and f"{100 * summary(root / 'base')['scores']['top1']:.2f} %" in text
         back = report(root, tmp_path / "page.html", "--data", str(away))
@@ -252,6 +252,17 @@ def test_pictures_that_are_gone_are_told(root: Path, tmp_path: Path, capsys: pyt
         away.rename(data)
 
 
+def test_outcomes_that_are_others_now_are_counted(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "base", tmp_path / "base")
+    told = summary(root / "base")
+    bits = bytearray.fromhex(told["outcomes"]["right"])
+    bits[0] ^= 0b10000001
+    told["outcomes"]["right"] = bits.hex()
+    (tmp_path / "base" / "summary.json").write_text(json.dumps(told))
+    text = report(tmp_path, tmp_path / "page.html", runs=("base",))
+    assert "here 2 of 36 pictures come out otherwise than in the run" in words_of(text) and "<img" in text
+
+
 def test_a_run_that_is_not_finished_shows_what_there_is(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,7 +278,7 @@ def test_a_run_that_is_not_finished_shows_what_there_is(
     assert re.search(r"^A .*stopped: not finished: 1 of 2 epochs$", told, re.MULTILINE)
     assert "not finished: 0 of 2 epochs" in words_of(section(text, "runs"))
     assert [cells[0] for cells in rows_of(section(text, "curves"))] == ["A", "C", "C"]
-    assert "<img" in text and "A: no confusions and no pictures: the run is not finished" in words_of(text)
+    assert "<img" in text and "no confusions and no pictures of A, B: the run is not finished" in words_of(text)
     assert main(["report", runs[1], "--out", str(tmp_path / "page.html")]) == 0
     alone = (tmp_path / "page.html").read_text()
     assert "not finished: 0 of 2 epochs" in alone and "<svg" not in alone and 'id="cost"' not in alone
@@ -290,6 +301,7 @@ def test_a_net_without_a_recipe_has_figures_and_no_pictures(root: Path, tmp_path
         (["base", "base/../base"], "base is named twice"),
         (["base", "others"], "base and .*others have other classes, .*: only .*base has '<img"),
         (["damaged"], "damaged/summary.json is damaged, or not of a run: KeyError 'scores'"),
+        (["short"], "short/summary.json is damaged, or not of a run: ValueError its outcomes are not those of all"),
         (["cut"], "cut/metrics.csv is damaged, or not of a run: ValueError"),
         (["base", "--out", "page.txt"], "the report is a page: name it .*page.html, not "),
         (["base", "--out", "base/summary.json"], "the report is a page"),
@@ -299,8 +311,10 @@ def test_mistakes_get_one_line_and_leave_nothing(
     root: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = summary(root / "base")
-    other = {**told, "recipe": {**told["recipe"], "classes": ["class0", "wren", "class2"]}}
-    for name, content in (("others", other), ("damaged", {k: v for k, v in told.items() if k != "scores"})):
+    other = json.loads(json.dumps(told).replace(json.dumps(EVIL), '"wren"'))
+    short = {**told, "outcomes": {**told["outcomes"], "right": "ff"}}
+    damaged = {name: value for name, value in told.items() if name != "scores"}
+    for name, content in (("others", other), ("damaged", damaged), ("short", short)):
         (root / name).mkdir(exist_ok=True)
         (root / name / "summary.json").write_text(json.dumps(content))
     (root / "cut").mkdir(exist_ok=True)
@@ -387,6 +401,16 @@ def test_charts_stay_within_their_limits(values: list[float]) -> None:
         assert all(LEFT <= mark.x <= WIDTH - RIGHT and TOP <= mark.y <= HEIGHT - BOTTOM for mark in drawn.marks)
     first, second = (drawn.label for drawn in one.lines)
     assert first != second and abs(first[1] - second[1]) >= LABEL
+
+
+def test_labels_of_many_runs_do_not_lie_on_each_other() -> None:
+    lines = [Line("ABCDEFGH"[n], n, "x", ((1, 1.0), (2 + n % 2 * 7, 0.1 * (n // 4)))) for n in range(8)]
+    one = chart("x", "X", lines, unit="%", epochs=(1, 9), limits=(0, 100))
+    assert one and sorted(drawn.line.key for drawn in one.lines) == list("ABCDEFGH")
+    labels = [drawn.label for drawn in one.lines]
+    for place, (x, y) in enumerate(labels):
+        assert y <= HEIGHT - BOTTOM + 4
+        assert all(abs(x - other_x) >= LABEL or abs(y - other_y) >= LABEL for other_x, other_y in labels[:place])
 
 
 def test_no_points_no_chart() -> None:

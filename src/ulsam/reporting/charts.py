@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib.ticker import MaxNLocator
 
@@ -26,7 +26,7 @@ SHAPES = (
 class Line:
     """A curve to draw: (x, y) points, sorted by x."""
 
-    key: str  # of the run
+    key: str  # of the run, its label; empty for none
     number: int  # of the run; it gives colour and mark
     name: str  # in the description and the marks' tooltips
     points: tuple[tuple[float, float], ...]
@@ -149,17 +149,29 @@ def _epoch_ticks(first: float, last: float) -> list[float]:
 
 
 def _apart(lines: Sequence[Drawn]) -> list[Drawn]:
-    """The same, with labels that stand at the same place moved apart, downwards."""
+    """The same, with labels that would lie on each other moved up and down, within the axes if there is room."""
     found: list[Drawn] = []
-    taken: list[tuple[float, float]] = []
-    for one in sorted(lines, key=lambda one: one.label[1]):
-        x, y = one.label
-        for other_x, other_y in sorted(taken, key=lambda label: label[1]):
-            if abs(other_x - x) < LABEL and abs(other_y - y) < LABEL:
-                y = other_y + LABEL
-        taken.append((x, y))
-        found.append(Drawn(one.line, one.path, one.marks, (x, round(y, 2))))
+    column: list[Drawn] = []  # whose labels stand above each other
+    for one in [*sorted(lines, key=lambda one: one.label[0]), None]:
+        if column and (one is None or one.label[0] - column[-1].label[0] >= LABEL):
+            column.sort(key=lambda drawn: drawn.label[1])
+            heights = _spread([drawn.label[1] for drawn in column], HEIGHT - BOTTOM + 4)
+            found += [replace(drawn, label=(drawn.label[0], y)) for drawn, y in zip(column, heights, strict=True)]
+            column = []
+        if one is not None:
+            column.append(one)
     return found
+
+
+def _spread(heights: Sequence[float], lowest: float) -> list[float]:
+    """Sorted heights, from the top down, `LABEL` apart or more; none below the lowest."""
+    down = list(heights)
+    for place in range(1, len(down)):
+        down[place] = max(down[place], down[place - 1] + LABEL)
+    down[-1] = min(down[-1], lowest)
+    for place in reversed(range(len(down) - 1)):
+        down[place] = min(down[place], down[place + 1] - LABEL)
+    return [round(y, 2) for y in down]
 
 
 def _words(line: Line, digits: str) -> str:

@@ -71,7 +71,7 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
     _, pictures, _ = open_pictures(config)
     if not isinstance(pictures, FolderPictures | FactoryPictures):
         raise UlsamError("a stream of shards: pictures cannot be picked from it")
-    recipe, counted = run.result.recipe, run.result.summary["pictures"]["val"]
+    recipe, counted = run.result.recipe, run.result.measured
     if pictures.classes != recipe.classes or len(pictures) != counted:
         raise UlsamError(
             f"{config.data} no longer holds the {counted} {run.result.split} pictures of {len(recipe.classes)} classes "
@@ -92,11 +92,10 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
         scores = evaluate(model, batches, len(recipe.classes), world=world, progress=run.key, seen=keep)
     bad = {name for name, _ in scores.unreadable}
     read = [number for number in range(len(pictures)) if pictures.name(number) not in bad]
-    names = pictures.names
+    paths = [os.path.abspath(pictures.name(number)) for number in range(len(pictures))]
+    names = pictures.names if isinstance(pictures, FolderPictures) else [pictures.name(n) for n in range(len(pictures))]
     guesses = {
-        os.path.abspath(pictures.name(number)): Guess(
-            number, names[number].strip("/"), recipe.classes[truth], recipe.classes[named], share
-        )
+        paths[number]: Guess(number, names[number].strip("/"), recipe.classes[truth], recipe.classes[named], share)
         for number, (truth, named, share) in zip(read, found, strict=True)
     }
     changed = _changed(run, outcomes(scores, pictures), config.data)

@@ -130,12 +130,14 @@ def page(
 def curves(runs: Sequence[TrainedRun]) -> list[Chart]:
     """Loss, accuracy and learning rate against epochs, of all runs."""
 
+    keys = {run.number: run.key if len(runs) > 1 else "" for run in runs}  # a run alone needs no letter
+
     def lines(column: str, what: str, scale: float = 1.0, dashed: bool = False) -> list[Line]:
         return [
             Line(
-                run.key,
+                keys[run.number],
                 run.number,
-                f"{run.key}, {what}",
+                ", ".join(filter(None, (keys[run.number], what))),
                 tuple((row["epoch"] or 0, scale * value) for row in run.rows if (value := row[column]) is not None),
                 dashed,
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ulsam.comparison.statistics import right
 from ulsam.errors import UlsamError, printable
 from ulsam.recipe import Recipe
 from ulsam.train.config import TrainConfig, read_config
@@ -32,6 +33,7 @@ class Result:
     base_cost: Mapping[str, Any]
     command: str
     versions: Mapping[str, str]
+    measured: int  # pictures that were measured on, those that could not be read included
     prepared: bool  # no recipe builds the net
 
 
@@ -141,8 +143,12 @@ def _read_summary(path: Path) -> tuple[Mapping[str, Any], tuple[Row, ...], Resul
         recipe = Recipe.from_json(json.dumps(summary["recipe"]))
         rows = tuple({column: row[column] for column in COLUMNS} for row in summary["epochs"])
         found = {key: summary[key] for key in ("scores", "split", "cost", "base_cost", "command", "versions")}
-        result = Result(summary, recipe, **found, prepared=bool(summary.get("prepared")))
-        lacking = {"pictures", "top1", "top1_interval_95", "top5", "loss", "per_class"} - result.scores.keys()
+        measured = summary["pictures"]["val"]
+        result = Result(summary, recipe, **found, measured=measured, prepared=bool(summary.get("prepared")))
+        if summary.get("outcomes") and len(right(summary)) != summary["outcomes"]["pictures"]:
+            raise ValueError("its outcomes are not those of all its pictures")
+        lacking = set(recipe.classes) - result.scores["per_class"].keys()
+        lacking |= {"pictures", "top1", "top1_interval_95", "top5", "loss", "per_class"} - result.scores.keys()
         for cost in (result.cost, result.base_cost):
             lacking |= {"params", "macs", "activations"} - cost.keys()
         if lacking or not isinstance(summary["config"], dict):

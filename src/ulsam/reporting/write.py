@@ -51,16 +51,21 @@ def report_runs(
     make_folder(out.parent)
     check_writable(out)
     measured: list[Measured] = []
+    lacking: dict[str, list[str]] = {}  # reasons -> keys of runs
     notes = []
     for run in runs if pictures else []:
         try:
             measured.append(measure_again(run, data))
         except UlsamError as error:
-            notes.append(f"{run.key}: no confusions and no pictures: {error}")
+            lacking.setdefault(str(error), []).append(run.key)
         else:
             if changed := measured[-1].changed:
+                whose = f"run {run.key}" if len(runs) > 1 else "the run"
                 total = len(measured[-1].guesses)
-                notes.append(f"{run.key}: here {changed} of {total} pictures come out otherwise than in the run")
+                notes.append(f"here {changed} of {total} pictures come out otherwise than in {whose}")
+    for reason, keys in lacking.items():
+        whose = f" of {', '.join(keys)}" if len(runs) > 1 else ""
+        notes.append(f"no confusions and no pictures{whose}: {reason}")
     if not pictures:
         notes.append("no confusions and no pictures: --no-pictures")
     times = time_runs(runs) if time else None
