@@ -84,6 +84,7 @@ def evaluate(
     channels_last: bool = True,
     progress: str | None = None,
     stop: Callable[[], bool] | None = None,
+    seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Scores:
     """Measure ``model`` on batches; with several processes each measures its share and all get the sum.
 
@@ -93,6 +94,7 @@ def evaluate(
         amp: autocast to this dtype.
         progress: label of the progress bar; None shows none.
         stop: asked before each batch; once it is true in one process, all give up.
+        seen: is given the logits [B, n_classes] and the labels [B] of each batch of this process.
 
     Raises:
         NotFinite: the net's outputs are not finite.
@@ -117,6 +119,8 @@ def evaluate(
                 logits = model(images).float().cpu()
             if logits.shape[1] != n_classes:
                 raise UlsamError(f"the net has {logits.shape[1]} outputs, the pictures have {n_classes} classes")
+            if seen:
+                seen(logits, batch.labels)
             best = logits.topk(min(5, n_classes)).indices
             hits = best == batch.labels[:, None]
             hit += hits[:, 0].tolist()

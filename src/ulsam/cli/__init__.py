@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "say what the attention layers of a trained net do on pictures",
     "explain": "show what a net looks at, picture by picture, in a report",
     "explore": "ask nets about pictures on a local web page",
+    "report": "one page about one or several runs: curves, cost, confusions, pictures",
     "info": "print what a model file holds",
     "candidates": "list the blocks of a net that ULSAM can replace",
     "profile": "count parameters, MACs and activations, block by block",

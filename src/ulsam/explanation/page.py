@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,16 @@ LARGEST, SMALLEST = 256, 24
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A map, the place of its photo among the card's, and its words."""
+
+    image: str
+    photo: int
+    caption: tuple[str, str]
+    alt: str
+
+
+@dataclass(frozen=True)
 class Card:
     """All that the page shows of one picture; its images are data URIs."""
 
@@ -36,19 +46,57 @@ class Card:
     share: float
     verdict: str
     headline: str
-    photo: str
-    other_photo: str | None  # what the base net was given, where its crop or size is another
-    aspect: float  # width / height
-    top: tuple[tuple[str, str, float], ...]  # name, probability in words, and as a share
-    base_top: tuple[tuple[str, str, float], ...]
-    cams: tuple[tuple[str, tuple[str, str], str], ...]  # whose, caption, image
+    photos: tuple[str, ...]  # what the first net was given, then others, where their crops or sizes differ
+    aspect: float  # width / height, of the first photo
+    tops: tuple[tuple[str, tuple[tuple[str, str, float], ...]], ...]  # whose; name, probability in words and as a share
+    cams: tuple[Tile, ...]
     layers: tuple[dict[str, Any], ...]
 
 
 def card(name: str, truth: str | None, found: Explanation, base: Explanation | None = None, *, panel: str = "") -> Card:
     """What the page shows of a picture; ``panel`` is the name of its PNG file."""
-    pairs = [("this net", found), ("base", base)]
-    (named, share), *_ = found.top(1)
+    nets = {"this net": found, **({"base": base} if base else {})}
+    headline = words.headline(truth, found, base)
+    return card_of_nets(name, truth, nets, headline, {"": found}, panel=panel)
+
+
+def card_of_nets(
+    name: str,
+    truth: str | None,
+    nets: Mapping[str, Explanation],
+    headline: str,
+    attention: Mapping[str, Explanation],
+    *,
+    panel: str = "",
+) -> Card:
+    """What a page shows of a picture that several nets saw.
+
+    Args:
+        name: of the picture.
+        truth: its true class, if it is known.
+        nets: what each of them finds, by what it is called; the first one gives photo and verdict.
+        headline: a sentence on what was predicted.
+        attention: the nets whose attention maps are shown, by what stands before the layers' names.
+        panel: the name of the picture's PNG file.
+    """
+    first = next(iter(nets.values()))
+    given: list[Pixels] = []  # distinct photos
+
+    def photo(found: Explanation) -> int:
+        for number, pixels in enumerate(given):
+            if np.array_equal(pixels, found.pixels):
+                return number
+        given.append(found.pixels)
+        return len(given) - 1
+
+    (named, share), *_ = first.top(1)
+    photo(first)
+    cams = [
+        Tile(map_uri(one.cam), photo(one), caption, f"Grad-CAM++ of {', '.join(caption)}")
+        for whose, one in nets.items()
+        for caption in [words.cam_caption(whose, one)]
+    ]
+    layers = [_tiles(layer_view(layer), whose, photo(one)) for whose, one in attention.items() for layer in one.layers]
     return Card(
         name=name,
         panel=panel,
@@ -56,14 +104,12 @@ def card(name: str, truth: str | None, found: Explanation, base: Explanation | N
         named=named,
         share=share,
         verdict=words.verdict(truth, named),
-        headline=words.headline(truth, found, base),
-        photo=photo_uri(found.pixels),
-        other_photo=None if base is None or np.array_equal(base.pixels, found.pixels) else photo_uri(base.pixels),
-        aspect=found.pixels.shape[1] / found.pixels.shape[0],
-        top=top_view(found),
-        base_top=top_view(base) if base else (),
-        cams=tuple((whose, words.cam_caption(whose, one), map_uri(one.cam)) for whose, one in pairs if one),
-        layers=tuple(layer_view(layer) for layer in found.layers),
+        headline=headline,
+        photos=tuple(map(photo_uri, given)),
+        aspect=first.pixels.shape[1] / first.pixels.shape[0],
+        tops=tuple((whose, top_view(one)) for whose, one in nets.items()),
+        cams=tuple(cams),
+        layers=tuple(layers),
     )
 
 
@@ -92,36 +138,43 @@ def page(
     >>> "<b>" in text, "&lt;b&gt;" in text
     (False, True)
     """
+    known = [one for one in cards if one.truth is not None]
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            cards=cards,
+            most=MOST_CARDS,
+            known=len(known),
+            wrong=sum(one.verdict == "wrong" for one in known),
+            net=net,
+            base=base,
+            unreadable=list(unreadable),
+            numbers=numbers,
+            command=command,
+            versions=versions,
+        )
+    )
+
+
+def environment(*folders: Path) -> Environment:
+    """Templates: those in the folders, and what this room has for them to include: ``look.css``, ``picture.html``."""
     room = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    known = [one for one in cards if one.truth is not None]
-    return room.get_template("report.html").render(
-        cards=cards,
-        most=MOST_CARDS,
-        known=len(known),
-        wrong=sum(one.verdict == "wrong" for one in known),
-        net=net,
-        base=base,
-        unreadable=list(unreadable),
-        numbers=numbers,
-        command=command,
-        versions=versions,
-        no_layer=words.NO_LAYER,
-        percent=words.percent,
-        gradient=gradient(),
-    )
+    room.globals.update(no_layer=words.NO_LAYER, percent=words.percent, gradient=gradient())
+    return room
 
 
-def photo_uri(pixels: Pixels) -> str:
-    """A picture as a JPEG of `LARGEST` pixels to a side at most, in a data URI."""
+def photo_uri(pixels: Pixels, largest: int = LARGEST) -> str:
+    """A picture as a JPEG of so many pixels to a side at most, in a data URI."""
     height, width = pixels.shape[:2]
-    if max(height, width) > LARGEST:
-        pixels = np.asarray(resized(pixels, round(width * LARGEST / max(height, width))))
+    if max(height, width) > largest:
+        pixels = np.asarray(resized(pixels, round(width * largest / max(height, width))))
     return _uri("jpeg", simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 85, "RGB", "420"))
 
 
@@ -160,6 +213,13 @@ def layer_view(layer: LayerMaps, smallest: int = SMALLEST) -> dict[str, Any]:
 def top_view(found: Explanation) -> tuple[tuple[str, str, float], ...]:
     """The most probable classes: name, probability in words, and as a share."""
     return tuple((name, words.percent(share), share) for name, share in found.top())
+
+
+def _tiles(view: dict[str, Any], whose: str, photo: int) -> dict[str, Any]:
+    """What :func:`layer_view` gives, with the net's name before the heading, and each map as a tile."""
+    heading = (f"{whose}: " if whose else "") + view["heading"]
+    maps = [Tile(image, photo, caption, f"{heading}; {', '.join(caption)}") for caption, image in view["maps"]]
+    return {**view, "heading": heading, "maps": maps}
 
 
 def _uri(kind: str, data: bytes) -> str:

@@ -1,0 +1,1 @@
+"""Training reports: one page about one or several runs of `ulsam train`."""
