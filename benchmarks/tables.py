@@ -46,7 +46,8 @@ def _headline(arm: dict[str, Any], base: dict[str, Any], pairs: dict[str, dict[s
     shares = [f"{arm['cost'][key] / base['cost'][key] - 1:+.1%}" for key in ("params", "macs")]
     time = arm["latency"] and f"{arm['latency']['ratio'] - 1:+.0%}"
     if arm is base:
-        shares, time = [f"{base['cost'][key] / 1e6:.2f} M" for key in ("params", "macs")], ""
+        shares = [f"{base['cost'][key] / 1e6:.2f} M" for key in ("params", "macs")]
+        time = base["latency"] and f"{1e3 * base['latency']['seconds']:.1f} ms"
     spread = "" if arm["top1_sd"] is None else f" ± {100 * arm['top1_sd']:.2f}"
     cells = [
         f"{what} {where.replace(',', ', ')}".strip(),
