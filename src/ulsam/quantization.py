@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ulsam.exporting import engine_of
 from ulsam.exporting.onnx_graph import ATTENTION, check_installed
 from ulsam.files import check_readable, check_writable, write_atomic
 from ulsam.models import load
+from ulsam.sampling import pick
 
 QUANTIZATION = "quantization"
 """Key of the metadata that tells how a file was quantised."""
@@ -199,8 +199,7 @@ def _read(pictures: AnyPictures, net: runtime.Net, most: int, title: str) -> Ite
     if unknown:
         raise UlsamError(f"the net knows no class {unknown[0]!r}; it has {', '.join(net.classes[:8])}, ...")
     number_of = [net.classes.index(name) for name in pictures.classes]
-    chosen = sorted(random.Random(0).sample(range(len(pictures)), min(most, len(pictures))))
-    for number in tqdm(chosen, desc=title, disable=None, leave=False, unit="picture"):
+    for number in tqdm(pick(len(pictures), most), desc=title, disable=None, leave=False, unit="picture"):
         try:
             pixels, label = _fetch(pictures, number, net)
         except UnreadablePicture:

@@ -92,14 +92,9 @@ def open_net(model: str | bytes, name: str, threads: int | None = None) -> Net:
         UlsamError: as of :func:`load`.
     """
     try:
-        import onnxruntime
+        session = open_session(model, threads)
     except ImportError as error:
         raise UlsamError(f"{name}: {error}; pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised
-    options.intra_op_num_threads = threads or 0
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above
         raise UlsamError(f"{name} is no ONNX file that can be run here: {first_line(error)}") from error
     metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
@@ -113,3 +108,13 @@ def open_net(model: str | bytes, name: str, threads: int | None = None) -> Net:
         return Net(session, metadata)
     except ValueError as error:  # no JSON, or an UlsamError
         raise UlsamError(f"{name} has metadata that cannot be read: {first_line(error)}") from error
+
+
+def open_session(model: str | bytes, threads: int | None = None) -> Any:
+    """ONNX Runtime's session on the CPU for a file, or for what one would hold; a thread for each core by default."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised
+    options.intra_op_num_threads = threads or 0
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

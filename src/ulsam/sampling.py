@@ -56,7 +56,7 @@ def draw_sample(
     """
     if isinstance(pictures, StreamPictures):
         raise UlsamError("pictures cannot be picked from a stream of shards: name an image folder, or torch/... data")
-    chosen = sorted(_picked(len(pictures), number, apart_from))
+    chosen = pick(len(pictures), number, apart_from)
     transform = recipe_transform(recipe)
     loader = Loader(
         EvalSet(pictures, transform),
@@ -73,9 +73,13 @@ def draw_sample(
     return Sample(batches, len(chosen) - len(unreadable), digest, unreadable)
 
 
-def _picked(pictures: int, number: int, apart_from: int) -> list[int]:
-    """Indices of ``number`` of the pictures, for :func:`draw_sample`."""
-    taken = set(_picked(pictures, apart_from, 0)) if apart_from else set()
+def pick(pictures: int, number: int, apart_from: int = 0) -> list[int]:
+    """Which pictures :func:`draw_sample` reads: their indices, in order.
+
+    >>> pick(10, 4), pick(10, 4, apart_from=4)
+    ([0, 2, 6, 9], [1, 3, 5, 8])
+    """
+    taken = set(pick(pictures, apart_from)) if apart_from else set()
     others = [index for index in range(pictures) if index not in taken]
     found = random.Random(0).sample(others, min(number, len(others)))
-    return found + sorted(taken)[: number - len(found)]
+    return sorted(found + sorted(taken)[: number - len(found)])

@@ -16,6 +16,7 @@ from ulsam.errors import UlsamError, first_line
 from ulsam.exporting.onnx_graph import check_installed, onnx_graph
 from ulsam.ops import reference
 from ulsam.prediction import Logits
+from ulsam.runtime import open_session
 
 Run = Callable[[NDArray[Any]], Logits]
 
@@ -53,12 +54,7 @@ def onnx_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], metada
 
 def onnx_run(content: bytes, threads: int | None = None) -> Run:
     """What runs an ONNX file's content in ONNX Runtime on the CPU, by default with a thread for each core."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised
-    options.intra_op_num_threads = threads or 0
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = open_session(content, threads)
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
 
