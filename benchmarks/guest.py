@@ -19,10 +19,11 @@ from ulsam.comparison.arms import Arm
 from ulsam.comparison.grid import Failed, Grid, at_the_edge
 from ulsam.comparison.identity import data_digest, file_digests
 from ulsam.comparison.latency import measure as measure_latency
-from ulsam.comparison.store import Store, make_folder
+from ulsam.comparison.store import Store
 from ulsam.costs import Cost, cost
 from ulsam.data import loading
 from ulsam.errors import UlsamError
+from ulsam.files import make_folder
 from ulsam.models import build
 from ulsam.recipe import Recipe
 from ulsam.train import parts, report

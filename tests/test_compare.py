@@ -24,9 +24,10 @@ from ulsam.comparison.launch import Ended, LocalLauncher, lock_of, run_all
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.report import measure_latency
 from ulsam.comparison.statistics import right
-from ulsam.comparison.store import Store, make_folder, take_lock
+from ulsam.comparison.store import Store, take_lock
 from ulsam.comparison.table import pairs
 from ulsam.errors import UlsamError
+from ulsam.files import make_folder
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train
 

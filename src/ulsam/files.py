@@ -38,6 +38,18 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise UlsamError(f"cannot write {path}: permission denied")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        UlsamError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UlsamError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write ``data`` to a temporary file beside ``path``, flush it to disk, and move it into place in one step.
 

@@ -14,6 +14,7 @@ from ulsam.data.pictures import Pixels
 from ulsam.errors import UlsamError
 from ulsam.evaluate import recipe_transform
 from ulsam.exporting import engine_of
+from ulsam.exporting.engines import check_openvino
 from ulsam.exporting.onnx_graph import check_installed
 from ulsam.exporting.parity import TOLERANCE, drawn_images
 from ulsam.files import write_atomic
@@ -69,10 +70,7 @@ def check_backends(backends: Collection[str]) -> None:
         if backend in backends:
             check_installed(f"--backends {backend}")
     if "openvino" in backends:
-        try:
-            import openvino  # noqa: F401
-        except ImportError as error:
-            raise UlsamError(f"--backends openvino: {error}; pip install 'ulsam[openvino]'") from error
+        check_openvino("--backends openvino")
 
 
 def open_net(name: str, backends: Collection[Backend], folder: Path, size: int | None = None) -> BenchNet:

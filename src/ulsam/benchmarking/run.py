@@ -20,7 +20,7 @@ from ulsam.benchmarking.worker import Backend, Case
 from ulsam.comparison.latency import processor
 from ulsam.errors import UlsamError
 from ulsam.exporting.parity import parity_of
-from ulsam.files import check_writable, write_atomic
+from ulsam.files import check_writable, make_folder, write_atomic
 from ulsam.timing import in_turn
 from ulsam.train.report import command_line, versions
 
@@ -179,10 +179,7 @@ def _folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     if (out / "bench.csv").exists():
         raise UlsamError(f"{out} holds a benchmark already: name another folder")
     new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UlsamError(f"cannot make the folder {out}: {error.strerror}") from error
+    make_folder(out)
     check_writable(out / "bench.csv")
     try:
         yield out

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from ulsam.comparison.grid import Failed, Grid, Run
-from ulsam.comparison.store import Store, make_folder, take_lock
+from ulsam.comparison.store import Store, take_lock
 from ulsam.errors import UlsamError, printable
-from ulsam.files import write_atomic
+from ulsam.files import make_folder, write_atomic
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import Interrupted
 from ulsam.train.parts import stop_signals

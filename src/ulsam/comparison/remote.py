@@ -18,9 +18,9 @@ from typing import Any
 
 from ulsam.comparison.grid import Run
 from ulsam.comparison.launch import Ended, hang_up, lock_of, reason_of, start_process
-from ulsam.comparison.store import Store, make_folder, take_lock
+from ulsam.comparison.store import Store, take_lock
 from ulsam.errors import UlsamError, first_line, printable
-from ulsam.files import write_atomic
+from ulsam.files import make_folder, write_atomic
 from ulsam.train.config import TrainConfig
 from ulsam.train.state import CHECKPOINT
 

@@ -22,7 +22,7 @@ from ulsam.comparison.arms import Arm
 from ulsam.comparison.grid import Failed, Grid, Run
 from ulsam.comparison.paths import without_paths
 from ulsam.errors import UlsamError
-from ulsam.files import write_atomic
+from ulsam.files import make_folder, write_atomic
 from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.restore import HARMLESS
 
@@ -233,18 +233,6 @@ def take_lock(path: Path, wait: bool = False) -> int | None:
                 os.close(descriptor)
                 return None
             time.sleep(0.2)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it.
-
-    Raises:
-        UlsamError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UlsamError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 def _json(text: str, path: Path) -> dict[str, Any]:

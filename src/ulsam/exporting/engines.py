@@ -65,10 +65,9 @@ def openvino_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], me
     It is compared in float32: by itself OpenVINO computes in bfloat16 where the processor can. The metadata is its
     runtime information, under ``ulsam``.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise UlsamError(f"--to openvino: {error}; pip install 'ulsam[openvino]'") from error
+    check_openvino("--to openvino")
+    import openvino
+
     core = openvino.Core()
     model = core.read_model(_onnx(net, example, free, {}).SerializeToString())
     for key, text in metadata.items():
@@ -79,6 +78,18 @@ def openvino_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], me
         files = {suffix: path.with_suffix(suffix).read_bytes() for suffix in (".bin", ".xml")}
         compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return Engine(files, lambda images: compiled(images)[0])
+
+
+def check_openvino(what: str) -> None:
+    """Raise unless OpenVINO is installed; ``what`` needs it.
+
+    Raises:
+        UlsamError: it is not.
+    """
+    try:
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise UlsamError(f"{what}: {error}; pip install 'ulsam[openvino]'") from error
 
 
 def executorch_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]) -> Engine:

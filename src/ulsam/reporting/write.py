@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ulsam.comparison.store import make_folder
 from ulsam.errors import UlsamError, printable
-from ulsam.files import check_writable, write_atomic
+from ulsam.files import check_writable, make_folder, write_atomic
 from ulsam.reporting.latency import time_runs
 from ulsam.reporting.measured import Measured, measure_again
 from ulsam.reporting.page import page

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ulsam.errors import UlsamError
-from ulsam.files import clear_parts, write_atomic
+from ulsam.files import clear_parts, make_folder, write_atomic
 from ulsam.slimming.damage import Score
 from ulsam.train.report import command_line, versions
 
@@ -69,10 +69,7 @@ class Store:
 
     def write(self) -> None:
         """Write the file."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UlsamError(f"cannot make the folder {self.path.parent}: {error.strerror}") from error
+        make_folder(self.path.parent)
         write_atomic(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
 
 

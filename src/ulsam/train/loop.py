@@ -22,7 +22,7 @@ from ulsam.data import loading, sources
 from ulsam.distributed import World, launch_line, start
 from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, outcomes, recipe_transform
-from ulsam.files import clear_parts, write_atomic
+from ulsam.files import clear_parts, make_folder, write_atomic
 from ulsam.models import build, save_model, sketch
 from ulsam.train import distill, parts, report, restore
 from ulsam.train.config import TrainConfig
@@ -63,10 +63,7 @@ def train(config: TrainConfig, run: str | Path, *, net: nn.Module | None = None)
         restore.check_free(run)
         trainer = Trainer(config, run, world, net=net)  # before the folder is made: most mistakes show here
         if world.writes:
-            try:
-                run.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
+            make_folder(run)
             if net is not None:
                 trainer.save()  # settings cannot make this net, so the run begins with a checkpoint
             write_atomic(run / "config.yaml", trainer.config.to_yaml())
