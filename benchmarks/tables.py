@@ -9,6 +9,7 @@ Tables of comparisons are computed from the summaries of their runs, and their c
 import json
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,42 @@ def comparison_table(name: str) -> str:
     found = comparison(name)
     matched = [pair for pair in found["differences"] if pair["arm"].split()[-1] == pair["minus"].split()[-1]]
     return table.markdown({**found, "differences": matched}).strip()
+
+
+def slimmed_table(name: str) -> str:
+    """The base nets of a comparison, the same trained on, and slimmed; then how the rate was chosen."""
+    found = json.loads((ROOT / "results" / f"slimmed_{name}.json").read_text())
+    rates = {"whole": found["whole"], "longer": found, "slimmed": found}
+    titles = {"whole": "trained, as compared above", "longer": "trained on, all blocks", "slimmed": "slimmed"}
+    lines = [
+        "| net | parameters | MACs | time of a picture | lr, epochs | top-1 (seeds) | slimmed minus it |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for key, title in titles.items():
+        entry, cost = found[key], found["slimmed"]["cost"] if key == "slimmed" else found["whole_cost"]
+        time = found["latency"]["slimmed" if key == "slimmed" else "whole"]
+        minus = found.get(f"minus_{key}")
+        cells = [
+            title,
+            f"{cost['params'] / 1e6:.3f} M",
+            f"{cost['macs'] / 1e6:.1f} M",
+            f"{1e3 * time['seconds']:.1f} ms, x {time['ratio']:.2f}",
+            f"{rates[key]['lr']:g}, {rates[key]['epochs']}",
+            f"{100 * entry['top1_mean']:.2f} ± {100 * entry['top1_sd']:.2f} ({len(entry['seeds'])})",
+            table.points(minus) if minus else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    tries = ", ".join(f"{100 * top1:.1f} at {rate}" for rate, top1 in found["tries"].items())
+    chosen = Counter(", ".join(blocks) for blocks in found["blocks"])
+    sets = "; ".join(f"{blocks} ({count} of {chosen.total()} seeds)" for blocks, count in chosen.most_common())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Top-1 in %, on {found['pictures']} test pictures. Held-out top-1 of the choice of the learning rate: "
+            f"{tries}; the whole net has {100 * found['tried_whole']:.1f} there. Blocks replaced: {sets}.",
+        ]
+    )
 
 
 def allocation_table() -> str:

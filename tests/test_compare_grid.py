@@ -227,7 +227,7 @@ def test_a_try_counts_only_with_all_its_seeds() -> None:
     base, look = plan.arms[0], Results()
     for run, value in zip(plan.tries(base, look), (0.9, None, 0.5, 0.5), strict=True):
         look.add(run, value)
-    assert plan.tried(base, look)[0] == Try(0.01, 2, None, "diverged", (0.9,))
+    assert plan.tried(base, look)[0] == Try(0.01, 2, None, "seed 1: diverged", (0.9,))
     assert plan.chosen(base, look) == (0.02, 2)
 
 

@@ -192,6 +192,14 @@ def test_nothing_to_fit() -> None:
     assert fit(inserted, [pictures()]) == []  # it stands for no block
 
 
+def test_a_full_memory_is_one_line_and_leaves_the_layer_new() -> None:
+    model = ulsam.replace(net(), "1", layer="thin", width=2, input_size=SIZE)
+    too_many = torch.zeros(1, *SIZE).expand(2**40, *SIZE)  # takes no memory itself
+    with pytest.raises(UlsamError, match=r"^the memory is full: fit on fewer pictures"):
+        fit(model, [too_many])
+    assert new_layers(model)
+
+
 def test_a_block_that_does_nothing_and_pictures_without_spread() -> None:
     whole = net()
     for parameter in whole[1].parameters():

@@ -24,3 +24,12 @@ def first_line(error: BaseException) -> str:
     ('too big', 'KeyError')
     """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is what PyTorch raises when the device's memory is full.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    True
+    """
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

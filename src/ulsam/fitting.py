@@ -3,8 +3,8 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from ulsam.edits import changes, lacks_weights, put_back
-from ulsam.errors import UlsamError
+from ulsam.errors import UlsamError, is_out_of_memory
 from ulsam.evaluate import NotFinite, eval_mode
 from ulsam.thin import ThinBlock
 
@@ -48,7 +48,8 @@ def fit(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> l
         they were not in the file that the net came from.
 
     Raises:
-        UlsamError: no pictures, single ones whose map is one pixel at a layer, or a net that puts out NaN or infinity.
+        UlsamError: no pictures, single ones whose map is one pixel at a layer, a net that puts out NaN or infinity, or
+            a full memory.
 
     >>> import ulsam
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
@@ -62,7 +63,7 @@ def fit(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> l
     places = new_layers(model)
     if not places:
         return []
-    with eval_mode(model):
+    with eval_mode(model), _enough_memory():
         whole, found = put_back(copy.deepcopy(model)), []
         for name in _called(model, places, batches[0]):
             given = _passing(model, name, batches)[0]
@@ -85,11 +86,22 @@ def fit_apart(
         batches, steps: as for :func:`fit`, and so are the result and the errors.
     """
     batches, found = _checked(batches), []
-    for name, layer in layers.items():
-        if _has_new(layer):
-            explained = _regress(layer, name, *_passing(net, name, batches), steps)
-            found.append(Fitted(name, _thin_of(layer).width, explained))
+    with _enough_memory():
+        for name, layer in layers.items():
+            if _has_new(layer):
+                explained = _regress(layer, name, *_passing(net, name, batches), steps)
+                found.append(Fitted(name, _thin_of(layer).width, explained))
     return found
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UlsamError("the memory is full: fit on fewer pictures (--fit-pictures)") from error
 
 
 def _checked(batches: Sequence[Tensor]) -> list[Tensor]:

@@ -236,7 +236,8 @@ def _outcome(runs: Sequence[Run], look: Look) -> Try:
     config = runs[0].config
     found = [look(run) for run in runs]
     each = tuple(top1 for end in found if (top1 := _top1(end)) is not None)
-    failed = next((end.reason for end in found if isinstance(end, Failed)), None)
+    bad = next(((run, end.reason) for run, end in zip(runs, found, strict=True) if isinstance(end, Failed)), None)
+    failed = bad and (f"seed {bad[0].config.seed}: {bad[1]}" if len(runs) > 1 else bad[1])
     mean = statistics.fmean(each) if len(each) == len(runs) else None
     return Try(config.lr, config.epochs, mean, failed, each)
 

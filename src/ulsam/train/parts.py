@@ -21,7 +21,7 @@ from ulsam.data import loading, sources
 from ulsam.data.augment import TrainTransform
 from ulsam.data.cache import cache_for
 from ulsam.distributed import World
-from ulsam.errors import UlsamError, first_line
+from ulsam.errors import UlsamError, first_line, is_out_of_memory
 from ulsam.models import make_recipe, ulsam_parameters
 from ulsam.places import match
 from ulsam.recipe import Edit, Recipe
@@ -197,11 +197,6 @@ class Unreadable:
                     tqdm.write(f"unreadable {reason}", file=sys.stderr)
         if len(self.reasons) > self.limit:
             raise UlsamError(f"more than {self.limit} pictures cannot be read (named above): see --max-unreadable")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is what PyTorch raises when the device's memory is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ulsam.distributed import World, start
-from ulsam.errors import UlsamError, first_line
+from ulsam.errors import UlsamError, first_line, is_out_of_memory
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig
 from ulsam.train.distill import Teacher
@@ -209,7 +209,7 @@ def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
             try:
                 take[setup]()
             except RuntimeError as error:
-                if not parts.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 del times[setup]
                 continue
