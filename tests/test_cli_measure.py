@@ -88,6 +88,19 @@ def test_predict_as_json_goes_on_after_a_bad_picture_and_exits_2(world, capsys):
     assert captured.err == "ulsam: error: 1 of 2 pictures could not be read; they are named above\n"
 
 
+def test_a_line_of_a_picture_is_told_and_left_out(world, capsys, tmp_path):
+    root, _ = world
+    shutil.copytree(root / "data", tmp_path / "data")
+    line = tmp_path / "data" / "test" / CLASSES[0] / "line.png"
+    Image.new("L", (1, 3_000_000)).save(line)  # resized by its shorter side: 10 GB
+    told = f"unreadable {line}: one side is more than 100 times as long as the other"
+    assert main(["predict", str(root / "net.safetensors"), str(line)]) == 2
+    assert told in capsys.readouterr().out.splitlines()
+    assert main(["eval", str(root / "net.safetensors"), str(tmp_path / "data"), "--workers", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert told in printed.splitlines() and "9 pictures, split test; 1 unreadable ones left out" in printed
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -233,6 +233,27 @@ def test_decompression_bombs_are_refused_from_the_header(
         read_picture(io.BytesIO(png_claiming(*size)))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_lines_are_refused_from_the_header(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resized by their shorter side they would take gigabytes."""
+    assert read_pixels(encoded(scene((400, 4)), kind)).shape == (4, 400, 3)
+    lines = [encoded(Image.new("RGB", size), kind) for size in ((401, 4), (1, 60_000))]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("the line was decoded"))
+    monkeypatch.setattr(pictures.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("the line was decoded"))
+    for line in lines:
+        with pytest.raises(
+            UnreadablePicture, match=r"^<stream>: one side is more than 100 times as long as the other$"
+        ):
+            read_pixels(line)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_fewer_pixels_may_be_the_most(kind: str) -> None:
+    assert read_pixels(encoded(scene((30, 20)), kind), most=600).shape == (20, 30, 3)
+    with pytest.raises(UnreadablePicture, match=r"^<stream>: larger than 599 pixels, the most that is read$"):
+        read_pixels(encoded(scene((30, 20)), kind), most=599)
+
+
 def test_pillow_settings_and_warning_filters_stay_as_they_were() -> None:
     before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters))
     read_picture(encoded(scene(), "JPEG"))

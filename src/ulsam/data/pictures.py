@@ -22,6 +22,10 @@ except ImportError:  # where exported nets run: Pillow gives the same values, on
 MAX_PIXELS = 89_000_000
 """Largest width * height that is read: 267 MB as RGB. More is refused from the header, before anything is decoded."""
 
+LONGEST = 100
+"""The longest side that is read, in multiples of the other one, refused likewise: pictures are resized by their shorter
+side, which would make gigabytes of a line one pixel wide."""
+
 Image.init()
 FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000"} & Image.OPEN.keys())
 """Formats that are read, by Pillow's names (AVIF since Pillow 11.3); none that starts another program, as EPS does."""
@@ -83,7 +87,8 @@ def read_picture(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         A `PIL.Image.Image` of mode RGB with its pixels loaded; no file stays open.
 
     Raises:
-        UnreadablePicture: the file is missing, empty, truncated, corrupt, larger than `MAX_PIXELS`, or no picture.
+        UnreadablePicture: the file is missing, empty, truncated, corrupt, larger than `MAX_PIXELS`, longer than
+            `LONGEST` allows, or no picture.
 
     >>> import io
     >>> stream = io.BytesIO()
@@ -106,7 +111,9 @@ def whole(width: int, height: int) -> int:
     return 1
 
 
-def read_pixels(path: str | os.PathLike[str] | BinaryIO, reduction: Reduction = whole) -> Pixels:
+def read_pixels(
+    path: str | os.PathLike[str] | BinaryIO, reduction: Reduction = whole, *, most: int = MAX_PIXELS
+) -> Pixels:
     """Read one picture as :func:`read_picture` does, as an array, and faster where it is an ordinary JPEG.
 
     Without the package simplejpeg, Pillow reads these too, to the same values. Only a damaged one, which simplejpeg
@@ -115,6 +122,7 @@ def read_pixels(path: str | os.PathLike[str] | BinaryIO, reduction: Reduction = 
     Args:
         path: as of :func:`read_picture`.
         reduction: asked for the scale of a JPEG (grey or RGB); all else is read at full size.
+        most: pixels, width * height, that are read; `MAX_PIXELS` at most.
 
     Returns:
         A uint8 array [H, W, 3], writable. At full size its values are those of :func:`read_picture`.
@@ -130,23 +138,23 @@ def read_pixels(path: str | os.PathLike[str] | BinaryIO, reduction: Reduction = 
     try:
         if isinstance(path, str | os.PathLike):
             with open(path, "rb") as file:
-                return _pixels(file, reduction)
-        return _pixels(path, reduction)
+                return _pixels(file, reduction, most)
+        return _pixels(path, reduction, most)
     except _DAMAGE as error:
         raise UnreadablePicture(f"{_name(path)}: {_reason(error)}") from error
 
 
-def _pixels(file: BinaryIO, reduction: Reduction) -> Pixels:
+def _pixels(file: BinaryIO, reduction: Reduction, most: int) -> Pixels:
     """Decode; raises whatever Pillow raises."""
     file.seek(0)
     start = file.read(3)
     if simplejpeg is None:
-        return np.array(_read(file, reduction))
-    found = _jpeg(start + file.read(), reduction) if start == b"\xff\xd8\xff" else None
-    return np.array(_read(file)) if found is None else found
+        return np.array(_read(file, reduction, most))
+    found = _jpeg(start + file.read(), reduction, most) if start == b"\xff\xd8\xff" else None
+    return np.array(_read(file, most=most)) if found is None else found
 
 
-def _jpeg(content: bytes, reduction: Reduction) -> Pixels | None:
+def _jpeg(content: bytes, reduction: Reduction, most: int) -> Pixels | None:
     """An ordinary JPEG, upright; None for any other, and at the least doubt, to be read or refused by Pillow.
 
     Pillow's decoder is the same library (libjpeg-turbo), so that the values are the same, but it decodes in small
@@ -154,7 +162,8 @@ def _jpeg(content: bytes, reduction: Reduction) -> Pixels | None:
     """
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours not in ("YCbCr", "RGB", "Gray") or width * height > MAX_PIXELS:
+        _check_size(width, height, most)
+        if colours not in ("YCbCr", "RGB", "Gray"):
             return None
         turn = _stored_turn(content) if _may_be_turned(content) else None
         factor = reduction(width, height)
@@ -195,7 +204,7 @@ _TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
 }
 
 
-def _read(file: BinaryIO, reduction: Reduction = whole) -> Image.Image:
+def _read(file: BinaryIO, reduction: Reduction = whole, most: int = MAX_PIXELS) -> Image.Image:
     """Decode, an ordinary JPEG at the scale asked for, turn upright and convert; raises whatever Pillow raises."""
     file.seek(0)
     if not file.read(1):
@@ -204,8 +213,7 @@ def _read(file: BinaryIO, reduction: Reduction = whole) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the picture is read or it is not
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         stored = Image.open(file, formats=FORMATS)
-        if stored.width * stored.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
+        _check_size(*stored.size, most)
         if stored.format in ("JPEG", "MPO") and stored.mode in ("RGB", "L"):
             factor = reduction(*stored.size)
             stored.draft(None, (stored.width // factor, stored.height // factor))
@@ -213,6 +221,14 @@ def _read(file: BinaryIO, reduction: Reduction = whole) -> Image.Image:
         turn = _TURNS.get(_orientation(stored))
         picture = _rgb(stored)
     return picture if turn is None else picture.transpose(turn)
+
+
+def _check_size(width: int, height: int, most: int) -> None:
+    """Raise unless a picture of this size is read."""
+    if width * height > most:
+        raise UnreadablePicture(f"larger than {most} pixels, the most that is read")
+    if max(width, height) > LONGEST * min(width, height):
+        raise UnreadablePicture(f"one side is more than {LONGEST} times as long as the other")
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -263,6 +279,8 @@ def _name(path: str | os.PathLike[str] | BinaryIO) -> str:
 def _reason(error: BaseException) -> str:
     """An exception of Pillow or the file system in a few words."""
     text = " ".join(str(error).split())
+    if isinstance(error, UnreadablePicture):
+        return text
     if isinstance(error, UnidentifiedImageError):
         return "not a picture in a known format, or cut off within its header"
     if isinstance(error, OSError) and error.strerror:

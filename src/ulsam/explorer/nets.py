@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from ulsam.data.pictures import UnreadablePicture, read_pixels
+from ulsam.data.pictures import read_pixels
 from ulsam.errors import printable
 from ulsam.explanation.batches import look
 from ulsam.explanation.explainer import Explainer, Explanation
 from ulsam.explanation.words import net_name
 from ulsam.models import load
-
-LONGEST = 32
-"""The longest side of a picture that is taken, in multiples of the other one. Pictures are resized by their shorter
-side, which would make gigabytes of a line one pixel wide."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def explain_upload(nets: Sequence[Net], content: bytes, name: str) -> list[Expla
         name: of the file, for messages.
 
     Raises:
-        UnreadablePicture: it is no picture, or broken, has too many pixels, or is a mere line.
+        UnreadablePicture: it is no picture, or broken, too large, or a mere line.
         NotFinite: the outputs of a net are not finite.
     """
     given: dict[tuple[object, ...], Tensor] = {}
@@ -78,8 +74,4 @@ def grey_picture() -> bytes:
 def _pixels(explainer: Explainer, content: bytes, name: str) -> Tensor:
     stream = io.BytesIO(content)
     stream.name = name
-    pixels = read_pixels(stream, explainer.transform.reduction)
-    height, width = pixels.shape[:2]
-    if max(height, width) > LONGEST * min(height, width):
-        raise UnreadablePicture(f"{name}: one side is more than {LONGEST} times as long as the other")
-    return explainer.transform.pixels(pixels)
+    return explainer.transform.pixels(read_pixels(stream, explainer.transform.reduction))
