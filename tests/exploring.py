@@ -14,7 +14,7 @@ from ulsam.explanation import Explainer
 from ulsam.explanation.words import net_name
 from ulsam.explorer.app import create_app
 from ulsam.explorer.nets import Net
-from ulsam.explorer.serve import listen
+from ulsam.listening import listen
 from ulsam.models import build, make_recipe
 from ulsam.module import ULSAM
 from ulsam.recipe import Edit

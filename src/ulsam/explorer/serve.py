@@ -1,12 +1,11 @@
 """Start the page's server, and end it."""
 
 import contextlib
-import ipaddress
 import os
-import socket
 from collections.abc import Callable, Sequence
 
 from ulsam.errors import UlsamError
+from ulsam.listening import is_loopback, listen, url
 
 
 def serve(
@@ -49,33 +48,8 @@ def serve(
             limit_concurrency=64,
             timeout_graceful_shutdown=5,
         )
-        place, port = server_socket.getsockname()[:2]
-        say(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)")
-        if not ipaddress.ip_address(place).is_loopback:
+        say(f"{url(server_socket)}  (Ctrl-C ends it)")
+        if not is_loopback(server_socket):
             say("Everyone who can reach this machine can use the page: it asks for no password.")
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends its work, and then raises it
             uvicorn.Server(config).run(sockets=[server_socket])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        UlsamError: no such host, or a port that is taken, not allowed, or none.
-
-    >>> with listen("127.0.0.1", 0) as taken:
-    ...     listen("127.0.0.1", taken.getsockname()[1])  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ulsam.errors.UlsamError: cannot listen on port ... of 127.0.0.1: address already in use; ...
-    """
-    if not 0 <= port <= 65535:
-        raise UlsamError(f"--port must be 0 to 65535, not {port}")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family)
-    except socket.gaierror as error:
-        raise UlsamError(f"cannot listen on {host}: {str(error.strerror).lower()}; see --host") from error
-    except OSError as error:
-        reason = os.strerror(error.errno or 0).lower()  # its own text tells the address once more
-        hint = "name another --port, or --port 0 for any free one"
-        raise UlsamError(f"cannot listen on port {port} of {host}: {reason}; {hint}") from error
