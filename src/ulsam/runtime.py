@@ -14,6 +14,9 @@ from ulsam.errors import UlsamError, first_line
 from ulsam.files import check_readable
 from ulsam.prediction import Logits, Picture, Prediction, predict
 
+# ONNX Runtime reads this when it is imported; otherwise it reports to its makers, and writes an identifier to disk
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 CLASSES, PREPROCESSING, RECIPE, VERSION = "classes", "preprocessing", "recipe", "ulsam_version"
 """Keys of an exported file's metadata; each value is text: JSON, but for the version."""
 
