@@ -87,11 +87,13 @@ def options(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def command(argv: Sequence[str], *, launcher: Sequence[str] = (), **keywords: Any) -> "subprocess.Popen[str]":
+def command(
+    argv: Sequence[str], *, launcher: Sequence[str] = (), env: Mapping[str, str] | None = None, **keywords: Any
+) -> "subprocess.Popen[str]":
     """Start ``python -m ulsam`` in a session of its own; ``launcher`` is e.g. torchrun's module and options."""
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "ulsam", *argv],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

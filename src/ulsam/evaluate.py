@@ -198,8 +198,19 @@ def predict(
     >>> [p.error for p in predict(build(recipe)[0], recipe, ["missing.jpg"])]
     ['missing.jpg: no such file or directory']
     """
-    device = next(model.parameters()).device
     transform = recipe_transform(recipe)
+    logits = logits_of(model, transform)
+    return prediction.predict(paths, logits, transform.preprocessing, recipe.classes, top=top, batch=batch_size)
+
+
+def logits_of(model: nn.Module, transform: EvalTransform) -> Callable[[Pixels], Logits]:
+    """A function from RGB bytes [B, H, W, 3] at the net's size to the net's outputs [B, classes].
+
+    >>> look = recipe_transform(Recipe("resnet18", ("cat",), input_size=(3, 8, 8)))
+    >>> logits_of(nn.Conv2d(3, 1, 8), look)(np.zeros((2, 8, 8, 3), np.uint8)).shape
+    (2, 1, 1, 1)
+    """
+    device = next(model.parameters()).device
 
     @torch.no_grad()
     def logits(images: Pixels) -> Logits:
@@ -207,7 +218,7 @@ def predict(
             found: Tensor = model(transform.normalise(torch.from_numpy(images).to(device)))
         return found.float().cpu().numpy()
 
-    return prediction.predict(paths, logits, transform.preprocessing, recipe.classes, top=top, batch=batch_size)
+    return logits
 
 
 def read_batch(paths: Iterable[str], transform: EvalTransform) -> tuple[list[Tensor], dict[str, str]]:

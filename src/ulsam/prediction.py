@@ -79,9 +79,17 @@ Prediction(path='missing.jpg', classes=(), error='missing.jpg: no such file or d
             if place in errors:
                 yield Prediction(name, error=errors[place])
             else:
-                row = next(shares)
-                best = np.argsort(-row, kind="stable")[:top]
-                yield Prediction(name, tuple((classes[index], float(row[index])) for index in best))
+                yield Prediction(name, ranked(next(shares), classes, top))
+
+
+def ranked(shares: NDArray[np.float32], classes: Sequence[str], top: int) -> tuple[tuple[str, float], ...]:
+    """The ``top`` most probable classes of one picture with their probabilities, best first.
+
+    >>> ranked(np.float32([0.25, 0.75]), ["cat", "dog"], 1)
+    (('dog', 0.75),)
+    """
+    best = np.argsort(-shares, kind="stable")[:top]
+    return tuple((classes[index], float(shares[index])) for index in best)
 
 
 def softmax(logits: Logits) -> Logits:

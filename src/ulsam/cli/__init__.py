@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "write a trained net for another engine: ONNX, OpenVINO, ExecuTorch",
     "quantize": "write a trained net in 8-bit integers, and say what that costs",
     "bench": "time nets side by side in the engines that run them: eager, compile, ONNX Runtime, OpenVINO",
+    "serve": "name pictures over HTTP, with batching, limits and metrics",
     "inspect": "say what the attention layers of a trained net do on pictures",
     "explain": "show what a net looks at, picture by picture, in a report",
     "explore": "ask nets about pictures on a local web page",

@@ -1,0 +1,58 @@
+"""`ulsam serve MODEL`: name pictures over HTTP."""
+
+import argparse
+import os
+from dataclasses import fields
+
+from ulsam.errors import UlsamError
+from ulsam.serving.limits import Limits
+
+TEXTS = {
+    "batch": "pictures that the net computes at once",
+    "pictures": "pictures in one request",
+    "megabytes": "megabytes of one request",
+    "pixels": "width times height of a picture",
+    "requests": "requests at once",
+    "timeout": "for a request to arrive and be answered",
+    "idle": "for which a connection is kept without a whole header of a request, or without its answer being taken",
+}
+SECONDS = ("timeout", "idle")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file, or NAME.onnx of ulsam export")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); others need ULSAM_API_KEY"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads that compute a batch (default: one a core)")
+    limits = parser.add_argument_group("limits; what lies above is refused")
+    for field in fields(Limits):
+        limits.add_argument(
+            f"--{field.name}" if field.name in SECONDS else f"--max-{field.name}",
+            dest=field.name,
+            type=type(field.default),
+            default=field.default,
+            metavar="SECONDS" if field.name in SECONDS else "N",
+            help=f"{TEXTS[field.name]} (default: {field.default:,})",
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve, and say where and how much."""
+    limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
+    try:
+        from ulsam.serving.server import KEY, serve
+    except ImportError as error:
+        raise UlsamError(f"{error}; pip install 'ulsam[serve]'") from error
+    answered = serve(
+        args.model,
+        host=args.host,
+        port=args.port,
+        api_key=os.environ.get(KEY),
+        threads=args.threads,
+        limits=limits,
+        ready=lambda url: print(f"serving {args.model} at {url}, with a page at {url}/docs", flush=True),
+    )
+    print(f"stopped: {answered} requests answered")

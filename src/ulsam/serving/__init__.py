@@ -1,0 +1,1 @@
+"""A trained net as an HTTP service: one process, one net, no state."""
