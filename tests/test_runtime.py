@@ -122,6 +122,26 @@ def test_streams_and_pixels_are_pictures_too(world):
     assert list(net.predict([])) == []
 
 
+def test_what_is_no_picture_or_no_number_is_told(world):
+    net = runtime.load(world / "net.onnx")
+    path = world / "data" / "val" / "class0" / "large.jpg"
+    grey, none = np.zeros((48, 48), np.uint8), np.zeros((0, 5, 3), np.uint8)
+    for pictures, options, told in [
+        ([path], {"batch": 0}, "batch must be 1 or more, not 0"),
+        ([path], {"top": -1}, "top must be 1 or more, not -1"),
+        (str(path), {}, "give a list, of one picture too"),
+        ([path.read_bytes()], {}, r"not bytes; io.BytesIO\(...\) makes a stream"),
+        ([grey], {}, r"uint8 \[H, W, 3\], not uint8 \[48, 48\]"),
+        ([none], {}, r"not uint8 \[0, 5, 3\]"),
+        ([np.zeros((48, 48, 3))], {}, r"not float64 \[48, 48, 3\]"),
+    ]:
+        with pytest.raises(UlsamError, match=told):
+            list(net.predict(pictures, **options))
+    for threads in (0, -2):
+        with pytest.raises(UlsamError, match=f"threads must be 1 or more, not {threads}"):
+            runtime.load(world / "net.onnx", threads=threads)
+
+
 def test_the_commands_say_the_same_of_both_files(world, capsys):
     told = {}
     for suffix in (".safetensors", ".onnx"):

@@ -56,6 +56,7 @@ def predict(
 
     Raises:
         NotFinite: the net's outputs are not finite.
+        UlsamError: ``top`` or ``batch`` is below 1, or what is given is no picture at all.
 
     >>> look = Preprocessing((1, 1), "bilinear", 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     >>> def redness(images):
@@ -64,14 +65,29 @@ def predict(
     [Prediction(path='<picture 0>', classes=(('red', 1.0),), error=None), \
 Prediction(path='missing.jpg', classes=(), error='missing.jpg: no such file or directory')]
     """
+    for what, value in (("top", top), ("batch", batch)):
+        if value < 1:
+            raise UlsamError(f"{what} must be 1 or more, not {value}")
+    if isinstance(pictures, str | bytes):
+        raise UlsamError("pictures are several: give a list, of one picture too")
+    return _predictions(pictures, logits, preprocessing, classes, top, batch)
+
+
+def _predictions(
+    pictures: Iterable[Picture],
+    logits: Callable[[Pixels], Logits],
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    top: int,
+    batch: int,
+) -> Iterator[Prediction]:
     numbered = enumerate(pictures)
     while chunk := list(itertools.islice(numbered, batch)):
         names = [_name(picture, number) for number, picture in chunk]
         images, errors = [], {}
         for place, (_, picture) in enumerate(chunk):
             try:
-                pixels = picture if isinstance(picture, np.ndarray) else read_pixels(picture, preprocessing.reduction)
-                images.append(preprocessing.crop(pixels))
+                images.append(preprocessing.crop(_pixels(picture, preprocessing)))
             except UnreadablePicture as error:
                 errors[place] = str(error)
         shares = iter(softmax(logits(np.stack(images))) if images else np.empty((0, len(classes)), np.float32))
@@ -105,6 +121,21 @@ def softmax(logits: Logits) -> Logits:
         raise NotFinite(NOT_FINITE)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     return shares / shares.sum(1, keepdims=True)
+
+
+def _pixels(picture: Picture, preprocessing: Preprocessing) -> Pixels:
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+            raise UlsamError(
+                f"a picture in memory is RGB bytes, uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}"
+            )
+        return picture
+    if not isinstance(picture, str | os.PathLike) and not hasattr(picture, "read"):
+        raise UlsamError(
+            f"a picture is a path, a binary stream or RGB bytes [H, W, 3], not {type(picture).__name__}; "
+            "io.BytesIO(...) makes a stream of a file's content"
+        )
+    return read_pixels(picture, preprocessing.reduction)
 
 
 def _name(picture: Picture, number: int) -> str:

@@ -78,12 +78,14 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Net:
         threads: CPU threads that compute one batch; by default one a core.
 
     Raises:
-        UlsamError: no such file, no ONNX file, or one that was not exported by ulsam.
+        UlsamError: no such file, no ONNX file, or one that was not exported by ulsam; or fewer than one thread.
 
     >>> load("birds.onnx")
     Traceback (most recent call last):
     ulsam.errors.UlsamError: no exported net birds.onnx
     """
+    if threads is not None and threads < 1:
+        raise UlsamError(f"threads must be 1 or more, not {threads}; None is one a core")
     check_readable(path, "exported net")
     return open_net(os.fspath(path), os.fspath(path), threads)
 
