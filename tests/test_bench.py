@@ -196,6 +196,16 @@ def test_base_and_edited_net_in_two_backends(folder, tmp_path, monkeypatch, caps
     assert "holds a benchmark already" in capsys.readouterr().err
 
 
+def test_a_file_for_any_size_is_measured_at_the_one_asked_for(folder, tmp_path):
+    net, recipe = load(folder / "net.safetensors")
+    (tmp_path / "open.onnx").write_bytes(engine_of(net, recipe, dynamic_size=True).files[".onnx"])
+    opened = open_net(str(tmp_path / "open.onnx"), ["onnxruntime"], tmp_path, 48)
+    assert opened.images(2).shape == (2, 48, 48, 3)
+    assert opened.cost == cost(net, (3, 48, 48))
+    with start(opened, "onnxruntime", batch=2, threads=1) as process:
+        assert process.time() > 0
+
+
 def test_other_answers_are_refused_before_timing(folder, tmp_path):
     net = open_net(str(folder / "net.onnx"), ["onnxruntime"], tmp_path)
     net.files["onnxruntime"] = str(folder / "other.onnx")
@@ -216,11 +226,11 @@ def test_what_was_measured_is_kept_on_ctrl_c(folder, tmp_path):
     before = children()
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt, match=r"what was measured is in .*out"):
-        bench([str(folder / "net.onnx")], out, backends=["onnxruntime"], batches=[256, 1], seconds=600, say=say)
+        bench([str(folder / "net.onnx")], out, backends=["onnxruntime"], batches=[64, 1], seconds=600, say=say)
     assert children() == before
     (row,) = csv.DictReader((out / "bench.csv").open())
-    assert (row["infer_batch_size"], 0 < int(row["turns"]) < MOST_TURNS) == ("256", True)
-    assert [line for line in said if line.startswith("start")] == ["start   batch 256, threads 1"]
+    assert (row["infer_batch_size"], 0 < int(row["turns"]) < MOST_TURNS) == ("64", True)
+    assert [line for line in said if line.startswith("start")] == ["start   batch 64, threads 1"]
 
 
 def test_a_process_that_dies_is_told(folder, tmp_path):

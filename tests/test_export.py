@@ -19,7 +19,7 @@ from ulsam.errors import UlsamError
 from ulsam.evaluate import recipe_transform
 from ulsam.exporting import export
 from ulsam.exporting.onnx_graph import ATTENTION, onnx_graph
-from ulsam.exporting.parity import Parity, read_images
+from ulsam.exporting.parity import Parity, compared, read_images
 from ulsam.models import build, load, make_recipe, save_model
 from ulsam.ops.reference import subspace_attention
 from ulsam.recipe import Edit, Recipe
@@ -170,9 +170,24 @@ def test_height_and_width_may_be_left_open(small, tmp_path):
         np.testing.assert_allclose(net.logits(images), outputs(small, RECIPE, images), atol=1e-4)
 
 
+def test_a_map_of_one_pixel_may_grow(tmp_path):
+    """At 32 px the net's last maps are 1x1, which is no reason to take them for 1x1 at every size."""
+    torch.manual_seed(0)
+    recipe = make_recipe(NET, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=32)
+    net = build(recipe)[0].eval()
+    export(net, recipe, tmp_path / "open.onnx", dynamic_size=True)
+    exported = runtime.load(tmp_path / "open.onnx")
+    assert exported.any_size
+    for size in [(32, 32), (33, 70), (96, 64)]:
+        images = noise(2, *size)
+        np.testing.assert_allclose(exported.logits(images), outputs(net, recipe, images), atol=1e-4)
+
+
 def test_a_net_for_one_size_cannot_leave_it_open(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 2, 5, 5), nn.Flatten(), nn.Linear(2 * 9 * 9, 3)).eval()
-    with pytest.raises(UlsamError, match=r"the exported net fails on pictures of 72x96: .*; nothing was") as caught:
+    with pytest.raises(
+        UlsamError, match=r"free batch, height, width: .* for one size\? then leave that fixed"
+    ) as caught:
         export(net, RECIPE, tmp_path / "net.onnx", dynamic_size=True)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -201,6 +216,15 @@ def test_another_output_is_refused_and_leaves_no_file(small, tmp_path):
     with pytest.raises(UlsamError, match="the net for onnx puts out something else than the net: 16 drawn birds"):
         export(Sly(small, 0.5), RECIPE, tmp_path / "sly.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_fails_is_told_in_one_line(small):
+    def run(images: np.ndarray) -> np.ndarray:
+        raise RuntimeError("out of luck\nat line 3")
+
+    with pytest.raises(UlsamError) as caught:
+        compared(small, run, recipe_transform(RECIPE).preprocessing, list(noise(2, 48, 48)))
+    assert str(caught.value) == "the exported net fails on pictures of 48x48: out of luck; nothing was written"
 
 
 @pytest.mark.parametrize(

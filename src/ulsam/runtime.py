@@ -27,6 +27,7 @@ class Net:
     Attributes:
         classes: names of the outputs.
         preprocessing: how a picture becomes the input.
+        any_size: whether it takes pictures of other sizes too (`ulsam export --dynamic-size`).
         metadata: of the file, as text by key.
     """
 
@@ -37,11 +38,12 @@ class Net:
         self._session = session
         given = session.get_inputs()[0]
         self._name, self._takes_pixels = given.name, given.type == "tensor(uint8)"
+        self.any_size = isinstance(given.shape[1 if self._takes_pixels else 2], str)
 
     def logits(self, images: Pixels) -> Logits:
         """The net's outputs [B, classes] for RGB bytes [B, H, W, 3].
 
-        H and W are those of ``preprocessing.size``; others too, if the net was exported with a dynamic size.
+        H and W are those of ``preprocessing.size``; others too, if the net takes ``any_size``.
 
         Raises:
             UlsamError: the net does not take images of this shape.
@@ -66,6 +68,7 @@ class Net:
 
         Raises:
             NotFinite: the net's outputs are not finite.
+            UlsamError: ``top`` or ``batch`` is below 1, or what is given is no picture at all.
         """
         return predict(pictures, self.logits, self.preprocessing, self.classes, top=top, batch=batch)
 

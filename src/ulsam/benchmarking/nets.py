@@ -1,5 +1,6 @@
 """The nets to measure: each as a file for every backend, with what it must put out."""
 
+import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,17 +91,20 @@ def open_net(name: str, backends: Collection[Backend], folder: Path, size: int |
 
 def _open_onnx(name: str, backends: Collection[Backend], size: int | None) -> BenchNet:
     net = runtime.load(name)
-    look = net.preprocessing
+    look, text = net.preprocessing, net.metadata.get(runtime.RECIPE)
+    recipe = Recipe.from_json(text) if text else None
     if size is not None and look.size != (size, size):
-        raise UlsamError(f"--size {size}: {name} was exported for pictures of {'x'.join(map(str, look.size))}")
-    text = net.metadata.get(runtime.RECIPE)
+        if not net.any_size:
+            raise UlsamError(f"--size {size}: {name} was exported for pictures of {'x'.join(map(str, look.size))}")
+        look = dataclasses.replace(look, size=(size, size))
+        recipe = recipe and dataclasses.replace(recipe, input_size=(3, size, size))
     return BenchNet(
         name,
         np.stack(drawn_images(look)),
         {backend: name for backend in backends if backend in ("onnxruntime", "openvino")},
         net.logits,
         INT8_TOLERANCE if QUANTIZATION in net.metadata else TOLERANCE,
-        _cost(Recipe.from_json(text)) if text else None,
+        _cost(recipe) if recipe else None,
     )
 
 

@@ -120,6 +120,8 @@ def engine_of(
     channels, height, width = recipe.input_size
     look = recipe_transform(recipe).preprocessing
     folded = fold(model, recipe.input_size, channels_last=False).to("cpu").float()
+    if dynamic_size:  # a map of one pixel in the example would be taken for one of a pixel whatever the size
+        height, width = 2 * height, 2 * width
     example = torch.zeros(2, channels, height, width)
     sizes = (2, 3)
     if preprocessing:

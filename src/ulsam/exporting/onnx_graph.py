@@ -75,7 +75,8 @@ def onnx_graph(net: nn.Module, example: Tensor, free: Mapping[int, str] | None =
             assert made is not None  # a program, where no file is named
     except Exception as error:  # whatever the exporter raises at an operation that it does not know
         sizes = f" with a free {', '.join(names.values())}" if names else ""
-        raise UlsamError(f"this {type(net).__name__} cannot be exported to ONNX{sizes}: {first_line(error)}") from error
+        hint = "; is it for one size? then leave that fixed" if len(names) > 1 else ""
+        raise UlsamError(f"the net cannot be exported to ONNX{sizes}: {first_line(error).rstrip(':')}{hint}") from error
     return _tidied(made.model_proto)
 
 
