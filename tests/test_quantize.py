@@ -17,7 +17,7 @@ from ulsam.errors import UlsamError
 from ulsam.evaluate import predict
 from ulsam.exporting.onnx_graph import ATTENTION
 from ulsam.models import build, load, make_recipe, save_model
-from ulsam.quantization import quantize
+from ulsam.quantization import COVERED, map_ranges, quantize
 from ulsam.recipe import Edit
 
 EDIT = "insert blocks.1.0 g=4"
@@ -28,7 +28,8 @@ def birds(tmp_path_factory) -> Path:
     return draw_birds(tmp_path_factory.mktemp("birds") / "birds", classes=2, train=24, val=20, size=40)
 
 
-def test_from_pictures_to_an_int8_file(birds, tmp_path, capsys):
+def test_round_trip_from_pictures_to_int8(birds, tmp_path, capsys):
+    """Train on drawn birds, fold and export, quantise, run without PyTorch, and compare all three by picture."""
     run = tmp_path / "run"
     settings = {"model": NET, "size": 32, "batch_size": 8, "epochs": 2, "workers": 0, "threads": 1, "device": "cpu"}
     training = {**settings, "layout": "channels_last", "amp": "none", "compile": "none"}
@@ -43,6 +44,10 @@ def test_from_pictures_to_an_int8_file(birds, tmp_path, capsys):
 
     paths = sorted(map(str, (birds / "val").rglob("*.jpg")))
     answers = {path.name: list(runtime.load(path).predict(paths)) for path in (whole, small)}
+    # what `ulsam serve` answers over HTTP belongs here too
+    for exported, own in zip(answers[whole.name], predict(*load(model), paths), strict=True):
+        assert [name for name, _ in exported.classes] == [name for name, _ in own.classes]
+        np.testing.assert_allclose(*([share for _, share in one.classes] for one in (exported, own)), atol=1e-5)
     first = [[one.classes[0][0] for one in answer] for answer in answers.values()]
     same = np.mean([one == other for one, other in zip(*first, strict=True)])
     assert same >= 0.85
@@ -95,6 +100,34 @@ def test_attention_normalisation_and_logits_stay_in_float(birds, exported, tmp_p
     assert [node.op_type for node in made.graph.node if "pixels" in node.input] == ["Transpose"]
 
 
+def test_a_range_leaves_out_what_few_pictures_reach(exported):
+    """Of the normalised pictures, known exactly: 19 grey ones, and a black and white one."""
+    greys = range(100, 119)
+    images = [np.full((32, 32, 3), grey, np.uint8) for grey in greys]
+    images.append(np.repeat(np.uint8([0, 255]), 16)[:, None, None].repeat(32, 1).repeat(3, 2))
+    content = exported.read_bytes()
+    graph = onnx.load_from_string(content).graph
+    first = next(node.input[0] for node in graph.node if node.op_type == "Conv")
+    low, high = map_ranges(content, images)[first]
+    seen = runtime.load(exported).preprocessing.normalise(np.stack(images)).reshape(20, -1)
+    assert low == pytest.approx(np.quantile(seen.min(1), 1 - COVERED), abs=1e-5)
+    assert high == pytest.approx(np.quantile(seen.max(1), COVERED), abs=1e-5)
+    assert seen.min() < low < seen[0].max() and high < seen.max() - 1
+    alone = map_ranges(content, images[-1:])[first]
+    assert alone == pytest.approx((seen.min(), seen.max()), abs=1e-5)
+
+
+def test_a_net_for_normalised_pictures_is_quantised_too(birds, exported, tmp_path):
+    out = tmp_path / "plain-int8.onnx"
+    assert main(["export", str(exported.with_suffix(".safetensors")), "--no-preprocessing", "--out", str(out)]) == 0
+    plain = out.rename(tmp_path / "plain.onnx")
+    quantize(plain, str(birds), out, calibrate=8, measure=4)
+    quantize(exported, str(birds), tmp_path / "whole-int8.onnx", calibrate=8, measure=4)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    found, expected = (runtime.load(path).logits(images) for path in (out, tmp_path / "whole-int8.onnx"))
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
 def test_a_model_file_is_exported_on_the_way(birds, exported, tmp_path):
     quantize(exported, str(birds), tmp_path / "a.onnx", calibrate=8, measure=4)
     quantize(exported.with_suffix(".safetensors"), str(birds), tmp_path / "b.onnx", calibrate=8, measure=4)
@@ -135,6 +168,7 @@ def test_mistakes_are_told_in_one_line(birds, exported, tmp_path, capsys):
         ([small, str(birds)], "is quantised already"),
         ([str(exported), str(birds), "--out", str(tmp_path)], "a quantised net is a file called NAME.onnx"),
         ([str(exported), str(birds), "--out", str(tmp_path / "no" / "a.onnx")], "no such folder"),
+        ([str(exported), str(birds), "--out", str(exported)], "is the net in float32, and would be lost: name another"),
         ([str(exported), str(birds), "--calibrate", "0"], "must be 1 or more, not 0 and 1000"),
         ([str(exported), str(tmp_path / "dodos")], "the net knows no class 'dodo'"),
         ([str(exported), str(tmp_path / "none")], "no such folder"),

@@ -1,15 +1,14 @@
 """An exported net in 8-bit integers: a quarter of the file, and faster where the processor multiplies bytes."""
 
-import logging
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ulsam import runtime
@@ -28,8 +27,16 @@ QUANTIZATION = "quantization"
 MOST_LOST = 0.01
 """Share of top-1 that may be lost, as far as the pictures can tell it."""
 
+COVERED = 0.85
+"""Share of the pictures whose values a map's range holds at either end; beyond it values are clipped.
+
+Of the whole range, percentiles of all values, the least squared error, and shares from 0.25 to 0.93, those from 0.8 to
+0.87 kept the answers of MobileNet-V2 best: on held-out pictures of cub100 its probabilities diverged a third less from
+those in float32 than with the whole range.
+"""
+
 _TYPES = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "GlobalAveragePool", "AveragePool", "MaxPool", "Concat")
-_BATCH = 16
+_BATCH = 4  # all maps of a batch are in memory at once
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,8 @@ def quantize(
     """Write a net with 8-bit weights and maps, and measure it beside the net in float32.
 
     ONNX Runtime's static quantisation after training (Jacob et al. 2018, arXiv 1712.05877): weights as int8, each
-    output channel with a scale of its own, maps as uint8 with ranges from pictures. The normalisation, ULSAM layers,
-    what other attention multiplies, and the logits stay in float32.
+    output channel with a scale of its own, maps as uint8 with ranges from pictures (:func:`map_ranges`). The
+    normalisation, ULSAM layers, what other attention multiplies, and the logits stay in float32.
 
     Args:
         model: a ``.onnx`` file of `ulsam.export`, or a model file, which is exported first.
@@ -98,8 +105,10 @@ def quantize(
     out = os.fspath(out)
     if not out.endswith(".onnx"):
         raise UlsamError(f"a quantised net is a file called NAME.onnx, not {out}")
-    content = _content(model)
     check_writable(out)
+    if os.path.realpath(out) == os.path.realpath(model):
+        raise UlsamError(f"{out} is the net in float32, and would be lost: name another file to write")
+    content = _content(model)
     net = runtime.open_net(content, os.fspath(model))
     if QUANTIZATION in net.metadata:
         raise UlsamError(f"{model} is quantised already: name the file in float32, or the model file")
@@ -134,32 +143,29 @@ def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str,
     import onnx
     from onnxruntime import quantization
 
-    model = onnx.load_from_string(content)
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(content))
     nodes = list(model.graph.node)
     first = next(place for place, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul"))
     left = [node.name for place, node in enumerate(nodes) if place < first or ATTENTION in node.name]
-    reader = _Reader(runtime.open_net(content, "the net"), images)
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # advice to do what an export by ulsam has done
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "net.onnx")
-            quantization.quantize_static(
-                model,
-                path,
-                reader,
-                quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=list(_TYPES),
-                per_channel=True,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-                nodes_to_exclude=left,
-                extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
-            )
-            made = onnx.load(path)
-    finally:
-        logger.setLevel(level)
+    ranges = {
+        name: quantization.TensorData(lowest=low, highest=high)
+        for name, (low, high) in map_ranges(content, images).items()
+    }
+    quantizer = quantization.QDQQuantizer(
+        model,
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=quantization.QuantType.QInt8,
+        activation_qType=quantization.QuantType.QUInt8,
+        tensors_range=quantization.TensorsData(quantization.CalibrationMethod.MinMax, ranges),
+        nodes_to_quantize=[],
+        nodes_to_exclude=left,
+        op_types_to_quantize=list(_TYPES),
+        extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+    )
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    made = quantizer.model.model
     for node in made.graph.node:  # of biases: a zero for each channel, which is what ONNX takes where there is none
         if node.op_type == "DequantizeLinear" and node.input[0].endswith("bias_quantized"):
             del node.input[2]
@@ -172,15 +178,41 @@ def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str,
     return bytes(made.SerializeToString())
 
 
-class _Reader:
-    """Pictures as ONNX Runtime's `CalibrationDataReader` hands them over."""
+def map_ranges(content: bytes, images: Sequence[Pixels]) -> dict[str, tuple[np.float32, np.float32]]:
+    """Between which values the maps of a net lie, without what only a few pictures reach.
 
-    def __init__(self, net: runtime.Net, images: Sequence[Pixels]) -> None:
-        batches = [np.stack(images[first : first + _BATCH]) for first in range(0, len(images), _BATCH)]
-        self.feeds = iter([net.feed(batch) for batch in batches])
+    Each picture has its lowest and its highest value in a map. The range is that which holds `COVERED` of the lowest
+    and as many of the highest: a wider one would make every picture's steps coarser for the sake of few.
 
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self.feeds, None)
+    Args:
+        content: of a file of `ulsam.export`.
+        images: at the net's size.
+
+    Returns:
+        Lowest and highest value of whatever operations with 8-bit forms take and put out, by its name.
+    """
+    import onnx
+
+    model = onnx.load_from_string(content)
+    net = runtime.open_net(content, "the net")
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    maps = {name for node in model.graph.node if node.op_type in _TYPES for name in (*node.input, *node.output)}
+    put_out = {value.name for value in (*model.graph.input, *model.graph.output)}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(maps - fixed - put_out - {""}))
+    session = runtime.open_session(model.SerializeToString())
+    names = [output.name for output in session.get_outputs()]
+    found: dict[str, list[NDArray[Any]]] = {}
+    for start in tqdm(range(0, len(images), _BATCH), desc="ranges", disable=None, leave=False, unit="batch"):
+        feed = net.feed(np.stack(images[start : start + _BATCH]))
+        for name, values in (*feed.items(), *zip(names, session.run(names, feed), strict=True)):
+            if values.dtype == np.float32 and values.ndim:
+                pictures = values.reshape(len(values), -1)
+                found.setdefault(name, []).append(np.stack([pictures.min(1), pictures.max(1)]))
+    extremes = {name: np.concatenate(values, 1) for name, values in found.items()}
+    return {
+        name: (np.float32(np.quantile(low, 1 - COVERED)), np.float32(np.quantile(high, COVERED)))
+        for name, (low, high) in extremes.items()
+    }
 
 
 def _content(model: str | os.PathLike[str]) -> bytes:
