@@ -345,12 +345,70 @@ def allocation_table() -> str:
     return "\n".join(lines)
 
 
+def deployed_table(name: str) -> str:
+    """Two rows an arm, float32 and int8; then what each attention layer adds where other blocks were removed.
+
+    Before it is measured, the command that does so.
+    """
+    file = ROOT / "results" / f"deployed_{name}.json"
+    if not file.exists():
+        return f"Not measured yet: `python benchmarks/deployed.py runs/{name} {name}` does."
+    result = json.loads(file.read_text())
+    places = [f"batch {case['batch']}, {_threads(case['threads'])}" for case in result["times"]]
+    first = next(iter(result["arms"].values()))["float32"]
+    lines = [
+        f"{result['machine']['processor']}, ONNX Runtime {result['versions']['onnxruntime']}, "
+        f"{first['pictures']} test pictures:",
+        "",
+        f"| net | file | top-1, mean ± sd (seeds) | int8 minus float32 | {' | '.join(places)} |",
+        "|---" * (4 + len(places)) + "|",
+    ]
+    for arm, nets in result["arms"].items():
+        for precision, net in nets.items():
+            tops = [100 * value for value in net["top1"]]
+            spread = f" ± {statistics.stdev(tops):.2f}" if len(tops) > 1 else ""
+            int8 = precision == "int8"
+            share = f" ({net['bytes'] / nets['float32']['bytes']:.0%})" if int8 else ""
+            cells = [
+                f"{arm}, {precision}" if int8 else arm,
+                f"{net['bytes'] / 1e6:.2f} MB{share}",
+                f"{statistics.mean(tops):.2f}{spread} ({len(tops)})",
+                table.points(net["minus_float32"]) if int8 else "",
+                *(_deployed_time(case["nets"][arm], precision) for case in result["times"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    added = result["times"][0]["each_layer_adds"]
+    if added:
+        lines += ["", f"| each layer adds, of the first net's time | {' | '.join(places)} |"]
+        lines.append("|---" * (1 + len(places)) + "|")
+        for arm in added:
+            shares = [case["each_layer_adds"][arm] for case in result["times"]]
+            told = [f"{each['share']:+.1%} [{each['low']:+.1%}, {each['high']:+.1%}]" for each in shares]
+            lines.append(f"| {arm} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def _deployed_time(nets: dict[str, Any], precision: str) -> str:
+    """Of float32 the ratio to the first net, of int8 how many times it is faster than the same net in float32."""
+    found = nets[precision]
+    against = f"{nets['times_faster']:.2f} x faster" if precision == "int8" else f"x {found['ratio']:.2f}"
+    return f"{1e3 * found['seconds']:.1f} ms, {against}"
+
+
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
 TABLES = {
     "README.md": {"headline": headline_table},
     "docs/results.md": {
         "cub100": lambda: comparison_table("compare_cub100"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
         "finetune": finetune_table,
+    },
+    "docs/deploy.md": {
+        "deployed_cub100": lambda: deployed_table("cub100"),
+        "deployed_grocery81": lambda: deployed_table("grocery81"),
     },
     "docs/performance.md": {
         "layer": layer_table,

@@ -1,0 +1,61 @@
+"""The benchmark of shipped nets: what it makes of times and answers, and the table of it."""
+
+import json
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from scripts import load_benchmark
+
+
+@pytest.fixture(scope="module")
+def deployed() -> ModuleType:
+    return load_benchmark("deployed")
+
+
+def test_what_a_layer_adds_is_held_against_removal(deployed):
+    random = np.random.default_rng(0)
+    machine = random.lognormal(0, 0.3, 400)  # what slows a turn slows all nets in it
+    means = {"base": 1.0, "removed 14,17": 0.89, "ULSAM 14,17": 0.91, "slimmed": 0.8}
+    times = {(arm, "float32"): mean * machine * random.lognormal(0, 0.003, 400) for arm, mean in means.items()}
+    times |= {(arm, "int8"): [mean / 2] * 400 for arm, mean in means.items()}
+    found = deployed.added(times)
+    assert list(found) == ["ULSAM 14,17"]
+    layer = found["ULSAM 14,17"]  # two layers
+    assert layer["share"] == pytest.approx(0.01, abs=0.002)
+    assert layer["low"] < layer["share"] < layer["high"] < layer["low"] + 0.01
+
+
+def answers(right: list[int], size: int) -> dict[str, object]:
+    told = {"pictures": len(right), "right": np.packbits(right).tobytes().hex(), "names": "digest"}
+    scores = {"top1": float(np.mean(right)), "pictures": len(right)}
+    return {"split": None, "scores": scores, "outcomes": told, "bytes": size}
+
+
+def test_int8_is_paired_with_its_own_net_and_told_in_the_table(deployed, tmp_path, monkeypatch):
+    right = [1] * 80 + [0] * 20
+    worse = [1] * 78 + [0] * 22
+    one = {"pytorch": answers(right, 0), "float32": answers(right, 4_000_000), "int8": answers(worse, 1_000_000)}
+    other = {"pytorch": answers(right, 0), "float32": answers(worse, 4_000_000), "int8": answers(worse, 1_000_000)}
+    arm = deployed.summary({0: one, 1: other})
+    assert arm["float32"]["minus_pytorch"]["mean"] == pytest.approx(-0.01)
+    assert arm["int8"]["minus_float32"]["of_seeds"] == pytest.approx((-0.02, 0.0))
+    assert (arm["int8"]["seeds"], arm["int8"]["top1"], arm["int8"]["bytes"]) == ([0, 1], [0.78, 0.78], 1_000_000)
+
+    tables = load_benchmark("tables")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert "Not measured yet: `python benchmarks/deployed.py runs/x x`" in tables.deployed_table("x")
+    nets = {"base": {"float32": {"seconds": 0.004, "ratio": 1.0}, "int8": {"seconds": 0.002}, "times_faster": 2.0}}
+    result = {
+        "arms": {"base": arm},
+        "times": [{"batch": 1, "threads": 2, "nets": nets, "each_layer_adds": {}}],
+        "machine": {"processor": "A processor"},
+        "versions": {"onnxruntime": "1.0"},
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "deployed_x.json").write_text(json.dumps(result))
+    *_, whole, small = tables.deployed_table("x").splitlines()
+    assert whole == "| base | 4.00 MB | 79.00 ± 1.41 (2) |  | 4.0 ms, x 1.00 |"
+    assert small.startswith("| base, int8 | 1.00 MB (25%) | 78.00 ± 0.00 (2) | -1.00 [")
+    assert small.endswith("] | 2.0 ms, 2.00 x faster |")
