@@ -50,6 +50,24 @@ def make_folder(path: Path) -> None:
         raise UlsamError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
+def check_empty(path: Path) -> None:
+    """Raise unless the folder is empty, or not there yet.
+
+    Raises:
+        UlsamError: something lies in it, it is a file, or it may not be listed.
+
+    >>> check_empty(Path(__file__).parent)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ulsam.errors.UlsamError: ... is not an empty folder: name one that does not exist yet, or empty it first
+    """
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise UlsamError(f"cannot list the folder {path}: {error.strerror}") from error
+    if taken:
+        raise UlsamError(f"{path} is not an empty folder: name one that does not exist yet, or empty it first")
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write ``data`` to a temporary file beside ``path``, flush it to disk, and move it into place in one step.
 

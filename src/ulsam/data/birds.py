@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from ulsam.data.bird_drawing import Bill, Box, Marks, Spots, Tail, draw_bird
 from ulsam.errors import UlsamError
+from ulsam.files import check_empty
 
 VERSION = 1
 """Of the drawing: it rises whenever a picture of a given seed changes."""
@@ -110,8 +111,7 @@ def draw_birds(
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UlsamError(f"size must be {MIN_SIZE} to {MAX_SIZE} pixels: got {size}")
     try:
-        if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-            raise UlsamError(f"{root} is not an empty folder: name one that does not exist yet, or empty it first")
+        check_empty(root)
         part = root / ".drawing"
         part.mkdir(parents=True)
         try:

@@ -20,6 +20,7 @@ from typing import BinaryIO, cast
 from tqdm import tqdm
 
 from ulsam.errors import UlsamError
+from ulsam.files import check_empty
 
 Split = dict[str, str]
 """``CLASS/FILE`` of a picture to ``train`` or ``test``."""
@@ -142,8 +143,7 @@ def prepare(
     if name == "dogs":
         _need_scipy()
     out = Path(os.path.abspath(out))
-    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise UlsamError(f"{out} exists and is not an empty folder: name a new one")
+    check_empty(out)
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
