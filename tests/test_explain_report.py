@@ -15,6 +15,7 @@ from PIL import Image
 from scripts import load_benchmark
 from tiny import NET, draw, warm
 from ulsam.cli import main
+from ulsam.data.birds import draw_birds
 from ulsam.explanation import Explanation, LayerMaps
 from ulsam.explanation.drawing import STRENGTH, coloured, greyed, overlaid, palette
 from ulsam.explanation.index import list_pictures, urgency
@@ -235,6 +236,18 @@ def test_a_net_alone_and_pictures_of_unknown_class(root: Path, capsys: pytest.Ca
     assert [path.name for path in (out / "panels").iterdir()] == ["1-a___b.png"]
 
 
+def test_nets_of_different_classes_do_not_compare(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = make_recipe(NET, ["class0", "class1", "wren"], [], size=64)
+    save_model(build(recipe)[0], recipe, root / "other.safetensors")
+    words = ["explain", str(root / "net.safetensors"), str(root / "there")]
+    assert main([*words, "--against", str(root / "other.safetensors"), "--out", str(root / "odd")]) == 0
+    warning = "the nets know different classes: only one has 'class2'"
+    assert f"note {warning}" in capsys.readouterr().out
+    assert warning in Reader((root / "odd" / "report.html").read_text()).text
+    assert main([*words, "--against", str(root / "plain.safetensors"), "--out", str(root / "even")]) == 0
+    assert "different classes" not in capsys.readouterr().out + (root / "even" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -243,6 +256,8 @@ def test_a_net_alone_and_pictures_of_unknown_class(root: Path, capsys: pytest.Ca
         (["net.safetensors", "here", "--against", "no.safetensors"], "no model file .*no.safetensors"),
         (["no.safetensors", "here"], "no model file"),
         (["net.safetensors", "here", "--out", "here"], "here is not an empty folder: name one that does not exist"),
+        (["net.safetensors", "here", "--out", "there/class0/000.png"], "000.png is not an empty folder"),
+        (["net.safetensors", "here", "--out", "net.safetensors/x"], "cannot make the folder .*/x: Not a directory"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
@@ -267,6 +282,47 @@ def test_the_benchmark_writes_numbers_and_no_path(root: Path, capsys: pytest.Cap
     assert net["pictures"] == 4 and set(net["layers"][0]["entropy_of_class"]) == set(CLASSES)
     assert f"{net['cam']['insertion']['mean']:.3f}" in capsys.readouterr().out
     assert str(root) not in out.read_text()
+
+
+def test_tables_say_what_was_measured(root: Path, tmp_path: Path) -> None:
+    tables = load_benchmark("explained_tables")
+    birds = draw_birds(tmp_path / "birds", classes=2, train=1, val=2, size=64)
+    net, plain = (str(root / f"{name}.safetensors") for name in ("net", "plain"))
+    out = tmp_path / "explained_birds.json"
+    load_benchmark("explained").main(["birds", net, str(birds / "val"), "--against", plain, "--out", str(out)])
+    found = json.loads(out.read_text())["nets"]["this net"]
+    rows = [row.split(" | ") for row in tables.cam_table(tmp_path).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| drawn birds, 4"] * 2
+    apart = [found["cam"][name]["mean"] for name in ("deletion", "deletion_random")]
+    assert float(rows[0][2]) == pytest.approx(apart[0], abs=5e-4)
+    assert float(rows[0][3].split()[0]) == pytest.approx(apart[0] - apart[1], abs=5e-4)
+    (row,) = tables.subspace_table(tmp_path).splitlines()[2:]
+    assert [float(share) for share in row.split(" | ")[2].split(", ")] == pytest.approx(
+        [100 * one["mean"] for one in found["layers"][0]["entropy_share"]], abs=0.05
+    )
+    marks = [row.split(" | ") for row in tables.mark_table(tmp_path).splitlines()]
+    assert [row[0].strip("| ").partition(",")[0] for row in marks[3:]] == [
+        "Grad-CAM++",
+        *["attention"] * 4,
+        "Grad-CAM++",
+    ]
+    names = list(found["marks"]["area"])
+    own = found["marks"]["blocks.2.0.ulsam, map 3"]
+    assert [float(cell.split(" ±")[0]) for cell in marks[6][1:]] == pytest.approx(
+        [own[name]["times_area"] for name in names], abs=5e-3
+    )
+    assert tables.waiting_table(tmp_path) == "Not measured yet."
+
+
+@pytest.mark.slow
+def test_the_speed_of_reports_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "explain_speed.json"
+    load_benchmark("explain_speed").main(["--pictures", "4", "--size", "64", "--out", str(out)])
+    told = json.loads(out.read_text())
+    assert [case["pictures"] for case in told["cases"]] == [4, 4, 1]
+    assert all(case["pictures_per_second"] * case["seconds"] == case["pictures"] for case in told["cases"])
+    rows = load_benchmark("explained_tables").waiting_table(tmp_path).splitlines()
+    assert len(rows) == 7 and f"{told['cases'][1]['pictures_per_second']:.1f} pictures a second" in rows[5]
 
 
 def test_ctrl_c_leaves_whole_files_alone(root: Path, tmp_path: Path) -> None:

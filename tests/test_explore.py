@@ -1,6 +1,7 @@
 """The server of `ulsam explore`, asked over real sockets: what it answers, what it refuses, how it starts and ends."""
 
 import base64
+import dataclasses
 import http.client
 import io
 import json
@@ -29,6 +30,7 @@ from ulsam.explanation import Explanation
 from ulsam.explanation.drawing import coloured
 from ulsam.explanation.panel import panel
 from ulsam.explorer import app
+from ulsam.explorer.views import said
 from ulsam.models import save_model
 
 LIMIT = 300_000
@@ -145,6 +147,14 @@ def test_pictures_asked_about_at_a_time_are_not_mixed_up(port: int) -> None:
         shares = [[share for _, _, share in net["top"]] for answer in (one, other) for net in answer["nets"]]
         assert shares[:2] == [pytest.approx(each, abs=1e-5) for each in shares[2:]]
     assert len({json.dumps(answer["nets"][0]["photo"]) for answer in alone}) == len(contents)
+
+
+def test_nets_of_different_classes_are_not_said_to_disagree() -> None:
+    one, _ = explained(png())
+    other = dataclasses.replace(one, classes=tuple(f"my {name}" for name in one.classes))
+    assert said([one, one]).startswith("Both nets say ")
+    named = one.top(1)[0][0], other.top(1)[0][0]
+    assert said([one, other]) == "The nets know different classes: A says {}, B says {}".format(*named)
 
 
 # ------------------------------------------------------------------------------------------ refusals

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
     report = explain_pictures(args.model, args.pictures, out, against=args.against, numbers=args.numbers)
     for line in report.unreadable:
         print(f"unreadable {printable(line)}")
+    if report.note:
+        print(f"note {printable(report.note)}")
     if report.numbers:
         print(f"{report.numbers}\n")
     wrong = f", {report.wrong} of {report.known} with a known class wrong" if report.known else ""

@@ -120,6 +120,7 @@ def page(
     base: str | None = None,
     unreadable: Iterable[str] = (),
     numbers: str = "",
+    note: str = "",
     command: str = "",
     versions: str = "",
 ) -> str:
@@ -130,6 +131,7 @@ def page(
         net, base: what the nets are called.
         unreadable: a line about each picture that could not be read.
         numbers: a text table to show as it is.
+        note: a sentence on what to beware of.
         command: that made the report.
         versions: that it was made with.
 
@@ -151,6 +153,7 @@ def page(
             base=base,
             unreadable=list(unreadable),
             numbers=numbers,
+            note=note,
             command=command,
             versions=versions,
         )

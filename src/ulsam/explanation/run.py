@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ulsam.errors import UlsamError, printable
+from ulsam.errors import printable
 from ulsam.explanation.batches import add, check_any, explained
 from ulsam.explanation.explainer import Explainer
 from ulsam.explanation.index import list_pictures, urgency
@@ -19,8 +19,8 @@ from ulsam.explanation.numbers import Numbers
 from ulsam.explanation.page import Card, card, page
 from ulsam.explanation.panel import panel
 from ulsam.explanation.table import table
-from ulsam.explanation.words import net_name
-from ulsam.files import write_atomic
+from ulsam.explanation.words import net_name, other_classes
+from ulsam.files import check_empty, make_folder, write_atomic
 from ulsam.models import load
 from ulsam.recipe import Recipe
 from ulsam.train.report import command_line, recipe_entry, versions
@@ -36,6 +36,7 @@ class Report:
     wrong: int  # of these
     unreadable: tuple[str, ...]  # a line each
     numbers: str  # a text table; empty if no numbers were asked for
+    note: str  # why the two nets do not compare; empty if they do
 
 
 def explain_pictures(
@@ -71,6 +72,8 @@ def explain_pictures(
     unreadable: list[str] = []
     for seen in explained(found, explainers, unreadable):
         add(list(tallies.values()), seen)
+        for folder in (out, out / "panels"):
+            make_folder(folder)
         for number, one, each in seen:
             name = panel_name(number, len(found), one.name)
             _write_panel(out / "panels" / name, panel(*each, title=one.name, truth=one.truth))
@@ -82,26 +85,14 @@ def explain_pictures(
         _write_numbers(out / "numbers.json", results, {name: recipe for name, (_, recipe) in nets.items()})
     cards.sort(key=lambda one: urgency(one.truth, one.named, one.share))
     told = {name: net_name(recipe) for name, (_, recipe) in nets.items()}
-    look: dict[str, Any] = {"net": told["this net"], "base": told.get("base"), "numbers": written}
+    note = other_classes(*(recipe for _, recipe in nets.values()))
+    look: dict[str, Any] = {"net": told["this net"], "base": told.get("base"), "numbers": written, "note": note}
     machine = ", ".join(f"{name} {value}" for name, value in versions().items())
     text = page(cards, **look, unreadable=unreadable, command=printable(command_line()), versions=machine)
     write_atomic(out / "report.html", text)
     known = [one for one in cards if one.truth is not None]
     wrong = sum(one.verdict == "wrong" for one in known)
-    return Report(out / "report.html", len(cards), len(known), wrong, tuple(unreadable), written)
-
-
-def check_empty(folder: Path) -> None:
-    """Raise unless the folder is empty, or can be made.
-
-    Raises:
-        UlsamError: otherwise.
-    """
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UlsamError(f"{folder} is not an empty folder: name one that does not exist yet, or empty it first")
-    except OSError as error:
-        raise UlsamError(f"cannot write {folder}: {(error.strerror or str(error)).lower()}") from error
+    return Report(out / "report.html", len(cards), len(known), wrong, tuple(unreadable), written, note)
 
 
 def panel_name(number: int, total: int, name: str) -> str:
@@ -115,10 +106,6 @@ def panel_name(number: int, total: int, name: str) -> str:
 
 
 def _write_panel(path: Path, picture: Image.Image) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UlsamError(f"cannot write {path.parent}: {(error.strerror or str(error)).lower()}") from error
     buffer = io.BytesIO()
     picture.save(buffer, "png", compress_level=4)
     write_atomic(path, buffer.getvalue())

@@ -56,6 +56,21 @@ def net_name(recipe: Recipe) -> str:
     return "; ".join([recipe.base, *map(str, recipe.edits)])
 
 
+def other_classes(net: Recipe, *others: Recipe) -> str:
+    """A line if nets know different classes; empty if they do not.
+
+    >>> other_classes(Recipe("resnet18", ("cat", "dog")), Recipe("resnet18", ("dog", "cow")))
+    "the nets know different classes: only one has 'cat'; their guesses and probabilities do not compare"
+    """
+    for other in others:
+        if odd := set(net.classes) ^ set(other.classes):
+            return (
+                f"the nets know different classes: only one has {min(odd)!r}; "
+                "their guesses and probabilities do not compare"
+            )
+    return ""
+
+
 def verdict(truth: str | None, named: str) -> str:
     """How a prediction compares with the true class.
 
@@ -77,6 +92,8 @@ def headline(truth: str | None, found: Explanation, base: Explanation | None, wh
 
 
 def _entropy(share: float) -> str:
+    if 0.9995 <= share < 1 - 1e-6:  # beyond what float32 makes of a uniform map
+        return "> 99.9 %"
     return f"{100 * share:.0f} %" if share < 0.985 else f"{100 * share:.1f} %"
 
 

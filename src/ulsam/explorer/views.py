@@ -57,7 +57,8 @@ def said(found: Sequence[Explanation]) -> str:
     if all(name == first for name, _ in named):
         return f"{'Both' if len(named) == 2 else f'All {len(named)}'} nets say {first}"
     each = ", ".join(f"{letter(number)} says {name}" for number, (name, _) in enumerate(named))
-    return f"The nets disagree: {each}"
+    same = len({frozenset(one.classes) for one in found}) == 1
+    return f"The nets {'disagree' if same else 'know different classes'}: {each}"
 
 
 def letter(number: int) -> str:
