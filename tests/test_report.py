@@ -297,6 +297,7 @@ def test_a_net_without_a_recipe_has_figures_and_no_pictures(root: Path, tmp_path
     ("words", "message"),
     [
         (["data"], "data is not the folder of a run: there is neither summary.json nor config.yaml in it"),
+        (["."], "is not the folder of a run: .* in it; it holds runs, name these: .*base"),
         (["nothing"], "no such folder: .*nothing"),
         (["base", "base/../base"], "base is named twice"),
         (["base", "others"], "base and .*others have other classes, .*: only .*base has '<img"),

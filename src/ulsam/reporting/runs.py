@@ -129,8 +129,10 @@ def _read(folder: Path, number: int, name: str) -> TrainedRun:
         elif config.is_file():
             settings, rows, result = read_config(config), _read_metrics(metrics) if metrics.is_file() else (), None
         else:
+            inside = sorted(path.parent.name for path in folder.glob("*/summary.json"))
+            hint = f"; it holds runs, name these: {', '.join(inside[:8])}" if inside else ""
             raise UlsamError(
-                f"{folder} is not the folder of a run: there is neither summary.json nor config.yaml in it"
+                f"{folder} is not the folder of a run: there is neither summary.json nor config.yaml in it{hint}"
             )
         return TrainedRun(folder, number, name, TrainConfig.from_mapping(settings), rows, result)
     except OSError as error:
