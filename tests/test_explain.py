@@ -375,6 +375,10 @@ def test_the_right_cam_beats_chance_in_the_numbers() -> None:
     cam = numbers.result()["cam"]
     assert cam["deletion"]["mean"] < cam["deletion_random"]["mean"]
     assert cam["insertion"]["mean"] > cam["insertion_random"]["mean"]
+    for kind in ("deletion", "insertion"):
+        pairs = np.subtract(numbers.cam[kind], numbers.cam[f"{kind}_random"])
+        assert cam[f"{kind}_minus_random"]["mean"] == pytest.approx(pairs.mean())
+        assert cam[f"{kind}_minus_random"]["standard_error"] == pytest.approx(pairs.std(ddof=1) / 6**0.5)
     assert cam["average_drop"]["mean"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(UlsamError, match="no picture to take numbers from"):
         Numbers(explainer.model, explainer.recipe).result()

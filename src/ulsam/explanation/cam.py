@@ -20,6 +20,8 @@ def grad_cam_plus_plus(features: Tensor, gradients: Tensor) -> Tensor:
         alpha_k = g^2 / (2 g^2 + g^3 * sum over positions of A_k)
         map     = relu(sum over k of A_k * (sum over positions of alpha_k * relu(g)))
 
+    TorchCAM 0.5.0 leaves out the division in alpha (it divides a copy), so its maps are others.
+
     Features below 0, which the paper's nets do not have, are left out of the sum in alpha: it would pass through zero.
 
     Args:

@@ -119,6 +119,9 @@ class Numbers:
                     areas = perturb.area_under(curves(net, images, upsampled(maps, size), targets))
                     self.cam[kind + name] += areas.tolist()
             after = perturb.kept_confidence(net, images, upsampled(cams, size), targets).double().cpu().numpy()
+        for kind in ("deletion", "insertion"):
+            pairs = zip(self.cam[kind][-len(found) :], self.cam[f"{kind}_random"][-len(found) :], strict=True)
+            self.cam[f"{kind}_minus_random"] += [own - other for own, other in pairs]
         self.cam["average_drop"] += perturb.average_drop(before, after).tolist()
         self.cam["increase_in_confidence"] += (after > before).astype(float).tolist()
 
