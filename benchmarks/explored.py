@@ -20,18 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from explain_speed import EDITS, make_nets
 from layer import processor
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from ulsam.data.birds import draw_birds
 from ulsam.files import check_writable, write_atomic
-from ulsam.models import build, make_recipe, save_model
-from ulsam.recipe import Edit
 from ulsam.train.report import versions
 
 SIZES = {"0.2 Mpx": (512, 384), "12 Mpx": (4000, 3000)}
-EDITS = {"ulsam": (Edit("replace", "14,17"),), "base": ()}
 DECODED = "Promise.all([...document.images].filter((it) => it.src).map((it) => it.decode()))"
 
 
@@ -59,16 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_atomic(args.out, json.dumps(told, indent=1) + "\n")
     print(json.dumps(told["seconds"], indent=1))
-
-
-def make_nets(folder: Path, size: int) -> list[Path]:
-    torch.manual_seed(0)
-    paths = []
-    for name, edits in EDITS.items():
-        recipe = make_recipe("mobilenetv2_100", [f"class {number}" for number in range(100)], edits, size=size)
-        paths.append(folder / f"{name}.safetensors")
-        save_model(build(recipe)[0], recipe, paths[-1])
-    return paths
 
 
 def make_pictures(folder: Path) -> dict[str, Path]:

@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import explained_tables
+
 from ulsam.comparison import table
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.report import summarise
@@ -409,6 +411,13 @@ TABLES = {
     "docs/deploy.md": {
         "deployed_cub100": lambda: deployed_table("cub100"),
         "deployed_grocery81": lambda: deployed_table("grocery81"),
+    },
+    "docs/explain.md": {
+        "cams": lambda: explained_tables.cam_table(ROOT / "results"),
+        "subspaces": lambda: explained_tables.subspace_table(ROOT / "results"),
+        "marks": lambda: explained_tables.mark_table(ROOT / "results"),
+        "classes": lambda: explained_tables.class_table(ROOT / "results"),
+        "waiting": lambda: explained_tables.waiting_table(ROOT / "results"),
     },
     "docs/performance.md": {
         "layer": layer_table,

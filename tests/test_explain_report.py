@@ -311,6 +311,8 @@ def test_tables_say_what_was_measured(root: Path, tmp_path: Path) -> None:
     assert [float(cell.split(" ±")[0]) for cell in marks[6][1:]] == pytest.approx(
         [own[name]["times_area"] for name in names], abs=5e-3
     )
+    classes = tables.class_table(tmp_path).splitlines()[2:]
+    assert {row.split(" | ")[0].strip("| ") for row in classes} == found["layers"][0]["entropy_of_class"].keys()
     assert tables.waiting_table(tmp_path) == "Not measured yet."
 
 
