@@ -125,4 +125,5 @@ def open_session(model: str | bytes, threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads leave the cores
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

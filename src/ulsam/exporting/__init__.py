@@ -42,12 +42,15 @@ class FromPixels(nn.Module):
         super().__init__()
         self.net = net
         normalise = Normalise(mean, std)
-        self.register_buffer("scale", normalise.scale.view(-1, 1, 1))
-        self.register_buffer("shift", normalise.shift.view(-1, 1, 1))
+        self.register_buffer("scale", normalise.scale.flatten())
+        self.register_buffer("shift", normalise.shift.flatten())
 
     def forward(self, pixels: Tensor) -> Any:
+        width, channels = pixels.shape[2:]
+        # by rows: where the net is quantised, ONNX Runtime keeps the channels last, and is slow at steps of three values
+        rows = pixels.flatten(2).float() * self.scale.repeat(width) + self.shift.repeat(width)
         # contiguous: PyTorch's pooling in channels_last is exported with a dozen operations on indices
-        return self.net(pixels.permute(0, 3, 1, 2).contiguous().float() * self.scale + self.shift)
+        return self.net(rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous())
 
 
 def export(
