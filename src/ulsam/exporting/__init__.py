@@ -47,7 +47,7 @@ class FromPixels(nn.Module):
 
     def forward(self, pixels: Tensor) -> Any:
         width, channels = pixels.shape[2:]
-        # by rows: where the net is quantised, ONNX Runtime keeps the channels last, and is slow at steps of three values
+        # by rows: ONNX Runtime keeps the channels of a quantised net last, and is slow at steps of three values
         rows = pixels.flatten(2).float() * self.scale.repeat(width) + self.shift.repeat(width)
         # contiguous: PyTorch's pooling in channels_last is exported with a dozen operations on indices
         return self.net(rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous())
