@@ -26,7 +26,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UlsamError(f"--port must be 0 to 65535, not {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family)
+        listening = socket.create_server(address, family=family)
     except UnicodeError as error:
         raise UlsamError(f"cannot listen on {host}: no name of a host; see --host") from error
     except socket.gaierror as error:
@@ -35,6 +35,9 @@ def listen(host: str, port: int) -> socket.socket:
         reason = os.strerror(error.errno or 0).lower()  # its own text tells the address once more
         hint = "name another --port, or --port 0 for any free one"
         raise UlsamError(f"cannot listen on port {port} of {host}: {reason}; {hint}") from error
+    # for its connections, which asyncio leaves as they are: else a body waits up to 40 ms for the header's receipt
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def url(listening: socket.socket) -> str:
