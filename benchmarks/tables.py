@@ -390,6 +390,36 @@ def deployed_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def served_table(name: str) -> str:
+    """One row a figure of the service under load."""
+    result = json.loads((ROOT / "results" / f"served_{name}.json").read_text())
+    served, stopped = result["served"], result["served"]["stopped"]
+    low, high = (bytes_ / 2**20 for bytes_ in served["memory_bytes"])
+    told, got = stopped["answered_by_the_service"], stopped["answers_that_clients_got"]
+    rows = {
+        "the same work in a loop": f"{result['loop']['pictures_per_second']:.0f} pictures a second",
+        "the service": f"{served['pictures_per_second']:.0f} pictures a second, "
+        f"{result['share_of_the_loop']:.0%} of that; {served['pictures_per_batch']:.1f} a batch",
+        "a request": f"median {1e3 * served['seconds_median']:.0f} ms, 99 % within "
+        f"{1e3 * served['seconds_p99']:.0f} ms, {served['p99_over_median']:.1f} times the median",
+        "processor time": f"{served['service_cpu_seconds']:.0f} s of the service, "
+        f"{served['client_cpu_seconds']:.0f} s of the clients, in {result['seconds']:.0f} s",
+        "memory": f"{low:.0f} MiB at the start, {high:.0f} MiB at the end",
+        "told to stop under load": f"{told} requests answered, {got} answers got, "
+        f"{stopped['broken']} cut off, exit status {stopped['exit_status']}",
+    }
+    machine = result["machine"]
+    return "\n".join(
+        [
+            f"{machine['processor']}, {machine['cores']} cores, {served['clients']} clients on the same machine:",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {what} | {found} |" for what, found in rows.items()),
+        ]
+    )
+
+
 def _deployed_time(nets: dict[str, Any], precision: str) -> str:
     """Of float32 the ratio to the first net, of int8 how many times it is faster than the same net in float32."""
     found = nets[precision]
@@ -405,12 +435,14 @@ TABLES = {
     "README.md": {"headline": headline_table},
     "docs/results.md": {
         "cub100": lambda: comparison_table("compare_cub100"),
+        "slimmed_cub100": lambda: slimmed_table("cub100_macs75"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
         "finetune": finetune_table,
     },
     "docs/deploy.md": {
         "deployed_cub100": lambda: deployed_table("cub100"),
         "deployed_grocery81": lambda: deployed_table("grocery81"),
+        "served_cub100": lambda: served_table("cub100"),
     },
     "docs/explain.md": {
         "cams": lambda: explained_tables.cam_table(ROOT / "results"),
