@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx.numpy_helper import to_array
 
+from serving import form, service
 from tiny import NET, options
 from ulsam import runtime
 from ulsam.cli import main
@@ -29,7 +30,7 @@ def birds(tmp_path_factory) -> Path:
 
 
 def test_round_trip_from_pictures_to_int8(birds, tmp_path, capsys):
-    """Train on drawn birds, fold and export, quantise, run without PyTorch, and compare all three by picture."""
+    """Train on drawn birds, fold and export, quantise, run without PyTorch, serve, and compare all by picture."""
     run = tmp_path / "run"
     settings = {"model": NET, "size": 32, "batch_size": 8, "epochs": 2, "workers": 0, "threads": 1, "device": "cpu"}
     training = {**settings, "layout": "channels_last", "amp": "none", "compile": "none"}
@@ -44,10 +45,14 @@ def test_round_trip_from_pictures_to_int8(birds, tmp_path, capsys):
 
     paths = sorted(map(str, (birds / "val").rglob("*.jpg")))
     answers = {path.name: list(runtime.load(path).predict(paths)) for path in (whole, small)}
-    # what `ulsam serve` answers over HTTP belongs here too
     for exported, own in zip(answers[whole.name], predict(*load(model), paths), strict=True):
         assert [name for name, _ in exported.classes] == [name for name, _ in own.classes]
         np.testing.assert_allclose(*([share for _, share in one.classes] for one in (exported, own)), atol=1e-5)
+    with service(str(small), "--max-pictures", "40", folder=tmp_path / "service") as served:
+        over_http = served.ask("/predict", *form([(path, Path(path).read_bytes()) for path in paths])).body
+    for found, own in zip(over_http["predictions"], answers[small.name], strict=True):
+        assert [one["name"] for one in found["classes"]] == [name for name, _ in own.classes]
+        assert [one["probability"] for one in found["classes"]] == pytest.approx([p for _, p in own.classes], abs=1e-5)
     first = [[one.classes[0][0] for one in answer] for answer in answers.values()]
     same = np.mean([one == other for one, other in zip(*first, strict=True)])
     assert same >= 0.85
