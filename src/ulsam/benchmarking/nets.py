@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ulsam import runtime
 from ulsam.benchmarking.worker import Backend
 from ulsam.costs import Cost, cost
 from ulsam.data.pictures import Pixels
 from ulsam.errors import UlsamError
-from ulsam.evaluate import recipe_transform
+from ulsam.evaluate import logits_of, recipe_transform
 from ulsam.exporting import engine_of
 from ulsam.exporting.engines import check_openvino
 from ulsam.exporting.onnx_graph import check_installed
@@ -113,19 +112,13 @@ def _open_torch(name: str, backends: Collection[Backend], folder: Path, size: in
     transform = recipe_transform(recipe)
     is_file = name.endswith(".safetensors") or name in names()
     model = load(name)[0] if is_file else build(recipe)[0].eval()
-
-    @torch.inference_mode()
-    def logits(images: Pixels) -> Logits:
-        found: Logits = model(transform.normalise(torch.from_numpy(images))).numpy()
-        return found
-
     model_file, onnx_file = folder / "net.safetensors", folder / "net.onnx"
     save_model(model, recipe, model_file)
     if {"onnxruntime", "openvino"} & set(backends):
         write_atomic(onnx_file, engine_of(model, recipe).files[".onnx"])
     files = {backend: str(model_file if backend in ("eager", "compile") else onnx_file) for backend in backends}
     birds = np.stack(drawn_images(transform.preprocessing))
-    return BenchNet(name, birds, files, logits, TOLERANCE, _cost(recipe))
+    return BenchNet(name, birds, files, logits_of(model, transform), TOLERANCE, _cost(recipe))
 
 
 def _cost(recipe: Recipe) -> Cost:
