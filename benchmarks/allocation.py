@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layer import processor
 
+from ulsam.comparison.latency import processor
 from ulsam.models import build, make_recipe
 from ulsam.train import probe, step
 from ulsam.train.config import TrainConfig

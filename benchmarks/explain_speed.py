@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from layer import processor
 from PIL import Image
 
+from ulsam.comparison.latency import processor
 from ulsam.data.birds import draw_birds
 from ulsam.files import check_writable, write_atomic
 from ulsam.models import build, make_recipe, save_model

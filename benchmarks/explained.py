@@ -16,8 +16,8 @@ from pathlib import Path
 
 import guest
 import torch
-from layer import processor
 
+from ulsam.comparison.latency import processor
 from ulsam.explanation.batches import measure
 from ulsam.explanation.index import list_pictures
 from ulsam.explanation.perturb import STEPS

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 from explain_speed import EDITS, make_nets
-from layer import processor
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
+from ulsam.comparison.latency import processor
 from ulsam.data.birds import draw_birds
 from ulsam.files import check_writable, write_atomic
 from ulsam.train.report import versions

@@ -16,10 +16,10 @@ from typing import Any
 
 import timm
 import torch
-from layer import processor
 from torch import nn
 
 import ulsam
+from ulsam.comparison.latency import processor
 from ulsam.ops import cpu
 
 CALLS = 500

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ulsam import ULSAM
+from ulsam.comparison.latency import processor
 from ulsam.ops import cpu, reference, which_backend
 
 SHAPES = [(96, 14), (160, 7), (320, 7), (512, 14), (1024, 7)]
@@ -241,13 +242,6 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
             out[f"{form}: torch.compile / ours, geometric mean"] = geometric_mean(found)
             out[f"{form}: torch.compile / ours, least"] = min(found)
     return out
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

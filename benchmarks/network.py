@@ -20,10 +20,10 @@ from typing import Any
 
 import timm
 import torch
-from layer import processor
 from torch import nn
 
 import ulsam
+from ulsam.comparison.latency import processor
 
 #: name: base net, edit, place, and how many layers it makes
 CASES = {

@@ -26,7 +26,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from layer import processor
 from network import interval
 from PIL import Image
 from timm.data import ImageDataset, create_loader
@@ -34,6 +33,7 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from training import in_turn, ours
 
+from ulsam.comparison.latency import processor
 from ulsam.data import loading
 from ulsam.data.augment import Normalise, TrainTransform, jittered
 from ulsam.data.birds import draw_birds

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layer import processor
 
+from ulsam.comparison.latency import processor
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train
 

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from layer import processor
 
+from ulsam.comparison.latency import processor
 from ulsam.data.folder import picture_paths
 from ulsam.prediction import predict
 from ulsam.serving.nets import Net, open_net

@@ -13,10 +13,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from layer import Loop, medians, processor
+from layer import Loop, medians
 from torch import nn
 
 from ulsam import ULSAM
+from ulsam.comparison.latency import processor
 from ulsam.ops import reference
 
 GROUPS = 4

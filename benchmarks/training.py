@@ -29,12 +29,12 @@ from typing import Any
 
 import timm
 import torch
-from layer import processor
 from network import interval
 from timm.data import create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
+from ulsam.comparison.latency import processor
 from ulsam.distributed import World
 from ulsam.models import build
 from ulsam.train import parts
