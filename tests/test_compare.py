@@ -281,6 +281,20 @@ def test_a_published_folder_gives_the_same_tables(
     assert json.loads((there / "compare.json").read_text()) == without_paths(result)
 
 
+def test_a_published_comparison_can_be_gone_on_with(
+    finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, result = finished
+    copied = tmp_path / "copied"
+    report(out, publish=copied)
+    (tmp_path / data.name).symlink_to(data)  # the name that stands in what was published
+    monkeypatch.chdir(tmp_path)
+    more, started = run_here(copied, Path(data.name), [*ARMS, "size=28"], rates=(0.02, 0.1), seeds=2)
+    assert started and all(run.startswith("size=28,") for run in started)
+    assert more["arms"][1]["minus_base"] == result["arms"][1]["minus_base"]
+    assert len(more["arms"][2]["seeds"]) == 2
+
+
 def test_a_report_tells_of_the_machine_of_the_runs_not_of_its_own(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
