@@ -56,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=32, help="of the thin blocks")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seeds", type=int, help="slim so many of the base net's final runs (default: all)")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--package", metavar="NAME", help="put the first seed's net there, as ARCHITECTURE.DATA_WHAT")
     args = parser.parse_args(argv)
 
     store = Store(args.compared)
     grid = store.grid()
-    whole, finals = base_runs(grid, store)
+    whole, finals = base_runs(grid, store, args.seeds)
     asked = {"macs": args.macs, "layer": {"layer": "thin", "width": args.width}, "most_sets": 100}
     place = Path(args.compared) / "slimmed" / args.name
 
@@ -117,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def base_runs(grid: Grid, store: Store) -> tuple[Run, list[Run]]:
-    """The comparison's best try of its base net, and the final runs.
+def base_runs(grid: Grid, store: Store, most: int | None = None) -> tuple[Run, list[Run]]:
+    """The comparison's best try of its base net, and the final runs, the first ``most`` seeds.
 
     Raises:
         UlsamError: one of them is not finished, or left no model file.
@@ -128,7 +129,7 @@ def base_runs(grid: Grid, store: Store) -> tuple[Run, list[Run]]:
     if chosen is None:
         raise UlsamError(f"{store.root} has not chosen a learning rate for its base net: go on with ulsam compare")
     runs = [run for run in grid.tries(arm, store.look) if (run.config.lr, run.config.epochs) == chosen][:1]
-    runs += [run for number in range(grid.seeds) if (run := grid.final(arm, number, store.look))]
+    runs += [run for number in range(grid.seeds)[:most] if (run := grid.final(arm, number, store.look))]
     for run in runs:
         summary = store.look(run)
         if summary is None or isinstance(summary, Failed) or not (store.folder(run) / "model.safetensors").exists():

@@ -59,6 +59,8 @@ def test_the_script_slims_what_a_comparison_trained(
         script.main(words)
     while due := grid.due(store.look):
         train(due[0].config, store.folder(due[0]))
+    script.main([*words, "--seeds", "1"])
+    assert json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())["slimmed"]["seeds"] == [0]
     script.main(words)
     made = tmp_path / "src" / "ulsam" / "trained" / "net.safetensors"
     told = json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())
