@@ -26,13 +26,13 @@ from ulsam.recipe import Edit, Recipe
 
 CLASSES = ("wren", "Zaunkönig", "finch")
 RECIPE = make_recipe(NET, CLASSES, size=48)
-GROUPS = (1, 4, 16)
+GROUPS = (1, 4, 16, 32)
 
 
 def layers(form: str) -> nn.Sequential:
-    """One folded layer of 16 channels for each number of groups, with weights of either sign."""
+    """One folded layer of 32 channels for each number of groups, with weights of either sign."""
     torch.manual_seed(0)
-    made = [ulsam.ULSAM(16, groups, form=form) for groups in GROUPS]
+    made = [ulsam.ULSAM(32, groups, form=form) for groups in GROUPS]
     for layer in made:
         for parameter in layer.parameters():
             nn.init.normal_(parameter)
@@ -56,7 +56,7 @@ def exactly(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("form", ["equations", "released"])
 def test_a_layer_is_few_nodes_that_follow_the_definition(form, free):
     net = layers(form)
-    model = onnx_graph(net, torch.zeros(2, 16, 7, 6), free)
+    model = onnx_graph(net, torch.zeros(2, 32, 7, 6), free)
     onnx.checker.check_model(model, full_check=True)
     nodes = model.graph.node
     assert not {node.op_type for node in nodes} & {"Loop", "Scan", "If", "Split", "Concat", "Slice", "Gather"}
@@ -70,23 +70,22 @@ def test_a_layer_is_few_nodes_that_follow_the_definition(form, free):
     known = {value.name: value.type.tensor_type for value in [*inferred.value_info, *inferred.output]}
     assert all(output in known for node in nodes for output in node.output)
     dims = [dim.dim_param or dim.dim_value for dim in known["logits"].shape.dim]
-    assert dims == (["batch", 16, "height", "width"] if len(free) == 3 else ["batch", 16, 7, 6])
+    assert dims == (["batch", 32, "height", "width"] if len(free) == 3 else ["batch", 32, 7, 6])
 
     session = onnxruntime.InferenceSession(model.SerializeToString())
     for size in [(7, 6), (1, 1), (13, 4)][: 3 if len(free) == 3 else 1]:
         for scale in (1.0, 1e-4, 1e4):
             for batch in (1, 3):
-                x = scale * torch.randn(batch, 16, *size)
+                x = scale * torch.randn(batch, 32, *size)
                 (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
                 expected = exactly(net, x).numpy()
                 assert np.isfinite(found).all()
                 if scale <= 1:
                     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     for value in (1e4, -1e4):  # a flat map is multiplied by 1 + 1 / (H * W), whatever its height
-        flat = np.full((2, 16, 7, 6), value, np.float32)
+        flat = np.full((2, 32, 7, 6), value, np.float32)
         (found,) = session.run(None, {session.get_inputs()[0].name: flat})
-        expected = exactly(net, torch.from_numpy(flat)).numpy()
-        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+        assert np.abs(found / flat - (1 + 1 / 42) ** len(GROUPS)).max() <= 1e-5
 
 
 @pytest.fixture(scope="module")

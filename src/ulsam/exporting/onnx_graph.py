@@ -18,6 +18,10 @@ ATTENTION = "subspace_attention"
 """In the name of every node of a ULSAM layer, behind the layer's own: ``blocks.5.2/subspace_attention/Conv``."""
 
 
+MOST_WHOLE = 16
+"""Up to so many subspaces share a convolution: ONNX Runtime computes 16 channels at a time, even if there are fewer."""
+
+
 def check_installed(what: str) -> None:
     """Raise unless the packages that write and run ONNX files are installed; ``what`` needs them.
 
@@ -96,18 +100,24 @@ def _attention(
 
     The two vectors are 1x1 convolutions. A third one, of ones, gives each channel the map of its subspace, plus 1: so
     no map is taken apart or put together. Softmax shifts by the maximum itself, and a 0 in Reshape copies a dimension.
+
+    A grouped convolution makes ONNX Runtime leave its blocked layout, which takes longer than the arithmetic: the
+    second and third convolution are whole ones, with zeros where a channel is not of the subspace.
     """
     from onnxscript import opset18 as op
 
     channels = x.shape[1]
+    parts = 1 if groups <= MOST_WHOLE else groups
+    whole = groups // parts  # subspaces a convolution
+    mask = np.kron(np.eye(whole), np.ones(channels // groups))  # [subspaces, channels] of a part: who belongs to whom
 
     def reshaped(value: Any, *shape: int) -> Any:
         return op.Reshape(value, op.Constant(value_ints=list(shape)))
 
-    def ones(*shape: int) -> Any:
+    def constant(values: Any) -> Any:
         from onnx.numpy_helper import from_array
 
-        return op.Constant(value=from_array(np.ones(shape, np.float32)))
+        return op.Constant(value=from_array(np.asarray(values, np.float32)))
 
     def convolved(value: Any, kernel: Any, offset: Any, parts: int) -> Any:
         return op.Conv(value, kernel, group=parts) if offset is None else op.Conv(value, kernel, offset, group=parts)
@@ -116,15 +126,17 @@ def _attention(
     if relu:
         h = op.Relu(h)
     h, _ = op.MaxPool(h, kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[1, 1])
-    logits = convolved(h, reshaped(weight, groups, channels // groups, 1, 1), bias, groups)
+    weights = op.Mul(reshaped(weight, parts, 1, channels // parts), constant(mask))  # the exporter folds it
+    logits = convolved(h, reshaped(weights, groups, channels // parts, 1, 1), bias, parts)
     if relu:
         logits = op.Relu(logits)
     maps = op.Softmax(reshaped(logits, 0, 0, -1), axis=-1)
     height, width = x.shape[2:]
     fixed = isinstance(height, int) and isinstance(width, int)
     maps = reshaped(maps, 0, groups, height, width) if fixed else op.Reshape(maps, op.Shape(logits))
-    y = op.Mul(x, op.Conv(maps, ones(channels, 1, 1, 1), ones(channels), group=groups))
-    return y, logits, ones(0)  # inference has no moments
+    spread = constant(np.tile(mask.T, (parts, 1))[:, :, None, None])
+    y = op.Mul(x, op.Conv(maps, spread, constant(np.ones(channels)), group=parts))
+    return y, logits, constant([])  # inference has no moments
 
 
 def _tidied(model: Any) -> Any:
