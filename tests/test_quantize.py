@@ -80,7 +80,7 @@ def exported(birds, tmp_path_factory) -> Path:
     return path
 
 
-def test_attention_normalisation_and_logits_stay_in_float(birds, exported, tmp_path):
+def test_only_normalisation_other_attention_and_logits_stay_in_float(birds, exported, tmp_path):
     out = tmp_path / "small.onnx"
     report = quantize(exported, str(birds), out, calibrate=8, measure=10)
     assert (report.calibrated, report.pictures, report.bytes) == (8, 10, out.stat().st_size)
@@ -88,19 +88,19 @@ def test_attention_normalisation_and_logits_stay_in_float(birds, exported, tmp_p
     onnx.checker.check_model(made, full_check=True)
     makes = {output: node for node in made.graph.node for output in node.output}
     weights = {tensor.name: to_array(tensor) for tensor in made.graph.initializer}
-    convolutions = {True: [], False: []}
-    for node in made.graph.node:
-        if node.op_type == "Conv":
-            convolutions[ATTENTION in node.name].append(node)
-    assert len(convolutions[True]) == 3
-    for node in convolutions[True]:
-        assert weights[node.input[1]].dtype == np.float32
-    for node in convolutions[False]:
+    convolutions = [node for node in made.graph.node if node.op_type == "Conv"]
+    assert sum(ATTENTION in node.name for node in convolutions) == 3
+    for node in convolutions:
         kernel = makes[node.input[1]]
         assert kernel.op_type == "DequantizeLinear"
         assert weights[kernel.input[0]].dtype == np.int8
         assert weights[kernel.input[1]].shape == weights[kernel.input[0]].shape[:1]  # a scale for each channel
         assert makes[node.input[0]].op_type == "DequantizeLinear"
+    products = [node for node in made.graph.node if node.op_type == "Mul"]
+    assert sum(ATTENTION in node.name for node in products) == 1 < len(products)
+    for node in products[1:]:  # the first one is the normalisation's
+        small = [name in makes and makes[name].op_type == "DequantizeLinear" for name in node.input]
+        assert all(small) == (ATTENTION in node.name)
     assert makes["logits"].op_type == "Gemm"
     assert [node.op_type for node in made.graph.node if "pixels" in node.input] == [
         "Reshape"

@@ -35,7 +35,10 @@ Of the whole range, percentiles of all values, the least squared error, and shar
 those in float32 than with the whole range.
 """
 
-_TYPES = ("Conv", "Gemm", "MatMul", "Add", "Clip", "Relu", "GlobalAveragePool", "AveragePool", "MaxPool", "Concat")
+_TYPES = (
+    *("Conv", "Gemm", "MatMul", "Add", "Mul", "Clip", "Relu"),
+    *("GlobalAveragePool", "AveragePool", "MaxPool", "Concat"),
+)
 _BATCH = 4  # all maps of a batch are in memory at once
 
 
@@ -80,8 +83,8 @@ def quantize(
     """Write a net with 8-bit weights and maps, and measure it beside the net in float32.
 
     ONNX Runtime's static quantisation after training (Jacob et al. 2018, arXiv 1712.05877): weights as int8, each
-    output channel with a scale of its own, maps as uint8 with ranges from pictures (:func:`map_ranges`). The
-    normalisation, ULSAM layers, what other attention multiplies, and the logits stay in float32.
+    output channel with a scale of its own, maps as uint8 with ranges from pictures (:func:`map_ranges`), ULSAM layers
+    included. The normalisation, what other attention multiplies, and the logits stay in float32.
 
     Args:
         model: a ``.onnx`` file of `ulsam.export`, or a model file, which is exported first.
@@ -146,7 +149,7 @@ def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str,
     model = onnx.shape_inference.infer_shapes(onnx.load_from_string(content))
     nodes = list(model.graph.node)
     first = next(place for place, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul"))
-    left = [node.name for place, node in enumerate(nodes) if place < first or ATTENTION in node.name]
+    left = [node.name for place, node in enumerate(nodes) if place < first or _is_others(node)]
     ranges = {
         name: quantization.TensorData(lowest=low, highest=high)
         for name, (low, high) in map_ranges(content, images).items()
@@ -196,7 +199,8 @@ def map_ranges(content: bytes, images: Sequence[Pixels]) -> dict[str, tuple[np.f
     model = onnx.load_from_string(content)
     net = runtime.open_net(content, "the net")
     fixed = {tensor.name for tensor in model.graph.initializer}
-    maps = {name for node in model.graph.node if node.op_type in _TYPES for name in (*node.input, *node.output)}
+    inside = [node for node in model.graph.node if node.op_type in _TYPES and not _is_others(node)]
+    maps = {name for node in inside for name in (*node.input, *node.output)}
     put_out = {value.name for value in (*model.graph.input, *model.graph.output)}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(maps - fixed - put_out - {""}))
     session = runtime.open_session(model.SerializeToString())
@@ -213,6 +217,11 @@ def map_ranges(content: bytes, images: Sequence[Pixels]) -> dict[str, tuple[np.f
         name: (np.float32(np.quantile(low, 1 - COVERED)), np.float32(np.quantile(high, COVERED)))
         for name, (low, high) in extremes.items()
     }
+
+
+def _is_others(node: Any) -> bool:
+    """Whether this is a product of something other than a ULSAM layer."""
+    return node.op_type == "Mul" and ATTENTION not in node.name
 
 
 def _content(model: str | os.PathLike[str]) -> bytes:
