@@ -14,11 +14,13 @@ from tiny import NET, options
 from ulsam import runtime
 from ulsam.cli import main
 from ulsam.data.birds import draw_birds
+from ulsam.data.pictures import read_picture
 from ulsam.errors import UlsamError
 from ulsam.evaluate import predict
+from ulsam.exporting import export
 from ulsam.exporting.onnx_graph import ATTENTION
 from ulsam.models import build, load, make_recipe, save_model
-from ulsam.quantization import COVERED, map_ranges, quantize
+from ulsam.quantization import COVERED, map_statistics, quantize, quantize_graph
 from ulsam.recipe import Edit
 
 EDIT = "insert blocks.1.0 g=4"
@@ -115,13 +117,60 @@ def test_a_range_leaves_out_what_few_pictures_reach(exported):
     content = exported.read_bytes()
     graph = onnx.load_from_string(content).graph
     first = next(node.input[0] for node in graph.node if node.op_type == "Conv")
-    low, high = map_ranges(content, images)[first]
+    low, high = map_statistics(content, images)[first][:2]
     seen = runtime.load(exported).preprocessing.normalise(np.stack(images)).reshape(20, -1)
     assert low == pytest.approx(np.quantile(seen.min(1), 1 - COVERED), abs=1e-5)
     assert high == pytest.approx(np.quantile(seen.max(1), COVERED), abs=1e-5)
     assert seen.min() < low < seen[0].max() and high < seen.max() - 1
-    alone = map_ranges(content, images[-1:])[first]
+    alone = map_statistics(content, images[-1:])[first][:2]
     assert alone == pytest.approx((seen.min(), seen.max()), abs=1e-5)
+
+
+def test_biases_take_up_what_rounding_the_weights_loses(birds, tmp_path, monkeypatch):
+    """In the means of each convolution's channels, on the maps of the net in float32."""
+    torch.manual_seed(0)
+    recipe = make_recipe(NET, ["robin", "wren"], [Edit.parse(EDIT + " form=released")], size=32)
+    model, _ = build(recipe)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.bias, -1, 1)
+    export(model.eval(), recipe, tmp_path / "net.onnx")
+    net, content = runtime.load(tmp_path / "net.onnx"), (tmp_path / "net.onnx").read_bytes()
+    paths = sorted((birds / "train").rglob("*.jpg"))[:16]
+    images = [net.preprocessing.crop(np.asarray(read_picture(path))) for path in paths]
+    whole = onnx.load_from_string(content)
+    ends = {node.name: (node.input[0], node.output[0]) for node in whole.graph.node if node.op_type == "Conv"}
+    names = sorted({name for pair in ends.values() for name in pair})
+    whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = runtime.open_session(whole.SerializeToString())
+    maps = dict(zip(names, map(torch.from_numpy, session.run(names, net.feed(np.stack(images)))), strict=True))
+
+    defaults = {"pads": (0, 0), "strides": (1, 1)}
+
+    def shifts() -> dict[str, float]:
+        """How far the rounded weights and the biases move the channels' means."""
+        made = onnx.load_from_string(quantize_graph(content, images, net.metadata)).graph
+        values = {tensor.name: torch.from_numpy(to_array(tensor).copy()) for tensor in made.initializer}
+        for node in made.node:
+            if node.op_type == "DequantizeLinear" and node.input[0] in values:
+                steps, scale = (values[name] for name in node.input[:2])
+                values[node.output[0]] = steps * scale.reshape(-1, *[1] * (steps.ndim - 1))
+        found = {}
+        for node in made.node:
+            if node.op_type == "Conv" and len(node.input) == 3:
+                x, y = (maps[name] for name in ends[node.name])
+                weight, bias = (values[name] for name in node.input[1:])
+                numbers = {entry.name: entry.ints or entry.i for entry in node.attribute}
+                pads, stride = (list(numbers.get(name, default))[:2] for name, default in defaults.items())
+                moved = torch.conv2d(x, weight, bias, stride, pads, groups=numbers.get("group", 1)) - y
+                found[node.name] = float(moved.mean((0, 2, 3)).norm())
+        return found
+
+    corrected = shifts()
+    monkeypatch.setattr("ulsam.quantization._correct_biases", lambda *_: None)
+    left = shifts()
+    assert corrected.keys() == left.keys() and len(left) > 10
+    assert np.median([corrected[name] / left[name] for name in left]) < 0.2
 
 
 def test_a_net_for_normalised_pictures_is_quantised_too(birds, exported, tmp_path):
