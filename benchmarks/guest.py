@@ -52,7 +52,7 @@ def host(out: str) -> Host:
     store = Store(out)
     grid = store.grid()
     config = grid.arms[0].config(grid.shared)
-    store.check_identity(config.data, data_digest(config), file_digests([config]))
+    store.check_identity(config.data, data_digest(config, grid.choose_split), file_digests([config]))
     recipe = parts.recipe_of(config, parts.open_pictures(config)[0].classes)
     if recipe.edits:
         raise UlsamError(f"the first arm of {out} is an edited net: compare with the plain one first")
@@ -90,7 +90,7 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
             store.fail(due[0], str(error))
     tries = grid.tried(arm, store.look)
     for tried in tries:
-        found = tried.failed or f"held-out top-1 {100 * (tried.top1 or 0.0):.2f}"
+        found = tried.failed or f"{grid.choose_split or 'held-out'} top-1 {100 * (tried.top1 or 0.0):.2f}"
         print(f"{name}: lr {tried.rate:g}, epochs {tried.epochs}: {found}")
     if edge := at_the_edge(tries):
         print(f"note: the best rate is the {edge} of those tried: give more --rates")

@@ -74,7 +74,7 @@ def run_here(
     shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), **(settings or {})})
     grid, store = Grid(parse_arms(arms), shared, **given), Store(out)
     with store.alone():
-        store.begin(grid, f"ulsam compare {data}", data_digest(shared), {})
+        store.begin(grid, f"ulsam compare {data}", data_digest(shared, grid.choose_split), {})
     launcher = Here(store)
     run_all(grid, store, launcher, lambda line: None, "ulsam compare")
     measure_latency(grid, store)
@@ -295,6 +295,25 @@ def test_a_published_comparison_can_be_gone_on_with(
     assert len(more["arms"][2]["seeds"]) == 2
 
 
+def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_path: Path) -> None:
+    three = shutil.copytree(data, tmp_path / "three")
+    shutil.copytree(three / "val", three / "test")
+    for folder in (three / "val").iterdir():
+        for picture in sorted(folder.iterdir())[4:]:
+            picture.unlink()
+    settings, out = {"val_split": "test"}, tmp_path / "out"
+    result, _ = run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1, choose_split="val")
+    tries, finals = summaries(out, "base", "choose-*"), summaries(out, "base")
+    assert [(found["split"], found["scores"]["pictures"]) for found in tries] == [("val", 12)] * 2
+    assert finals[0]["split"] == result["split"] == "test"
+    assert tries[0]["pictures"]["train"] == finals[0]["pictures"]["train"]
+    assert result["chosen_on"] == "val"
+    assert "| val top-1 at lr, epochs | 0.02, 1 | 0.1, 1 |" in (out / "compare.md").read_text()
+    next((three / "val" / "class0").iterdir()).unlink()
+    with pytest.raises(UlsamError, match="compares nets on other pictures"):
+        run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1, choose_split="val")
+
+
 def test_a_report_tells_of_the_machine_of_the_runs_not_of_its_own(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +418,7 @@ def test_runs_that_were_not_started_are_missing(finished: tuple[Path, dict[str, 
             ["DATA", "--arm", "base", "--arm", "size=24", "--rates", "0.1,0.2", "--val-fraction", "0.5"],
             "leave val_frac",
         ),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--rates", "0.1,0.2", "--choose-split", "val"], "name another"),
         (["DATA", "--arm", "base", "--arm", "size=24", "--rate", "0.1"], "unrecognized arguments: --rate 0.1"),
         (["DATA", "--arm", "base", "--arm", "size=24", "--config", "EDITS"], "base too: give edits with --arm"),
         (["DATA", "--arm", "base", "--arm", "size=24", "--config", "OFTEN"], "leave val_every out"),

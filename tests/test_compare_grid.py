@@ -156,12 +156,34 @@ def test_choosing_needs_pictures_that_choosing_does_not_see(data: Path, tmp_path
         check_choosing(shared(data, val_fraction=0.3))
     with pytest.raises(UlsamError, match="cannot be measured on train"):
         check_choosing(shared(data, val_split="train"))
+    with pytest.raises(UlsamError, match="chosen on val, which the final runs are measured on"):
+        check_choosing(shared(data), "val")
+    with pytest.raises(UlsamError, match="has no split 'test' to choose on; it has train, val"):
+        check_choosing(shared(data), "test")
+    with pytest.raises(UlsamError, match="chosen on train, which is trained on"):
+        check_choosing(shared(data), "train")
     draw(tmp_path, 4)
     with pytest.raises(UlsamError, match="needs an image folder with val/ or test/"):
         check_choosing(shared(tmp_path))
 
 
 # which runs
+
+
+def test_a_split_to_choose_on() -> None:
+    settings = {"val_split": "test"}
+    plan = grid("base", "size=24", rates=(0.01, 0.02), choose_split="val", tried_seeds=2, settings=settings)
+    assert Grid.from_json(plan.to_json()) == plan
+    look = Results()
+    tried = plan.due(look)
+    where = [(run.config.val_split, run.config.val_fraction, run.config.split_seed) for run in tried]
+    assert where == [("val", None, 0)] * 8  # after training on all training pictures
+    assert [run.config.seed for run in tried[:4]] == [0, 1, 0, 1]
+    for run in tried:
+        look.add(run, run.config.lr)
+    assert {(run.config.val_split, run.config.val_fraction) for run in plan.due(look)} == {("test", None)}
+    with pytest.raises(UlsamError, match="nothing to choose on val"):
+        grid("base", "size=24", choose_split="val")
 
 
 def test_all_rates_then_the_best_one_at_more_epochs_then_the_seeds() -> None:

@@ -11,7 +11,7 @@ from ulsam.errors import UlsamError, printable
 from ulsam.train.config import read_config
 
 #: What is handed to `ulsam.compare` where it is given; the defaults are those there.
-PLAN = ("seeds", "rates", "tried_epochs", "tried_seeds", "jobs", "launcher", "ray_address")
+PLAN = ("seeds", "rates", "tried_epochs", "tried_seeds", "choose_split", "jobs", "launcher", "ray_address")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", type=numbers(float), metavar="LR,...", help="learning rates to try")
     parser.add_argument("--tried-epochs", type=numbers(int), metavar="N,...", help="epochs to try")
     parser.add_argument("--tried-seeds", type=int, metavar="N", help="runs of each try, the mean counts (default: 1)")
+    parser.add_argument(
+        "--choose-split", metavar="SPLIT", help="choose on this split (default: on held-out training pictures)"
+    )
     parser.add_argument("--config", metavar="YAML", help="settings from a file; options on the command line come first")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: 1; with ray: as many as fit)")
     parser.add_argument("--launcher", choices=["local", "ray"], help="where runs are started (default: local)")

@@ -32,6 +32,7 @@ def compare(
     rates: Sequence[float] = (),
     tried_epochs: Sequence[int] = (),
     tried_seeds: int = 1,
+    choose_split: str | None = None,
     settings: Mapping[str, Any] | None = None,
     jobs: int | None = None,
     launcher: Literal["local", "ray"] = "local",
@@ -43,9 +44,9 @@ def compare(
     """Train every arm under one recipe with the same seeds, and compare their top-1, paired by seed and picture.
 
     With several ``rates`` or ``tried_epochs`` each arm first gets its own learning rate and epochs: those with the best
-    top-1 on a fifth of the training pictures that is held out, the same for all. Then each arm is trained on all
-    training pictures with each seed, and measured once. Runs that are finished are not repeated, and those that were
-    stopped go on: call it again with the same arguments.
+    top-1 on a fifth of the training pictures that is held out, the same for all, or on ``choose_split``. Then each arm
+    is trained on all training pictures with each seed, and measured once. Runs that are finished are not repeated, and
+    those that were stopped go on: call it again with the same arguments.
 
     Args:
         data: an image folder, or a data-set name of timm's factory.
@@ -55,6 +56,8 @@ def compare(
         seeds: how many, from the settings' ``seed`` on.
         rates, tried_epochs: what is tried; one value or none is no choice.
         tried_seeds: how many seeds of each try, which hold out other pictures each; the best mean is chosen.
+        choose_split: the split of ``data`` to choose on, instead of held-out training pictures; the final runs are
+            measured on another one.
         settings: of `ulsam.train.config.TrainConfig`, shared by all arms.
         jobs: runs at a time; by default 1 on this machine, and what a Ray cluster has room for.
         launcher: ``local`` processes, or ``ray`` tasks (`ulsam.comparison.remote`).
@@ -89,11 +92,11 @@ def compare(
         if launcher == "local"
         else dataclasses.replace(shared, threads=shared.threads or 1)
     )
-    grid = Grid(parsed, shared, tuple(map(float, rates)), tuple(tried_epochs), seeds, tried_seeds)
+    grid = Grid(parsed, shared, tuple(map(float, rates)), tuple(tried_epochs), seeds, tried_seeds, choose_split)
     if grid.choosing:
-        check_choosing(shared)
+        check_choosing(shared, choose_split)
     check_arms(parsed, shared)
-    store, digest = Store(out), data_digest(shared)
+    store, digest = Store(out), data_digest(shared, choose_split)
     files = file_digests(arm.config(shared) for arm in parsed)
     with store.alone():
         grid = dataclasses.replace(grid, shared=_settled(grid, store, launcher == "ray"))

@@ -169,8 +169,12 @@ def check_arms(arms: Sequence[Arm], shared: TrainConfig) -> None:
             raise UlsamError(f"the arm {arm.name!r} cannot be built: {error}") from error
 
 
-def check_choosing(shared: TrainConfig) -> None:
+def check_choosing(shared: TrainConfig, choose_split: str | None = None) -> None:
     """Raise unless learning rates can be chosen on pictures that the final runs are not measured on.
+
+    Args:
+        shared: settings of all arms.
+        choose_split: the split to choose on; None: held-out training pictures.
 
     Raises:
         UlsamError: the data has no ``val/`` or ``test/`` of its own, or the settings measure elsewhere.
@@ -184,6 +188,15 @@ def check_choosing(shared: TrainConfig) -> None:
         raise UlsamError("choosing holds pictures out by itself, and measures on val/ or test/: leave val_fraction out")
     if shared.val_split == shared.train_split:
         raise UlsamError(f"the final runs cannot be measured on {shared.val_split}, which is trained on")
+    if choose_split is None:
+        return
+    splits = find_splits(shared.data)
+    if choose_split not in splits:
+        raise UlsamError(f"{shared.data} has no split {choose_split!r} to choose on; it has {', '.join(splits)}")
+    final = shared.val_split or next(name for name in ("val", "test") if name in splits)
+    if choose_split in (final, shared.train_split):
+        use = "the final runs are measured on" if choose_split == final else "is trained on"
+        raise UlsamError(f"rates cannot be chosen on {choose_split}, which {use}: name another split, or --val-split")
 
 
 def _is_ulsam(edit: str) -> bool:

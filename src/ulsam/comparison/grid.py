@@ -52,7 +52,7 @@ Look = Callable[[Run], Mapping[str, Any] | Failed | None]
 
 @dataclass(frozen=True)
 class Try:
-    """A learning rate and a number of epochs, and what came of them on held-out training pictures."""
+    """A learning rate and a number of epochs, and what came of them on the pictures that are chosen on."""
 
     rate: float
     epochs: int
@@ -66,8 +66,9 @@ class Grid:
     """All arms, what they share, and what is tried.
 
     Each arm is tried with every rate at the first number of epochs, then with its best rate at the further numbers,
-    each with ``tried_seeds`` seeds, which hold out other pictures each. The best mean top-1 on held-out pictures is
-    chosen, the earlier try where two are equal. With one rate and one number of epochs nothing is chosen.
+    each with ``tried_seeds`` seeds, which hold out other training pictures each, or are measured on ``choose_split``.
+    The best mean top-1 is chosen, the earlier try where two are equal. With one rate and one number of epochs nothing
+    is chosen.
 
     >>> grid = Grid((Arm.parse("base"), Arm.parse("drop 14")), TrainConfig("birds"), (0.01, 0.02), (4, 8), seeds=5)
     >>> grid.choosing, grid.size
@@ -80,6 +81,7 @@ class Grid:
     epochs: tuple[int, ...] = ()  # none: that of the settings
     seeds: int = 5
     tried_seeds: int = 1
+    choose_split: str | None = None  # none: held-out training pictures
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -88,6 +90,8 @@ class Grid:
             raise UlsamError(f"each rate is tried with 1 seed or more, not {self.tried_seeds}")
         if self.tried_seeds > 1 and not self.choosing:
             raise UlsamError("several seeds for each try, but nothing to try: give several learning rates or epochs")
+        if self.choose_split is not None and not self.choosing:
+            raise UlsamError(f"nothing to choose on {self.choose_split}: give several learning rates or epochs")
         for name, values in (("learning rate", self.rates), ("number of epochs", self.epochs)):
             if len(set(values)) < len(values):
                 raise UlsamError(f"a {name} is given twice: {', '.join(f'{value:g}' for value in values)}")
@@ -176,6 +180,7 @@ class Grid:
                 epochs=tuple(values["epochs"]),
                 seeds=values["seeds"],
                 tried_seeds=values.get("tried_seeds", 1),
+                choose_split=values.get("choose_split"),
             )
         except (KeyError, TypeError) as error:
             raise UlsamError(f"not the plan of a comparison: {type(error).__name__} {error}") from error
@@ -204,8 +209,10 @@ class Grid:
         for number in range(self.tried_seeds):
             seed = self.shared.seed + number
             name = f"choose-{rate:g}-{epochs}" + (f"-seed-{seed}" if number else "")
-            held_out = {"val_fraction": HELD_OUT, "val_split": None, "split_seed": SPLIT_SEED + number}
-            runs.append(Run(arm, name, self._config(arm, rate, epochs, seed=seed, **held_out)))
+            on: dict[str, Any] = {"val_split": self.choose_split}
+            if self.choose_split is None:
+                on |= {"val_fraction": HELD_OUT, "split_seed": SPLIT_SEED + number}
+            runs.append(Run(arm, name, self._config(arm, rate, epochs, seed=seed, **on)))
         return runs
 
     def _config(self, arm: Arm, rate: float, epochs: int, **decided: Any) -> TrainConfig:

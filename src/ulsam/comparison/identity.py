@@ -1,5 +1,6 @@
 """Tell whether pictures and weight files are what they were."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -10,10 +11,14 @@ from ulsam.train.config import TrainConfig
 from ulsam.trained import locate
 
 
-def data_digest(config: TrainConfig) -> str | None:
+def data_digest(config: TrainConfig, *others: str | None) -> str | None:
     """SHA-256 of the classes and of the names and file sizes of all pictures, in hexadecimal; None for a stream.
 
     Whatever is held out, and wherever the folder lies, it is the same; of a named data set the sizes are not known.
+
+    Args:
+        config: names the data, and the splits to train and to measure on.
+        others: further splits; None is none.
 
     Raises:
         UlsamError: the data is not usable.
@@ -30,7 +35,9 @@ def data_digest(config: TrainConfig) -> str | None:
     train, val, _ = parts.open_pictures(config)
     if isinstance(train, StreamPictures):
         return None
-    lines = [*sorted({*_pictures(train, config.data), *_pictures(val, config.data)}), *train.classes]
+    more = [parts.open_pictures(dataclasses.replace(config, val_split=name))[1] for name in others if name is not None]
+    found = {line for pictures in (train, val, *more) for line in _pictures(pictures, config.data)}
+    lines = [*sorted(found), *train.classes]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -46,7 +46,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
 
 
 def draw_rates(result: Mapping[str, Any]) -> bytes:
-    """A PNG: each arm's top-1 on held-out training pictures, by learning rate; a line for each number of epochs."""
+    """A PNG: each arm's top-1 where rates are chosen, by learning rate; a line for each number of epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,7 +64,7 @@ def draw_rates(result: Mapping[str, Any]) -> bytes:
             turns = {"ls": ("-", "--", ":", "-.")[turn % 4], "fillstyle": "none" if turn else "full"}
             label = f"{arm['name']}, {epochs} epochs"
             axes.plot([lr for lr, _ in found], [top for _, top in found], label=label, **style(number) | turns)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="top-1 on held-out training pictures (%)")
+    axes.set(xscale="log", xlabel="learning rate", ylabel=f"top-1 on {result['chosen_on']} pictures (%)")
     rates = sorted({entry["lr"] for arm in result["arms"] for entry in arm["tries"]})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()

@@ -55,7 +55,7 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
         "command": command or command_line(),
         "margin": margin,
         "seeds": grid.seeds,
-        "choosing": grid.choosing,
+        "chosen_on": (grid.choose_split or "held-out") if grid.choosing else None,
         "split": measured[0]["split"] if measured else None,
         "pictures": measured[0]["scores"]["pictures"] if measured else None,
         "finished": not grid.due(store.look),

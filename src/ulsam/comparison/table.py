@@ -31,14 +31,14 @@ def pairs(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def tries(result: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of the table of tries, heads first: each arm's mean top-1 on held-out pictures, the best one in bold.
+    """The cells of the table of tries, heads first: each arm's mean top-1 where rates are chosen, the best one in bold.
 
     Empty where nothing was tried.
     """
     columns = sorted({(entry["lr"], entry["epochs"]) for arm in result["arms"] for entry in arm["tries"]}, key=_order)
     if not columns:
         return []
-    heads = ["held-out top-1 at lr, epochs", *(f"{lr:g}, {epochs}" for lr, epochs in columns)]
+    heads = [f"{result['chosen_on']} top-1 at lr, epochs", *(f"{lr:g}, {epochs}" for lr, epochs in columns)]
     return [heads, *([arm["name"], *(_tried(arm, *column) for column in columns)] for arm in result["arms"])]
 
 
