@@ -88,6 +88,18 @@ def test_a_layer_is_few_nodes_that_follow_the_definition(form, free):
         assert np.abs(found / flat - (1 + 1 / 42) ** len(GROUPS)).max() <= 1e-5
 
 
+def test_a_wide_layer_is_no_more_nodes():
+    """Its weights are above what the exporter folds by itself."""
+    torch.manual_seed(0)
+    net = nn.Sequential(ulsam.ULSAM(2048, 8, form="released").eval().fold())
+    made = onnx_graph(net, torch.zeros(2, 2048, 3, 2), {0: "batch"})
+    assert len(made.graph.node) == 10
+    x = torch.randn(2, 2048, 3, 2)
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, exactly(net, x).numpy(), rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A net with both forms of the layer, whose pictures get different answers."""

@@ -126,7 +126,7 @@ def _attention(
     if relu:
         h = op.Relu(h)
     h, _ = op.MaxPool(h, kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[1, 1])
-    weights = op.Mul(reshaped(weight, parts, 1, channels // parts), constant(mask))  # the exporter folds it
+    weights = op.Mul(reshaped(weight, parts, 1, channels // parts), constant(mask))
     logits = convolved(h, reshaped(weights, groups, channels // parts, 1, 1), bias, parts)
     if relu:
         logits = op.Relu(logits)
@@ -151,7 +151,26 @@ def _tidied(model: Any) -> Any:
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
     graph = model.graph
+    _fold_weights(graph)
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]
         part.doc_string = ""
     return model
+
+
+def _fold_weights(graph: Any) -> None:
+    """Compute what the layers make of their weights alone; the exporter does so for small ones only."""
+    from onnx.numpy_helper import from_array, to_array
+
+    values = {tensor.name: to_array(tensor) for tensor in graph.initializer}
+    for node in list(graph.node):
+        if ATTENTION in node.name and node.op_type in ("Mul", "Reshape") and {*node.input} <= values.keys():
+            one, other = (values[name] for name in node.input)
+            made = one * other if node.op_type == "Mul" else one.reshape(other)
+            values[node.output[0]] = made
+            graph.initializer.append(from_array(made, node.output[0]))
+            graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
