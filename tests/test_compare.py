@@ -304,11 +304,13 @@ def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_pa
     settings, out = {"val_split": "test"}, tmp_path / "out"
     result, _ = run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1, choose_split="val")
     tries, finals = summaries(out, "base", "choose-*"), summaries(out, "base")
-    assert [(found["split"], found["scores"]["pictures"]) for found in tries] == [("val", 12)] * 2
+    assert [(found["split"], found["scores"]["pictures"]) for found in tries] == [("validation", 11)] * 2
     assert finals[0]["split"] == result["split"] == "test"
     assert tries[0]["pictures"]["train"] == finals[0]["pictures"]["train"]
     assert result["chosen_on"] == "val"
     assert "| val top-1 at lr, epochs | 0.02, 1 | 0.1, 1 |" in (out / "compare.md").read_text()
+    with pytest.raises(UlsamError, match="chooses rates on val: go on with that, or name another --out"):
+        run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1)
     next((three / "val" / "class0").iterdir()).unlink()
     with pytest.raises(UlsamError, match="compares nets on other pictures"):
         run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1, choose_split="val")

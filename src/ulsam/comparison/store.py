@@ -82,6 +82,10 @@ class Store:
             UlsamError: a folder holds a run of other settings, or the pictures or a weight file are not those of the
                 runs in it.
         """
+        before = self.read_grid()
+        if before is not None and before.choosing and grid.choosing and before.choose_split != grid.choose_split:
+            on = before.choose_split or "held-out training pictures"
+            raise UlsamError(f"{self.root} chooses rates on {on}: go on with that, or name another --out")
         known = self.check_identity(grid.shared.data, data, files)
         for run in grid.known(self.look):
             self.forgive(run)
