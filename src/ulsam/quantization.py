@@ -168,8 +168,9 @@ def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str,
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     made = quantizer.model.model
+    wide = {tensor.name for tensor in made.graph.initializer if tensor.data_type == onnx.TensorProto.INT32}
     for node in made.graph.node:  # of biases: a zero for each channel, which is what ONNX takes where there is none
-        if node.op_type == "DequantizeLinear" and node.input[0].endswith("bias_quantized"):
+        if node.op_type == "DequantizeLinear" and node.input[0] in wide and len(node.input) > 2:
             del node.input[2]
     _correct_biases(made, onnx.load_from_string(content), {name: found.means for name, found in statistics.items()})
     used = {name for node in made.graph.node for name in node.input}
@@ -249,7 +250,7 @@ def _correct_biases(model: Any, whole: Any, means: Mapping[str, NDArray[np.float
         numbers = {entry.name: entry.i for entry in node.attribute}
         by_rows = node.op_type == "Conv" or (node.op_type == "Gemm" and numbers.get("transB"))  # one for each output
         if not by_rows or len(node.input) < 3 or not {*node.input[1:3]} <= makes.keys():
-            continue
+            continue  # nothing was rounded, or there is no bias
         source, rounded, bias = sources[node.name], makes[node.input[1]], makes[node.input[2]]
         scale = to_array(tensors[rounded.input[1]]).astype(np.float64)
         values = to_array(tensors[rounded.input[0]])
