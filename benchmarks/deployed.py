@@ -25,7 +25,7 @@ import numpy as np
 import onnxruntime
 
 from ulsam import runtime
-from ulsam.benchmarking.report import RESAMPLES, figures
+from ulsam.benchmarking.report import figures
 from ulsam.comparison.grid import Run
 from ulsam.comparison.latency import processor
 from ulsam.comparison.paths import without_paths
@@ -47,9 +47,6 @@ ROOT = Path(__file__).parents[1]
 MOST_TURNS = 20_000
 PRECISIONS = ("float32", "int8")
 
-Times = Mapping[tuple[str, str], Sequence[float]]
-"""Seconds of a batch, a turn each, by arm and precision."""
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             files |= {(arm, precision): found[runs[0].config.seed][precision]["file"] for precision in PRECISIONS}
             print(f"{arm}: {arms[arm]['int8']['minus_float32']['mean']:+.4f} by int8", flush=True)
         times = [
-            {"batch": batch, "threads": threads, **timed(files, batch, threads, args.seconds)}
+            {"batch": batch, "threads": threads, "nets": timed(files, batch, threads, args.seconds)}
             for batch in args.batches
             for threads in args.threads
         ]
@@ -145,7 +142,7 @@ def summary(found: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, A
 
 
 def timed(files: Mapping[tuple[str, str], Path], batch: int, threads: int, seconds: float) -> dict[str, Any]:
-    """What each file takes for a batch, all in turn; and what the layers add that stand where others were removed."""
+    """What each file takes for a batch, all in turn."""
     calls = {key: call(file, batch, threads) for key, file in files.items()}
     times = times_in_turn(calls, seconds, MOST_TURNS)
     first = next(iter(times))
@@ -154,30 +151,7 @@ def timed(files: Mapping[tuple[str, str], Path], batch: int, threads: int, secon
         nets.setdefault(arm, {})[precision] = figures(taken, times[first])
     for arm, told in nets.items():
         told["times_faster"] = 1 / figures(times[arm, "int8"], times[arm, "float32"])["ratio"]
-    return {"nets": nets, "each_layer_adds": added(times)}
-
-
-def added(times: Times) -> dict[str, dict[str, float]]:
-    """What each layer of an arm such as "ULSAM 14,17" adds to "removed 14,17", as a share of the first arm's time.
-
-    With its 95 % interval by the bootstrap over whole turns; in float32.
-    """
-    base = np.array(next(iter(times.values())))
-    chosen = np.random.default_rng(0).integers(0, len(base), (RESAMPLES, len(base)))
-    found = {}
-    for arm in dict.fromkeys(arm for arm, _ in times):
-        removed = f"removed {arm.rpartition(' ')[2]}"
-        if arm != removed and (removed, "float32") in times:
-            layers = len(arm.rpartition(" ")[2].split(","))
-            mine, without = (np.array(times[name, "float32"]) for name in (arm, removed))
-
-            def share(turns: Any, mine: Any = mine, without: Any = without, layers: int = layers) -> Any:
-                more = np.median(mine[turns], -1) - np.median(without[turns], -1)
-                return more / layers / np.median(base[turns], -1)
-
-            low, high = np.quantile(share(chosen), [0.025, 0.975])
-            found[arm] = {"share": float(share(np.arange(len(base)))), "low": float(low), "high": float(high)}
-    return found
+    return nets
 
 
 def call(file: Path, batch: int, threads: int) -> Callable[[], Any]:

@@ -173,6 +173,27 @@ def network_table(name: str = "network") -> str:
     return "\n".join(lines)
 
 
+def exported_table() -> str:
+    """One row an edit and form of the layer: what each layer adds to exported MobileNet-V2, with quartiles."""
+    result = json.loads((ROOT / "results" / "exported.json").read_text())
+    cases: dict[tuple[str, str], dict[str, str]] = {}
+    for row in result["cases"]:
+        low, _, high = (100 * share for share in statistics.quantiles(row["of_rounds"], n=4))
+        told = f"{100 * row['added_by_each_layer']:+.2f} % ({low:+.2f} to {high:+.2f})"
+        place = f"{row['pixels']} px, batch {row['batch']}"
+        cases.setdefault((row["edit"], row["form"]), {})[place] = told
+    places = next(iter(cases.values()))
+    lines = [
+        f"{result['machine']['processor']}, ONNX Runtime {result['versions']['onnxruntime']}, one thread:",
+        "",
+        f"| each layer adds | {' | '.join(places)} |",
+        "|---" * (1 + len(places)) + "|",
+    ]
+    for (edit, form), told in cases.items():
+        lines.append(f"| {edit}, {form} | {' | '.join(told[place] for place in places)} |")
+    return "\n".join(lines)
+
+
 def precision_table() -> str:
     """One row a precision: top-1 of every seed."""
     result = json.loads((ROOT / "results" / "precision.json").read_text())
@@ -348,7 +369,7 @@ def allocation_table() -> str:
 
 
 def deployed_table(name: str) -> str:
-    """Two rows an arm, float32 and int8; then what each attention layer adds where other blocks were removed.
+    """Two rows an arm, float32 and int8.
 
     Before it is measured, the command that does so.
     """
@@ -379,14 +400,6 @@ def deployed_table(name: str) -> str:
                 *(_deployed_time(case["nets"][arm], precision) for case in result["times"]),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    added = result["times"][0]["each_layer_adds"]
-    if added:
-        lines += ["", f"| each layer adds, of the first net's time | {' | '.join(places)} |"]
-        lines.append("|---" * (1 + len(places)) + "|")
-        for arm in added:
-            shares = [case["each_layer_adds"][arm] for case in result["times"]]
-            told = [f"{each['share']:+.1%} [{each['low']:+.1%}, {each['high']:+.1%}]" for each in shares]
-            lines.append(f"| {arm} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
@@ -435,11 +448,13 @@ TABLES = {
     "README.md": {"headline": headline_table},
     "docs/results.md": {
         "cub100": lambda: comparison_table("compare_cub100"),
+        "first_grocery81": lambda: comparison_table("first_grocery81"),
         "slimmed_cub100": lambda: slimmed_table("cub100_macs75"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
         "finetune": finetune_table,
     },
     "docs/deploy.md": {
+        "exported": exported_table,
         "deployed_cub100": lambda: deployed_table("cub100"),
         "deployed_grocery81": lambda: deployed_table("grocery81"),
         "served_cub100": lambda: served_table("cub100"),

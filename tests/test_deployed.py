@@ -14,19 +14,6 @@ def deployed() -> ModuleType:
     return load_benchmark("deployed")
 
 
-def test_what_a_layer_adds_is_held_against_removal(deployed):
-    random = np.random.default_rng(0)
-    machine = random.lognormal(0, 0.3, 400)  # what slows a turn slows all nets in it
-    means = {"base": 1.0, "removed 14,17": 0.89, "ULSAM 14,17": 0.91, "slimmed": 0.8}
-    times = {(arm, "float32"): mean * machine * random.lognormal(0, 0.003, 400) for arm, mean in means.items()}
-    times |= {(arm, "int8"): [mean / 2] * 400 for arm, mean in means.items()}
-    found = deployed.added(times)
-    assert list(found) == ["ULSAM 14,17"]
-    layer = found["ULSAM 14,17"]  # two layers
-    assert layer["share"] == pytest.approx(0.01, abs=0.002)
-    assert layer["low"] < layer["share"] < layer["high"] < layer["low"] + 0.01
-
-
 def answers(right: list[int], size: int) -> dict[str, object]:
     told = {"pictures": len(right), "right": np.packbits(right).tobytes().hex(), "names": "digest"}
     scores = {"top1": float(np.mean(right)), "pictures": len(right)}
@@ -49,7 +36,7 @@ def test_int8_is_paired_with_its_own_net_and_told_in_the_table(deployed, tmp_pat
     nets = {"base": {"float32": {"seconds": 0.004, "ratio": 1.0}, "int8": {"seconds": 0.002}, "times_faster": 2.0}}
     result = {
         "arms": {"base": arm},
-        "times": [{"batch": 1, "threads": 2, "nets": nets, "each_layer_adds": {}}],
+        "times": [{"batch": 1, "threads": 2, "nets": nets}],
         "machine": {"processor": "A processor"},
         "versions": {"onnxruntime": "1.0"},
     }
