@@ -2,10 +2,10 @@
 
 As benchmarks/network.py, under ONNX Runtime on one thread: nets with random weights, folded and exported, run in turn
 in one process; a replacing layer is held against the net whose blocks were simply taken out, an inserted one against
-the base net. Where a session's weights come to lie in memory changes its time by a percent, so all sessions are made
-anew twenty times (for batches four times), in shuffled order. A figure of one such round is the median of the paired
-differences, a turn each, over the base net's median time; told are the rounds' median and quartiles. Four minutes, in
-which nothing else may run; results/exported.json.
+the base net. Two sessions of one file may differ by a percent, so all are made anew twenty times (for batches four
+times), in shuffled order. A figure of one such round is the median of the paired differences, a turn each, over the
+base net's median time; told are the rounds' median and quartiles. Four minutes, in which nothing else may run;
+results/exported.json.
 
     python benchmarks/exported.py
 """
