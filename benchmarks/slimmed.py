@@ -1,7 +1,7 @@
 """Slim the trained base nets of a comparison, seed by seed, with distillation; on wish into a net of the package.
 
-1. The base net of the comparison's best try, which was trained on four fifths of the training pictures, is slimmed at
-   each of --rates; the rate that does best on the other pictures is taken.
+1. The base net of the comparison's best try is slimmed at each of --rates, on the pictures on which that try was
+   trained; the rate that does best on those on which it was measured is taken.
 2. The base net of each final run is slimmed at this rate, on all training pictures, and measured once on the pictures
    on which the comparison measured the base. Beside it the base net is trained on in the same way, with itself as the
    teacher and no block replaced: what the further epochs bring without slimming.

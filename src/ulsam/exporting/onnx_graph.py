@@ -81,7 +81,9 @@ def onnx_graph(net: nn.Module, example: Tensor, free: Mapping[int, str] | None =
         sizes = f" with a free {', '.join(names.values())}" if names else ""
         hint = "; is it for one size? then leave that fixed" if len(names) > 1 else ""
         raise UlsamError(f"the net cannot be exported to ONNX{sizes}: {first_line(error).rstrip(':')}{hint}") from error
-    return _tidied(made.model_proto)
+    model = _tidied(made.model_proto)
+    _fold_weights(model.graph)
+    return model
 
 
 def _attention(
@@ -151,7 +153,6 @@ def _tidied(model: Any) -> Any:
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
     graph = model.graph
-    _fold_weights(graph)
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]
         part.doc_string = ""
