@@ -208,6 +208,7 @@ def ridge_accuracy(train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, 
     return float(((tests @ weights).argmax(axis=1) == val[1]).mean())
 
 
+@pytest.mark.slow
 def test_a_linear_classifier_fails() -> None:
     """Chance is 12.5 %. Ridge regression on the pixels, at two resolutions and two penalties, stays near it."""
     labels = {split: np.repeat(np.arange(8), count) for split, count in (("train", 80), ("val", 60))}

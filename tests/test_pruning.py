@@ -92,6 +92,7 @@ def test_a_mistake_is_one_line(
     assert re.fullmatch(r"pruning.py: error: .* is not the folder of a comparison.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(
     pruning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert started == ["choose-0.01-1", "choose-1e+30-1", "seed-0-0.01-1", "seed-1-0.01-1", "seed-1-0.01-1"]
 
 
+@pytest.mark.slow
 def test_its_runs(
     pruning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

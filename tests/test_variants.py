@@ -45,6 +45,7 @@ def test_their_gates_average_one_whatever_the_size(variants: ModuleType, kind: s
         torch.testing.assert_close(gate.mean((2, 3)), torch.ones(2, 2))
 
 
+@pytest.mark.slow
 def test_a_variant_joins_a_comparison(variants: ModuleType, tmp_path: Path) -> None:
     data = draw_splits(tmp_path / "data", train=8, val=4)
     settled = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
