@@ -196,7 +196,9 @@ def check_choosing(shared: TrainConfig, choose_split: str | None = None) -> None
     final = shared.val_split or next(name for name in ("val", "test") if name in splits)
     if choose_split in (final, shared.train_split):
         use = "the final runs are measured on" if choose_split == final else "is trained on"
-        raise UlsamError(f"rates cannot be chosen on {choose_split}, which {use}: name another split, or another --val-split")
+        raise UlsamError(
+            f"rates cannot be chosen on {choose_split}, which {use}: name another split, or another --val-split"
+        )
 
 
 def _is_ulsam(edit: str) -> bool:
