@@ -11,7 +11,6 @@ results/exported.json.
 """
 
 import argparse
-import itertools
 import json
 import platform
 import random
@@ -27,26 +26,27 @@ import torch
 from network import CASES, build
 from torch import nn
 
+from ulsam import runtime
 from ulsam.comparison.latency import processor
 from ulsam.exporting.onnx_graph import onnx_graph
 from ulsam.timing import times_in_turn
 
 ROOT = Path(__file__).parents[1]
-PIXELS = (160,)
+PIXELS = 160
 ROUNDS = {1: 20, 32: 4}  # of each batch size
 EDITS = ("replace 14,17", "replace 13,14,16,17", "insert 17:1")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20, help="for each form, input size and batch size")
+    parser.add_argument("--seconds", type=float, default=20, help="for each form and batch size")
     args = parser.parse_args()
     rows = []
-    for form, pixels in itertools.product(("equations", "released"), PIXELS):
-        files = exported(form, pixels)
+    for form in ("equations", "released"):
+        files = exported(form)
         for batch, rounds in ROUNDS.items():
-            for row in measured(files, pixels, batch, args.seconds, rounds):
-                rows.append({"form": form, "pixels": pixels, "batch": batch, **row})
+            for row in measured(files, batch, args.seconds, rounds):
+                rows.append({"form": form, "pixels": PIXELS, "batch": batch, **row})
                 print(rows[-1], flush=True)
     result = {
         "what": "latency of exported MobileNet-V2, float32, ONNX Runtime, one thread; each layer's share of the base's",
@@ -63,7 +63,7 @@ def main() -> None:
     (ROOT / "results" / "exported.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def exported(form: str, pixels: int) -> dict[str, bytes]:
+def exported(form: str) -> dict[str, bytes]:
     """The ONNX files: the base net, each edit, and each place with its blocks taken out."""
     nets = {"base": build("mobilenetv2_100", None, "", form)}
     for name in EDITS:
@@ -71,7 +71,7 @@ def exported(form: str, pixels: int) -> dict[str, bytes]:
         nets[name] = build(base, kind, at, form)
         if kind == "replace":
             nets[name.replace("replace", "drop")] = build(base, "drop", at, form)
-    example = torch.zeros(2, 3, pixels, pixels)
+    example = torch.zeros(2, 3, PIXELS, PIXELS)
 
     def file(net: nn.Module) -> bytes:
         graph = onnx_graph(net.to(memory_format=torch.contiguous_format), example, {0: "batch"})
@@ -80,9 +80,9 @@ def exported(form: str, pixels: int) -> dict[str, bytes]:
     return {name: file(net) for name, net in nets.items()}
 
 
-def measured(files: dict[str, bytes], pixels: int, batch: int, seconds: float, rounds: int) -> list[dict[str, Any]]:
+def measured(files: dict[str, bytes], batch: int, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """One row an edit."""
-    x = np.random.default_rng(0).standard_normal((batch, 3, pixels, pixels), np.float32)
+    x = np.random.default_rng(0).standard_normal((batch, 3, PIXELS, PIXELS), np.float32)
     order, shuffle = list(files), random.Random(0).shuffle
     found = []
     for _ in range(rounds):
@@ -118,9 +118,7 @@ def _seconds(rounds: list[dict[str, list[float]]], name: str) -> float:
 
 def call(file: bytes, x: np.ndarray) -> Callable[[], Any]:
     """A function that runs the net on one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = runtime.open_session(file, threads=1)
     (name,) = [put.name for put in session.get_inputs()]
     return lambda: session.run(None, {name: x})
 

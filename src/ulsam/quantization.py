@@ -16,7 +16,7 @@ from ulsam.data.pictures import Pixels, UnreadablePicture
 from ulsam.data.sources import AnyPictures, MapPictures, StreamPictures, open_data
 from ulsam.errors import UlsamError
 from ulsam.exporting import engine_of
-from ulsam.exporting.onnx_graph import ATTENTION, check_installed
+from ulsam.exporting.onnx_graph import ATTENTION, check_installed, drop_unused
 from ulsam.files import check_readable, check_writable, write_atomic
 from ulsam.models import load
 from ulsam.sampling import pick
@@ -173,10 +173,7 @@ def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str,
         if node.op_type == "DequantizeLinear" and node.input[0] in wide and len(node.input) > 2:
             del node.input[2]
     _correct_biases(made, onnx.load_from_string(content), {name: found.means for name, found in statistics.items()})
-    used = {name for node in made.graph.node for name in node.input}
-    kept = [tensor for tensor in made.graph.initializer if tensor.name in used]
-    del made.graph.initializer[:]
-    made.graph.initializer.extend(kept)
+    drop_unused(made.graph)
     how = f"int8 weights a channel, uint8 maps, {len(images)} pictures"
     onnx.helper.set_model_props(made, {**metadata, QUANTIZATION: how})
     return bytes(made.SerializeToString())

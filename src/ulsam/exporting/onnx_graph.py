@@ -171,6 +171,19 @@ def _fold_weights(graph: Any) -> None:
             values[node.output[0]] = made
             graph.initializer.append(from_array(made, node.output[0]))
             graph.node.remove(node)
+    drop_unused(graph)
+
+
+def drop_unused(graph: Any) -> None:
+    """Take weights that no node of an ONNX graph reads out of it.
+
+    >>> graph = onnx_graph(nn.Conv2d(3, 8, 1).eval(), torch.zeros(2, 3, 4, 4)).graph
+    >>> weights = len(graph.initializer)
+    >>> del graph.node[:]
+    >>> drop_unused(graph)
+    >>> weights, len(graph.initializer)
+    (2, 0)
+    """
     used = {name for node in graph.node for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
