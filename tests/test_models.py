@@ -436,6 +436,13 @@ def test_a_file_cut_off_anywhere_gives_one_line(file, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_an_exported_net_is_called_so(tmp_path):
+    exported = tmp_path / "net.onnx"
+    exported.write_bytes(b"\x08\x08")
+    with pytest.raises(UlsamError, match=r"net\.onnx is an exported net; this takes the \.safetensors model file"):
+        load(exported)
+
+
 def test_nobody_is_advised_to_run_a_file(tmp_path):
     torch.save({"a": Edit("drop", "14")}, tmp_path / "net.pt")
     with pytest.raises(UlsamError, match="holds no weights that can be read safely: ") as caught:

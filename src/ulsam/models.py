@@ -352,6 +352,8 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 def _opened(path: str | os.PathLike[str]) -> Any:
     path = locate(path)
     check_readable(path, "model file")
+    if path.suffix in (".onnx", ".xml", ".pte"):
+        raise UlsamError(f"{path} is an exported net; this takes the .safetensors model file that it was made from")
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
