@@ -10,11 +10,11 @@ with a bootstrapped 95 % interval.
 """
 
 import argparse
+import functools
 import json
 import platform
 import random
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from torch import nn
 
 import ulsam
 from ulsam.comparison.latency import processor
+from ulsam.timing import times_in_turn
+
+MOST_TURNS = 20_000
 
 #: name: base net, edit, place, and how many layers it makes
 CASES = {
@@ -36,7 +39,6 @@ CASES = {
     "a copy at 17:1": ("mobilenetv2_100", "copy", "17:1", 1),
     "a copy at 5:1": ("mobilenetv2_100", "copy", "5:1", 1),
 }
-
 
 COMPILED = ("replace 14,17", "replace 13,14,16,17", "insert 17:1")  # each takes minutes to compile
 
@@ -86,18 +88,8 @@ def main() -> None:
         torch.compiler.reset()
         run = {name: torch.compile(net, fullgraph=True) if args.compile else net for name, net in nets.items()}
         x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-        times: dict[str, list[float]] = {name: [] for name in run}
-        order = list(run)
-        with torch.inference_mode():
-            for net in [*run.values()] * 2:
-                net(x)
-            end = time.perf_counter() + args.seconds
-            while time.perf_counter() < end or len(times["base"]) < 10:
-                random.shuffle(order)
-                for name in order:
-                    began = time.perf_counter()
-                    run[name](x)
-                    times[name].append(time.perf_counter() - began)
+        calls = {name: functools.partial(net, x) for name, net in run.items()}
+        times = times_in_turn(calls, args.seconds, MOST_TURNS)
         base = statistics.median(times["base"])
         for name, (_, kind, _, layers) in cases.items():
             without = name.replace("replace", "drop") if kind == "replace" else "base"
