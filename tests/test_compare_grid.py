@@ -44,9 +44,10 @@ class Results:
     def __call__(self, run: Run) -> Mapping[str, Any] | Failed | None:
         return self.found.get((run.arm.name, run.name))
 
-    def add(self, run: Run, top1: float | None) -> None:
+    def add(self, run: Run, top1: float | None, loss: float = 1.0) -> None:
         assert (run.arm.name, run.name) not in self.found
-        self.found[run.arm.name, run.name] = Failed("diverged") if top1 is None else {"scores": {"top1": top1}}
+        scores = {"top1": top1, "loss": loss}
+        self.found[run.arm.name, run.name] = Failed("diverged") if top1 is None else {"scores": scores}
 
 
 # arms
@@ -236,7 +237,7 @@ def test_the_mean_over_the_seeds_of_a_try_chooses() -> None:
             assert plan.chosen(base, look) is None and len(plan.tries(base, look)) == 4  # the second seed is to come
     both = [f"{name}{seed}" for name in ("choose-0.01-1", "choose-0.02-1", "choose-0.01-3") for seed in ("", "-seed-8")]
     assert done == both
-    assert plan.tried(base, look)[0] == Try(0.01, 1, pytest.approx(0.6), None, (0.5, 0.7))
+    assert plan.tried(base, look)[0] == Try(0.01, 1, pytest.approx(0.6), None, (0.5, 0.7), 1.0)
     assert plan.chosen(base, look) == (0.01, 1)
     final = plan.final(base, 0, look)
     assert final and (final.name, final.config.split_seed) == ("seed-7-0.01-1", 0)
@@ -244,12 +245,30 @@ def test_the_mean_over_the_seeds_of_a_try_chooses() -> None:
     assert Grid.from_json(json.loads(json.dumps(plan.to_json()))).tried_seeds == 2
 
 
+def test_the_lower_loss_chooses_where_as_many_pictures_are_right() -> None:
+    plan = grid("base", "size=24", rates=(0.01, 0.02, 0.04), epochs=(1, 3), seeds=1, tried_seeds=2)
+    base, look = plan.arms[0], Results()
+    found = {
+        (0.01, 1): ((223, 1.0), (222, 1.1)),
+        (0.02, 1): ((215, 1.1), (230, 0.8)),  # 445 of 592 as well, in another order of rounding
+        (0.04, 1): ((222, 0.2), (222, 0.2)),  # a picture less
+        (0.02, 3): ((224, 0.9), (221, 0.96)),
+    }
+    while due := [run for run in plan.due(look) if run.arm == base and run.is_try]:
+        right, loss = found[due[0].config.lr, due[0].config.epochs][due[0].config.seed]
+        look.add(due[0], right / 296, loss)
+    assert plan.chosen(base, look) == (0.02, 3)
+    tries = plan.tried(base, look)
+    assert [entry.loss for entry in tries] == pytest.approx([1.05, 0.95, 0.2, 0.93])
+    assert at_the_edge(tries) is None  # the smallest rate is as good, but for its loss
+
+
 def test_a_try_counts_only_with_all_its_seeds() -> None:
     plan = grid("base", "size=24", rates=(0.01, 0.02), seeds=1, tried_seeds=2)
     base, look = plan.arms[0], Results()
     for run, value in zip(plan.tries(base, look), (0.9, None, 0.5, 0.5), strict=True):
         look.add(run, value)
-    assert plan.tried(base, look)[0] == Try(0.01, 2, None, "seed 1: diverged", (0.9,))
+    assert plan.tried(base, look)[0] == Try(0.01, 2, None, "seed 1: diverged", (0.9,), 1.0)
     assert plan.chosen(base, look) == (0.02, 2)
 
 

@@ -127,6 +127,7 @@ def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[st
                 "epochs": entry.epochs,
                 "top1": entry.top1,
                 "each": list(entry.each),
+                "loss": entry.loss,
                 "failed": entry.failed,
             }
             for entry in tries
@@ -157,7 +158,10 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         ]
         if entry["lr"] is not None:
             notes += [f"{entry['name']}, {bad['run']} failed: {bad['reason']}" for bad in entry["failed"]]
-        tries = [Try(found["lr"], found["epochs"], found["top1"], found["failed"]) for found in entry["tries"]]
+        tries = [
+            Try(found["lr"], found["epochs"], found["top1"], found["failed"], loss=found["loss"])
+            for found in entry["tries"]
+        ]
         if edge := at_the_edge(tries):
             side = "larger" if edge == "largest" else "smaller"
             notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones, --rates")
