@@ -295,6 +295,15 @@ def test_a_published_comparison_can_be_gone_on_with(
     assert len(more["arms"][2]["seeds"]) == 2
 
 
+def test_a_run_of_an_earlier_choice_stays_on_record(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, there = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published"
+    earlier = shutil.copytree(final(out, "slim", 1), out / "arms" / "slim" / "seed-1-0.5-9")
+    result = report(out, publish=there)
+    assert result["arms"] == finished[1]["arms"]
+    published = json.loads((there / earlier.relative_to(out) / "summary.json").read_text())
+    assert published["scores"] == json.loads((earlier / "summary.json").read_text())["scores"]
+
+
 def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_path: Path) -> None:
     three = shutil.copytree(data, tmp_path / "three")
     shutil.copytree(three / "val", three / "test")

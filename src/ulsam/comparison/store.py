@@ -178,6 +178,8 @@ class Store:
     def publish(self, target: str | Path, grid: Grid) -> None:
         """Copy what reports are made of: summaries, plan and latencies, without paths of this machine, and no weights.
 
+        Runs of a choice that holds no longer are copied too: what was measured stays on record.
+
         Raises:
             UlsamError: the folder cannot be written.
         """
@@ -189,9 +191,11 @@ class Store:
                 make_folder(folder.parent)
                 there.fail(run, without_paths(found.reason))
             elif found is not None:
-                make_folder(folder)
                 there.clear_failure(run)
-                there.write(str((folder / "summary.json").relative_to(there.root)), without_paths(found))
+        for path in sorted(self.root.glob("arms/*/*/summary.json")):
+            name = str(path.relative_to(self.root))
+            make_folder((there.root / name).parent)
+            there.write(name, without_paths(self.read(name)))
         guests = [f"arms/{arm.slug}/guest.json" for arm in self.guests()]
         for name in ("grid.json", "latency.json", *guests):
             if (value := self.read(name)) is not None:
