@@ -448,7 +448,7 @@ TABLES = {
     "README.md": {"headline": headline_table},
     "docs/results.md": {
         "cub100": lambda: comparison_table("compare_cub100"),
-        "first_grocery81": lambda: comparison_table("first_grocery81"),
+        "grocery81": lambda: comparison_table("compare_grocery81"),
         "slimmed_cub100": lambda: slimmed_table("cub100_macs75"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
         "finetune": finetune_table,
