@@ -40,7 +40,9 @@ def test_the_interval_equals_a_naive_double_loop(rows: int, columns: int, seed: 
     ms_rest /= (rows - 1) * (columns - 1)
     best, freedom = max((ms_rows, rows - 1), (ms_columns, columns - 1))
     both = ms_rows + ms_columns - ms_rest
-    assume(abs(both - best) > 1e-9)  # rounding decides which of two formulas holds there
+    # Where two of these are equal, rounding decides which one's degrees of freedom count.
+    assume(abs(both - best) > 1e-9)
+    assume(both > best or abs(ms_rows - ms_columns) > 1e-9)
     if both > best:
         parts = ms_rows**2 / (rows - 1) + ms_columns**2 / (columns - 1) + ms_rest**2 / ((rows - 1) * (columns - 1))
         best, freedom = both, both**2 / parts
