@@ -10,7 +10,7 @@ important. --uniform takes the same share of channels from every layer instead.
 How it joins: benchmarks/guest.py. The exit status is 1 if a run with a seed failed.
 
     pip install 'ulsam[peers]'
-    python benchmarks/pruning.py compared --macs 0.868
+    python benchmarks/pruning.py compared --macs 0.879
     ulsam compare --report-only --out compared
 """
 
@@ -93,12 +93,16 @@ def prune(
             iterative_steps=STEPS,
             ignored_layers=[head],
         )
-        now = wanted / share
+        now = before = wanted / share
+        above = pruned
         for _ in range(STEPS):
             if now <= wanted:
                 break
+            above, before = copy.deepcopy(pruned), now
             pruner.step()
             now = getattr(cost(pruned, input_size), measure)
+        if before - wanted < wanted - now:  # a step of the same share of all layers takes up to 2 % of the MACs
+            pruned, now = above, before
     if abs(now / wanted - 1) > TOLERANCE:
         raise UlsamError(f"pruning ends at {now / wanted * share:.4f} of the {measure}, not within 1 % of {share}")
     return pruned.train()
