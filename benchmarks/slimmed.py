@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "what": "base nets of a comparison, slimmed with distillation and, beside it, trained on",
         "recipe": json.loads(recipe.to_json()) | {"classes": len(recipe.classes)},
         "blocks": [found["chosen"]["blocks"] for found in done],
+        "chosen_on": grid.choose_split or "held-out",
         "tries": {f"{lr:g}": found["result"]["slimmed"]["top1"] for lr, found in tries.items()},
         "tried_whole": next(found["result"]["original"]["top1"] for found in tries.values()),
         "lr": best,
