@@ -23,7 +23,10 @@ from ulsam.errors import UlsamError
 
 ROOT = Path(__file__).parents[1]
 #: the comparisons of the README's table, and what they compare
-HEADLINES = {"compare_cub100": "CUB-200-2011, 100 of its classes"}
+HEADLINES = {
+    "compare_cub100": "CUB-200-2011, 100 of its classes",
+    "compare_grocery81": "Grocery Store, 81 classes",
+}
 
 
 def headline_table() -> str:
