@@ -20,6 +20,7 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return {"model": store.folder(run) / "model.safetensors", "out": place / folder, "settings": settings}
 
     jobs = [slimmed(whole, lr, f"choose-{lr:g}") for lr in args.rates]
+    _decide(jobs, grid.shared.data, asked)
     tries = dict(zip(args.rates, _all(jobs, grid.shared.data, asked, args.jobs), strict=True))
     best = max(tries, key=lambda lr: tries[lr]["result"]["slimmed"]["top1"])
     if edge := at_the_edge([Try(lr, args.epochs, tried["result"]["slimmed"]["top1"]) for lr, tried in tries.items()]):
@@ -157,6 +159,16 @@ def measured(net: nn.Module, run: Run) -> float:
 def _all(jobs: Sequence[dict[str, Any]], data: str, asked: dict[str, Any], most: int) -> list[dict[str, Any]]:
     """Do these slimmings, so many at a time."""
     return _in_processes(slim, [{**job, **asked, "data": data} for job in jobs], most)
+
+
+def _decide(jobs: Sequence[dict[str, Any]], data: str, asked: dict[str, Any]) -> None:
+    """Choose the blocks once for jobs that differ in what follows."""
+    decided = jobs[0]["out"].parent / "choose"
+    _in_processes(slim, [{**jobs[0], **asked, "data": data, "out": decided, "fine_tune": False}], 1)
+    for job in jobs:
+        if not (job["out"] / "slim.json").exists():
+            job["out"].mkdir(exist_ok=True)
+            shutil.copy(decided / "slim.json", job["out"])
 
 
 def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> None:

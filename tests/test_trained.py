@@ -39,6 +39,8 @@ def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert trained.card("net") == "# net\n"
     with pytest.raises(UlsamError, match="no trained net 'other' comes with the package"):
         trained.card("other")
+    with pytest.raises(UlsamError, match=r"^no model file nets; the package has a trained net net$"):
+        load("nets")
 
 
 @pytest.mark.slow
@@ -76,6 +78,10 @@ def test_the_script_slims_what_a_comparison_trained(
     assert all(told[way]["seeds"] == [0, 1] for way in ("slimmed", "whole", "longer")) and told["pictures"] == 12
     assert told["packed"] == {**told["packed"], "name": "net", "seed": 0, "bytes": made.stat().st_size}
     assert str(tmp_path) not in (tmp_path / "results" / "slimmed_birds.json").read_text()
+    sets = [
+        json.loads((store.root / "slimmed" / "birds" / f"choose{lr}" / "slim.json").read_text()) for lr in ("", "-0.02")
+    ]
+    assert sets[0]["measured"] == sets[1]["measured"]  # they differ in nothing that chooses blocks
     before = made.stat().st_mtime_ns, (store.root / "slimmed/birds/seed-1/run/summary.json").stat().st_mtime_ns
     script.main(words)
     assert made.stat().st_mtime_ns > before[0]

@@ -351,6 +351,8 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 
 def _opened(path: str | os.PathLike[str]) -> Any:
     path = locate(path)
+    if not path.exists() and (near := difflib.get_close_matches(str(path), names(), n=1)):
+        raise UlsamError(f"no model file {path}; the package has a trained net {near[0]}")
     check_readable(path, "model file")
     if path.suffix in (".onnx", ".xml", ".pte"):
         raise UlsamError(f"{path} is an exported net; this takes the .safetensors model file that it was made from")
