@@ -350,6 +350,39 @@ def slimmed_table(name: str) -> str:
     )
 
 
+def card_table(name: str) -> str:
+    """The figures of a trained net of the package, beside those of the net that it was made from."""
+    found = json.loads((ROOT / "results" / f"slimmed_{name}.json").read_text())
+    packed, slimmed, whole = found["packed"], found["slimmed"], found["whole"]
+    seed = packed["seed"]
+    before = whole["top1"][whole["seeds"].index(seed)]
+    times = found["latency"]
+    rows = [
+        ("top-1 on the test pictures", f"{100 * packed['top1']:.2f} %", f"{100 * before:.2f} %"),
+        (
+            f"the same with {len(slimmed['seeds'])} seeds, mean ± sd",
+            *(f"{100 * net['top1_mean']:.2f} ± {100 * net['top1_sd']:.2f} %" for net in (slimmed, whole)),
+        ),
+        *(
+            (title, f"{slimmed['cost'][key] / 1e6:.2f} M", f"{found['whole_cost'][key] / 1e6:.2f} M")
+            for title, key in (("parameters", "params"), ("multiply-adds", "macs"))
+        ),
+        ("time of one picture", *(f"{1e3 * times[key]['seconds']:.1f} ms" for key in ("slimmed", "whole"))),
+    ]
+    return "\n".join(
+        [
+            f"| {found['pictures']} test pictures; {times['processor']} | this net | the net it was made from |",
+            "| --- | --- | --- |",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            f"Seed {seed}, the first one, not the best; learning rate {found['lr']:g}, chosen of "
+            f"{', '.join(found['tries'])} on the set's {found['chosen_on']} pictures; {found['epochs']} epochs after "
+            f"the {whole['epochs']} of the net it was made from. Blocks replaced: {', '.join(found['blocks'][0])}. "
+            f"Size of the file: {packed['bytes'] / 1e6:.2f} MB.",
+        ]
+    )
+
+
 def allocation_table() -> str:
     """One row a precision and form of the training step: freed memory kept against handed back."""
     result = json.loads((ROOT / "results" / "allocation.json").read_text())
@@ -453,9 +486,11 @@ TABLES = {
         "cub100": lambda: comparison_table("compare_cub100"),
         "grocery81": lambda: comparison_table("compare_grocery81"),
         "slimmed_cub100": lambda: slimmed_table("cub100_macs75"),
+        "slimmed_grocery81": lambda: slimmed_table("grocery81_macs75"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
         "finetune": finetune_table,
     },
+    "src/ulsam/trained/mobilenetv2_100.grocery81_slim75.md": {"card": lambda: card_table("grocery81_macs75")},
     "docs/deploy.md": {
         "exported": exported_table,
         "deployed_cub100": lambda: deployed_table("cub100"),

@@ -22,7 +22,9 @@ from ulsam.train.report import command_line, cost_entry, score_entry, versions
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file, or NAME.onnx of ulsam export")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model file, a trained net of the package, or NAME.onnx of ulsam export"
+    )
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
     parser.add_argument("--split", help="split to measure on (default: test, else val, else the whole folder)")
     parser.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")

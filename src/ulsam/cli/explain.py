@@ -9,7 +9,9 @@ from ulsam.explanation.run import explain_pictures
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a .safetensors model file of ulsam train, or a trained net of the package"
+    )
     parser.add_argument(
         "pictures", nargs="+", metavar="PICTURE", help="picture files, or folders; class folders tell the true classes"
     )

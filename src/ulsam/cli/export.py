@@ -11,7 +11,9 @@ from ulsam.models import load
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a .safetensors model file of ulsam train, or a trained net of the package"
+    )
     parser.add_argument("--to", default="onnx", metavar="FORMAT", help="onnx (default), openvino or executorch")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: MODEL's name with the format's suffix)")
     parser.add_argument("--dynamic-size", action="store_true", help="leave height and width of the input open")

@@ -10,7 +10,7 @@ from ulsam.trained import card, locate, names
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("file", metavar="FILE", help="a .safetensors model file")
+    parser.add_argument("file", metavar="FILE", help="a .safetensors model file, or a trained net of the package")
 
 
 def run(args: argparse.Namespace) -> None:

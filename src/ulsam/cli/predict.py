@@ -10,7 +10,9 @@ from ulsam.prediction import Prediction
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file, or NAME.onnx of ulsam export")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model file, a trained net of the package, or NAME.onnx of ulsam export"
+    )
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files, or folders of them")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each picture (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
