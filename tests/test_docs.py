@@ -66,9 +66,10 @@ def test_measured_tables_are_what_the_results_say(tables, capsys):
 
 
 def test_a_page_or_a_result_that_was_changed_by_hand_is_noticed(tables, tmp_path, monkeypatch, capsys):
-    for name in ("results", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    for name in tables.TABLES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     page, results = tmp_path / "docs" / "results.md", tmp_path / "results" / "compare_cub100"
     text = page.read_text()
