@@ -28,7 +28,7 @@ from ulsam.models import build
 from ulsam.recipe import Recipe
 from ulsam.train import parts, report
 from ulsam.train.config import TrainConfig
-from ulsam.train.loop import resume, train
+from ulsam.train.loop import Interrupted, resume, train
 
 HAS_WEIGHTS = {"weights": None, "pretrained": False, "drop_rate": 0.0, "drop_path": 0.0}  # a prepared net has its own
 
@@ -69,6 +69,9 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
         name: of the arm.
         net: is trained in copies, each with a new classifier.
         entry: what ``guest.json`` tells of it besides cost and latency.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM in training, after the run has saved.
     """
     store, size = host.store, host.recipe.input_size
     arm = Arm(name, (), {**host.grid.arms[0].settings, **HAS_WEIGHTS})
@@ -88,10 +91,12 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
             _train(net, due[0].config, store.folder(due[0]))
         except UlsamError as error:
             store.fail(due[0], str(error))
+        except Interrupted:
+            raise Interrupted(f"stopped, {due[0]} is saved; go on with the same command") from None
     tries = grid.tried(arm, store.look)
     for tried in tries:
-        found = tried.failed or f"{grid.choose_split or 'held-out'} top-1 {100 * (tried.top1 or 0.0):.2f}"
-        print(f"{name}: lr {tried.rate:g}, epochs {tried.epochs}: {found}")
+        reading = tried.failed or f"{grid.choose_split or 'held-out'} top-1 {100 * (tried.top1 or 0.0):.2f}"
+        print(f"{name}: lr {tried.rate:g}, epochs {tried.epochs}: {reading}")
     if edge := at_the_edge(tries):
         print(f"note: the best rate is the {edge} of those tried: give more --rates")
     finals = [(run, store.look(run)) for run in grid.known(store.look) if not run.is_try]
@@ -109,12 +114,16 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``: a mistake is one line and exit status 2."""
+    """Run a script's ``main``: a mistake is one line and exit status 2, Ctrl-C one line and 130."""
+    script = Path(sys.argv[0]).name
     try:
         main()
     except UlsamError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"{script}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
 
 
 def _train(prepared: nn.Module, config: TrainConfig, folder: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scripts import BENCHMARKS, load_benchmark
+from stopping import stop_after
 from tiny import NET, SETTINGS, draw_splits
 from ulsam.comparison import report
 from ulsam.comparison.arms import Arm
@@ -25,6 +26,7 @@ from ulsam.models import build
 from ulsam.recipe import Recipe
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train
+from ulsam.train.state import read_checkpoint
 
 pytest.importorskip("torch_pruning")
 SIZE = (3, 32, 32)
@@ -100,6 +102,27 @@ def test_a_mistake_is_one_line(
         runpy.run_path(str(BENCHMARKS / "pruning.py"), run_name="__main__")
     assert stop.value.code == 2
     assert re.fullmatch(r"pruning.py: error: .* is not the folder of a comparison.*\n", capsys.readouterr().err)
+
+
+def test_ctrl_c_saves_and_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = draw_splits(tmp_path / "data", train=12, val=4)
+    settled = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "save_seconds": 1e6}
+    base = TrainConfig.from_mapping({**SETTINGS, **settled, "data": str(data)})
+    store, name = Store(tmp_path / "out"), "pruned-uniform-params-0.95"
+    store.root.mkdir()
+    store.write("grid.json", Grid((Arm.parse("base"),), base, seeds=1).to_json())
+    monkeypatch.setattr("sys.argv", ["pruning.py", str(store.root), "--params", "0.95", "--uniform"])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    with stop_after(1), pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(BENCHMARKS / "pruning.py"), run_name="__main__")
+    assert stop.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line == f"pruning.py: stopped, {name}, seed-0 is saved; go on with the same command"
+    saved = read_checkpoint(store.root / "arms" / name / "seed-0")
+    assert saved is not None
+    assert saved["position"]["updates"] == 2
 
 
 @pytest.mark.slow
