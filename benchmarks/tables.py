@@ -305,12 +305,17 @@ def comparison(name: str) -> dict[str, Any]:
 
 
 def comparison_table(name: str) -> str:
-    """The tables of a comparison, with its notes and command; of the differences those at the same blocks.
+    """The tables of a comparison, with its notes and command; of the differences those at equal cost.
 
-    Arms are called by what is done and where: "removed 14,17".
+    Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways.
     """
     found = comparison(name)
-    matched = [pair for pair in found["differences"] if pair["arm"].split()[-1] == pair["minus"].split()[-1]]
+    costs = {arm["name"]: arm["cost"] for arm in found["arms"] if arm["seeds"]}
+    matched = []
+    for pair in found["differences"]:
+        ours, other = costs[pair["arm"]], costs[pair["minus"]]
+        if any(abs(ours[key] / other[key] - 1) <= 0.02 for key in ("macs", "params")):
+            matched.append(pair)
     return table.markdown({**found, "differences": matched}).strip()
 
 
