@@ -63,6 +63,9 @@ def test_an_arm_is_edits_and_settings_on_top_of_the_shared_ones() -> None:
     assert Arm.parse("small: base; size=24") == Arm("small", (), {"size": 24})
     assert Arm.parse(r"weights=C:\drop\n.safetensors").settings == {"weights": r"C:\drop\n.safetensors"}
     assert Arm.parse("m: model=a:b").settings == {"model": "a:b"}
+    assert Arm.parse("ULSAM g=4: replace 14,17 g=4") == Arm("ULSAM g=4", ("replace 14,17 g=4",), {})
+    assert Arm.parse("g=4: replace 14,17 g=4").name == "g=4"
+    assert Arm.parse('model_args={"drop_rate": 0.1}').settings == {"model_args": {"drop_rate": 0.1}}
     assert Arm.parse("insert 17:1 g=8").name == "insert 17:1 g=8"
     assert Arm.parse("weights=/home/me/net.safetensors").name == "weights=net.safetensors"
 

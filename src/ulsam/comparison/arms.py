@@ -51,7 +51,9 @@ class Arm:
         Raises:
             UlsamError: see above; the line names the arm.
         """
-        named = re.match(r"([^:=;]*):(?:\s+(.*))?$", text.strip(), re.DOTALL)
+        named = re.match(r"([^:;]*):(?:\s+(.*))?$", text.strip(), re.DOTALL)
+        if named and _begins_with_setting(text):  # its value may hold a colon too
+            named = None
         given, body = (named[1].strip(), named[2] or "") if named else ("", text)
         items = [item.strip() for item in body.split(";") if item.strip()]
         edits: list[str] = []
@@ -204,6 +206,11 @@ def check_choosing(shared: TrainConfig, choose_split: str | None = None) -> None
 def _is_ulsam(edit: str) -> bool:
     """Whether the edit puts a ULSAM layer in."""
     return Edit.parse(edit).groups is not None
+
+
+def _begins_with_setting(text: str) -> bool:
+    found = re.match(r"\s*(\w+)\s*=", text)
+    return found is not None and found[1] in {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def _setting(name: str, text: str) -> dict[str, Any]:
