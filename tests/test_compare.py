@@ -1,5 +1,6 @@
 """A comparison from pictures to tables: runs in this process, real summaries, what is refused, what is published."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -16,7 +17,7 @@ from PIL import Image
 
 from tiny import SETTINGS, draw_splits, options
 from ulsam.cli import main
-from ulsam.comparison import _reported, report
+from ulsam.comparison import _reported, plot, report
 from ulsam.comparison.arms import Arm, parse_arms
 from ulsam.comparison.grid import Failed, Grid, Run
 from ulsam.comparison.identity import data_digest, file_digests
@@ -158,6 +159,13 @@ def test_tables_and_pictures(finished: tuple[Path, dict[str, Any]]) -> None:
     text = (out / "compare.md").read_text()
     slim = result["arms"][1]
     assert re.search(rf"\| slim .*{100 * slim['top1_mean']:.2f} ± .*\[", text)
+    assert re.search(rf"\| base .* {1e3 * result['arms'][0]['latency']['seconds']:.1f} ms \|", text)
+    assert re.search(rf"\| slim .* x {slim['latency']['ratio']:.2f} \|", text)
+    elsewhere = copy.deepcopy(result)  # a net that was timed beside the base on a slower machine
+    elsewhere["arms"][1]["latency"]["seconds"] *= 3
+    assert plot.draw(elsewhere) == plot.draw(result)
+    elsewhere["arms"][1]["latency"]["ratio"] *= 3
+    assert plot.draw(elsewhere) != plot.draw(result)
     assert "| held-out top-1 at lr, epochs | 0.02, 1 | 0.1, 1 |" in text
     tried = [
         f"**{100 * entry['top1']:.1f}**" if entry["lr"] == slim["lr"] else f"{100 * entry['top1']:.1f}"

@@ -4,9 +4,11 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from ulsam.comparison import table
+
 
 def draw(result: Mapping[str, Any]) -> bytes:
-    """A PNG: top-1 against MACs and, where it was measured, against latency.
+    """A PNG: top-1 against MACs and, where it was measured, against latency as a share of the base's.
 
     Error bars of the base are its standard deviation over seeds; those of the others are the 95 % interval of their
     difference to the base, around the base's mean plus that difference. So an arm whose bar does not reach the dashed
@@ -23,7 +25,9 @@ def draw(result: Mapping[str, Any]) -> bytes:
     figure = Figure(figsize=(11 if timed else 6.5, 4.6), layout="constrained")
     axes = figure.subplots(1, 2 if timed else 1, squeeze=False, sharey=True)[0]
     costs = [("MACs of one picture (millions)", [(*pair, pair[1]["cost"]["macs"] / 1e6) for pair in arms])]
-    costs += [("latency of one picture (ms)", [(*pair, 1e3 * pair[1]["latency"]["seconds"]) for pair in timed])]
+    if timed:
+        label = f"latency of one picture / that of {arms[0][1]['name']}, {table.latency(arms[0][1], is_base=True)}"
+        costs.append((label, [(*pair, pair[1]["latency"]["ratio"]) for pair in timed]))
     for panel, (label, shown) in zip(axes, costs, strict=False):
         for number, arm, cost in shown:
             middle = centre(arm, arms[0][1])

@@ -101,6 +101,20 @@ def points(found: Mapping[str, Any]) -> str:
     return mean if found["low"] is None else f"{mean} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
 
 
+def latency(arm: Mapping[str, Any], *, is_base: bool) -> str:
+    """The time of a picture: the base's own, of another arm its ratio to that; empty where it was not measured.
+
+    Two nets that were timed at different times have nothing in common but their ratios.
+
+    >>> latency({"latency": {"seconds": 0.0061, "ratio": 0.89}}, is_base=False)
+    'x 0.89'
+    """
+    found = arm["latency"]
+    if not found:
+        return ""
+    return f"{1e3 * found['seconds']:.1f} ms" if is_base else f"x {found['ratio']:.2f}"
+
+
 def legend(result: Mapping[str, Any]) -> str:
     """What the columns are."""
     over = {pair["over"] for pair in result["differences"]}
@@ -111,7 +125,7 @@ def legend(result: Mapping[str, Any]) -> str:
         f"Top-1 in %, mean ± standard deviation over seeds{_where(result)}. Minus base: points, paired by {paired}, "
         f"{interval}. "
         f"holds: its lower end is above -{margin:g}; gain, loss: it leaves 0 out. Latency: one picture, folded net, "
-        f"{result['processor'] or 'CPU'}; its ratio to the base's. MACs: multiply-adds."
+        f"{result['processor'] or 'CPU'}; of others its ratio to the base's. MACs: multiply-adds."
     )
 
 
@@ -120,15 +134,14 @@ def _where(result: Mapping[str, Any]) -> str:
 
 
 def _row(arm: Mapping[str, Any], is_base: bool) -> list[str]:
-    cost, latency, minus = arm["cost"], arm["latency"], arm["minus_base"]
-    time = f"{1e3 * latency['seconds']:.1f} ms, x {latency['ratio']:.2f}" if latency else ""
+    cost, minus = arm["cost"], arm["minus_base"]
     spread = "" if arm["top1_sd"] is None else f" ± {100 * arm['top1_sd']:.2f}"
     words = [*(minus["verdict"] if minus and not is_base else ()), *_lacks(arm)]
     return [
         arm["name"],
         f"{cost['params'] / 1e6:.3f} M" if cost else "",
         f"{cost['macs'] / 1e6:.1f} M" if cost else "",
-        time,
+        latency(arm, is_base=is_base),
         "" if arm["lr"] is None else f"{arm['lr']:g}, {arm['epochs']}",
         "" if arm["top1_mean"] is None else f"{100 * arm['top1_mean']:.2f}{spread} ({len(arm['seeds'])})",
         points(minus) if minus and not is_base else "",
