@@ -32,38 +32,63 @@ HEADLINES = {
 def headline_table() -> str:
     """One row an arm that has results; the arms of a comparison are called as in :func:`comparison_table`."""
     lines = [
-        "| net | parameters | MACs | time of a picture | test top-1, mean ± sd (seeds) | minus base | minus removal |",
-        "|---|---|---|---|---|---|---|",
+        "| net | parameters | MACs | time of a picture | test top-1, mean ± sd (seeds) | minus base | minus removal "
+        "| minus pruning |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, title in HEADLINES.items():
         found = comparison(name)
-        base = found["arms"][0]
-        lines.append(f"| **{title}, {found['pictures']} {found['split']} pictures** | | | | | | |")
-        for arm in found["arms"]:
-            if arm["seeds"]:
-                pairs = {pair["minus"]: pair for pair in found["differences"] if pair["arm"] == arm["name"]}
-                lines.append(_headline(arm, base, pairs))
+        arms = [arm for arm in found["arms"] if arm["seeds"]]
+        lines.append(f"| **{title}, {found['pictures']} {found['split']} pictures** | | | | | | | |")
+        lines += [_headline(arm, arms, _both_ways(found["differences"])) for arm in arms]
     return "\n".join(lines)
 
 
-def _headline(arm: dict[str, Any], base: dict[str, Any], pairs: dict[str, dict[str, Any]]) -> str:
-    what, _, where = arm["name"].rpartition(" ")
-    removal = pairs.get(f"removed {where}")
+def _headline(arm: dict[str, Any], arms: list[dict[str, Any]], pairs: dict[tuple[str, str], dict[str, Any]]) -> str:
+    base, name = arms[0], arm["name"]
     shares = [f"{arm['cost'][key] / base['cost'][key] - 1:+.1%}" for key in ("params", "macs")]
     time = arm["latency"] and f"{arm['latency']['ratio'] - 1:+.0%}"
     if arm is base:
         shares = [f"{base['cost'][key] / 1e6:.2f} M" for key in ("params", "macs")]
         time = base["latency"] and f"{1e3 * base['latency']['seconds']:.1f} ms"
     spread = "" if arm["top1_sd"] is None else f" ± {100 * arm['top1_sd']:.2f}"
+    pruned = [other["name"] for other in arms if is_pruned(other["name"]) and alike(arm, other, "macs")]
+    rivals = [base["name"], f"removed {name.split()[-1]}", *([] if is_pruned(name) else pruned[:1])]
+    minus = [table.points(pairs[name, rival]) if (name, rival) in pairs else "" for rival in rivals]
     cells = [
-        f"{what} {where.replace(',', ', ')}".strip(),
+        called(name),
         *shares,
         time or "",
         f"{100 * arm['top1_mean']:.2f}{spread} ({len(arm['seeds'])})",
-        table.points(pairs[base["name"]]) if base["name"] in pairs else "",
-        table.points(removal) if removal else "",
+        *minus,
+        *[""] * (3 - len(minus)),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def called(name: str) -> str:
+    """An arm's name for a reader: "removed 14,17" as "removed 14, 17", a pruned net by who pruned it."""
+    return "Torch-Pruning" if is_pruned(name) else name.replace(",", ", ")
+
+
+def is_pruned(name: str) -> bool:
+    """Whether the arm is one of benchmarks/pruning.py."""
+    return name.startswith("pruned-")
+
+
+def alike(arm: dict[str, Any], other: dict[str, Any], measure: str) -> bool:
+    """Whether two arms cost the same, to 2 %: as a block does that is replaced in several ways."""
+    return bool(abs(arm["cost"][measure] / other["cost"][measure] - 1) <= 0.02)
+
+
+def _both_ways(differences: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Each difference by its two arms, and the same the other way round."""
+    found = {}
+    for pair in differences:
+        found[pair["arm"], pair["minus"]] = pair
+        low, high = (None if end is None else -end for end in (pair["high"], pair["low"]))
+        found[pair["minus"], pair["arm"]] = {**pair, "mean": -pair["mean"], "low": low, "high": high}
+    return found
 
 
 SETS = {"cub100": "CUB-200-2011, 100 of its classes", "grocery81": "Grocery Store, 81 classes"}
@@ -310,11 +335,11 @@ def comparison_table(name: str) -> str:
     Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways.
     """
     found = comparison(name)
-    costs = {arm["name"]: arm["cost"] for arm in found["arms"] if arm["seeds"]}
+    arms = {arm["name"]: arm for arm in found["arms"]}
     matched = []
     for pair in found["differences"]:
-        ours, other = costs[pair["arm"]], costs[pair["minus"]]
-        if any(abs(ours[key] / other[key] - 1) <= 0.02 for key in ("macs", "params")):
+        ours, other = arms[pair["arm"]], arms[pair["minus"]]
+        if alike(ours, other, "macs") or alike(ours, other, "params"):
             matched.append(pair)
     return table.markdown({**found, "differences": matched}).strip()
 
