@@ -515,6 +515,7 @@ TABLES = {
     "docs/results.md": {
         "cub100": lambda: comparison_table("compare_cub100"),
         "grocery81": lambda: comparison_table("compare_grocery81"),
+        "v1_cub100": lambda: comparison_table("compare_v1_cub100"),
         "slimmed_cub100": lambda: slimmed_table("cub100_macs75"),
         "slimmed_grocery81": lambda: slimmed_table("grocery81_macs75"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
