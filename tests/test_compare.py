@@ -289,6 +289,17 @@ def test_a_published_folder_gives_the_same_tables(
     assert json.loads((there / "compare.json").read_text()) == without_paths(result)
 
 
+def test_a_guest_without_a_finished_run_is_published(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, there = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published"
+    (out / "arms" / "begun").mkdir()
+    Store(out).write(
+        "arms/begun/guest.json", {"name": "begun", "settings": {}, "what": "its first run goes on", "cost": {}}
+    )
+    begun = report(out, publish=there)["arms"][-1]
+    assert (begun["name"], begun["seeds"]) == ("begun", [])
+    assert json.loads((there / "arms" / "begun" / "guest.json").read_text())["name"] == "begun"
+
+
 def test_a_published_comparison_can_be_gone_on_with(
     finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,6 +199,7 @@ class Store:
         guests = [f"arms/{arm.slug}/guest.json" for arm in self.guests()]
         for name in ("grid.json", "latency.json", *guests):
             if (value := self.read(name)) is not None:
+                make_folder((there.root / name).parent)  # a guest may have no finished run yet
                 there.write(name, without_paths(value))
 
     def _failure(self, run: Run) -> Failed | None:
