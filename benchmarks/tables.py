@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -329,16 +330,19 @@ def comparison(name: str) -> dict[str, Any]:
     return found
 
 
-def comparison_table(name: str) -> str:
+def comparison_table(name: str, against: Sequence[str] = ()) -> str:
     """The tables of a comparison, with its notes and command; of the differences those at equal cost.
 
-    Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways.
+    Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways. Where arms are many,
+    only the differences to the arms named in ``against``.
     """
     found = comparison(name)
     arms = {arm["name"]: arm for arm in found["arms"]}
     matched = []
     for pair in found["differences"]:
         ours, other = arms[pair["arm"]], arms[pair["minus"]]
+        if against and other["name"] not in against:
+            continue
         if alike(ours, other, "macs") or alike(ours, other, "params"):
             matched.append(pair)
     return table.markdown({**found, "differences": matched}).strip()
@@ -519,6 +523,7 @@ TABLES = {
         "slimmed_cub100": lambda: slimmed_table("cub100_macs75"),
         "slimmed_grocery81": lambda: slimmed_table("grocery81_macs75"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
+        "layer_cub100": lambda: comparison_table("layer_cub100", against=("removed 14,17", "removed 4,7")),
         "finetune": finetune_table,
     },
     "src/ulsam/trained/mobilenetv2_100.grocery81_slim75.md": {"card": lambda: card_table("grocery81_macs75")},
