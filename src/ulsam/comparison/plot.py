@@ -92,8 +92,12 @@ def centre(arm: Mapping[str, Any], base: Mapping[str, Any]) -> float:
 
 
 def style(number: int) -> dict[str, Any]:
-    """Colour and marker of an arm, or of a net, by its number; a line of its own has none."""
-    return {"marker": "os^Dv<>pPX"[number % 10], "color": f"C{number % 10}", "ls": "none"}
+    """Colour and marker of an arm, or of a net, by its number, none like another's below 110; no line of its own.
+
+    >>> len({(shown["marker"], shown["color"]) for shown in map(style, range(110))})
+    110
+    """
+    return {"marker": "os^Dv<>pPX*"[number % 11], "color": f"C{number % 10}", "ls": "none"}
 
 
 def _bar(arm: Mapping[str, Any], is_base: bool) -> list[list[float]] | None:
