@@ -41,12 +41,17 @@ def headline_table() -> str:
         found = comparison(name)
         arms = [arm for arm in found["arms"] if arm["seeds"]]
         lines.append(f"| **{title}, {found['pictures']} {found['split']} pictures** | | | | | | | |")
-        lines += [_headline(arm, arms, _both_ways(found["differences"])) for arm in arms]
+        lines += [_headline(arm, found["arms"][0], arms, _both_ways(found["differences"])) for arm in arms]
     return "\n".join(lines)
 
 
-def _headline(arm: dict[str, Any], arms: list[dict[str, Any]], pairs: dict[tuple[str, str], dict[str, Any]]) -> str:
-    base, name = arms[0], arm["name"]
+def _headline(
+    arm: dict[str, Any],
+    base: dict[str, Any],
+    arms: list[dict[str, Any]],
+    pairs: dict[tuple[str, str], dict[str, Any]],
+) -> str:
+    name = arm["name"]
     shares = [f"{arm['cost'][key] / base['cost'][key] - 1:+.1%}" for key in ("params", "macs")]
     time = arm["latency"] and f"{arm['latency']['ratio'] - 1:+.0%}"
     if arm is base:
@@ -68,8 +73,15 @@ def _headline(arm: dict[str, Any], arms: list[dict[str, Any]], pairs: dict[tuple
 
 
 def called(name: str) -> str:
-    """An arm's name for a reader: "removed 14,17" as "removed 14, 17", a pruned net by who pruned it."""
-    return "Torch-Pruning" if is_pruned(name) else name.replace(",", ", ")
+    """An arm's name for a reader: "removed 14,17" as "removed 14, 17", a pruned net by who pruned it, and to what.
+
+    >>> called("pruned-uniform-params-0.82")
+    'Torch-Pruning, 82.0 % of the parameters'
+    """
+    if not is_pruned(name):
+        return name.replace(",", ", ")
+    measure, share = name.split("-")[-2:]
+    return f"Torch-Pruning, {100 * float(share):.1f} % of the {({'macs': 'MACs', 'params': 'parameters'})[measure]}"
 
 
 def is_pruned(name: str) -> bool:
