@@ -11,7 +11,7 @@ import torch
 
 from tiny import NET, SETTINGS, draw, draw_splits
 from ulsam.comparison.arms import Arm, check_arms, check_choosing, parse_arms
-from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
+from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge, most_epochs
 from ulsam.comparison.paths import without_paths
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
@@ -322,6 +322,15 @@ def test_the_edge_of_the_tried_rates() -> None:
     assert at_the_edge([Try(0.01, 1, 0.6), Try(0.02, 1, 0.5), Try(0.04, 1, None)]) is None  # it has not ended
     assert at_the_edge([Try(0.01, 1, 0.6)]) is None
     assert at_the_edge([Try(0.01, 1, None), Try(0.02, 1, None)]) is None
+
+
+def test_the_most_epochs_that_were_tried() -> None:
+    first = [Try(0.01, 2, 0.5), Try(0.02, 2, 0.6)]
+    assert most_epochs([*first, Try(0.02, 4, 0.7)])
+    assert not most_epochs([*first, Try(0.02, 4, 0.55)])
+    assert not most_epochs([*first, Try(0.02, 4, None)])  # it has not ended
+    assert not most_epochs([*first, Try(0.02, 4, None, "diverged")])
+    assert not most_epochs(first)
 
 
 def test_no_path_is_published() -> None:

@@ -245,6 +245,21 @@ def at_the_edge(tries: Sequence[Try]) -> str | None:
     return "largest" if best == max(rates) else "smallest" if best == min(rates) else None
 
 
+def most_epochs(tries: Sequence[Try]) -> bool:
+    """Whether, of several numbers of epochs, the largest was the best one, so that more may be better still.
+
+    False while a try has not ended.
+
+    >>> most_epochs([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6), Try(0.02, 8, 0.7)])
+    True
+    >>> most_epochs([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6)])
+    False
+    """
+    epochs = {entry.epochs for entry in tries}
+    best = _best(tries)
+    return len(epochs) > 1 and best is not None and best.epochs == max(epochs)
+
+
 def _outcome(runs: Sequence[Run], look: Look) -> Try:
     """What came of the seeds of one rate and number of epochs."""
     config = runs[0].config

@@ -8,7 +8,7 @@ from typing import Any
 
 from ulsam.comparison import latency, plot, table
 from ulsam.comparison.arms import Arm
-from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
+from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge, most_epochs
 from ulsam.comparison.statistics import Difference, check_paired, difference
 from ulsam.comparison.store import Store
 from ulsam.files import write_atomic
@@ -149,7 +149,7 @@ def _difference_entry(found: Difference, margin: float) -> dict[str, Any]:
 
 
 def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[Mapping[str, Any]]) -> list[str]:
-    notes = []
+    notes, longest = [], []
     for entry in arms:
         notes += [
             f"{entry['name']}: rate {tried['lr']:g} ({tried['epochs']} epochs) failed: {tried['failed']}"
@@ -165,9 +165,14 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         if edge := at_the_edge(tries):
             side = "larger" if edge == "largest" else "smaller"
             notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones, --rates")
+        if most_epochs(tries):
+            longest.append(entry["name"])
         minus = entry["minus_base"]
         if minus and not set(minus["seeds"]) == set(entry["seeds"]) == set(arms[0]["seeds"]):
             notes.append(f"{entry['name']} minus base: over {len(minus['seeds'])} common seeds")
+    if longest:
+        whose = "every arm" if len(longest) == len(arms) else ", ".join(longest)
+        notes.append(f"{whose}: of the tried numbers of epochs the largest is best; more may change the order")
     if not grid.choosing:
         notes.append(
             "learning rate and epochs were given, not chosen for each arm: a difference may be theirs (--rates, "
