@@ -7,6 +7,7 @@ skipped. The classifier is new, as that of the other arms.
 
 import copy
 import dataclasses
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +21,8 @@ from ulsam.comparison.arms import Arm
 from ulsam.comparison.grid import Failed, Grid, at_the_edge
 from ulsam.comparison.identity import data_digest, file_digests
 from ulsam.comparison.latency import measure as measure_latency
-from ulsam.comparison.store import Store
+from ulsam.comparison.launch import lock_of
+from ulsam.comparison.store import Store, take_lock
 from ulsam.costs import Cost, cost
 from ulsam.data import loading
 from ulsam.errors import UlsamError
@@ -72,6 +74,7 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
         entry: what ``guest.json`` tells of it besides cost and latency.
 
     Raises:
+        UlsamError: there is an arm of that name with another net, or another process trains it at the moment.
         Interrupted: Ctrl-C or SIGTERM in training, after the run has saved.
     """
     store, size = host.store, host.recipe.input_size
@@ -80,7 +83,10 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
     make_folder(store.root / "arms" / arm.slug)
     about = f"arms/{arm.slug}/guest.json"
     guest = {"name": name, "settings": arm.settings, **_shares(before, after), **entry}
-    store.write(about, {**guest, **(store.read(about) or {})})
+    kept = store.read(about)
+    if kept and kept["cost"] != guest["cost"]:
+        raise UlsamError(f"{store.root / about} is of a net of another cost: move that arm away, or name this one else")
+    store.write(about, {**guest, **(kept or {})})
     print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
 
     threads = torch.get_num_threads()  # training sets its own number
@@ -89,12 +95,19 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
         store.forgive(run)
     while due := grid.due(store.look):
         store.check(due[0])
+        lock = take_lock(lock_of(store.folder(due[0])))
+        if lock is None:
+            raise UlsamError(f"{due[0]} is being trained by another process: wait for it")
         try:
             _train(net, due[0].config, store.folder(due[0]))
         except UlsamError as error:
             store.fail(due[0], str(error))
+        except (RuntimeError, OSError) as error:  # of torch, or of the disk
+            store.fail(due[0], f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         except Interrupted:
             raise Interrupted(f"stopped, {due[0]} is saved; go on with the same command") from None
+        finally:
+            os.close(lock)
     tries = grid.tried(arm, store.look)
     for tried in tries:
         reading = tried.failed or f"{grid.choose_split or 'held-out'} top-1 {100 * (tried.top1 or 0.0):.2f}"

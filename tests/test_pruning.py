@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import runpy
 from pathlib import Path
@@ -19,7 +20,8 @@ from tiny import NET, SETTINGS, draw_splits
 from ulsam.comparison import report
 from ulsam.comparison.arms import Arm
 from ulsam.comparison.grid import Grid
-from ulsam.comparison.store import Store
+from ulsam.comparison.launch import lock_of
+from ulsam.comparison.store import Store, take_lock
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
 from ulsam.models import build
@@ -216,6 +218,19 @@ def test_its_runs(
     assert [entry["lr"] for entry in guest["tries"]] == [0.01, 0.02]
     assert result["finished"]
     assert report(tmp_path / "published")["arms"] == result["arms"]
+
+    held = take_lock(lock_of(arm / runs[-1]))
+    (arm / runs[-1] / "summary.json").rename(tmp_path / "summary.json")
+    with pytest.raises(UlsamError, match=r"seed-0-.* is being trained by another process: wait for it$"):
+        pruning.main(words)
+    (tmp_path / "summary.json").rename(arm / runs[-1] / "summary.json")
+    assert held is not None
+    os.close(held)
+    other = {**pruned, "cost": {**pruned["cost"], "params": 1}}
+    store.write("arms/pruned-uniform-params-0.95/guest.json", other)
+    with pytest.raises(UlsamError, match=r"guest.json is of a net of another cost: move that arm away"):
+        pruning.main(words)
+    store.write("arms/pruned-uniform-params-0.95/guest.json", pruned)
 
     store.write("grid.json", dataclasses.replace(grid, shared=dataclasses.replace(base, hflip=0.4)).to_json())
     with pytest.raises(UlsamError, match=r"holds a run with hflip 0.5, not 0.4: move it away"):
