@@ -30,11 +30,10 @@ import guest
 from torch import nn
 
 from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
-from ulsam.comparison.latency import measure
 from ulsam.comparison.latency import processor as processor_name
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.statistics import difference
-from ulsam.comparison.store import Store
+from ulsam.comparison.store import Store, check_settings
 from ulsam.data.loading import eval_loader
 from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
@@ -43,8 +42,9 @@ from ulsam.models import load, read_recipe, save_model
 from ulsam.recipe import Recipe
 from ulsam.slimming.run import DECIDED, fine_tuning, slim
 from ulsam.train import parts
+from ulsam.train.config import read_config
 from ulsam.train.loop import resume, train
-from ulsam.train.report import versions
+from ulsam.train.report import command_line, versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("compared", help="folder of a comparison whose base net is finished")
     parser.add_argument("name", help="of the results")
-    parser.add_argument("--macs", type=float, default=0.75, metavar="SHARE")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    for name in ("macs", "params", "latency"):
+        budget.add_argument(f"--{name}", type=float, metavar="SHARE")
     parser.add_argument("--width", type=int, default=32, help="of the thin blocks")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
     parser.add_argument("--epochs", type=int, default=8)
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = Store(args.compared)
     grid = store.grid()
     whole, finals = base_runs(grid, store, args.seeds)
-    asked = {"macs": args.macs, "layer": {"layer": "thin", "width": args.width}, "most_sets": 100}
+    measure = next(name for name in ("macs", "params", "latency") if getattr(args, name) is not None)
+    asked = {measure: getattr(args, measure), "layer": {"layer": "thin", "width": args.width}, "most_sets": 100}
     place = Path(args.compared) / "slimmed" / args.name
 
     def slimmed(run: Run, lr: float, folder: str) -> dict[str, Any]:
@@ -77,10 +80,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = [slimmed(whole, lr, f"choose-{lr:g}") for lr in args.rates]
     _decide(jobs, grid.shared.data, asked)
     tries = dict(zip(args.rates, _all(jobs, grid.shared.data, asked, args.jobs), strict=True))
-    best = max(tries, key=lambda lr: tries[lr]["result"]["slimmed"]["top1"])
-    if edge := at_the_edge([Try(lr, args.epochs, tried["result"]["slimmed"]["top1"]) for lr, tried in tries.items()]):
+    scores = {lr: tried["result"]["slimmed"] for lr, tried in tries.items()}
+    ranked = [Try(lr, args.epochs, score["top1"], loss=score["loss"]) for lr, score in scores.items()]
+    best = max(ranked, key=lambda tried: tried.rank).rate  # as a comparison chooses
+    if edge := at_the_edge(ranked):
         print(f"note: the best rate is the {edge} of those tried: give more --rates")
     jobs = [slimmed(run, best, f"seed-{run.config.seed}") for run in finals]
+    if measure == "latency":  # nothing else may run while blocks are timed
+        _all([{**job, "fine_tune": False} for job in jobs], grid.shared.data, asked, 1)
     done = _all(jobs, grid.shared.data, asked, args.jobs)
     _in_processes(_train_on, [{**job, "data": grid.shared.data} for job in jobs], args.jobs)
 
@@ -94,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     times = measure({"whole": (base, recipe.input_size), "slimmed": (net, recipe.input_size)})
     told = {
         "what": "base nets of a comparison, slimmed with distillation and, beside it, trained on",
+        "command": command_line(),
+        "wanted": {measure: getattr(args, measure)},
         "recipe": json.loads(recipe.to_json()) | {"classes": len(recipe.classes)},
         "blocks": [found["chosen"]["blocks"] for found in done],
         "chosen_on": grid.choose_split or "held-out",
@@ -103,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "epochs": args.epochs,
         "whole": {"lr": finals[0].config.lr, "epochs": finals[0].config.epochs, **_scores(before)},
         "slimmed": {**_scores(after), "cost": after[first]["cost"]},
+        "slimmed_costs": [run["cost"] for run in after.values()],
         "whole_cost": before[first]["cost"],
         "longer": _scores(longer),
         **{name: dataclasses.asdict(found) for name, found in compared.items() if found},
@@ -172,11 +182,17 @@ def _decide(jobs: Sequence[dict[str, Any]], data: str, asked: dict[str, Any]) ->
 
 
 def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> None:
-    """Train the whole net as its slimmed one is, or go on with it."""
-    folder = Path(out) / "whole"
+    """Train the whole net as its slimmed one is, or go on with it.
+
+    Raises:
+        UlsamError: it was begun with other settings.
+    """
+    folder, config = Path(out) / "whole", fine_tuning(model, read_recipe(model), data, settings)
     if not (folder / "config.yaml").exists():
-        train(fine_tuning(model, read_recipe(model), data, settings), folder)
-    elif not (folder / "summary.json").exists():
+        train(config, folder)
+        return
+    check_settings(read_config(folder / "config.yaml"), config, folder)
+    if not (folder / "summary.json").exists():
         resume(folder)
 
 
