@@ -1,0 +1,152 @@
+"""Does the damage on pictures that a net was trained on rank sets of blocks as that on held-out pictures does?
+
+`ulsam slim` chooses by the former, as most nets leave it nothing else. Here each net has a run that held pictures out.
+Its thin blocks are fitted as `ulsam slim` fits them; then every block by itself, and sets drawn from those that meet
+the budget and need each of their blocks, are measured on two samples of the pictures that it was trained on, and on two
+of those that were held out: how well two samples of one kind agree is the most that two of different kinds can.
+
+results/damage_NAME.json holds every figure.
+
+    python benchmarks/damage.py runs/held/seed-0 runs/held/seed-1 --name cub100
+"""
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import guest
+import torch
+from scipy.stats import spearmanr
+
+from ulsam.comparison.paths import without_paths
+from ulsam.costs import cost
+from ulsam.errors import UlsamError
+from ulsam.evaluate import ALONE
+from ulsam.files import write_atomic
+from ulsam.models import load
+from ulsam.sampling import draw_sample
+from ulsam.slimming.blocks import Block, find_blocks
+from ulsam.slimming.damage import score
+from ulsam.slimming.run import fine_tuning
+from ulsam.train import parts
+from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.report import versions
+
+ROOT = Path(__file__).parents[1]
+FITTED = 512  # pictures, as `ulsam slim` takes by default
+SAMPLES = ("trained on, 1", "trained on, 2", "held out, 1", "held out, 2")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs of one net that held pictures out")
+    parser.add_argument("--name", required=True, help="of the results")
+    parser.add_argument("--macs", type=float, default=0.75, metavar="SHARE")
+    parser.add_argument("--sets", type=int, default=40)
+    parser.add_argument("--pictures", type=int, default=300, help="of each sample")
+    args = parser.parse_args(argv)
+    target = ROOT / "results" / f"damage_{args.name}.json"
+    nets: dict[str, Any] = {}
+    for run in args.runs:
+        kept = run / "damage.json"
+        if not kept.exists():
+            write_atomic(kept, json.dumps(damages(run, args.macs, args.sets, args.pictures), indent=1) + "\n")
+        nets[run.name] = json.loads(kept.read_text(encoding="utf-8"))
+    told = {
+        "what": "damage of replacing sets of blocks, on pictures that the net was trained on and on held-out ones",
+        "macs": args.macs,
+        "pictures": args.pictures,
+        "nets": {name: {**found, "summary": summary(found)} for name, found in nets.items()},
+        "versions": versions(),
+    }
+    write_atomic(target, json.dumps(without_paths(told), indent=1) + "\n")
+    for name, net in told["nets"].items():
+        print(name, json.dumps(net["summary"], indent=1))
+
+
+def damages(run: Path, macs: float, number: int, pictures: int) -> dict[str, Any]:
+    """The mean cross-entropy and top-1 of the net of this run with each set replaced, on each sample."""
+    model = run / "model.safetensors"
+    net, recipe = load(model)
+    trained = TrainConfig.from_mapping(read_config(run / "config.yaml"))
+    config = fine_tuning(model, recipe, trained.data, {})
+    seen_pictures, others, _ = parts.open_pictures(config)
+    if others.split != "held-out" or len(others) < 2 * pictures:
+        raise UlsamError(f"{run} held out fewer than {2 * pictures} pictures: give fewer --pictures")
+    seen = parts.recipe_of(config, recipe.classes)
+    blocks, switched, _ = find_blocks(net, seen.input_size, {"layer": "thin", "width": 32})
+    switched.fit(draw_sample(seen_pictures, seen, FITTED, ALONE, apart_from=2 * pictures).images)
+    samples = dict(
+        zip(
+            SAMPLES,
+            [
+                draw_sample(kind, seen, pictures, ALONE, apart_from=apart)
+                for kind, apart in itertools.product((seen_pictures, others), (0, pictures))
+            ],
+            strict=True,
+        )
+    )
+    sets = [(), *((block,) for block in blocks), *drawn(blocks, cost(net, seen.input_size).macs, macs, number)]
+    found = []
+    for chosen in sets:
+        scores = {
+            name: score(switched, [block.name for block in chosen], sample, recipe.classes, ALONE)
+            for name, sample in samples.items()
+        }
+        found.append(
+            {
+                "blocks": [block.place for block in chosen],
+                "loss": {name: entry.loss for name, entry in scores.items()},
+                "top1": {name: entry.top1 for name, entry in scores.items()},
+            }
+        )
+        print(f"{run}: {len(found)} of {len(sets)} sets", flush=True)
+    return {"recipe": str(recipe.base), "pictures_trained_on": len(seen_pictures), "sets": found}
+
+
+def drawn(blocks: Sequence[Block], whole: int, macs: float, number: int) -> list[tuple[Block, ...]]:
+    """So many of the sets that meet the budget and need each of their blocks, always the same."""
+    least = (1 - macs) * whole
+    every = itertools.chain.from_iterable(itertools.combinations(blocks, size) for size in range(1, len(blocks) + 1))
+    fitting = [
+        found for found in every if 0 <= sum(block.macs for block in found) - least < min(block.macs for block in found)
+    ]
+    return random.Random(0).sample(fitting, min(number, len(fitting)))
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Rank correlations between the samples over the sets, and what a choice by each sample loses on the last one."""
+    whole, rest = found["sets"][0], found["sets"][1:]
+    sets = [entry for entry in rest if len(entry["blocks"]) > 1]
+    agree = {
+        f"{first} / {second}": float(
+            spearmanr([entry["loss"][first] for entry in sets], [entry["loss"][second] for entry in sets]).statistic
+        )
+        for first, second in itertools.combinations(SAMPLES, 2)
+    }
+    judge = SAMPLES[-1]
+    ranked = sorted(entry["loss"][judge] for entry in sets)
+    chosen = {}
+    for name in SAMPLES:
+        best = min(sets, key=lambda entry: entry["loss"][name])
+        chosen[name] = {
+            "blocks": best["blocks"],
+            "loss there": best["loss"][judge],
+            "top-1 there": best["top1"][judge],
+            "place among the sets there": 1 + ranked.index(best["loss"][judge]),
+        }
+    return {
+        "sets": len(sets),
+        "whole net": {"loss": whole["loss"], "top1": whole["top1"]},
+        "rank correlation": agree,
+        f"the best set by each, measured on: {judge}": chosen,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    guest.run_script(main)
