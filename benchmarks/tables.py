@@ -39,7 +39,7 @@ def headline_table() -> str:
     ]
     for name, title in HEADLINES.items():
         found = comparison(name)
-        arms = [arm for arm in found["arms"] if arm["seeds"]]
+        arms = [arm for arm in found["arms"] if arm["seeds"] or arm["failed"]]
         lines.append(f"| **{title}, {found['pictures']} {found['split']} pictures** | | | | | | | |")
         lines += [_headline(arm, found["arms"][0], arms, _both_ways(found["differences"])) for arm in arms]
     return "\n".join(lines)
@@ -52,6 +52,8 @@ def _headline(
     pairs: dict[tuple[str, str], dict[str, Any]],
 ) -> str:
     name = arm["name"]
+    if not arm["seeds"]:
+        return f"| {called(name)} | | | | failed | | | |"
     shares = [f"{arm['cost'][key] / base['cost'][key] - 1:+.1%}" for key in ("params", "macs")]
     time = arm["latency"] and f"{arm['latency']['ratio'] - 1:+.0%}"
     if arm is base:
@@ -91,7 +93,7 @@ def is_pruned(name: str) -> bool:
 
 def alike(arm: dict[str, Any], other: dict[str, Any], measure: str) -> bool:
     """Whether two arms cost the same, to 2 %: as a block does that is replaced in several ways."""
-    return bool(abs(arm["cost"][measure] / other["cost"][measure] - 1) <= 0.02)
+    return bool(arm["cost"] and other["cost"]) and bool(abs(arm["cost"][measure] / other["cost"][measure] - 1) <= 0.02)
 
 
 def _both_ways(differences: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -357,7 +359,55 @@ def comparison_table(name: str, against: Sequence[str] = ()) -> str:
             continue
         if alike(ours, other, "macs") or alike(ours, other, "params"):
             matched.append(pair)
-    return table.markdown({**found, "differences": matched}).strip()
+    told = [table.markdown({**found, "differences": matched}).strip()]
+    store, out = Store(ROOT / "results" / name), found["command"].rpartition("--out ")[2]
+    guests = [store.read(f"arms/{arm.slug}/guest.json") for arm in store.guests()]
+    told += [f"`{guest_command(guest, out)}`" for guest in guests]
+    return "\n\n".join(told)
+
+
+def guest_command(guest: dict[str, Any], out: str) -> str:
+    """The command that trained an arm which joined a comparison.
+
+    >>> guest_command({"name": "pruned-uniform-macs-0.758", "wanted": {"macs": 0.758}}, "runs/cub100")
+    'python benchmarks/pruning.py runs/cub100 --uniform --macs 0.758'
+    >>> guest_command({"name": "gated 14,17", "kind": "gated", "at": "14,17", "groups": 4}, "runs/cub100")
+    'python benchmarks/variants.py runs/cub100 gated 14,17'
+    """
+    if is_pruned(guest["name"]):
+        ((measure, share),) = guest["wanted"].items()
+        uniform = "--uniform " if "-uniform-" in guest["name"] else ""
+        return f"python benchmarks/pruning.py {out} {uniform}--{measure} {share:g}"
+    groups = f" --groups {guest['groups']}" if guest["groups"] != 4 else ""
+    return f"python benchmarks/variants.py {out} {guest['kind']} {guest['at']}{groups}"
+
+
+def damage_table(name: str) -> str:
+    """How well two samples of pictures rank sets of blocks alike; one row a net."""
+    found = json.loads((ROOT / "results" / f"damage_{name}.json").read_text())
+    lines = [
+        "| net | top-1 on its training pictures | held-out | two held-out samples agree | training and held-out agree "
+        "| set chosen by training pictures, its place on held-out ones | its loss there, the best one's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for net, entry in found["nets"].items():
+        summary = entry["summary"]
+        top1, agree = summary["whole net"]["top1"], summary["rank correlation"]
+        chosen = next(value for key, value in summary.items() if key.startswith("the best set by each"))
+        ours, best = chosen["trained on, 1"], chosen["held out, 2"]
+        shares = [statistics.mean(top1[f"{kind}, {n}"] for n in (1, 2)) for kind in ("trained on", "held out")]
+        mixed = [value for key, value in agree.items() if "trained on" in key and "held out" in key]
+        cells = [
+            net,
+            *(f"{100 * share:.1f}" for share in shares),
+            f"{agree['held out, 1 / held out, 2']:.3f}",
+            f"{min(mixed):.3f} to {max(mixed):.3f}",
+            f"{ours['place among the sets there']} of {summary['sets']}",
+            f"{ours['loss there']:.3f}, {best['loss there']:.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = found["versions"]
+    return "\n".join([*lines, "", f"{found['pictures']} pictures a sample; torch {versions['torch']}."])
 
 
 def slimmed_table(name: str) -> str:
@@ -534,6 +584,7 @@ TABLES = {
         "v1_cub100": lambda: comparison_table("compare_v1_cub100"),
         "slimmed_cub100": lambda: slimmed_table("cub100_macs75"),
         "slimmed_grocery81": lambda: slimmed_table("grocery81_macs75"),
+        "damage_cub100": lambda: damage_table("cub100"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
         "layer_cub100": lambda: comparison_table("layer_cub100", against=("removed 14,17", "removed 4,7")),
         "finetune": finetune_table,

@@ -65,6 +65,23 @@ def test_measured_tables_are_what_the_results_say(tables, capsys):
     assert tables.main() == 0, capsys.readouterr().out
 
 
+def test_a_row_of_the_headline_table(tables):
+    def arm(name, macs, ratio):
+        cost, latency = {"params": 1000, "macs": macs}, {"seconds": 0.005, "ratio": ratio}
+        return {"name": name, "cost": cost, "latency": latency, "seeds": [0], "top1_mean": 0.8, "top1_sd": None}
+
+    base, removed = arm("base", 2_000_000, 1.0), arm("removed 14,17", 1_000_000, 0.5)
+    edited, near = arm("ULSAM 14,17", 1_010_000, 0.6), arm("pruned-macs-0.51", 1_029_000, 0.9)
+    far, broken = arm("pruned-macs-0.9", 1_040_000, 0.9), {**arm("ULSAM 3", 0, 1.0), "seeds": [], "cost": {}}
+    arms = [base, removed, edited, far, near, broken]
+    pair = {"arm": near["name"], "minus": edited["name"], "mean": -0.02, "low": -0.03, "high": 0.01}
+    pairs = tables._both_ways([pair])
+    row = tables._headline(edited, base, arms, pairs)
+    assert row == "| ULSAM 14, 17 | +0.0% | -49.5% | -40% | 80.00 (1) |  |  | +2.00 [-1.00, +3.00] |"
+    assert tables._headline(base, base, arms, {}).startswith("| base | 0.00 M | 2.00 M | 5.0 ms |")
+    assert tables._headline(broken, base, arms, {}) == "| ULSAM 3 | | | | failed | | | |"
+
+
 def test_a_page_or_a_result_that_was_changed_by_hand_is_noticed(tables, tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     for name in tables.TABLES:
