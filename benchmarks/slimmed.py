@@ -30,6 +30,7 @@ import guest
 from torch import nn
 
 from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
+from ulsam.comparison.latency import measure
 from ulsam.comparison.latency import processor as processor_name
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.statistics import difference
@@ -47,6 +48,7 @@ from ulsam.train.loop import resume, train
 from ulsam.train.report import command_line, versions
 
 ROOT = Path(__file__).parents[1]
+BUDGETS = ("macs", "params", "latency")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("compared", help="folder of a comparison whose base net is finished")
     parser.add_argument("name", help="of the results")
     budget = parser.add_mutually_exclusive_group(required=True)
-    for name in ("macs", "params", "latency"):
+    for name in BUDGETS:
         budget.add_argument(f"--{name}", type=float, metavar="SHARE")
     parser.add_argument("--width", type=int, default=32, help="of the thin blocks")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
@@ -67,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = Store(args.compared)
     grid = store.grid()
     whole, finals = base_runs(grid, store, args.seeds)
-    measure = next(name for name in ("macs", "params", "latency") if getattr(args, name) is not None)
-    asked = {measure: getattr(args, measure), "layer": {"layer": "thin", "width": args.width}, "most_sets": 100}
+    wanted = {name: share for name in BUDGETS if (share := getattr(args, name)) is not None}
+    asked = {**wanted, "layer": {"layer": "thin", "width": args.width}, "most_sets": 100}
     place = Path(args.compared) / "slimmed" / args.name
 
     def slimmed(run: Run, lr: float, folder: str) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if edge := at_the_edge(ranked):
         print(f"note: the best rate is the {edge} of those tried: give more --rates")
     jobs = [slimmed(run, best, f"seed-{run.config.seed}") for run in finals]
-    if measure == "latency":  # nothing else may run while blocks are timed
+    if "latency" in wanted:  # nothing else may run while blocks are timed
         _all([{**job, "fine_tune": False} for job in jobs], grid.shared.data, asked, 1)
     done = _all(jobs, grid.shared.data, asked, args.jobs)
     _in_processes(_train_on, [{**job, "data": grid.shared.data} for job in jobs], args.jobs)
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = {
         "what": "base nets of a comparison, slimmed with distillation and, beside it, trained on",
         "command": command_line(),
-        "wanted": {measure: getattr(args, measure)},
+        "wanted": wanted,
         "recipe": json.loads(recipe.to_json()) | {"classes": len(recipe.classes)},
         "blocks": [found["chosen"]["blocks"] for found in done],
         "chosen_on": grid.choose_split or "held-out",
