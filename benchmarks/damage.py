@@ -32,6 +32,7 @@ from ulsam.sampling import draw_sample
 from ulsam.slimming.blocks import Block, find_blocks
 from ulsam.slimming.damage import score
 from ulsam.slimming.run import fine_tuning
+from ulsam.slimming.search import minimal_sets
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig, read_config
 from ulsam.train.report import versions
@@ -111,11 +112,8 @@ def damages(run: Path, macs: float, number: int, pictures: int) -> dict[str, Any
 def drawn(blocks: Sequence[Block], whole: int, macs: float, number: int) -> list[tuple[Block, ...]]:
     """So many of the sets that meet the budget and need each of their blocks, always the same."""
     least = (1 - macs) * whole
-    every = itertools.chain.from_iterable(itertools.combinations(blocks, size) for size in range(1, len(blocks) + 1))
-    fitting = [
-        found for found in every if 0 <= sum(block.macs for block in found) - least < min(block.macs for block in found)
-    ]
-    return random.Random(0).sample(fitting, min(number, len(fitting)))
+    found = sorted(map(sorted, minimal_sets([block.macs for block in blocks], least)), key=lambda one: (len(one), one))
+    return [tuple(blocks[place] for place in one) for one in random.Random(0).sample(found, min(number, len(found)))]
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +141,8 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         "sets": len(sets),
         "whole net": {"loss": whole["loss"], "top1": whole["top1"]},
         "rank correlation": agree,
-        f"the best set by each, measured on: {judge}": chosen,
+        "judge": judge,
+        "the best set by each": chosen,
     }
 
 

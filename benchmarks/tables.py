@@ -60,7 +60,8 @@ def _headline(
         shares = [f"{base['cost'][key] / 1e6:.2f} M" for key in ("params", "macs")]
         time = base["latency"] and f"{1e3 * base['latency']['seconds']:.1f} ms"
     spread = "" if arm["top1_sd"] is None else f" ± {100 * arm['top1_sd']:.2f}"
-    pruned = [other["name"] for other in arms if is_pruned(other["name"]) and alike(arm, other, "macs")]
+    trained = [other for other in arms if is_pruned(other["name"]) and other["seeds"]]
+    pruned = [other["name"] for other in trained if alike(arm, other, "macs")]
     rivals = [base["name"], f"removed {name.split()[-1]}", *([] if is_pruned(name) else pruned[:1])]
     minus = [table.points(pairs[name, rival]) if (name, rival) in pairs else "" for rival in rivals]
     cells = [
@@ -93,7 +94,7 @@ def is_pruned(name: str) -> bool:
 
 def alike(arm: dict[str, Any], other: dict[str, Any], measure: str) -> bool:
     """Whether two arms cost the same, to 2 %: as a block does that is replaced in several ways."""
-    return bool(arm["cost"] and other["cost"]) and bool(abs(arm["cost"][measure] / other["cost"][measure] - 1) <= 0.02)
+    return bool(abs(arm["cost"][measure] / other["cost"][measure] - 1) <= 0.02)
 
 
 def _both_ways(differences: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -393,8 +394,8 @@ def damage_table(name: str) -> str:
     for net, entry in found["nets"].items():
         summary = entry["summary"]
         top1, agree = summary["whole net"]["top1"], summary["rank correlation"]
-        chosen = next(value for key, value in summary.items() if key.startswith("the best set by each"))
-        ours, best = chosen["trained on, 1"], chosen["held out, 2"]
+        chosen = summary["the best set by each"]
+        ours, best = chosen["trained on, 1"], chosen[summary["judge"]]
         shares = [statistics.mean(top1[f"{kind}, {n}"] for n in (1, 2)) for kind in ("trained on", "held out")]
         mixed = [value for key, value in agree.items() if "trained on" in key and "held out" in key]
         cells = [
