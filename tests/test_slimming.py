@@ -421,6 +421,15 @@ def wait_for(event: Any) -> None:
         time.sleep(0.01)
 
 
+def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ulsam.slimming.choose.TOLD", 0.0)  # a line for each set
+    for again in range(2):
+        slim(model, str(data), tmp_path / "out", params=0.85, at=AT, fine_tune=False, settings=SETTINGS)
+        told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damage ")]
+        sets = len(kept(tmp_path / "out")["measured"])
+        assert told == ([] if again else [f"damage  {number} sets measured so far" for number in range(1, sets + 1)])
+
+
 def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     argv = ["slim", str(model), str(data), "--out", str(out), "--params", "0.85", "--at", AT]

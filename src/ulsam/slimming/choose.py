@@ -1,6 +1,7 @@
 """Choose the blocks: the damage of replacing them against what that saves, counted, or timed on this machine."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,26 @@ from ulsam.timing import Call
 
 STEP = 0.005  # share of the time by which more is asked for at least, where the sets that were found are too slow
 TIMED = 8  # sets of one search that are timed at most
+TOLD = 30.0  # seconds between lines about how far the search is, where the output is no terminal
+
+
+class _Progress:
+    """Tells how many sets were measured: by a bar on a terminal, elsewhere by a line now and then."""
+
+    def __init__(self, bar: "tqdm[Any]") -> None:
+        self.bar, self.sets, self.told = bar, 0, time.monotonic()
+
+    def count(self) -> None:
+        """One more set was measured."""
+        self.sets += 1
+        self.bar.update()
+        if self.bar.disable and time.monotonic() - self.told >= TOLD:
+            self.say(f"damage  {self.sets} sets measured so far")
+
+    def say(self, line: str) -> None:
+        """Write a line, above the bar if there is one."""
+        self.told = time.monotonic()
+        self.bar.write(line)
 
 
 @dataclass(frozen=True)
@@ -54,19 +75,20 @@ class Chooser:
         by_time = self.wish.measure == "latency"
         bar: tqdm[Any] = tqdm(desc="damage", unit="set", disable=None, leave=False)
         with bar, _threads(self.wish.threads if by_time else None):
-            savings, total = self._savings(bar)
+            progress = _Progress(bar)
+            savings, total = self._savings(progress)
             useful = _useful(savings)
             self._check_reachable(
                 useful, lambda: self._ratio(useful) if by_time else 1 - saved(savings, useful) / total
             )
             self.prepare()
-            self._damage(frozenset(), bar)
+            self._damage(frozenset(), progress)
             for number in sorted(useful):  # for the table, whatever the search asks for
-                self._damage(frozenset({number}), bar)
+                self._damage(frozenset({number}), progress)
             if by_time:
-                found = self._by_latency(savings, bar)
+                found = self._by_latency(savings, progress)
             else:
-                found = self._search(savings, total * (1 - self.wish.share), bar)
+                found = self._search(savings, total * (1 - self.wish.share), progress)
         places = self._places
         self.store.put(
             "chosen",
@@ -86,24 +108,27 @@ class Chooser:
             self.store.add_score(self._places(blocks), known)
         return known
 
-    def _damage(self, blocks: Blocks, bar: "tqdm[Any]") -> float:
+    def _damage(self, blocks: Blocks, progress: _Progress) -> float:
         """How much the loss grows when these blocks are replaced."""
-        bar.update(self.store.score(self._places(blocks)) is None)
-        return self._scored(blocks).loss - self._scored(frozenset()).loss
+        is_known = self.store.score(self._places(blocks)) is not None
+        damage = self._scored(blocks).loss - self._scored(frozenset()).loss
+        if not is_known:
+            progress.count()
+        return damage
 
-    def _savings(self, bar: "tqdm[Any]") -> tuple[list[float], float]:
+    def _savings(self, progress: _Progress) -> tuple[list[float], float]:
         """What each block saves, counted or timed, and what there is in all; of time both are shares."""
         if self.wish.measure != "latency":
             return [getattr(block, self.wish.measure) for block in self.blocks], getattr(self.cost, self.wish.measure)
         if self.store.get("timings") is None:
-            bar.write("time    of the net with each block replaced, in turn with the net as it is")
+            progress.say("time    of the net with each block replaced, in turn with the net as it is")
             timed = self._time([frozenset({number}) for number in range(len(self.blocks))])
             entries = [{"blocks": self._places(blocks), **asdict(timing)} for blocks, timing in timed.items()]
             self.store.put("timings", entries)
         ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.store.get("timings")}
         return [1 - ratios[(block.place,)] for block in self.blocks], 1.0
 
-    def _search(self, savings: Sequence[float], least: float, bar: "tqdm[Any]") -> Found:
+    def _search(self, savings: Sequence[float], least: float, progress: _Progress) -> Found:
         """Search among the blocks that save something."""
         useful = sorted(_useful(savings))
 
@@ -111,12 +136,12 @@ class Chooser:
             return frozenset(useful[number] for number in blocks)
 
         def damage(blocks: Blocks) -> float:
-            return self._damage(real(blocks), bar)
+            return self._damage(real(blocks), progress)
 
         found = search([savings[number] for number in useful], least, damage, self.wish.most_sets)
         return Found(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
 
-    def _by_latency(self, savings: Sequence[float], bar: "tqdm[Any]") -> Found:
+    def _by_latency(self, savings: Sequence[float], progress: _Progress) -> Found:
         """Search with the time that each block's replacement saves, and time what is found, the least damage first.
 
         What blocks save together is not the sum of what each of them saves. So the first set that is fast enough is
@@ -126,23 +151,23 @@ class Chooser:
         ratios: dict[Blocks, float] = {}  # of the sets that were timed
 
         def found(blocks: Blocks, how: Literal["timed", "all"], greedy: Blocks) -> Found:
-            others = sorted(ratios.keys() - {blocks}, key=lambda other: (self._damage(other, bar), sorted(other)))
+            others = sorted(ratios.keys() - {blocks}, key=lambda other: (self._damage(other, progress), sorted(other)))
             return Found(blocks, how, greedy, (blocks, *others))
 
         least = 1 - self.wish.share
         while saved(savings, useful) >= least:
-            best = self._search(savings, least, bar)
+            best = self._search(savings, least, progress)
             excess = []
             for rival in [rival for rival in best.rivals if rival not in ratios][:TIMED]:
                 ratios[rival] = self._ratio(rival)
                 if ratios[rival] <= self.wish.share:
                     return found(rival, "timed", best.greedy)
                 excess.append(ratios[rival] - self.wish.share)
-                bar.write(
+                progress.say(
                     f"time    {', '.join(self._places(rival))}: {ratios[rival]:.3f} of the net's time; looking further"
                 )
             least += max(min(excess, default=STEP), STEP)
-        self._damage(useful, bar)
+        self._damage(useful, progress)
         return found(useful, "all", useful)
 
     def _ratio(self, blocks: Blocks) -> float:
