@@ -1,18 +1,20 @@
 """Slim the trained base nets of a comparison, seed by seed, with distillation; on wish into a net of the package.
 
 1. The base net of the comparison's best try is slimmed at each of --rates, on the pictures on which that try was
-   trained; the rate that does best on those on which it was measured is taken.
+   trained; the rate that does best on those on which it was measured is taken. A single rate is taken as it is.
 2. The base net of each final run is slimmed at this rate, on all training pictures, and measured once on the pictures
    on which the comparison measured the base. Beside it the base net is trained on in the same way, with itself as the
-   teacher and no block replaced: what the further epochs bring without slimming.
+   teacher and no block replaced: what the further epochs bring without slimming. Several budgets share these runs.
 3. With --package the slimmed net of the first seed becomes the package's, whichever seed is the best, with convolutions
    and classifier in half precision; it is measured once more. It is known by its name once there is a card, NAME.md,
    beside it.
 
-results/slimmed_NAME.json holds every figure. What is done is not done again.
+results/slimmed_NAME.json holds every figure, results/slimmed_NAME/ what was chosen with each seed and the summaries of
+the runs. What is done is not done again.
 
     python benchmarks/slimmed.py runs/cub100 cub100_macs75 --macs 0.75 --jobs 2
     python benchmarks/slimmed.py runs/grocery81 grocery81_macs75 --macs 0.75 --package mobilenetv2_100.grocery81_slim75
+    python benchmarks/slimmed.py runs/grocery81 grocery81_paper13 --macs 0.88 --at 14,17 --jobs 2
 """
 
 import argparse
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import guest
+import torch
 from torch import nn
 
 from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
@@ -38,7 +41,7 @@ from ulsam.comparison.store import Store, check_settings
 from ulsam.data.loading import eval_loader
 from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
-from ulsam.files import write_atomic
+from ulsam.files import make_folder, write_atomic
 from ulsam.models import load, read_recipe, save_model
 from ulsam.recipe import Recipe
 from ulsam.slimming.run import DECIDED, fine_tuning, slim
@@ -58,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     for name in BUDGETS:
         budget.add_argument(f"--{name}", type=float, metavar="SHARE")
+    parser.add_argument("--at", help="blocks to choose from (default: all that can be replaced)")
     parser.add_argument("--width", type=int, default=32, help="of the thin blocks")
+    parser.add_argument("--most-sets", type=int, default=100, metavar="N", help="as of ulsam slim (default: 100)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, help="slim so many of the base net's final runs (default: all)")
@@ -70,46 +75,65 @@ def main(argv: Sequence[str] | None = None) -> None:
     grid = store.grid()
     whole, finals = base_runs(grid, store, args.seeds)
     wanted = {name: share for name in BUDGETS if (share := getattr(args, name)) is not None}
-    asked = {**wanted, "layer": {"layer": "thin", "width": args.width}, "most_sets": 100}
-    place = Path(args.compared) / "slimmed" / args.name
+    asked = {**wanted, "at": args.at, "layer": {"layer": "thin", "width": args.width}, "most_sets": args.most_sets}
+    asked["data"] = grid.shared.data
+    root = Path(args.compared) / "slimmed"
+    place = root / args.name
 
-    def slimmed(run: Run, lr: float, folder: str) -> dict[str, Any]:
+    def job(run: Run, lr: float, folder: Path) -> dict[str, Any]:
         given = dataclasses.asdict(run.config)  # all but what slimming decides is as in the run of the whole net
         settings = {name: value for name, value in given.items() if name not in DECIDED and value is not None}
         settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs}
-        return {"model": store.folder(run) / "model.safetensors", "out": place / folder, "settings": settings}
+        return {"model": store.folder(run) / "model.safetensors", "out": folder, "settings": settings}
 
-    jobs = [slimmed(whole, lr, f"choose-{lr:g}") for lr in args.rates]
-    _decide(jobs, grid.shared.data, asked)
-    tries = dict(zip(args.rates, _all(jobs, grid.shared.data, asked, args.jobs), strict=True))
-    scores = {lr: tried["result"]["slimmed"] for lr, tried in tries.items()}
-    ranked = [Try(lr, args.epochs, score["top1"], loss=score["loss"]) for lr, score in scores.items()]
-    best = max(ranked, key=lambda tried: tried.rank).rate  # as a comparison chooses
-    if edge := at_the_edge(ranked):
-        print(f"note: the best rate is the {edge} of those tried: give more --rates")
-    jobs = [slimmed(run, best, f"seed-{run.config.seed}") for run in finals]
+    best, tries = args.rates[0], {}
+    if len(args.rates) > 1:
+        jobs = [job(whole, lr, place / f"choose-{lr:g}") | asked for lr in args.rates]
+        _decide(jobs)
+        tried = dict(zip(args.rates, _in_processes([(slim, each) for each in jobs], args.jobs), strict=True))
+        tries = {lr: found["result"] for lr, found in tried.items()}
+        scores = {lr: result["slimmed"] for lr, result in tries.items()}
+        ranked = [Try(lr, args.epochs, score["top1"], loss=score["loss"]) for lr, score in scores.items()]
+        best = max(ranked, key=lambda entry: entry.rank).rate  # as a comparison chooses
+        if edge := at_the_edge(ranked):
+            print(f"note: the best rate is the {edge} of those tried: give more --rates")
+    seeds = [run.config.seed for run in finals]
+    jobs = [job(run, best, place / f"seed-{run.config.seed}") | asked for run in finals]
     if "latency" in wanted:  # nothing else may run while blocks are timed
-        _all([{**job, "fine_tune": False} for job in jobs], grid.shared.data, asked, 1)
-    done = _all(jobs, grid.shared.data, asked, args.jobs)
-    _in_processes(_train_on, [{**job, "data": grid.shared.data} for job in jobs], args.jobs)
+        _in_processes([(slim, {**each, "fine_tune": False}) for each in jobs], 1)
+    on = [job(run, best, root / "trained-on" / f"seed-{run.config.seed}-{best:g}-{args.epochs}") for run in finals]
+    calls = [(slim, each) for each in jobs] + [(_train_on, each | {"data": grid.shared.data}) for each in on]
+    done = _in_processes(calls, args.jobs)[: len(jobs)]
 
-    before = {run.config.seed: _summary(store.folder(run)) for run in finals}
-    after = {run.config.seed: _summary(Path(job["out"]) / "run") for run, job in zip(finals, jobs, strict=True)}
-    longer = {run.config.seed: _summary(Path(job["out"]) / "whole") for run, job in zip(finals, jobs, strict=True)}
+    folders = {
+        "whole": [store.folder(run) for run in finals],
+        "slimmed": [each["out"] / "run" for each in jobs],
+        "longer": [each["out"] for each in on],
+    }
+    runs = {name: dict(zip(seeds, map(_summary, found), strict=True)) for name, found in folders.items()}
+    published = ROOT / "results" / f"slimmed_{args.name}"
+    for seed, chosen in zip(seeds, done, strict=True):
+        kept = {"slim": chosen, **{name: found[seed] for name, found in runs.items()}}
+        make_folder(published / f"seed-{seed}")
+        for name, value in kept.items():
+            write_atomic(published / f"seed-{seed}" / f"{name}.json", json.dumps(without_paths(value), indent=1) + "\n")
+    before, after, longer = runs["whole"], runs["slimmed"], runs["longer"]
     compared = {"minus_whole": difference(after, before), "minus_longer": difference(after, longer)}
-    first = finals[0].config.seed
-    net, recipe = load(jobs[0]["out"] / "run" / "model.safetensors")
-    base, _ = load(store.folder(finals[0]) / "model.safetensors")
-    times = measure({"whole": (base, recipe.input_size), "slimmed": (net, recipe.input_size)})
+    nets = [load(folder / "model.safetensors") for folder in (folders["whole"][0], *folders["slimmed"])]
+    torch.set_num_threads(finals[0].config.threads or torch.get_num_threads())
+    names = ["whole", *(f"seed {seed}" for seed in seeds)]
+    times = measure({name: (net, recipe.input_size) for name, (net, recipe) in zip(names, nets, strict=True)})
+    first, (net, recipe) = seeds[0], nets[1]
     told = {
         "what": "base nets of a comparison, slimmed with distillation and, beside it, trained on",
         "command": command_line(),
         "wanted": wanted,
+        "at": args.at,
         "recipe": json.loads(recipe.to_json()) | {"classes": len(recipe.classes)},
         "blocks": [found["chosen"]["blocks"] for found in done],
         "chosen_on": grid.choose_split or "held-out",
-        "tries": {f"{lr:g}": found["result"]["slimmed"]["top1"] for lr, found in tries.items()},
-        "tried_whole": next(found["result"]["original"]["top1"] for found in tries.values()),
+        "tries": {f"{lr:g}": result["slimmed"]["top1"] for lr, result in tries.items()},
+        "tried_whole": next((result["original"]["top1"] for result in tries.values()), None),
         "lr": best,
         "epochs": args.epochs,
         "whole": {"lr": finals[0].config.lr, "epochs": finals[0].config.epochs, **_scores(before)},
@@ -118,7 +142,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "whole_cost": before[first]["cost"],
         "longer": _scores(longer),
         **{name: dataclasses.asdict(found) for name, found in compared.items() if found},
-        "latency": {"processor": processor_name(), **{name: time.to_json() for name, time in times.items()}},
+        "latency": {
+            "processor": processor_name(),
+            "threads": torch.get_num_threads(),
+            "whole": times["whole"].to_json(),
+            "slimmed": times[f"seed {first}"].to_json(),
+            "slimmed_ratios": [times[name].ratio for name in names[1:]],
+        },
         "pictures": after[first]["scores"]["pictures"],
         "config": after[first]["config"],
         "versions": versions(),
@@ -168,15 +198,10 @@ def measured(net: nn.Module, run: Run) -> float:
     return evaluate(net, batches, len(pictures.classes), world=ALONE).top1
 
 
-def _all(jobs: Sequence[dict[str, Any]], data: str, asked: dict[str, Any], most: int) -> list[dict[str, Any]]:
-    """Do these slimmings, so many at a time."""
-    return _in_processes(slim, [{**job, **asked, "data": data} for job in jobs], most)
-
-
-def _decide(jobs: Sequence[dict[str, Any]], data: str, asked: dict[str, Any]) -> None:
+def _decide(jobs: Sequence[dict[str, Any]]) -> None:
     """Choose the blocks once for jobs that differ in what follows."""
     decided = jobs[0]["out"].parent / "choose"
-    _in_processes(slim, [{**jobs[0], **asked, "data": data, "out": decided, "fine_tune": False}], 1)
+    _in_processes([(slim, {**jobs[0], "out": decided, "fine_tune": False})], 1)
     for job in jobs:
         if not (job["out"] / "slim.json").exists():
             job["out"].mkdir(exist_ok=True)
@@ -189,20 +214,20 @@ def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> No
     Raises:
         UlsamError: it was begun with other settings.
     """
-    folder, config = Path(out) / "whole", fine_tuning(model, read_recipe(model), data, settings)
-    if not (folder / "config.yaml").exists():
-        train(config, folder)
+    config = fine_tuning(model, read_recipe(model), data, settings)
+    if not (out / "config.yaml").exists():
+        train(config, out)
         return
-    check_settings(read_config(folder / "config.yaml"), config, folder)
-    if not (folder / "summary.json").exists():
-        resume(folder)
+    check_settings(read_config(out / "config.yaml"), config, out)
+    if not (out / "summary.json").exists():
+        resume(out)
 
 
-def _in_processes(do: Callable[..., Any], jobs: Sequence[dict[str, Any]], most: int) -> list[Any]:
+def _in_processes(calls: Sequence[tuple[Callable[..., Any], dict[str, Any]]], most: int) -> list[Any]:
     """The results of these calls, so many at a time, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(most, mp_context=context) as pool:
-        return [found.result() for found in [pool.submit(do, **job) for job in jobs]]
+        return [found.result() for found in [pool.submit(do, **keywords) for do, keywords in calls]]
 
 
 def _summary(folder: Path) -> dict[str, Any]:

@@ -82,7 +82,21 @@ def test_the_script_slims_what_a_comparison_trained(
         json.loads((store.root / "slimmed" / "birds" / f"choose{lr}" / "slim.json").read_text()) for lr in ("", "-0.02")
     ]
     assert sets[0]["measured"] == sets[1]["measured"]  # they differ in nothing that chooses blocks
-    before = made.stat().st_mtime_ns, (store.root / "slimmed/birds/seed-1/run/summary.json").stat().st_mtime_ns
+    published = tmp_path / "results" / "slimmed_birds" / "seed-1"
+    runs = {name: json.loads((published / f"{name}.json").read_text()) for name in ("whole", "slimmed", "longer")}
+    assert [told[name]["top1"][1] for name in runs] == [run["scores"]["top1"] for run in runs.values()]
+    assert (runs["slimmed"]["config"]["edits"], runs["longer"]["config"]["edits"]) == (
+        [f"replace {','.join(told['blocks'][1])} layer=thin width=4"],
+        [],
+    )
+    trained = [*(store.root / "slimmed").glob("*/seed-1*/**/summary.json")]
+    assert len(trained) == 2  # slimmed, and trained on
+    before = made.stat().st_mtime_ns, [file.stat().st_mtime_ns for file in trained]
     script.main(words)
     assert made.stat().st_mtime_ns > before[0]
-    assert (store.root / "slimmed/birds/seed-1/run/summary.json").stat().st_mtime_ns == before[1]
+    rate = f"{told['lr']:g}"
+    script.main(f"{store.root} paper --macs 0.99 --at 16,17 --width 4 --rates {rate} --epochs 1".split())
+    other = json.loads((tmp_path / "results" / "slimmed_paper.json").read_text())
+    assert (other["tries"], other["lr"], other["longer"]) == ({}, told["lr"], told["longer"])
+    assert all(set(blocks) <= {"16", "17"} for blocks in other["blocks"])
+    assert [file.stat().st_mtime_ns for file in trained] == before[1]
