@@ -6,6 +6,7 @@ python benchmarks/tables.py --check   # exit 1 if a page and the results disagre
 Tables of comparisons are computed from the summaries of their runs, and their compare.json must say the same.
 """
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -19,6 +20,7 @@ import explained_tables
 from ulsam.comparison import table
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.report import summarise
+from ulsam.comparison.statistics import difference
 from ulsam.comparison.store import Store
 from ulsam.errors import UlsamError
 
@@ -413,7 +415,7 @@ def damage_table(name: str) -> str:
 
 def slimmed_table(name: str) -> str:
     """The base nets of a comparison, the same trained on, and slimmed; then how the rate was chosen."""
-    found = json.loads((ROOT / "results" / f"slimmed_{name}.json").read_text())
+    found = slimmed_results(name)
     rates = {"whole": found["whole"], "longer": found, "slimmed": found}
     titles = {"whole": "trained, as compared above", "longer": "trained on, all blocks", "slimmed": "slimmed"}
     lines = [
@@ -437,19 +439,41 @@ def slimmed_table(name: str) -> str:
     tries = ", ".join(f"{100 * top1:.1f} at {rate}" for rate, top1 in found["tries"].items())
     chosen = Counter(", ".join(blocks) for blocks in found["blocks"])
     sets = "; ".join(f"{blocks} ({count} of {chosen.total()} seeds)" for blocks, count in chosen.most_common())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Top-1 in %, on {found['pictures']} test pictures. Learning rate chosen by top-1 on {found['chosen_on']} "
-            f"pictures, {tries}; the whole net has {100 * found['tried_whole']:.1f} there. Blocks replaced: {sets}.",
-        ]
-    )
+    told = [f"Top-1 in %, on {found['pictures']} test pictures."]
+    if tries:
+        told.append(f"Learning rate chosen by top-1 on {found['chosen_on']} pictures, {tries};")
+        told.append(f"the whole net has {100 * found['tried_whole']:.1f} there.")
+    told.append(f"Blocks replaced: {sets}.")
+    if ratios := found["latency"].get("slimmed_ratios"):
+        shares = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        told.append(f"Time of each seed's net, as a share: {shares} ({_threads(found['latency']['threads'])}).")
+    return "\n".join([*lines, "", " ".join(told)])
+
+
+def slimmed_results(name: str) -> dict[str, Any]:
+    """What ``results/slimmed_NAME.json`` holds; beside the first two of these no summaries of runs were kept.
+
+    Raises:
+        UlsamError: it says something else than the summaries.
+    """
+    found: dict[str, Any] = json.loads((ROOT / "results" / f"slimmed_{name}.json").read_text())
+    folder = ROOT / "results" / f"slimmed_{name}"
+    if not folder.exists():
+        return found
+    runs: dict[str, dict[int, Any]] = {
+        way: {seed: json.loads((folder / f"seed-{seed}" / f"{way}.json").read_text()) for seed in found[way]["seeds"]}
+        for way in ("whole", "longer", "slimmed")
+    }
+    for way in ("whole", "longer"):
+        told = difference(runs["slimmed"], runs[way])
+        if json.loads(json.dumps(told and dataclasses.asdict(told))) != found[f"minus_{way}"]:
+            raise UlsamError(f"results/slimmed_{name}.json is not what its runs say: benchmarks/slimmed.py makes it")
+    return found
 
 
 def card_table(name: str) -> str:
     """The figures of a trained net of the package, beside those of the net that it was made from."""
-    found = json.loads((ROOT / "results" / f"slimmed_{name}.json").read_text())
+    found = slimmed_results(name)
     packed, slimmed, whole = found["packed"], found["slimmed"], found["whole"]
     seed = packed["seed"]
     before = whole["top1"][whole["seeds"].index(seed)]
