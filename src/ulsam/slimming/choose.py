@@ -36,7 +36,7 @@ class _Progress:
         self.sets += 1
         self.bar.update()
         if self.bar.disable and time.monotonic() - self.told >= TOLD:
-            self.say(f"damage  {self.sets} sets measured so far")
+            self.say(f"damage  sets measured so far: {self.sets}")
 
     def say(self, line: str) -> None:
         """Write a line, above the bar if there is one."""
@@ -81,6 +81,8 @@ class Chooser:
             self._check_reachable(
                 useful, lambda: self._ratio(useful) if by_time else 1 - saved(savings, useful) / total
             )
+            if by_time and (more := (1 - self._ratio(useful)) / saved(savings, useful)) > 1:
+                savings = [more * saving for saving in savings]  # together they save more than the sum
             self.prepare()
             self._damage(frozenset(), progress)
             for number in sorted(useful):  # for the table, whatever the search asks for
@@ -142,9 +144,9 @@ class Chooser:
         return Found(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
 
     def _by_latency(self, savings: Sequence[float], progress: _Progress) -> Found:
-        """Search with the time that each block's replacement saves, and time what is found, the least damage first.
+        """Search with the time that each block is to save, and time what is found, the least damage first.
 
-        What blocks save together is not the sum of what each of them saves. So the first set that is fast enough is
+        What some blocks save together is still not the sum of these savings. So the first set that is fast enough is
         taken; where none of `TIMED` is, more is asked for.
         """
         useful = _useful(savings)
