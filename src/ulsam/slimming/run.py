@@ -88,6 +88,7 @@ def slim(
         store = _choose(asked, out, net, recipe, config, locate(model))
         chosen = [*config.edits, asked.edit(store.data["chosen"]["blocks"])]
         config = dataclasses.replace(config, edits=chosen)
+        _check_begun(config, out / "run")
         write_atomic(out / "train.yaml", config.to_yaml())
         if not fine_tune:
             command = ["ulsam", "train", "--config", str(out / "train.yaml"), "--out", str(out / "run")]
@@ -205,22 +206,32 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
     return store
 
 
-def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
-    """The summary of the fine-tuning's run: a new one, the one that is there, or its rest."""
+def _check_begun(config: TrainConfig, run: Path) -> None:
+    """Raise if the fine-tuning's run was begun with other settings than these."""
     if not (run / "config.yaml").exists():
-        return train(config, run)
-    wanted = {name: value for name, value in dataclasses.asdict(config).items() if value not in ("auto", None)}
+        return
     before = TrainConfig.from_mapping(read_config(run / "config.yaml"))
-    for name, value in wanted.items():
+    for name, value in _decided(config).items():
         if name not in restore.HARMLESS and getattr(before, name) != value:
             raise UlsamError(
                 f"{run} was begun with other settings: {name} was {getattr(before, name)} and is {value} now; "
                 "put it back, or choose another --out"
             )
+
+
+def _decided(config: TrainConfig) -> dict[str, Any]:
+    """The settings that the run does not decide itself."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if value not in ("auto", None)}
+
+
+def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
+    """The summary of the fine-tuning's run: a new one, the one that is there, or its rest."""
+    if not (run / "config.yaml").exists():
+        return train(config, run)
     if (run / "summary.json").exists():
         summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         return summary
-    return resume(run, {name: value for name, value in wanted.items() if name in restore.HARMLESS})
+    return resume(run, {name: value for name, value in _decided(config).items() if name in restore.HARMLESS})
 
 
 def _result(net: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
