@@ -20,7 +20,7 @@ from ulsam.cli import main
 from ulsam.comparison import _reported, plot, report
 from ulsam.comparison.arms import Arm, parse_arms
 from ulsam.comparison.grid import Failed, Grid, Run
-from ulsam.comparison.identity import data_digest, file_digests
+from ulsam.comparison.identity import data_digest, file_digests, seen_before
 from ulsam.comparison.launch import Ended, LocalLauncher, lock_of, run_all
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.report import measure_latency
@@ -31,6 +31,7 @@ from ulsam.errors import UlsamError
 from ulsam.files import make_folder
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train
+from ulsam.train.parts import open_pictures
 
 SETTLED = {**SETTINGS, "epochs": 1, "layout": "contiguous", "amp": "none", "compile": "none"}
 ARMS = ("base", "slim: insert blocks.2 g=4; size=24")
@@ -453,6 +454,8 @@ def test_runs_that_were_not_started_are_missing(finished: tuple[Path, dict[str, 
         (["DATA", "--arm", "base", "--arm", "size=24", "--config", "EDITS"], "base too: give edits with --arm"),
         (["DATA", "--arm", "base", "--arm", "size=24", "--config", "OFTEN"], "leave val_every out"),
         (["DATA", "--arm", "base", "--arm", "size=24", "--config", "SPLIT"], "leave split_seed out"),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--margin", "nan"], "0 points or more: not nan"),
+        (["--report-only", "--margin", "-1"], "0 points or more: not -1"),
         (["--report-only"], "is not the folder of a comparison"),
         (["--report-only", "DATA"], "leave all but --margin and --publish out"),
         (["--report-only", "--seeds", "5"], "leave all but --margin and --publish out"),
@@ -487,6 +490,24 @@ def test_mistakes_are_one_line_and_train_nothing(
     assert status == 2
     assert re.fullmatch(rf"ulsam: error: .*{message}.*\n", found.err)
     assert not out.exists()
+
+
+def test_pictures_that_the_start_was_trained_on_are_no_held_out_ones(data: Path, tmp_path: Path) -> None:
+    settings = {**SETTLED, "data": str(data), "val_fraction": 0.5}
+    before = TrainConfig.from_mapping({**settings, "split_seed": 0})
+    train(before, tmp_path / "before")
+    model = str(tmp_path / "before" / "model.safetensors")
+    trained_on = set(open_pictures(before)[0].names)
+    for split_seed in (0, 1):
+        for setting in ("weights", "teacher"):
+            config = TrainConfig.from_mapping({**settings, "split_seed": split_seed, setting: model})
+            held_out = open_pictures(config)[1].names
+            seen = len(trained_on & set(held_out))
+            assert (seen > 0) == (split_seed == 1)
+            told = [f"{model} was trained on {seen} of the {len(held_out)} pictures that are held out here"]
+            assert [line.partition(":")[0] for line in seen_before(config)] == (told if seen else [])
+    elsewhere = dataclasses.replace(before, val_fraction=None, val_split="val", weights=model)
+    assert seen_before(elsewhere) == []
 
 
 def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -> None:

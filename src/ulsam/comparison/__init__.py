@@ -1,13 +1,14 @@
 """Matched comparisons: many nets under one recipe, several seeds, one table; see :func:`compare`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ulsam.comparison.arms import check_arms, check_choosing, check_shared, parse_arms
-from ulsam.comparison.grid import Grid
-from ulsam.comparison.identity import data_digest, file_digests
+from ulsam.comparison.grid import Grid, Run
+from ulsam.comparison.identity import data_digest, file_digests, seen_before
 from ulsam.comparison.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.remote import RayLauncher, require_ray
@@ -70,8 +71,9 @@ def compare(
         What ``compare.json`` holds; a run that failed is in it with its reason.
 
     Raises:
-        UlsamError: an arm that cannot be built, settings or data that do not fit, before any training; or a folder
-            with runs of other settings, on other pictures, or from another weight file or teacher of the same name.
+        UlsamError: an arm that cannot be built, settings or data that do not fit, a margin below 0, before any
+            training; or a folder with runs of other settings, on other pictures, or from another weight file or teacher
+            of the same name.
         Interrupted: Ctrl-C or SIGTERM, after every run has saved (`ulsam.train.loop.Interrupted`).
 
     >>> compare("birds", ["base"], "runs/x")
@@ -79,6 +81,7 @@ def compare(
     ulsam.errors.UlsamError: a comparison needs two arms or more, e.g. --arm base --arm 'replace 14,17 g=4'
     """
     refuse_torchrun()
+    _check_margin(margin)
     _check_publish(out, publish)
     if launcher == "ray":
         require_ray()
@@ -101,6 +104,9 @@ def compare(
     with store.alone():
         grid = dataclasses.replace(grid, shared=_settled(grid, store, launcher == "ray"))
         store.begin(grid, command_line(), digest, files)
+    firsts = [next(iter(grid.tries(arm, _nothing)), grid.final(arm, 0, _nothing)) for arm in parsed]
+    for note in dict.fromkeys(note for run in firsts if run for note in seen_before(run.config)):
+        say(f"note    {note}")
     say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {store.root}")
     place: Launcher = LocalLauncher(store, jobs or 1)
     if launcher == "ray":
@@ -123,8 +129,9 @@ def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | Non
         publish: also copy reports and summaries there, without paths of this machine: what a repository should hold.
 
     Raises:
-        UlsamError: no comparison in this folder, or one that is damaged.
+        UlsamError: no comparison in this folder, or one that is damaged, or a margin below 0.
     """
+    _check_margin(margin)
     _check_publish(out, publish)
     store = Store(out)
     grid = store.grid()
@@ -132,6 +139,15 @@ def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | Non
     if publish is not None:
         _publish(grid, store, result, publish)
     return result
+
+
+def _nothing(run: Run) -> None:
+    """What came of a run before any was started."""
+
+
+def _check_margin(margin: float) -> None:
+    if not 0 <= margin < math.inf:
+        raise UlsamError(f"the margin is what an arm may lose and still hold, 0 points or more: not {100 * margin:g}")
 
 
 def _check_publish(out: str | Path, publish: str | Path | None) -> None:

@@ -1,13 +1,14 @@
-"""Tell whether pictures and weight files are what they were."""
+"""Tell whether pictures and weight files are what they were, and whether a net has seen pictures before."""
 
 import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from ulsam.data.sources import AnyPictures, FolderPictures, StreamPictures
 from ulsam.train import parts
-from ulsam.train.config import TrainConfig
+from ulsam.train.config import TrainConfig, read_config
 from ulsam.trained import locate
 
 
@@ -49,6 +50,39 @@ def file_digests(configs: Iterable[TrainConfig]) -> dict[str, str]:
     """
     files = sorted({name for config in configs for name in (config.weights, config.teacher) if name})
     return {name: hashlib.sha256(locate(name).read_bytes()).hexdigest() for name in files}
+
+
+def seen_before(config: TrainConfig) -> list[str]:
+    """A line about each of the weight file and the teacher that was trained on pictures which a run holds out.
+
+    That is known of the model file in the folder of its run, of the same image folder, by the ``config.yaml`` there.
+
+    Args:
+        config: the run's settings.
+
+    Raises:
+        UlsamError: the data is not usable, or that ``config.yaml`` is not one of `ulsam train`.
+
+    >>> import tempfile
+    >>> from ulsam.data.birds import draw_birds
+    >>> seen_before(TrainConfig(str(draw_birds(tempfile.mkdtemp() + "/birds", classes=2, train=4, val=1, size=32))))
+    []
+    """
+    _, measured, _ = parts.open_pictures(config)
+    found = []
+    for name in dict.fromkeys((config.weights, config.teacher)):
+        beside = locate(name or "").parent / "config.yaml"
+        if measured.split != "held-out" or not name or Path(name).name != "model.safetensors" or not beside.is_file():
+            continue
+        before = TrainConfig.from_mapping(read_config(beside))
+        if not Path(config.data).is_dir() or Path(before.data).resolve() != Path(config.data).resolve():
+            continue
+        if seen := len(set(parts.open_pictures(before)[0].names) & set(measured.names)):
+            found.append(
+                f"{name} was trained on {seen} of the {len(measured)} pictures that are held out here: start from "
+                "weights of before that, or measure on another split"
+            )
+    return found
 
 
 def _pictures(pictures: AnyPictures, root: str) -> Iterator[str]:

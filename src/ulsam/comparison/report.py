@@ -66,6 +66,7 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
             name: _values(measured, name) for name in sorted({key for run in measured for key in run["versions"]})
         },
         "processor": timed["where"]["processor"] if timed else None,  # that latencies were measured on
+        "threads": timed["where"]["threads"] if timed else None,  # of PyTorch, meanwhile
     }
 
 

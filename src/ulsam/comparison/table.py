@@ -121,11 +121,12 @@ def legend(result: Mapping[str, Any]) -> str:
     interval = f"95 % interval over {' / '.join(sorted(over))}" if over else "no interval"
     paired = "seed" if "seeds" in over else "seed and picture"
     margin = 100 * result["margin"]
+    machine = f"{result['processor']}, threads: {result['threads']}" if result["processor"] else "CPU"
     return (
         f"Top-1 in %, mean ± standard deviation over seeds{_where(result)}. Minus base: points, paired by {paired}, "
         f"{interval}. "
         f"holds: its lower end is above -{margin:g}; gain, loss: it leaves 0 out. Latency: one picture, folded net, "
-        f"{result['processor'] or 'CPU'}; of others its ratio to the base's. MACs: multiply-adds."
+        f"{machine}; of others its ratio to the base's. MACs: multiply-adds."
     )
 
 
