@@ -36,7 +36,7 @@ rm -rf "$work"/source/src/*.egg-info
 "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$work/dist" "$work/source"
 wheel=$(echo "$work"/dist/ulsam-*.whl)
 names=$("$python" -m zipfile --list "$wheel")
-for wanted in ulsam/py.typed licenses/LICENSE entry_points.txt; do
+for wanted in ulsam/py.typed ulsam/trained/mobilenetv2_100.grocery81_slim75.{safetensors,md} licenses/LICENSE entry_points.txt; do
     grep -q "$wanted" <<<"$names" || { echo "the wheel lacks $wanted" >&2; exit 1; }
 done
 

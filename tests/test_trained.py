@@ -43,6 +43,16 @@ def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.Monke
         load("nets")
 
 
+@pytest.mark.parametrize("name", trained.names())
+def test_a_net_of_the_package_is_what_its_card_says(name: str) -> None:
+    net, recipe = load(name)
+    assert 0.99 < net(torch.randn(2, *recipe.input_size)).softmax(1).sum() / 2 < 1.01
+    found, told = cost(net, recipe.input_size), trained.card(name)
+    assert f"| parameters | {found.params / 1e6:.2f} M |" in told
+    assert f"| multiply-adds | {found.macs / 1e6:.2f} M |" in told
+    assert f"Recognises {len(recipe.classes)} kinds" in told
+
+
 @pytest.mark.slow
 def test_the_script_slims_what_a_comparison_trained(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
