@@ -99,7 +99,8 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
         if lock is None:
             raise UlsamError(f"{due[0]} is being trained by another process: wait for it")
         try:
-            _train(net, due[0].config, store.folder(due[0]))
+            if store.look(due[0]) is None:  # else another process has ended it since
+                _train(net, due[0].config, store.folder(due[0]))
         except UlsamError as error:
             store.fail(due[0], str(error))
         except (RuntimeError, OSError) as error:  # of torch, or of the disk
