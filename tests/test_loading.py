@@ -297,7 +297,7 @@ def test_val_before_test_before_held_out(tmp_path: Path) -> None:
     (tmp_path / "Validation").rename(tmp_path / ".hidden")
     _, val, (note,) = open_data(str(tmp_path))
     assert (len(val), val.split) == (6, "test")
-    assert note.startswith("measured on test/ in every epoch: to choose settings, hold pictures out")
+    assert note.startswith("measured on test/: to choose settings, hold pictures out")
     train, val, notes = open_data(str(tmp_path / "train"))
     assert len(train) + len(val) == 18
     assert labels_of(val) == {0: 1, 1: 1, 2: 1}

@@ -342,7 +342,7 @@ def _open_folder(
     if val_split is not None and val_fraction is None:
         train_samples, val_samples = folder.samples, index_like(scan(splits[val_split], 1), classes).samples
         if val_split == "test":
-            notes.append("measured on test/ in every epoch: to choose settings, hold pictures out with --val-fraction")
+            notes.append("measured on test/: to choose settings, hold pictures out with --val-fraction")
         if val_split == train_split:
             notes.append(f"measured on the pictures that are trained on, split {val_split}")
     else:
