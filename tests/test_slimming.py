@@ -33,7 +33,7 @@ from ulsam.slimming.blocks import Block, Switched, find_blocks
 from ulsam.slimming.budget import Wish
 from ulsam.slimming.choose import Chooser
 from ulsam.slimming.damage import Score, score
-from ulsam.slimming.latency import call_of, check_engine, time_in_turn
+from ulsam.slimming.latency import Timing, call_of, check_engine, time_in_turn
 from ulsam.slimming.report import choice_lines
 from ulsam.slimming.run import _result, fine_tuning, slim
 from ulsam.slimming.store import Store
@@ -345,6 +345,38 @@ def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, sin
     }[how]
     assert choice_lines(store.data)[-1].startswith(f"chosen  {', '.join(found['blocks'])}: {reason}")
     assert any(entry["blocks"] == found["blocks"] for entry in store.get("measured"))
+
+
+def test_a_set_that_was_fast_enough_by_chance_is_not_taken(tmp_path):
+    """Three blocks, of which one is to go; b1, of less damage than b2, is fast enough at its first timing alone."""
+    readings = {(0, 1, 2): [0.7, 0.7], (0,): [0.95], (1,): [0.89, 0.92], (2,): [0.88, 0.86]}
+
+    class Clocked(Chooser):
+        def _time(self, sets):
+            ratios = {(): 1.0, (0,): 0.9, (1,): 0.9, (2,): 0.9}
+            if len(sets) == 1:
+                ratios = {tuple(sorted(sets[0])): readings[tuple(sorted(sets[0]))].pop(0)}
+            return {frozenset(numbers): Timing(1.0, ratio, 15) for numbers, ratio in ratios.items()}
+
+    wish = Wish("latency", 0.9)
+    store = Store(tmp_path / "out", wish.entry())
+    net = nn.Conv2d(3, 3, 1)
+    Clocked(
+        wish,
+        [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(3)],
+        Switched(nn.Sequential(net), ["0"], {"groups": 1}, SIZE),
+        cost(net, SIZE),
+        lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
+        store,
+        lambda: None,
+    ).choose()
+    assert store.get("chosen")["blocks"] == ["2"]
+    assert {tuple(entry["blocks"]): entry["ratio"] for entry in store.get("timed")} == {
+        ("0", "1", "2"): 0.7,
+        ("0",): 0.95,
+        ("1",): 0.92,
+        ("2",): 0.88,
+    }
 
 
 # the whole

@@ -173,11 +173,17 @@ class Chooser:
         return found(useful, "all", useful)
 
     def _ratio(self, blocks: Blocks) -> float:
-        """The measured time of the net with these blocks replaced, as a share of the net's own."""
+        """The measured time of the net with these blocks replaced, as a share of the net's own.
+
+        Of many sets one is fast enough by chance: that is timed twice, and the slower reading counts.
+        """
         places, timed = self._places(blocks), self.store.get("timed") or []
         known = next((entry for entry in timed if entry["blocks"] == places), None)
         if known is None:
-            known = {"blocks": places, **asdict(self._time([blocks])[blocks])}
+            found = self._time([blocks])[blocks]
+            if found.ratio <= self.wish.share:
+                found = max(found, self._time([blocks])[blocks], key=lambda timing: timing.ratio)
+            known = {"blocks": places, **asdict(found)}
             self.store.put("timed", [*timed, known])
         return float(known["ratio"])
 
