@@ -98,3 +98,8 @@ def test_a_page_or_a_result_that_was_changed_by_hand_is_noticed(tables, tmp_path
     summary.write_text(summary.read_text().replace('"top1": 0.8', '"top1": 0.9', 1))
     with pytest.raises(UlsamError, match=r"compare\.json is not what its runs say"):
         tables.main()
+    shutil.copytree(ROOT / "results", tmp_path / "results", dirs_exist_ok=True)
+    slimmed = tmp_path / "results" / "slimmed_grocery81_latency85"
+    shutil.copy(slimmed / "seed-0" / "whole.json", slimmed / "seed-1" / "slimmed.json")
+    with pytest.raises(UlsamError, match=r"slimmed_grocery81_latency85\.json is not what its runs say"):
+        tables.main()
