@@ -505,9 +505,21 @@ def test_pictures_that_the_start_was_trained_on_are_no_held_out_ones(data: Path,
             seen = len(trained_on & set(held_out))
             assert (seen > 0) == (split_seed == 1)
             told = [f"{model} was trained on {seen} of the {len(held_out)} pictures that are held out here"]
-            assert [line.partition(":")[0] for line in seen_before(config)] == (told if seen else [])
+            assert [line.partition(":")[0] for line in seen_before([config])] == (told if seen else [])
     elsewhere = dataclasses.replace(before, val_fraction=None, val_split="val", weights=model)
-    assert seen_before(elsewhere) == []
+    other_split = dataclasses.replace(before, train_split="val", weights=model)  # pictures of the same names
+    assert seen_before([elsewhere, other_split]) == []
+    shared = dataclasses.replace(elsewhere, val_split=None)
+    grid = Grid(parse_arms(ARMS), shared, rates=(0.01, 0.02), tried_seeds=2)
+    tries = [run.config for run in grid.known(lambda run: None)]
+    held_out = {config.split_seed: set(open_pictures(config)[1].names) for config in tries}
+    seen = {number: len(trained_on & names) for number, names in held_out.items()}
+    assert (seen[0], seen[1] > 0) == (0, True)  # each seed of a try holds out others
+    assert [line.partition(" pictures")[0] for line in seen_before(tries)] == [
+        f"{model} was trained on {seen[1]} of the {len(held_out[1])}"
+    ]
+    (tmp_path / "before" / "config.yaml").write_text("model_type: of another program")
+    assert seen_before(tries) == []
 
 
 def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -> None:

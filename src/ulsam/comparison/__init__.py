@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ulsam.comparison.arms import check_arms, check_choosing, check_shared, parse_arms
-from ulsam.comparison.grid import Grid, Run
+from ulsam.comparison.grid import Grid
 from ulsam.comparison.identity import data_digest, file_digests, seen_before
 from ulsam.comparison.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.comparison.paths import without_paths
@@ -104,8 +104,7 @@ def compare(
     with store.alone():
         grid = dataclasses.replace(grid, shared=_settled(grid, store, launcher == "ray"))
         store.begin(grid, command_line(), digest, files)
-    firsts = [next(iter(grid.tries(arm, _nothing)), grid.final(arm, 0, _nothing)) for arm in parsed]
-    for note in dict.fromkeys(note for run in firsts if run for note in seen_before(run.config)):
+    for note in seen_before(run.config for run in grid.known(lambda run: None)):
         say(f"note    {note}")
     say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {store.root}")
     place: Launcher = LocalLauncher(store, jobs or 1)
@@ -139,10 +138,6 @@ def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | Non
     if publish is not None:
         _publish(grid, store, result, publish)
     return result
-
-
-def _nothing(run: Run) -> None:
-    """What came of a run before any was started."""
 
 
 def _check_margin(margin: float) -> None:

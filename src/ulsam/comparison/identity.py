@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ulsam.data.sources import AnyPictures, FolderPictures, StreamPictures
+from ulsam.errors import UlsamError
 from ulsam.train import parts
-from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.config import TrainConfig, config_beside
 from ulsam.trained import locate
 
 
@@ -52,37 +53,40 @@ def file_digests(configs: Iterable[TrainConfig]) -> dict[str, str]:
     return {name: hashlib.sha256(locate(name).read_bytes()).hexdigest() for name in files}
 
 
-def seen_before(config: TrainConfig) -> list[str]:
-    """A line about each of the weight file and the teacher that was trained on pictures which a run holds out.
+def seen_before(configs: Iterable[TrainConfig]) -> list[str]:
+    """A line about each weight file and teacher that was trained on pictures which a run holds out.
 
-    That is known of the model file in the folder of its run, of the same image folder, by the ``config.yaml`` there.
+    That is known of the model file in the folder of its run on the same split of the same image folder.
 
     Args:
-        config: the run's settings.
+        configs: the settings of runs.
 
     Raises:
-        UlsamError: the data is not usable, or that ``config.yaml`` is not one of `ulsam train`.
+        UlsamError: the data is not usable.
 
-    >>> import tempfile
-    >>> from ulsam.data.birds import draw_birds
-    >>> seen_before(TrainConfig(str(draw_birds(tempfile.mkdtemp() + "/birds", classes=2, train=4, val=1, size=32))))
+    >>> seen_before([TrainConfig("birds")])
     []
     """
-    _, measured, _ = parts.open_pictures(config)
     found = []
-    for name in dict.fromkeys((config.weights, config.teacher)):
-        beside = locate(name or "").parent / "config.yaml"
-        if measured.split != "held-out" or not name or Path(name).name != "model.safetensors" or not beside.is_file():
-            continue
-        before = TrainConfig.from_mapping(read_config(beside))
-        if not Path(config.data).is_dir() or Path(before.data).resolve() != Path(config.data).resolve():
-            continue
-        if seen := len(set(parts.open_pictures(before)[0].names) & set(measured.names)):
-            found.append(
-                f"{name} was trained on {seen} of the {len(measured)} pictures that are held out here: start from "
-                "weights of before that, or measure on another split"
-            )
-    return found
+    for config in configs:
+        for name in dict.fromkeys((config.weights, config.teacher)):
+            before = config_beside(locate(name)) if name else None
+            if before is None or before.train_split != config.train_split or not Path(config.data).is_dir():
+                continue
+            if Path(before.data).resolve() != Path(config.data).resolve():
+                continue
+            _, measured, _ = parts.open_pictures(config)
+            try:
+                trained_on, _, _ = parts.open_pictures(before)
+            except UlsamError:  # what that run was measured on is gone since
+                continue
+            seen = len(set(trained_on.names) & set(measured.names))
+            if measured.split == "held-out" and seen:
+                found.append(
+                    f"{name} was trained on {seen} of the {len(measured)} pictures that are held out here: start from "
+                    "weights of before that, or measure on another split"
+                )
+    return list(dict.fromkeys(found))
 
 
 def _pictures(pictures: AnyPictures, root: str) -> Iterator[str]:

@@ -33,7 +33,7 @@ from ulsam.slimming.damage import score
 from ulsam.slimming.latency import check_engine
 from ulsam.slimming.store import Store, check_folder
 from ulsam.train import parts, restore
-from ulsam.train.config import TrainConfig, read_config
+from ulsam.train.config import TrainConfig, config_beside, read_config
 from ulsam.train.loop import Interrupted, resume, train
 from ulsam.train.report import cost_entry, score_entry
 from ulsam.train.step import AMP_DTYPES, LAYOUTS
@@ -138,10 +138,9 @@ def fine_tuning(model: str | os.PathLike[str], recipe: Recipe, data: str, settin
 
 def _held_out(model: Path, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings by which the run of this model file chose its held-out pictures; empty without such a run."""
-    beside = model.parent / "config.yaml"
-    if model.name != "model.safetensors" or not beside.is_file() or not Path(data).is_dir():
+    before = config_beside(model)
+    if before is None or not Path(data).is_dir():
         return {}
-    before = TrainConfig.from_mapping(read_config(beside))
     found = {"split_seed": before.seed if before.split_seed is None else before.split_seed}
     return found if "val_split" in settings else {"val_fraction": before.val_fraction, **found}
 

@@ -210,6 +210,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def config_beside(model: Path) -> TrainConfig | None:
+    """The settings of the run in whose folder a model file lies; None where it lies in no such folder.
+
+    >>> config_beside(Path("elsewhere/model.safetensors"))
+    """
+    beside = model.parent / "config.yaml"
+    if model.name != "model.safetensors" or not beside.is_file():
+        return None
+    try:
+        return TrainConfig.from_mapping(read_config(beside))
+    except UlsamError:  # of another program: both names are common
+        return None
+
+
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """``value`` as ``kind``; whole numbers pass for floats, and 1e-4, which YAML takes for text, for a number."""
     origin, choices = get_origin(kind), get_args(kind)
