@@ -464,10 +464,31 @@ def slimmed_results(name: str) -> dict[str, Any]:
         way: {seed: json.loads((folder / f"seed-{seed}" / f"{way}.json").read_text()) for seed in found[way]["seeds"]}
         for way in ("whole", "longer", "slimmed")
     }
+    first, *_ = found["whole"]["seeds"]
+    slimmed = runs["slimmed"]
+    chosen = [json.loads((folder / f"seed-{seed}" / "slim.json").read_text())["chosen"] for seed in slimmed]
+    said = {
+        "blocks": [entry["blocks"] for entry in chosen],
+        "slimmed_costs": [run["cost"] for run in slimmed.values()],
+        "whole_cost": runs["whole"][first]["cost"],
+        "config": slimmed[first]["config"],
+        "pictures": slimmed[first]["scores"]["pictures"],
+        **{name: slimmed[first]["config"][name] for name in ("lr", "epochs")},
+    }
+    for way, ran in runs.items():
+        tops = [run["scores"]["top1"] for run in ran.values()]
+        scores = {"top1": tops, "top1_mean": statistics.mean(tops), "top1_sd": statistics.stdev(tops)}
+        said[way] = {"seeds": list(ran), **scores}
+    said["whole"] |= {name: runs["whole"][first]["config"][name] for name in ("lr", "epochs")}
+    said["slimmed"]["cost"] = slimmed[first]["cost"]
     for way in ("whole", "longer"):
-        told = difference(runs["slimmed"], runs[way])
-        if json.loads(json.dumps(told and dataclasses.asdict(told))) != found[f"minus_{way}"]:
-            raise UlsamError(f"results/slimmed_{name}.json is not what its runs say: benchmarks/slimmed.py makes it")
+        told = difference(slimmed, runs[way])
+        said[f"minus_{way}"] = json.loads(json.dumps(told and dataclasses.asdict(told)))
+    for key, value in said.items():
+        if found[key] != value:
+            raise UlsamError(
+                f"results/slimmed_{name}.json is not what its runs say, of {key}: benchmarks/slimmed.py makes it"
+            )
     return found
 
 

@@ -1,5 +1,6 @@
 """What README and docs show is true: Python examples run, commands parse, links lead somewhere."""
 
+import json
 import re
 import shlex
 import shutil
@@ -99,7 +100,17 @@ def test_a_page_or_a_result_that_was_changed_by_hand_is_noticed(tables, tmp_path
     with pytest.raises(UlsamError, match=r"compare\.json is not what its runs say"):
         tables.main()
     shutil.copytree(ROOT / "results", tmp_path / "results", dirs_exist_ok=True)
-    slimmed = tmp_path / "results" / "slimmed_grocery81_latency85"
-    shutil.copy(slimmed / "seed-0" / "whole.json", slimmed / "seed-1" / "slimmed.json")
-    with pytest.raises(UlsamError, match=r"slimmed_grocery81_latency85\.json is not what its runs say"):
+    file = tmp_path / "results" / "slimmed_grocery81_latency85.json"
+    right = json.loads(file.read_text())
+    for key, value in {
+        "blocks": [["16"], ["17"]],
+        "lr": 1.0,
+        "slimmed": {**right["slimmed"], "top1_mean": 0.9},
+    }.items():
+        file.write_text(json.dumps({**right, key: value}))
+        with pytest.raises(UlsamError, match=rf"latency85\.json is not what its runs say, of {key}"):
+            tables.main()
+    file.write_text(json.dumps(right))
+    shutil.copy(file.with_suffix("") / "seed-0" / "longer.json", file.with_suffix("") / "seed-1")
+    with pytest.raises(UlsamError, match=r"is not what its runs say, of longer"):
         tables.main()
