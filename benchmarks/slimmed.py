@@ -35,9 +35,10 @@ from torch import nn
 from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
 from ulsam.comparison.latency import measure
 from ulsam.comparison.latency import processor as processor_name
+from ulsam.comparison.launch import lock_of
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.statistics import difference
-from ulsam.comparison.store import Store, check_settings
+from ulsam.comparison.store import Store, check_settings, take_lock
 from ulsam.data.loading import eval_loader
 from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
@@ -209,12 +210,14 @@ def _decide(jobs: Sequence[dict[str, Any]]) -> None:
 
 
 def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> None:
-    """Train the whole net as its slimmed one is, or go on with it.
+    """Train the whole net as its slimmed one is, or go on with it, or wait for another process that does.
 
     Raises:
         UlsamError: it was begun with other settings.
     """
     config = fine_tuning(model, read_recipe(model), data, settings)
+    make_folder(out.parent)
+    take_lock(lock_of(out), wait=True)  # until this process ends
     if not (out / "config.yaml").exists():
         train(config, out)
         return
