@@ -34,12 +34,12 @@ def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert trained.locate(tmp_path / "net.safetensors") == tmp_path / "net.safetensors"
     assert trained.locate("net") == Path("net")
     monkeypatch.setattr(trained, "_FOLDER", tmp_path)
-    (tmp_path / "net.md").write_text("# net\n")
+    (tmp_path / "net.md").write_text("# net\n<!-- card -->\n| a |\n<!-- /card -->\n")
     assert trained.names() == ["net"]
     assert trained.locate("net") == tmp_path / "net.safetensors"
     assert trained.locate("./net") == Path("./net")
     assert trained.locate(Path("net")) == Path("net")
-    assert trained.card("net") == "# net\n"
+    assert trained.card("net") == "# net\n| a |\n"
     with pytest.raises(UlsamError, match="no trained net 'other' comes with the package"):
         trained.card("other")
     with pytest.raises(UlsamError, match=r"^no model file nets; the package has a trained net net$"):

@@ -1,6 +1,7 @@
 """The trained nets that come with the package: each a model file and, beside it, its card in Markdown."""
 
 import os
+import re
 from pathlib import Path
 
 from ulsam.errors import UlsamError
@@ -40,4 +41,5 @@ def card(name: str) -> str:
     """
     if name not in names():
         raise UlsamError(f"no trained net {name!r} comes with the package: see ulsam.trained.names()")
-    return (_FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    text = (_FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    return re.sub(r"<!--.*?-->\n", "", text)  # marks of a table that is written from results
