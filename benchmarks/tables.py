@@ -626,6 +626,7 @@ TABLES = {
     "README.md": {"headline": headline_table},
     "docs/results.md": {
         "cub100": lambda: comparison_table("compare_cub100"),
+        "more_cub100": lambda: comparison_table("more_cub100"),
         "grocery81": lambda: comparison_table("compare_grocery81"),
         "v1_cub100": lambda: comparison_table("compare_v1_cub100"),
         "slimmed_cub100": lambda: slimmed_table("cub100_macs75"),
@@ -634,6 +635,7 @@ TABLES = {
         "damage_cub100": lambda: damage_table("cub100"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
         "layer_cub100": lambda: comparison_table("layer_cub100", against=("removed 14,17", "removed 4,7")),
+        "layer_cub100_lr02": lambda: comparison_table("layer_cub100_lr02", against=("removed 14,17",)),
         "finetune": finetune_table,
     },
     "src/ulsam/trained/mobilenetv2_100.grocery81_slim75.md": {"card": lambda: card_table("grocery81_macs75")},
