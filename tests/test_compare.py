@@ -26,7 +26,7 @@ from ulsam.comparison.paths import without_paths
 from ulsam.comparison.report import measure_latency
 from ulsam.comparison.statistics import right
 from ulsam.comparison.store import Store, take_lock
-from ulsam.comparison.table import pairs
+from ulsam.comparison.table import legend, pairs
 from ulsam.errors import UlsamError
 from ulsam.files import make_folder
 from ulsam.train.config import TrainConfig
@@ -424,6 +424,13 @@ def test_the_second_table_has_every_other_pair() -> None:
     names = [("b", "a"), ("c", "a"), ("c", "b")]
     result = {"arms": [{"name": "a"}], "differences": [{"arm": one, "minus": other, **pair} for one, other in names]}
     assert pairs(result) == [["c minus b", "+1.00 [+0.20, +1.80]", "gain, holds"]]
+
+
+def test_the_legend_tells_the_interval_where_only_the_base_is_held_against(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    assert legend({**finished[1], "differences": []}) == legend(finished[1])
+    assert "95 % interval over" in legend(finished[1])
 
 
 def test_runs_that_were_not_started_are_missing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
