@@ -102,21 +102,18 @@ class Chooser:
             },
         )
 
-    def _scored(self, blocks: Blocks) -> Score:
+    def _scored(self, blocks: Blocks, progress: _Progress) -> Score:
         """The score with these blocks replaced; of none: of the net as it is."""
         known = self.store.score(self._places(blocks))
         if known is None:
             known = self.score([self.blocks[number].name for number in sorted(blocks)])
             self.store.add_score(self._places(blocks), known)
+            progress.count()
         return known
 
     def _damage(self, blocks: Blocks, progress: _Progress) -> float:
         """How much the loss grows when these blocks are replaced."""
-        is_known = self.store.score(self._places(blocks)) is not None
-        damage = self._scored(blocks).loss - self._scored(frozenset()).loss
-        if not is_known:
-            progress.count()
-        return damage
+        return self._scored(blocks, progress).loss - self._scored(frozenset(), progress).loss
 
     def _savings(self, progress: _Progress) -> tuple[list[float], float]:
         """What each block saves, counted or timed, and what there is in all; of time both are shares."""
