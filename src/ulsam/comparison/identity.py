@@ -76,12 +76,13 @@ def seen_before(configs: Iterable[TrainConfig]) -> list[str]:
             if Path(before.data).resolve() != Path(config.data).resolve():
                 continue
             _, measured, _ = parts.open_pictures(config)
+            if measured.split != "held-out":
+                continue
             try:
                 trained_on, _, _ = parts.open_pictures(before)
             except UlsamError:  # what that run was measured on is gone since
                 continue
-            seen = len(set(trained_on.names) & set(measured.names))
-            if measured.split == "held-out" and seen:
+            if seen := len(set(trained_on.names) & set(measured.names)):
                 found.append(
                     f"{name} was trained on {seen} of the {len(measured)} pictures that are held out here: start from "
                     "weights of before that, or measure on another split"
