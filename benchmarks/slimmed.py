@@ -38,7 +38,7 @@ from ulsam.comparison.latency import processor as processor_name
 from ulsam.comparison.launch import lock_of
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.statistics import difference
-from ulsam.comparison.store import Store, check_settings, take_lock
+from ulsam.comparison.store import Store, take_lock
 from ulsam.data.loading import eval_loader
 from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
@@ -50,6 +50,7 @@ from ulsam.train import parts
 from ulsam.train.config import read_config
 from ulsam.train.loop import resume, train
 from ulsam.train.report import command_line, versions
+from ulsam.train.restore import check_begun
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ("macs", "params", "latency")
@@ -221,7 +222,7 @@ def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> No
     if not (out / "config.yaml").exists():
         train(config, out)
         return
-    check_settings(read_config(out / "config.yaml"), config, out)
+    check_begun(read_config(out / "config.yaml"), dataclasses.asdict(config), out)
     if not (out / "summary.json").exists():
         resume(out)
 

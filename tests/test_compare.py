@@ -195,7 +195,8 @@ def test_runs_of_another_recipe_are_never_mixed_in(
     finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(finished[0], tmp_path / "out")
-    with pytest.raises(UlsamError, match=r"holds a run with smoothing 0.1, not 0.0: move it away") as error:
+    again = r"holds a run with smoothing 0.1, not 0.0: put that back, move it away"
+    with pytest.raises(UlsamError, match=again) as error:
         run_here(out, data, ARMS, rates=(0.02, 0.1), seeds=2, settings={"smoothing": 0.0})
     assert "choose-0.02-1" in str(error.value)
     path = final(out, "base", 0) / "summary.json"

@@ -233,7 +233,7 @@ def test_its_runs(
     store.write("arms/pruned-uniform-params-0.95/guest.json", pruned)
 
     store.write("grid.json", dataclasses.replace(grid, shared=dataclasses.replace(base, hflip=0.4)).to_json())
-    with pytest.raises(UlsamError, match=r"holds a run with hflip 0.5, not 0.4: move it away"):
+    with pytest.raises(UlsamError, match=r"holds a run with hflip 0.5, not 0.4: put that back, move it away"):
         pruning.main(words)
     store.write("grid.json", {**grid.to_json(), "data_sha256": "of others"})
     with pytest.raises(UlsamError, match=r"compares nets on other pictures than .* holds now"):

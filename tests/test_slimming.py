@@ -423,7 +423,7 @@ def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data
     for change, message in [
         (["--params", "0.8"], "other settings: share was 0.85 and is 0.8 now"),
         (["--groups", "2"], "other settings: layer was {'layer': 'thin'} and is {'groups': 2} now"),
-        (["--epochs", "2"], "epochs was 1 and is 2 now"),
+        (["--epochs", "2"], "run holds a run with epochs 1, not 2: put that back"),
     ]:
         assert main([*argv, *change]) == 2
         assert message in capsys.readouterr().err

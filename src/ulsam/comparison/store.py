@@ -23,8 +23,8 @@ from ulsam.comparison.grid import Failed, Grid, Run
 from ulsam.comparison.paths import without_paths
 from ulsam.errors import UlsamError
 from ulsam.files import make_folder, write_atomic
-from ulsam.train.config import TrainConfig, read_config
-from ulsam.train.restore import HARMLESS
+from ulsam.train.config import read_config
+from ulsam.train.restore import check_begun
 
 
 class Store:
@@ -51,7 +51,7 @@ class Store:
             except (FileNotFoundError, NotADirectoryError):
                 return self._failure(run)
             summary = _json(text, folder / "summary.json")
-            check_settings(summary.get("config", {}), run.config, folder)
+            check_begun(summary.get("config", {}), dataclasses.asdict(run.config), folder)
             self._read[folder] = summary
         return self._read[folder]
 
@@ -63,7 +63,7 @@ class Store:
         """
         self.look(run)
         if (self.folder(run) / "config.yaml").is_file():
-            check_settings(read_config(self.folder(run) / "config.yaml"), run.config, self.folder(run))
+            check_begun(read_config(self.folder(run) / "config.yaml"), dataclasses.asdict(run.config), self.folder(run))
 
     def fail(self, run: Run, reason: str) -> None:
         """Note why a run failed."""
@@ -207,20 +207,6 @@ class Store:
             return Failed(self.folder(run).with_name(f"{run.name}.failed").read_text(encoding="utf-8").strip())
         except FileNotFoundError:
             return None
-
-
-def check_settings(found: Mapping[str, Any], wanted: TrainConfig, folder: Path) -> None:
-    """Raise unless a run's settings are those wanted; how it is computed may differ (`ulsam.train.restore.HARMLESS`).
-
-    Raises:
-        UlsamError: one differs; the line names it.
-    """
-    before = dataclasses.asdict(TrainConfig.from_mapping(found))
-    for name, value in dataclasses.asdict(wanted).items():
-        if name not in HARMLESS and before[name] != value:
-            raise UlsamError(
-                f"{folder} holds a run with {name} {before[name]}, not {value}: move it away, or name another --out"
-            )
 
 
 def take_lock(path: Path, wait: bool = False) -> int | None:

@@ -88,7 +88,8 @@ def slim(
         store = _choose(asked, out, net, recipe, config, locate(model))
         chosen = [*config.edits, asked.edit(store.data["chosen"]["blocks"])]
         config = dataclasses.replace(config, edits=chosen)
-        _check_begun(config, out / "run")
+        if (out / "run" / "config.yaml").exists():
+            restore.check_begun(read_config(out / "run" / "config.yaml"), _decided(config), out / "run")
         write_atomic(out / "train.yaml", config.to_yaml())
         if not fine_tune:
             command = ["ulsam", "train", "--config", str(out / "train.yaml"), "--out", str(out / "run")]
@@ -203,19 +204,6 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
         for line in report.choice_lines(store.data):
             _say(line)
     return store
-
-
-def _check_begun(config: TrainConfig, run: Path) -> None:
-    """Raise if the fine-tuning's run was begun with other settings than these."""
-    if not (run / "config.yaml").exists():
-        return
-    before = TrainConfig.from_mapping(read_config(run / "config.yaml"))
-    for name, value in _decided(config).items():
-        if name not in restore.HARMLESS and getattr(before, name) != value:
-            raise UlsamError(
-                f"{run} was begun with other settings: {name} was {getattr(before, name)} and is {value} now; "
-                "put it back, or choose another --out"
-            )
 
 
 def _decided(config: TrainConfig) -> dict[str, Any]:

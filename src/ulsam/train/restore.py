@@ -47,6 +47,21 @@ def continued(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
+def check_begun(found: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) -> None:
+    """Raise unless the settings found in a run's folder are those wanted; how it is computed may differ (`HARMLESS`).
+
+    Raises:
+        UlsamError: one differs; the line names it.
+    """
+    before = dataclasses.asdict(TrainConfig.from_mapping(found))
+    for name, value in wanted.items():
+        if name not in HARMLESS and before[name] != value:
+            raise UlsamError(
+                f"{run} holds a run with {name} {before[name]}, not {value}: put that back, move it away, or name "
+                "another --out"
+            )
+
+
 def check_prepared(run: Path, saved: Mapping[str, Any] | None, given: bool) -> None:
     """Raise unless a prepared net is given if and only if the run began with one.
 
