@@ -95,9 +95,10 @@ def finals(store: Store, most: int | None) -> dict[str, list[Run]]:
     grid = store.grid()
     found = {}
     for arm in grid.arms:
-        runs = [grid.final(arm, number, store.look) for number in range(grid.seeds)[:most]]
-        found[arm.name] = [run for run in runs if run and (store.folder(run) / "model.safetensors").exists()]
-        if len(found[arm.name]) < len(runs):
+        found[arm.name] = grid.finals(arm, store.look)[:most]
+        if not found[arm.name] or not all(
+            (store.folder(run) / "model.safetensors").exists() for run in found[arm.name]
+        ):
             raise UlsamError(f"not all final runs of {arm.name} are finished: go on with ulsam compare")
     return found
 

@@ -176,7 +176,7 @@ def base_runs(grid: Grid, store: Store, most: int | None = None) -> tuple[Run, l
     if chosen is None:
         raise UlsamError(f"{store.root} has not chosen a learning rate for its base net: go on with ulsam compare")
     runs = [run for run in grid.tries(arm, store.look) if (run.config.lr, run.config.epochs) == chosen][:1]
-    runs += [run for number in range(grid.seeds)[:most] if (run := grid.final(arm, number, store.look))]
+    runs += grid.finals(arm, store.look)[:most]
     for run in runs:
         summary = store.look(run)
         if summary is None or isinstance(summary, Failed) or not (store.folder(run) / "model.safetensors").exists():

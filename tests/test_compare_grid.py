@@ -242,8 +242,8 @@ def test_the_mean_over_the_seeds_of_a_try_chooses() -> None:
     assert done == both
     assert plan.tried(base, look)[0] == Try(0.01, 1, pytest.approx(0.6), None, (0.5, 0.7), 1.0)
     assert plan.chosen(base, look) == (0.01, 1)
-    final = plan.final(base, 0, look)
-    assert final and (final.name, final.config.split_seed) == ("seed-7-0.01-1", 0)
+    (final,) = plan.finals(base, look)
+    assert (final.name, final.config.split_seed) == ("seed-7-0.01-1", 0)
     assert plan.size == 2 * (3 * 2 + 1)
     assert Grid.from_json(json.loads(json.dumps(plan.to_json()))).tried_seeds == 2
 

@@ -127,9 +127,8 @@ class Grid:
     def known(self, look: Look) -> list[Run]:
         """All runs that are known to be needed by now, in the order in which they are to be done."""
         found = [run for arm in self.arms for run in self.tries(arm, look)]
-        for seed in range(self.seeds):
-            found += [run for arm in self.arms if (run := self.final(arm, seed, look))]
-        return found
+        finals = [self.finals(arm, look) for arm in self.arms]
+        return found + [runs[number] for number in range(self.seeds) for runs in finals if runs]
 
     def tries(self, arm: Arm, look: Look) -> list[Run]:
         """The runs that choose, as far as they are known: the further ones need the results of the first ones."""
@@ -153,15 +152,17 @@ class Grid:
         best = _best(tried)
         return (best.rate, best.epochs) if best else None
 
-    def final(self, arm: Arm, number: int, look: Look) -> Run | None:
-        """The arm's run with the ``number``-th seed, on all training pictures; None where :meth:`chosen` is None."""
+    def finals(self, arm: Arm, look: Look) -> list[Run]:
+        """The arm's runs on all training pictures, one for each seed; empty where :meth:`chosen` is None."""
         chosen = self.chosen(arm, look)
         if chosen is None:
-            return None
-        seed = self.shared.seed + number
+            return []
         rate, epochs = chosen
-        name = f"seed-{seed}-{rate:g}-{epochs}" if self.choosing else f"seed-{seed}"  # another choice is another run
-        return Run(arm, name, self._config(arm, rate, epochs, seed=seed))
+        runs = []
+        for seed in range(self.shared.seed, self.shared.seed + self.seeds):
+            name = f"seed-{seed}-{rate:g}-{epochs}" if self.choosing else f"seed-{seed}"  # another choice, another run
+            runs.append(Run(arm, name, self._config(arm, rate, epochs, seed=seed)))
+        return runs
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; :meth:`from_json` reads it back.

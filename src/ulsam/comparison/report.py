@@ -8,7 +8,7 @@ from typing import Any
 
 from ulsam.comparison import latency, plot, table
 from ulsam.comparison.arms import Arm
-from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge, most_epochs
+from ulsam.comparison.grid import Failed, Grid, Try, at_the_edge, most_epochs
 from ulsam.comparison.statistics import Difference, check_paired, difference
 from ulsam.comparison.store import Store
 from ulsam.files import write_atomic
@@ -94,22 +94,18 @@ def write_reports(store: Store, result: Mapping[str, Any]) -> None:
 
 def _finals(grid: Grid, arm: Arm, store: Store) -> Runs:
     found: Runs = {}
-    for run in _final_runs(grid, arm, store):
+    for run in grid.finals(arm, store.look):
         summary = store.look(run)
         if summary is not None and not isinstance(summary, Failed):
             found[run.config.seed] = summary
     return found
 
 
-def _final_runs(grid: Grid, arm: Arm, store: Store) -> list[Run]:
-    return [run for number in range(grid.seeds) if (run := grid.final(arm, number, store.look))]
-
-
 def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[str, Any] | None) -> dict[str, Any]:
     top1 = [summary["scores"]["top1"] for summary in runs.values()]
     chosen = grid.chosen(arm, store.look)
     tries = grid.tried(arm, store.look)
-    finals = _final_runs(grid, arm, store)
+    finals = grid.finals(arm, store.look)
     # a rate that fails is a result of its own, but without any that works the arm has failed
     counted = grid.tries(arm, store.look) if tries and all(entry.failed for entry in tries) else finals
     failed = [

@@ -115,10 +115,9 @@ class TrainConfig:
     save_seconds: float = _option(120.0, "at least this long between two checkpoints within an epoch")
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
         for spec in fields(self):
             value = getattr(self, spec.name)
-            checked = _checked(spec.name, value, hints[spec.name])
+            checked = _checked(spec.name, value, _KINDS[spec.name])
             object.__setattr__(self, spec.name, checked)
         for name, default in _TAUGHT.items():
             if self.teacher is not None and getattr(self, name) is None:
@@ -191,6 +190,9 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """All settings, one a line; :func:`read_config` reads it back."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+_KINDS = get_type_hints(TrainConfig)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
