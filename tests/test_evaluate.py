@@ -17,8 +17,8 @@ from torch import nn
 
 from tiny import NET, draw, draw_splits
 from ulsam.data.loading import Batch, eval_loader
+from ulsam.data.opening import open_split
 from ulsam.data.pictures import read_picture
-from ulsam.data.sources import open_split
 from ulsam.errors import UlsamError
 from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, outcomes, predict, recipe_transform, wilson
 from ulsam.models import build, make_recipe

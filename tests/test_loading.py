@@ -22,8 +22,9 @@ from tiny import draw, draw_shards, draw_splits
 from ulsam.data import loading
 from ulsam.data.augment import EvalTransform, TrainTransform
 from ulsam.data.loading import Batch, EpochOrder, eval_loader, train_loader
+from ulsam.data.opening import open_data, open_split
 from ulsam.data.pictures import UnreadablePicture
-from ulsam.data.sources import FactoryPictures, FolderPictures, StreamPictures, open_data, open_split
+from ulsam.data.sources import FactoryPictures, FolderPictures, StreamPictures
 from ulsam.errors import UlsamError
 
 PLAIN = {"crop_scale": (1.0, 1.0), "hflip": 0, "color_jitter": 0, "rand_augment": None, "random_erasing": 0}

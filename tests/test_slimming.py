@@ -22,8 +22,8 @@ from tiny import draw_splits, options, warm
 from ulsam.cli import main
 from ulsam.costs import cost
 from ulsam.data.loading import eval_loader
+from ulsam.data.opening import open_data
 from ulsam.data.pictures import read_pixels
-from ulsam.data.sources import open_data
 from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
 from ulsam.models import build, load, make_recipe, read_recipe, save_model

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ulsam.data.birds import draw_birds
-from ulsam.data.sources import open_split
+from ulsam.data.opening import open_split
 from ulsam.files import write_atomic
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train

@@ -1,5 +1,7 @@
 """The one exception that means: the user can fix this."""
 
+from collections.abc import Sequence
+
 
 class UlsamError(ValueError):
     """Something is wrong that the caller can put right; the message is one line that says how.
@@ -33,3 +35,12 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     True
     """
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def a_few(names: Sequence[str]) -> str:
+    """The first five names, for a line.
+
+    >>> a_few("abcdefg")
+    'a, b, c, d, e, ...'
+    """
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ulsam import runtime
+from ulsam.data.opening import open_data
 from ulsam.data.pictures import Pixels, UnreadablePicture
-from ulsam.data.sources import AnyPictures, MapPictures, StreamPictures, open_data
+from ulsam.data.sources import AnyPictures, MapPictures, StreamPictures
 from ulsam.errors import UlsamError
 from ulsam.exporting import engine_of
 from ulsam.exporting.onnx_graph import ATTENTION, check_installed, drop_unused

@@ -10,7 +10,7 @@ from ulsam.costs import cost
 from ulsam.data.augment import EvalTransform
 from ulsam.data.folder import find_splits
 from ulsam.data.loading import eval_loader
-from ulsam.data.sources import is_named, open_split
+from ulsam.data.opening import is_named, open_split
 from ulsam.distributed import start
 from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import evaluate, recipe_transform

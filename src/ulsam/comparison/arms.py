@@ -11,7 +11,7 @@ import yaml
 
 from ulsam.comparison.paths import without_paths
 from ulsam.data.folder import find_splits
-from ulsam.data.sources import is_named
+from ulsam.data.opening import is_named
 from ulsam.distributed import World
 from ulsam.errors import UlsamError
 from ulsam.presets import PLACEMENTS

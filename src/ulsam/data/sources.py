@@ -1,37 +1,21 @@
-"""Where pictures come from: an image folder, or a data set of timm's factory."""
+"""Where pictures come from: an image folder, or a data set of timm's factory; `ulsam.data.opening` opens them."""
 
-import dataclasses
 import functools
 import io
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset
 from timm.data.readers.reader_wds import ReaderWds
-from torch.utils.data import IterableDataset
 from torchvision.datasets import DatasetFolder
 
-from ulsam.data.folder import (
-    PICTURE_SUFFIXES,
-    Sample,
-    class_counts,
-    find_splits,
-    imbalance_note,
-    index_like,
-    scan,
-    split,
-)
+from ulsam.data.folder import PICTURE_SUFFIXES, Sample
 from ulsam.data.pictures import Pixels, Reduction, UnreadablePicture, read_pixels, whole
-from ulsam.errors import UlsamError, first_line
-
-_FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
+from ulsam.errors import UlsamError, a_few
 
 
 @dataclass(frozen=True)
@@ -83,7 +67,7 @@ class _Named:
             raise UlsamError(f"{self.title} has {len(self.classes)} classes, the net has {len(classes)}")
         if unknown and not by_number:
             raise UlsamError(
-                f"{self.title} has classes that were not trained on: {_some(unknown)}; known are {_some(classes)}. If"
+                f"{self.title} has classes that were not trained on: {a_few(unknown)}; known are {a_few(classes)}. If"
                 " they are the same ones under other names, --classes-by-number takes them by their position"
             )
         if not by_number:
@@ -219,192 +203,8 @@ MapPictures = FolderPictures | FactoryPictures
 AnyPictures = MapPictures | StreamPictures
 
 
-def open_data(
-    data: str,
-    *,
-    data_dir: str | None = None,
-    train_split: str = "train",
-    val_split: str | None = None,
-    val_fraction: float | None = None,
-    class_names: str | None = None,
-    batch_size: int = 32,
-    seed: int = 0,
-    split_seed: int | None = None,
-) -> tuple[AnyPictures, AnyPictures, list[str]]:
-    """Open the training and validation pictures of a data set.
-
-    Args:
-        data: an image folder (``train/`` with ``val/`` or ``test/``, or class folders alone), or a name of timm's
-            factory such as ``torch/imagenet``.
-        data_dir: where a named data set lies.
-        train_split, val_split: their names; the validation split is by default ``val``, else ``test``, else held out;
-            of a named data set ``validation``.
-        val_fraction: hold this share of the training pictures out for validation, whatever splits there are; a folder
-            without splits holds out 0.2 by default.
-        class_names: a text file with the class names, one a line, for a named data set that does not know them.
-        batch_size: what a stream rounds its epochs to.
-        seed: of a stream's order, and, without ``split_seed``, of the choice of held-out pictures.
-        split_seed: of the choice of held-out pictures.
-
-    Returns:
-        Training pictures, validation pictures, and one line for the user about each noteworthy thing.
-
-    Raises:
-        UlsamError: no such data, or it has not the expected shape.
-    """
-    if is_named(data):
-        if val_fraction is not None:
-            raise UlsamError("--val-fraction works on image folders; name a split of this data set with --val-split")
-        options: dict[str, Any] = {
-            "data_dir": data_dir,
-            "class_names": class_names,
-            "batch_size": batch_size,
-            "seed": seed,
-        }
-        train = _named(data, train_split, is_training=True, **options)
-        val = _named(data, val_split or "validation", is_training=False, **options)
-        if train.classes != val.classes:
-            raise UlsamError(
-                f"{data} has other classes to train on ({_some(train.classes)}) "
-                f"than to measure on ({_some(val.classes)})"
-            )
-        notes = []
-        if isinstance(train, StreamPictures):
-            notes.append(
-                "a stream of shards: epochs are whole batches, and --resume goes back to the start of an epoch"
-            )
-        elif train.labels is not None:
-            counts = Counter(train.labels)
-            if note := imbalance_note(train.classes, [counts[label] for label in range(len(train.classes))]):
-                notes.append(note)
-        return train, val, notes
-    return _open_folder(data, train_split, val_split, val_fraction, seed if split_seed is None else split_seed)
-
-
-def is_named(data: str) -> bool:
-    """Whether this is the name of a data set of timm's factory, and no folder."""
-    return data.partition("/")[0].lower() in _FACTORY and not os.path.exists(data)
-
-
-def open_split(
-    data: str,
-    name: str,
-    classes: tuple[str, ...] | None = None,
-    *,
-    data_dir: str | None = None,
-    class_names: str | None = None,
-    by_number: bool = False,
-) -> AnyPictures:
-    """One split to measure on; of a folder without splits, all its pictures.
-
-    Args:
-        data, data_dir, class_names: as for :func:`open_data`.
-        name: of the split.
-        classes: of the net, which number the labels; by default the data set's own.
-        by_number: whether the data's classes are the net's by their position, whatever their names.
-
-    Raises:
-        UlsamError: no such split, classes that the net does not know, or, by number, not as many.
-    """
-    if is_named(data):
-        pictures = _named(data, name, is_training=False, data_dir=data_dir, class_names=class_names)
-        if classes is not None:
-            pictures.number_like(classes, by_number)
-        return pictures
-    splits = find_splits(data)
-    if splits and name not in splits:
-        raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
-    folder = scan(splits.get(name, Path(data)), min_classes=1)
-    if classes is not None and by_number and len(classes) != len(folder.classes):
-        raise UlsamError(f"{data} has {len(folder.classes)} classes, the net has {len(classes)}")
-    if classes is not None:
-        folder = dataclasses.replace(folder, classes=classes) if by_number else index_like(folder, classes)
-    return FolderPictures(folder.samples, folder.classes, _words(name))
-
-
-def _open_folder(
-    data: str, train_split: str, val_split: str | None, val_fraction: float | None, seed: int
-) -> tuple[FolderPictures, FolderPictures, list[str]]:
-    splits = find_splits(data)
-    for name in (train_split, val_split):
-        if name is not None and splits and name not in splits:
-            raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
-    if val_split is not None and not splits:
-        raise UlsamError(f"{data} has no split {val_split!r}: it is one folder of classes; leave --val-split out")
-    folder = scan(splits.get(train_split, Path(data)))
-    classes, notes = folder.classes, []
-    if folder.empty:
-        notes.append(f"{len(folder.empty)} class folders without a picture left out: {_some(folder.empty)}")
-    if folder.ignored:
-        notes.append(f"{len(folder.ignored)} files passed over, no pictures by name: {_some(folder.ignored)}")
-    if val_fraction is None and val_split is None:
-        val_split = next((name for name in ("val", "test") if name in splits), None)
-    if val_split is not None and val_fraction is None:
-        train_samples, val_samples = folder.samples, index_like(scan(splits[val_split], 1), classes).samples
-        if val_split == "test":
-            notes.append("measured on test/: to choose settings, hold pictures out with --val-fraction")
-        if val_split == train_split:
-            notes.append(f"measured on the pictures that are trained on, split {val_split}")
-    else:
-        val_split = "held-out"
-        train_samples, val_samples = split(folder.samples, 0.2 if val_fraction is None else val_fraction, seed)
-        notes.append(f"{len(val_samples)} of {len(folder.samples)} training pictures held out for validation ({seed=})")
-    if note := imbalance_note(classes, class_counts(train_samples, len(classes))):
-        notes.append(note)
-    counts = class_counts(val_samples, len(classes))
-    if absent := [name for name, count in zip(classes, counts, strict=True) if not count]:
-        notes.append(f"{len(absent)} classes have no validation picture: {_some(absent)}")
-    return FolderPictures(train_samples, classes), FolderPictures(val_samples, classes, _words(val_split)), notes
-
-
-def _named(
-    name: str, split_name: str, *, is_training: bool, data_dir: str | None, class_names: str | None, **options: Any
-) -> FactoryPictures | StreamPictures:
-    if data_dir is None and name.partition("/")[0].lower() in ("torch", "wds"):
-        raise UlsamError(f"{name} needs --data-dir, the folder where it lies")
-    try:
-        dataset = create_dataset(name, root=data_dir, split=split_name, is_training=is_training, **options)
-    except ImportError as error:
-        raise UlsamError(f"{name} needs a package: {error}; pip install 'ulsam[datasets]'") from error
-    except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
-        reason = first_line(error).partition(" You can use download")[0]
-        where = f"in {data_dir}" if data_dir else "(no --data-dir given)"
-        raise UlsamError(f"cannot open {name}, split {split_name!r}, {where}: {reason}") from error
-    classes = _read_names(class_names) if class_names else _class_names(dataset)
-    if not classes:
-        raise UlsamError(f"{name} does not tell its classes: give a text file of their names with --class-names")
-    if len(set(classes)) != len(classes):
-        raise UlsamError(f"{name} has two classes of one name: give a text file of other names with --class-names")
-    if isinstance(dataset, IterableDataset):
-        return StreamPictures(dataset, name, classes, split_name, is_training)
-    return FactoryPictures(dataset, name, classes, split_name)
-
-
-def _class_names(dataset: Any) -> tuple[str, ...]:
-    names = getattr(dataset, "classes", None)
-    if names is None:
-        index = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
-        names = sorted(index, key=index.__getitem__)
-    return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in names)
-
-
-def _read_names(path: str) -> tuple[str, ...]:
-    try:
-        return tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UlsamError(f"cannot read the class names in {path}: {error}") from error
-
-
-def _words(split_name: str) -> str:
-    return {"train": "training", "val": "validation"}.get(split_name, split_name)
-
-
 def _relative(paths: Iterable[str]) -> list[str]:
     """The paths from the folder on that holds them all."""
     found = list(paths)
     root = os.path.commonpath([min(found), max(found)]) if found else ""  # what these two share, all share
     return [path[len(root) :] for path in found]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

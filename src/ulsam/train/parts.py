@@ -17,7 +17,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from tqdm import tqdm
 
-from ulsam.data import loading, sources
+from ulsam.data import loading, opening, sources
 from ulsam.data.augment import TrainTransform
 from ulsam.data.cache import cache_for
 from ulsam.distributed import World
@@ -33,8 +33,8 @@ DIVERGED = "try a lower --lr, --clip-grad 1, or --amp none"
 
 
 def open_pictures(config: TrainConfig) -> tuple[sources.AnyPictures, sources.AnyPictures, list[str]]:
-    """Training pictures, validation pictures and notes for the user; see `ulsam.data.sources.open_data`."""
-    return sources.open_data(
+    """Training pictures, validation pictures and notes for the user; see `ulsam.data.opening.open_data`."""
+    return opening.open_data(
         config.data,
         data_dir=config.data_dir,
         train_split=config.train_split,
