@@ -51,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "layout": "contiguous",
     "amp": "none",
     "compile": "none",
+    "clip_grad": 9.0,
     "fit_pictures": 0,  # new layers as they are made: fitting them has tests of its own
 }
 AT = "13,14,16,17"
@@ -282,9 +283,22 @@ def test_onnx_runtime_puts_out_what_the_net_does():
 
 
 @pytest.mark.slow  # real times: on a busy machine a block may save none
-def test_a_budget_of_time_is_met_by_the_net_that_was_timed(model, data, tmp_path, capsys):
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+def test_a_budget_of_time_is_met_by_the_net_that_was_timed(model, data, tmp_path, capsys, engine):
+    pytest.importorskip("onnxruntime")
     argv = ["slim", str(model), str(data), "--out", str(tmp_path / "out"), "--latency", "0.93", "--no-train"]
-    argv += ["--latency-seconds", "0", "--latency-threads", "1", "--most-sets", "4", "--groups", "2"]
+    argv += [
+        "--latency-seconds",
+        "0",
+        "--latency-threads",
+        "1",
+        "--most-sets",
+        "4",
+        "--groups",
+        "2",
+        "--engine",
+        engine,
+    ]
     argv += options(SETTINGS)
     assert main(argv) == 0
     found = kept(tmp_path / "out")
@@ -427,6 +441,9 @@ def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data
     ]:
         assert main([*argv, *change]) == 2
         assert message in capsys.readouterr().err
+    at = argv.index("--clip-grad")
+    assert main(argv[:at] + argv[at + 2 :]) == 2
+    assert "run holds a run with clip_grad 9.0, not None: put that back" in capsys.readouterr().err
     assert kept(slimmed) == figures
     assert yaml.safe_load((slimmed / "train.yaml").read_text())["epochs"] == 1
 

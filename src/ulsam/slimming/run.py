@@ -89,7 +89,8 @@ def slim(
         chosen = [*config.edits, asked.edit(store.data["chosen"]["blocks"])]
         config = dataclasses.replace(config, edits=chosen)
         if (out / "run" / "config.yaml").exists():
-            restore.check_begun(read_config(out / "run" / "config.yaml"), _decided(config), out / "run")
+            wanted = {name: value for name, value in dataclasses.asdict(config).items() if value != "auto"}
+            restore.check_begun(read_config(out / "run" / "config.yaml"), wanted, out / "run")
         write_atomic(out / "train.yaml", config.to_yaml())
         if not fine_tune:
             command = ["ulsam", "train", "--config", str(out / "train.yaml"), "--out", str(out / "run")]
@@ -206,11 +207,6 @@ def _choose(asked: Wish, out: Path, net: nn.Module, recipe: Recipe, config: Trai
     return store
 
 
-def _decided(config: TrainConfig) -> dict[str, Any]:
-    """The settings that the run does not decide itself."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if value not in ("auto", None)}
-
-
 def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
     """The summary of the fine-tuning's run: a new one, the one that is there, or its rest."""
     if not (run / "config.yaml").exists():
@@ -218,7 +214,8 @@ def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
     if (run / "summary.json").exists():
         summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         return summary
-    return resume(run, {name: value for name, value in _decided(config).items() if name in restore.HARMLESS})
+    given = {name: getattr(config, name) for name in restore.HARMLESS}
+    return resume(run, {name: value for name, value in given.items() if value not in ("auto", None)})
 
 
 def _result(net: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
