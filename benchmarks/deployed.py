@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30, help="for each batch size and number of threads")
     args = parser.parse_args(argv)
+    if args.seeds is not None and args.seeds < 1:
+        parser.error(f"--seeds takes 1 or more, not {args.seeds}")
     store = Store(args.compared)
     arms = {}
     with tempfile.TemporaryDirectory() as folder:

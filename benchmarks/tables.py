@@ -25,6 +25,8 @@ from ulsam.comparison.store import Store
 from ulsam.errors import UlsamError
 
 ROOT = Path(__file__).parents[1]
+#: Slimmed nets of whose runs no summaries were kept.
+SUMMED_UP = ("cub100_macs75", "grocery81_macs75")
 #: the comparisons of the README's table, and what they compare
 HEADLINES = {
     "compare_cub100": "CUB-200-2011, 100 of its classes",
@@ -451,15 +453,17 @@ def slimmed_table(name: str) -> str:
 
 
 def slimmed_results(name: str) -> dict[str, Any]:
-    """What ``results/slimmed_NAME.json`` holds; beside the first two of these no summaries of runs were kept.
+    """What ``results/slimmed_NAME.json`` holds, held against the runs' summaries where these were kept.
 
     Raises:
-        UlsamError: it says something else than the summaries.
+        UlsamError: it says something else than the summaries, or they are gone.
     """
     found: dict[str, Any] = json.loads((ROOT / "results" / f"slimmed_{name}.json").read_text())
     folder = ROOT / "results" / f"slimmed_{name}"
-    if not folder.exists():
+    if name in SUMMED_UP:
         return found
+    if not folder.is_dir():
+        raise UlsamError(f"{folder} is gone: the summaries of what results/slimmed_{name}.json says")
     runs: dict[str, dict[int, Any]] = {
         way: {seed: json.loads((folder / f"seed-{seed}" / f"{way}.json").read_text()) for seed in found[way]["seeds"]}
         for way in ("whole", "longer", "slimmed")
