@@ -114,3 +114,6 @@ def test_a_page_or_a_result_that_was_changed_by_hand_is_noticed(tables, tmp_path
     shutil.copy(file.with_suffix("") / "seed-0" / "longer.json", file.with_suffix("") / "seed-1")
     with pytest.raises(UlsamError, match=r"is not what its runs say, of longer"):
         tables.slimmed_results(file.stem.removeprefix("slimmed_"))
+    shutil.rmtree(file.with_suffix(""))
+    with pytest.raises(UlsamError, match=r"latency85 is gone: the summaries of what .*latency85\.json says"):
+        tables.slimmed_results(file.stem.removeprefix("slimmed_"))
