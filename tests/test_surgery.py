@@ -585,6 +585,7 @@ def test_an_inserted_net_survives_copy_pickle_and_save(inserted):
     torch.testing.assert_close(double(x.double()), y.double(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow  # as the presets' tests do, which are not
 def test_an_inserted_net_exports_and_compiles(inserted):
     x = picture(48)
     y = inserted(x)
