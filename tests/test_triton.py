@@ -38,7 +38,7 @@ def add(shape: tuple[int, ...], groups: int, form: str, kind: str, layout: str, 
 
 for n, form in enumerate(FORMS + UNUSUAL):
     for m, layout in enumerate(LAYOUTS):
-        add((2 - m, 6, 3, 4), 2, form, ("normal", "relu", "quantised")[(n + m) % 3], layout, torch.float32)
+        add((2, 6, 3, 4), 2, form, ("normal", "relu", "quantised")[(n + m) % 3], layout, torch.float32)
 for layout in LAYOUTS:
     add((1, 4, 5, 3), 2, "equations", "equal", layout, torch.float32)
     add((1, 4, 5, 3), 2, "folded", "quantised", layout, torch.float32)
