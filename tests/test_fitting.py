@@ -24,8 +24,8 @@ from ulsam.models import build, load, load_weights, save_model
 from ulsam.recipe import Edit, Recipe
 from ulsam.thin import ThinBlock
 from ulsam.train.config import TrainConfig
-from ulsam.train.fit import fit_layers
 from ulsam.train.loop import train
+from ulsam.train.reconstruct import reconstruct_model
 
 SIZE = (3, 12, 12)
 
@@ -399,14 +399,14 @@ def test_training_starts_from_a_fit(data: Path, tmp_path: Path, capsys: pytest.C
     torch.save(base.state_dict(), tmp_path / "base.pt")
     torch.manual_seed(5)
     fitted = start("fitted", weights=str(tmp_path / "base.pt"))
-    assert "fit     blocks.3.0.se: width 3 gives" in capsys.readouterr().out
+    assert "reconstruct blocks.3.0.conv_pwl behind blocks.3.0.se: relative error" in capsys.readouterr().out
     assert fitted["bn3.weight"].any()
     again = start("again", weights=str(tmp_path / "fitted" / "model.safetensors"))
     assert all(torch.equal(again[name], fitted[name]) for name in fitted)
     for name, options in [("off", {"weights": str(tmp_path / "base.pt"), "fit_pictures": 0}), ("fresh", {})]:
         capsys.readouterr()
         assert start(name, **options)["bn3.weight"].abs().max() < 1e-20  # all but the zeros of a new layer
-        assert "fit " not in capsys.readouterr().out
+        assert "reconstruct " not in capsys.readouterr().out
 
 
 def test_a_stream_cannot_be_fitted_on(data: Path, tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_a_stream_cannot_be_fitted_on(data: Path, tmp_path: Path) -> None:
     draw_shards(shards, data / "train")
     settings = {**SETTINGS, "weights": str(tmp_path / "base.pt"), "edits": ["replace blocks.3.0.se width=3"]}
     stream = {"data": "wds/set", "data_dir": str(shards), "class_names": str(shards / "names.txt")}
-    with pytest.raises(UlsamError, match="cannot be fitted on a stream of shards: --fit-pictures 0"):
+    with pytest.raises(UlsamError, match="a stream of shards has no images to reconstruct on: --fit-pictures 0"):
         train(TrainConfig.from_mapping({**settings, **stream, "val_split": "validation"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -427,11 +427,11 @@ def test_fitting_moves_no_random_generator(data: Path, tmp_path: Path, monkeypat
 
     def listen(*args: Any) -> list[str]:
         before = torch.get_rng_state(), random.getstate()
-        lines = fit_layers(*args)
+        lines = reconstruct_model(*args)
         seen.append((len(lines), before[0].equal(torch.get_rng_state()), before[1] == random.getstate()))
         return lines
 
-    monkeypatch.setattr("ulsam.train.loop.fit_layers", listen)
+    monkeypatch.setattr("ulsam.train.loop.reconstruct_model", listen)
     torch.save(timm.create_model(NET, num_classes=3).state_dict(), tmp_path / "base.pt")
     config = {**SETTINGS, "data": str(data), "weights": str(tmp_path / "base.pt"), "epochs": 1}
     train(TrainConfig.from_mapping({**config, "edits": ["replace blocks.3.0.se layer=thin width=3"]}), tmp_path / "run")

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ULSAM": "ulsam.module",
     "ThinBlock": "ulsam.thin",
-    "fit": "ulsam.fitting",
+    "reconstruct": "ulsam.reconstruction",
     "convert_released": "ulsam.module",
     "candidates": "ulsam.surgery",
     "insert": "ulsam.surgery",

@@ -59,18 +59,26 @@ def fit(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> l
     >>> net[1].is_new
     False
     """
-    batches = _checked(batches)
+    batches = list_of_batches(batches)
     places = new_layers(model)
     if not places:
         return []
-    with eval_mode(model), _enough_memory():
+    with eval_mode(model), enough_memory():
         whole, found = put_back(copy.deepcopy(model)), []
         for name in _called(model, places, batches[0]):
-            given = _passing(model, name, batches)[0]
-            wanted = _passing(whole, name, batches)[1]
-            explained = _regress(places[name], name, given, wanted, steps)
-            found.append(Fitted(name, _thin_of(places[name]).width, explained))
+            found += fit_new(model, whole, name, batches, steps=steps)
     return found
+
+
+def fit_new(
+    model: nn.Module, whole: nn.Module, name: str, batches: Sequence[Tensor], *, steps: int = STEPS
+) -> list[Fitted]:
+    """Fit the layer at one place as :func:`fit` does, if it holds a new thin block; ``whole`` has all blocks back."""
+    layer = model.get_submodule(name)
+    if not _has_new(layer):
+        return []
+    given, wanted = passing(model, name, batches)[0], passing(whole, name, batches)[1]
+    return [Fitted(name, _thin_of(layer).width, _regress(layer, name, given, wanted, steps))]
 
 
 @torch.no_grad()
@@ -85,17 +93,18 @@ def fit_apart(
             without a new :class:`ulsam.ThinBlock` are left out.
         batches, steps: as for :func:`fit`, and so are the result and the errors.
     """
-    batches, found = _checked(batches), []
-    with _enough_memory():
+    batches, found = list_of_batches(batches), []
+    with enough_memory():
         for name, layer in layers.items():
             if _has_new(layer):
-                explained = _regress(layer, name, *_passing(net, name, batches), steps)
+                explained = _regress(layer, name, *passing(net, name, batches), steps)
                 found.append(Fitted(name, _thin_of(layer).width, explained))
     return found
 
 
 @contextmanager
-def _enough_memory() -> Iterator[None]:
+def enough_memory() -> Iterator[None]:
+    """Within it a full memory is an error that the user can fix."""
     try:
         yield
     except RuntimeError as error:
@@ -104,7 +113,8 @@ def _enough_memory() -> Iterator[None]:
         raise UlsamError("the memory is full: fit on fewer pictures (--fit-pictures)") from error
 
 
-def _checked(batches: Sequence[Tensor]) -> list[Tensor]:
+def list_of_batches(batches: Sequence[Tensor]) -> list[Tensor]:
+    """The batches as a list; raises where there are none."""
     if isinstance(batches, Tensor):
         raise UlsamError("batches is a list of pictures [B, C, H, W] each, not one tensor")
     batches = list(batches)
@@ -176,7 +186,7 @@ def _called(model: nn.Module, places: Mapping[str, nn.Module], batch: Tensor) ->
     return order
 
 
-def _passing(net: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def passing(net: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """What goes into the module of this name and what it puts out, for each batch.
 
     Both are copies, as later layers may change them in place. What comes behind the module is not computed.

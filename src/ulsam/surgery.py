@@ -126,7 +126,7 @@ def replace(
         layer: what to put there; see :func:`ulsam.layers.make_layer`.
         form, momentum: as in :class:`ulsam.ULSAM`; like ``groups`` refused for other layers.
         width: of the :class:`ulsam.ThinBlock` that ``layer="thin"`` is; behind another layer, put one of this width.
-            :func:`ulsam.fit` trains the new layer, both parts together, to do what the block did.
+            :func:`ulsam.reconstruct` trains the new layer to do what the block did.
         input_size: C, H, W for the tracing that finds the channels; any size the net accepts will do.
 
     Raises:

@@ -61,7 +61,10 @@ class TrainConfig:
     edits: list[str] = _option([], "changes of the net, e.g. 'replace 14,17 g=4'")
     pretrained: bool = _option(False, "start from timm's hub weights of the base net")
     weights: str | None = _option(None, "start from this weight file (safetensors, or a PyTorch checkpoint)")
-    fit_pictures: int = _option(512, "training pictures to fit new thin blocks on, to the blocks they replace; 0: none")
+    reconstruct: bool = _option(
+        True, "from weights: train the layers behind removed and replaced blocks towards the unedited model's features"
+    )
+    fit_pictures: int = _option(512, "training pictures to reconstruct on; 0: none, and new layers start as made")
     freeze: list[str] = _option([], "modules (names or globs) whose weights and BatchNorm statistics stay as they are")
     # teacher
     teacher: str | None = _option(None, "model file of a trained net to learn from too, on the same classes")

@@ -26,9 +26,9 @@ from ulsam.files import clear_parts, make_folder, write_atomic
 from ulsam.models import build, save_model, sketch
 from ulsam.train import distill, parts, report, restore
 from ulsam.train.config import TrainConfig
-from ulsam.train.fit import fit_layers
 from ulsam.train.machine import fitted
 from ulsam.train.probe import probe
+from ulsam.train.reconstruct import reconstruct_model
 from ulsam.train.state import Position, environment, read_checkpoint, write_checkpoint
 from ulsam.train.step import Learner
 
@@ -140,8 +140,8 @@ class Trainer:
         for note in notes:
             self._say(f"note    {note}")
         if fresh and net is None:
-            for line in fit_layers(config, self.recipe, model, self.train_pictures, world):
-                self._say(f"fit     {line}")
+            for line in reconstruct_model(config, self.recipe, model, self.train_pictures, world):
+                self._say(f"reconstruct {line}")
 
         self.config, choice = probe(
             config, model, self.recipe.input_size, self.epoch_updates, world, teacher=self.teacher

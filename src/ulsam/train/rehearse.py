@@ -12,7 +12,7 @@ from ulsam.recipe import Recipe
 from ulsam.train import parts
 from ulsam.train.config import TrainConfig
 from ulsam.train.distill import Teacher, open_teacher
-from ulsam.train.fit import to_fit
+from ulsam.train.reconstruct import to_reconstruct
 
 
 def rehearse(
@@ -43,7 +43,7 @@ def rehearse(
     model, _ = build(recipe, weights=config.weights)
     cost(model, recipe.input_size)
     _, _, updates, _ = parts.batches_of(dataclasses.replace(config, cache="false"), recipe, pictures, world)
-    to_fit(config, model, pictures)
+    to_reconstruct(config, model, pictures)
     teacher = open_teacher(config, recipe, model)
     parts.freeze(model, config.freeze)
     parts.optimizer_of(config, model, updates)

@@ -1,0 +1,141 @@
+"""Reconstruction: it mends the layers behind an edit, towards the whole model's features, and leaves all else alone."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import ulsam
+from ulsam.errors import UlsamError
+from ulsam.reconstruction import reconstruct
+
+
+def images(number: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 3, 96, 96, generator=generator) for _ in range(number)]
+
+
+def trained(name: str = "mobilenetv2_035") -> nn.Module:
+    """A model whose BatchNorm statistics are those of the images, as if it had been trained."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # some are 0 at first, and their blocks then add nothing
+                module.weight.uniform_(0.5, 1.5)
+        for batch in images() * 10:
+            model(batch)
+    return model.eval()
+
+
+@torch.no_grad()
+def features(model: nn.Module) -> Tensor:
+    return torch.cat([model.forward_features(batch) for batch in images()])
+
+
+@pytest.mark.parametrize("edit", ["drop", "replace"])
+def test_the_next_kept_block_is_trained_and_nothing_else(edit: str) -> None:
+    whole, model = trained(), trained()
+    getattr(ulsam, edit)(model, "13,14,16,17", input_size=(3, 96, 96))
+    before, wanted = copy.deepcopy(model.state_dict()), features(whole)
+    damaged = float((features(model) - wanted).square().sum())
+    found = reconstruct(model, images(), steps=60)
+    assert [(entry.name, entry.edits) for entry in found] == [
+        ("blocks.5.0", ("blocks.4.1", "blocks.4.2")),
+        ("blocks.6.0", ("blocks.5.1", "blocks.5.2")),
+    ]
+    assert all(entry.after < 0.7 * entry.before for entry in found), found
+    assert float((features(model) - wanted).square().sum()) < 0.9 * damaged
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    places = ("blocks.5.0.", "blocks.6.0.", "blocks.4.1.", "blocks.4.2.", "blocks.5.1.", "blocks.5.2.")
+    assert changed and all(name.startswith(places) for name in changed), changed
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_error_is_that_of_the_definition() -> None:
+    whole, model = trained(), trained()
+    ulsam.drop(model, "14", input_size=(3, 96, 96))
+    (found,) = reconstruct(model, images(), steps=10)
+
+    def behind(net: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
+        handle = net.get_submodule(found.name).register_forward_hook(lambda *args: seen.append(args[2]))
+        features(net)
+        handle.remove()
+        return torch.cat(seen)
+
+    wanted = behind(whole)
+    expected = float((behind(model) - wanted).square().sum() / wanted.square().sum())
+    assert found.after == pytest.approx(expected, rel=1e-4)
+
+
+def test_it_is_the_same_each_time_whatever_the_mode_and_moves_no_random_generator() -> None:
+    models = [ulsam.replace(trained(), "14,17", width=4, input_size=(3, 96, 96)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].train()
+    state = torch.get_rng_state()
+    for model in models:
+        reconstruct(model, images(), steps=10)
+    assert torch.equal(state, torch.get_rng_state())
+    assert models[1].training and models[1].blocks[5].training
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name
+
+
+def test_jointly_everything_behind_the_first_place_learns_the_last_map() -> None:
+    whole, model = trained(), trained()
+    ulsam.drop(model, "14,17", input_size=(3, 96, 96))
+    before, wanted = copy.deepcopy(model.state_dict()), features(whole)
+    (found,) = reconstruct(model, images(), scope="joint", steps=60)
+    assert (found.name, found.edits) == ("bn2", ("blocks.4.2", "blocks.5.2"))
+    assert found.after < 0.7 * found.before
+    left = float((features(model) - wanted).square().sum() / wanted.square().sum())
+    assert left == pytest.approx(found.after, rel=1e-3)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"blocks", "conv_head", "bn2"}
+    assert {name[:8] for name in changed if name.startswith("blocks")} == {"blocks.5", "blocks.6"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv1_100", "mobilenetv3_small_050", "regnetx_002"])
+def test_other_families(name: str) -> None:
+    model = trained(name)
+    place = [c.name for c in ulsam.candidates(model, (3, 96, 96)) if c.name.count(".") == 2 or "layer" in c.name][-2]
+    ulsam.drop(model, place, input_size=(3, 96, 96))
+    batches = images(2)
+    (found,) = reconstruct(model, batches, steps=40, rate=3e-3)
+    assert found.edits == (place,) and found.after < found.before, found
+
+
+def test_a_block_with_nothing_behind_it_is_left_and_new_layers_there_are_trained() -> None:
+    def body() -> nn.Sequential:
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        return nn.Sequential(nn.Conv2d(3, 8, 3), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+    assert reconstruct(ulsam.drop(body(), "1", input_size=(3, 9, 9)), images()) == []
+    (found,) = reconstruct(ulsam.replace(body(), "1", input_size=(3, 9, 9)), images(), steps=20)
+    assert (found.name, found.edits) == ("1", ("1",)) and found.after <= found.before
+
+
+def test_nothing_to_reconstruct() -> None:
+    model = trained()
+    assert reconstruct(model, images()) == []
+    assert reconstruct(ulsam.insert(model, "17", input_size=(3, 96, 96)), images()) == []
+
+
+def test_what_cannot_be_reconstructed_says_why() -> None:
+    model = ulsam.drop(trained(), "14", input_size=(3, 96, 96))
+    with pytest.raises(UlsamError, match="no pictures"):
+        reconstruct(model, [])
+    with pytest.raises(UlsamError, match="unknown scope 'all'; valid: block, joint"):
+        reconstruct(model, images(), scope="all")  # type: ignore[arg-type]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UlsamError, match="diverged"):
+        reconstruct(model, images(), steps=5, rate=1e30)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        model.conv_stem.weight.fill_(float("nan"))
+    with pytest.raises(UlsamError, match=r"NaN or infinity at blocks\.5\.0"):
+        reconstruct(model, images())
