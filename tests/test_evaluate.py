@@ -1,9 +1,14 @@
 """Scores against a naive loop, Wilson's interval against scipy, and predictions of picture files."""
 
+import copy
 import dataclasses
+import itertools
 import math
+import random
 import shutil
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,18 @@ from ulsam.data.loading import Batch, eval_loader
 from ulsam.data.opening import open_split
 from ulsam.data.pictures import read_picture
 from ulsam.errors import UlsamError
-from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, outcomes, predict, recipe_transform, wilson
+from ulsam.evaluate import (
+    NotFinite,
+    Scores,
+    Stopped,
+    eval_mode,
+    evaluate,
+    logits_of,
+    outcomes,
+    predict,
+    recipe_transform,
+    wilson,
+)
 from ulsam.models import build, make_recipe
 
 CLASSES = ("robin", "wren", "finch")
@@ -225,3 +241,74 @@ def test_outcomes_tell_each_picture_whatever_the_processes(tmp_path: Path) -> No
     batches = eval_loader(other, recipe_transform(RECIPE), batch_size=4, workers=0)
     renamed = outcomes(evaluate(net, batches, 3), other)
     assert renamed is not None and renamed["names"] != entry["names"]
+
+
+class Slow(nn.Module):
+    """Lets other threads run for a while of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(random.uniform(0, 2e-3))
+        return x
+
+
+def test_threads_share_a_net_in_training_mode() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), Slow(), nn.BatchNorm2d(8), Slow(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
+    net[1].eval()
+    net(3 + torch.randn(8, 3, 16, 16))
+    modes = [module.training for module in net.modules()]
+    assert set(modes) == {True, False}
+    look = recipe_transform(make_recipe(NET, CLASSES, size=16))
+    images = np.random.default_rng(0).integers(0, 255, (8, 2, 16, 16, 3), np.uint8)
+    statistics = {name: value.clone() for name, value in net.named_buffers()}
+    alone = copy.deepcopy(net).eval()
+    with torch.no_grad():
+        expected = [alone(look.normalise(torch.from_numpy(pair))).numpy() for pair in images]
+    logits = logits_of(net, look)
+
+    def work(_: int) -> float:
+        differences = [abs(logits(pair) - right).max() for pair, right in zip(images, expected, strict=True)]
+        return float(max(differences))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(40))) < 1e-5
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
+
+
+def test_eval_mode_nests_and_its_holders_leave_in_any_order() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3)), nn.Dropout())
+    part = net[0]
+    part[1].eval()
+    before = [module.training for module in net.modules()]
+
+    def modes(*modules: nn.Module) -> set[bool]:
+        return {module.training for module in modules}
+
+    for first, second in itertools.product([net, part], [net, part]):
+        with eval_mode(first):
+            with eval_mode(second):
+                assert modes(*first.modules(), *second.modules()) == {False}
+            assert modes(*first.modules()) == {False}
+        assert [module.training for module in net.modules()] == before
+
+        one, other = eval_mode(first), eval_mode(second)
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert modes(*second.modules()) == {False}
+        if first is net and second is part:
+            assert net.training and net[1].training  # nobody holds these any more
+        other.__exit__(None, None, None)
+        assert [module.training for module in net.modules()] == before
+
+    with pytest.raises(KeyError), eval_mode(net), eval_mode(part):
+        raise KeyError
+    assert [module.training for module in net.modules()] == before
+    with eval_mode(net):
+        inside = copy.deepcopy(net)
+        taken = net[1]
+        net[1] = nn.Identity()  # an edit meanwhile
+    assert taken.training and not inside.training

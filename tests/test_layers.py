@@ -17,6 +17,7 @@ from tiny import NET, SETTINGS, draw_splits, options
 from ulsam.cli import main
 from ulsam.edits import added_layers
 from ulsam.errors import UlsamError
+from ulsam.followed import host_class
 from ulsam.layers import make_layer
 from ulsam.models import build, load, load_weights, make_recipe, save_model, ulsam_parameters
 from ulsam.module import ULSAM
@@ -187,7 +188,7 @@ def test_edits_in_a_stage_and_around_other_edits_are_undone() -> None:
     insert(net, "layer1", layer="coord", input_size=SIZE)
     drop(net, "layer2.1", input_size=SIZE)
     insert(net, "layer2.1", 4, input_size=SIZE)
-    assert {name: type(module).__name__ for name, module in added_layers(net).items()} == {
+    assert {name: host_class(module).__name__ for name, module in added_layers(net).items()} == {
         "layer1.0": "SEModule", "layer1.0.ulsam": "CoordAttn", "layer2.1.ulsam": "ULSAM",
     }  # fmt: skip
     remove(net)

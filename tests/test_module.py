@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM, convert_released
@@ -322,18 +324,52 @@ def test_the_package_is_light_and_its_names_are_what_they_say():
     assert (done.stdout, done.stderr) == ("16\n", "")
 
 
-def test_norms_that_the_operator_does_not_know_are_refused():
-    layer = ULSAM(8, 2, form="released")
-    x = torch.randn(2, 8, 4, 4)
-    layer.pointwise_norm.eps = 1.0
-    with pytest.raises(UlsamError, match="of one mode and one eps"):
-        layer(x)
-    layer.pointwise_norm.eps = layer.depthwise_norm.eps
+def composed(layer: ULSAM, x: Tensor) -> Tensor:
+    """The layer by its definition, in which its own parts are called."""
+    h = torch.relu(layer.depthwise_norm(layer.depthwise(x)))
+    logits = torch.relu(layer.pointwise_norm(layer.pointwise(F.max_pool2d(h, 3, 1, 1))))
+    maps = logits.flatten(2).softmax(-1).view_as(logits)
+    return x + x * maps.repeat_interleave(layer.channels // layer.groups, 1)
+
+
+def half_frozen(layer: ULSAM) -> None:
     layer.pointwise_norm.eval()
-    with pytest.raises(UlsamError, match="of one mode and one eps"):
-        layer(x)
-    with pytest.raises(UlsamError, match=r"stay nn\.BatchNorm2d"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(layer)(x)
+
+
+def without_statistics(layer: ULSAM) -> None:
+    layer.depthwise_norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+
+def without_weights(layer: ULSAM) -> None:
+    layer.depthwise_norm = nn.BatchNorm2d(8, affine=False)
+
+
+def frozen(layer: ULSAM) -> None:
+    layer.depthwise_norm, layer.pointwise_norm = FrozenBatchNorm2d(8), FrozenBatchNorm2d(2)
+
+
+def other_eps(layer: ULSAM) -> None:
+    layer.pointwise_norm.eps = 1.0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", [half_frozen, without_statistics, without_weights, frozen, other_eps])
+def test_norms_of_every_kind_compute_what_they_do_alone(change: Callable[[ULSAM], None], training: bool) -> None:
+    layer = randomised(8, 2, "released").train(training)
+    change(layer)
+    layer.double()
+    twin, x = copy.deepcopy(layer), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), composed(twin, x))
+    for (name, value), other in zip(layer.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(value, other, msg=name)
+
+
+def test_converted_to_synchronized_batchnorm_it_computes_the_same() -> None:
+    layer = randomised(8, 2, "released").eval()
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(layer))
+    assert isinstance(converted.depthwise_norm, nn.SyncBatchNorm)
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(converted(x), layer(x))
 
 
 def test_one_value_a_channel_is_refused_as_by_batchnorm():

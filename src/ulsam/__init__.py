@@ -28,6 +28,8 @@ _HOME = {
     "compare": "ulsam.comparison",
     "slim": "ulsam.slimming.run",
     "Edit": "ulsam.recipe",
+    "apply": "ulsam.recipe",
+    "edits_of": "ulsam.recipe",
     "Recipe": "ulsam.recipe",
     "build": "ulsam.models",
     "load": "ulsam.models",

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ulsam.edits import added_layers
 from ulsam.errors import UlsamError
+from ulsam.followed import host_class
 from ulsam.module import ULSAM
 from ulsam.trace import default_input_size, trace
 
@@ -107,7 +108,7 @@ def cost(model: nn.Module, input_size: Sequence[int] | None = None, rule: Rule =
     rows = []
     layers = {id(layer) for layer in added_layers(model).values()}
     for name, block in reversed([("", model), *_blocks(model, layers)]):  # inner blocks first, the rest of the net last
-        row = Row(name, type(block).__name__, flows[name].output_shape, 0, 0, 0)
+        row = Row(name, host_class(block).__name__, flows[name].output_shape, 0, 0, 0)
         for path, part in block.named_modules(prefix=name):
             if id(part) not in seen:
                 seen.add(id(part))
@@ -139,7 +140,7 @@ def _blocks(module: nn.Module, layers: Collection[int], prefix: str = "") -> Ite
     """
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        if host_class(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             yield from _blocks(child, layers, f"{path}.")
         else:
             yield path, child

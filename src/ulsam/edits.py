@@ -3,11 +3,14 @@
 The rules of who may be edited are in `ulsam.surgery`.
 """
 
+from collections.abc import Collection
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ulsam.followed import Followed, follow, unfollow
 from ulsam.places import original
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -61,12 +64,22 @@ def put_back(model: ModelT) -> ModelT:
     >>> from ulsam import drop, insert
     >>> net = insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "0", groups=2, input_size=(3, 9, 9))
     >>> [type(module).__name__ for module in put_back(drop(net, "1", input_size=(3, 9, 9)))], edited(net)
-    (['Conv2d', 'Conv2d'], ['0'])
+    (['FollowedConv2d', 'Conv2d'], ['0'])
     """
     for name, old in changes(model)[1].items():
         if not lacks_weights(old):
             swap_back(model, name)
     return model
+
+
+def undo(model: nn.Module, kept: Collection[str] = ()) -> None:
+    """Undo the edits, all but those at the names in ``kept``."""
+    places = [(name, model.get_submodule(name)) for name in edited(model) if name not in kept]
+    for name, module in reversed(places):
+        if is_followed(module):
+            detach(model, f"{name}.ulsam")
+        if "replaced_module" in vars(module):
+            swap_back(model, name)
 
 
 def note_weights(old: nn.Module, filled: bool | None) -> None:
@@ -96,23 +109,13 @@ def lacks_weights(old: nn.Module) -> bool:
 
 
 def attach(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Hang ``layer`` on its host, the module before ``.ulsam`` in ``name``."""
-    host = model.get_submodule(name.removesuffix(".ulsam"))
-    host.add_module("ulsam", layer)
-    host.register_forward_hook(_run_inserted, prepend=True)
+    """Put ``layer`` behind its host, the module before ``.ulsam`` in ``name``."""
+    follow(model.get_submodule(name.removesuffix(".ulsam")), layer)
 
 
 def detach(model: nn.Module, name: str) -> None:
     """Undo :func:`attach`."""
-    host = model.get_submodule(name.removesuffix(".ulsam"))
-    for key in [key for key, hook in host._forward_hooks.items() if hook is _run_inserted]:
-        del host._forward_hooks[key]
-    del host.ulsam
-
-
-def _run_inserted(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """The forward hook of a module with a layer behind it."""
-    return cast(Tensor, cast(Any, module).ulsam(output))
+    unfollow(model.get_submodule(name.removesuffix(".ulsam")))
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -120,6 +123,7 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> None:
     original = model.get_submodule(name)
     if type(original).forward is nn.Sequential.forward:
         new = nn.Sequential(new)
+    keep_attributes(original, new)
     _set(model, name, new.train(original.training))
     like = reference_tensor(new, model)
     vars(new)["replaced_module"] = (original, like.device, like.dtype)
@@ -144,7 +148,7 @@ def reference_tensor(module: nn.Module, model: nn.Module) -> Tensor:
 
 def is_followed(module: nn.Module) -> bool:
     """Whether a layer was inserted behind this module."""
-    return _run_inserted in module._forward_hooks.values()
+    return isinstance(module, Followed)
 
 
 def is_edited(module: nn.Module) -> bool:
@@ -155,3 +159,21 @@ def is_edited(module: nn.Module) -> bool:
 def _set(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
+
+
+def keep_attributes(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the plain attributes of ``old`` that it lacks: the code around may read them, as Ultralytics does.
+
+    Plain are numbers, texts and other values without a tensor, a module or a function in them.
+
+    >>> old, new = nn.ReLU(), nn.Identity()
+    >>> old.i, old.type = 6, "block"
+    >>> keep_attributes(old, new)
+    >>> new.i, new.type
+    (6, 'block')
+    """
+    has = (set(dir(new)) - set(dir(nn.Module))) | set(vars(new))  # what nn.Module has may be covered, as it was in old
+    for key, value in vars(old).items():
+        plain = not any(isinstance(leaf, Tensor) or callable(leaf) for leaf in tree_leaves(value))
+        if plain and key not in has and not key.startswith("_") and key != "replaced_module":
+            setattr(new, key, value)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -240,9 +241,16 @@ def read_batch(paths: Iterable[str], transform: EvalTransform) -> tuple[list[Ten
     return images, errors
 
 
+_held: dict[nn.Module, tuple[int, bool]] = {}  # how many eval_mode hold a module, and whether it was in training mode
+_held_lock = threading.Lock()
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Within it the net is in eval mode; afterwards every module is in the mode that it was in.
+
+    Several threads may be in it at a time, and it may be nested, also for a part of the net: each module goes back to
+    its mode when the last one that holds it leaves.
 
     >>> net = nn.Dropout()
     >>> with eval_mode(net):
@@ -251,13 +259,22 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     >>> net.training
     True
     """
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modules = list(model.modules())
+    with _held_lock:
+        for module in modules:
+            holders, training = _held.get(module, (0, module.training))
+            _held[module] = (holders + 1, training)
     try:
+        model.eval()
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        with _held_lock:
+            for module in modules:
+                holders, training = _held.pop(module)
+                if holders > 1:
+                    _held[module] = (holders - 1, training)
+                else:
+                    module.training = training
 
 
 def recipe_transform(recipe: Recipe) -> EvalTransform:

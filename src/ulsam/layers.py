@@ -12,6 +12,10 @@ from ulsam.thin import DEFAULT_WIDTH, ThinBlock
 Layer = Literal["ulsam", "thin", "se", "eca", "cbam", "coord"]
 
 
+#: timm's layers by our names of them; `make_layer` has their papers.
+TIMMS = {"se": "SEModule", "eca": "EcaModule", "cbam": "CbamModule", "coord": "CoordAttn"}
+
+
 class Chain(nn.Sequential):
     """An attention layer and the thin block behind it; not an `nn.Sequential`, which surgery takes for a wrapping."""
 

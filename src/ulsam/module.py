@@ -7,14 +7,17 @@ from typing import Any, Literal, SupportsIndex, cast, get_args
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ulsam.errors import UlsamError
-from ulsam.ops import infer, subspace_attention
+from ulsam.ops import infer, is_captured, subspace_attention
 from ulsam.ops.reference import attention_maps
 
 Form = Literal["equations", "released", "folded"]
+MOMENTUM = 0.1  # PyTorch's own default
 
 
 def divisors(n: int) -> list[int]:
@@ -70,7 +73,7 @@ class ULSAM(nn.Module):
         groups: int = 4,
         *,
         form: Form = "equations",
-        momentum: float = 0.1,
+        momentum: float = MOMENTUM,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,16 +103,27 @@ class ULSAM(nn.Module):
         batch's statistics, but the running ones do not change.
         """
         self._check(x)
+        if not self._is_standard():
+            return (copy.deepcopy(self) if self.training else self)._maps(x)  # whose statistics may move
         scale, shift, weight, bias, norms, eps = self._operands()
         return attention_maps(x, scale, shift, weight, bias, norms, self.groups, self.form != "equations", eps)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape, dtype and memory layout."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._by_parts(x)
+        else:  # left out by TorchScript
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """By one operator, where nothing has to see the convolutions; otherwise by these."""
         if self.form != "released" and (y := self._infer(x)) is not None:
             return y
         if isinstance(x, torch.fx.Proxy):  # one node of a traced graph: what the layer does depends on its mode
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         self._check(x)
+        if is_captured() or not self._is_standard():
+            return self._by_parts(x)
         relu, count = self.form != "equations", x.numel() // self.channels
         scale, shift, weight, bias, norms, eps = self._operands()
         if norms and count < 2:
@@ -124,12 +138,57 @@ class ULSAM(nn.Module):
     def _infer(self, x: Tensor) -> Tensor | None:
         """The short way of inference; None where it cannot be taken."""
         # past nn.Module's __getattr__: six of its lookups take as long as the kernels of a small map
-        conv, conv2 = cast(nn.Conv2d, self._modules["depthwise"]), cast(nn.Conv2d, self._modules["pointwise"])
-        first, second = conv._parameters, conv2._parameters
+        conv, conv2 = self._modules["depthwise"], self._modules["pointwise"]
+        if not (_is_plain(conv) and _is_plain(conv2)):
+            return None
+        first, second = cast(nn.Conv2d, conv)._parameters, cast(nn.Conv2d, conv2)._parameters
         if not ("weight" in first and "bias" in first and "weight" in second and "bias" in second):
-            return None  # one is parametrised
+            return None
         scale, weight = cast(Tensor, first["weight"]), cast(Tensor, second["weight"])
         return infer(x, scale, first["bias"], weight, second["bias"], self.groups, self.form != "equations")
+
+    def _is_standard(self) -> bool:
+        """Whether the operator computes what the parts would: nothing hangs on them, and none is of another kind.
+
+        Pruning, weight normalization, quantization observers and counters of operations hang on modules; BatchNorm may
+        be converted or frozen.
+        """
+        if not (_is_plain(self._modules["depthwise"]) and _is_plain(self._modules["pointwise"])):
+            return False
+        if self.form != "released":
+            return True
+        first, second = self.depthwise_norm, self.pointwise_norm
+        return (
+            _is_plain(first, nn.BatchNorm2d)
+            and _is_plain(second, nn.BatchNorm2d)
+            and (first.training, first.eps) == (second.training, second.eps)
+            and all(norm.affine and norm.track_running_stats for norm in (first, second))
+        )
+
+    def _by_parts(self, x: Tensor) -> Tensor:
+        """What the layer is, part by part: for exporters, compilers to other formats, and whatever hangs on a part.
+
+        Nothing in it depends on the size: it is exported as it stands, whatever sizes are left open, as 11 operations
+        of ONNX, or 13 with the ReLUs.
+        """
+        subspace = torch.arange(self.channels, device=x.device) // (self.channels // self.groups)
+        return x + x * self._maps(x).to(x.dtype).index_select(1, subspace)
+
+    def _maps(self, x: Tensor) -> Tensor:
+        """The attention maps [B, groups, H, W], by the parts."""
+        h = self.depthwise(x)
+        if hasattr(self, "depthwise_norm"):
+            h = self.depthwise_norm(h)
+        if self.form != "equations":
+            h = F.relu(h)
+        logits = self.pointwise(F.max_pool2d(h, 3, stride=1, padding=1))
+        if hasattr(self, "pointwise_norm"):
+            logits = self.pointwise_norm(logits)
+        if self.form != "equations":
+            logits = F.relu(logits)
+        # softmax over both dimensions; a reshape to one would depend on the size, and logsumexp loses digits
+        shares = (logits - logits.amax([2, 3], keepdim=True)).exp()
+        return shares / shares.sum([2, 3], keepdim=True)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:
@@ -144,11 +203,6 @@ class ULSAM(nn.Module):
         if self.form != "released":
             return scale, shift, weight, bias, [], 0.0
         first, second = self.depthwise_norm, self.pointwise_norm
-        alike = (first.training, first.eps) == (second.training, second.eps)
-        if not (alike and type(first) is type(second) is nn.BatchNorm2d):
-            raise UlsamError(
-                "the two BatchNorms of a released ULSAM layer stay nn.BatchNorm2d, of one mode and one eps"
-            )
         if first.training:
             return scale, shift, weight, bias, [first.weight, first.bias, second.weight, second.bias], first.eps
         scale, shift = _folded(first, scale, cast(Tensor, shift))
@@ -179,6 +233,15 @@ class ULSAM(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, groups={self.groups}, form={self.form!r}"
+
+
+def _is_plain(part: nn.Module | None, kind: type[nn.Module] = nn.Conv2d) -> bool:
+    """Whether a part is of this very class, and nothing has to see it run."""
+    return (
+        type(part) is kind
+        and not (part._forward_hooks or part._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
+        and not (part._backward_hooks or part._backward_pre_hooks)
+    )
 
 
 def _folded(norm: nn.BatchNorm2d, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

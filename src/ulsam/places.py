@@ -8,6 +8,7 @@ from typing import cast
 from torch import nn
 
 from ulsam.errors import UlsamError
+from ulsam.followed import host_class
 
 At = str | int | Sequence[str | int]
 
@@ -27,7 +28,7 @@ def layer_names(model: nn.Module) -> dict[int, str]:
     if not hasattr(model, "conv_stem") or not isinstance(stages, nn.Sequential):
         return {}
     lengths = tuple(len(stage._modules) for stage in stages)
-    kinds = {type(original(block)).__name__ for stage in stages for block in stage.children()}
+    kinds = {host_class(original(block)).__name__ for stage in stages for block in stage.children()}
     layouts = {
         (1, 2, 2, 6, 2): {"DepthwiseSeparableConv"},
         (1, 2, 3, 4, 3, 3, 1): {"DepthwiseSeparableConv", "InvertedResidual"},
@@ -51,6 +52,22 @@ def paper_places(model: nn.Module) -> dict[str, str]:
     numbers = layer_names(model).items()
     places = {name: str(n) for n, name in numbers} | {f"{name}.ulsam": f"{n}:1" for n, name in numbers}
     return places | {f"{name}.0": place for name, place in places.items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, DataParallel or DistributedDataParallel, or ``model`` itself.
+
+    >>> net = nn.Sequential(nn.ReLU())
+    >>> unwrapped(nn.DataParallel(net)) is net
+    True
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # of torch.compile, whose classes take a second to import
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
 
 
 def match(model: nn.Module, at: At) -> list[str]:
@@ -83,6 +100,11 @@ def match(model: nn.Module, at: At) -> list[str]:
             hint = f"nearest names: {', '.join(near)}" if near else f"names here begin with {', '.join(names[:3])}"
             raise UlsamError(f"no module is named {part!r}; {hint}")
         chosen.update(found)
+    if outside := chosen.difference(names):  # of a wrapper that forwards its attributes
+        inside = next((child for child, _ in model.named_children()), "")
+        raise UlsamError(
+            f"{min(outside)} is no module of this {type(model).__name__}, which wraps the model: edit its .{inside}"
+        )
     return [name for name in names if name in chosen]
 
 

@@ -7,16 +7,20 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from torch import nn
 
 from ulsam import surgery
+from ulsam.edits import edited, is_followed, undo
 from ulsam.errors import UlsamError, printable
-from ulsam.layers import Layer
-from ulsam.module import Form
-from ulsam.thin import DEFAULT_WIDTH
+from ulsam.followed import host_class
+from ulsam.layers import TIMMS, Chain, Layer
+from ulsam.module import MOMENTUM, ULSAM, Form
+from ulsam.places import unwrapped
+from ulsam.thin import DEFAULT_WIDTH, ThinBlock
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 Kind = Literal["replace", "insert", "drop"]
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 
@@ -246,3 +250,63 @@ def _typed(value: Any, *kinds: type) -> Any:
 
 def _all(values: Any, *kinds: type) -> tuple[Any, ...]:
     return tuple(_typed(value, *kinds) for value in _typed(values, list))
+
+
+def edits_of(model: nn.Module) -> list[str]:
+    """The edits that a model holds, as texts; :func:`apply` makes them again in a model that was built anew.
+
+    For libraries that rebuild the unedited model when they load weights: keep these texts beside the weights.
+
+    Raises:
+        UlsamError: an edit has no text, as one with a BatchNorm momentum of its own or a folded layer.
+
+    >>> import ulsam
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1))
+    >>> edits_of(ulsam.insert(ulsam.replace(net, "1", input_size=(3, 9, 9)), "0", layer="se", input_size=(3, 9, 9)))
+    ['insert 0 layer=se', 'replace 1 g=4']
+    """
+    model = unwrapped(model)
+    found = []
+    for name, module in model.named_modules():
+        if "replaced_module" in vars(module):
+            made = module[0] if host_class(module) is nn.Sequential else module
+            found.append(Edit("drop", name) if isinstance(made, nn.Identity) else _edit_of("replace", name, made))
+        if is_followed(module):
+            found.append(_edit_of("insert", name, cast(nn.Module, module.ulsam)))
+    return [str(edit) for edit in found]
+
+
+def apply(model: ModelT, edits: Iterable[str], *, input_size: Sequence[int] | None = None) -> ModelT:
+    """Make edits, given as texts such as those of :func:`edits_of`; in place, and returns ``model``.
+
+    Raises:
+        UlsamError: one cannot be read or made. The model is then as it was.
+
+    >>> net = apply(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), ["insert 0 g=2"], input_size=(3, 9, 9))
+    >>> edits_of(net)
+    ['insert 0 g=2']
+    """
+    parsed = [Edit.parse(text) for text in edits]
+    before = set(edited(unwrapped(model)))
+    try:
+        for edit in parsed:
+            edit.apply(model, input_size)
+    except BaseException:
+        undo(unwrapped(model), kept=before)
+        raise
+    return model
+
+
+def _edit_of(kind: Kind, name: str, layer: nn.Module) -> Edit:
+    attention, width = (layer[0], cast(ThinBlock, layer[1]).width) if isinstance(layer, Chain) else (layer, None)
+    if isinstance(attention, ULSAM):
+        norm = attention.depthwise_norm if attention.form == "released" else None
+        if norm is not None and norm.momentum != MOMENTUM:
+            raise UlsamError(f"the text of an edit has no momentum, but the layer at {name} has {norm.momentum}")
+        return Edit(kind, name, attention.groups, attention.form, width=width)
+    if isinstance(attention, ThinBlock):
+        return Edit(kind, name, layer="thin", width=attention.width)
+    found = next((key for key, kind in TIMMS.items() if host_class(attention).__name__ == kind), None)
+    if found is None:
+        raise UlsamError(f"the {type(attention).__name__} at {name} has no text: no edit makes such a layer")
+    return Edit(kind, name, layer=cast(Layer, found), width=width)

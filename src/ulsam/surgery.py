@@ -1,19 +1,22 @@
 """Put ULSAM, or another attention layer, into any `nn.Module`: find where it fits, insert, replace, drop, and undo.
 
-An edit happens or raises: on an error the model is as it was. Inserted layers hang on the module they follow (a child
-named ``ulsam`` and a forward hook), so that every other parameter keeps its name and a checkpoint of the unedited net
-loads strictly, the new keys aside.
+An edit happens or raises: on an error the model is as it was. An inserted layer is the child ``ulsam`` of the module
+it follows (see `ulsam.followed`): every other parameter keeps its name, and a checkpoint of the unedited net loads
+strictly, the new keys aside. What wraps a model (`torch.compile`, DistributedDataParallel) is looked through.
 """
 
 import difflib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar, cast
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ulsam.edits import (
     added_layers,
@@ -27,11 +30,13 @@ from ulsam.edits import (
     reference_tensor,
     swap,
     swap_back,
+    undo,
 )
 from ulsam.errors import UlsamError
+from ulsam.followed import host_class
 from ulsam.layers import Layer, make_layer
 from ulsam.module import ULSAM, Form, divisors
-from ulsam.places import At, match, words
+from ulsam.places import At, match, unwrapped, words
 from ulsam.trace import Flow, Shape, trace
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -44,6 +49,7 @@ class _Net(NamedTuple):
     shared: set[int]  # ids of modules registered under more than one name
     layers: set[int]  # ids of ULSAM layers and of those that edits put in
     inside: set[int]  # ids of modules that are part of such a layer
+    fused: dict[int, str]  # the block that fuses it, by id of a module
 
 
 WhyNot = Callable[[nn.Module, Flow, _Net], str | None]
@@ -86,6 +92,7 @@ def candidates(model: nn.Module, input_size: Sequence[int] | None = None, leaves
     >>> [(c.name, c.shape, c.params, c.macs) for c in candidates(net, (3, 6, 6))]
     [('1', (8, 4, 4), 584, 8960)]
     """
+    model = unwrapped(model)
     net = _look(model, input_size)
     owners = _owners(model)
     found = []
@@ -99,7 +106,7 @@ def candidates(model: nn.Module, input_size: Sequence[int] | None = None, leaves
         saved = sum(p.numel() for p in module.parameters() if inside[id(p)] == owners[id(p)])
         params = saved - 2 * channels
         macs = net.flows[name].macs - 2 * channels * height * width
-        found.append(Candidate(name, type(module).__name__, (channels, height, width), params, macs))
+        found.append(Candidate(name, host_class(module).__name__, (channels, height, width), params, macs))
     return found
 
 
@@ -142,9 +149,11 @@ def replace(
       (pointwise): Conv2d(8, 2, kernel_size=(1, 1), stride=(1, 1), groups=2, bias=False)
     )
     """
-    flows = _targets(model, _blocks(model, at), input_size, _why_not_replace)
+    inner = unwrapped(model)
+    flows = _targets(inner, _blocks(inner, at), _look(inner, input_size), _why_not_replace)
     make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum, width=width)
-    return _edit(model, _layers(model, flows, make), swap, swap_back, input_size)
+    _edit(inner, _layers(inner, flows, make), swap, swap_back, input_size)
+    return model
 
 
 def drop(model: ModelT, at: At, *, input_size: Sequence[int] | None = None) -> ModelT:
@@ -156,8 +165,10 @@ def drop(model: ModelT, at: At, *, input_size: Sequence[int] | None = None) -> M
     >>> drop(net, "1", input_size=(3, 16, 16))[1]
     Identity()
     """
-    names = _targets(model, _blocks(model, at), input_size, _why_not_replace)
-    return _edit(model, {name: nn.Identity() for name in names}, swap, swap_back, input_size)
+    inner = unwrapped(model)
+    names = _targets(inner, _blocks(inner, at), _look(inner, input_size), _why_not_replace)
+    _edit(inner, {name: nn.Identity() for name in names}, swap, swap_back, input_size)
+    return model
 
 
 def insert(
@@ -173,20 +184,27 @@ def insert(
 ) -> ModelT:
     """Put an attention layer behind each named module; in place, and returns ``model``.
 
-    The new layer, of whatever kind, becomes the child ``ulsam`` of the module it follows (of the last one in an
-    `nn.Sequential`), run by a forward hook: no other name changes. Arguments and errors are those of :func:`replace`;
-    ``"17:1"`` and ``17`` both mean behind the paper's layer 17; the output may have another shape than the input, but
-    must be a map [B, C, H, W]. An inserted thin block stands for no block, and is not fitted.
+    The new layer, of whatever kind, becomes the child ``ulsam`` of the module it follows, whose class becomes a
+    subclass that runs it (`ulsam.followed`): no other name changes. It follows the last module of an `nn.Sequential`,
+    and the BatchNorm behind a convolution. Arguments and errors are those of :func:`replace`; ``"17:1"`` and ``17``
+    both mean behind the paper's layer 17. The output may have another shape than the input, but must be a map
+    [B, C, H, W]. An inserted thin block stands for no block, and is not fitted. A place that is a BatchNorm warns, as
+    tools that put another BatchNorm there lose the layer.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     >>> list(insert(net, "0", groups=2, input_size=(3, 16, 16)).state_dict())
     ['0.weight', '0.bias', '0.ulsam.depthwise.weight', '0.ulsam.pointwise.weight']
     """
-    names = list(dict.fromkeys(_host(model, name) for name in match(model, after)))
-    flows = _targets(model, names, input_size, _why_not_insert)
+    inner = unwrapped(model)
+    net = _look(inner, input_size)
+    names = list(dict.fromkeys(_host(inner, name, net) for name in match(inner, after)))
+    flows = _targets(inner, names, net, _why_not_insert)
+    for name in names:
+        _warn_of_norm(inner, name)
     make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum, width=width)
-    layers = {f"{name}.ulsam": made for name, made in _layers(model, flows, make).items()}
-    return _edit(model, layers, attach, detach, input_size)
+    layers = {f"{name}.ulsam": made for name, made in _layers(inner, flows, make).items()}
+    _edit(inner, layers, attach, detach, input_size)
+    return model
 
 
 def remove(model: ModelT) -> ModelT:
@@ -202,14 +220,11 @@ def remove(model: ModelT) -> ModelT:
     >>> remove(replace(net, "1", input_size=(3, 16, 16)))[1]
     Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
-    places = [(name, model.get_submodule(name)) for name in edited(model)]
-    if gone := [name for name, old in changes(model)[1].items() if lacks_weights(old)]:
+    inner = unwrapped(model)
+    places = edited(inner)
+    if gone := [name for name, old in changes(inner)[1].items() if lacks_weights(old)]:
         raise UlsamError(f"{gone[0]} cannot return: the net's file holds no weights of the block that stood there")
-    for name, module in reversed(places):
-        if is_followed(module):
-            detach(model, f"{name}.ulsam")
-        if "replaced_module" in vars(module):
-            swap_back(model, name)
+    undo(inner)
     if not places:
         raise UlsamError(f"this {type(model).__name__} holds no edit to remove")
     return model
@@ -228,13 +243,38 @@ def _blocks(model: nn.Module, at: At) -> list[str]:
     return names
 
 
-def _host(model: nn.Module, name: str) -> str:
-    """The module whose output is the output of ``name``: the last one of a plain `nn.Sequential`."""
+def _host(model: nn.Module, name: str, net: _Net) -> str:
+    """The module whose output is the output of ``name``, and which nothing fuses away.
+
+    That is the last one of a plain `nn.Sequential`; of a convolution that a BatchNorm follows, the BatchNorm, as the
+    two are one to whatever fuses them; and of a BatchNorm at the end of an `nn.Sequential` that Sequential.
+    """
     module = model.get_submodule(name)
-    while type(module).forward is nn.Sequential.forward and len(module._modules):
+    while _is_plain_sequence(module) and len(module._modules):
         leaf, module = cast(tuple[str, nn.Module], next(reversed(module._modules.items())))
         name = f"{name}.{leaf}"
-    return name
+    norm = net.flows[name].norm_behind
+    name = norm if norm and id(model.get_submodule(norm)) not in net.shared else name
+    parent, _, leaf = name.rpartition(".")
+    around = model.get_submodule(parent)
+    if not isinstance(model.get_submodule(name), _BatchNorm) or not parent or net.flows[parent].calls != 1:
+        return name
+    return parent if _is_plain_sequence(around) and leaf == next(reversed(around._modules)) else name
+
+
+def _is_plain_sequence(module: nn.Module) -> bool:
+    return type(module).forward is nn.Sequential.forward and not is_followed(module) and not hasattr(module, "fuse")
+
+
+def _warn_of_norm(model: nn.Module, name: str) -> None:
+    if isinstance(model.get_submodule(name), _BatchNorm):
+        around = name.rpartition(".")[0]
+        better = f"insert behind {around} instead" if around else "insert behind the block that it ends"
+        warnings.warn(
+            f"{name} is a BatchNorm: tools that put another one in its place (SyncBatchNorm, freezing) lose the layer "
+            f"behind it; {better}",
+            stacklevel=3,
+        )
 
 
 def _look(model: nn.Module, input_size: Sequence[int] | None) -> _Net:
@@ -246,12 +286,12 @@ def _look(model: nn.Module, input_size: Sequence[int] | None) -> _Net:
         {key for key, count in counts.items() if count > 1},
         known,
         {id(part) for layer in layers for part in layer.modules()} - known,
+        _fused_blocks(model),
     )
 
 
-def _targets(model: nn.Module, names: list[str], input_size: Sequence[int] | None, why_not: WhyNot) -> dict[str, Flow]:
+def _targets(model: nn.Module, names: list[str], net: _Net, why_not: WhyNot) -> dict[str, Flow]:
     """What flows through each named place; raises unless every one of them is valid."""
-    net = _look(model, input_size)
     for name in names:
         if reason := why_not(model.get_submodule(name), net.flows[name], net):
             valid = [n for n, m in model.named_modules() if n and not why_not(m, net.flows[n], net)]
@@ -282,9 +322,28 @@ def _why_not_map(flow: Flow, picture: Shape | None) -> str | None:
     return None
 
 
+#: Methods by which a block becomes another one for inference, in whose place an edit inside it would be lost.
+_FUSERS = ("forward_fuse", "fuse_convs", "reparameterize", "switch_to_deploy")
+
+
+def _fused_blocks(model: nn.Module) -> dict[int, str]:
+    """The block that fuses what is inside it into other layers, by id of the modules inside."""
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():
+        fuses = any(hasattr(module, method) for method in _FUSERS)
+        for part in module.modules() if fuses else module.children() if hasattr(module, "fuse") else ():
+            if part is not module:
+                found.setdefault(id(part), name)
+    return found
+
+
 def _why_not_both(module: nn.Module, flow: Flow, net: _Net) -> str | None:
     if id(module) in net.inside:
         return "is part of an attention layer"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is compiled by TorchScript: edit the model before"
+    if id(module) in net.fused:
+        return f"lies inside {net.fused[id(module)]}, which fuses what it holds for inference: an edit would be lost"
     if flow.calls == 0:
         return "is not called in a forward pass"
     if flow.calls > 1:
@@ -337,7 +396,7 @@ def _owners(model: nn.Module) -> Counter[int]:
     return Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
 
-def _edit(model: ModelT, new: Mapping[str, nn.Module], do: Do, undo: Undo, input_size: Sequence[int] | None) -> ModelT:
+def _edit(model: nn.Module, new: Mapping[str, nn.Module], do: Do, undo: Undo, input_size: Sequence[int] | None) -> None:
     """Put every new module at its name, or none: with them the net must run, and call each of them once."""
     done = []
     try:
@@ -355,4 +414,3 @@ def _edit(model: ModelT, new: Mapping[str, nn.Module], do: Do, undo: Undo, input
         for name in reversed(done):
             undo(model, name)
         raise
-    return model

@@ -1,23 +1,25 @@
-"""One forward pass on the meta device: what flows through every module of a net, and what it costs.
+"""One forward pass of a copy of a model: what flows through every module of it, and what that costs.
 
-Surgery finds channels and shapes here, `ulsam.costs` its counts. Nothing is computed and no weight is copied.
+Surgery finds channels and shapes here, `ulsam.costs` its counts. The copy is on the meta device, where nothing is
+computed and no weight is copied. A model that looks at values (a detector at its boxes) runs for real, on the CPU.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ulsam.errors import UlsamError, first_line
-from ulsam.module import ULSAM
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Shape = tuple[int, ...]
@@ -38,6 +40,7 @@ class Flow:
     macs: int = 0
     own_macs: int = 0
     own_activations: int = 0
+    norm_behind: str | None = None  # of a convolution: the BatchNorm that takes its output
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -46,17 +49,18 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     >>> default_input_size(nn.Sequential(nn.Conv2d(1, 8, 3)))
     (1, 224, 224)
     """
-    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    told = getattr(model, "in_chans", None)  # timm's; a stem may rearrange the pixels in front of its convolution
     config = getattr(model, "pretrained_cfg", None) or {}
     _, height, width = config.get("input_size") or (3, 224, 224)
-    return stem, height, width
+    return told if type(told) is int else first, height, width
 
 
 def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str, Flow]:
-    """Send one picture through a meta copy of ``model`` in eval mode; the flow of every module by name ("" = the net).
+    """Send one picture through a copy of ``model`` in eval mode; the flow of every module by name ("" = the model).
 
     Args:
-        model: any module that takes one tensor [B, C, H, W]; it is not run and not changed.
+        model: any module that takes one tensor [B, C, H, W]; it is not changed.
         input_size: C, H, W; by default :func:`default_input_size`.
 
     Raises:
@@ -70,22 +74,26 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
     size = default_input_size(model) if input_size is None else input_size
     if not isinstance(size, Sequence) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
         raise UlsamError(f"input_size is C, H, W of one picture, three whole numbers, not {size!r}")
-    failures: list[Exception] = []
-    for where in (nullcontext(), torch.device("meta")):  # the second for nets whose forward makes tensors of its own
+    ways: list[tuple[str, AbstractContextManager[Any]]] = [
+        ("meta", nullcontext()),
+        ("meta", torch.device("meta")),  # for models whose forward makes tensors of its own
+        ("cpu", torch.device("cpu")),  # for models whose forward looks at values
+    ]
+    if any(parameter.is_meta for parameter in model.parameters()):
+        del ways[2]  # there are no values
+    for device, where in ways:
         try:
-            with where:
-                return _pass(model, size)
-        except Exception as error:  # whatever the net's own code raises at this size
-            failures.append(error)
-    reason = first_line(failures[0])
+            with where, torch.random.fork_rng(devices=[]):
+                return _pass(_copy(model, device), _picture(model, size, device))
+        except Exception as error:  # whatever the model's own code raises at this size
+            failure = error
     raise UlsamError(
-        f"{type(model).__name__} does not run on one picture of {list(size)} (C, H, W): {reason}"
+        f"{type(model).__name__} does not run on one picture of {list(size)} (C, H, W): {first_line(failure)}"
         + ("; pass input_size" if input_size is None else "")
-    ) from failures[0]
+    ) from failure
 
 
-def _pass(model: nn.Module, size: Sequence[int]) -> dict[str, Flow]:
-    shadow = _on_meta(model)
+def _pass(shadow: nn.Module, image: Tensor) -> dict[str, Flow]:
     flows = {module: Flow() for module in shadow.modules()}
     running: list[nn.Module] = []  # outermost first
 
@@ -95,14 +103,18 @@ def _pass(model: nn.Module, size: Sequence[int]) -> dict[str, Flow]:
         flows[running[-1]].own_macs += macs
         flows[running[-1]].own_activations += elements
 
-    def enter(module: nn.Module, _: Any) -> None:
+    names = {module: name for name, module in shadow.named_modules()}
+    convolved: dict[int, tuple[nn.Module, Tensor]] = {}  # by id of the output, which is kept, so that no other has it
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, _BatchNorm) and args and id(args[0]) in convolved:
+            flows[convolved[id(args[0])][0]].norm_behind = names[module]
         running.append(module)
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(module, ULSAM):  # two 1x1 convolutions, which its operator does without one
-            n = output.numel()
-            book(2 * n, n + n // module.channels * module.groups)
         running.pop()
+        if isinstance(module, nn.Conv2d):
+            convolved[id(output)] = module, output
         flow = flows[module]
         flow.calls += 1
         one_in = flow.calls == 1 and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
@@ -124,9 +136,8 @@ def _pass(model: nn.Module, size: Sequence[int]) -> dict[str, Flow]:
     for module in flows:
         module.register_forward_pre_hook(enter, prepend=True)
         module.register_forward_hook(leave, with_kwargs=True)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with torch.no_grad(), counting:
-        shadow(torch.empty(1, *size, dtype=dtype, device="meta"))
+        shadow(image)
     return {name: flows[module] for name, module in shadow.named_modules(remove_duplicate=False)}
 
 
@@ -150,15 +161,38 @@ def _in_place(func: OpOverload[Any, Any]) -> bool:
     return first is not None and first.is_write
 
 
-def _on_meta(model: ModelT) -> ModelT:
-    """A copy of ``model`` in eval mode whose tensors have shapes but no memory."""
+def _picture(model: nn.Module, size: Sequence[int], device: str) -> Tensor:
+    """Always the same noise, in the model's dtype; it seeds PyTorch's generator on the CPU."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    torch.default_generator.manual_seed(0)
+    return torch.rand(1, *size, device=device).to(dtype)
+
+
+def _copy(model: ModelT, device: str) -> ModelT:
+    """A copy of ``model`` in eval mode, its tensors on another device or with memory of their own."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         if "replaced_module" in vars(module):  # what an edit put aside stays behind
             memo[id(module.replaced_module)] = ()
         for value in tree_leaves(vars(module)):  # parameters, buffers, and tensors in plain attributes
-            if isinstance(value, nn.Parameter):
-                memo[id(value)] = nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
-            elif isinstance(value, Tensor):
-                memo[id(value)] = value.detach().to("meta")
-    return copy.deepcopy(model, memo).eval()
+            if isinstance(value, Tensor):
+                moved = value.detach().to(device, copy=True)
+                is_parameter = isinstance(value, nn.Parameter)
+                memo[id(value)] = nn.Parameter(moved, value.requires_grad) if is_parameter else moved
+    shadow = copy.deepcopy(model, memo).eval()
+    for name, module in shadow.named_modules():
+        functions = {key: value for key, value in vars(module).items() if isinstance(value, FunctionType)}
+        for key, function in functions.items():  # which copies share
+            compiled = getattr(function, "_torchdynamo_orig_callable", None)
+            if compiled is not None:
+                vars(module)[key] = copy.deepcopy(compiled, memo)
+            elif (key == "forward" or device != "meta") and _runs_a_module(function):
+                raise UlsamError(
+                    f"{name}.{key}".lstrip(".") + " is a function that would run the model itself in a copy"
+                )
+    return shadow
+
+
+def _runs_a_module(function: FunctionType) -> bool:
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    return any(isinstance(getattr(value, "__self__", value), nn.Module) for value in held)

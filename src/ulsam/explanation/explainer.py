@@ -18,6 +18,7 @@ from ulsam.errors import UlsamError
 from ulsam.evaluate import NotFinite, eval_mode, recipe_transform
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, watched
 from ulsam.explanation.measures import entropy_share, peak
+from ulsam.folding import has_inference_tensors, plain_copy
 from ulsam.models import load
 from ulsam.module import ULSAM, Form
 from ulsam.places import paper_places
@@ -79,7 +80,8 @@ class Explainer:
     """Explains pictures, a batch at a time: one forward pass, and a backward pass through the head alone.
 
     Args:
-        model: a classifier of `ulsam.load` or `ulsam.build`, with or without ULSAM layers, folded or not.
+        model: a classifier of `ulsam.load` or `ulsam.build`, with or without ULSAM layers, folded or not. Autograd
+            cannot use one that was made in inference mode: a copy of it is explained.
         recipe: the net's, for the size of its pictures and the names of its classes.
         watch: called for each ULSAM layer in each forward pass.
 
@@ -95,7 +97,10 @@ class Explainer:
     ('bn2', (2, 2), [('blocks.5.2', (4, 2, 2))])
     """
 
+    @torch.inference_mode(False)
     def __init__(self, model: nn.Module, recipe: Recipe, *, watch: Watch | None = None) -> None:
+        if has_inference_tensors(model):
+            model = plain_copy(model)
         self.model, self.recipe, self.watch = model, recipe, watch
         self.transform = recipe_transform(recipe)
         self.attention = {name: module for name, module in model.named_modules() if isinstance(module, ULSAM)}
@@ -108,6 +113,7 @@ class Explainer:
         """The net's input [B, 3, H, W] of pictures [H, W, 3] in uint8, as ``transform.pixels`` makes them."""
         return self.transform.normalise(torch.stack(list(pixels))).to(self.device, self.dtype)
 
+    @torch.inference_mode(False)
     def __call__(self, pixels: Sequence[Tensor], targets: Sequence[int] | None = None) -> list[Explanation]:
         """Explain pictures.
 

@@ -53,6 +53,7 @@ class FromPixels(nn.Module):
         return self.net(rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous())
 
 
+@torch.inference_mode(False)
 def export(
     model: nn.Module,
     recipe: Recipe,
@@ -111,6 +112,7 @@ def export(
     return parity
 
 
+@torch.inference_mode(False)
 def engine_of(
     model: nn.Module,
     recipe: Recipe,

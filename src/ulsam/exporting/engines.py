@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ulsam.errors import UlsamError, first_line
 from ulsam.exporting.onnx_graph import check_installed, onnx_graph
-from ulsam.ops import reference
 from ulsam.prediction import Logits
 from ulsam.runtime import open_session
 
@@ -113,9 +112,7 @@ def executorch_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], 
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(net, (example[:1],)).run_decompositions(
-                {torch.ops.ulsam.subspace_attention.default: _definition}
-            )
+            program = torch.export.export(net, (example[:1],)).run_decompositions()
             edge = to_edge_transform_and_lower(
                 program, partitioner=[XnnpackPartitioner()], constant_methods=dict(metadata)
             )
@@ -135,12 +132,6 @@ def _onnx(net: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Ma
     onnx.helper.set_model_props(model, dict(metadata))
     onnx.checker.check_model(model, full_check=True)
     return model
-
-
-def _definition(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Our operator by its definition; inference needs neither the logits nor a choice of the backend."""
-    y, moments = reference.subspace_attention(x, *operands[:8])
-    return y, moments.new_zeros(x.shape[0], operands[5], *x.shape[2:]), moments
 
 
 def _executed(method: Any, images: NDArray[Any]) -> Logits:

@@ -1,22 +1,24 @@
 """A net as an ONNX graph, in which a ULSAM layer is at most 12 operations, whatever sizes are left open."""
 
 import ast
+import copy
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulsam.errors import UlsamError, first_line
+from ulsam.followed import Followed, follow, host_class
+from ulsam.module import ULSAM
 
 OPSET = 18
 """Version of ONNX's operators (ONNX 1.13, ONNX Runtime 1.14)."""
 
 ATTENTION = "subspace_attention"
 """In the name of every node of a ULSAM layer, behind the layer's own: ``blocks.5.2/subspace_attention/Conv``."""
-
 
 MOST_WHOLE = 16
 """Up to so many subspaces share a convolution: ONNX Runtime computes 16 channels at a time, even if there are fewer."""
@@ -57,6 +59,7 @@ def onnx_graph(net: nn.Module, example: Tensor, free: Mapping[int, str] | None =
     ([('Conv', 'Conv')], 'batch')
     """
     names = dict(free or {})
+    net, layers = _with_attention(net)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -74,81 +77,83 @@ def onnx_graph(net: nn.Module, example: Tensor, free: Mapping[int, str] | None =
                 opset_version=OPSET,
                 dynamic_shapes=(names,),
                 output_names=["logits"],
-                custom_translation_table={torch.ops.ulsam.subspace_attention.default: _attention},
             )
             assert made is not None  # a program, where no file is named
     except Exception as error:  # whatever the exporter raises at an operation that it does not know
         sizes = f" with a free {', '.join(names.values())}" if names else ""
         hint = "; is it for one size? then leave that fixed" if len(names) > 1 else ""
         raise UlsamError(f"the net cannot be exported to ONNX{sizes}: {first_line(error).rstrip(':')}{hint}") from error
-    model = _tidied(made.model_proto)
-    _fold_weights(model.graph)
-    return model
+    return _tidied(made.model_proto, layers)
 
 
-def _attention(
-    x: Any,
-    scale: Any,
-    shift: Any,
-    weight: Any,
-    bias: Any,
-    norms: Any,
-    groups: int,
-    relu: bool,
-    eps: float,
-    backend: str,
-) -> tuple[Any, Any, Any]:
-    """Our operator, with the maps of its definition in `ulsam.ops.reference`, as 8 to 11 nodes of ONNX.
+class _Attention(nn.Module):
+    """A ULSAM layer for ONNX Runtime: 8 to 12 operations, and weights that need no computing.
 
     The two vectors are 1x1 convolutions. A third one, of ones, gives each channel the map of its subspace, plus 1: so
-    no map is taken apart or put together. Softmax shifts by the maximum itself, and a 0 in Reshape copies a dimension.
-
-    A grouped convolution makes ONNX Runtime leave its blocked layout, which takes longer than the arithmetic: the
-    second and third convolution are whole ones, with zeros where a channel is not of the subspace.
+    no map is taken apart or put together. A grouped convolution makes ONNX Runtime leave its blocked layout, which
+    takes longer than the arithmetic: the second and third convolution are whole ones, with zeros where a channel is not
+    of the subspace.
     """
-    from onnxscript import opset18 as op
 
-    channels = x.shape[1]
-    parts = 1 if groups <= MOST_WHOLE else groups
-    whole = groups // parts  # subspaces a convolution
-    mask = np.kron(np.eye(whole), np.ones(channels // groups))  # [subspaces, channels] of a part: who belongs to whom
+    def __init__(self, layer: ULSAM) -> None:
+        super().__init__()
+        channels, groups = layer.channels, layer.groups
+        parts = 1 if groups <= MOST_WHOLE else groups
+        whole = groups // parts  # subspaces a convolution
+        mask = torch.eye(whole).repeat_interleave(channels // groups, 1)  # [subspaces, channels] of a part
+        self.relu = layer.form != "equations"
+        self.depthwise = layer.depthwise
+        self.pointwise = nn.Conv2d(channels, groups, 1, groups=parts)
+        weight = layer.pointwise.weight.view(parts, 1, -1) * mask
+        self.pointwise.weight = nn.Parameter(weight.reshape(groups, -1, 1, 1))
+        self.pointwise.bias = layer.pointwise.bias
+        self.spread = nn.Conv2d(groups, channels, 1, groups=parts)
+        self.spread.weight = nn.Parameter(mask.T.repeat(parts, 1)[:, :, None, None].contiguous())
+        self.spread.bias = nn.Parameter(torch.ones(channels))
 
-    def reshaped(value: Any, *shape: int) -> Any:
-        return op.Reshape(value, op.Constant(value_ints=list(shape)))
-
-    def constant(values: Any) -> Any:
-        from onnx.numpy_helper import from_array
-
-        return op.Constant(value=from_array(np.asarray(values, np.float32)))
-
-    def convolved(value: Any, kernel: Any, offset: Any, parts: int) -> Any:
-        return op.Conv(value, kernel, group=parts) if offset is None else op.Conv(value, kernel, offset, group=parts)
-
-    h = convolved(x, reshaped(scale, channels, 1, 1, 1), shift, channels)
-    if relu:
-        h = op.Relu(h)
-    h, _ = op.MaxPool(h, kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[1, 1])
-    weights = op.Mul(reshaped(weight, parts, 1, channels // parts), constant(mask))
-    logits = convolved(h, reshaped(weights, groups, channels // parts, 1, 1), bias, parts)
-    if relu:
-        logits = op.Relu(logits)
-    maps = op.Softmax(reshaped(logits, 0, 0, -1), axis=-1)
-    height, width = x.shape[2:]
-    fixed = isinstance(height, int) and isinstance(width, int)
-    maps = reshaped(maps, 0, groups, height, width) if fixed else op.Reshape(maps, op.Shape(logits))
-    spread = constant(np.tile(mask.T, (parts, 1))[:, :, None, None])
-    y = op.Mul(x, op.Conv(maps, spread, constant(np.ones(channels)), group=parts))
-    return y, logits, constant([])  # inference has no moments
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.depthwise(x)
+        if self.relu:
+            h = F.relu(h)
+        logits = self.pointwise(F.max_pool2d(h, 3, stride=1, padding=1))
+        if self.relu:
+            logits = F.relu(logits)
+        height, width = logits.shape[2:]
+        if isinstance(height, int) and isinstance(width, int):
+            maps = logits.flatten(2).softmax(-1).reshape(-1, logits.shape[1], height, width)
+        else:  # with a free size, a reshape would be a dozen operations on sizes
+            shares = (logits - logits.amax([2, 3], keepdim=True)).exp()
+            maps = shares / shares.sum([2, 3], keepdim=True)
+        return x * cast(Tensor, self.spread(maps))
 
 
-def _tidied(model: Any) -> Any:
-    """The model with nodes named by module and operation, and nothing else of the exporter's notes."""
+def _with_attention(net: nn.Module) -> tuple[nn.Module, set[str]]:
+    """A copy of ``net`` with `_Attention` in the place of its ULSAM layers, and the names of these."""
+    net = copy.deepcopy(net)
+    layers = {name: part for name, part in net.named_modules() if host_class(part) is ULSAM}
+    names = set()
+    for name, layer in layers.items():
+        if cast(ULSAM, layer).form != "released" and name:
+            made = _Attention(cast(ULSAM, layer)).train(layer.training)
+            if isinstance(layer, Followed):
+                follow(made, layer.ulsam)
+            net.set_submodule(name, made)
+            names.add(name)
+    return net, names
+
+
+def _tidied(model: Any, layers: Collection[str]) -> Any:
+    """The model with nodes named by module and operation, and nothing else of the exporter's notes.
+
+    ``layers`` are the names of the ULSAM layers.
+    """
     taken: dict[str, int] = {}
     for node in model.graph.node:
         notes = {entry.key: entry.value for entry in node.metadata_props}
         scopes: list[str] = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
-        module, call = ["", "", *scopes][-2:]
-        words = [module, ATTENTION if call.startswith(ATTENTION) else "", node.op_type]
+        module = ["", "", *scopes][-2]
+        layer = next((name for name in layers if module == name or module.startswith(f"{name}.")), None)
+        words = [module, node.op_type] if layer is None else [layer, ATTENTION, node.op_type]
         name = "/".join(word for word in words if word)
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
@@ -157,21 +162,6 @@ def _tidied(model: Any) -> Any:
         del part.metadata_props[:]
         part.doc_string = ""
     return model
-
-
-def _fold_weights(graph: Any) -> None:
-    """Compute what the layers make of their weights alone; the exporter does so for small ones only."""
-    from onnx.numpy_helper import from_array, to_array
-
-    values = {tensor.name: to_array(tensor) for tensor in graph.initializer}
-    for node in list(graph.node):
-        if ATTENTION in node.name and node.op_type in ("Mul", "Reshape") and {*node.input} <= values.keys():
-            one, other = (values[name] for name in node.input)
-            made = one * other if node.op_type == "Mul" else one.reshape(other)
-            values[node.output[0]] = made
-            graph.initializer.append(from_array(made, node.output[0]))
-            graph.node.remove(node)
-    drop_unused(graph)
 
 
 def drop_unused(graph: Any) -> None:

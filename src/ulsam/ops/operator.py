@@ -1,5 +1,6 @@
 """The operator `ulsam::subspace_attention` as PyTorch knows it, and the choice of the backend that computes it."""
 
+import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -11,7 +12,8 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
+from torch.utils.flop_counter import register_flop_formula
 
 from ulsam.errors import UlsamError
 from ulsam.ops import cpu, reference
@@ -83,7 +85,7 @@ def subspace_attention(
     _check(x, scale, shift, weight, bias, norms, groups)
     chosen, _ = which_backend(x, backend)
     operands = (x, scale, shift, weight, bias, list(norms), groups, relu, eps)
-    if chosen == "reference" or _is_transformed():
+    if chosen == "reference" or _is_transformed() or is_captured():
         return reference.subspace_attention(*operands)
     others = (scale, shift, weight, bias, *norms)
     if chosen == "cpu" and _is_plain(x) and all(value is None or _is_plain(value) for value in others):
@@ -103,6 +105,14 @@ def infer(
     if is_grad_enabled() or FORCED not in _CPU or not _is_plain(x) or x.ndim != 4:
         return None
     return cpu.infer(x, scale, shift, weight, bias, groups, relu)
+
+
+def is_captured() -> bool:
+    """Whether a program is being made that runs without this package: `torch.export`, `torch.jit.trace`, ONNX.
+
+    It then holds PyTorch's own operators in the place of ours. `torch.compile` keeps ours, as its program lives here.
+    """
+    return is_exporting() or _get_tracing_state() is not None
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -333,3 +343,15 @@ torch.library.register_fake("ulsam::subspace_attention", _fake_forward)
 torch.library.register_fake("ulsam::subspace_attention_backward", _fake_backward)
 torch.library.register_autograd("ulsam::subspace_attention", _gradients, setup_context=_save)
 torch.library.register_autograd("ulsam::subspace_attention_backward", _second, setup_context=_save_backward)
+
+
+@register_flop_formula(torch.ops.ulsam.subspace_attention)
+def _flops(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the two 1x1 convolutions: 2 * C * H * W multiply-adds an image."""
+    return 4 * math.prod(x_shape)
+
+
+@register_flop_formula(torch.ops.ulsam.subspace_attention_backward)
+def _flops_backward(dy_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """As PyTorch counts a convolution's: twice those of the forward pass."""
+    return 8 * math.prod(dy_shape)

@@ -1,0 +1,595 @@
+"""Other people's tools on edited models, through their own interfaces: each sees the layer, or says why it cannot."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse as fuse_by_fx
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
+
+import ulsam
+from ulsam.errors import UlsamError
+from ulsam.module import ULSAM
+from ulsam.ops import subspace_attention
+
+SIZE = (3, 96, 96)  # maps of 3 x 3 at the last blocks: smaller ones are flat, whatever the weights
+NET = "mobilenetv2_035"
+DYNAMIC = torch.export.Dim.DYNAMIC
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """``model`` in eval mode with weights and statistics that are all different from what a new one has."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if "running_var" in name or (value.ndim == 1 and name.endswith("weight")):
+                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+            elif value.is_floating_point() and (value.ndim < 2 or "ulsam" in name or "blocks.5.2" in name):
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(NET, num_classes=5)
+
+
+def inserted() -> nn.Module:
+    return ulsam.insert(base(), "17,blocks.3.0.se", 4, input_size=SIZE)
+
+
+def replaced() -> nn.Module:
+    return ulsam.replace(base(), "14,17", 4, input_size=SIZE)
+
+
+def released() -> nn.Module:
+    return ulsam.insert(ulsam.replace(base(), "17", 4, form="released", input_size=SIZE), "13", 8, input_size=SIZE)
+
+
+def removed() -> nn.Module:
+    return ulsam.drop(base(), "14,17", input_size=SIZE)
+
+
+EDITED = pytest.mark.parametrize("make", [inserted, replaced, released])
+
+
+def images(batch: int = 2, height: int = 96, width: int = 96) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients_left() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def assert_same(model: Callable[..., Any], other: Callable[..., Any], tolerance: float = 1e-5) -> None:
+    x = images()
+    expected, found = other(x), model(x)
+    assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+def without_layer(model: nn.Module) -> nn.Module:
+    return ulsam.remove(copy.deepcopy(model))
+
+
+def assert_layer_matters(model: nn.Module) -> None:
+    """Or the comparisons above would not see that it is gone."""
+    with torch.no_grad():
+        change = model(images()) - without_layer(model)(images())
+    assert float(change.abs().max()) > 1e-3
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("make", [inserted, replaced, removed])
+def test_compiled_is_eager_whatever_was_compiled_before(make: Callable[[], nn.Module]) -> None:
+    plain = randomised(base())
+    assert_same(torch.compile(plain, backend="aot_eager"), plain)
+    model = randomised(make())
+    assert_layer_matters(model)
+    assert_same(torch.compile(model, backend="aot_eager"), model)
+
+
+def test_an_edit_of_a_compiled_model_and_its_undoing_take_effect() -> None:
+    model = randomised(base())
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same(compiled, model)
+    for edit in (
+        lambda: ulsam.insert(compiled, "17", 4, input_size=SIZE),
+        lambda: ulsam.replace(compiled, "14", 4, input_size=SIZE),
+        lambda: ulsam.drop(compiled, "16", input_size=SIZE),
+        lambda: ulsam.remove(compiled),
+        lambda: ulsam.insert(model, "13", 8, input_size=SIZE),
+    ):
+        before = model(images())
+        assert edit() in (compiled, model)
+        randomised(model)
+        assert not torch.equal(model(images()), before)
+        assert_same(compiled, model)
+
+
+def test_compiled_by_itself_and_edited_it_is_eager() -> None:
+    model = randomised(base())
+    model.compile(backend="aot_eager")
+    model(images())
+    ulsam.insert(model, "17", 4, input_size=SIZE)
+    assert_same(model, copy.deepcopy(randomised(model)))
+
+
+def test_training_compiled_gives_every_new_weight_the_gradient_of_eager() -> None:
+    plain = base()
+    torch.compile(plain, backend="aot_eager")(images()).sum().backward()
+    eager = randomised(inserted()).train()
+    compiled = copy.deepcopy(eager)
+    for run in (eager, torch.compile(compiled, backend="aot_eager")):
+        run(images(4)).square().sum().backward()
+    for (name, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None, name
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-3 * float(one.grad.abs().max()), msg=name)
+
+
+@pytest.mark.slow
+def test_two_compiled_trainings_in_one_process_each_train_their_layers(tmp_path: Path) -> None:
+    from tiny import NET as TINY
+    from tiny import SETTINGS, draw_splits
+    from ulsam.models import load
+    from ulsam.train.config import TrainConfig
+    from ulsam.train.loop import train
+
+    data = draw_splits(tmp_path / "data")
+    for name, edits in (("plain", []), ("edited", ["insert blocks.3.0 g=2"])):
+        settings = {**SETTINGS, "data": str(data), "compile": "inductor", "edits": edits, "epochs": 1, "lr": 0.1}
+        train(TrainConfig.from_mapping(settings), tmp_path / name)
+    torch.manual_seed(0)
+    trained = load(tmp_path / "edited" / "model.safetensors")[0]
+    model = timm.create_model(TINY, num_classes=3)
+    layer = trained.blocks[3][0].ulsam
+    assert isinstance(layer, ULSAM) and model is not None
+    bound = 1.0  # a new 1x1 convolution over one channel is uniform in -1..1
+    assert float(layer.depthwise.weight.detach().abs().max()) <= bound + 1
+
+
+# copies, pickles, state dicts
+
+
+@EDITED
+def test_copies_and_pickles_hold_the_layer_and_can_be_undone(make: Callable[[], nn.Module]) -> None:
+    model = randomised(make())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(twin, model, 0)
+        assert ulsam.edits_of(twin) == ulsam.edits_of(model)
+        assert_same(ulsam.remove(twin), without_layer(model), 0)
+
+
+def test_other_names_and_a_checkpoint_of_the_base_model_stay() -> None:
+    model = base()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ulsam.insert(model, "17,13", 4, input_size=SIZE)
+    missing, unexpected = model.load_state_dict(before, strict=False)
+    assert not unexpected and all(".ulsam." in name for name in missing) and missing
+    new = {name for name, _ in model.named_parameters()} - set(dict(base().named_parameters()))
+    assert new == set(missing)
+
+
+@pytest.mark.parametrize("first", ["norm", "layer"])
+def test_a_parametrized_module_and_an_insertion_behind_it_are_independent(first: str) -> None:
+    model = randomised(base())
+    model.bn2 = nn.Identity()  # or the layer would follow the BatchNorm
+    conv = model.conv_head
+    if first == "norm":
+        parametrizations.weight_norm(conv)
+    ulsam.insert(model, "conv_head", 4, input_size=SIZE)
+    if first == "layer":
+        parametrizations.weight_norm(conv)
+    randomised(model.conv_head.ulsam)
+    expected = model(images())
+    assert_same(copy.deepcopy(model), model, 0)
+    parametrize.remove_parametrizations(conv, "weight")
+    torch.testing.assert_close(model(images()), expected)
+    ulsam.remove(model)
+    assert type(conv) is nn.Conv2d
+    assert not torch.allclose(model(images()), expected)
+
+
+# passes that fuse, convert and quantize
+
+
+@EDITED
+@pytest.mark.parametrize("transform", [torch.fx.symbolic_trace, fuse_by_fx], ids=["symbolic_trace", "fuse"])
+def test_fx_keeps_the_layer(make: Callable[[], nn.Module], transform: Callable[[nn.Module], nn.Module]) -> None:
+    model = randomised(make())
+    assert_layer_matters(model)
+    transformed = transform(copy.deepcopy(model))
+    assert sum(isinstance(module, ULSAM) for module in transformed.modules()) == 2
+    assert_same(transformed, model, 1e-5)
+
+
+@EDITED
+@pytest.mark.filterwarnings("ignore")
+def test_graph_mode_quantization_keeps_the_layer(make: Callable[[], nn.Module]) -> None:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    model = randomised(make())
+    prepared = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), (images(),))
+    assert_same(prepared, model, 1e-5)
+    quantized = convert_fx(prepared)
+    layers = [module for module in quantized.modules() if isinstance(module, ULSAM)]
+    assert len(layers) == 2
+    with torch.no_grad():
+        before = quantized(images())
+        for layer in layers:  # each of them runs
+            layer.depthwise.weight.mul_(-3)
+            after = quantized(images())
+            assert not torch.equal(before, after)
+            before = after
+
+
+class Small(nn.Module):
+    """A convolution, its BatchNorm and an activation, and a block of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.tail = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.relu(self.bn(self.conv(x))))
+
+
+@pytest.mark.parametrize("place", ["conv", "bn", "relu", "tail"])
+def test_eager_fusing_of_modules_keeps_the_layer_or_refuses(place: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = randomised(ulsam.insert(Small(), place, 2, input_size=SIZE))
+    expected = model(images())
+    try:
+        fused = torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["conv", "bn", "relu"]])
+    except (NotImplementedError, AssertionError) as error:
+        assert "Followed" in str(error)
+        fused = torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["tail.0", "tail.1"]])
+    torch.testing.assert_close(fused(images()), expected)
+
+
+@pytest.mark.parametrize("place", ["conv", "bn", "tail", "tail.1"])
+def test_behind_a_convolution_that_a_batchnorm_follows_the_place_is_the_pair(place: str) -> None:
+    model = Small()
+    if place.startswith("tail"):  # the container holds the layer
+        ulsam.insert(model, place, 2, input_size=SIZE)
+        assert ulsam.edits_of(model) == ["insert tail g=2"]
+    else:
+        with pytest.warns(UserWarning, match=r"bn is a BatchNorm.*SyncBatchNorm"):
+            ulsam.insert(model, place, 2, input_size=SIZE)
+        assert ulsam.edits_of(model) == ["insert bn g=2"]
+    randomised(model)
+    assert_same(ulsam.fold(model, SIZE), model, 1e-5)
+    assert_same(fuse_by_fx(copy.deepcopy(model)), model, 1e-5)
+    if place.startswith("tail"):
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
+        assert_same(converted, model, 1e-6)
+
+
+REPARAMETERIZED = ["repvit_m0_9", "levit_conv_128s", "mobileone_s0", "fastvit_t8", "repghostnet_050"]
+
+
+@pytest.mark.parametrize("name", REPARAMETERIZED)
+def test_timms_reparameterization_keeps_the_layers(name: str) -> None:
+    size = (3, 64, 64) if "levit" not in name else (3, 224, 224)
+    model = timm.create_model(name, num_classes=5)
+    children = {f"{stage}.{block}" for stage in "0123" for block in "01"}
+    found = [c.name for c in ulsam.candidates(model, size)]
+    places = [place for place in found if ".".join(place.split(".")[-2:]) in children][:2] or found[:2]
+    ulsam.insert(model, places, 1, input_size=size)
+    randomised(model)
+    for layer in model.modules():
+        if isinstance(layer, ULSAM):
+            nn.init.normal_(layer.depthwise.weight, std=3)
+    x = torch.randn(1, *size)
+    with torch.no_grad():
+        expected, plain = model(x), without_layer(model)(x)
+        reparameterized = reparameterize_model(model)
+        assert sum(isinstance(module, ULSAM) for module in reparameterized.modules()) == len(places)
+        found_y = reparameterized(x)
+    scale = float(expected.abs().max())
+    assert float((found_y - expected).abs().max()) <= 1e-3 * scale < float((plain - expected).abs().max()) * 100
+
+
+def test_a_host_that_becomes_another_module_by_fuse_takes_the_layer_with_it() -> None:
+    model = timm.create_model("repvit_m0_9", num_classes=5)
+    name = next(n for n, m in model.named_modules() if type(m).__name__ == "RepVggDw")
+    ulsam.insert(model, name, 2, input_size=(3, 64, 64))
+    randomised(model)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        fused = reparameterize_model(model)
+    assert isinstance(fused.get_submodule(f"{name}.ulsam"), ULSAM) and isinstance(fused.get_submodule(name), nn.Conv2d)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-3)
+    for inside, block in ((f"{name}.conv", name), (f"{name}.conv.bn", f"{name}.conv")):
+        with pytest.raises(UlsamError, match=f"lies inside {block}, which fuses"):
+            ulsam.insert(timm.create_model("repvit_m0_9"), inside, 2, input_size=(3, 64, 64))
+
+
+# wrapped models
+
+
+class Forwarding(nn.Module):
+    """A wrapper that looks like what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "DataParallel"])
+@pytest.mark.parametrize("edit", [ulsam.replace, ulsam.insert, ulsam.drop])
+def test_surgery_looks_through_wrappers(wrap: Callable[..., Any], edit: Callable[..., Any]) -> None:
+    inner = base()
+    wrapped = wrap(inner)
+    assert edit(wrapped, "17", input_size=SIZE) is wrapped
+    assert ulsam.edits_of(wrapped) == ulsam.edits_of(inner) != []
+    assert [c.name for c in ulsam.candidates(wrapped, SIZE)] == [c.name for c in ulsam.candidates(inner, SIZE)]
+    ulsam.remove(wrapped)
+    assert not ulsam.edits_of(inner)
+
+
+def test_surgery_on_a_wrapper_of_another_kind_raises() -> None:
+    wrapper = Forwarding(base())
+    for edit in (ulsam.replace, ulsam.insert, ulsam.drop):
+        with pytest.raises(UlsamError, match=r"no module of this Forwarding, which wraps the model: edit its \.inner"):
+            edit(wrapper, "17", input_size=SIZE)
+    assert not ulsam.edits_of(wrapper)
+    ulsam.replace(wrapper, "inner.blocks.5.2", input_size=SIZE)
+    assert ulsam.edits_of(wrapper) == ["replace inner.blocks.5.2 g=4"]
+
+
+# exporters
+
+
+def run_onnx(path: Path, x: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(path)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@EDITED
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.filterwarnings("ignore")
+def test_ones_own_onnx_export(make: Callable[[], nn.Module], dynamo: bool, tmp_path: Path) -> None:
+    model, path, x = randomised(make()), tmp_path / "net.onnx", images()
+    free: dict[str, Any] = {"dynamic_axes": {"x": {0: "batch", 2: "height", 3: "width"}}, "input_names": ["x"]}
+    if dynamo:
+        free = {"dynamic_shapes": ({0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC},), "verbose": False}
+    torch.onnx.export(model, (x,), path, dynamo=dynamo, **free)
+    assert {opset.domain for opset in onnx.load(path).opset_import} <= {"", "ai.onnx"}
+    assert_same(lambda x: run_onnx(path, x), model)
+    other = images(3, 64, 128)
+    with torch.no_grad():
+        expected = model(other)
+    torch.testing.assert_close(run_onnx(path, other), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("form", ["equations", "folded"])
+def test_a_layer_in_ones_own_onnx_file_is_few_nodes_without_loops(form: str, tmp_path: Path) -> None:
+    layer = ULSAM(32, 4, form=form).eval()  # type: ignore[arg-type]
+    path, x = tmp_path / "layer.onnx", torch.randn(2, 32, 7, 6)
+    torch.onnx.export(
+        layer, (x,), path, dynamo=True, verbose=False, dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC},)
+    )
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert len(kinds) <= (11 if form == "equations" else 13), kinds
+    assert not set(kinds) & {"Loop", "Scan", "If", "Split", "Concat", "Shape", "Reshape"}
+
+
+@EDITED
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_by_both_ways(make: Callable[[], nn.Module]) -> None:
+    model = randomised(make())
+    classes = [type(module) for module in model.modules()]
+    for program in (
+        torch.jit.script(model),
+        torch.jit.trace(model, images()),
+        torch.jit.freeze(torch.jit.script(model)),
+    ):
+        assert "ulsam::" not in str(program.inlined_graph)
+        assert_same(program, model)
+    assert [type(module) for module in model.modules()] == classes  # scripting leaves the model as it is
+
+
+WITHOUT_ULSAM = """
+import sys, torch
+sys.modules["ulsam"] = None  # importing it fails
+x = torch.load(sys.argv[2])
+for path in sys.argv[3:]:
+    if path.endswith(".pt2a"):
+        program = torch._inductor.aoti_load_package(path)
+    elif path.endswith(".pt2"):
+        program = torch.export.load(path).module()
+    else:
+        program = torch.jit.load(path)
+    with torch.no_grad():
+        torch.save(program(x), path + ".out")
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_run_in_a_process_without_ulsam(tmp_path: Path) -> None:
+    model, x = randomised(released()), images()
+    torch.jit.script(model).save(tmp_path / "script.pt")
+    torch.jit.trace(model, x).save(tmp_path / "trace.pt")
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "program.pt2")
+    torch.save(x, tmp_path / "x")
+    paths = [str(tmp_path / name) for name in ("script.pt", "trace.pt", "program.pt2")]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_ULSAM, "x", str(tmp_path / "x"), *paths],
+        env=environment, check=True, timeout=300,
+    )  # fmt: skip
+    for path in paths:
+        assert_same(lambda _, path=path: torch.load(path + ".out"), model)
+
+
+@EDITED
+def test_torch_export_in_both_modes_and_in_training(make: Callable[[], nn.Module]) -> None:
+    model, x = randomised(make()), images()
+    for strict in (False, True):
+        program = torch.export.export(model, (x,), strict=strict, dynamic_shapes=({0: DYNAMIC},))
+        assert "torch.ops.ulsam" not in program.graph_module.code
+        assert_same(program.module(), model)
+        assert_same(program.run_decompositions().module(), model)
+    training = copy.deepcopy(model).train()
+    exported = torch.export.export(copy.deepcopy(training), (images(4),)).module()
+    torch.testing.assert_close(exported(images(4)), training(images(4)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ahead_of_time_compilation(tmp_path: Path) -> None:
+    model, x = randomised(released()), images()
+    program = torch.export.export(model, (x,))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "net.pt2"))
+    with torch.no_grad():
+        assert_same(torch._inductor.aoti_load_package(path), model, 1e-5)
+
+
+@EDITED
+@pytest.mark.filterwarnings("ignore")
+def test_openvino_converts_the_model_itself(make: Callable[[], nn.Module]) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = randomised(make())
+    converted = openvino.convert_model(model, example_input=images())
+    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert_same(lambda x: torch.from_numpy(compiled(x.numpy())[0]), model, 1e-5)
+
+
+@EDITED
+@pytest.mark.filterwarnings("ignore")
+def test_executorch_takes_a_plain_export(make: Callable[[], nn.Module]) -> None:
+    exir = pytest.importorskip("executorch.exir")
+    runtime = pytest.importorskip("executorch.runtime")
+    model, x = randomised(make()), images(1)
+    program = torch.export.export(model, (x,)).run_decompositions()
+    buffer = exir.to_edge_transform_and_lower(program).to_executorch().buffer
+    method = runtime.Runtime.get().load_program(bytes(buffer)).load_method("forward")
+    with torch.no_grad():
+        torch.testing.assert_close(method.execute([x])[0], model(x), rtol=1e-3, atol=1e-3)
+
+
+@EDITED
+@pytest.mark.filterwarnings("ignore")
+def test_coremltools_takes_a_plain_export(make: Callable[[], nn.Module]) -> None:
+    coremltools = pytest.importorskip("coremltools")
+    program = torch.export.export(randomised(make()), (images(1),)).run_decompositions({})
+    converted = coremltools.convert(program, convert_to="mlprogram", minimum_deployment_target=coremltools.target.iOS17)
+    kinds = [op.type for op in next(iter(converted._mil_program.functions.values())).operations]
+    assert kinds.count("max_pool") == 2 and "softmax" not in kinds and kinds.count("reduce_max") == 2
+
+
+# what hangs on the layer's parts
+
+
+def layer(form: str = "equations") -> ULSAM:
+    torch.manual_seed(0)
+    made = ULSAM(16, 4, form=form)  # type: ignore[arg-type]
+    return randomised(made)  # type: ignore[return-value]
+
+
+FEATURES = torch.randn(2, 16, 6, 5, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("form", ["equations", "released"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda part: prune.l1_unstructured(part, "weight", 0.5),
+        lambda part: prune.random_structured(part, "weight", 0.5, dim=0),
+        pytest.param(
+            lambda part: nn.utils.weight_norm(part), marks=pytest.mark.filterwarnings("ignore::FutureWarning")
+        ),
+        lambda part: parametrizations.weight_norm(part),
+        lambda part: parametrizations.spectral_norm(part),
+    ],
+    ids=["prune", "prune channels", "old weight_norm", "weight_norm", "spectral_norm"],
+)
+def test_pruned_and_normalized_weights_are_those_that_are_used(change: Callable[[nn.Module], Any], form: str) -> None:
+    model = layer(form)
+    for part in (model.depthwise, model.pointwise):
+        change(part)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):  # the second backward pass raised where the weights were those of the first
+        optimizer.zero_grad()
+        model(FEATURES).square().sum().backward()
+        optimizer.step()
+    model.eval()
+    y = model(FEATURES)
+    with torch.no_grad():
+        inference = model(FEATURES)
+    fresh = layer(form)
+    state = {name: value for name, value in model.state_dict().items() if name in fresh.state_dict()}
+    fresh.load_state_dict(state, strict=False)
+    for name in ("depthwise", "pointwise"):
+        getattr(fresh, name).weight.data.copy_(getattr(model, name).weight)
+    torch.testing.assert_close(y, fresh(FEATURES))
+    torch.testing.assert_close(inference, fresh(FEATURES))
+    torch.testing.assert_close(model.attention(FEATURES), fresh.attention(FEATURES))
+
+
+def test_counters_that_hang_on_modules_count_both_convolutions() -> None:
+    model, macs = layer(), []
+
+    def count(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        macs.append(output.numel() * module.weight[0].numel())  # type: ignore[index, union-attr]
+
+    handles = [part.register_forward_hook(count) for part in model.modules() if isinstance(part, nn.Conv2d)]
+    hooked = model(FEATURES)
+    assert sum(macs) == 2 * FEATURES.numel()
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(hooked, model(FEATURES))
+
+
+def test_pytorchs_counter_counts_the_layer_in_both_directions() -> None:
+    model, x = layer(), FEATURES.clone().requires_grad_()
+
+    def operator() -> Tensor:
+        return subspace_attention(x, model.depthwise.weight.flatten(), model.pointwise.weight.flatten(), 4)[0]
+
+    for compute in (lambda: model(x), operator):
+        with FlopCounterMode(display=False) as counter:
+            y = compute()
+        assert counter.get_total_flops() == 4 * x.numel()
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() >= 8 * x.numel()  # PyTorch counts the weights of grouped convolutions as whole
+
+
+def test_gradient_hooks_on_the_parts_run() -> None:
+    model, seen = layer(), []
+    model.depthwise.register_full_backward_hook(lambda *_: seen.append("backward"))
+    model(FEATURES.clone().requires_grad_()).sum().backward()
+    assert seen == ["backward"]
