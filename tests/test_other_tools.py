@@ -25,6 +25,7 @@ import ulsam
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM
 from ulsam.ops import subspace_attention
+from ulsam.pruning import customized_pruners, keep_channels
 
 SIZE = (3, 96, 96)  # maps of 3 x 3 at the last blocks: smaller ones are flat, whatever the weights
 NET = "mobilenetv2_035"
@@ -593,3 +594,52 @@ def test_gradient_hooks_on_the_parts_run() -> None:
     model.depthwise.register_full_backward_hook(lambda *_: seen.append("backward"))
     model(FEATURES.clone().requires_grad_()).sum().backward()
     assert seen == ["backward"]
+
+
+# pruning of channels
+
+
+@pytest.mark.parametrize("form", ["equations", "released"])
+def test_a_layer_of_fewer_channels_is_what_is_left_of_it(form: str) -> None:
+    model = layer(form)
+    kept = [0, 3, 5, 6, 8, 11, 14, 15]
+    small = copy.deepcopy(model)
+    keep_channels(small, kept)
+    silent = copy.deepcopy(model)  # with the other channels' part in the maps taken out
+    with torch.no_grad():
+        gone = [channel for channel in range(16) if channel not in kept]
+        silent.pointwise.weight.view(-1)[gone] = 0
+    torch.testing.assert_close(small(FEATURES[:, kept]), silent(FEATURES)[:, kept])
+    assert small.train()(FEATURES[:, kept]).shape == (2, 8, 6, 5)
+    fresh = ULSAM(8, 4, form=form)  # type: ignore[arg-type]
+    fresh.load_state_dict(small.state_dict())
+    for wrong in ([], [0, 1, 2, 4], list(range(4))):
+        with pytest.raises(UlsamError, match="every subspace must keep as many channels"):
+            keep_channels(copy.deepcopy(model), wrong)
+
+
+@pytest.mark.parametrize("make", [inserted, replaced, released])
+def test_torch_pruning_prunes_every_subspace_alike(make: Callable[[], nn.Module]) -> None:
+    tp = pytest.importorskip("torch_pruning")
+    model = randomised(make())
+    options = {"importance": tp.importance.MagnitudeImportance(), "ignored_layers": [model.classifier]}
+    before = sum(parameter.numel() for parameter in model.parameters())
+    channels = [part.channels for part in model.modules() if isinstance(part, ULSAM)]
+    groups = [part.groups for part in model.modules() if isinstance(part, ULSAM)]
+    pruners = customized_pruners(model)
+    tp.pruner.BasePruner(model, images(1), pruning_ratio=0.5, customized_pruners=pruners, **options).step()
+    layers = [part for part in model.modules() if isinstance(part, ULSAM)]
+    assert sum(parameter.numel() for parameter in model.parameters()) < 0.8 * before
+    assert [part.channels for part in layers] == [number // 2 for number in channels]
+    assert [part.groups for part in layers] == groups
+    model.train()(images(4)).sum().backward()
+    assert all(part.depthwise.weight.grad.abs().sum() > 0 for part in layers)
+
+
+def test_without_its_pruner_torch_pruning_makes_a_model_that_refuses_to_run() -> None:
+    tp = pytest.importorskip("torch_pruning")
+    model = randomised(replaced())
+    options = {"importance": tp.importance.MagnitudeImportance(), "ignored_layers": [model.classifier]}
+    tp.pruner.BasePruner(model, images(1), pruning_ratio=0.5, **options).step()
+    with pytest.raises(UlsamError, match=r"ULSAM takes a feature map \[B, 32, H, W\]"):
+        model(images(1))

@@ -3,13 +3,15 @@
 The rules of who may be edited are in `ulsam.surgery`.
 """
 
+import copy
 from collections.abc import Collection
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ulsam.errors import UlsamError
 from ulsam.followed import Followed, follow, unfollow
 from ulsam.places import original
 
@@ -80,6 +82,7 @@ def undo(model: nn.Module, kept: Collection[str] = ()) -> None:
             detach(model, f"{name}.ulsam")
         if "replaced_module" in vars(module):
             swap_back(model, name)
+    mark_yaml(model)
 
 
 def note_weights(old: nn.Module, filled: bool | None) -> None:
@@ -177,3 +180,28 @@ def keep_attributes(old: nn.Module, new: nn.Module) -> None:
         plain = not any(isinstance(leaf, Tensor) or callable(leaf) for leaf in tree_leaves(value))
         if plain and key not in has and not key.startswith("_") and key != "replaced_module":
             setattr(new, key, value)
+
+
+class EditedYaml(dict[str, Any]):
+    """The ``yaml`` of an edited model: Ultralytics builds a model anew from it to train, and that one lacks the edits.
+
+    It begins with a copy of this dictionary by itself, which is refused; in copies of the whole model it is copied.
+
+    >>> copy.deepcopy(EditedYaml(nc=2))
+    Traceback (most recent call last):
+    ulsam.errors.UlsamError: a model built anew lacks the edits: yolo.train(trainer=ulsam.ultralytics.trainer_for(yolo))
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if not memo:
+            raise UlsamError(
+                "a model built anew lacks the edits: yolo.train(trainer=ulsam.ultralytics.trainer_for(yolo))"
+            )
+        return type(self)(copy.deepcopy(dict(self), memo))
+
+
+def mark_yaml(model: nn.Module) -> None:
+    """Mark the ``yaml`` of a model that is built from one, or take the mark off where no edit is left."""
+    found = getattr(model, "yaml", None)
+    if isinstance(found, dict):
+        model.yaml = EditedYaml(found) if edited(model) else dict(found)  # type: ignore[assignment]

@@ -27,6 +27,7 @@ from ulsam.edits import (
     is_edited,
     is_followed,
     lacks_weights,
+    mark_yaml,
     reference_tensor,
     swap,
     swap_back,
@@ -414,3 +415,4 @@ def _edit(model: nn.Module, new: Mapping[str, nn.Module], do: Do, undo: Undo, in
         for name in reversed(done):
             undo(model, name)
         raise
+    mark_yaml(model)

@@ -5,6 +5,7 @@ computed and no weight is copied. A model that looks at values (a detector at it
 """
 
 import copy
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -104,17 +105,19 @@ def _pass(shadow: nn.Module, image: Tensor) -> dict[str, Flow]:
         flows[running[-1]].own_activations += elements
 
     names = {module: name for name, module in shadow.named_modules()}
-    convolved: dict[int, tuple[nn.Module, Tensor]] = {}  # by id of the output, which is kept, so that no other has it
+    convolved: dict[int, tuple[nn.Module, weakref.ref[Tensor]]] = {}  # what made a map, by its id
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(module, _BatchNorm) and args and id(args[0]) in convolved:
-            flows[convolved[id(args[0])][0]].norm_behind = names[module]
+            conv, output = convolved[id(args[0])]
+            if output() is args[0]:  # and not a later tensor with its id
+                flows[conv].norm_behind = names[module]
         running.append(module)
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         running.pop()
         if isinstance(module, nn.Conv2d):
-            convolved[id(output)] = module, output
+            convolved[id(output)] = module, weakref.ref(output)
         flow = flows[module]
         flow.calls += 1
         one_in = flow.calls == 1 and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
