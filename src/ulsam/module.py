@@ -9,6 +9,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -110,15 +111,14 @@ class ULSAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same shape, dtype and memory layout."""
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             return self._by_parts(x)
-        else:  # left out by TorchScript
-            return self._forward(x)
+        else:  # which TorchScript leaves out
+            y = None if self.form == "released" else self._infer(x)
+            return self._forward(x) if y is None else y
 
     def _forward(self, x: Tensor) -> Tensor:
         """By one operator, where nothing has to see the convolutions; otherwise by these."""
-        if self.form != "released" and (y := self._infer(x)) is not None:
-            return y
         if isinstance(x, torch.fx.Proxy):  # one node of a traced graph: what the layer does depends on its mode
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         self._check(x)
@@ -138,14 +138,21 @@ class ULSAM(nn.Module):
     def _infer(self, x: Tensor) -> Tensor | None:
         """The short way of inference; None where it cannot be taken."""
         # past nn.Module's __getattr__: six of its lookups take as long as the kernels of a small map
-        conv, conv2 = self._modules["depthwise"], self._modules["pointwise"]
-        if not (_is_plain(conv) and _is_plain(conv2)):
-            return None
-        first, second = cast(nn.Conv2d, conv)._parameters, cast(nn.Conv2d, conv2)._parameters
+        parts: Any = self._modules
+        conv, conv2 = parts["depthwise"], parts["pointwise"]
+        if (
+            type(conv) is not nn.Conv2d
+            or type(conv2) is not nn.Conv2d
+            or (conv._forward_hooks or conv._forward_pre_hooks or conv2._forward_hooks or conv2._forward_pre_hooks)
+            or (_global_forward_hooks or _global_forward_pre_hooks)
+        ):
+            return None  # see _is_standard
+        first, second = conv._parameters, conv2._parameters
         if not ("weight" in first and "bias" in first and "weight" in second and "bias" in second):
             return None
-        scale, weight = cast(Tensor, first["weight"]), cast(Tensor, second["weight"])
-        return infer(x, scale, first["bias"], weight, second["bias"], self.groups, self.form != "equations")
+        return infer(
+            x, first["weight"], first["bias"], second["weight"], second["bias"], self.groups, self.form != "equations"
+        )
 
     def _is_standard(self) -> bool:
         """Whether the operator computes what the parts would: nothing hangs on them, and none is of another kind.
