@@ -252,10 +252,10 @@ def test_a_map_is_what_its_place_puts_out_whatever_follows_in_place() -> None:
 
 def test_at_a_convolution_the_teacher_keeps_its_batchnorm(data: Path, teacher: Path) -> None:
     base = recipe()
-    student = surgery.insert(build(base)[0], "conv_stem", 2, input_size=SIZE)
+    student = surgery.insert(build(base)[0], "blocks.3.0.se.conv_expand", 2, input_size=SIZE)
     found = open_teacher(config(data, teacher=str(teacher), distill_features=1.0), base, student)
     assert found is not None
-    assert found.places == ("conv_stem", "bn2")
+    assert found.places == ("blocks.3.0.se.conv_expand", "bn2")
     assert found.notes == ("the teacher is not folded: a feature map is taken at a convolution",)
     assert isinstance(found.net.bn1, nn.BatchNorm2d)
 

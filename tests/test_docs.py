@@ -16,7 +16,8 @@ from ulsam.errors import UlsamError
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.name for page in PAGES]
-SLOW = ("compare.md", "slim.md")  # their examples train nets one after the other
+SLOW = ("compare.md", "slim.md", "detectors.md")  # their examples train nets one after the other
+NEEDED = {"detectors.md": ("ultralytics", "segmentation_models_pytorch", "transformers")}
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -32,6 +33,8 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
     code = "\n".join(blocks(page, "python"))
     if not code:
         pytest.skip("no Python on this page")
+    for library in NEEDED.get(page.name, ()):
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(code, page.name, "exec"), names)

@@ -22,6 +22,7 @@ from torch.nn.utils import prune
 import ulsam
 from tiny import NET
 from ulsam.errors import UlsamError
+from ulsam.followed import follow
 from ulsam.folding import fold
 from ulsam.models import build
 from ulsam.recipe import Edit, Recipe
@@ -319,8 +320,9 @@ def test_a_norm_that_a_layer_follows_is_folded_and_a_convolution_is_not() -> Non
     model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 8, 3), norm=BatchNormAct2d(8, inplace=False)))
     model.add_module("conv2", nn.Conv2d(8, 8, 3))
     model.add_module("norm2", nn.BatchNorm2d(8))
-    ulsam.insert(model, "norm", form="released", groups=2, input_size=SIZE)
-    ulsam.insert(model, "conv2", groups=2, input_size=SIZE)
+    with pytest.warns(UserWarning, match="norm is a BatchNorm"):
+        ulsam.insert(model, "norm", form="released", groups=2, input_size=SIZE)
+    follow(model.conv2, ulsam.ULSAM(8, 2))  # ulsam.insert would put it behind norm2
     folded = check(lively(model), {"norm2"})
     assert [name for name, _ in folded.norm.named_children()] == ["drop", "act", "ulsam"]
     assert folded.norm.ulsam.form == "folded"

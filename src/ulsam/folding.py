@@ -40,8 +40,8 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
     parametrizations stay as they are. Pruned and normalized weights (`torch.nn.utils.prune`, the older
     `torch.nn.utils.weight_norm`) become ordinary ones first. Released ULSAM layers are folded too.
 
-    The copy is checked against ``model`` on two random images: what would change the outputs is left unfolded. The
-    copy is in eval mode and cannot be trained well; ``model`` is left as it is.
+    The copy is checked against ``model`` on two random images: what would change the outputs is left unfolded. A model
+    that amplifies the rounding of float32 past 1e-4 is checked in float64. The copy is in eval mode and cannot be trained well; ``model`` is left as it is.
 
     Args:
         model: any `nn.Module` on one image [B, C, H, W], on any device.
@@ -60,6 +60,19 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
     size = tuple(input_size or default_input_size(model))
     like = next((one for one in model.parameters() if one.is_floating_point()), torch.empty(0))
     exact = torch.promote_types(like.dtype, torch.float32)
+    try:
+        return _fold(model, size, like, exact, channels_last)
+    except UlsamError as error:
+        if exact == torch.float64:
+            raise
+        try:
+            return _fold(model, size, like, torch.float64, channels_last)
+        except Exception:  # the same, or an operator or a device without float64
+            raise error from None
+
+
+def _fold(model: nn.Module, size: Sequence[int], like: Tensor, exact: torch.dtype, channels_last: bool) -> nn.Module:
+    """Fold in the dtype ``exact``; the copy has the model's dtypes."""
     folded = plain_copy(model).eval()
     for module in folded.modules():
         _make_ordinary(module)

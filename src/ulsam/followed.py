@@ -68,7 +68,15 @@ def follow(host: nn.Module, layer: nn.Module) -> None:
 
 
 def unfollow(host: nn.Module) -> nn.Module:
-    """Undo :func:`follow`; the layer that stood behind ``host``."""
+    """Undo :func:`follow`; the layer that stood behind ``host``.
+
+    Raises:
+        UlsamError: another tool has wrapped the host's ``forward`` since.
+    """
+    if "forward" in vars(host):
+        raise UlsamError(
+            f"another tool has wrapped the forward of a {host_class(host).__name__}: take its hook off first"
+        )
     layer = host.ulsam
     method = cast(str, host.host_method)
     del host.ulsam
@@ -102,14 +110,24 @@ def _change_class(host: nn.Module, change: Callable[[Any], type[nn.Module]]) -> 
 
 
 def _set_forward(host: "Followed", value: Any) -> None:
-    function = getattr(value, "__func__", None)
+    """Take what a tool makes the host's ``forward``: another method of its class, or a function around the present one.
+
+    Hugging Face's accelerate wraps ``forward``, and says so by `functools.update_wrapper`.
+    """
+    present, kind = inspect.unwrap(value), type(host)
+    function = getattr(present, "__func__", None)
     name = getattr(function, "__name__", "")
-    if getattr(value, "__self__", None) is not host or getattr(type(host), name, None) is not function:
+    if getattr(present, "__self__", None) is host and function is kind.forward:
+        vars(host).pop("forward", None)
+        if present is not value:
+            vars(host)["forward"] = value
+    elif getattr(value, "__self__", None) is host and getattr(host.host_class, name, None) is function:
+        _change_class(host, lambda base: _class_of(base.host_class, name))
+    else:
         raise UlsamError(
             f"the layer inserted behind this {host.host_class.__name__} would no longer run if its forward were "
             "replaced: undo the insertion first, or insert behind another module"
         )
-    _change_class(host, lambda base: _class_of(base.host_class, name))
 
 
 @functools.cache

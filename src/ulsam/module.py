@@ -147,7 +147,8 @@ class ULSAM(nn.Module):
             or (_global_forward_hooks or _global_forward_pre_hooks)
         ):
             return None  # see _is_standard
-        first, second = conv._parameters, conv2._parameters
+        first: Any = conv._parameters
+        second: Any = conv2._parameters
         if not ("weight" in first and "bias" in first and "weight" in second and "bias" in second):
             return None
         return infer(
@@ -178,7 +179,8 @@ class ULSAM(nn.Module):
         Nothing in it depends on the size: it is exported as it stands, whatever sizes are left open, as 11 operations
         of ONNX, or 13 with the ReLUs.
         """
-        subspace = torch.arange(self.channels, device=x.device) // (self.channels // self.groups)
+        size = self.channels // self.groups
+        subspace = torch.arange(self.groups, device=x.device).unsqueeze(1).expand(-1, size).flatten()  # of each channel
         return x + x * self._maps(x).to(x.dtype).index_select(1, subspace)
 
     def _maps(self, x: Tensor) -> Tensor:

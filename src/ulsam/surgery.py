@@ -308,7 +308,7 @@ def _nearest(name: str, valid: list[str]) -> str:
     return f"valid places near it: {', '.join(near)}" if near else "this net has no valid place"
 
 
-def _why_not_map(flow: Flow, picture: Shape | None) -> str | None:
+def _why_not_map(module: nn.Module, flow: Flow, picture: Shape | None) -> str | None:
     shape = flow.output_shape
     if shape is None:
         return "does not put out one tensor"
@@ -316,6 +316,8 @@ def _why_not_map(flow: Flow, picture: Shape | None) -> str | None:
         return f"puts out tokens [B, N, C] = {list(shape)}; an edit needs a feature map [B, C, H, W]"
     if len(shape) != 4:
         return f"puts out {list(shape)}; an edit needs a feature map [B, C, H, W]"
+    if getattr(module, "normalized_shape", None) == shape[-1:] != shape[1:2]:  # such as attention's heads of tokens
+        return f"normalizes the last dimension of {list(shape)}; an edit needs a feature map [B, C, H, W]"
     _, _, height, width = cast(Shape, picture)
     first, last = (abs(shape[n] / height - shape[n + 1] / width) for n in (1, 2))
     if first < last:  # a map has the proportions of the picture, and they are found in front of the channels
@@ -351,7 +353,7 @@ def _why_not_both(module: nn.Module, flow: Flow, net: _Net) -> str | None:
         return f"is used {flow.calls} times in one forward pass"
     if id(module) in net.shared:
         return "is one module under two names"
-    return _why_not_map(flow, net.flows[""].input_shape)
+    return _why_not_map(module, flow, net.flows[""].input_shape)
 
 
 def _why_not_insert(module: nn.Module, flow: Flow, net: _Net) -> str | None:

@@ -154,6 +154,17 @@ def _pixels(file: BinaryIO, reduction: Reduction, most: int) -> Pixels:
     return np.array(_read(file, most=most)) if found is None else found
 
 
+def _opened(file: BinaryIO) -> Image.Image:
+    """The image in a file, not yet decoded.
+
+    Where Ultralytics is imported, Pillow's `open` is its own, which looks for a reader of HEIF in what is no image.
+    """
+    try:
+        return Image.open(file, formats=FORMATS)
+    except ImportError as error:
+        raise UnidentifiedImageError("cannot identify the image") from error
+
+
 def _jpeg(content: bytes, reduction: Reduction, most: int) -> Pixels | None:
     """An ordinary JPEG, upright; None for any other, and at the least doubt, to be read or refused by Pillow.
 
@@ -212,7 +223,7 @@ def _read(file: BinaryIO, reduction: Reduction = whole, most: int = MAX_PIXELS) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the picture is read or it is not
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        stored = Image.open(file, formats=FORMATS)
+        stored = _opened(file)
         _check_size(*stored.size, most)
         if stored.format in ("JPEG", "MPO") and stored.mode in ("RGB", "L"):
             factor = reduction(*stored.size)

@@ -1,6 +1,5 @@
 """The operator `ulsam::subspace_attention` as PyTorch knows it, and the choice of the backend that computes it."""
 
-import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -13,7 +12,6 @@ from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
-from torch.utils.flop_counter import register_flop_formula
 
 from ulsam.errors import UlsamError
 from ulsam.ops import cpu, reference
@@ -343,15 +341,3 @@ torch.library.register_fake("ulsam::subspace_attention", _fake_forward)
 torch.library.register_fake("ulsam::subspace_attention_backward", _fake_backward)
 torch.library.register_autograd("ulsam::subspace_attention", _gradients, setup_context=_save)
 torch.library.register_autograd("ulsam::subspace_attention_backward", _second, setup_context=_save_backward)
-
-
-@register_flop_formula(torch.ops.ulsam.subspace_attention)
-def _flops(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of the two 1x1 convolutions: 2 * C * H * W multiply-adds an image."""
-    return 4 * math.prod(x_shape)
-
-
-@register_flop_formula(torch.ops.ulsam.subspace_attention_backward)
-def _flops_backward(dy_shape: Sequence[int], *_: Any, **__: Any) -> int:
-    """As PyTorch counts a convolution's: twice those of the forward pass."""
-    return 8 * math.prod(dy_shape)
