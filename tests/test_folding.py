@@ -22,8 +22,8 @@ from torch.nn.utils import prune
 import ulsam
 from tiny import NET
 from ulsam.errors import UlsamError
-from ulsam.followed import follow
 from ulsam.folding import fold
+from ulsam.followed import follow
 from ulsam.models import build
 from ulsam.recipe import Edit, Recipe
 

@@ -41,7 +41,8 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
     `torch.nn.utils.weight_norm`) become ordinary ones first. Released ULSAM layers are folded too.
 
     The copy is checked against ``model`` on two random images: what would change the outputs is left unfolded. A model
-    that amplifies the rounding of float32 past 1e-4 is checked in float64. The copy is in eval mode and cannot be trained well; ``model`` is left as it is.
+    that amplifies the rounding of float32 past 1e-4 is checked in float64. The copy is in eval mode and cannot be
+    trained well; ``model`` is left as it is.
 
     Args:
         model: any `nn.Module` on one image [B, C, H, W], on any device.
@@ -66,9 +67,13 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
         if exact == torch.float64:
             raise
         try:
-            return _fold(model, size, like, torch.float64, channels_last)
-        except Exception:  # the same, or an operator or a device without float64
+            folded, x = _fold(model, size, like, torch.float64, channels_last), like.new_zeros(1, *size)
+            wanted, found = ([one.dtype for one in _run(net, x)] for net in (plain_copy(model).eval(), folded))
+        except Exception:  # the same, an operator or a device without float64, or code that kept a float64 tensor
             raise error from None
+        if found != wanted:  # it kept one
+            raise
+        return folded
 
 
 def _fold(model: nn.Module, size: Sequence[int], like: Tensor, exact: torch.dtype, channels_last: bool) -> nn.Module:
