@@ -1,6 +1,7 @@
 """Other people's tools on edited models, through their own interfaces: each sees the layer, or says why it cannot."""
 
 import copy
+import functools
 import os
 import pickle
 import subprocess
@@ -23,7 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ulsam
 from tiny import SETTINGS, draw_splits
+from ulsam.edits import is_followed
 from ulsam.errors import UlsamError
+from ulsam.followed import follow
 from ulsam.models import load
 from ulsam.module import ULSAM
 from ulsam.pruning import customized_pruners, keep_channels
@@ -641,3 +644,195 @@ def test_without_its_pruner_torch_pruning_makes_a_model_that_refuses_to_run() ->
     tp.pruner.BasePruner(model, images(1), pruning_ratio=0.5, **options).step()
     with pytest.raises(UlsamError, match=r"ULSAM takes a feature map \[B, 32, H, W\]"):
         model(images(1))
+
+
+# hosts of unusual kinds
+
+
+class Named(nn.Module):
+    """Calls its block by the name of the argument, as Hugging Face's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(input=x))
+
+
+def test_a_host_may_be_called_by_keyword_and_scripted() -> None:
+    model = Named()
+    expected = nn.ReLU()(model.conv(images()))
+    follow(model.conv, nn.ReLU())
+    torch.testing.assert_close(model.conv(input=images()), expected)
+    torch.testing.assert_close(torch.jit.script(model.conv)(images()), expected)
+    up = nn.ConvTranspose2d(3, 8, 3)  # has an optional second argument
+    follow(up, nn.ReLU())
+    torch.testing.assert_close(torch.jit.script(up)(images()), up(images()))
+    torch.testing.assert_close(up(images(), [100, 100][:0] or None), up(images()))
+
+
+def test_a_patch_of_the_hosts_class_takes_effect() -> None:
+    class Patched(Small):
+        pass
+
+    model = Patched()
+    follow(model, nn.Sigmoid())
+    Patched.forward = lambda self, x: self.conv(x)  # type: ignore[method-assign]
+    torch.testing.assert_close(model(images()), model.conv(images()).sigmoid())
+
+
+def test_a_forward_that_hangs_on_a_part_runs() -> None:
+    model = layer()
+    wrapped, calls = model.depthwise.forward, []
+    model.depthwise.forward = lambda x: calls.append(1) or wrapped(x) * 3  # type: ignore[method-assign, func-returns-value]
+    with torch.no_grad():
+        y = model(FEATURES)
+    del model.depthwise.forward
+    model.depthwise.weight.data *= 3
+    assert calls
+    torch.testing.assert_close(y, model(FEATURES))
+
+
+class Switching(nn.Sequential):
+    def other(self, x: Tensor) -> Tensor:
+        return 2 * nn.Sequential.forward(self, x)
+
+
+def test_a_container_whose_forward_is_another_one_is_refused() -> None:
+    host = Switching(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    host.forward = host.other  # type: ignore[method-assign]
+    expected = host(images())
+    with pytest.raises(UlsamError, match="would no longer run"):
+        follow(host, nn.ReLU())
+    torch.testing.assert_close(host(images()), expected)
+    plain = Switching(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    follow(plain, nn.ReLU())
+    with pytest.raises(UlsamError, match="would no longer run"):
+        plain.forward = plain.other  # type: ignore[method-assign]
+    assert not is_followed(plain[:2])
+
+
+def test_what_wraps_the_forward_around_the_layer_keeps_it_and_is_taken_off_before_the_undoing() -> None:
+    model = randomised(inserted())
+    expected = model(images())
+    host = model.blocks[5][2]
+    present = host.forward
+
+    @functools.wraps(present)
+    def logged(*args: Any, **kwargs: Any) -> Any:
+        return present(*args, **kwargs)
+
+    host.forward = logged
+    torch.testing.assert_close(model(images()), expected)
+    edits = ulsam.edits_of(model)
+    with pytest.raises(UlsamError, match="take its hook off"):
+        ulsam.remove(model)
+    assert ulsam.edits_of(model) == edits  # none was undone
+    host.forward = present
+    ulsam.remove(model)
+    with pytest.raises(UlsamError, match="would no longer run"):
+        follow(host, nn.ReLU())
+        host.forward = lambda x: x
+
+
+def test_accelerates_hooks_run_and_so_does_the_layer() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Doubling(hooks.ModelHook):  # type: ignore[misc, name-defined]
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return 2 * output
+
+    model = randomised(inserted())
+    host = model.blocks[5][2]
+    x = torch.randn(1, 56, 3, 3)
+    expected = host(x)
+    hooks.add_hook_to_module(host, Doubling())
+    torch.testing.assert_close(host(x), 2 * expected)
+    hooks.remove_hook_from_module(host)
+    torch.testing.assert_close(host(x), expected)
+    part = host.ulsam.depthwise
+    hooks.add_hook_to_module(part, Doubling())
+    hooked = host.ulsam(x)
+    hooks.remove_hook_from_module(part)
+    part.weight.data *= 2
+    torch.testing.assert_close(hooked, host.ulsam(x))
+
+
+def test_modules_that_are_compiled_by_themselves_are_refused() -> None:
+    compiled = nn.Sequential(torch.compile(nn.Sequential(nn.Conv2d(3, 8, 1)), backend="aot_eager"), nn.Sigmoid())
+    traced = nn.Sequential(torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1))), nn.Sigmoid())
+    for model in (compiled, traced):
+        with pytest.raises(UlsamError, match="is compiled or traced by itself"):
+            ulsam.insert(model, "0", 2, input_size=SIZE)
+        assert not ulsam.edits_of(model)
+
+
+def test_a_wrapper_that_synchronizes_gradients_is_refused(tmp_path: Path) -> None:
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(base())
+        with pytest.raises(UlsamError, match="edit the model before DistributedDataParallel wraps it"):
+            ulsam.insert(wrapped, "17", 4, input_size=SIZE)
+    finally:
+        dist.destroy_process_group()
+
+
+class Shortcut(nn.Module):
+    """The norm is on one of two branches behind the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x + self.norm(x).relu()
+
+
+def test_a_convolution_that_others_read_too_is_its_own_place() -> None:
+    model = ulsam.insert(Shortcut(), "conv", 2, input_size=SIZE)
+    assert ulsam.edits_of(model) == ["insert conv g=2"]
+
+
+def test_edits_are_all_made_or_none() -> None:
+    model = ulsam.replace(base(), "14", 4, input_size=SIZE)
+    with pytest.raises(UlsamError, match="no module is named"):
+        ulsam.apply(model, ["insert blocks.4.2 g=2", "replace 17", "replace nosuch"], input_size=SIZE)
+    assert ulsam.edits_of(model) == ["replace blocks.4.2 g=4"]
+
+
+def test_an_edit_in_inference_mode_can_be_trained() -> None:
+    model = base()
+    with torch.inference_mode():
+        ulsam.insert(model, "17", 4, input_size=SIZE)
+    model(images()).sum().backward()
+    assert model.blocks[5][2].ulsam.depthwise.weight.grad is not None
+
+
+def test_half_precision_maps_of_a_large_image_are_no_zeros() -> None:
+    model = ULSAM(4, 2).half().eval()
+    x = torch.ones(1, 4, 300, 300, dtype=torch.float16)
+    maps = model._maps(x)
+    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(1, 2), rtol=1e-2, atol=1e-2)
+
+
+def test_the_attention_of_pruned_weights_in_training_trains_them_and_moves_no_statistics() -> None:
+    model = layer("released").train()
+    prune.l1_unstructured(model.depthwise, "weight", 0.5)
+    model(FEATURES).sum().backward()
+    before = [buffer.clone() for buffer in model.buffers()]
+    model.zero_grad()
+    model.attention(FEATURES).square().sum().backward()
+    assert model.pointwise.weight.grad is not None
+    assert all(torch.equal(buffer, old) for buffer, old in zip(model.buffers(), before, strict=True))
+    with pytest.raises(UlsamError, match=r"take it off first, as by prune\.remove"):
+        model.fold()
+
+
+def test_torch_pruning_refuses_a_layer_that_its_graph_hides() -> None:
+    pytest.importorskip("torch_pruning")
+    model = ulsam.insert(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)), "0", 4, input_size=SIZE)
+    with pytest.raises(UlsamError, match="would not see the layer inserted behind 0, a Conv2d"):
+        customized_pruners(model)

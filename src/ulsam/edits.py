@@ -4,6 +4,7 @@ The rules of who may be edited are in `ulsam.surgery`.
 """
 
 import copy
+import warnings
 from collections.abc import Collection
 from typing import Any, Self, TypeVar, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ulsam.errors import UlsamError
-from ulsam.followed import Followed, follow, unfollow
+from ulsam.followed import Followed, check_unfollow, follow, unfollow
 from ulsam.places import original
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -74,13 +75,17 @@ def put_back(model: ModelT) -> ModelT:
     return model
 
 
-def undo(model: nn.Module, kept: Collection[str] = ()) -> None:
-    """Undo the edits, all but those at the names in ``kept``."""
-    places = [(name, model.get_submodule(name)) for name in edited(model) if name not in kept]
-    for name, module in reversed(places):
-        if is_followed(module):
+def undo(model: nn.Module, kept: Collection[nn.Module] = ()) -> None:
+    """Undo the edits, all of them or none: all but those that put in the modules in ``kept``."""
+    places = [(name, model.get_submodule(name)) for name in edited(model)]
+    inserted = [name for name, module in places if is_followed(module) and module.ulsam not in kept]
+    replaced = [name for name, module in places if "replaced_module" in vars(module) and module not in kept]
+    for name in inserted:
+        check_unfollow(model.get_submodule(name))
+    for name, _ in reversed(places):
+        if name in inserted:
             detach(model, f"{name}.ulsam")
-        if "replaced_module" in vars(module):
+        if name in replaced:
             swap_back(model, name)
     mark_yaml(model)
 
@@ -151,7 +156,7 @@ def reference_tensor(module: nn.Module, model: nn.Module) -> Tensor:
 
 def is_followed(module: nn.Module) -> bool:
     """Whether a layer was inserted behind this module."""
-    return isinstance(module, Followed)
+    return isinstance(module, Followed) and "ulsam" in module._modules  # a slice of a Sequential may have none
 
 
 def is_edited(module: nn.Module) -> bool:
@@ -204,4 +209,10 @@ def mark_yaml(model: nn.Module) -> None:
     """Mark the ``yaml`` of a model that is built from one, or take the mark off where no edit is left."""
     found = getattr(model, "yaml", None)
     if isinstance(found, dict):
+        if edited(model) and not isinstance(found, EditedYaml):
+            warnings.warn(
+                "yolo.train() would build this model anew, without the edits: pass it "
+                "trainer=ulsam.ultralytics.trainer_for(yolo)",
+                stacklevel=4,
+            )
         model.yaml = EditedYaml(found) if edited(model) else dict(found)  # type: ignore[assignment]

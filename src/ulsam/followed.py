@@ -55,16 +55,31 @@ def follow(host: nn.Module, layer: nn.Module) -> None:
     >>> type(unfollow(conv)), type(conv)
     (<class 'torch.nn.modules.activation.ReLU'>, <class 'torch.nn.modules.conv.Conv2d'>)
     """
-    before = vars(host).pop("forward", None)
-    _change_class(host, lambda base: _class_of(base, "forward"))
-    host.add_module("ulsam", layer)
-    if before is not None:
-        try:
+    before, kind = vars(host).pop("forward", None), type(host)
+    try:
+        _change_class(host, lambda base: _class_of(base, "forward"))
+        host.add_module("ulsam", layer)
+        if before is not None:
             host.forward = before
-        except UlsamError:
-            unfollow(host)
+    except BaseException:
+        host._modules.pop("ulsam", None)
+        host.__class__ = kind
+        if before is not None:
             vars(host)["forward"] = before
-            raise
+        raise
+
+
+def check_unfollow(host: nn.Module) -> None:
+    """Raise where :func:`unfollow` would.
+
+    Raises:
+        UlsamError: another tool has wrapped the host's ``forward`` since.
+    """
+    if "forward" in vars(host):
+        name = host_class(host).__name__
+        raise UlsamError(
+            f"another tool has wrapped the forward of a {name}: take its hook off before the insertion's undoing"
+        )
 
 
 def unfollow(host: nn.Module) -> nn.Module:
@@ -114,14 +129,14 @@ def _set_forward(host: "Followed", value: Any) -> None:
 
     Hugging Face's accelerate wraps ``forward``, and says so by `functools.update_wrapper`.
     """
-    present, kind = inspect.unwrap(value), type(host)
+    present, kind = inspect.unwrap(value, stop=lambda inner: getattr(inner, "__self__", None) is host), type(host)
     function = getattr(present, "__func__", None)
     name = getattr(function, "__name__", "")
     if getattr(present, "__self__", None) is host and function is kind.forward:
         vars(host).pop("forward", None)
         if present is not value:
             vars(host)["forward"] = value
-    elif getattr(value, "__self__", None) is host and getattr(host.host_class, name, None) is function:
+    elif present is value and getattr(value, "__self__", None) is host and _may_run(host.host_class, name, function):
         _change_class(host, lambda base: _class_of(base.host_class, name))
     else:
         raise UlsamError(
@@ -136,7 +151,7 @@ def _class_of(base: type[nn.Module], method: str) -> type[nn.Module]:
     made: dict[str, Any] = {"__module__": base.__module__, "host_class": base, "host_method": method}
     if base.forward is not nn.Sequential.forward:
         made["host_forward"] = _renamed(getattr(base, method), "host_forward")
-        made["forward"] = _then_layer if _takes_one(made["host_forward"]) else _then_layer_of_any
+        made["forward"] = _then_layer if _needs_one(made["host_forward"]) else _then_layer_of_any
     if hasattr(base, "fuse"):
         made["fuse"] = _fuse
     return type(f"Followed{base.__name__}", (Followed, base), made)
@@ -151,16 +166,31 @@ def _renamed(function: Any, name: str) -> Any:
     return functools.update_wrapper(copied, function, assigned=("__module__", "__doc__", "__annotations__"))
 
 
-def _takes_one(function: Callable[..., Any]) -> bool:
-    return len(inspect.signature(function).parameters) == 2  # with self
+def _may_run(base: type[nn.Module], method: str, function: Any) -> bool:
+    """Whether a layer can follow this method of the host's class; one of a Sequential runs the layer as a child."""
+    return getattr(base, method, None) is function and base.forward is not nn.Sequential.forward
 
 
-def _then_layer(self: Any, x: Tensor) -> Tensor:
-    return self.ulsam(self.host_forward(x))
+def _needs_one(function: Callable[..., Any]) -> bool:
+    """Whether a method can be called with one argument beside self."""
+    _, *parameters = inspect.signature(function).parameters.values()
+    needed = [one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    return len(needed) == 1 and all(one.kind is not one.VAR_POSITIONAL for one in parameters)
 
 
 def _then_layer_of_any(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self.ulsam(self.host_forward(*args, **kwargs))
+    return self.ulsam(getattr(self.host_class, self.host_method)(self, *args, **kwargs))
+
+
+def _then_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self.ulsam(getattr(self.host_class, self.host_method)(self, *args, **kwargs))
+
+
+def _scripted(self: Any, x: Tensor) -> Tensor:
+    return self.ulsam(self.host_forward(x))
+
+
+_then_layer.__wrapped__ = _scripted  # type: ignore[attr-defined]  # TorchScript, which takes no *args, reads this one
 
 
 def _fuse(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ulsam.errors import UlsamError
 from ulsam.ops import infer, is_captured, subspace_attention
-from ulsam.ops.reference import attention_maps
+from ulsam.ops.reference import accumulation, attention_maps
 
 Form = Literal["equations", "released", "folded"]
 MOMENTUM = 0.1  # PyTorch's own default
@@ -104,8 +104,16 @@ class ULSAM(nn.Module):
         batch's statistics, but the running ones do not change.
         """
         self._check(x)
-        if not self._is_standard():
-            return (copy.deepcopy(self) if self.training else self)._maps(x)  # whose statistics may move
+        if not self.is_standard():
+            parts: list[Any] = [part for part in self.modules() if part.training]
+            tracking = [part for part in parts if getattr(part, "track_running_stats", False)]
+            for part in tracking:
+                part.track_running_stats = False
+            try:
+                return self._maps(x).to(accumulation(x.dtype))
+            finally:
+                for part in tracking:
+                    part.track_running_stats = True
         scale, shift, weight, bias, norms, eps = self._operands()
         return attention_maps(x, scale, shift, weight, bias, norms, self.groups, self.form != "equations", eps)[0]
 
@@ -122,7 +130,7 @@ class ULSAM(nn.Module):
         if isinstance(x, torch.fx.Proxy):  # one node of a traced graph: what the layer does depends on its mode
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         self._check(x)
-        if is_captured() or not self._is_standard():
+        if is_captured() or not self.is_standard():
             return self._by_parts(x)
         relu, count = self.form != "equations", x.numel() // self.channels
         scale, shift, weight, bias, norms, eps = self._operands()
@@ -144,9 +152,14 @@ class ULSAM(nn.Module):
             type(conv) is not nn.Conv2d
             or type(conv2) is not nn.Conv2d
             or (conv._forward_hooks or conv._forward_pre_hooks or conv2._forward_hooks or conv2._forward_pre_hooks)
-            or (_global_forward_hooks or _global_forward_pre_hooks)
+            or (
+                _global_forward_hooks
+                or _global_forward_pre_hooks
+                or "forward" in vars(conv)
+                or "forward" in vars(conv2)
+            )
         ):
-            return None  # see _is_standard
+            return None  # see is_standard
         first: Any = conv._parameters
         second: Any = conv2._parameters
         if not ("weight" in first and "bias" in first and "weight" in second and "bias" in second):
@@ -155,7 +168,7 @@ class ULSAM(nn.Module):
             x, first["weight"], first["bias"], second["weight"], second["bias"], self.groups, self.form != "equations"
         )
 
-    def _is_standard(self) -> bool:
+    def is_standard(self) -> bool:
         """Whether the operator computes what the parts would: nothing hangs on them, and none is of another kind.
 
         Pruning, weight normalization, quantization observers and counters of operations hang on modules; BatchNorm may
@@ -195,6 +208,8 @@ class ULSAM(nn.Module):
             logits = self.pointwise_norm(logits)
         if self.form != "equations":
             logits = F.relu(logits)
+        if logits.dtype == torch.float16 or logits.dtype == torch.bfloat16:
+            logits = logits.float()
         # softmax over both dimensions; a reshape to one would depend on the size, and logsumexp loses digits
         shares = (logits - logits.amax([2, 3], keepdim=True)).exp()
         return shares / shares.sum([2, 3], keepdim=True)
@@ -231,8 +246,14 @@ class ULSAM(nn.Module):
         """The inference form, a new layer in eval mode: BatchNorm folded into the convolutions, same outputs to 1e-5.
 
         The other forms have no BatchNorm: their fold is a copy.
+
+        Raises:
+            UlsamError: a hook computes the weights, as of `torch.nn.utils.prune`.
         """
-        folded = copy.deepcopy(self).eval()
+        try:
+            folded = copy.deepcopy(self).eval()
+        except RuntimeError as error:  # PyTorch does not copy weights that a hook computes
+            raise UlsamError("a hook computes this layer's weights: take it off first, as by prune.remove") from error
         if self.form == "released":
             folded.form = "folded"
             folded.depthwise = fuse_conv_bn_eval(folded.depthwise, folded.depthwise_norm)
@@ -248,6 +269,7 @@ def _is_plain(part: nn.Module | None, kind: type[nn.Module] = nn.Conv2d) -> bool
     """Whether a part is of this very class, and nothing has to see it run."""
     return (
         type(part) is kind
+        and "forward" not in vars(part)
         and not (part._forward_hooks or part._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
         and not (part._backward_hooks or part._backward_pre_hooks)
     )

@@ -55,14 +55,21 @@ def paper_places(model: nn.Module) -> dict[str, str]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`, DataParallel or DistributedDataParallel, or ``model`` itself.
+    """The model inside `torch.compile` or DataParallel, or ``model`` itself.
+
+    Raises:
+        UlsamError: it is DistributedDataParallel, whose reducer knows the parameters that were there when it was made.
 
     >>> net = nn.Sequential(nn.ReLU())
     >>> unwrapped(nn.DataParallel(net)) is net
     True
     """
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise UlsamError(
+                "edit the model before DistributedDataParallel wraps it: new weights would not be synchronized"
+            )
+        if isinstance(model, nn.DataParallel):
             model = model.module
         elif "_orig_mod" in model._modules:  # of torch.compile, whose classes take a second to import
             model = cast(nn.Module, model._orig_mod)

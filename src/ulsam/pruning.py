@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ulsam.edits import is_followed
 from ulsam.errors import UlsamError
+from ulsam.followed import host_class
 from ulsam.module import ULSAM
 
 
@@ -20,7 +22,8 @@ def customized_pruners(model: nn.Module) -> dict[type[nn.Module], Any]:
 
     Raises:
         ImportError: `torch_pruning` is not installed (``pip install 'ulsam[peers]'``).
-        UlsamError: in pruning, where the channels to prune are not as many in every subspace.
+        UlsamError: a layer was inserted behind a bare convolution or BatchNorm; in pruning, where the channels to prune
+            are not as many in every subspace.
 
     >>> import torch_pruning as tp
     >>> from ulsam import replace
@@ -34,6 +37,13 @@ def customized_pruners(model: nn.Module) -> dict[type[nn.Module], Any]:
     (8, 4, torch.Size([1, 4, 14, 14]))
     """
     from torch_pruning.pruner.function import BasePruningFunc
+
+    for name, module in model.named_modules():
+        if is_followed(module) and isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            raise UlsamError(
+                f"Torch-Pruning would not see the layer inserted behind {name}, a {host_class(module).__name__}: "
+                "insert it behind the block around that"
+            )
 
     class ULSAMPruner(BasePruningFunc):  # type: ignore[misc]
         TARGET_MODULES = ULSAM

@@ -287,12 +287,14 @@ def apply(model: ModelT, edits: Iterable[str], *, input_size: Sequence[int] | No
     ['insert 0 g=2']
     """
     parsed = [Edit.parse(text) for text in edits]
-    before = set(edited(unwrapped(model)))
+    inner = unwrapped(model)
+    before = [inner.get_submodule(name) for name in edited(inner)]
+    before += [cast(nn.Module, module.ulsam) for module in before if is_followed(module)]
     try:
         for edit in parsed:
             edit.apply(model, input_size)
     except BaseException:
-        undo(unwrapped(model), kept=before)
+        undo(inner, kept=before)
         raise
     return model
 

@@ -2,7 +2,7 @@
 
 An edit happens or raises: on an error the model is as it was. An inserted layer is the child ``ulsam`` of the module
 it follows (see `ulsam.followed`): every other parameter keeps its name, and a checkpoint of the unedited net loads
-strictly, the new keys aside. What wraps a model (`torch.compile`, DistributedDataParallel) is looked through.
+strictly, the new keys aside. What wraps a model (`torch.compile`, DataParallel) is looked through.
 """
 
 import difflib
@@ -15,6 +15,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar, cast
 
 import torch
+import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -343,8 +344,8 @@ def _fused_blocks(model: nn.Module) -> dict[int, str]:
 def _why_not_both(module: nn.Module, flow: Flow, net: _Net) -> str | None:
     if id(module) in net.inside:
         return "is part of an attention layer"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is compiled by TorchScript: edit the model before"
+    if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) or "_orig_mod" in module._modules:
+        return "is compiled or traced by itself: edit the model before"
     if id(module) in net.fused:
         return f"lies inside {net.fused[id(module)]}, which fuses what it holds for inference: an edit would be lost"
     if flow.calls == 0:
@@ -387,7 +388,8 @@ def _layers(model: nn.Module, flows: Mapping[str, Flow], make: Callable[..., nn.
         module = model.get_submodule(name)
         like = reference_tensor(module, model)
         try:
-            layer = make(channels=cast(Shape, flow.output_shape)[1], device=like.device, dtype=like.dtype)
+            with torch.inference_mode(False):  # or its weights could not be trained
+                layer = make(channels=cast(Shape, flow.output_shape)[1], device=like.device, dtype=like.dtype)
         except UlsamError as error:
             raise UlsamError(f"{name}: {error}") from None
         made[name] = layer.train(module.training)

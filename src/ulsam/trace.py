@@ -6,6 +6,7 @@ computed and no weight is copied. A model that looks at values (a detector at it
 
 import copy
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ def _pass(shadow: nn.Module, image: Tensor) -> dict[str, Flow]:
         flows[running[-1]].own_activations += elements
 
     names = {module: name for name, module in shadow.named_modules()}
+    readers: Counter[nn.Module] = Counter()  # how many operators take a convolution's output
     convolved: dict[int, tuple[nn.Module, weakref.ref[Tensor]]] = {}  # what made a map, by its id
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -128,6 +130,9 @@ def _pass(shadow: nn.Module, image: Tensor) -> dict[str, Flow]:
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
+            for value in args:
+                if id(value) in convolved and convolved[id(value)][1]() is value:
+                    readers[convolved[id(value)][0]] += 1
             out = _put_out(func, args, kwargs)
             formula = flop_registry.get(func._overloadpacket)
             if formula is not None:
@@ -141,6 +146,9 @@ def _pass(shadow: nn.Module, image: Tensor) -> dict[str, Flow]:
         module.register_forward_hook(leave, with_kwargs=True)
     with torch.no_grad(), counting:
         shadow(image)
+    for conv, number in readers.items():
+        if number > 1:  # the two are not one: others take the output without the norm
+            flows[conv].norm_behind = None
     return {name: flows[module] for name, module in shadow.named_modules(remove_duplicate=False)}
 
 

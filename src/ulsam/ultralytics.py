@@ -3,6 +3,7 @@
 Validation, prediction, fusing, export and the checkpoints need nothing: an edited model is an ordinary model.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def trainer_for(yolo: Any) -> type:
             plain = dict(cfg) if isinstance(cfg, EditedYaml) else cfg
             model: Any = super().get_model(cfg=plain, weights=None, verbose=verbose)
             channels, *_ = default_input_size(model)
-            apply(model, edits, input_size=(channels, 256, 256))  # a multiple of every YOLO's stride
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*trainer_for")  # this is that trainer
+                apply(model, edits, input_size=(channels, 256, 256))  # a multiple of every YOLO's stride
             if weights is not None:
                 model.load(weights)
             if edits_of(model) != edits:

@@ -133,7 +133,7 @@ def _with_attention(net: nn.Module) -> tuple[nn.Module, set[str]]:
     layers = {name: part for name, part in net.named_modules() if host_class(part) is ULSAM}
     names = set()
     for name, layer in layers.items():
-        if cast(ULSAM, layer).form != "released" and name:
+        if cast(ULSAM, layer).form != "released" and name and cast(ULSAM, layer).is_standard():
             made = _Attention(cast(ULSAM, layer)).train(layer.training)
             if isinstance(layer, Followed):
                 follow(made, layer.ulsam)
