@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import ulsam
+from calibrating import calibrated
 from tiny import SETTINGS, draw_splits
 from ulsam.edits import is_followed
 from ulsam.errors import UlsamError
@@ -298,13 +299,14 @@ REPARAMETERIZED = ["repvit_m0_9", "levit_conv_128s", "mobileone_s0", "fastvit_t8
 
 @pytest.mark.parametrize("name", REPARAMETERIZED)
 def test_timms_reparameterization_keeps_the_layers(name: str) -> None:
+    torch.manual_seed(0)
     size = (3, 64, 64) if "levit" not in name else (3, 224, 224)
     model = timm.create_model(name, num_classes=5)
     children = {f"{stage}.{block}" for stage in "0123" for block in "01"}
     found = [c.name for c in ulsam.candidates(model, size)]
     places = [place for place in found if ".".join(place.split(".")[-2:]) in children][:2] or found[:2]
     ulsam.insert(model, places, 1, input_size=size)
-    randomised(model)
+    calibrated(model, size[1])  # or the outputs would hardly depend on the layers
     for layer in model.modules():
         if isinstance(layer, ULSAM):
             nn.init.normal_(layer.depthwise.weight, std=3)
@@ -315,10 +317,11 @@ def test_timms_reparameterization_keeps_the_layers(name: str) -> None:
         assert sum(isinstance(module, ULSAM) for module in reparameterized.modules()) == len(places)
         found_y = reparameterized(x)
     scale = float(expected.abs().max())
-    assert float((found_y - expected).abs().max()) <= 1e-3 * scale < float((plain - expected).abs().max()) * 100
+    assert float((found_y - expected).abs().max()) <= 1e-3 * scale < float((plain - expected).abs().max())
 
 
 def test_a_host_that_becomes_another_module_by_fuse_takes_the_layer_with_it() -> None:
+    torch.manual_seed(0)
     model = timm.create_model("repvit_m0_9", num_classes=5)
     name = next(n for n, m in model.named_modules() if type(m).__name__ == "RepVggDw")
     ulsam.insert(model, name, 2, input_size=(3, 64, 64))
