@@ -69,10 +69,19 @@ def put_back(model: ModelT) -> ModelT:
     >>> [type(module).__name__ for module in put_back(drop(net, "1", input_size=(3, 9, 9)))], edited(net)
     (['FollowedConv2d', 'Conv2d'], ['0'])
     """
-    for name, old in changes(model)[1].items():
-        if not lacks_weights(old):
-            swap_back(model, name)
+    for name in edited_blocks(model):
+        swap_back(model, name)
     return model
+
+
+def edited_blocks(model: nn.Module) -> list[str]:
+    """The names of removed and replaced blocks whose weights are known, so that they can return.
+
+    >>> from ulsam import drop
+    >>> edited_blocks(drop(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "1", input_size=(3, 9, 9)))
+    ['1']
+    """
+    return [name for name, old in changes(model)[1].items() if not lacks_weights(old)]
 
 
 def undo(model: nn.Module, kept: Collection[nn.Module] = ()) -> None:
@@ -209,10 +218,11 @@ def mark_yaml(model: nn.Module) -> None:
     """Mark the ``yaml`` of a model that is built from one, or take the mark off where no edit is left."""
     found = getattr(model, "yaml", None)
     if isinstance(found, dict):
-        if edited(model) and not isinstance(found, EditedYaml):
+        holds_edits = bool(edited(model))
+        if holds_edits and not isinstance(found, EditedYaml):
             warnings.warn(
                 "yolo.train() would build this model anew, without the edits: pass it "
                 "trainer=ulsam.ultralytics.trainer_for(yolo)",
                 stacklevel=4,
             )
-        model.yaml = EditedYaml(found) if edited(model) else dict(found)  # type: ignore[assignment]
+        model.yaml = EditedYaml(found) if holds_edits else dict(found)  # type: ignore[assignment]

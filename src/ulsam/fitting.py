@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from ulsam.edits import changes, lacks_weights, put_back
+from ulsam.edits import edited_blocks, put_back
 from ulsam.errors import UlsamError, is_out_of_memory
 from ulsam.evaluate import NotFinite, eval_mode
 from ulsam.thin import ThinBlock
@@ -159,8 +159,7 @@ def _regress(layer: nn.Module, name: str, given: Sequence[Tensor], wanted: Seque
 
 def new_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layer at each place where one with a thin block replaced a block that has weights, and is still as made."""
-    _, aside = changes(model)
-    places = {name: model.get_submodule(name) for name, old in aside.items() if not lacks_weights(old)}
+    places = {name: model.get_submodule(name) for name in edited_blocks(model)}
     return {name: place for name, place in places.items() if _has_new(place)}
 
 

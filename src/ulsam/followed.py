@@ -77,9 +77,7 @@ def check_unfollow(host: nn.Module) -> None:
     """
     if "forward" in vars(host):
         name = host_class(host).__name__
-        raise UlsamError(
-            f"another tool has wrapped the forward of a {name}: take its hook off before the insertion's undoing"
-        )
+        raise UlsamError(f"another tool has wrapped the forward of a {name}: take its hook off first")
 
 
 def unfollow(host: nn.Module) -> nn.Module:
@@ -88,10 +86,7 @@ def unfollow(host: nn.Module) -> nn.Module:
     Raises:
         UlsamError: another tool has wrapped the host's ``forward`` since.
     """
-    if "forward" in vars(host):
-        raise UlsamError(
-            f"another tool has wrapped the forward of a {host_class(host).__name__}: take its hook off first"
-        )
+    check_unfollow(host)
     layer = host.ulsam
     method = cast(str, host.host_method)
     del host.ulsam
@@ -151,7 +146,7 @@ def _class_of(base: type[nn.Module], method: str) -> type[nn.Module]:
     made: dict[str, Any] = {"__module__": base.__module__, "host_class": base, "host_method": method}
     if base.forward is not nn.Sequential.forward:
         made["host_forward"] = _renamed(getattr(base, method), "host_forward")
-        made["forward"] = _then_layer if _needs_one(made["host_forward"]) else _then_layer_of_any
+        made["forward"] = _then_layer_of_one if _needs_one(made["host_forward"]) else _then_layer
     if hasattr(base, "fuse"):
         made["fuse"] = _fuse
     return type(f"Followed{base.__name__}", (Followed, base), made)
@@ -178,10 +173,6 @@ def _needs_one(function: Callable[..., Any]) -> bool:
     return len(needed) == 1 and all(one.kind is not one.VAR_POSITIONAL for one in parameters)
 
 
-def _then_layer_of_any(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self.ulsam(getattr(self.host_class, self.host_method)(self, *args, **kwargs))
-
-
 def _then_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.ulsam(getattr(self.host_class, self.host_method)(self, *args, **kwargs))
 
@@ -190,7 +181,8 @@ def _scripted(self: Any, x: Tensor) -> Tensor:
     return self.ulsam(self.host_forward(x))
 
 
-_then_layer.__wrapped__ = _scripted  # type: ignore[attr-defined]  # TorchScript, which takes no *args, reads this one
+_then_layer_of_one = _renamed(_then_layer, "_then_layer_of_one")
+_then_layer_of_one.__wrapped__ = _scripted  # TorchScript, which takes no *args, reads this one
 
 
 def _fuse(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ulsam.errors import UlsamError
 from ulsam.ops import infer, is_captured, subspace_attention
-from ulsam.ops.reference import accumulation, attention_maps
+from ulsam.ops.reference import accumulation, attention_maps, softmax_over_maps
 
 Form = Literal["equations", "released", "folded"]
 MOMENTUM = 0.1  # PyTorch's own default
@@ -210,9 +210,7 @@ class ULSAM(nn.Module):
             logits = F.relu(logits)
         if logits.dtype == torch.float16 or logits.dtype == torch.bfloat16:
             logits = logits.float()
-        # softmax over both dimensions; a reshape to one would depend on the size, and logsumexp loses digits
-        shares = (logits - logits.amax([2, 3], keepdim=True)).exp()
-        return shares / shares.sum([2, 3], keepdim=True)
+        return softmax_over_maps(logits)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:

@@ -4,6 +4,7 @@ Source: PRACTISE, "Practical Network Acceleration with Tiny Sets" (Wang and Wu, 
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import trange
 
-from ulsam.edits import changes, lacks_weights, put_back
+from ulsam.edits import edited_blocks, put_back
 from ulsam.errors import UlsamError
 from ulsam.evaluate import NotFinite, eval_mode
 from ulsam.fitting import enough_memory, fit_new, list_of_batches, passing
@@ -91,16 +92,6 @@ def reconstruct(
     return found
 
 
-def edited_blocks(model: nn.Module) -> list[str]:
-    """The names of removed and replaced blocks whose weights are known, so that there is something to reconstruct.
-
-    >>> from ulsam import drop
-    >>> edited_blocks(drop(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "1", input_size=(3, 9, 9)))
-    ['1']
-    """
-    return [name for name, old in changes(model)[1].items() if not lacks_weights(old)]
-
-
 @dataclass
 class _Call:
     """One call of a module: when it began and ended, and the tensors that went in and came out (None: not one map)."""
@@ -117,7 +108,7 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
     """Every call of a module on one image, in the order in which they begin."""
     calls: list[_Call] = []
     running: list[_Call] = []
-    clock = iter(range(10**9))
+    clock = itertools.count()
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -236,15 +227,16 @@ def _train(
     if not before:
         return before, before
     spread = [pair for pair in pairs if len(pair[0]) > 1] or pairs
-    _adam(trained.modules(), lambda step: scale * _loss(trained, *spread[step % len(spread)]), name, steps, rate)
+
+    def loss(step: int) -> Tensor:
+        x, y = spread[step % len(spread)]
+        return scale * F.mse_loss(trained(x), y)
+
+    _adam(trained.modules(), loss, name, steps, rate)
     after = error()
     if not math.isfinite(after):
         raise NotFinite(f"reconstructing {name} diverged: lower the rate, or give other images")
     return before, after
-
-
-def _loss(trained: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(trained(x), y)
 
 
 def _adam(parts: Iterable[nn.Module], loss_of: Callable[[int], Tensor], name: str, steps: int, rate: float) -> None:

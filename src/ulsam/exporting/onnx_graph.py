@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ulsam.errors import UlsamError, first_line
 from ulsam.followed import Followed, follow, host_class
 from ulsam.module import ULSAM
+from ulsam.ops.reference import softmax_over_maps
 
 OPSET = 18
 """Version of ONNX's operators (ONNX 1.13, ONNX Runtime 1.14)."""
@@ -122,8 +123,7 @@ class _Attention(nn.Module):
         if isinstance(height, int) and isinstance(width, int):
             maps = logits.flatten(2).softmax(-1).reshape(-1, logits.shape[1], height, width)
         else:  # with a free size, a reshape would be a dozen operations on sizes
-            shares = (logits - logits.amax([2, 3], keepdim=True)).exp()
-            maps = shares / shares.sum([2, 3], keepdim=True)
+            maps = softmax_over_maps(logits)
         return x * cast(Tensor, self.spread(maps))
 
 

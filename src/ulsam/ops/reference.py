@@ -47,6 +47,16 @@ def attention_maps(
     return logits.flatten(2).softmax(-1).view_as(logits), moments
 
 
+def softmax_over_maps(logits: Tensor) -> Tensor:
+    """Softmax over H*W of [B, groups, H, W], without a reshape, which would depend on the size; logsumexp loses digits.
+
+    >>> softmax_over_maps(torch.zeros(1, 1, 2, 2)).flatten()
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    shares = (logits - logits.amax([2, 3], keepdim=True)).exp()
+    return shares / shares.sum([2, 3], keepdim=True)
+
+
 def subspace_attention(
     x: Tensor,
     scale: Tensor,

@@ -5,6 +5,7 @@ from torch import nn
 from ulsam import reconstruction
 from ulsam.data.sources import AnyPictures, StreamPictures
 from ulsam.distributed import World
+from ulsam.edits import edited_blocks
 from ulsam.errors import UlsamError
 from ulsam.fitting import fit, new_layers
 from ulsam.recipe import Recipe
@@ -19,7 +20,7 @@ def to_reconstruct(config: TrainConfig, model: nn.Module, pictures: AnyPictures)
     Raises:
         UlsamError: it should, and the images are a stream.
     """
-    edited = reconstruction.edited_blocks(model) if config.reconstruct else new_layers(model)
+    edited = edited_blocks(model) if config.reconstruct else new_layers(model)
     if not (config.fit_pictures and (config.weights or config.pretrained) and edited):
         return False
     if isinstance(pictures, StreamPictures):
