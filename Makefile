@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dis
 .PHONY: demo test test-slow results bench lint format wheel-test clean
 .DEFAULT_GOAL := test
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard src/ulsam/ops/*.[ch])
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/ulsam/ops/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "ulsam needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1): try 'make PYTHON=python3.12'" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv

@@ -1,11 +1,13 @@
 """The operator: every backend against the definition in float64, as PyTorch uses it, and the choice of the backend."""
 
 import copy
+import ctypes.util
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,10 @@ from torch.utils._pytree import tree_map_only
 from ulsam.cli import main
 from ulsam.errors import UlsamError
 from ulsam.module import ULSAM
-from ulsam.ops import cpu, reference, subspace_attention, which_backend
+from ulsam.ops import cpu, operator, reference, subspace_attention, which_backend
 
 OPERATOR = torch.ops.ulsam.subspace_attention.default
-compiled = pytest.mark.skipif(cpu.LIBRARY is None, reason="installed without a C compiler")
+compiled = pytest.mark.skipif(cpu.LIBRARY is None, reason="installed without the C kernels")
 ISAS = [1] if cpu.LIBRARY is None else list(range(1, cpu.LIBRARY.ulsam_isa() + 1))
 
 
@@ -612,12 +614,67 @@ def test_a_thread_that_ends_frees_its_memory() -> None:
 
 
 def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path) -> None:
-    broken = tmp_path / "_cpu.so"
-    broken.write_bytes(b"no library")
-    assert cpu.load(None) == (None, "ulsam was installed without a C compiler")
-    library, reason = cpu.load(str(broken))
+    path = tmp_path / "kernels.so"
+    assert cpu.load(path) == (None, f"ulsam was installed without them: there is no file {path}")
+    path.with_name("kernels.txt").write_text("no C compiler was found: install gcc or clang, or set CC\n")
+    assert cpu.load(path)[1].endswith("without them: no C compiler was found: install gcc or clang, or set CC")
+    path.write_bytes(b"no library")
+    library, reason = cpu.load(path)
     assert library is None
-    assert reason.startswith(f"{broken} cannot be loaded: ")
+    assert reason.startswith(f"{path} cannot be loaded: ")
+
+
+THREADS = """
+import ctypes, os, struct, sys, torch
+from ulsam.ops import cpu, subspace_attention
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(1)
+x = torch.randn(6, 32, 28, 28)
+operands = torch.ones(32), torch.ones(32), 4
+expected = subspace_attention(x, *operands, backend="reference")[0]
+torch.set_num_threads(3)
+found = []
+for only in sys.argv[1:]:
+    kept = dict(zip(cpu.OPENMP, cpu.openmp()))
+    if only == "llvm":
+        kept["GOMP_parallel"] = 0
+    elif only == "none":
+        kept = dict.fromkeys(kept, 0)
+    cpu.LIBRARY.ulsam_use_openmp(struct.pack("6q", *kept.values()))
+    before = threads()
+    found.append(subspace_attention(x, *operands)[0])
+    print(only, threads() - before)
+before = threads()
+torch.relu(torch.randn(3_000_000))  # on PyTorch's own threads
+print("pytorch", threads() - before)
+for y in found:
+    torch.testing.assert_close(y, expected)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("preloaded", [None, "omp", "iomp5"])
+@compiled
+def test_the_kernels_use_the_threads_of_pytorchs_openmp(preloaded: str | None) -> None:
+    environment = dict(os.environ, OMP_NUM_THREADS="3")
+    kinds = ["none", "gnu"]
+    if preloaded:  # its functions come before those of the library that PyTorch was built with
+        library = ctypes.util.find_library(preloaded)
+        if library is None:
+            pytest.skip(f"there is no lib{preloaded}")
+        environment["LD_PRELOAD"] = library
+        kinds = ["none", "llvm", "gnu"]
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, *kinds], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    started = dict(line.split() for line in done.stdout.splitlines())
+    assert started.pop("none") == "0"
+    assert int(started.pop(kinds[1])) >= 2  # LLVM's starts one more, a monitor
+    assert set(started.values()) == {"0"}  # the same threads are used again, by PyTorch too
 
 
 # the choice
@@ -662,18 +719,37 @@ def test_the_environment_forces_a_backend(name: str) -> None:
         assert done.stdout.strip() == (name or ("reference" if cpu.LIBRARY is None else "cpu"))
 
 
-def test_without_a_compiler_the_reference_does_it(monkeypatch: pytest.MonkeyPatch, plain: Tensor) -> None:
+def test_without_kernels_the_reference_does_it_and_one_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch, plain: Tensor
+) -> None:
     expected = ULSAM(8, 2).requires_grad_(False)
     with_kernels = expected(plain)
     monkeypatch.setattr(cpu, "LIBRARY", None)
-    monkeypatch.setattr(cpu, "WHY_NONE", "ulsam was installed without a C compiler")
-    assert which_backend(plain) == (
-        "reference",
-        "the C kernels are not there: ulsam was installed without a C compiler",
-    )
-    torch.testing.assert_close(expected(plain), with_kernels)
+    monkeypatch.setattr(cpu, "WHY_NONE", "no C compiler was found")
+    monkeypatch.setattr(operator, "_warned", False)
+    assert which_backend(plain) == ("reference", "the C kernels are not there: no C compiler was found")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        subspace_attention(plain, torch.ones(8), torch.ones(8), 2, backend="reference")
+        subspace_attention(plain.double(), torch.ones(8), torch.ones(8), 2)
+        assert not said
+        for _ in range(2):
+            torch.testing.assert_close(expected(plain), with_kernels)
+    message = "ULSAM runs in plain PyTorch, several times slower than its C kernels: no C compiler was found"
+    assert [str(warning.message) for warning in said] == [message]
     given = (plain, torch.ones(8), None, torch.ones(8), None, [], 2, False, 0.0)
     torch.testing.assert_close(OPERATOR(*given, "")[0], reference.subspace_attention(*given)[0])
+
+
+@pytest.mark.parametrize("name", ["base", "AVX2", "AVX-512", "SSE9"])
+def test_the_environment_chooses_the_instruction_set(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ulsam", "doctor"], env={**os.environ, "ULSAM_ISA": name}, capture_output=True, text=True
+    )
+    if name == "SSE9":
+        assert "ULSAM_ISA=SSE9: there is no such instruction set; valid: base, AVX2, AVX-512" in done.stderr
+    elif cpu.LIBRARY is not None and cpu.ISA_NAMES.index(name) <= ISAS[-1]:
+        assert f"C kernels for {name}" in done.stdout
 
 
 @pytest.mark.parametrize("missing", [False, True])
@@ -682,10 +758,10 @@ def test_doctor_says_what_runs_and_why(
 ) -> None:
     if missing:
         monkeypatch.setattr(cpu, "LIBRARY", None)
-        monkeypatch.setattr(cpu, "WHY_NONE", "ulsam was installed without a C compiler")
+        monkeypatch.setattr(cpu, "WHY_NONE", "no C compiler was found")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.startswith("cpu ") and line.split()[1] == "float32"]
     assert rows[0][2] == ("reference" if cpu.LIBRARY is None else "cpu")
-    assert ("installed without a C compiler" in out) == (cpu.LIBRARY is None)
+    assert ("no C compiler was found" in out) == missing
     assert f"torch {torch.__version__}" in out

@@ -28,12 +28,37 @@ struct job {
     int64_t isa; /* 0: the best that the processor has; 1: base, 2: AVX2, 3: AVX-512 */
 };
 
+/* OpenMP's functions, by their names in the libraries: GNU's and LLVM's have both kinds, except LLVM's on Windows, which
+   has its own alone. Zeros: one thread. */
+struct llvm_place {
+    int32_t reserved, flags, more[2];
+    const char *source;
+};
+struct openmp {
+    int (*number)(void), (*count)(void);                                           /* omp_get_thread_num, _num_threads */
+    void (*gnu_parallel)(void (*)(void *), void *, unsigned threads, unsigned flags); /* GOMP_parallel */
+    int32_t (*llvm_thread)(struct llvm_place *);                                   /* __kmpc_global_thread_num */
+    void (*llvm_push)(struct llvm_place *, int32_t thread, int32_t threads);       /* __kmpc_push_num_threads */
+    void (*llvm_fork)(struct llvm_place *, int32_t arguments, void (*)(int32_t *, int32_t *, ...), ...); /* __kmpc_fork_call */
+};
+
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
 /* 0, or -1 when there is no memory, or -2 when the processor lacks the instruction set. */
-int ulsam_run(const struct job *job);
+EXPORT int ulsam_run(const struct job *job);
 /* The best instruction set here, as in job.isa. */
-int ulsam_isa(void);
+EXPORT int ulsam_isa(void);
 /* The size of a job, for the caller to compare with its own. */
-int ulsam_job_size(void);
+EXPORT int ulsam_job_size(void);
+/* The OpenMP to use from now on. */
+EXPORT void ulsam_use_openmp(const struct openmp *functions);
+
+/* Calls work on at most so many threads at once, each with its number and how many there are. */
+void ulsam_parallel(void (*work)(void *task, int thread, int threads), void *task, int threads);
 /* At least so many bytes, a multiple of 64 aligned, that a thread keeps from call to call and frees at its end; or 0. */
 void *ulsam_memory(size_t size);
 

@@ -2,20 +2,27 @@
 
 import ctypes
 import functools
-import importlib.util
 import os
 import struct
+import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, empty_like, get_num_threads
 from torch.nn import Parameter
 
+from ulsam.errors import UlsamError
 from ulsam.ops import stages
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISA_NAMES = ("", "base", "AVX2", "AVX-512")
+
+OPENMP = (  # struct openmp of cpu.h
+    *("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel"),
+    *("__kmpc_global_thread_num", "__kmpc_push_num_threads", "__kmpc_fork_call"),
+)
 
 PLAIN = (Tensor, Parameter)  # other types of tensors may have no memory of their own
 
@@ -36,18 +43,18 @@ def _after_fork() -> None:
     _forked = True
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
-def load(path: str | None) -> tuple[ctypes.CDLL | None, str]:
-    """The compiled kernels in a file, or None and the reason why there are none.
-
-    They are loaded after PyTorch, so its OpenMP library is also theirs, and both share one pool of threads.
-    """
-    if path is None:
-        return None, "ulsam was installed without a C compiler"
+def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled kernels in a file, or None and the reason why there are none, in one line."""
+    if not path.exists():
+        note = path.with_name("kernels.txt")  # by setup.py
+        reason = note.read_text(encoding="utf-8").strip() if note.exists() else f"there is no file {path}"
+        return None, f"ulsam was installed without them: {reason}"
     try:
-        library = ctypes.CDLL(path)
+        library = ctypes.CDLL(str(path))
         size = library.ulsam_job_size()
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"
@@ -57,10 +64,44 @@ def load(path: str | None) -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-_spec = importlib.util.find_spec("ulsam.ops._cpu")
-LIBRARY, WHY_NONE = load(_spec.origin if _spec else None)
-#: The instruction set to use, as an index in `ISA_NAMES`; 0 is the processor's best.
-isa = 0
+def openmp() -> list[int]:
+    """Where the functions named in `OPENMP` are in the OpenMP library that PyTorch runs on; all 0 without one.
+
+    With it the kernels share PyTorch's threads: those of a second library would fight with them for the cores. It is
+    looked up as PyTorch's own calls are: in what the whole process sees, such as a preloaded library, then in what
+    PyTorch has loaded.
+    """
+    if sys.platform == "win32":
+        places = [str(path) for path in Path(torch.__file__).with_name("lib").glob("libiomp5md.dll")]
+    else:
+        places = [None, torch._C.__file__]
+    for place in places:
+        library = ctypes.CDLL(place)
+        functions: Any = [getattr(library, name, None) for name in OPENMP]
+        found = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+        if all(found[:3]) or all(found[:2] + found[3:]):
+            return found
+    return [0] * len(OPENMP)
+
+
+LIBRARY, WHY_NONE = load(Path(__file__).with_name("kernels.dll" if sys.platform == "win32" else "kernels.so"))
+#: Whether the kernels run on several threads: PyTorch's.
+THREADED = False
+if LIBRARY is not None:
+    _addresses = openmp()
+    THREADED = any(_addresses)
+    LIBRARY.ulsam_use_openmp(struct.pack("6q", *_addresses))
+
+
+def _isa_asked() -> int:
+    name = os.environ.get("ULSAM_ISA", "")
+    if name not in ISA_NAMES:
+        raise UlsamError(f"ULSAM_ISA={name}: there is no such instruction set; valid: {', '.join(ISA_NAMES[1:])}")
+    return ISA_NAMES.index(name)
+
+
+#: The instruction set to use, as an index in `ISA_NAMES`; 0 is the processor's best. ``ULSAM_ISA`` sets it by name.
+isa = _isa_asked()
 
 
 def _run(
@@ -157,7 +198,7 @@ def _is_vector(values: Tensor, size: int) -> bool:
 def _raise(failed: int) -> NoReturn:
     if failed == -1:
         raise MemoryError("no memory for subspace attention's maps")
-    raise RuntimeError(f"this processor has no {ISA_NAMES[isa]}")
+    raise UlsamError(f"this processor has no {ISA_NAMES[isa]}, which ULSAM_ISA asks for")
 
 
 def forward(

@@ -1,5 +1,5 @@
-/* The kernels for one instruction set: a source file defines RUN, V (float lanes) and may define NATIVE_MAX, then
-   includes this.
+/* The kernels for one instruction set: a source file defines RUN and V (float lanes), may define TARGET (what the
+   compiler may use beyond its flags) and NATIVE_MAX, then includes this.
 
    Work is done a unit at a time: groups n0..n1 of one picture, which need nothing from any other. All sums are float32;
    bfloat16 is widened when it is read. In channels_last V channels are handled at once and pixels one after the other;
@@ -16,8 +16,20 @@
 
 #include "cpu.h"
 
+#define PRAGMA(...) PRAGMA_(__VA_ARGS__)
+#define PRAGMA_(...) _Pragma(#__VA_ARGS__)
+#if defined(TARGET) && defined(__clang__)
+PRAGMA(clang attribute push(__attribute__((target(TARGET))), apply_to = function))
+#elif defined(TARGET)
+PRAGMA(GCC target(TARGET))
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll_count(16)")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 typedef float vf __attribute__((vector_size(4 * V)));
 typedef int32_t vi __attribute__((vector_size(4 * V)));
@@ -904,34 +916,46 @@ static void prepare(struct unit *u, int64_t groups) {
         for (int64_t k = 0; k < u->planes * u->apart; k++) u->plane[kind][k - room] = kind ? 0 : -INFINITY;
 }
 
+/* units, and how they are split */
+struct task {
+    const struct job *job;
+    int64_t units, parts, most; /* parts of a picture; the most groups in one */
+    int failed;
+};
+
+/* a thread's share of the units */
+static void work(void *of, int thread, int threads) {
+    struct task *task = of;
+    const struct job *job = task->job;
+    int64_t parts = task->parts, channels = job->C / job->g;
+    struct unit u = {.job = job, .pixels = job->H * job->W};
+    char *start = ulsam_memory((uintptr_t)lay_out(&u, NULL, task->most));
+    if (!start) {
+        __atomic_store_n(&task->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    lay_out(&u, start, task->most);
+    prepare(&u, task->most);
+    for (int64_t k = task->units * thread / threads; k < task->units * (thread + 1) / threads; k++) {
+        u.b = k / parts;
+        u.n0 = (int)(k % parts * job->g / parts), u.n1 = (int)((k % parts + 1) * job->g / parts);
+        u.c0 = u.n0 * channels, u.c1 = u.n1 * channels;
+        run_one(&u);
+    }
+}
+
 int RUN(const struct job *job) {
     if (!job->B) return 0;
     int64_t worth = 1 + job->B * job->C * job->H * job->W / 16384; /* a thread takes microseconds to wake */
     int64_t threads = job->threads < worth ? job->threads : worth;
-    int64_t parts = job->B >= threads ? 1 : (threads + job->B - 1) / job->B; /* of a picture */
+    int64_t parts = job->B >= threads ? 1 : (threads + job->B - 1) / job->B;
     if (parts > job->g) parts = job->g;
-    int64_t units = job->B * parts, most = (job->g + parts - 1) / parts;
-    int failed = 0;
-    if (threads > units) threads = units;
-#pragma omp parallel num_threads((int)threads) if (threads > 1)
-    {
-        struct unit u = {.job = job, .pixels = job->H * job->W};
-        char *start = ulsam_memory((size_t)(lay_out(&u, NULL, most) - (char *)NULL));
-        if (start) {
-            lay_out(&u, start, most);
-            prepare(&u, most);
-        } else {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (int64_t k = 0; k < units; k++) {
-            if (!start) continue;
-            u.b = k / parts;
-            u.n0 = (int)(k % parts * job->g / parts), u.n1 = (int)((k % parts + 1) * job->g / parts);
-            u.c0 = u.n0 * (job->C / job->g), u.c1 = u.n1 * (job->C / job->g);
-            run_one(&u);
-        }
-    }
-    return failed ? -1 : 0;
+    struct task task = {job, job->B * parts, parts, (job->g + parts - 1) / parts, 0};
+    if (threads > task.units) threads = task.units;
+    ulsam_parallel(work, &task, (int)threads);
+    return task.failed ? -1 : 0;
 }
+
+#if defined(TARGET) && defined(__clang__)
+#pragma clang attribute pop
+#endif

@@ -1,6 +1,7 @@
 """The operator `ulsam::subspace_attention` as PyTorch knows it, and the choice of the backend that computes it."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -83,6 +84,8 @@ def subspace_attention(
     _check(x, scale, shift, weight, bias, norms, groups)
     chosen, _ = which_backend(x, backend)
     operands = (x, scale, shift, weight, bias, list(norms), groups, relu, eps)
+    if cpu.LIBRARY is None and not is_compiling():
+        _warn_of(x, wanted=backend or FORCED)
     if chosen == "reference" or _is_transformed() or is_captured():
         return reference.subspace_attention(*operands)
     others = (scale, shift, weight, bias, *norms)
@@ -90,6 +93,18 @@ def subspace_attention(
         return _Direct.apply(x, scale, shift, weight, bias, groups, relu, eps, *norms)
     y, _, moments = torch.ops.ulsam.subspace_attention.default(*operands, backend or "")
     return y, moments
+
+
+_warned = False
+
+
+def _warn_of(x: Tensor, wanted: str | None) -> None:
+    """Say once that the kernels for ``x`` are missing, unless the reference was asked for."""
+    global _warned
+    if not _warned and x.is_cpu and x.dtype in cpu.DTYPES and wanted != "reference":
+        _warned = True
+        message = f"ULSAM runs in plain PyTorch, several times slower than its C kernels: {cpu.WHY_NONE}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def infer(
