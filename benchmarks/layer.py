@@ -6,6 +6,8 @@ groups one after the other.
 
     python benchmarks/layer.py                   # the table, results/layer.json; 90 seconds on two cores
     python benchmarks/layer.py --bf16            # in bfloat16, results/layer_bf16.json
+    ULSAM_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/layer.py
+                                                 # as a processor with AVX2 would, results/layer_avx2.json
     python benchmarks/layer.py --compile         # beside torch.compile of the definition, results/layer_compile.json
 """
 
@@ -28,6 +30,7 @@ from ulsam import ULSAM
 from ulsam.comparison.latency import processor
 from ulsam.ops import cpu, reference, which_backend
 
+SWITCHES = ("ULSAM_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # with which one processor stands for another
 SHAPES = [(96, 14), (160, 7), (320, 7), (512, 14), (1024, 7)]
 BATCHES = [1, 32]
 GROUPS = [4, 16]
@@ -160,7 +163,9 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    out = "layer" + "_bf16" * args.bf16 + "_compile" * args.compile
+    told = {name: os.environ[name] for name in SWITCHES if name in os.environ}
+    out = "layer" + f"_{told['ULSAM_ISA'].lower()}" * ("ULSAM_ISA" in told) + "_bf16" * args.bf16
+    out += "_compile" * args.compile
     torch.manual_seed(0)
     rows = []
     print(f"{'case':34} {'loop/ours':>18} {'ours/copy':>10} {'ours':>10}  {'training loop/ours':>18}")
@@ -199,7 +204,8 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "instructions": cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None,
+        "instructions": cpu.ISA_NAMES[cpu.isa or cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None,
+        "told": told,
         "summary": summary,
         "cases": rows,
     }

@@ -182,17 +182,21 @@ COMPILED = [
 
 
 def layer_table() -> str:
-    """One row a figure: both forms of the layer, in float32 and bfloat16."""
-    results = {name: json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in ("layer", "layer_bf16")}
-    compiled = json.loads((ROOT / "results" / "layer_compile.json").read_text())
-    machine = results["layer"]["machine"]
+    """One row a figure: both forms of the layer, in float32 with either instruction set, and in bfloat16."""
+    results = {
+        name: json.loads((ROOT / "results" / f"layer{name}.json").read_text())
+        for name in ("", "_avx2", "_bf16", "_compile")
+    }
+    compiled = results.pop("_compile")
     columns = [(result["summary"], form) for result in results.values() for form in ("equations", "released")]
+    machine, told = results[""]["machine"], results["_avx2"]["told"]
+    names = [f"{form}, {kind}" for kind in ("AVX-512", "AVX2", "bf16") for form in ("equations", "released, folded")]
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, {results['layer']['instructions']}, "
-        f"torch {results['layer']['versions']['torch']}:",
+        f"{machine['processor']}, {machine['threads']} threads, torch {results['']['versions']['torch']}; "
+        f"AVX2 is the same processor with `{' '.join(f'{name}={value}' for name, value in told.items())}`:",
         "",
-        "| | equations | released, folded | equations, bf16 | released, folded, bf16 |",
-        "|---|---|---|---|---|",
+        f"| | {' | '.join(names)} |",
+        "|---" * 7 + "|",
     ]
     for title, key in LAYER:
         lines.append(_figures(title, [summary[f"{form}: {key}"] for summary, form in columns]))
@@ -203,7 +207,7 @@ def layer_table() -> str:
 
 def _figures(title: str, values: list[float]) -> str:
     cells = [f"{value:.1e}" if value < 0.01 else f"{value:.2f}" if value < 1 else f"{value:.1f}" for value in values]
-    return f"| {title} | {' | '.join(cells + [''] * (4 - len(cells)))} |"
+    return f"| {title} | {' | '.join(cells + [''] * (6 - len(cells)))} |"
 
 
 def network_table(name: str = "network") -> str:

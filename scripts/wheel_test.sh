@@ -59,9 +59,9 @@ try() {  # the wheel under one Python
     "$python" -m venv "$work/venv"
     bin=$work/venv/bin
     if [[ $reuse = yes ]]; then
+        "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"
         "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
             >"$("$bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/reused.pth"
-        "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"
     else
         "$bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "$wheel"
         "$bin/python" -m pip check
