@@ -2,7 +2,11 @@
 
 import copy
 import dataclasses
+import os
 import random
+import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +33,7 @@ from ulsam.train.state import read_checkpoint
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
+NO_COMPILER = "there is no C++ compiler 'no-such-compiler' (CXX names another)"
 PLAIN, LAST = Setup("contiguous"), Setup("channels_last")
 PLAIN_BF16, LAST_BF16 = Setup("contiguous", "bf16"), Setup("channels_last", "bf16")
 SIZE = (3, 32, 32)
@@ -80,12 +85,29 @@ def test_the_fastest_wins_by_a_margin(times: dict[Setup, float], best: Setup) ->
     assert choose(times) == best
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_bf16_is_a_candidate_where_the_processor_has_it(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+def be_a_machine(
+    monkeypatch: pytest.MonkeyPatch, *, bf16: bool, used: bool = True, compiler: str = sys.executable
+) -> None:
+    """With bfloat16 in hardware or not, which oneDNN uses or not, and with a program in the compiler's place."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: used)
+    monkeypatch.setenv("CXX", compiler)
+
+
+@pytest.mark.parametrize(("bf16", "used"), [(True, True), (True, False), (False, True)])
+def test_bf16_is_a_candidate_where_the_processor_has_it(
+    bf16: bool, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_a_machine(monkeypatch, bf16=bf16, used=used)
     found = candidates(config(), CPU)
-    assert found == ([PLAIN, LAST, PLAIN_BF16, LAST_BF16] if has_bf16 else [PLAIN, LAST])
+    assert found == ([PLAIN, LAST, PLAIN_BF16, LAST_BF16] if bf16 and used else [PLAIN, LAST])
+
+
+@pytest.mark.slow  # a process that imports torch
+def test_a_limit_on_the_instruction_set_counts() -> None:
+    code = "import torch; from ulsam.train.machine import has_bf16; assert not has_bf16(torch.device('cpu'))"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"})
 
 
 @pytest.mark.parametrize(
@@ -102,7 +124,7 @@ def test_bf16_is_a_candidate_where_the_processor_has_it(has_bf16: bool, monkeypa
 def test_what_is_given_is_not_probed(
     given: dict[str, str], asked: list[Setup], chosen: Setup, net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    be_a_machine(monkeypatch, bf16=True)
     timer = Timer({PLAIN: 1e-3, LAST: 8e-4, PLAIN_BF16: 7e-4, LAST_BF16: 5e-4})
     settled, lines = probe(config(**given), net, SIZE, MANY, ALONE, timer)
     assert timer.asked == [asked]
@@ -114,7 +136,11 @@ def test_what_is_given_is_not_probed(
     assert f"{dataclasses.replace(chosen, compile='none')}: " in lines[0]
 
 
-def test_nothing_is_probed_where_all_is_given_or_the_run_is_short(net: nn.Module) -> None:
+@pytest.mark.parametrize("bf16", [True, False])
+def test_nothing_is_probed_where_all_is_given_or_the_run_is_short(
+    bf16: bool, net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_a_machine(monkeypatch, bf16=bf16)
     timer = Timer({})
     given = config(layout="contiguous", amp="none", compile="none")
     assert probe(given, net, SIZE, MANY, ALONE, timer) == (given, [])
@@ -124,6 +150,19 @@ def test_nothing_is_probed_where_all_is_given_or_the_run_is_short(net: nn.Module
         "probe   none for a run of 300 steps: channels_last float32 eager; to choose: --layout --amp --compile"
     ]
     assert probe(config(layout="contiguous"), net, SIZE, 300, ALONE, timer)[0].layout == "contiguous"
+    assert timer.asked == []
+
+
+def test_nothing_is_probed_where_the_machine_leaves_no_choice(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    be_a_machine(monkeypatch, bf16=False, compiler="no-such-compiler")
+    timer = Timer({})
+    settled, lines = probe(config(layout="contiguous", compile="none"), net, SIZE, MANY, ALONE, timer)
+    assert (settled.layout, settled.amp, settled.compile) == ("contiguous", "none", "none")
+    only = "probe   none: this machine leaves no choice but contiguous float32 eager"
+    assert lines == [f"{only}; to choose: --amp"]
+    settled, lines = probe(config(layout="contiguous"), net, SIZE, MANY, ALONE, timer)
+    assert (settled.layout, settled.amp, settled.compile) == ("contiguous", "none", "none")
+    assert lines == [f"{only}, as {NO_COMPILER}; to choose: --amp --compile"]
     assert timer.asked == []
 
 
@@ -155,13 +194,14 @@ def test_the_probe_is_short(seconds: float, steps: int, times: int) -> None:
 
 
 def test_compilation_is_tried_where_it_can_pay(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = config(layout="contiguous", amp="none")
-    short = probe(given, net, SIZE, MANY, ALONE, Timer({PLAIN: 1e-2}))[1][-1]
+    be_a_machine(monkeypatch, bf16=False)
+    given = config(amp="none")
+    short = probe(given, net, SIZE, MANY, ALONE, Timer({PLAIN: 1e-2, LAST: 1e-2}))[1][-1]
     assert "not compiled: it takes a minute or more, which a run of about 17 minutes does not earn back" in short
     monkeypatch.setenv("CXX", "no-such-compiler")
-    settled, lines = probe(given, net, SIZE, MANY, ALONE, Timer({PLAIN: 1.0}))
+    settled, lines = probe(given, net, SIZE, MANY, ALONE, Timer({PLAIN: 1.0, LAST: 1.0}))
     assert settled.compile == "none"
-    assert "not compiled: there is no C++ compiler 'no-such-compiler'" in lines[-1]
+    assert f"not compiled: {NO_COMPILER}" in lines[-1]
 
 
 # no trace
@@ -266,7 +306,7 @@ def test_a_run_does_not_change_its_choice(data: Path, tmp_path: Path) -> None:
 
 
 def test_bf16_without_hardware_is_allowed_and_told(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_module, "has_bf16", lambda device: False)
+    be_a_machine(monkeypatch, bf16=False)
     settled, lines = probe(config(amp="bf16"), net, SIZE, 10, ALONE)
     assert settled.amp == "bf16"
     assert lines[0] == "note    cpu has no bfloat16 in hardware here: --amp none may be faster than bf16"
@@ -280,10 +320,17 @@ def test_compilation_without_a_compiler_is_one_line(
     words = ["train", str(data), "--out", str(tmp_path / "run"), *options({**SETTINGS, "compile": "inductor"})]
     assert main(words) == 2
     assert capsys.readouterr().err == (
-        "ulsam: error: --compile inductor: there is no C++ compiler 'no-such-compiler'; "
-        "install one, name it in CXX, or use --compile none\n"
+        f"ulsam: error: --compile inductor: {NO_COMPILER}; install it, or use --compile none\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_compilation_needs_the_headers_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert machine.why_not_compiled() == f"there is no {tmp_path / 'Python.h'}, which python3-dev or the like brings"
+    (tmp_path / "Python.h").touch()
+    assert machine.why_not_compiled() is None
 
 
 # compiled

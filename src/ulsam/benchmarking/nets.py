@@ -65,7 +65,7 @@ def check_backends(backends: Collection[str]) -> None:
     >>> check_backends(["eager"])
     """
     if "compile" in backends and (lack := why_not_compiled()):
-        raise UlsamError(f"--backends compile: {lack}; install one, or name it in CXX")
+        raise UlsamError(f"--backends compile: {lack}; install it")
     for backend in ("onnxruntime", "openvino"):
         if backend in backends:
             check_installed(f"--backends {backend}")

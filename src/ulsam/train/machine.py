@@ -5,6 +5,8 @@ import dataclasses
 import os
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -16,12 +18,12 @@ def fitted(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The settings, if this machine can keep to them, with the number of threads decided: it touches the last bits.
 
     Raises:
-        UlsamError: fp16 on a device without it, or compilation without a compiler.
+        UlsamError: fp16 on a device without it, or compilation without what it needs.
     """
     if config.amp == "fp16" and device.type != "cuda":
         raise UlsamError(f"--amp fp16 needs a CUDA GPU; on {device.type} use bf16 or none")
     if config.compile == "inductor" and (lack := why_not_compiled()):
-        raise UlsamError(f"--compile inductor: {lack}; install one, name it in CXX, or use --compile none")
+        raise UlsamError(f"--compile inductor: {lack}; install it, or use --compile none")
     # all cores: reading a picture takes a small part of what a step with it takes, so readers need no core of their own
     return dataclasses.replace(config, threads=config.threads or torch.get_num_threads())
 
@@ -48,15 +50,23 @@ def keep_freed_memory() -> bool:
 def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16, rather than imitating it.
 
+    On a CPU oneDNN computes, so its limit ``ONEDNN_MAX_CPU_ISA`` counts.
+
     >>> has_bf16(torch.device("meta"))
     False
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return in_hardware and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def why_not_compiled() -> str | None:
     """What torch.compile lacks here; None if nothing."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return None if shutil.which(compiler) else f"there is no C++ compiler {compiler!r}"
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    if not shutil.which(compiler):
+        return f"there is no C++ compiler {compiler!r} (CXX names another)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"there is no {header}, which python3-dev or the like brings"

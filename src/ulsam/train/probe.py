@@ -98,8 +98,8 @@ def probe(
 ) -> tuple[TrainConfig, list[str]]:
     """Decide what is left at "auto"; all processes get the first one's choice.
 
-    A run of so few steps that a probe would cost a notable part of it is not probed: channels_last, eager, float32 on a
-    CPU and half precision on a GPU.
+    Where one setup is all that this machine can do, nothing is timed. A run of so few steps that a probe would cost a
+    notable part of it is not probed: channels_last, eager, float32 on a CPU and half precision on a GPU.
 
     Args:
         config: the run's settings.
@@ -125,7 +125,12 @@ def probe(
     tried = candidates(config, world.device)
     steps = config.epochs * epoch_updates * config.accumulate
     options = " ".join(f"--{name}" for name in names)
-    if SHARE * steps < len(tried) * (1 + LEAST_TURNS):
+    lack = why_not_compiled() if "compile" in names else None
+    if len(tried) == 1 and ("compile" not in names or lack):
+        chosen = dataclasses.replace(tried[0], **given)
+        lines = [f"probe   none: this machine leaves no choice but {chosen}" + (f", as {lack}" if lack else "")]
+        lines[-1] += f"; to choose: {options}"
+    elif SHARE * steps < max(len(tried), 2) * (1 + LEAST_TURNS):  # one alone is timed against its compiled form
         usual = Setup(amp=tried[-1].amp if world.device.type == "cuda" else "none")
         chosen = dataclasses.replace(usual, **given)
         lines = [f"probe   none for a run of {steps} steps: {chosen}; to choose: {options}"]
@@ -151,7 +156,7 @@ def probe(
             others += [f"{setup} does not fit into the memory" for setup in tried if setup not in times]
             lines = [f"probe   {chosen}: {1e3 * times[chosen]:.0f} ms a step" + "; ".join(["", *others])]
             if "compile" in names:
-                chosen, why = _try_compiled(chosen, times[chosen], steps, step)
+                chosen, why = _try_compiled(chosen, times[chosen], steps, step, lack)
                 lines.append(f"probe   {why}")
         lines[-1] += f"; to choose: {options}"
         if world.device.type == "cuda":
@@ -257,12 +262,14 @@ def training_step(
     return take
 
 
-def _try_compiled(eager: Setup, seconds: float, steps: int, step: Callable[[Setup], Step]) -> tuple[Setup, str]:
-    """The eager setup or its compiled form, and why."""
+def _try_compiled(
+    eager: Setup, seconds: float, steps: int, step: Callable[[Setup], Step], lack: str | None
+) -> tuple[Setup, str]:
+    """The eager setup or its compiled form, and why; ``lack`` is what compilation lacks here."""
     run = seconds * steps
     if run < COMPILE_SECONDS:
         return eager, f"not compiled: it takes a minute or more, which a run of about {_span(run)} does not earn back"
-    if lack := why_not_compiled():
+    if lack:
         return eager, f"not compiled: {lack}"
     compiled = dataclasses.replace(eager, compile="inductor")
     take = {eager: step(eager), compiled: step(compiled)}
