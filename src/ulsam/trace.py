@@ -6,7 +6,7 @@ computed and no weight is copied. A model that looks at values (a detector at it
 
 import copy
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -185,11 +185,15 @@ def _copy(model: ModelT, device: str) -> ModelT:
     for module in model.modules():
         if "replaced_module" in vars(module):  # what an edit put aside stays behind
             memo[id(module.replaced_module)] = ()
-        for value in tree_leaves(vars(module)):  # parameters, buffers, and tensors in plain attributes
-            if isinstance(value, Tensor):
-                moved = value.detach().to(device, copy=True)
-                is_parameter = isinstance(value, nn.Parameter)
-                memo[id(value)] = nn.Parameter(moved, value.requires_grad) if is_parameter else moved
+        for held in vars(module).values():
+            if type(held) in (dict, OrderedDict) and not held:  # as most of a module's hooks: half the time of a copy
+                memo[id(held)] = type(held)()
+                continue
+            for value in tree_leaves(held):  # parameters, buffers, and tensors in plain attributes
+                if isinstance(value, Tensor):
+                    moved = value.detach().to(device, copy=True)
+                    is_parameter = isinstance(value, nn.Parameter)
+                    memo[id(value)] = nn.Parameter(moved, value.requires_grad) if is_parameter else moved
     shadow = copy.deepcopy(model, memo).eval()
     for name, module in shadow.named_modules():
         functions = {key: value for key, value in vars(module).items() if isinstance(value, FunctionType)}
