@@ -196,6 +196,7 @@ def test_base_and_edited_net_in_two_backends(folder, tmp_path, monkeypatch, caps
     assert "holds a benchmark already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_for_any_size_is_measured_at_the_one_asked_for(folder, tmp_path):
     net, recipe = load(folder / "net.safetensors")
     (tmp_path / "open.onnx").write_bytes(engine_of(net, recipe, dynamic_size=True).files[".onnx"])

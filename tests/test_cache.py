@@ -58,8 +58,14 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
         assert a.unreadable == b.unreadable
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("capacity", [10**6, 30_000, 0])
+@pytest.mark.parametrize(
+    ("capacity", "workers"),
+    [
+        *((capacity, 0) for capacity in (10**6, 30_000, 0)),
+        (30_000, 2),
+        *(pytest.param(capacity, 2, marks=pytest.mark.slow) for capacity in (10**6, 0)),
+    ],
+)
 def test_batches_are_the_same_with_and_without_a_cache(pictures: FolderPictures, workers: int, capacity: int) -> None:
     assert max(AUGMENTED.reduction(*Image.open(path).size) for path, _ in pictures.samples) > 1
     assert_same(epochs(pictures, None, 0), epochs(pictures, PictureCache(16, capacity), workers))

@@ -48,6 +48,7 @@ def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_pat
     assert store.look(broken) is None
 
 
+@pytest.mark.slow
 def test_relative_paths_are_seen_from_where_the_command_was_given(data: Path, tmp_path: Path) -> None:
     config = TrainConfig.from_mapping({**SETTLED, "data": data.name, "epochs": 1})
     run = Run(Arm.parse("base"), "seed-0", config)

@@ -111,7 +111,11 @@ def agree(one: list[Tensor], two: list[Tensor]) -> bool:
     return len(one) == len(two) and all(map(torch.equal, one, two))
 
 
-@pytest.mark.parametrize("name", MODELS)
+#: Of those with outputs of the same kind, all but one or two.
+SLOW = ("ssdlite", "mask r-cnn", "keypoint r-cnn", "retinanet", "fcos", "deeplab", "smp fpn", "hf mobilenet")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS])
 def test_a_whole_model_is_edited(name: str) -> None:
     make, block, behind, least = MODELS[name]
     model = calibrated(make())

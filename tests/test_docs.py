@@ -16,7 +16,8 @@ from ulsam.errors import UlsamError
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.name for page in PAGES]
-SLOW = ("compare.md", "slim.md", "detectors.md")  # their examples train nets one after the other
+# Their examples train or compile nets.
+SLOW = ("compare.md", "slim.md", "detectors.md", "works_with.md")
 NEEDED = {"detectors.md": ("ultralytics", "segmentation_models_pytorch", "transformers")}
 
 

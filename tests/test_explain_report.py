@@ -327,6 +327,7 @@ def test_the_speed_of_reports_is_measured(tmp_path: Path) -> None:
     assert len(rows) == 7 and f"{told['cases'][1]['pictures_per_second']:.1f} pictures a second" in rows[5]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_files_alone(root: Path, tmp_path: Path) -> None:
     draw(tmp_path / "many", 120, size=64)
     out = tmp_path / "out"

@@ -52,8 +52,16 @@ def exactly(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("free", [{0: "batch"}, {0: "batch", 2: "height", 3: "width"}], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize("form", ["equations", "released"])
+@pytest.mark.parametrize(
+    ("form", "free"),
+    [
+        pytest.param("equations", {0: "batch"}, marks=pytest.mark.slow),
+        ("equations", {0: "batch", 2: "height", 3: "width"}),
+        ("released", {0: "batch"}),
+        pytest.param("released", {0: "batch", 2: "height", 3: "width"}, marks=pytest.mark.slow),
+    ],
+    ids=["equations-fixed", "equations-dynamic", "released-fixed", "released-dynamic"],
+)
 def test_a_layer_is_few_nodes_that_follow_the_definition(form, free):
     net = layers(form)
     model = onnx_graph(net, torch.zeros(2, 32, 7, 6), free)

@@ -253,8 +253,7 @@ def test_no_readable_picture_at_all() -> None:
     assert len(batch.unreadable) == 5
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), pytest.param(1, 1, marks=pytest.mark.slow), (3, 0), (3, 1)])
 def test_measuring_leaves_unreadable_pictures_out(workers: int, world: int) -> None:
     pictures: Any = Numbers(17, bad={0, 8, 16})
     seen, bad = [], []
@@ -492,7 +491,7 @@ def open_shards(root: Path) -> tuple[StreamPictures, StreamPictures, list[str]]:
     return train, val, notes
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_streams(shards: Path, workers: int) -> None:
     train, val, notes = open_shards(shards)
     assert len(notes) == 1
@@ -513,8 +512,7 @@ def test_streams(shards: Path, workers: int) -> None:
     assert Counter(label for batch in measured for label in batch.labels.tolist()) == {0: 5, 1: 5, 2: 4}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), pytest.param(2, 2, marks=pytest.mark.slow), (3, 0), (3, 2)])
 def test_processes_share_out_a_stream_whatever_its_shards_hold(
     workers: int, world: int, folder: Path, tmp_path: Path
 ) -> None:

@@ -381,12 +381,17 @@ def test_truncated_checkpoints_are_refused(folder, tmp_path):
     [
         make_recipe(SMALL, ["Zaunkönig", "鷦鷯", 'a"b', "x, y\n"], [Edit("replace", "14,17", 8)], size=64),
         make_recipe(SMALL, ["a"], [Edit("insert", "5,blocks.5", 2, "released"), Edit("drop", "14")], crop_pct=1.0),
-        make_recipe(V2, ["a", "b", "c"], model_args={"groups": 8, "drop_rate": 0.2}),
+        pytest.param(
+            make_recipe(V2, ["a", "b", "c"], model_args={"groups": 8, "drop_rate": 0.2}), marks=pytest.mark.slow
+        ),
         make_recipe(
             "mobilenetv1_050", ["a", "b"], [Edit("replace", "blocks.3.4,blocks.*.5")], model_args={"in_chans": 1}
         ),
         make_recipe("resnet18", ["a", "b"], [Edit("replace", "layer1"), Edit("insert", "layer2")], mean=(0, 0, 0.0)),
-        make_recipe("mobilenetv3_small_050.lamb_in1k", ["a", "b"], [Edit("insert", "blocks.1")]),
+        pytest.param(
+            make_recipe("mobilenetv3_small_050.lamb_in1k", ["a", "b"], [Edit("insert", "blocks.1")]),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda recipe: recipe.base,
 )

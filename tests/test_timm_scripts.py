@@ -125,6 +125,7 @@ subprocess.run([sys.executable, "-c", count])
 """
 
 
+@pytest.mark.slow
 def test_the_users_sitecustomize_runs_too_and_may_import_timm(tmp_path):
     users = write(tmp_path / "site" / "sitecustomize.py", "import sys, timm; print('hello', file=sys.stderr)")
     done = launch(write(tmp_path / "script.py", COUNT_TWICE), path=users.parent)

@@ -226,6 +226,7 @@ print("faults", before, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one")
 def test_training_keeps_the_memory_that_it_frees(data: Path, tmp_path: Path) -> None:
     """Large tensors that are freed and made again are not fetched from the kernel anew, page by page."""

@@ -3,6 +3,7 @@
 This file is also the script of the interpreted cases: TRITON_INTERPRET=1 holds for a whole process.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -26,32 +27,44 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 LAYOUTS = ("contiguous", "channels_last")
 CHECKS: dict[str, Callable[[], None]] = {}
+SLOW: set[str] = set()  # of these, the same in the other memory layout
 
 
-def add(shape: tuple[int, ...], groups: int, form: str, kind: str, layout: str, dtype: torch.dtype) -> None:
+def add(
+    shape: tuple[int, ...], groups: int, form: str, kind: str, layout: str, dtype: torch.dtype, *, slow: bool = False
+) -> None:
     def run() -> None:
         case = Case(shape, groups, form, kind, layout, dtype, 0)
         check(case.run("triton"), case.run("reference", torch.float64), case, dtype)
 
-    CHECKS[f"{form}, {kind}, {'x'.join(map(str, shape))}, g = {groups}, {layout}, {dtype}"] = run
+    name = f"{form}, {kind}, {'x'.join(map(str, shape))}, g = {groups}, {layout}, {dtype}"
+    CHECKS[name] = run
+    if slow:
+        SLOW.add(name)
 
 
-for n, form in enumerate(FORMS + UNUSUAL):
+SHAPES: list[tuple[tuple[int, ...], int, str, str, torch.dtype]] = [
+    ((2, 6, 3, 4), 2, form, ("normal", "relu", "quantised")[n % 3], torch.float32)
+    for n, form in enumerate(FORMS + UNUSUAL)
+]
+SHAPES += [
+    ((1, 4, 5, 3), 2, "equations", "equal", torch.float32),
+    ((1, 4, 5, 3), 2, "folded", "quantised", torch.float32),
+    ((1, 10, 3, 4), 2, "folded", "relu", torch.float16),
+    ((2, 5, 3, 3), 1, "batch statistics", "normal", torch.float16),
+    ((2, 5, 3, 3), 1, "batch statistics", "normal", torch.bfloat16),
+    ((1, 10, 3, 4), 2, "folded", "relu", torch.bfloat16),
+    ((1, 130, 2, 9), 1, "folded", "normal", torch.float32),  # more channels than in a tile
+    ((2, 130, 2, 3), 2, "batch statistics", "normal", torch.float32),
+    ((1, 2, 19, 28), 1, "folded", "relu", torch.float32),  # more pixels than in a tile
+    ((1, 64, 4, 9), 1, "batch statistics", "relu", torch.float32),
+    ((2, 3, 1, 1), 3, "equations", "normal", torch.float32),
+    ((1, 4, 1, 8), 2, "folded", "normal", torch.float32),
+    ((1, 4, 6, 1), 2, "folded", "normal", torch.float32),
+]
+for n, (*about, dtype) in enumerate(SHAPES):
     for m, layout in enumerate(LAYOUTS):
-        add((2, 6, 3, 4), 2, form, ("normal", "relu", "quantised")[(n + m) % 3], layout, torch.float32)
-for layout in LAYOUTS:
-    add((1, 4, 5, 3), 2, "equations", "equal", layout, torch.float32)
-    add((1, 4, 5, 3), 2, "folded", "quantised", layout, torch.float32)
-    for dtype in (torch.float16, torch.bfloat16):
-        add((1, 10, 3, 4), 2, "folded", "relu", layout, dtype)
-        add((2, 5, 3, 3), 1, "batch statistics", "normal", layout, dtype)
-    add((1, 130, 2, 9), 1, "folded", "normal", layout, torch.float32)  # more channels than in a tile
-    add((2, 130, 2, 3), 2, "batch statistics", "normal", layout, torch.float32)
-    add((1, 2, 19, 28), 1, "folded", "relu", layout, torch.float32)  # more pixels than in a tile
-    add((1, 64, 4, 9), 1, "batch statistics", "relu", layout, torch.float32)
-    add((2, 3, 1, 1), 3, "equations", "normal", layout, torch.float32)
-    add((1, 4, 1, 8), 2, "folded", "normal", layout, torch.float32)
-    add((1, 4, 6, 1), 2, "folded", "normal", layout, torch.float32)
+        add(*about, layout, dtype, slow=(n + m) % 2 == 1)
 for layout in ("slice", "transposed", "expanded"):
     add((2, 4, 2, 3), 2, "folded", "normal", layout, torch.float32)
 
@@ -119,6 +132,7 @@ def the_interpreter_is_chosen_where_it_is_asked_for() -> None:
 for layout in LAYOUTS:
     named(ties_go_to_the_first_in_row_major_order, layout)
     named(a_nan_spreads_as_in_pytorch, layout, (1, 3, 2, 2))
+SLOW.add(f"a_nan_spreads_as_in_pytorch: {('contiguous', (1, 3, 2, 2))}")
 for broken in ("scale", "shift", "weight", "bias"):
     named(a_nan_among_the_parameters_spreads_too, broken)
 for form in ("folded", "batch statistics"):
@@ -127,10 +141,12 @@ named(opcheck)
 named(the_interpreter_is_chosen_where_it_is_asked_for)
 
 
-def run_checks() -> dict[str, str]:
-    """What went wrong in each check, or nothing."""
+def run_checks(*, slow: bool) -> dict[str, str]:
+    """What went wrong in each check, of the slow ones or of the others, or nothing."""
     found = {}
     for name, run in CHECKS.items():
+        if (name in SLOW) != slow:
+            continue
         try:
             run()
             found[name] = ""
@@ -148,14 +164,14 @@ def script(*, interpret: bool, argument: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Any:
-    return json.loads(script(interpret=True, argument="interpreted"))
+@functools.cache
+def interpreted(*, slow: bool) -> Any:
+    return json.loads(script(interpret=True, argument="slow" if slow else "interpreted"))
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(name: str, interpreted: dict[str, str]) -> None:
-    assert not interpreted[name]
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CHECKS])
+def test_interpreted(name: str) -> None:
+    assert not interpreted(slow=name in SLOW)[name]
 
 
 def compile_kernels(capability: int) -> dict[str, int]:
@@ -248,8 +264,8 @@ assert "triton" not in sys.modules
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "interpreted":
-        print(json.dumps(run_checks()))
+    if sys.argv[1] in ("interpreted", "slow"):
+        print(json.dumps(run_checks(slow=sys.argv[1] == "slow")))
     else:
         with tempfile.TemporaryDirectory() as cache:
             os.environ["TRITON_CACHE_DIR"] = str(Path(cache))

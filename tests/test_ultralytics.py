@@ -163,7 +163,16 @@ def test_a_trained_edit_lives_in_released_models(name: str, task: str, tmp_path:
     check_life(ulsam.apply(yolo.model, edits) and yolo, edits, settings(tmp_path, task))
 
 
-@pytest.mark.parametrize("name", ["yolov5n.yaml", "yolov8n.yaml", "yolo11n.yaml", "yolo26n.yaml", "yolo11n-seg.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            pytest.param(f"{name}.yaml", marks=pytest.mark.slow)
+            for name in ("yolov5n", "yolov8n", "yolo26n", "yolo11n")
+        ),
+        "yolo11n-seg.yaml",
+    ],
+)
 def test_replaced_blocks_keep_what_the_model_reads(name: str) -> None:
     model = fresh(name).model
     state, image = deepcopy(model.state_dict()), torch.rand(1, 3, 64, 64)
@@ -251,6 +260,7 @@ def test_a_model_without_an_edit_is_refused(tmp_path: Path) -> None:
         trainer_for(tiny(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_trainer_reaches_the_processes_of_several_gpus(tmp_path: Path) -> None:
     """Ultralytics hands the class to them by cloudpickle."""
     cloudpickle = pytest.importorskip("ray.cloudpickle")
