@@ -6,6 +6,7 @@ A child is an ordinary process of its own session, which can be killed, but it s
 
 import atexit
 import contextlib
+import gc
 import importlib
 import io
 import itertools
@@ -172,6 +173,7 @@ def _serve() -> None:
 
     for module in ("matplotlib.backends.backend_agg", "torch._dynamo"):
         importlib.import_module(module)
+    gc.freeze()  # for children that collect garbage
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request or "poll" in request:
