@@ -25,10 +25,10 @@ from ulsam.comparison.launch import Ended, LocalLauncher, lock_of, run_all
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.report import measure_latency
 from ulsam.comparison.statistics import right
-from ulsam.comparison.store import Store, take_lock
+from ulsam.comparison.store import Store
 from ulsam.comparison.table import legend, pairs
 from ulsam.errors import UlsamError
-from ulsam.files import make_folder
+from ulsam.files import make_folder, take_lock
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train
 from ulsam.train.parts import open_pictures
@@ -546,7 +546,8 @@ def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -
 
     for run in grid.known(store.look):
         make_folder(store.folder(run).parent)
-        assert take_lock(lock_of(store.folder(run))) is not None
+    held = [take_lock(lock_of(store.folder(run))) for run in grid.known(store.look)]
+    assert None not in held
     launcher = Locked(store, jobs=2)
     run_all(grid, store, launcher, said.append, "again")
     assert [line.split(":")[0].split()[0] for line in said] == ["wait", "wait"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import runpy
 from pathlib import Path
@@ -21,9 +20,10 @@ from ulsam.comparison import report
 from ulsam.comparison.arms import Arm
 from ulsam.comparison.grid import Grid
 from ulsam.comparison.launch import lock_of
-from ulsam.comparison.store import Store, take_lock
+from ulsam.comparison.store import Store
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
+from ulsam.files import take_lock
 from ulsam.models import build
 from ulsam.recipe import Recipe
 from ulsam.train.config import TrainConfig
@@ -225,7 +225,7 @@ def test_its_runs(
         pruning.main(words)
     (tmp_path / "summary.json").rename(arm / runs[-1] / "summary.json")
     assert held is not None
-    os.close(held)
+    held.release()
     other = {**pruned, "cost": {**pruned["cost"], "params": 1}}
     store.write("arms/pruned-uniform-params-0.95/guest.json", other)
     with pytest.raises(UlsamError, match=r"guest.json is of a net of another cost: move that arm away"):

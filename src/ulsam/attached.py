@@ -1,7 +1,7 @@
-"""``ulsam`` in a process that does not outlive the one that started it: ``python -m ulsam.attached train ...``.
+"""``ulsam`` in a process that does not outlive the one that started it: ``python -m ulsam.attached LOCK train ...``.
 
 Its standard input is a pipe that only the starting process holds open. When that is closed, on purpose or because the
-process is gone, whatever ended it, the run saves and stops as after Ctrl-C.
+process is gone, whatever ended it, the run saves and stops as after Ctrl-C. Until its end it holds a lock file.
 """
 
 import os
@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import time
+
+from filelock import FileLock
 
 from ulsam.cli import main
 
@@ -19,11 +21,12 @@ def _stop_at_the_end_of_input() -> None:
     while os.read(0, 1024):
         pass
     while True:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # os.kill would end the process on Windows
         time.sleep(PATIENCE)
 
 
 if __name__ == "__main__":
     threading.Thread(target=_stop_at_the_end_of_input, daemon=True).start()
-    sys.argv = ["ulsam", *sys.argv[1:]]  # the command that a summary tells
-    sys.exit(main(sys.argv[1:]))
+    with FileLock(sys.argv[1]):
+        sys.argv = ["ulsam", *sys.argv[2:]]  # the command that a summary tells
+        sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,14 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and locks."""
 
+import contextlib
 import errno
 import os
 import stat
+import sys
+import time
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ulsam.errors import UlsamError
 
@@ -91,14 +96,15 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            _replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the move itself survives a power cut
-        finally:
-            os.close(folder)
+        with contextlib.suppress(PermissionError):  # Windows opens no folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the move itself survives a power cut
+            finally:
+                os.close(folder)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; what was there before is whole: make room, then try again" if full else ""
@@ -109,3 +115,36 @@ def clear_parts(folder: str | os.PathLike[str]) -> None:
     """Remove the temporary files that a killed process left in ``folder`` while it was in :func:`write_atomic`."""
     for part in Path(folder).glob(".*.part"):
         part.unlink(missing_ok=True)
+
+
+def take_lock(path: str | os.PathLike[str], wait: bool = False) -> FileLock | None:
+    """Lock a file; None if another process has it, unless we ``wait`` for it.
+
+    The lock is free again when it is released, or its process is gone, whatever ended it.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "lock"
+    >>> mine = take_lock(file)
+    >>> take_lock(file) is None
+    True
+    >>> mine.release()
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0, poll_interval=0.2)
+    except Timeout:
+        return None
+    return lock
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Move a file over another one. On Windows that fails for as long as another program reads the other one."""
+    end = time.monotonic() + (5.0 if sys.platform == "win32" else 0.0)
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
+from filelock import FileLock
+
 from ulsam.comparison.grid import Failed, Grid, Run
-from ulsam.comparison.store import Store, take_lock
+from ulsam.comparison.store import Store
 from ulsam.errors import UlsamError, printable
-from ulsam.files import make_folder, write_atomic
+from ulsam.files import make_folder, take_lock, write_atomic
+from ulsam.processes import GROUP
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import Interrupted
 from ulsam.train.parts import stop_signals
@@ -56,38 +59,41 @@ class LocalLauncher:
 
     def __init__(self, store: Store, jobs: int) -> None:
         self.store, self.jobs = store, jobs
-        self.processes: list[tuple[Run, subprocess.Popen[bytes]]] = []
+        self.processes: list[tuple[Run, subprocess.Popen[bytes], FileLock]] = []
 
     def start(self, run: Run) -> bool:
         folder = self.store.folder(run)
         make_folder(folder.parent)
-        lock = take_lock(lock_of(folder))
+        lock = take_run(folder)
         if lock is None:
             return False
-        try:
+        with contextlib.ExitStack() as ending:
+            ending.callback(lock.release)
             self.store.check(run)
             if not (folder / "summary.json").exists():  # by another process, since we looked
-                self.processes.append((run, start_process(folder, run.config, lock)))
-        finally:
-            os.close(lock)  # the process that was started holds it now
+                self.processes.append((run, start_process(folder, run.config), lock))
+                ending.pop_all()
         return True
 
     def room(self) -> bool:
         return len(self.processes) < self.jobs
 
     def running(self) -> list[Run]:
-        return [run for run, _ in self.processes]
+        return [run for run, *_ in self.processes]
 
     def ended(self) -> list[Ended]:
-        over = [(run, process) for run, process in self.processes if process.poll() is not None]
-        self.processes = [pair for pair in self.processes if pair not in over]
-        return [Ended(run, reason_of(process.returncode, self.store.folder(run))) for run, process in over]
+        over = [started for started in self.processes if started[1].poll() is not None]
+        self.processes = [started for started in self.processes if started not in over]
+        for *_, lock in over:
+            lock.release()
+        return [Ended(run, reason_of(process.returncode, self.store.folder(run))) for run, process, _ in over]
 
     def stop(self) -> None:
-        for _, process in self.processes:
+        for _, process, _ in self.processes:
             hang_up(process)
-        for _, process in self.processes:
+        for _, process, lock in self.processes:
             process.wait()
+            lock.release()
         self.processes = []
 
 
@@ -128,13 +134,11 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, say: Callable[[str], N
                 due, looked = grid.due(store.look), time.monotonic()
 
 
-def start_process(
-    folder: Path, config: TrainConfig, lock: int | None, cwd: str | None = None
-) -> "subprocess.Popen[bytes]":
+def start_process(folder: Path, config: TrainConfig, cwd: str | None = None) -> "subprocess.Popen[bytes]":
     """Start training in ``folder``, or go on with what is there; its output goes to the file beside it, FOLDER.log.
 
     Relative paths among the settings are seen from ``cwd``, by default the working directory of this process. The
-    process, and those that it starts, hold ``lock`` open. It saves and stops when its standard input is closed.
+    process holds a lock of its own, which :func:`take_run` heeds. It saves and stops when its standard input is closed.
     """
     if (folder / "config.yaml").is_file():
         given = {name: getattr(config, name) for name in HARMLESS}
@@ -147,14 +151,13 @@ def start_process(
         words = ["train", "--config", str(settings), "--out", str(folder)]
     with open(folder.with_name(f"{folder.name}.log"), "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "ulsam.attached", *words],
+            [sys.executable, "-m", "ulsam.attached", str(_running_lock_of(folder).absolute()), *words],
             cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            pass_fds=[] if lock is None else [lock],
-            start_new_session=True,  # Ctrl-C comes to us alone, and we pass it on once
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+            **GROUP,  # Ctrl-C comes to us alone, and we pass it on once
         )
 
 
@@ -171,16 +174,35 @@ def reason_of(code: int, folder: Path) -> str | None:
         return None
     log = folder.with_name(f"{folder.name}.log")
     with contextlib.suppress(FileNotFoundError), open(log, "rb") as file:
-        lines = _tail(file).decode(errors="replace").replace("\r", "\n").split("\n")
+        lines = _tail(file).decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         if code > 0 and last:
             return printable(last.removeprefix("ulsam: error: "))
     return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
 
 
+def take_run(folder: Path, wait: bool = False) -> FileLock | None:
+    """Take charge of a run; None if another process has it, unless we ``wait`` for it.
+
+    Where that other process was killed, the one that it had started may still be saving: it holds the run, too.
+    """
+    lock = take_lock(lock_of(folder), wait)
+    running = lock and take_lock(_running_lock_of(folder), wait)
+    if running:
+        running.release()  # for the process that we start; we alone start one here
+    elif lock:
+        lock.release()
+    return lock if running else None
+
+
 def lock_of(folder: Path) -> Path:
-    """The lock file of a run's folder."""
+    """The lock file of a run's folder: of the process that trains in there, or has it trained."""
     return folder.with_name(f".{folder.name}.lock")
+
+
+def _running_lock_of(folder: Path) -> Path:
+    """The lock file of the process that :func:`start_process` starts."""
+    return folder.with_name(f".{folder.name}.running")
 
 
 def threads_of(config: TrainConfig, jobs: int) -> TrainConfig:

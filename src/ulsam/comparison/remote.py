@@ -6,6 +6,7 @@ finished run, without its checkpoint, come back to the driver. Data, weights and
 on all nodes, relative ones seen from the directory where the command is given, and ulsam must be installed there.
 """
 
+import contextlib
 import logging
 import os
 import platform
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ulsam.comparison.grid import Run
-from ulsam.comparison.launch import Ended, hang_up, lock_of, reason_of, start_process
-from ulsam.comparison.store import Store, take_lock
+from ulsam.comparison.launch import Ended, hang_up, reason_of, start_process, take_run
+from ulsam.comparison.store import Store
 from ulsam.errors import UlsamError, first_line, printable
 from ulsam.files import make_folder, write_atomic
 from ulsam.train.config import TrainConfig
@@ -150,18 +151,16 @@ def receive(folder: Path, files: Mapping[str, bytes]) -> None:
 def _train(folder: Path, config: TrainConfig, cwd: str) -> str | None:
     """Train in ``folder``, in a process that ends with this one; why it failed, or None."""
     make_folder(folder.parent)
-    lock = take_lock(lock_of(folder), wait=True)  # the process of a lost task may still be saving
-    try:
-        if lock is None or (folder / "summary.json").exists():
+    lock = take_run(folder, wait=True)  # the process of a lost task may still be saving
+    if lock is None:
+        return None
+    with contextlib.ExitStack() as ending:
+        ending.callback(lock.release)
+        if (folder / "summary.json").exists():
             return None
-        process = start_process(folder, config, lock, cwd)
-    finally:
-        if lock is not None:
-            os.close(lock)
-    try:
+        process = start_process(folder, config, cwd)
+        ending.callback(process.wait)
+        ending.callback(hang_up, process)
         while process.poll() is None:
             time.sleep(0.2)  # in which Ray can cancel the task
-    finally:
-        hang_up(process)
-        process.wait()
     return reason_of(process.returncode, folder)

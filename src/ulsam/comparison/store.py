@@ -10,13 +10,12 @@ compare.json, .md, .csv, .png, rates.png
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ulsam.comparison.arms import Arm
 from ulsam.comparison.grid import Failed, Grid, Run
@@ -168,12 +167,8 @@ class Store:
     def alone(self) -> Iterator[None]:
         """Within it no other process is in here: one waits for the other."""
         make_folder(self.root)
-        descriptor = take_lock(self.root / ".lock", wait=True)
-        try:
+        with FileLock(self.root / ".lock"):
             yield
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
 
     def publish(self, target: str | Path, grid: Grid) -> None:
         """Copy what reports are made of: summaries, plan and latencies, without paths of this machine, and no weights.
@@ -207,27 +202,6 @@ class Store:
             return Failed(self.folder(run).with_name(f"{run.name}.failed").read_text(encoding="utf-8").strip())
         except FileNotFoundError:
             return None
-
-
-def take_lock(path: Path, wait: bool = False) -> int | None:
-    """Lock a file; the descriptor, or None if another process has it. The lock is free when all that hold it are gone.
-
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "lock"
-    >>> mine = take_lock(file)
-    >>> take_lock(file) is None
-    True
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            if not wait:
-                os.close(descriptor)
-                return None
-            time.sleep(0.2)
 
 
 def _json(text: str, path: Path) -> dict[str, Any]:

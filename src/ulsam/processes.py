@@ -1,0 +1,25 @@
+"""Processes and signals where systems differ: Windows has no process groups, and other signals."""
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+STOP_SIGNALS: tuple[int, ...] = (int(signal.SIGINT), int(signal.SIGTERM))
+"""What asks a program to end: Ctrl-C, kill(1), a container's stop; on Windows Ctrl-Break, too."""
+if sys.platform == "win32":
+    STOP_SIGNALS += (int(signal.SIGBREAK),)
+
+GROUP: dict[str, Any] = {"start_new_session": True}
+"""Options of `subprocess.Popen` for a process that a Ctrl-C in the terminal does not reach."""
+if sys.platform == "win32":
+    GROUP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+
+
+def kill_group(process: "subprocess.Popen[Any]") -> None:
+    """End a process that was started with `GROUP` at once, where the system can with all that it has started."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
