@@ -1,7 +1,6 @@
 """Sockets on which services listen."""
 
 import ipaddress
-import os
 import socket
 
 from ulsam.errors import UlsamError
@@ -32,7 +31,7 @@ def listen(host: str, port: int) -> socket.socket:
     except socket.gaierror as error:
         raise UlsamError(f"cannot listen on {host}: {str(error.strerror).lower()}; see --host") from error
     except OSError as error:
-        reason = os.strerror(error.errno or 0).lower()  # its own text tells the address once more
+        reason = str(error.strerror).partition(" (while attempting")[0].lower()  # to bind, and the address once more
         hint = "name another --port, or --port 0 for any free one"
         raise UlsamError(f"cannot listen on port {port} of {host}: {reason}; {hint}") from error
     # for its connections, which asyncio leaves as they are: else a body waits up to 40 ms for the header's receipt

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import Any, Self
 
 from ulsam.benchmarking.worker import Case
 from ulsam.errors import UlsamError, printable
+from ulsam.processes import GROUP, kill_group
 
 
 class Process:
@@ -20,14 +20,14 @@ class Process:
 
     Attributes:
         size: bytes of the net: its file, or its parameters and buffers in PyTorch.
-        peak: the process's largest resident set, in bytes; known after the first call.
+        peak: the process's largest resident set, in bytes, None on Windows; known after the first call.
 
     Raises:
         UlsamError: the backend cannot run the net; or its process died, which may be for lack of memory.
     """
 
     size: int
-    peak: int
+    peak: int | None
 
     def __init__(self, name: str, case: Case) -> None:
         self.name = name
@@ -38,8 +38,9 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            encoding="utf-8",
             env={**os.environ, "OMP_NUM_THREADS": str(case.threads)},
-            process_group=0,  # Ctrl-C comes to us alone
+            **GROUP,  # Ctrl-C comes to us alone
         )
         try:
             self.size = self._ask(json.dumps(asdict(case)))["bytes"]
@@ -83,7 +84,7 @@ class Process:
     def _end(self) -> None:
         """With the processes that it has started, such as torch.compile's; it has nothing to save."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            kill_group(self._process)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             assert stream

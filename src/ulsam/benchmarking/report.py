@@ -63,7 +63,8 @@ class Row:
         seconds, seconds_p95: of a batch, median and 95th percentile over the turns.
         ratio: of the median to that of the first net in the same backend; None where that one was not measured.
         ratio_interval: 95 %, over the choice of turns; None for the first net, and where turns are too few.
-        peak_memory: largest resident set of a process that loads this net alone and runs it, in bytes.
+        peak_memory: largest resident set of a process that loads this net alone and runs it, in bytes; None where the
+            system does not tell it.
         model_size: bytes of the file, or of parameters and buffers in PyTorch.
         cost: parameters, MACs and activations; None where no recipe tells them.
     """
@@ -77,7 +78,7 @@ class Row:
     seconds_p95: float
     ratio: float | None
     ratio_interval: tuple[float, float] | None
-    peak_memory: int
+    peak_memory: int | None
     model_size: int
     cost: Cost | None
     turns: int
@@ -160,7 +161,7 @@ def csv_text(rows: Sequence[Row]) -> str:
             "infer_step_time_ratio": row.ratio,
             "infer_step_time_ratio_low": low,
             "infer_step_time_ratio_high": high,
-            "peak_memory_mb": row.peak_memory / 1e6,
+            "peak_memory_mb": row.peak_memory and row.peak_memory / 1e6,
             "model_size_mb": row.model_size / 1e6,
             "turns": row.turns,
         }
@@ -219,7 +220,7 @@ def _cells(row: Row) -> list[str]:
         *(f"{1e3 * seconds:.{_decimals(1e3 * seconds)}f}" for seconds in (row.seconds, row.seconds_p95)),
         f"{row.per_second:.{_decimals(row.per_second)}f}",
         ratio,
-        f"{row.peak_memory / 1e6:.0f}",
+        "" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}",
         f"{row.model_size / 1e6:.2f}",
         str(row.turns),
     ]

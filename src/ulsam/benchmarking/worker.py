@@ -97,8 +97,8 @@ def _in_pytorch(case: Case, images: Pixels) -> tuple[Run, int]:
     return call, size
 
 
-def peak_memory() -> int:
-    """The largest resident set that this process has had, in bytes.
+def peak_memory() -> int | None:
+    """The largest resident set that this process has had, in bytes; None on Windows.
 
     The kernel's VmHWM (proc(5)). Where there is none, it is getrusage(2)'s ru_maxrss, which on Linux would not do: a
     new process inherits it from the one that started it.
@@ -110,8 +110,12 @@ def peak_memory() -> int:
         with open("/proc/self/status", encoding="ascii") as lines:
             return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
+        pass
+    try:
         import resource
-
+    except ImportError:
+        return None
+    else:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -3,8 +3,11 @@
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PureWindowsPath
 from typing import Any
+
+#: What a path begins with that is not a plain name: of this system and of Windows.
+_START = r"(?:(?:~|\.{0,2})/|[A-Za-z]:[\\/]|(?:~|\.{1,2}|\\)\\)"
 
 
 def without_paths(value: Any) -> Any:
@@ -12,6 +15,8 @@ def without_paths(value: Any) -> Any:
 
     >>> without_paths({"data": "/home/me/birds", "command": "ulsam compare ../data/birds --out runs/x"})
     {'data': 'birds', 'command': 'ulsam compare birds --out runs/x'}
+    >>> without_paths([r"D:\\pictures\\birds", r"no file C:\\me\\a.jpg: gone"])
+    ['birds', 'no file a.jpg: gone']
     """
     if isinstance(value, Mapping):
         return {key: without_paths(item) for key, item in value.items()}
@@ -21,6 +26,6 @@ def without_paths(value: Any) -> Any:
         return value
     if value.startswith("ulsam "):
         return shlex.join(map(without_paths, shlex.split(value)))
-    if re.match(r"(~|\.{0,2})/", value):
-        return Path(value).name
-    return re.sub(r"(?<![\w.~-])(?:~|\.{0,2})/(?:[^\s'\";:,]*/)?([^\s'\";:,/]+)", r"\1", value)
+    if re.match(_START, value):
+        return PureWindowsPath(value).name  # it knows both separators
+    return re.sub(rf"(?<![\w.~-]){_START}(?:[^\s'\";:,]*[\\/])?([^\s'\";:,\\/]+)", r"\1", value)

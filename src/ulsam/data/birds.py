@@ -118,8 +118,8 @@ def draw_birds(
             boxes = _draw_all(part, named, counts, size, seed, progress)
             asked = {"generator": "ulsam birds", "version": VERSION, "seed": seed, "size": size, **counts}
             facts = {**asked, "classes": {name: _facts(marks) for name, marks in named}}
-            (part / "birds.json").write_text(json.dumps(facts, indent=2) + "\n")
-            (part / "boxes.json").write_text(json.dumps(boxes, separators=(",", ":")) + "\n")
+            (part / "birds.json").write_bytes(json.dumps(facts, indent=2).encode() + b"\n")
+            (part / "boxes.json").write_bytes(json.dumps(boxes, separators=(",", ":")).encode() + b"\n")
             for done in sorted(part.iterdir(), reverse=True):  # the splits before the files that tell of them
                 done.rename(root / done.name)
         finally:
@@ -159,8 +159,8 @@ def mark_boxes(picture: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | 
 def _told(root: Path, changed: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
     """The size of a drawn set's pictures, and all its boxes; ``changed`` is when those were."""
     try:
-        facts = json.loads((root / "birds.json").read_text())
-        return int(facts["size"]), json.loads((root / "boxes.json").read_text())
+        facts = json.loads((root / "birds.json").read_bytes())
+        return int(facts["size"]), json.loads((root / "boxes.json").read_bytes())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UlsamError(
             f"{root}: birds.json and boxes.json are not those of ulsam birds: draw the set again"

@@ -209,12 +209,13 @@ class Loader(DataLoader[Item]):
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        handler = signal.getsignal(signal.SIGCHLD)
+        child_ended: int | None = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
+        handler = child_ended and signal.getsignal(child_ended)
         if self.num_workers:  # a forked process hangs when it collects what has threads, as an ONNX Runtime session has
             gc.collect()
         batches = super().__iter__()
-        if signal.getsignal(signal.SIGCHLD) is not handler:
-            signal.signal(signal.SIGCHLD, handler)
+        if child_ended and signal.getsignal(child_ended) is not handler:
+            signal.signal(child_ended, handler)
         return map(self._finish, _alive(batches))
 
     def _finish(self, batch: Batch) -> Batch:
@@ -325,9 +326,11 @@ def _quiet(_: int) -> None:
     """Ctrl-C and SIGTERM go to the whole process group, but it is the main process that ends its workers.
 
     So a worker outlives SIGTERM by 5 seconds, in which the main process can finish its step; not for ever, because
-    SIGTERM is also what ends a worker that hangs.
+    SIGTERM is also what ends a worker that hangs. Windows has no SIGTERM from outside, and no niceness.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
     torch.set_num_threads(1)
-    os.nice(5)  # batches are read ahead, but every thread of a training step waits for the one whose core is taken
+    if hasattr(os, "nice"):  # batches are read ahead, but a training step waits for each thread whose core is taken
+        os.nice(5)

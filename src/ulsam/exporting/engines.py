@@ -75,7 +75,8 @@ def openvino_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], me
         path = Path(folder, "net.xml")
         openvino.save_model(model, path, compress_to_fp16=False)
         files = {suffix: path.with_suffix(suffix).read_bytes() for suffix in (".bin", ".xml")}
-        compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    written = core.read_model(files[".xml"], files[".bin"])  # not from the folder: files in use stay on Windows
+    compiled = core.compile_model(written, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return Engine(files, lambda images: compiled(images)[0])
 
 

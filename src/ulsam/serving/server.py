@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ulsam.errors import UlsamError
 from ulsam.listening import is_loopback, listen, url
 from ulsam.prediction import softmax
+from ulsam.processes import STOP_SIGNALS
 from ulsam.serving.app import Gate, create_app
 from ulsam.serving.engine import Engine
 from ulsam.serving.limits import Limits
@@ -112,7 +113,7 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Within it the first signal ends the service; the next one does what it would without the service."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
         def restore() -> None:
             for number, handler in before.items():

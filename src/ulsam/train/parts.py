@@ -24,6 +24,7 @@ from ulsam.distributed import World
 from ulsam.errors import UlsamError, first_line, is_out_of_memory
 from ulsam.models import make_recipe, ulsam_parameters
 from ulsam.places import match
+from ulsam.processes import STOP_SIGNALS
 from ulsam.recipe import Edit, Recipe
 from ulsam.trace import trace
 from ulsam.train.config import TrainConfig
@@ -230,7 +231,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     seen: list[int] = []
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def note(number: int, _: Any) -> None:
         seen.append(number)
