@@ -1,6 +1,7 @@
 """Decoded pictures in memory: the same batches with and without, filled by all that read, as far as memory goes."""
 
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,24 @@ def test_processes_that_fill_a_cache_together_do_not_mix_pictures_up() -> None:
         assert found[1] == number
 
 
+@pytest.fixture(params=["spawn", "forkserver"])
+def started(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reading processes are started as on Windows, or as on Linux from Python 3.14 on."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_processes_that_are_not_forked_share_it(pictures: FolderPictures, started: None) -> None:
+    cache, line = cache_for(pictures, AUGMENTED.reduction, "true")
+    assert cache is not None
+    assert str(line).startswith("16 pictures, ")
+    assert_same(epochs(pictures, None, workers=0, number=1), epochs(pictures, cache, workers=1, number=1))
+    kept = [number for number in range(16) if cache.get(number)]  # by the process that has read them
+    assert kept == [number for number in range(16) if number != 7]
+
+
 # whether there is one
 
 
@@ -152,17 +171,17 @@ def test_auto_takes_a_quarter_of_the_memory(
 ) -> None:
     size = decoded_size(pictures, whole)
     monkeypatch.setattr(caching, "available_memory", lambda: available * size)
-    cache, line = cache_for(pictures, whole, "auto", workers=2)
+    cache, line = cache_for(pictures, whole, "auto")
     assert (cache is not None) == fits
     assert line is not None
     assert line.startswith(f"16 pictures, {size / 1e6:.0f} MB, in memory" if fits else "off: 16 pictures")
     assert cache is None or size <= cache.capacity <= available * size // 4
-    two, line = cache_for(pictures, whole, "auto", workers=2, processes=2)
+    two, line = cache_for(pictures, whole, "auto", processes=2)
     assert two is None
     assert str(line).endswith("1/8 of the memory that is available")
-    insisted, _ = cache_for(pictures, whole, "true", workers=2)
+    insisted, _ = cache_for(pictures, whole, "true")
     assert insisted is not None
-    assert cache_for(pictures, whole, "false", workers=2) == (None, None)
+    assert cache_for(pictures, whole, "false") == (None, None)
 
 
 def refused(*_: int) -> PictureCache:
@@ -185,24 +204,16 @@ def test_why_not(
 ) -> None:
     for name, value in changed.items():
         monkeypatch.setattr(caching, name, value)
-    cache, line = cache_for(pictures, whole, "auto", workers=0)
+    cache, line = cache_for(pictures, whole, "auto")
     assert cache is None
     with pytest.raises(UlsamError, match=f"--cache true cannot be done: {message}.*; --cache auto goes"):
-        cache_for(pictures, whole, "true", workers=0)
+        cache_for(pictures, whole, "true")
     assert str(line).startswith("off: ")
-
-
-def test_processes_that_do_not_share_memory(pictures: FolderPictures, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiprocessing, "get_context", lambda: multiprocessing.context.SpawnContext())
-    assert cache_for(pictures, whole, "auto", workers=1) == (
-        None,
-        "off: reading processes share memory only where they are forked, on Linux; use --workers 0",
-    )
 
 
 def test_a_stream_is_not_kept() -> None:
     stream = StreamPictures.__new__(StreamPictures)
-    assert cache_for(stream, whole, "auto", workers=0) == (None, "off: a stream is not kept")
+    assert cache_for(stream, whole, "auto") == (None, "off: a stream is not kept")
 
 
 # memory

@@ -1,7 +1,10 @@
 """Decoded pictures kept in memory, which the reading processes fill and share without a copy of it for each."""
 
-import mmap
 import multiprocessing
+import os
+import weakref
+from multiprocessing.heap import Arena
+from multiprocessing.synchronize import Lock
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +24,11 @@ SHARE = 4
 
 
 class PictureCache:
-    """Decoded pictures with their labels by number, in memory that forked processes share.
+    """Decoded pictures with their labels by number, in memory that this process shares with those that it starts.
 
-    The memory is an anonymous mapping: unlike /dev/shm, it has no limit of its own, which containers set at 64 MB, and
-    it is only taken as it is filled. A picture for which there is no room is not kept.
+    They get it however they are started: forked, or by pickle as an argument of theirs. On Linux the memory is an
+    anonymous file: unlike /dev/shm, it has no limit of its own, which containers set at 64 MB, and it is only taken as
+    it is filled. A picture for which there is no room is not kept.
 
     Args:
         pictures: how many there are.
@@ -40,11 +44,18 @@ class PictureCache:
     """
 
     def __init__(self, pictures: int, capacity: int) -> None:
-        self.capacity = capacity
-        self._pixels = np.frombuffer(mmap.mmap(-1, max(1, capacity)), np.uint8)
-        entries = np.frombuffer(mmap.mmap(-1, 8 * (4 * pictures + 1)), np.int64)
-        self._used, self._entries = entries[:1], entries[1:].reshape(pictures, 4)  # offset, height, width, label
-        self._lock = multiprocessing.Lock()
+        self.__setstate__(
+            (capacity, _memory(max(1, capacity)), _memory(8 * (4 * pictures + 1)), multiprocessing.Lock())
+        )
+
+    def __getstate__(self) -> tuple[int, Arena, Arena, Lock]:
+        return self.capacity, self._pixel_memory, self._entry_memory, self._lock
+
+    def __setstate__(self, state: tuple[int, Arena, Arena, Lock]) -> None:
+        self.capacity, self._pixel_memory, self._entry_memory, self._lock = state
+        self._pixels = np.frombuffer(self._pixel_memory.buffer, np.uint8)
+        entries = np.frombuffer(self._entry_memory.buffer, np.int64)
+        self._used, self._entries = entries[:1], entries[1:].reshape(-1, 4)  # offset, height, width, label
 
     def get(self, number: int) -> tuple[Pixels, int] | None:
         """The picture [H, W, 3], to be read only, and its label; None if it is not kept."""
@@ -66,8 +77,23 @@ class PictureCache:
             self._entries[number] = offset, pixels.shape[0], pixels.shape[1], label
 
 
+def _memory(size: int) -> Arena:
+    """So many zero bytes, which other processes can have as well."""
+    if not hasattr(os, "memfd_create"):
+        return Arena(size)
+    file = os.memfd_create("ulsam")
+    try:
+        os.ftruncate(file, size)
+        arena = Arena(size, file)
+    except BaseException:
+        os.close(file)
+        raise
+    weakref.finalize(arena, os.close, file)
+    return arena
+
+
 def cache_for(
-    pictures: AnyPictures, reduction: Reduction, choice: CacheChoice, *, workers: int, processes: int = 1
+    pictures: AnyPictures, reduction: Reduction, choice: CacheChoice, *, processes: int = 1
 ) -> tuple[PictureCache | None, str | None]:
     """A cache for the training pictures, or None, and what to tell the user about it.
 
@@ -75,7 +101,6 @@ def cache_for(
         pictures: to be cached; a stream is not.
         reduction: at which they are decoded.
         choice: ``auto`` caches them if they fit into a quarter of the available memory.
-        workers: reading processes.
         processes: that train on this machine, each with a cache of its own.
 
     Raises:
@@ -84,9 +109,7 @@ def cache_for(
     if choice == "false":
         return None, None
     cache, said = None, "a stream is not kept"
-    if workers and multiprocessing.get_context().get_start_method() != "fork":
-        said = "reading processes share memory only where they are forked, on Linux; use --workers 0"
-    elif not isinstance(pictures, StreamPictures):
+    if not isinstance(pictures, StreamPictures):
         cache, said = _sized(pictures, reduction, 1 if choice == "true" else SHARE, processes)
     if cache is None and choice == "true":
         raise UlsamError(f"--cache true cannot be done: {said}; --cache auto goes on without")

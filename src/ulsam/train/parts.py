@@ -108,9 +108,7 @@ def batches_of(
         batches = len(order)
     if batches < config.accumulate:
         raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
-    cache, cache_line = cache_for(
-        pictures, transform.reduction, config.cache, workers=config.workers, processes=world.size
-    )
+    cache, cache_line = cache_for(pictures, transform.reduction, config.cache, processes=world.size)
     loader = loading.train_loader(
         pictures,
         transform,
