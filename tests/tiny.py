@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -133,7 +132,7 @@ class Warm:
         """Start, wait, and return the exit code."""
         return int(self.ask(wait=self.start(argv, log, **request)))
 
-    def kill(self, pid: int, number: int = signal.SIGKILL, *, group: bool = False) -> int:
+    def kill(self, pid: int, number: int = getattr(signal, "SIGKILL", 9), *, group: bool = False) -> int:
         """Send a signal, to the whole process group on wish, and return the exit code."""
         (os.killpg if group else os.kill)(pid, number)
         return int(self.ask(wait=pid))
@@ -195,6 +194,8 @@ def _become_ulsam(argv: list[str], log: str, env: Mapping[str, str] | None = Non
         os.dup2(target, stream)
     os.environ.update(env or {})
     if file_size:
+        import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.argv = ["ulsam", *argv]
     code = 1

@@ -151,8 +151,8 @@ def available_memory(root: Path = Path("/")) -> int | None:
     file pages aside, which the system gives back.
     """
     try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
@@ -173,9 +173,9 @@ def _left(group: Path, usage: str) -> list[int]:
     """What a control group leaves, as a list of one; empty where it sets no limit."""
     limit = "limit_in_bytes" if usage == "usage_in_bytes" else "max"
     try:
-        most = (group / f"memory.{limit}").read_text().strip()
-        used = int((group / f"memory.{usage}").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        most = (group / f"memory.{limit}").read_text(encoding="utf-8").strip()
+        used = int((group / f"memory.{usage}").read_text(encoding="utf-8"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
     except OSError:
         return []
     files = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))

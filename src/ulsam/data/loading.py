@@ -6,6 +6,7 @@ So a run can go on in mid-epoch with nothing saved but its position.
 
 import gc
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -211,8 +212,10 @@ class Loader(DataLoader[Item]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         child_ended: int | None = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
         handler = child_ended and signal.getsignal(child_ended)
-        if self.num_workers:  # a forked process hangs when it collects what has threads, as an ONNX Runtime session has
-            gc.collect()
+        if self.num_workers:
+            gc.collect()  # a forked process hangs when it collects what has threads, as an ONNX Runtime session has
+            if multiprocessing.get_start_method() == "forkserver":  # on Linux by default from Python 3.14 on
+                multiprocessing.set_forkserver_preload(["__main__", __name__])  # else each imports it, for seconds
         batches = super().__iter__()
         if child_ended and signal.getsignal(child_ended) is not handler:
             signal.signal(child_ended, handler)

@@ -1,0 +1,68 @@
+"""With this folder on PYTHONPATH, Python lacks what it lacks on Windows, in the processes that it starts, too.
+
+What the standard library, filelock and PyTorch themselves need, which go by `sys.platform`, is left to them.
+"""
+
+import asyncio  # noqa: F401
+import multiprocessing.popen_spawn_posix
+import multiprocessing.resource_tracker
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
+
+import filelock  # noqa: F401
+
+OF_OS = "O_DIRECTORY fork forkpty getpgid getpgrp getsid killpg memfd_create nice sched_getaffinity setpgid setsid"
+OF_SIGNAL = "SIGALRM SIGCHLD SIGCLD SIGHUP SIGKILL SIGUSR1 SIGUSR2 alarm pthread_kill setitimer"
+MODULES = "fcntl grp pwd resource termios"
+TORCH = "torch.utils.data._utils.signal_handling"
+
+_open, _popen = os.open, subprocess.Popen.__init__
+_signal = types.SimpleNamespace(**vars(signal))
+
+
+def _open_no_folder(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+    if not isinstance(path, int) and os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", path)
+    return _open(path, flags, *rest, **options)
+
+
+def _start(self: Any, *args: Any, **options: Any) -> None:
+    if options.get("pass_fds") or options.get("preexec_fn"):
+        raise ValueError("pass_fds and preexec_fn are not supported on Windows")
+    _popen(self, *args, **options)
+
+
+class _ForTorch:
+    """Gives the one module of PyTorch that needs it the whole module `signal`."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == TORCH else None
+        if spec and spec.loader:
+            run = spec.loader.exec_module
+
+            def run_and_give(module: Any) -> None:
+                run(module)
+                module.signal = _signal
+
+            spec.loader.exec_module = run_and_give  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, _ForTorch)  # type: ignore[arg-type]
+subprocess.Popen.__init__ = _start  # type: ignore[method-assign]
+subprocess.Popen.kill = lambda self: self.send_signal(9)  # type: ignore[method-assign]
+shutil._use_fd_functions = False  # type: ignore[attr-defined]
+os.open = _open_no_folder
+for module, names in ((os, OF_OS), (signal, OF_SIGNAL)):
+    for name in names.split():
+        delattr(module, name)
+for name in MODULES.split():
+    sys.modules[name] = None  # type: ignore[assignment]
+multiprocessing.set_start_method("spawn")
