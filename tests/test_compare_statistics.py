@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from ulsam.comparison.statistics import Difference, crossed_interval, difference, right
+from ulsam.comparison.student import t_quantile
 from ulsam.errors import UlsamError
 
 
@@ -22,6 +23,11 @@ def summary(hits: Any, names: str = "same", split: str = "test") -> dict[str, An
         "scores": {"top1": sum(hits) / len(hits), "pictures": len(hits)},
         "outcomes": {"pictures": len(hits), "right": packed, "names": names},
     }
+
+
+@given(st.floats(1e-4, 0.45), st.floats(-1, 5))
+def test_quantiles_are_those_of_scipy(tail: float, digits: float) -> None:
+    assert t_quantile(tail, 10**digits) == pytest.approx(student.isf(tail, 10**digits), rel=1e-9)
 
 
 @given(st.integers(2, 5), st.integers(2, 9), st.integers(0, 999))

@@ -17,13 +17,21 @@ from typing import Any
 
 import filelock  # noqa: F401
 
-OF_OS = "O_DIRECTORY fork forkpty getpgid getpgrp getsid killpg memfd_create nice sched_getaffinity setpgid setsid"
+OF_OS = (
+    "O_DIRECTORY fork forkpty getpgid getpgrp getsid killpg memfd_create nice register_at_fork sched_getaffinity "
+    "setpgid setsid"
+)
 OF_SIGNAL = "SIGALRM SIGCHLD SIGCLD SIGHUP SIGKILL SIGUSR1 SIGUSR2 alarm pthread_kill setitimer"
 MODULES = "fcntl grp pwd resource termios"
-TORCH = "torch.utils.data._utils.signal_handling"
+WHOLE = {  # what modules of PyTorch get as these modules: they ask for `sys.platform`, not for the names
+    module: (name, types.SimpleNamespace(**vars(sys.modules[name])))
+    for module, name in (
+        ("torch.multiprocessing._atfork", "os"),
+        ("torch.utils.data._utils.signal_handling", "signal"),
+    )
+}
 
 _open, _popen = os.open, subprocess.Popen.__init__
-_signal = types.SimpleNamespace(**vars(signal))
 
 
 def _open_no_folder(path: Any, flags: int, *rest: Any, **options: Any) -> int:
@@ -39,17 +47,17 @@ def _start(self: Any, *args: Any, **options: Any) -> None:
 
 
 class _ForTorch:
-    """Gives the one module of PyTorch that needs it the whole module `signal`."""
+    """Gives modules of PyTorch what `WHOLE` says."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == TORCH else None
+        spec = PathFinder.find_spec(name, path, target) if name in WHOLE else None
         if spec and spec.loader:
             run = spec.loader.exec_module
 
             def run_and_give(module: Any) -> None:
                 run(module)
-                module.signal = _signal
+                setattr(module, *WHOLE[name])
 
             spec.loader.exec_module = run_and_give  # type: ignore[method-assign]
         return spec

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
+from ulsam.comparison.student import t_quantile
 from ulsam.errors import UlsamError
 
 Over = Literal["seeds and pictures", "pictures", "seeds", "nothing"]
@@ -94,7 +94,7 @@ def crossed_interval(differences: NDArray[Any], level: float = 0.95) -> tuple[fl
             )
             terms = [(both, both**2 / squares)]
     square, freedom = max(terms)
-    half = float(student.ppf(0.5 + level / 2, freedom)) * math.sqrt(square / (rows * columns))
+    half = t_quantile((1 - level) / 2, freedom) * math.sqrt(square / (rows * columns))
     return mean, mean - half, mean + half
 
 
@@ -131,7 +131,7 @@ def difference(runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping
         over: Over = "seeds and pictures" if len(seeds) > 1 else "pictures"
     elif len(seeds) > 1:
         spread = float(np.std(of_seeds, ddof=1)) / math.sqrt(len(seeds))
-        half = float(student.ppf(0.975, len(seeds) - 1)) * spread
+        half = t_quantile(0.025, len(seeds) - 1) * spread
         low, high, over = mean - half, mean + half, "seeds"
     else:
         low, high, over = None, None, "nothing"
