@@ -28,7 +28,8 @@ from ulsam.comparison.statistics import right
 from ulsam.comparison.store import Store
 from ulsam.comparison.table import legend, pairs
 from ulsam.errors import UlsamError
-from ulsam.files import make_folder, take_lock
+from ulsam.files import make_folder
+from ulsam.locks import take_lock
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train
 from ulsam.train.parts import open_pictures

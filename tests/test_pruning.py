@@ -23,7 +23,7 @@ from ulsam.comparison.launch import lock_of
 from ulsam.comparison.store import Store
 from ulsam.costs import cost
 from ulsam.errors import UlsamError
-from ulsam.files import take_lock
+from ulsam.locks import take_lock
 from ulsam.models import build
 from ulsam.recipe import Recipe
 from ulsam.train.config import TrainConfig

@@ -1,4 +1,4 @@
-"""Files that are never half-written, and locks."""
+"""Files that are never half-written."""
 
 import contextlib
 import errno
@@ -7,8 +7,6 @@ import stat
 import sys
 import time
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from ulsam.errors import UlsamError
 
@@ -115,26 +113,6 @@ def clear_parts(folder: str | os.PathLike[str]) -> None:
     """Remove the temporary files that a killed process left in ``folder`` while it was in :func:`write_atomic`."""
     for part in Path(folder).glob(".*.part"):
         part.unlink(missing_ok=True)
-
-
-def take_lock(path: str | os.PathLike[str], wait: bool = False) -> FileLock | None:
-    """Lock a file; None if another process has it, unless we ``wait`` for it.
-
-    The lock is free again when it is released, or its process is gone, whatever ended it.
-
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "lock"
-    >>> mine = take_lock(file)
-    >>> take_lock(file) is None
-    True
-    >>> mine.release()
-    """
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=-1 if wait else 0, poll_interval=0.2)
-    except Timeout:
-        return None
-    return lock
 
 
 def _replace(source: Path, target: Path) -> None:

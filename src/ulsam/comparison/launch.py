@@ -16,7 +16,8 @@ from filelock import FileLock
 from ulsam.comparison.grid import Failed, Grid, Run
 from ulsam.comparison.store import Store
 from ulsam.errors import UlsamError, printable
-from ulsam.files import make_folder, take_lock, write_atomic
+from ulsam.files import make_folder, write_atomic
+from ulsam.locks import take_lock
 from ulsam.processes import GROUP
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import Interrupted
