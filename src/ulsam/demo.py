@@ -7,6 +7,7 @@ from typing import Any
 
 from ulsam.data.birds import draw_birds
 from ulsam.data.opening import open_split
+from ulsam.extras import check_plots
 from ulsam.files import write_atomic
 from ulsam.train.config import TrainConfig
 from ulsam.train.loop import train
@@ -45,6 +46,7 @@ def run_demo(out: str | Path, seed: int = 0) -> dict[str, dict[str, Any]]:
     Raises:
         UlsamError: ``out`` exists and is not empty, or cannot be written, or the seed is negative.
     """
+    check_plots("ulsam demo")
     out = Path(out)
     data = out / "birds"
     configs = {

@@ -20,6 +20,7 @@ from ulsam.benchmarking.worker import Backend, Case
 from ulsam.comparison.latency import processor
 from ulsam.errors import UlsamError
 from ulsam.exporting.parity import parity_of
+from ulsam.extras import check_plots
 from ulsam.files import check_writable, make_folder, write_atomic
 from ulsam.timing import in_turn
 from ulsam.train.report import command_line, versions
@@ -191,6 +192,7 @@ def _folder(out: str | os.PathLike[str]) -> Iterator[Path]:
 def _check(
     models: Sequence[str], backends: Sequence[str], batches: Sequence[int], threads: Sequence[int], seconds: float
 ) -> None:
+    check_plots("ulsam bench")
     valid = get_args(Backend)
     for backend in backends:
         if backend not in valid:

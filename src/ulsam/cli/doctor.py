@@ -8,6 +8,7 @@ import torch
 
 from ulsam import __version__
 from ulsam.costs import aligned
+from ulsam.extras import installed
 from ulsam.ops import cpu, which_backend
 
 
@@ -26,6 +27,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"cpu     {torch.get_num_threads()} threads, C kernels for {names} ({cpu.LIBRARY._name})")
         if not cpu.THREADED:
             print("cpu     the kernels run on one thread: PyTorch has loaded no OpenMP library that they know")
+    if installed("simplejpeg"):
+        print(f"jpeg    simplejpeg {version('simplejpeg')}")
+    else:
+        print("jpeg    Pillow; simplejpeg reads the same values faster: pip install 'ulsam[train]'")
+    drawn = f"matplotlib {version('matplotlib')}" if installed("matplotlib") else "none: pip install 'ulsam[plots]'"
+    print(f"plots   {drawn}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")

@@ -4,7 +4,7 @@ import argparse
 import os
 from dataclasses import fields
 
-from ulsam.errors import UlsamError
+from ulsam.extras import extra
 from ulsam.serving.limits import Limits
 
 TEXTS = {
@@ -44,10 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve, and say where and how much."""
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
-    try:
+    with extra("serve", "ulsam serve needs"):
         from ulsam.serving.server import KEY, serve
-    except ImportError as error:
-        raise UlsamError(f"{error}; pip install 'ulsam[serve]'") from error
     answered = serve(
         args.model,
         host=args.host,

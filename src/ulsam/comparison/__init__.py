@@ -15,6 +15,7 @@ from ulsam.comparison.remote import RayLauncher, require_ray
 from ulsam.comparison.report import measure_latency, summarise, write_reports
 from ulsam.comparison.store import Store
 from ulsam.errors import UlsamError
+from ulsam.extras import check_plots
 from ulsam.train.config import TrainConfig
 from ulsam.train.probe import SETTINGS, settle, undecided
 from ulsam.train.report import command_line
@@ -83,6 +84,7 @@ def compare(
     refuse_torchrun()
     _check_margin(margin)
     _check_publish(out, publish)
+    check_plots("ulsam compare")
     if launcher == "ray":
         require_ray()
     if jobs is not None and jobs < 1:
@@ -132,6 +134,7 @@ def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | Non
     """
     _check_margin(margin)
     _check_publish(out, publish)
+    check_plots("ulsam compare")
     store = Store(out)
     grid = store.grid()
     result = _reported(grid, store, margin, store.read("grid.json").get("command"))

@@ -21,6 +21,7 @@ from ulsam.comparison.grid import Run
 from ulsam.comparison.launch import Ended, hang_up, reason_of, start_process, take_run
 from ulsam.comparison.store import Store
 from ulsam.errors import UlsamError, first_line, printable
+from ulsam.extras import extra
 from ulsam.files import make_folder, write_atomic
 from ulsam.train.config import TrainConfig
 from ulsam.train.state import CHECKPOINT
@@ -105,10 +106,8 @@ def require_ray() -> None:
     Raises:
         UlsamError: it is not.
     """
-    try:
+    with extra("ray", "--launcher ray needs"):
         import ray  # noqa: F401
-    except ImportError as error:
-        raise UlsamError("--launcher ray needs Ray: pip install 'ulsam[ray]'") from error
 
 
 def train_there(folder: str, settings: str, token: str, cwd: str) -> tuple[str | None, dict[str, bytes]]:

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from ulsam.data.folder import class_counts, find_splits, imbalance_note, index_like, scan, split
 from ulsam.data.sources import AnyPictures, FactoryPictures, FolderPictures, StreamPictures
 from ulsam.errors import UlsamError, a_few, first_line
+from ulsam.extras import extra
 
 _FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
 
@@ -160,9 +161,10 @@ def _named(
     if data_dir is None and name.partition("/")[0].lower() in ("torch", "wds"):
         raise UlsamError(f"{name} needs --data-dir, the folder where it lies")
     try:
-        dataset = create_dataset(name, root=data_dir, split=split_name, is_training=is_training, **options)
-    except ImportError as error:
-        raise UlsamError(f"{name} needs a package: {error}; pip install 'ulsam[datasets]'") from error
+        with extra("datasets", f"{name} needs"):
+            dataset = create_dataset(name, root=data_dir, split=split_name, is_training=is_training, **options)
+    except UlsamError:
+        raise
     except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
         reason = first_line(error).partition(" You can use download")[0]
         where = f"in {data_dir}" if data_dir else "(no --data-dir given)"

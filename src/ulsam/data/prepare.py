@@ -20,6 +20,7 @@ from typing import BinaryIO, cast
 from tqdm import tqdm
 
 from ulsam.errors import UlsamError
+from ulsam.extras import extra
 from ulsam.files import check_empty
 
 Split = dict[str, str]
@@ -141,7 +142,8 @@ def prepare(
         if not source.exists():
             raise UlsamError(f"no such file or folder: {source}; {_expected(official)}")
     if name == "dogs":
-        _need_scipy()
+        with extra("dogs", "the lists of Stanford Dogs are MATLAB files, which are read with"):
+            import scipy.io  # noqa: F401
     out = Path(os.path.abspath(out))
     check_empty(out)
     partial = out.with_name(f".{out.name}.partial")
@@ -177,15 +179,6 @@ def mismatch(name: str, counts: dict[str, int]) -> str | None:
 
 def _expected(official: Official) -> str:
     return f"{official.title} is made from {' and '.join(official.archives)}, or the folders they unpack to"
-
-
-def _need_scipy() -> None:
-    try:
-        import scipy.io  # noqa: F401
-    except ImportError as error:
-        raise UlsamError(
-            "the lists of Stanford Dogs are MATLAB files, which scipy reads: pip install 'ulsam[dogs]'"
-        ) from error
 
 
 def _write(official: Official, sources: Sequence[Path], folder: Path, progress: bool) -> dict[str, int]:

@@ -18,6 +18,7 @@ from ulsam.errors import UlsamError
 from ulsam.evaluate import NotFinite, eval_mode, recipe_transform
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, watched
 from ulsam.explanation.measures import entropy_share, peak
+from ulsam.extras import check_plots
 from ulsam.folding import has_inference_tensors, plain_copy
 from ulsam.models import load
 from ulsam.module import ULSAM, Form
@@ -71,6 +72,7 @@ class Explanation:
 
     def figure(self) -> "Figure":
         """The picture, its most probable classes, the CAM and all attention maps, as a new matplotlib figure."""
+        check_plots("Explanation.figure")
         from ulsam.explanation.figure import draw
 
         return draw(self)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
-from ulsam.data.pictures import Pixels
+from ulsam.data.pictures import Pixels, jpeg_of
 from ulsam.explanation import words
 from ulsam.explanation.drawing import coloured, gradient, resized
 from ulsam.explanation.explainer import Explanation, LayerMaps
@@ -178,7 +177,7 @@ def photo_uri(pixels: Pixels, largest: int = LARGEST) -> str:
     height, width = pixels.shape[:2]
     if max(height, width) > largest:
         pixels = np.asarray(resized(pixels, round(width * largest / max(height, width))))
-    return _uri("jpeg", simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 85, "RGB", "420"))
+    return _uri("jpeg", jpeg_of(pixels, 85))
 
 
 def map_uri(values: NDArray[np.floating], smallest: int = SMALLEST) -> str:

@@ -20,6 +20,7 @@ from ulsam.explanation.page import Card, card, page
 from ulsam.explanation.panel import panel
 from ulsam.explanation.table import table
 from ulsam.explanation.words import net_name, other_classes
+from ulsam.extras import check_plots
 from ulsam.files import check_empty, make_folder, write_atomic
 from ulsam.models import load
 from ulsam.recipe import Recipe
@@ -62,6 +63,7 @@ def explain_pictures(
         UlsamError: not a model file, a folder without a picture, no picture that can be read, a net without a feature
             map to explain, or ``out`` holds something or cannot be written.
     """
+    check_plots("ulsam explain")
     out = Path(out)
     check_empty(out)
     nets = {name: load(file) for name, file in (("this net", model), ("base", against)) if file is not None}

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from ulsam.errors import UlsamError
+from ulsam.extras import check_plots, extra
 from ulsam.listening import is_loopback, listen, url
 
 
@@ -27,14 +28,13 @@ def serve(
 
     Raises:
         UlsamError: not a model file, a net without a feature map to explain, an address that cannot be listened on, or
-            FastAPI or uvicorn is not installed.
+            FastAPI, uvicorn or matplotlib is not installed.
     """
-    try:
+    check_plots("ulsam explore")
+    with extra("explore", "ulsam explore needs"):
         import uvicorn
 
         from ulsam.explorer.app import MEGABYTE, create_app
-    except ImportError as error:
-        raise UlsamError(f"ulsam explore: {error}; pip install 'ulsam[explore]'") from error
     from ulsam.explorer.nets import open_nets
 
     if max_mb < 1:

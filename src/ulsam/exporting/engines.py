@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ulsam.errors import UlsamError, first_line
 from ulsam.exporting.onnx_graph import check_installed, onnx_graph
+from ulsam.extras import extra
 from ulsam.prediction import Logits
 from ulsam.runtime import open_session
 
@@ -86,10 +87,8 @@ def check_openvino(what: str) -> None:
     Raises:
         UlsamError: it is not.
     """
-    try:
+    with extra("openvino", f"{what} needs"):
         import openvino  # noqa: F401
-    except ImportError as error:
-        raise UlsamError(f"{what}: {error}; pip install 'ulsam[openvino]'") from error
 
 
 def executorch_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]) -> Engine:
@@ -102,14 +101,11 @@ def executorch_engine(net: nn.Module, example: Tensor, free: Mapping[int, str], 
     """
     if len(free) > 1:
         raise UlsamError("--dynamic-size: ExecuTorch plans its memory ahead, for one size; leave it out")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.exir import to_edge_transform_and_lower
-            from executorch.runtime import Runtime
-    except ImportError as error:
-        raise UlsamError(f"--to executorch: {error}; pip install 'ulsam[executorch]'") from error
+    with extra("executorch", "--to executorch needs"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.runtime import Runtime
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulsam.errors import UlsamError, first_line
+from ulsam.extras import extra
 from ulsam.followed import Followed, follow, host_class
 from ulsam.module import ULSAM
 from ulsam.ops.reference import softmax_over_maps
@@ -33,12 +34,10 @@ def check_installed(what: str) -> None:
 
     >>> check_installed("ulsam export")
     """
-    try:
+    with extra("onnx", f"{what} needs"):
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UlsamError(f"{what}: {error}; pip install 'ulsam[onnx]'") from error
 
 
 @torch.no_grad()

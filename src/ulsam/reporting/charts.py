@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from matplotlib.ticker import MaxNLocator
-
 WIDTH, HEIGHT = 460, 290
 LEFT, RIGHT, TOP, BOTTOM = 52, 26, 12, 40  # of what is outside the axes
 LABEL = 13  # the least distance of two labels, from base line to base line
@@ -136,12 +134,16 @@ def _ticks(low: float, high: float, limits: tuple[float, float]) -> list[float]:
     if high - low < 1e-6 * abs(high) or high == low:
         around = 0.02 * abs(high) or 1.0
         low, high = max(low - around, limits[0]), min(high + around, limits[1])
+    from matplotlib.ticker import MaxNLocator
+
     values = MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2).tick_values(low, high)
     return [round(float(value), 12) for value in values if limits[0] <= value <= limits[1]]
 
 
 def _epoch_ticks(first: float, last: float) -> list[float]:
     """The first epoch, the last one, and round ones between them."""
+    from matplotlib.ticker import MaxNLocator
+
     values = MaxNLocator(nbins=8, integer=True).tick_values(first, last)
     step = float(values[1] - values[0])
     between = [float(value) for value in values if first + 0.4 * step < value < last - 0.4 * step]

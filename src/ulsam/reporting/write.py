@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ulsam.errors import UlsamError, printable
+from ulsam.extras import check_plots
 from ulsam.files import check_writable, make_folder, write_atomic
 from ulsam.reporting.latency import time_runs
 from ulsam.reporting.measured import Measured, measure_again
@@ -43,6 +44,7 @@ def report_runs(
     Raises:
         UlsamError: not a run's folder, a damaged file in it, runs of other classes, or ``out`` cannot be written.
     """
+    check_plots("ulsam report")
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise UlsamError(f"the report is a page: name it {out.with_suffix('.html')}, not {out}")

@@ -22,6 +22,7 @@ from ulsam.data import loading, sources
 from ulsam.distributed import World, launch_line, start
 from ulsam.errors import UlsamError, printable
 from ulsam.evaluate import NotFinite, Scores, Stopped, evaluate, outcomes, recipe_transform
+from ulsam.extras import installed
 from ulsam.files import clear_parts, make_folder, write_atomic
 from ulsam.models import build, save_model, sketch
 from ulsam.train import distill, parts, report, restore
@@ -137,6 +138,8 @@ class Trainer:
         if self.teacher:
             self._say(f"teacher {distill.describe(config, self.teacher)}")
             notes += self.teacher.notes
+        if not installed("matplotlib"):
+            notes.append("no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'")
         for note in notes:
             self._say(f"note    {note}")
         if fresh and net is None:
@@ -385,7 +388,8 @@ class Trainer:
             else:
                 save_model(net, self.recipe, self.run / "model.safetensors")
             loss = "cross-entropy and distillation" if self.teacher else "cross-entropy (nats)"
-            report.draw_curves(self.run, self.at.rows, self.val_pictures.split, loss=loss)
+            if installed("matplotlib"):
+                report.draw_curves(self.run, self.at.rows, self.val_pictures.split, loss=loss)
             report.write_summary(self.run, summary)
         low, high = scores.interval
         self._say(
