@@ -1,9 +1,13 @@
-"""Ctrl-C works in every test and in every process that a test starts; garbage is collected fast."""
+"""What holds for every test and every process that a test starts."""
 
 import gc
+import os
 import signal
 
-# `nohup make test &` in a script ignores it, and what ignores it passes that on.
+# A user's choice of the backend is none of the tests': they choose themselves.
+os.environ.pop("ULSAM_BACKEND", None)
+
+# Ctrl-C works. `nohup make test &` in a script ignores it, and what ignores it passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

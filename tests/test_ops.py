@@ -688,8 +688,18 @@ def plain() -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     ("dtype", "wanted", "expected"),
     [
-        (torch.float64, None, ("reference", "the cpu backend takes float32 and bfloat16, not float64")),
-        (torch.float16, "cpu", ("reference", "the cpu backend takes float32 and bfloat16, not float16")),
+        pytest.param(
+            torch.float64,
+            None,
+            ("reference", "the cpu backend takes float32 and bfloat16, not float64"),
+            marks=compiled,
+        ),
+        pytest.param(
+            torch.float16,
+            "cpu",
+            ("reference", "the cpu backend takes float32 and bfloat16, not float16"),
+            marks=compiled,
+        ),
         (torch.float32, "reference", ("reference", "asked for")),
     ],
 )
@@ -707,7 +717,9 @@ def test_an_unknown_backend_is_named(plain: Tensor) -> None:
         subspace_attention(plain, torch.ones(8), torch.ones(8), 2, backend="cuda")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "", "opencl"])
+@pytest.mark.parametrize(
+    "name", ["reference", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "")), "opencl"]
+)
 def test_the_environment_forces_a_backend(name: str) -> None:
     code = "import torch; from ulsam.ops import which_backend; print(which_backend(torch.ones(1, 8, 4, 4))[0])"
     done = subprocess.run(
@@ -716,7 +728,7 @@ def test_the_environment_forces_a_backend(name: str) -> None:
     if name == "opencl":
         assert "UlsamError: ULSAM_BACKEND=opencl: there is no such backend; valid: reference, cpu" in done.stderr
     else:
-        assert done.stdout.strip() == (name or ("reference" if cpu.LIBRARY is None else "cpu"))
+        assert done.stdout.strip() == ("reference" if cpu.LIBRARY is None else name or "cpu")
 
 
 def test_without_kernels_the_reference_does_it_and_one_warning_says_so(
