@@ -277,7 +277,7 @@ def test_compiled_and_not_folded_nets_leave_no_process(folder, tmp_path):
     ("words", "told"),
     [
         ("{folder}/net.onnx --backends tensorrt", "unknown backend 'tensorrt'; valid: eager, compile, onnxruntime, "),
-        ("{folder}/net.onnx --backends openvino", "--backends openvino: "),
+        ("{folder}/net.onnx --backends openvino", "--backends openvino needs openvino, which is not installed: "),
         ("{folder}/net.onnx --backends onnxruntime --batch 0", "--batch must be 1 or more, not 0"),
         ("{folder}/net.onnx --threads 1,-2", "--threads must be 1 or more, not -2"),
         ("{folder}/net.onnx --seconds nan", "--seconds must be 0 or more, not nan"),
