@@ -94,6 +94,29 @@ INLINE vf where(flags f, vf a) { return keep(f, a); }
 INLINE vf add_where(flags f, vf a, vf b) { return a + keep(f, b); } /* a + b there */
 #endif
 
+/* a0 b0 a1 b1 ... of the lower and of the upper halves; and lanes by number */
+#ifdef __clang__
+INLINE vf zip_low(vf a, vf b) {
+    vf c;
+    for (int k = 0; k < V; k++) c[k] = k % 2 ? b[k / 2] : a[k / 2];
+    return c;
+}
+INLINE vf zip_high(vf a, vf b) {
+    vf c;
+    for (int k = 0; k < V; k++) c[k] = k % 2 ? b[(V + k) / 2] : a[(V + k) / 2];
+    return c;
+}
+INLINE vf permute(vf a, vi at) {
+    vf c;
+    for (int k = 0; k < V; k++) c[k] = a[at[k]];
+    return c;
+}
+#else
+INLINE vf zip_low(vf a, vf b) { return __builtin_shuffle(a, b, NUMBERS / 2 + NUMBERS % 2 * V); }
+INLINE vf zip_high(vf a, vf b) { return __builtin_shuffle(a, b, (NUMBERS + V) / 2 + NUMBERS % 2 * V); }
+INLINE vf permute(vf a, vi at) { return __builtin_shuffle(a, at); }
+#endif
+
 INLINE vf widen(vh a) { return (vf)(__builtin_convertvector(a, vu) << 16); }
 INLINE vh narrow(vf a) { /* to the nearest bfloat16, ties to even; a NaN stays one */
     vu bits = (vu)a, nan = (vu)(a != a);
@@ -107,6 +130,9 @@ INLINE vf load_part(const void *p, int64_t at, int bf16, int n) {
     if (bf16) return widen((vh)_mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + at));
     return (vf)_mm512_maskz_loadu_ps(mask, (const float *)p + at);
 #else
+#ifdef LOAD_PART
+    if (!bf16) return LOAD_PART((const float *)p + at, NUMBERS < n);
+#endif
     vh h = {0};
     vf f = {0};
     for (int k = 0; k < n; k++)
@@ -125,12 +151,15 @@ INLINE void store_part(void *p, int64_t at, int bf16, int n, vf a) {
     else
         _mm512_mask_storeu_ps((float *)p + at, mask, (__m512)a);
 #else
-    vh h = narrow(a);
-    for (int k = 0; k < n; k++)
-        if (bf16)
-            ((uint16_t *)p)[at + k] = h[k];
-        else
-            ((float *)p)[at + k] = a[k];
+    UNROLL for (int half = V / 2; half; half /= 2) /* n in binary: so many of the first lanes, and the next move there */
+        if (n & half) {
+            vh h = narrow(a);
+            if (bf16)
+                memcpy((uint16_t *)p + at, &h, half * sizeof h[0]);
+            else
+                memcpy((float *)p + at, &a, half * sizeof a[0]);
+            a = permute(a, (NUMBERS + half) % V), at += half;
+        }
 #endif
 }
 INLINE vf load(const void *p, int64_t at, int bf16, int n) {
@@ -163,34 +192,6 @@ INLINE vi get_ints(const int32_t *p) {
 }
 INLINE vf get_param(const float *p, int64_t c, int n) { return p ? load(p, c, 0, n) : (vf){0}; }
 
-/* a0 b0 a1 b1 ... of the lower and of the upper halves; and lanes by number */
-#ifdef __clang__
-INLINE vf zip_low(vf a, vf b) {
-    vf c;
-    for (int k = 0; k < V; k++) c[k] = k % 2 ? b[k / 2] : a[k / 2];
-    return c;
-}
-INLINE vf zip_high(vf a, vf b) {
-    vf c;
-    for (int k = 0; k < V; k++) c[k] = k % 2 ? b[(V + k) / 2] : a[(V + k) / 2];
-    return c;
-}
-INLINE vf permute(vf a, vi at) {
-    vf c;
-    for (int k = 0; k < V; k++) c[k] = a[at[k]];
-    return c;
-}
-INLINE vf permute_two(vf a, vf b, vi at) {
-    vf c;
-    for (int k = 0; k < V; k++) c[k] = at[k] < V ? a[at[k]] : b[at[k] - V];
-    return c;
-}
-#else
-INLINE vf zip_low(vf a, vf b) { return __builtin_shuffle(a, b, NUMBERS / 2 + NUMBERS % 2 * V); }
-INLINE vf zip_high(vf a, vf b) { return __builtin_shuffle(a, b, (NUMBERS + V) / 2 + NUMBERS % 2 * V); }
-INLINE vf permute(vf a, vi at) { return __builtin_shuffle(a, at); }
-INLINE vf permute_two(vf a, vf b, vi at) { return __builtin_shuffle(a, b, at); }
-#endif
 INLINE float lanes_sum(vf a) {
     UNROLL for (int half = V / 2; half; half /= 2) a += permute(a, (NUMBERS + half) % V);
     return a[0];
@@ -309,12 +310,8 @@ INLINE void turn(const struct unit *u, const float *maps, int64_t p0, float add,
         for (int k = 0; k < V; k++) put(rows + k * u->width + n, block[k]);
     }
 }
-/* lane k's value in such a row, its group's; few: there are at most V groups */
-INLINE vf spread(int few, const float *row, const int32_t *group, vi place) {
-    if (few) return permute(get(row), place);
-    const float *from = row + group[0] / V * V;
-    return permute_two(get(from), get(from + V), place);
-}
+/* lane k's value in such a row, its group's: V lanes have at most V groups, from the first lane's on */
+INLINE vf spread(const float *row, const int32_t *group, vi place) { return permute(get(row + group[0]), place); }
 
 /* Large groups are worked on one after the other. A last vector of fewer than V channels then begins earlier, and what
    was done before is done again or masked; where that is more than a quarter of the work, vectors hold channels of
@@ -450,13 +447,12 @@ INLINE void multiply_last(const struct unit *u, int bf16) {
             const float *row = u->by_pixel + (p - p0) * u->width;
             const int32_t *group = u->group, *place = u->place;
             int64_t at = (u->b * u->pixels + p) * job->C, c = c0;
-            int few = u->n1 - u->n0 <= V;
             for (; c + V <= c1; c += V, group += V, place += V) {
-                vf factor = spread(few, row, group, get_ints(place));
+                vf factor = spread(row, group, get_ints(place));
                 store(y, at + c, bf16, V, load(x, at + c, bf16, V) * factor);
             }
             if (c < c1) {
-                vf factor = spread(few, row, group, get_ints(place));
+                vf factor = spread(row, group, get_ints(place));
                 store(y, at + c, bf16, (int)(c1 - c), load(x, at + c, bf16, (int)(c1 - c)) * factor);
             }
         }
@@ -506,7 +502,6 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
     const int32_t *group = u->group + c - u->c0;
     const float *map = n < 0 ? NULL : u->maps + n * u->ld, *dmap = n < 0 ? NULL : u->dmaps + n * u->ld;
     vi place = get_ints(u->place + c - u->c0);
-    int few = u->n1 - u->n0 <= V;
     vf scale[BACK_TILE], shift[BACK_TILE], slope[BACK_TILE], q[BACK_TILE], r[BACK_TILE];
     seen nan[BACK_TILE];
     UNROLL for (int t = 0; t < tile; t++) {
@@ -519,7 +514,7 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
         to_row[k] = (vf){0};
     }
     for (int64_t p = 0, k = 0; p < u->pixels; p++) { /* what is sent above the first row or below the last one is 0 */
-        vf from = n < 0 ? spread(few, u->dby_pixel + p * u->width, group, place) : splat(dmap[p]);
+        vf from = n < 0 ? spread(u->dby_pixel + p * u->width, group, place) : splat(dmap[p]);
         UNROLL for (int t = 0; t < tile; t++, k++) {
             vf above = rows[k - row], here = rows[k], m = vmax(vmax(above, here), rows[k + row]);
             vf d = relu ? where(above_zero(m + shift[t]), from) : from;
@@ -542,7 +537,7 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
         }
         for (int64_t j = 0; j <= W; j++, p++, at += C) { /* the one at the left is done then */
             vf factor = {0};
-            if (j) factor = n < 0 ? spread(few, u->by_pixel + (p - 1) * u->width, group, place) : splat(1 + map[p - 1]);
+            if (j) factor = n < 0 ? spread(u->by_pixel + (p - 1) * u->width, group, place) : splat(1 + map[p - 1]);
             UNROLL for (int t = 0; t < tile; t++) {
                 vf d_right = {0}, x_right = {0};
                 if (j < W) {
@@ -902,7 +897,7 @@ static void prepare(struct unit *u, int64_t groups) {
         for (int64_t c = 0; c < groups * G + 2 * V; c++, left--) {
             if (!left) n++, left = (int32_t)G;
             u->group[c] = n;
-            u->place[c] = n - u->group[c / V * V] / V * V;
+            u->place[c] = n - u->group[c / V * V];
         }
         for (int64_t t = 0; job->stages & LOGITS && t < (by_group(job) ? 1 : TILE); t++)
             for (int64_t p = u->pixels; p < u->ld; p++) u->sums[t * u->ld + p] = (vf){0};
