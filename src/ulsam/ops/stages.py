@@ -76,19 +76,14 @@ def forward(
         shift, bias = _shift(shift, scale, relu), None if bias is None else _vector(bias)
         run(LOGITS | MULTIPLY, x, groups, relu, y=y, l=logits, scale=scale, shift=shift, weight=weight, bias=bias)
         return y, logits, logits.new_empty(0)
-    means, squares = logits.new_empty(2, batch, channels)
-    run(MOMENTS, x, groups, relu, q=means, r=squares)
-    mean = means.mean(0)
-    variance = (means - mean).square_().add_(squares, alpha=1 / (height * width)).mean(0)
+    mean, variance = _moments(run, x, groups)
     gamma, beta, gamma2, beta2 = map(_vector, norms)
     scale = _inverse(scale, variance, eps).mul_(scale).mul_(gamma)
     shift = torch.addcmul(beta, scale, mean, value=-1)
     bias = None if relu else (weight * shift).view(groups, -1).sum(1)  # the moments do show the shift
     run(LOGITS, x, groups, relu, l=logits, scale=scale, shift=shift, weight=weight, bias=bias)
-    mean2 = logits.mean((0, 2, 3))
-    normed = logits - _maps(mean2)
-    variance2 = normed.square().mean((0, 2, 3))
-    normed.mul_(_maps((variance2 + eps).rsqrt_().mul_(gamma2))).add_(_maps(beta2))
+    mean2, variance2 = _moments(run, logits, groups)
+    normed = torch.batch_norm(logits, gamma2, beta2, mean2, variance2, False, 0.0, eps, False)
     run(MULTIPLY, x, groups, relu, y=y, l=normed)
     return y, logits, torch.cat([mean, variance, mean2, variance2])
 
@@ -135,15 +130,13 @@ def backward(
     standard = w * inverse
     scale = gamma * standard
     shift = torch.addcmul(beta, scale, mean, value=-1)
-    inverse2 = (variance2 + eps).rsqrt_()
-    standard2 = (logits - _maps(mean2)).mul_(_maps(inverse2))
-    normed = torch.addcmul(_maps(beta2), standard2, _maps(gamma2))
+    normed = torch.batch_norm(logits, gamma2, beta2, mean2, variance2, False, 0.0, eps, False)
     dl, dbias = torch.empty_like(logits), logits.new_empty(batch, groups)
     run(MAPS_BACK, x, groups, relu, dy=dy, l=normed, dl=dl, dbias=dbias)
-    dbeta2, dgamma2 = dbias.sum(0), (dl * standard2).sum((0, 2, 3))
-    dl.addcmul_(standard2, _maps(dgamma2), value=-1 / count).sub_(_maps(dbeta2), alpha=1 / count)
-    dl.mul_(_maps(inverse2 * gamma2))
-    del standard2
+    inverse2 = (variance2 + eps).rsqrt_()
+    dl, dgamma2, dbeta2 = torch.ops.aten.native_batch_norm_backward.default(
+        dl, logits, gamma2, None, None, mean2, inverse2, True, eps, [True, True, True]
+    )
     run(INPUT_BACK, x, groups, relu, dy=dy, dx=dx, l=normed, dl=dl, scale=scale, shift=shift, weight=weight, q=q, r=r)
     q, r = q.sum(0), r.sum(0)
     dbeta = weight * r  # also the gradient of shift; that of scale, with shift's part in it:
@@ -161,7 +154,7 @@ def backward(
 
 def _vector(values: Tensor) -> Tensor:
     if values.dtype is torch.float32 and values.is_contiguous():
-        return values.detach()
+        return values
     return values.detach().float().contiguous()
 
 
@@ -172,8 +165,13 @@ def _shift(shift: Tensor | None, scale: Tensor, relu: bool) -> Tensor | None:
     return _vector(shift)
 
 
-def _maps(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1)
+def _moments(run: Run, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, over the batch and the pixels."""
+    batch, channels, height, width = x.shape
+    means, squares = x.new_empty((2, batch, channels), dtype=torch.float32)
+    run(MOMENTS, x, groups, False, q=means, r=squares)
+    mean = means.mean(0)
+    return mean, (means - mean).square_().add_(squares, alpha=1 / (height * width)).mean(0)
 
 
 def _inverse(w: Tensor, variance: Tensor, eps: float) -> Tensor:
