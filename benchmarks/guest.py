@@ -7,7 +7,6 @@ skipped. The classifier is new, as that of the other arms.
 
 import copy
 import dataclasses
-import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -22,11 +21,12 @@ from ulsam.comparison.grid import Failed, Grid, at_the_edge
 from ulsam.comparison.identity import data_digest, file_digests
 from ulsam.comparison.latency import measure as measure_latency
 from ulsam.comparison.launch import lock_of
-from ulsam.comparison.store import Store, take_lock
+from ulsam.comparison.store import Store
 from ulsam.costs import Cost, cost
 from ulsam.data import loading
 from ulsam.errors import UlsamError
 from ulsam.files import make_folder
+from ulsam.locks import take_lock
 from ulsam.models import build
 from ulsam.recipe import Recipe
 from ulsam.train import parts, report
@@ -108,7 +108,7 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
         except Interrupted:
             raise Interrupted(f"stopped, {due[0]} is saved; go on with the same command") from None
         finally:
-            os.close(lock)
+            lock.release()
     tries = grid.tried(arm, store.look)
     for tried in tries:
         reading = tried.failed or f"{grid.choose_split or 'held-out'} top-1 {100 * (tried.top1 or 0.0):.2f}"

@@ -30,6 +30,7 @@ from typing import Any
 
 import guest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
@@ -38,7 +39,7 @@ from ulsam.comparison.latency import processor as processor_name
 from ulsam.comparison.launch import lock_of
 from ulsam.comparison.paths import without_paths
 from ulsam.comparison.statistics import difference
-from ulsam.comparison.store import Store, take_lock
+from ulsam.comparison.store import Store
 from ulsam.data.loading import eval_loader
 from ulsam.errors import UlsamError
 from ulsam.evaluate import ALONE, evaluate, recipe_transform
@@ -218,13 +219,13 @@ def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> No
     """
     config = fine_tuning(model, read_recipe(model), data, settings)
     make_folder(out.parent)
-    take_lock(lock_of(out), wait=True)  # until this process ends
-    if not (out / "config.yaml").exists():
-        train(config, out)
-        return
-    check_begun(read_config(out / "config.yaml"), dataclasses.asdict(config), out)
-    if not (out / "summary.json").exists():
-        resume(out)
+    with FileLock(lock_of(out)):
+        if not (out / "config.yaml").exists():
+            train(config, out)
+            return
+        check_begun(read_config(out / "config.yaml"), dataclasses.asdict(config), out)
+        if not (out / "summary.json").exists():
+            resume(out)
 
 
 def _in_processes(calls: Sequence[tuple[Callable[..., Any], dict[str, Any]]], most: int) -> list[Any]:

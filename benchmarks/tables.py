@@ -8,6 +8,7 @@ Tables of comparisons are computed from the summaries of their runs, and their c
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 from collections import Counter
@@ -337,6 +338,17 @@ def training_table() -> str:
     return "\n".join(lines)
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal, numbers up to how machines round."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
+    return bool(one == other)
+
+
 def comparison(name: str) -> dict[str, Any]:
     """A published comparison, computed again from its runs.
 
@@ -348,7 +360,7 @@ def comparison(name: str) -> dict[str, Any]:
     if told is None:
         raise UlsamError(f"results/{name} is not a published comparison: it lacks compare.json")
     found = without_paths(summarise(store.grid(), store, told["margin"], told["command"]))
-    if json.loads(json.dumps(found)) != told:
+    if not _same(json.loads(json.dumps(found)), told):
         raise UlsamError(f"results/{name}/compare.json is not what its runs say: ulsam compare --report-only makes it")
     return found
 
@@ -493,7 +505,7 @@ def slimmed_results(name: str) -> dict[str, Any]:
         told = difference(slimmed, runs[way])
         said[f"minus_{way}"] = json.loads(json.dumps(told and dataclasses.asdict(told)))
     for key, value in said.items():
-        if found[key] != value:
+        if not _same(value, found[key]):
             raise UlsamError(
                 f"results/slimmed_{name}.json is not what its runs say, of {key}: benchmarks/slimmed.py makes it"
             )
