@@ -220,16 +220,17 @@ class ULSAM(nn.Module):
     def _operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, list[Tensor], float]:
         """The operator's scale, shift, weight, bias, norms and eps; BatchNorm of running statistics is folded."""
         depthwise, pointwise = self.depthwise, self.pointwise
-        scale, shift = depthwise.weight.flatten(), depthwise.bias
-        weight, bias = pointwise.weight.flatten(), pointwise.bias
+        # as they are, since autograd takes longer for a view of a parameter than for the gradient of a small map
+        scale, shift = depthwise.weight, depthwise.bias
+        weight, bias = pointwise.weight, pointwise.bias
         if self.form != "released":
             return scale, shift, weight, bias, [], 0.0
         first, second = self.depthwise_norm, self.pointwise_norm
         if first.training:
             return scale, shift, weight, bias, [first.weight, first.bias, second.weight, second.bias], first.eps
-        scale, shift = _folded(first, scale, cast(Tensor, shift))
+        scale, shift = _folded(first, scale.flatten(), cast(Tensor, shift))
         factor, bias = _folded(second, torch.ones_like(second.weight), cast(Tensor, bias))
-        return scale, shift, weight * factor.repeat_interleave(self.channels // self.groups), bias, [], 0.0
+        return scale, shift, weight.flatten() * factor.repeat_interleave(self.channels // self.groups), bias, [], 0.0
 
     @torch.no_grad()
     def _track(self, moments: Tensor, count: int) -> None:

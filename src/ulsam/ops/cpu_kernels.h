@@ -493,17 +493,10 @@ INLINE void maps_back_last(const struct unit *u, int bf16) {
     }
 }
 
-/* A pixel of INPUT_BACK: dx there from d, what the maxima send to it; d's sum against x. */
-INLINE vf finish(const struct unit *u, int64_t at, vf factor, vf slope, vf d, vf q, int lanes, int bf16) {
-    const struct job *job = u->job;
-    store(job->dx, at, bf16, lanes, load(job->dy, at, bf16, lanes) * factor + slope * d);
-    return q + d * load(job->x, at, bf16, lanes);
-}
-
 /* of `tile` vectors of channels from c on; those of one group, n, or of several (n < 0) */
 INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, int lanes, int bf16, int relu) {
     const struct job *job = u->job;
-    const void *x = job->x;
+    const void *x = job->x, *dy = job->dy;
     int64_t C = job->C, H = job->H, W = job->W, start = u->b * u->pixels * C + c, row = W * tile;
     vf *rows = u->rows, *to_row = u->to_row;
     const int32_t *group = u->group + c - u->c0;
@@ -515,7 +508,7 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
         scale[t] = get_param(job->scale, c + t * V, lanes), shift[t] = get_param(job->shift, c + t * V, lanes);
         slope[t] = scale[t] * get_param(job->weight, c + t * V, lanes), q[t] = r[t] = (vf){0};
     }
-    int64_t far = job->B * C * H * W > 1 << 18 ? W : 0; /* then dx is in no cache */
+    int64_t far = C >= 256 && job->B * C * H * W > 1 << 18 ? W : 0; /* then dx is in no cache, and in long strides */
     for (int64_t i = 0; i < H; i++) {
         int64_t at = start + i * W * C;
         for (int64_t j = 0; j < far; j++) /* written last, and too far apart for the processor to foresee */
@@ -543,28 +536,30 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
     }
     for (int64_t i = 0; i < H; i++) {
         int64_t p = i * W, at = start + p * C, k = i * row;
-        vf pixel[BACK_TILE], d_here[BACK_TILE], d_right[BACK_TILE]; /* what has reached a pixel and the next one so far */
+        vf here[BACK_TILE], d_here[BACK_TILE], d_right[BACK_TILE]; /* what has reached a pixel and the next one so far */
         UNROLL for (int t = 0; t < tile; t++, k++) {
-            pixel[t] = load(x, at + t * V, bf16, lanes) * scale[t];
-            flags it = same(pixel[t], rows[k]);
+            here[t] = load(x, at + t * V, bf16, lanes);
+            flags it = same(here[t] * scale[t], rows[k]);
             d_here[t] = where(it, to_row[k]), d_right[t] = where(~it, to_row[k]);
         }
         for (int64_t j = 1; j < W; j++, p++, at += C) {
             vf factor = n < 0 ? spread(u->by_pixel + p * u->width, group, place) : splat(1 + map[p]);
             UNROLL for (int t = 0; t < tile; t++, k++) {
-                vf m = rows[k], d = to_row[k];
-                flags it = same(pixel[t], m);
+                vf m = rows[k], d = to_row[k], next = load(x, at + C + t * V, bf16, lanes);
+                flags it = same(here[t] * scale[t], m);
                 vf done = add_where(it, d_here[t], d);
                 d = where(~it, d);
-                pixel[t] = load(x, at + C + t * V, bf16, lanes) * scale[t];
-                it = same(pixel[t], m);
+                it = same(next * scale[t], m);
                 d_here[t] = add_where(it, d_right[t], d), d_right[t] = where(~it, d);
-                q[t] = finish(u, at + t * V, factor, slope[t], done, q[t], lanes, bf16);
+                q[t] += done * here[t], here[t] = next;
+                store(job->dx, at + t * V, bf16, lanes, load(dy, at + t * V, bf16, lanes) * factor + slope[t] * done);
             }
         }
         vf factor = n < 0 ? spread(u->by_pixel + p * u->width, group, place) : splat(1 + map[p]);
-        UNROLL for (int t = 0; t < tile; t++)
-            q[t] = finish(u, at + t * V, factor, slope[t], d_here[t], q[t], lanes, bf16);
+        UNROLL for (int t = 0; t < tile; t++) {
+            q[t] += d_here[t] * here[t];
+            store(job->dx, at + t * V, bf16, lanes, load(dy, at + t * V, bf16, lanes) * factor + slope[t] * d_here[t]);
+        }
     }
     UNROLL for (int t = 0; t < tile; t++) {
         store(job->q, u->b * C + c + t * V, 0, lanes, q[t]);

@@ -60,8 +60,8 @@ def subspace_attention(
 
     Args:
         x: [B, C, H, W].
-        scale, shift: [C].
-        weight, bias: [C] and [groups].
+        scale, shift: [C]; a convolution's [C, 1, 1, 1] will do for scale.
+        weight, bias: [C], also as [groups, C / groups, 1, 1], and [groups].
         norms: weight [C] and bias [C] of norm1, weight [groups] and bias [groups] of norm2: BatchNorm over this
             batch's statistics, in which ``shift`` and ``bias`` cancel out; empty for none.
         eps: of both norms.
@@ -83,14 +83,15 @@ def subspace_attention(
     """
     _check(x, scale, shift, weight, bias, norms, groups)
     chosen, _ = which_backend(x, backend)
-    operands = (x, scale, shift, weight, bias, list(norms), groups, relu, eps)
     if cpu.LIBRARY is None and not is_compiling():
         _warn_of(x, wanted=backend or FORCED)
-    if chosen == "reference" or _is_transformed() or is_captured():
-        return reference.subspace_attention(*operands)
     others = (scale, shift, weight, bias, *norms)
-    if chosen == "cpu" and _is_plain(x) and all(value is None or _is_plain(value) for value in others):
+    transformed = chosen == "reference" or _is_transformed() or is_captured()
+    if not transformed and chosen == "cpu" and all(value is None or _is_plain(value) for value in (x, *others)):
         return _Direct.apply(x, scale, shift, weight, bias, groups, relu, eps, *norms)
+    operands = (x, scale.flatten(), shift, weight.flatten(), bias, list(norms), groups, relu, eps)
+    if transformed:
+        return reference.subspace_attention(*operands)
     y, _, moments = torch.ops.ulsam.subspace_attention.default(*operands, backend or "")
     return y, moments
 
@@ -281,9 +282,15 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _like(values: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of those values that there are, in their dtypes."""
+    """The gradients of those values that there are, in their dtypes and shapes."""
     pairs = zip(gradients, values, strict=True)
-    return [None if value is None else gradient.to(value.dtype) for gradient, value in pairs]
+    return [None if value is None else _fitted(gradient, value) for gradient, value in pairs]
+
+
+def _fitted(gradient: Tensor, value: Tensor) -> Tensor:
+    if gradient.dtype is not value.dtype:
+        gradient = gradient.to(value.dtype)
+    return gradient if value.ndim == 1 else gradient.view(value.shape)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -68,7 +68,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y like x, the logits [B, groups, H, W] (of batch statistics: before the second BatchNorm), and the moments."""
     x = dense(x)
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     y = torch.empty_like(x)
     logits = x.new_empty((batch, groups, height, width), dtype=torch.float32)
     scale, weight = _vector(scale), _vector(weight)
@@ -153,9 +153,9 @@ def backward(
 
 
 def _vector(values: Tensor) -> Tensor:
-    if values.dtype is torch.float32 and values.is_contiguous():
-        return values
-    return values.detach().float().contiguous()
+    if values.dtype is not torch.float32 or not values.is_contiguous():
+        values = values.detach().float().contiguous()
+    return values if values.ndim == 1 else values.view(-1)
 
 
 def _shift(shift: Tensor | None, scale: Tensor, relu: bool) -> Tensor | None:
