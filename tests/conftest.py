@@ -4,11 +4,18 @@ import gc
 import os
 import signal
 
+from hypothesis import HealthCheck, settings
+
 # A user's choice of the backend is none of the tests': they choose themselves.
 os.environ.pop("ULSAM_BACKEND", None)
 
 # Ctrl-C works. `nohup make test &` in a script ignores it, and what ignores it passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A machine may be slow, or emulated.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_collection_finish() -> None:
