@@ -9,7 +9,7 @@ from statistics import NormalDist
 def t_quantile(tail: float, freedom: float) -> float:
     """The t above which a share of ``tail`` lies.
 
-    By mpmath, which comes with PyTorch; scipy, which has this function, is larger than all else that a comparison needs.
+    By mpmath, which comes with PyTorch. scipy has this function, and is larger than all else that a comparison needs.
 
     Args:
         tail: above 0, below 0.5.
