@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, settings
 
 # A user's choice of the backend is none of the tests': they choose themselves.
 os.environ.pop("ULSAM_BACKEND", None)
+# A log is complete without it.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 # Ctrl-C works. `nohup make test &` in a script ignores it, and what ignores it passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -235,8 +235,7 @@ def test_stopped_it_saves_and_says_how_to_go_on(
         pid, code = process.pid, process.returncode
     else:
         pid = ulsam.start(words, log)
-        wait_for(lambda: (run / "metrics.csv").exists(), 0.001)
-        time.sleep(0.05)
+        wait_for(lambda: log.exists() and "\nepoch   1/2: " in log.read_text(), 0.001)
         code = ulsam.kill(pid, number, group=True)
         err = "\n" + log.read_text().partition("\n\n")[2]
     assert code == 130

@@ -590,7 +590,7 @@ def test_a_stream_goes_on_from_the_start_of_an_epoch(
         train(settings, tmp_path / "short")
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 6 worker processes")
+@pytest.mark.filterwarnings("error:This DataLoader will create")
 def test_a_stream_with_fewer_shards_than_workers(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     root = draw_shards(tmp_path, data / "train")

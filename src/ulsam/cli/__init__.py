@@ -6,6 +6,7 @@ prints.
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a mistake that the user can fix, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log says at any time how far a run is
     try:
         args = parse(list(sys.argv[1:] if argv is None else argv))
         importlib.import_module(f"ulsam.cli.{args.command}").run(args)

@@ -209,6 +209,9 @@ class Loader(DataLoader[Item]):
             **options,
         )
 
+    def check_worker_number_rationality(self) -> None:
+        """As many as the user asks for: without PyTorch's warning where there are fewer cores."""
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         child_ended: int | None = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
         handler = child_ended and signal.getsignal(child_ended)
