@@ -25,6 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_splits(tmp_path_factory.mktemp("data"), train=16, val=4)
 
 
+@pytest.mark.slow
 def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_path: Path) -> None:
     arms = parse_arms(["base", "size=24"])
     shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), "epochs": 1})

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.name for page in PAGES]
 # Their examples train or compile nets.
-SLOW = ("compare.md", "slim.md", "detectors.md", "works_with.md")
+SLOW = ("compare.md", "slim.md", "detectors.md", "surgery.md", "works_with.md")
 NEEDED = {"detectors.md": ("ultralytics", "segmentation_models_pytorch", "transformers")}
 
 

@@ -288,6 +288,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_command_tells_its_address_and_ends_with_ctrl_c(file: str, tmp_path: Path) -> None:
     with command(["explore", file, file, "--port", "0", "--max-mb", "1"], cwd=tmp_path) as server:
         assert server.stdout is not None and server.stderr is not None

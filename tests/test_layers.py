@@ -30,6 +30,15 @@ KINDS = {"se": SEModule, "eca": EcaModule, "cbam": CbamModule, "coord": CoordAtt
 PLACES = {"replace": "blocks.5.2", "insert": "blocks.5.2.ulsam"}
 layers = pytest.mark.parametrize("layer", KINDS)
 edits = pytest.mark.parametrize("kind", PLACES)
+# Each layer in one of the two ways; in the other one in `make test-slow`.
+placed = pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        pytest.param(layer, kind, marks=[pytest.mark.slow] * ((n + m) % 2))
+        for n, layer in enumerate(KINDS)
+        for m, kind in enumerate(PLACES)
+    ],
+)
 
 
 def edited(kind: str, layer: str, at: str = "17") -> nn.Module:
@@ -49,8 +58,7 @@ def pictures(size: int = 32) -> Tensor:
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-@layers
-@edits
+@placed
 def test_the_layer_is_timms_and_runs_at_its_place(layer: str, kind: str) -> None:
     net = edited(kind, layer)
     found = net.get_submodule(PLACES[kind])
@@ -67,8 +75,7 @@ def test_the_layer_is_timms_and_runs_at_its_place(layer: str, kind: str) -> None
     assert torch.equal(into[0], y)
 
 
-@layers
-@edits
+@placed
 def test_undone_bit_for_bit_with_every_name_kept(layer: str, kind: str) -> None:
     net = timm.create_model(V2, num_classes=3).eval()
     before = copy.deepcopy(net.state_dict())
@@ -88,8 +95,7 @@ def test_undone_bit_for_bit_with_every_name_kept(layer: str, kind: str) -> None:
         assert torch.equal(net(pictures()), y)
 
 
-@layers
-@edits
+@placed
 def test_a_model_file_brings_the_net_back(layer: str, kind: str, tmp_path: Path) -> None:
     recipe = make_recipe(NET, ["a", "b"], [Edit.parse(f"{kind} blocks.3.0.se layer={layer}")], size=32)
     net, _ = build(recipe)
@@ -100,8 +106,7 @@ def test_a_model_file_brings_the_net_back(layer: str, kind: str, tmp_path: Path)
         assert torch.equal(again(pictures()), net.eval()(pictures()))
 
 
-@layers
-@edits
+@placed
 def test_cost_has_a_row_for_the_layer_and_adds_up(layer: str, kind: str) -> None:
     net = edited(kind, layer, "17,blocks.2.1.bn2")
     found = ulsam.cost(net, SIZE)
@@ -116,8 +121,7 @@ def test_cost_has_a_row_for_the_layer_and_adds_up(layer: str, kind: str) -> None
     assert rows[PLACES[kind]].macs == expected[layer]  # its map is 1 x 1 at 32 px, in two strips for coord
 
 
-@layers
-@edits
+@placed
 def test_fold_keeps_the_outputs(layer: str, kind: str) -> None:
     net = edited(kind, layer)
     with torch.no_grad():

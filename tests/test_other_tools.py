@@ -302,10 +302,14 @@ def test_behind_a_convolution_that_a_batchnorm_follows_the_place_is_the_pair(pla
         assert_same(converted, model, 1e-6)
 
 
-REPARAMETERIZED = ["repvit_m0_9", "levit_conv_128s", "mobileone_s0", "fastvit_t8", "repghostnet_050"]
-
-
-@pytest.mark.parametrize("name", REPARAMETERIZED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "repvit_m0_9",
+        "mobileone_s0",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("levit_conv_128s", "fastvit_t8", "repghostnet_050")),
+    ],
+)
 def test_timms_reparameterization_keeps_the_layers(name: str) -> None:
     torch.manual_seed(0)
     size = (3, 64, 64) if "levit" not in name else (3, 224, 224)
@@ -473,14 +477,18 @@ def test_files_run_in_a_process_without_ulsam(tmp_path: Path) -> None:
 
 
 @EDITED_ONCE
-def test_torch_export_in_both_modes_and_in_training(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_torch_export_takes_the_layer_apart(make: Callable[[], nn.Module], strict: bool) -> None:
     model, x = randomised(make()), images()
-    for strict in (False, True):
-        program = torch.export.export(model, (x,), strict=strict, dynamic_shapes=({0: DYNAMIC},))
-        assert "torch.ops.ulsam" not in program.graph_module.code
-        assert_same(program.module(), model)
-        assert_same(program.run_decompositions().module(), model)
-    training = copy.deepcopy(model).train()
+    program = torch.export.export(model, (x,), strict=strict, dynamic_shapes=({0: DYNAMIC},))
+    assert "torch.ops.ulsam" not in program.graph_module.code
+    assert_same(program.module(), model)
+    assert_same(program.run_decompositions().module(), model)
+
+
+@EDITED_ONCE
+def test_torch_export_of_a_model_in_training(make: Callable[[], nn.Module]) -> None:
+    training = randomised(make()).train()
     exported = torch.export.export(copy.deepcopy(training), (images(4),)).module()
     torch.testing.assert_close(exported(images(4)), training(images(4)), rtol=1e-4, atol=1e-4)
 
