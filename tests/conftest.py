@@ -11,6 +11,9 @@ os.environ.pop("ULSAM_BACKEND", None)
 # A log is complete without it.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
+# A module for the start of other processes: imported here, it takes names away from this one.
+collect_ignore = ["windows"]
+
 # Ctrl-C works. `nohup make test &` in a script ignores it, and what ignores it passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
