@@ -8,6 +8,9 @@ from hypothesis import HealthCheck, settings
 
 # A user's choice of the backend is none of the tests': they choose themselves.
 os.environ.pop("ULSAM_BACKEND", None)
+# Where there are no kernels each process says so; what it says has tests of its own.
+os.environ["PYTHONWARNINGS"] = "ignore:ULSAM runs in plain PyTorch:RuntimeWarning"
+
 # A log is complete without it.
 os.environ.pop("PYTHONUNBUFFERED", None)
 

@@ -196,9 +196,9 @@ def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
 def _why_not_cpu(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"the cpu backend does not run on {x.device.type}"
-    if cpu.LIBRARY is None:
-        return f"the C kernels are not there: {cpu.WHY_NONE}"
-    return _why_not_dtype("cpu", cpu.DTYPES, x)
+    if refusal := _why_not_dtype("cpu", cpu.DTYPES, x):
+        return refusal
+    return f"the C kernels are not there: {cpu.WHY_NONE}" if cpu.LIBRARY is None else None
 
 
 def _why_not_triton(x: Tensor) -> str | None:
