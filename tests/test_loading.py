@@ -156,11 +156,14 @@ def test_batches_do_not_depend_on_workers(pictures: FolderPictures) -> None:
         assert same(alone, batches(pictures, workers=workers, epoch=1))
 
 
-def test_reading_processes_give_way_to_training() -> None:
-    class Telling(Numbers):
-        def fetch(self, index: int, reduction: Any = None) -> tuple[Any, int]:
-            raise UnreadablePicture(f"niceness {os.nice(0)}")
+class Telling(Numbers):
+    """Says how its process is ranked."""
 
+    def fetch(self, index: int, reduction: Any = None) -> tuple[Any, int]:
+        raise UnreadablePicture(f"niceness {os.nice(0)}")
+
+
+def test_reading_processes_give_way_to_training() -> None:
     (batch,) = eval_loader(Telling(1), EVAL, batch_size=1, workers=1)
     assert batch.unreadable == [("picture 0", f"niceness {min(19, os.nice(0) + 5)}")]
 
