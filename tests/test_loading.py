@@ -6,7 +6,10 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tiny import draw, draw_shards, draw_splits
+from tiny import draw, draw_shards, draw_splits, session
 from ulsam.data import loading
 from ulsam.data.augment import EvalTransform, TrainTransform
 from ulsam.data.loading import Batch, EpochOrder, eval_loader, train_loader
@@ -166,6 +169,41 @@ class Telling(Numbers):
 def test_reading_processes_give_way_to_training() -> None:
     (batch,) = eval_loader(Telling(1), EVAL, batch_size=1, workers=1)
     assert batch.unreadable == [("picture 0", f"niceness {min(19, os.nice(0) + 5)}")]
+
+
+KILLED = """
+import multiprocessing, sys, time
+from test_loading import EVAL, Numbers
+from ulsam.data.loading import eval_loader
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    reading = iter(eval_loader(Numbers(64), EVAL, batch_size=1, workers=2))
+    next(reading)
+    print("reading", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_reading_processes_end_when_training_is_killed(method: str, tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    process = subprocess.Popen(
+        [sys.executable, script, method],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reading\n"
+    assert len(session(process.pid)) >= 3
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while session(process.pid):
+        assert time.monotonic() < end, "still there"
+        time.sleep(0.1)
 
 
 class Threaded:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -337,6 +338,15 @@ def _quiet(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+    parent = multiprocessing.parent_process()
+    if parent and parent.pid != os.getppid():  # a fork server's child: PyTorch would wait for that one to go
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     if hasattr(os, "nice"):  # batches are read ahead, but a training step waits for each thread whose core is taken
         os.nice(5)
+
+
+def _end_with(parent: Any) -> None:
+    """End this process when the one that it reads for is gone, however that ended."""
+    parent.join()
+    os._exit(1)
