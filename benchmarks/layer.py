@@ -164,8 +164,8 @@ def main() -> None:
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     told = {name: os.environ[name] for name in SWITCHES if name in os.environ}
-    out = "layer" + f"_{told['ULSAM_ISA'].lower()}" * ("ULSAM_ISA" in told) + "_bf16" * args.bf16
-    out += "_compile" * args.compile
+    kernels = f"_{told['ULSAM_ISA'].lower()}" if "ULSAM_ISA" in told else ""
+    out = "layer" + kernels + "_bf16" * args.bf16 + "_compile" * args.compile
     torch.manual_seed(0)
     rows = []
     print(f"{'case':34} {'loop/ours':>18} {'ours/copy':>10} {'ours':>10}  {'training loop/ours':>18}")
