@@ -1,4 +1,4 @@
-# make demo    draw birds, train a net without and with ULSAM, show both
+# make demo    draw birds, train a model without and with ULSAM, show both
 # make test    lint, types and the tests that take seconds; those of the page of `ulsam explore` in Chromium, if there is one
 # make results  whether README.md and docs/ say what the JSON files under results/ say
 # make bench   the attention layer against a loop over groups and a copy, in 3 minutes
@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dis
 .PHONY: demo test test-slow results bench lint format wheel-test clean
 .DEFAULT_GOAL := test
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/ulsam/ops/*.[ch])
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/ulsam/layer/ops/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "ulsam needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1): try 'make PYTHON=python3.12'" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
@@ -51,4 +51,4 @@ wheel-test: $(INSTALLED)
 	scripts/wheel_test.sh
 
 clean:
-	rm -rf .venv build dist src/ulsam/ops/*.so src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/ulsam/layer/ops/*.so src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ class BuildKernels(build_ext):
         if reason and os.environ.get("ULSAM_KERNELS") == "required":
             raise SystemExit(f"the C kernels are required, but {reason}")
         in_place = self.inplace or getattr(self, "editable_mode", False)
-        note = Path("src/ulsam/ops" if in_place else library.parent, "kernels.txt")
+        note = Path("src/ulsam/layer/ops" if in_place else library.parent, "kernels.txt")
         note.unlink(missing_ok=True)
         if reason:
             self.warn(f"no C kernels: {reason}")
@@ -75,9 +75,9 @@ def compile_kernels(sources: list[str], library: Path) -> str:
 setup(
     ext_modules=[
         Extension(
-            "ulsam.ops.kernels",
-            sources=[f"src/ulsam/ops/{name}.c" for name in ("cpu", "cpu_base", "cpu_avx2", "cpu_avx512")],
-            depends=["src/ulsam/ops/cpu.h", "src/ulsam/ops/cpu_kernels.h"],
+            "ulsam.layer.ops.kernels",
+            sources=[f"src/ulsam/layer/ops/{name}.c" for name in ("cpu", "cpu_base", "cpu_avx2", "cpu_avx512")],
+            depends=["src/ulsam/layer/ops/cpu.h", "src/ulsam/layer/ops/cpu_kernels.h"],
             optional=True,
         )
     ],

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from ulsam.comparison.latency import processor
-from ulsam.models import build, make_recipe
-from ulsam.train import probe, step
-from ulsam.train.config import TrainConfig
+from ulsam.model.build import build, make_spec
+from ulsam.study.latency import processor
+from ulsam.training import probe, step
+from ulsam.training.config import TrainConfig
 
 ROUNDS, SKIPPED, TIMED = 3, 2, 10
 CASES = [(amp, compiled) for amp in ("none", "bf16") for compiled in ("none", "inductor")]
@@ -31,9 +31,9 @@ def measure(kept: bool, amp: Any, compiled: Any) -> dict[str, float]:
     if not kept:
         step.keep_freed_memory = lambda: False
     torch.set_num_threads(1)
-    net, _ = build(make_recipe("mobilenetv2_100", [str(n) for n in range(100)], size=160))
+    model, _ = build(make_spec("mobilenetv2_100", [str(n) for n in range(100)], size=160))
     config = TrainConfig("none", size=160, batch_size=32, layout="channels_last", amp=amp, compile=compiled, threads=1)
-    take = probe.training_step(config, net, (3, 160, 160), torch.device("cpu"))
+    take = probe.training_step(config, model, (3, 160, 160), torch.device("cpu"))
     seconds = []
     for _ in range(SKIPPED + TIMED):
         start = time.perf_counter()

@@ -1,9 +1,10 @@
-"""Does the damage on pictures that a net was trained on rank sets of blocks as that on held-out pictures does?
+"""Does the damage on images that a model was trained on rank sets of blocks as that on held-out images does?
 
-`ulsam slim` chooses by the former, as most nets leave it nothing else. Here each net has a run that held pictures out.
-Its thin blocks are fitted as `ulsam slim` fits them; then every block by itself, and sets drawn from those that meet
-the budget and need each of their blocks, are measured on two samples of the pictures that it was trained on, and on two
-of those that were held out: how well two samples of one kind agree is the most that two of different kinds can.
+`ulsam slim` chooses by the former, as most models leave it nothing else. Here each model has a run that held images
+out. Its narrow inverted residuals are fitted as `ulsam slim` fits them; then every block by itself, and sets drawn from
+those that meet the budget and need each of their blocks, are measured on two samples of the images that it was trained
+on, and on two of those that were held out: how well two samples of one kind agree is the most that two of different
+kinds can.
 
 results/damage_NAME.json holds every figure.
 
@@ -22,80 +23,80 @@ import guest
 import torch
 from scipy.stats import spearmanr
 
-from ulsam.comparison.paths import without_paths
-from ulsam.costs import cost
-from ulsam.errors import UlsamError
-from ulsam.evaluate import ALONE
-from ulsam.files import write_atomic
-from ulsam.models import load
-from ulsam.sampling import draw_sample
-from ulsam.slimming.blocks import Block, find_blocks
-from ulsam.slimming.damage import score
-from ulsam.slimming.run import fine_tuning
-from ulsam.slimming.search import minimal_sets
-from ulsam.train import parts
-from ulsam.train.config import TrainConfig, read_config
-from ulsam.train.report import versions
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import write_atomic
+from ulsam.model.build import load
+from ulsam.study.paths import without_paths
+from ulsam.study.slim import fine_tuning
+from ulsam.study.slim_blocks import Block, find_blocks
+from ulsam.study.slim_damage import score
+from ulsam.study.slim_search import minimal_sets
+from ulsam.surgery.cost import cost
+from ulsam.training import parts
+from ulsam.training.config import TrainConfig, read_config
+from ulsam.training.evaluate import ALONE
+from ulsam.training.sample import draw_sample
+from ulsam.training.summary import versions
 
 ROOT = Path(__file__).parents[1]
-FITTED = 512  # pictures, as `ulsam slim` takes by default
+FITTED = 512  # images, as `ulsam slim` takes by default
 SAMPLES = ("trained on, 1", "trained on, 2", "held out, 1", "held out, 2")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs of one net that held pictures out")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs of one model that held images out")
     parser.add_argument("--name", required=True, help="of the results")
     parser.add_argument("--macs", type=float, default=0.75, metavar="SHARE")
     parser.add_argument("--sets", type=int, default=40)
-    parser.add_argument("--pictures", type=int, default=300, help="of each sample")
+    parser.add_argument("--images", type=int, default=300, help="of each sample")
     args = parser.parse_args(argv)
     target = ROOT / "results" / f"damage_{args.name}.json"
-    nets: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     for run in args.runs:
         kept = run / "damage.json"
         if not kept.exists():
-            write_atomic(kept, json.dumps(damages(run, args.macs, args.sets, args.pictures), indent=1) + "\n")
-        nets[run.name] = json.loads(kept.read_text(encoding="utf-8"))
+            write_atomic(kept, json.dumps(damages(run, args.macs, args.sets, args.images), indent=1) + "\n")
+        models[run.name] = json.loads(kept.read_text(encoding="utf-8"))
     told = {
-        "what": "damage of replacing sets of blocks, on pictures that the net was trained on and on held-out ones",
+        "what": "damage of replacing sets of blocks, on images that the model was trained on and on held-out ones",
         "macs": args.macs,
-        "pictures": args.pictures,
-        "nets": {name: {**found, "summary": summary(found)} for name, found in nets.items()},
+        "images": args.images,
+        "models": {name: {**found, "summary": summary(found)} for name, found in models.items()},
         "versions": versions(),
     }
     write_atomic(target, json.dumps(without_paths(told), indent=1) + "\n")
-    for name, net in told["nets"].items():
-        print(name, json.dumps(net["summary"], indent=1))
+    for name, model in told["models"].items():
+        print(name, json.dumps(model["summary"], indent=1))
 
 
-def damages(run: Path, macs: float, number: int, pictures: int) -> dict[str, Any]:
-    """The mean cross-entropy and top-1 of the net of this run with each set replaced, on each sample."""
+def damages(run: Path, macs: float, number: int, images: int) -> dict[str, Any]:
+    """The mean cross-entropy and top-1 of the model of this run with each set replaced, on each sample."""
     model = run / "model.safetensors"
-    net, recipe = load(model)
+    original, spec = load(model)
     trained = TrainConfig.from_mapping(read_config(run / "config.yaml"))
-    config = fine_tuning(model, recipe, trained.data, {})
-    seen_pictures, others, _ = parts.open_pictures(config)
-    if others.split != "held-out" or len(others) < 2 * pictures:
-        raise UlsamError(f"{run} held out fewer than {2 * pictures} pictures: give fewer --pictures")
-    seen = parts.recipe_of(config, recipe.classes)
-    blocks, switched, _ = find_blocks(net, seen.input_size, {"layer": "thin", "width": 32})
-    switched.fit(draw_sample(seen_pictures, seen, FITTED, ALONE, apart_from=2 * pictures).images)
+    config = fine_tuning(model, spec, trained.data, {})
+    seen_images, others, _ = parts.open_images(config)
+    if others.split != "held-out" or len(others) < 2 * images:
+        raise UlsamError(f"{run} held out fewer than {2 * images} images: give fewer --images")
+    seen = parts.spec_of(config, spec.classes)
+    blocks, switched, _ = find_blocks(original, seen.input_size, {"layer": "inverted_residual", "width": 32})
+    switched.reconstruct(draw_sample(seen_images, seen, FITTED, ALONE, apart_from=2 * images).images)
     samples = dict(
         zip(
             SAMPLES,
             [
-                draw_sample(kind, seen, pictures, ALONE, apart_from=apart)
-                for kind, apart in itertools.product((seen_pictures, others), (0, pictures))
+                draw_sample(kind, seen, images, ALONE, apart_from=apart)
+                for kind, apart in itertools.product((seen_images, others), (0, images))
             ],
             strict=True,
         )
     )
-    sets = [(), *((block,) for block in blocks), *drawn(blocks, cost(net, seen.input_size).macs, macs, number)]
+    sets = [(), *((block,) for block in blocks), *drawn(blocks, cost(original, seen.input_size).macs, macs, number)]
     found = []
     for chosen in sets:
         scores = {
-            name: score(switched, [block.name for block in chosen], sample, recipe.classes, ALONE)
+            name: score(switched, [block.name for block in chosen], sample, spec.classes, ALONE)
             for name, sample in samples.items()
         }
         found.append(
@@ -106,7 +107,7 @@ def damages(run: Path, macs: float, number: int, pictures: int) -> dict[str, Any
             }
         )
         print(f"{run}: {len(found)} of {len(sets)} sets", flush=True)
-    return {"recipe": str(recipe.base), "pictures_trained_on": len(seen_pictures), "sets": found}
+    return {"spec": str(spec.base), "images_trained_on": len(seen_images), "sets": found}
 
 
 def drawn(blocks: Sequence[Block], whole: int, macs: float, number: int) -> list[tuple[Block, ...]]:
@@ -139,7 +140,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         }
     return {
         "sets": len(sets),
-        "whole net": {"loss": whole["loss"], "top1": whole["top1"]},
+        "whole model": {"loss": whole["loss"], "top1": whole["top1"]},
         "rank correlation": agree,
         "judge": judge,
         "the best set by each": chosen,

@@ -1,8 +1,8 @@
-"""What trained nets cost once they are shipped: top-1, file size and latency, in float32 and in 8-bit integers.
+"""What trained models cost once they are shipped: top-1, file size and latency, in float32 and in 8-bit integers.
 
-Every final net of a comparison is exported to ONNX and quantised with ranges from training pictures. Each file is
-measured on the pictures on which the comparison measured the net: what int8 costs is paired by seed and picture. Then
-the files of the first seed run in turn in one process under ONNX Runtime, on the same pictures: a figure is the median
+Every final model of a comparison is exported to ONNX and quantised with ranges from training images. Each file is
+measured on the images on which the comparison measured the model: what int8 costs is paired by seed and image. Then
+the files of the first seed run in turn in one process under ONNX Runtime, on the same images: a figure is the median
 over the turns, and its ratio is to the first arm in float32. Two minutes for times, ten for answers; nothing else may
 run. results/deployed_NAME.json holds every figure, and tables.py writes them into docs/deploy.md.
 
@@ -25,23 +25,23 @@ import numpy as np
 import onnxruntime
 
 from ulsam import runtime
-from ulsam.benchmarking.report import figures
-from ulsam.comparison.grid import Run
-from ulsam.comparison.latency import processor
-from ulsam.comparison.paths import without_paths
-from ulsam.comparison.statistics import difference
-from ulsam.comparison.store import Store
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import write_atomic
+from ulsam.base.timing import times_in_turn
+from ulsam.data.images import Pixels
 from ulsam.data.loading import eval_loader
-from ulsam.data.pictures import Pixels
-from ulsam.errors import UlsamError
-from ulsam.evaluate import ALONE, evaluate, outcomes
-from ulsam.exporting import export
-from ulsam.exporting.module import load_exported
-from ulsam.files import write_atomic
-from ulsam.models import load
-from ulsam.quantization import quantize
-from ulsam.timing import times_in_turn
-from ulsam.train import parts
+from ulsam.deploy.bench_report import figures
+from ulsam.deploy.export import export
+from ulsam.deploy.exported_module import load_exported
+from ulsam.deploy.quantize import quantize
+from ulsam.model.build import load
+from ulsam.study.grid import Run
+from ulsam.study.latency import processor
+from ulsam.study.paths import without_paths
+from ulsam.study.run_store import Store
+from ulsam.study.statistics import difference
+from ulsam.training import parts
+from ulsam.training.evaluate import ALONE, evaluate, outcomes
 
 ROOT = Path(__file__).parents[1]
 MOST_TURNS = 20_000
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("compared", help="folder of a finished comparison")
     parser.add_argument("name", help="of the result, results/deployed_NAME.json")
-    parser.add_argument("--seeds", type=int, help="measure so many of each arm's final nets (default: all)")
+    parser.add_argument("--seeds", type=int, help="measure so many of each arm's final models (default: all)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30, help="for each batch size and number of threads")
@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             files |= {(arm, precision): found[runs[0].config.seed][precision]["file"] for precision in PRECISIONS}
             print(f"{arm}: {arms[arm]['int8']['minus_float32']['mean']:+.4f} by int8", flush=True)
         times = [
-            {"batch": batch, "threads": threads, "nets": timed(files, batch, threads, args.seconds)}
+            {"batch": batch, "threads": threads, "models": timed(files, batch, threads, args.seconds)}
             for batch in args.batches
             for threads in args.threads
         ]
     result = {
-        "what": "exported nets in float32 and int8: top-1 on test pictures, bytes of the file, seconds of a batch",
+        "what": "exported models in float32 and int8: top-1 on test images, bytes of the file, seconds of a batch",
         "command": f"python benchmarks/deployed.py {args.compared} {args.name}",
         "arms": arms,
         "times": times,
@@ -97,7 +97,7 @@ def finals(store: Store, most: int | None) -> dict[str, list[Run]]:
     grid = store.grid()
     found = {}
     for arm in grid.arms:
-        found[arm.name] = grid.finals(arm, store.look)[:most]
+        found[arm.name] = grid.finals(arm, store.outcome)[:most]
         if not found[arm.name] or not all(
             (store.folder(run) / "model.safetensors").exists() for run in found[arm.name]
         ):
@@ -106,38 +106,38 @@ def finals(store: Store, most: int | None) -> dict[str, list[Run]]:
 
 
 def shipped(run: Run, store: Store, stem: Path) -> dict[str, dict[str, Any]]:
-    """Export and quantise the net of a run; both files, with their answers on the pictures of the run's own measure."""
+    """Export and quantise the model of a run; both files, with their answers on the images of the run's own measure."""
     files = dict(zip(PRECISIONS, (Path(f"{stem}.onnx"), Path(f"{stem}-int8.onnx")), strict=True))
-    _, pictures, _ = parts.open_pictures(run.config)
-    model, recipe = load(store.folder(run) / "model.safetensors")
-    paths = [path for path, _ in pictures.samples]  # type: ignore[union-attr]  # of an image folder
-    export(model, recipe, files["float32"], pictures=paths)
+    _, images, _ = parts.open_images(run.config)
+    model, spec = load(store.folder(run) / "model.safetensors")
+    paths = [path for path, _ in images.samples]  # type: ignore[union-attr]  # of an image folder
+    export(model, spec, files["float32"], images=paths)
     quantize(files["float32"], run.config.data, files["int8"], measure=300)
-    found = {precision: {"file": file, **answers(file, pictures)} for precision, file in files.items()}
-    return {**found, "pytorch": dict(store.look(run) or {})}
+    found = {precision: {"file": file, **answers(file, images)} for precision, file in files.items()}
+    return {**found, "pytorch": dict(store.outcome(run) or {})}
 
 
-def answers(file: Path, pictures: Any) -> dict[str, Any]:
-    """Top-1 of an exported net, and which pictures it gets right."""
-    net, recipe, transform = load_exported(file)
-    batches = eval_loader(pictures, transform, batch_size=32, workers=0, device=ALONE.device)
-    scores = evaluate(net, batches, len(recipe.classes), world=ALONE, channels_last=False, progress=file.stem)
-    told = {"top1": scores.top1, "pictures": scores.pictures}
-    return {"split": None, "scores": told, "outcomes": outcomes(scores, pictures), "bytes": file.stat().st_size}
+def answers(file: Path, images: Any) -> dict[str, Any]:
+    """Top-1 of an exported model, and which images it gets right."""
+    model, spec, transform = load_exported(file)
+    batches = eval_loader(images, transform, batch_size=32, workers=0, device=ALONE.device)
+    scores = evaluate(model, batches, len(spec.classes), world=ALONE, channels_last=False, progress=file.stem)
+    told = {"top1": scores.top1, "images": scores.images}
+    return {"split": None, "scores": told, "outcomes": outcomes(scores, images), "bytes": file.stat().st_size}
 
 
 def summary(found: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """What the nets of an arm, by seed, score in each precision, and what export and int8 cost."""
+    """What the models of an arm, by seed, score in each precision, and what export and int8 cost."""
     told: dict[str, Any] = {}
     for precision, before in (("float32", "pytorch"), ("int8", "float32")):
-        nets, others = ({seed: net[which] for seed, net in found.items()} for which in (precision, before))
-        change = difference(nets, others)
+        models, others = ({seed: model[which] for seed, model in found.items()} for which in (precision, before))
+        change = difference(models, others)
         assert change is not None
-        first = next(iter(nets.values()))
+        first = next(iter(models.values()))
         told[precision] = {
-            "seeds": list(nets),
-            "top1": [net["scores"]["top1"] for net in nets.values()],
-            "pictures": first["scores"]["pictures"],
+            "seeds": list(models),
+            "top1": [model["scores"]["top1"] for model in models.values()],
+            "images": first["scores"]["images"],
             "bytes": first["bytes"],
             f"minus_{before}": dataclasses.asdict(change),
         }
@@ -149,19 +149,19 @@ def timed(files: Mapping[tuple[str, str], Path], batch: int, threads: int, secon
     calls = {key: call(file, batch, threads) for key, file in files.items()}
     times = times_in_turn(calls, seconds, MOST_TURNS)
     first = next(iter(times))
-    nets: dict[str, dict[str, Any]] = {}
+    models: dict[str, dict[str, Any]] = {}
     for (arm, precision), taken in times.items():
-        nets.setdefault(arm, {})[precision] = figures(taken, times[first])
-    for arm, told in nets.items():
+        models.setdefault(arm, {})[precision] = figures(taken, times[first])
+    for arm, told in models.items():
         told["times_faster"] = 1 / figures(times[arm, "int8"], times[arm, "float32"])["ratio"]
-    return nets
+    return models
 
 
 def call(file: Path, batch: int, threads: int) -> Callable[[], Any]:
-    """A function that runs the file on random pictures."""
-    net = runtime.load(file, threads=threads)
-    images: Pixels = np.random.default_rng(0).integers(0, 256, (batch, *net.preprocessing.size, 3), dtype=np.uint8)
-    return lambda: net.logits(images)
+    """A function that runs the file on random images."""
+    model = runtime.load(file, threads=threads)
+    images: Pixels = np.random.default_rng(0).integers(0, 256, (batch, *model.preprocessing.size, 3), dtype=np.uint8)
+    return lambda: model.logits(images)
 
 
 if __name__ == "__main__":

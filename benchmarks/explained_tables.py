@@ -13,28 +13,28 @@ CAM = "Grad-CAM++"
 
 
 def cam_table(results: Path) -> str:
-    """One row a net: whether its CAMs find what it needs."""
+    """One row a model: whether its CAMs find what it needs."""
     lines = [
-        "| pictures | net | deletion | minus random | insertion | minus random | drop | increase |",
+        "| images | model | deletion | minus random | insertion | minus random | drop | increase |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for title, net, found in _nets(results):
+    for title, model, found in _models(results):
         cam = found["cam"]
         cells = [f"{cam['deletion']['mean']:.3f}", _mean(cam["deletion_minus_random"], "+.3f")]
         cells += [f"{cam['insertion']['mean']:.3f}", _mean(cam["insertion_minus_random"], "+.3f")]
         cells += [_percent(cam["average_drop"]), _percent(cam["increase_in_confidence"])]
-        lines.append(f"| {title} | {net} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def subspace_table(results: Path) -> str:
     """One row a ULSAM layer: whether its subspaces differ, in where they look and in the frequencies they hold."""
     lines = [
-        "| pictures | layer, maps | entropy of each map, % | of classes, least to most, % | peak of each map | r "
+        "| images | layer, maps | entropy of each map, % | of classes, least to most, % | peak of each map | r "
         "| JS, bits | cycles of each subspace | after | random groups |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for title, _, found in _nets(results):
+    for title, _, found in _models(results):
         for layer in found["layers"]:
             groups, height, width = layer["maps"]
             classes = [entry["mean"] for entry in layer["entropy_of_class"].values()]
@@ -57,17 +57,17 @@ def subspace_table(results: Path) -> str:
 def mark_table(results: Path) -> str:
     """One row a map: its mass on each field mark of the drawn birds, in multiples of a uniform map's."""
     lines: list[str] = []
-    for title, net, found in _nets(results):
+    for title, model, found in _models(results):
         marks = found["marks"]
         if marks is None:
             continue
         areas = {name: area["mean"] for name, area in marks["area"].items()}
         if not lines:
             lines = [f"| {title} | {' | '.join(areas).replace('_', ' ')} |", "|---" * (1 + len(areas)) + "|"]
-            lines.append(f"| share of the picture | {' | '.join(f'{100 * area:.1f} %' for area in areas.values())} |")
+            lines.append(f"| share of the image | {' | '.join(f'{100 * area:.1f} %' for area in areas.values())} |")
         maps = [whose for whose in marks if ", map " in whose]
         for whose in [CAM, *maps]:
-            name = f"{CAM}, {net}" if whose == CAM else f"attention, map {whose.rpartition(' ')[2]}"
+            name = f"{CAM}, {model}" if whose == CAM else f"attention, map {whose.rpartition(' ')[2]}"
             shares = [marks[whose][mark] for mark in areas]
             cells = [
                 f"{one['times_area']:.2f} ± {one['standard_error'] / area:.2f}"
@@ -78,9 +78,9 @@ def mark_table(results: Path) -> str:
 
 
 def class_table(results: Path) -> str:
-    """One row a class of the drawn birds: how far from uniform the maps on its pictures are."""
+    """One row a class of the drawn birds: how far from uniform the maps on its images are."""
     lines = []
-    for title, _, found in _nets(results):
+    for title, _, found in _models(results):
         for layer in found["layers"] if found["marks"] else ():
             lines = [f"| {title} | entropy of the maps of layer {layer['place'] or layer['name']} |", "|---|---|"]
             lines += [f"| {name} | {_percent(entropy)} |" for name, entropy in layer["entropy_of_class"].items()]
@@ -88,35 +88,35 @@ def class_table(results: Path) -> str:
 
 
 def waiting_table(results: Path) -> str:
-    """One row a thing to wait for: the report on a folder, and the page's answer to a picture."""
+    """One row a thing to wait for: the report on a folder, and the page's answer to an image."""
     measured = [told for name in ("explain_speed", "explored") if (told := _read(results / f"{name}.json"))]
     if not measured:
         return "Not measured yet."
     machine, versions = measured[0]["machine"], measured[0]["versions"]
     lines = [
-        f"Nets of {measured[0]['size']} px, {machine['processor']}, {machine['threads']} threads, "
+        f"Models of {measured[0]['size']} px, {machine['processor']}, {machine['threads']} threads, "
         f"torch {versions['torch']}:",
         "",
-        "| command | pictures | measured |",
+        "| command | images | measured |",
         "|---|---|---|",
     ]
     for told in measured:
         for case in told.get("cases", ()):
-            rate = f"{case['pictures_per_second']:.1f} pictures a second"
-            lines.append(f"| `ulsam explain`, {case['what']} | a folder of {case['pictures']} | {rate} |")
+            rate = f"{case['images_per_second']:.1f} images a second"
+            lines.append(f"| `ulsam explain`, {case['what']} | a folder of {case['images']} | {rate} |")
         for name, seconds in told.get("seconds", {}).items():
             times = f"{seconds['median']:.2f} s, the slowest of {seconds['times']}: {seconds['largest']:.2f} s"
-            lines.append(f"| `ulsam explore`, two nets | a JPEG of {name} | {times} |")
+            lines.append(f"| `ulsam explore`, two models | a JPEG of {name} | {times} |")
     return "\n".join(lines)
 
 
-def _nets(results: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """What the pictures are called, what the net is, and its numbers; the title once for each set of pictures."""
+def _models(results: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """What the images are called, what the model is, and its numbers; the title once for each set of images."""
     for name, title in SETS.items():
         told = _read(results / f"explained_{name}.json")
-        heading = f"{title}, {told['pictures']}" if told else ""
-        for net in (told or {}).get("nets", {}).values():
-            yield heading, ", ".join([net["recipe"]["base"], *net["recipe"]["edits"]]), net
+        heading = f"{title}, {told['images']}" if told else ""
+        for model in (told or {}).get("models", {}).values():
+            yield heading, ", ".join([model["spec"]["base"], *model["spec"]["edits"]]), model
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _mean(value: Mapping[str, float | None] | None, form: str, unit: float = 1) -> str:
-    """A mean and its standard error, which one picture alone does not have; flat maps have no correlation."""
+    """A mean and its standard error, which one image alone does not have; flat maps have no correlation."""
     if value is None:
         return "–"
     mean, error = ((each or 0) / unit for each in (value["mean"], value["standard_error"]))

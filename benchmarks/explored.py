@@ -1,8 +1,8 @@
-"""From the choice of a picture to its maps on the page of `ulsam explore`: seconds, in Chromium, nets of 224 px.
+"""From the choice of an image to its maps on the page of `ulsam explore`: seconds, in Chromium, models of 224 px.
 
-Two nets of MobileNet-V2 with 100 classes and random weights, one of them with blocks 14 and 17 replaced by ULSAM. Each
-picture is given to a page that was just opened: a drawn bird as a JPEG of 0.2 and of 12 million pixels. The clock runs
-from the choice of the file until every image on it is decoded. Chromium is `$ULSAM_CHROMIUM`, or that on the PATH.
+Two models of MobileNet-V2 with 100 classes and random weights, one of them with blocks 14 and 17 replaced by ULSAM.
+Each image is given to a page that was just opened: a drawn bird as a JPEG of 0.2 and of 12 million pixels. The clock
+runs from the choice of the file until every image on it is decoded. Chromium is `$ULSAM_CHROMIUM`, or that on the PATH.
 
     python benchmarks/explored.py     # results/explored.json; a minute on a quiet machine
 """
@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from explain_speed import EDITS, make_nets
+from explain_speed import EDITS, make_models
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from ulsam.comparison.latency import processor
+from ulsam.base.files import check_writable, write_atomic
 from ulsam.data.birds import draw_birds
-from ulsam.files import check_writable, write_atomic
-from ulsam.train.report import versions
+from ulsam.study.latency import processor
+from ulsam.training.summary import versions
 
 SIZES = {"0.2 Mpx": (512, 384), "12 Mpx": (4000, 3000)}
 DECODED = "Promise.all([...document.images].filter((it) => it.src).map((it) => it.decode()))"
@@ -35,18 +35,18 @@ DECODED = "Promise.all([...document.images].filter((it) => it.src).map((it) => i
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=20, help="pictures of each size (default: 20)")
-    parser.add_argument("--size", type=int, default=224, help="of the nets' input, in pixels (default: 224)")
+    parser.add_argument("--times", type=int, default=20, help="images of each size (default: 20)")
+    parser.add_argument("--size", type=int, default=224, help="of the models' input, in pixels (default: 224)")
     parser.add_argument("--out", default="results/explored.json")
     args = parser.parse_args(argv)
     check_writable(args.out)
     with tempfile.TemporaryDirectory() as folder:
-        models, pictures = make_nets(Path(folder), args.size), make_pictures(Path(folder))
-        seconds = measure(models, pictures, args.times)
+        models, images = make_models(Path(folder), args.size), make_images(Path(folder))
+        seconds = measure(models, images, args.times)
     told = {
-        "what": "seconds from the choice of a picture to its maps on a page that was just opened, in Chromium",
+        "what": "seconds from the choice of an image to its maps on a page that was just opened, in Chromium",
         "command": "python benchmarks/explored.py",
-        "nets": {name: ["mobilenetv2_100", *map(str, edits)] for name, edits in EDITS.items()},
+        "models": {name: ["mobilenetv2_100", *map(str, edits)] for name, edits in EDITS.items()},
         "size": args.size,
         "seconds": {
             name: {"first": times[0], "median": statistics.median(times), "largest": max(times), "times": len(times)}
@@ -59,15 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(told["seconds"], indent=1))
 
 
-def make_pictures(folder: Path) -> dict[str, Path]:
+def make_images(folder: Path) -> dict[str, Path]:
     bird = next(draw_birds(folder / "birds", classes=2, train=1, val=1, size=256).rglob("*.jpg"))
-    pictures = {name: folder / f"{name}.jpg" for name in SIZES}
-    for name, path in pictures.items():
+    images = {name: folder / f"{name}.jpg" for name in SIZES}
+    for name, path in images.items():
         Image.open(bird).resize(SIZES[name], Image.Resampling.BICUBIC).save(path, quality=90)
-    return pictures
+    return images
 
 
-def measure(models: Sequence[Path], pictures: dict[str, Path], times: int) -> dict[str, list[float]]:
+def measure(models: Sequence[Path], images: dict[str, Path], times: int) -> dict[str, list[float]]:
     command = [sys.executable, "-m", "ulsam", "explore", *map(str, models), "--port", "0"]
     chromium = os.environ.get("ULSAM_CHROMIUM") or shutil.which("chromium")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as playwright:
@@ -75,19 +75,17 @@ def measure(models: Sequence[Path], pictures: dict[str, Path], times: int) -> di
             assert server.stdout is not None
             address = server.stdout.readline().split()[0]
             browser = playwright.chromium.launch(executable_path=chromium)
-            return {
-                name: [one_picture(browser, address, path) for _ in range(times)] for name, path in pictures.items()
-            }
+            return {name: [one_image(browser, address, path) for _ in range(times)] for name, path in images.items()}
         finally:
             server.terminate()
 
 
-def one_picture(browser: Browser, address: str, picture: Path) -> float:
+def one_image(browser: Browser, address: str, image: Path) -> float:
     page = browser.new_page()
     page.goto(address)
     page.wait_for_selector("article")
     began = time.perf_counter()
-    page.set_input_files("#file", picture)
+    page.set_input_files("#file", image)
     page.wait_for_selector(".photo[src]")
     page.evaluate(DECODED)
     took = time.perf_counter() - began

@@ -1,10 +1,10 @@
-"""What attention layers add to the latency of an exported net, against the same net without them.
+"""What attention layers add to the latency of an exported model, against the same model without them.
 
-As benchmarks/network.py, under ONNX Runtime on one thread: nets with random weights, folded and exported, run in turn
-in one process; a replacing layer is held against the net whose blocks were simply taken out, an inserted one against
-the base net. Two sessions of one file may differ by a percent, so all are made anew twenty times (for batches four
+As benchmarks/network.py, under ONNX Runtime on one thread: models with random weights, folded and exported, run in turn
+in one process; a replacing layer is held against the model whose blocks were simply taken out, an inserted one against
+the base model. Two sessions of one file may differ by a percent, so all are made anew twenty times (for batches four
 times), in shuffled order. A figure of one such round is the median of the paired differences, a turn each, over the
-base net's median time; told are the rounds' median and quartiles. Four minutes, in which nothing else may run;
+base model's median time; told are the rounds' median and quartiles. Four minutes, in which nothing else may run;
 results/exported.json.
 
     python benchmarks/exported.py
@@ -27,9 +27,9 @@ from network import CASES, build
 from torch import nn
 
 from ulsam import runtime
-from ulsam.comparison.latency import processor
-from ulsam.exporting.onnx_graph import onnx_graph
-from ulsam.timing import times_in_turn
+from ulsam.base.timing import times_in_turn
+from ulsam.deploy.onnx_graph import onnx_graph
+from ulsam.study.latency import processor
 
 ROOT = Path(__file__).parents[1]
 PIXELS = 160
@@ -64,20 +64,20 @@ def main() -> None:
 
 
 def exported(form: str) -> dict[str, bytes]:
-    """The ONNX files: the base net, each edit, and each place with its blocks taken out."""
-    nets = {"base": build("mobilenetv2_100", None, "", form)}
+    """The ONNX files: the base model, each edit, and each place with its blocks taken out."""
+    models = {"base": build("mobilenetv2_100", None, "", form)}
     for name in EDITS:
         base, kind, at, _ = CASES[name]
-        nets[name] = build(base, kind, at, form)
+        models[name] = build(base, kind, at, form)
         if kind == "replace":
-            nets[name.replace("replace", "drop")] = build(base, "drop", at, form)
+            models[name.replace("replace", "remove")] = build(base, "remove", at, form)
     example = torch.zeros(2, 3, PIXELS, PIXELS)
 
-    def file(net: nn.Module) -> bytes:
-        graph = onnx_graph(net.to(memory_format=torch.contiguous_format), example, {0: "batch"})
+    def file(model: nn.Module) -> bytes:
+        graph = onnx_graph(model.to(memory_format=torch.contiguous_format), example, {0: "batch"})
         return bytes(graph.SerializeToString())
 
-    return {name: file(net) for name, net in nets.items()}
+    return {name: file(model) for name, model in models.items()}
 
 
 def measured(files: dict[str, bytes], batch: int, seconds: float, rounds: int) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def measured(files: dict[str, bytes], batch: int, seconds: float, rounds: int) -
         found.append(times_in_turn({name: call(files[name], x) for name in order}, seconds / rounds, 20_000))
     rows = []
     for name in EDITS:
-        without = name.replace("replace", "drop") if name.startswith("replace") else "base"
+        without = name.replace("replace", "remove") if name.startswith("replace") else "base"
         added = [_added(times, name, without) / CASES[name][3] for times in found]
         rows.append(
             {
@@ -107,7 +107,7 @@ def measured(files: dict[str, bytes], batch: int, seconds: float, rounds: int) -
 
 
 def _added(times: dict[str, list[float]], name: str, without: str) -> float:
-    """What a net takes longer than another, in one round, as a share of the base net's time."""
+    """What a model takes longer than another, in one round, as a share of the base model's time."""
     differences = [a - b for a, b in zip(times[name], times[without], strict=True)]
     return statistics.median(differences) / statistics.median(times["base"])
 
@@ -117,7 +117,7 @@ def _seconds(rounds: list[dict[str, list[float]]], name: str) -> float:
 
 
 def call(file: bytes, x: np.ndarray) -> Callable[[], Any]:
-    """A function that runs the net on one thread."""
+    """A function that runs the model on one thread."""
     session = runtime.open_session(file, threads=1)
     (name,) = [put.name for put in session.get_inputs()]
     return lambda: session.run(None, {name: x})

@@ -1,8 +1,9 @@
-"""Fine-tune a base net, its ULSAM version and the same net with those blocks simply removed, each at its own best rate.
+"""Fine-tune a base model, its ULSAM version and the same model with those blocks simply removed, each at its own best
+rate.
 
-For every arm the learning rate and the number of epochs are chosen on a part of the training pictures that is held
-out (the base first, every arm with the same tries); then each arm is trained on all training pictures with several
-seeds and measured once on the test pictures. Runs that are done are not repeated: start it again to go on.
+For every arm the learning rate and the number of epochs are chosen on a part of the training images that is held
+out (the base first, every arm with the same tries); then each arm is trained on all training images with several
+seeds and measured once on the test images. Runs that are done are not repeated: start it again to go on.
 
     python benchmarks/finetune.py cub100 DATA --weights mobilenetv2_100_backbone.safetensors
 """
@@ -14,12 +15,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import resume, train
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import resume, train
 
 ARMS = {
     "base": [],
-    "removed": ["drop 14,17"],
+    "removed": ["remove 14,17"],
     "ulsam": ["replace 14,17 g=4"],
 }
 RATES = [0.005, 0.01, 0.02]
@@ -111,7 +112,7 @@ def report(name: str, chosen: Any, tries: Any, final: dict[str, list[dict[str, A
     result = {
         "what": "test top-1 of fine-tuned MobileNet-V2, each arm at its own learning rate and epochs",
         "command": f"python benchmarks/finetune.py {name} DATA --weights WEIGHTS",
-        "pictures": first["pictures"],
+        "images": first["images"],
         "arms": arms,
         "versions": first["versions"],
     }

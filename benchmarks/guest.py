@@ -1,4 +1,4 @@
-"""A net that no recipe builds as one more arm of a comparison: `ulsam compare --report-only` has it in its tables.
+"""A model that no spec builds as one more arm of a comparison: `ulsam compare --report-only` has it in its tables.
 
 Its weight file and every setting are those of the comparison's first arm, its tries and seeds the comparison's. Runs
 are chosen and lie as `ulsam compare` does it, in OUT/arms/NAME/choose-LR-EPOCHS and .../seed-N-LR-EPOCHS; done ones are
@@ -16,91 +16,94 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ulsam.comparison.arms import Arm
-from ulsam.comparison.grid import Failed, Grid, at_the_edge
-from ulsam.comparison.identity import data_digest, file_digests
-from ulsam.comparison.latency import measure as measure_latency
-from ulsam.comparison.launch import lock_of
-from ulsam.comparison.store import Store
-from ulsam.costs import Cost, cost
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import make_folder
+from ulsam.base.locks import take_lock
 from ulsam.data import loading
-from ulsam.errors import UlsamError
-from ulsam.files import make_folder
-from ulsam.locks import take_lock
-from ulsam.models import build
-from ulsam.recipe import Recipe
-from ulsam.train import parts, report
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import Interrupted, resume, train
+from ulsam.model.build import build
+from ulsam.model.spec import ModelSpec
+from ulsam.study.arms import Arm
+from ulsam.study.grid import Failed, Grid, at_the_edge
+from ulsam.study.identity import data_digest, file_digests
+from ulsam.study.latency import measure as measure_latency
+from ulsam.study.launch import lock_of
+from ulsam.study.run_store import Store
+from ulsam.surgery.cost import Cost, cost
+from ulsam.training import parts
+from ulsam.training import summary as report
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import Interrupted, resume, train
 
-HAS_WEIGHTS = {"weights": None, "pretrained": False, "drop_rate": 0.0, "drop_path": 0.0}  # a prepared net has its own
+HAS_WEIGHTS = {"weights": None, "pretrained": False, "drop_rate": 0.0, "drop_path": 0.0}  # a prepared model has its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """A comparison, and the plain net of its first arm with the weights that it starts from."""
+    """A comparison, and the plain model of its first arm with the weights that it starts from."""
 
     store: Store
     grid: Grid
-    recipe: Recipe
-    net: nn.Module
+    spec: ModelSpec
+    model: nn.Module
 
 
 def host(out: str) -> Host:
     """Open the comparison in the folder ``out``.
 
     Raises:
-        UlsamError: there is none, or its first arm is an edited net.
+        UlsamError: there is none, or its first arm is an edited model.
     """
     store = Store(out)
     grid = store.grid()
     config = grid.arms[0].config(grid.shared)
     store.check_identity(config.data, data_digest(config, grid.choose_split), file_digests([config]))
-    recipe = parts.recipe_of(config, parts.open_pictures(config)[0].classes)
-    if recipe.edits:
-        raise UlsamError(f"the first arm of {out} is an edited net: compare with the plain one first")
+    spec = parts.spec_of(config, parts.open_images(config)[0].classes)
+    if spec.edits:
+        raise UlsamError(f"the first arm of {out} is an edited model: compare with the plain one first")
     loading.seed_all(0)
-    net, _ = build(recipe, weights=config.weights, pretrained=config.pretrained)
-    return Host(store, grid, recipe, net)
+    model, _ = build(spec, weights=config.weights, pretrained=config.pretrained)
+    return Host(store, grid, spec, model)
 
 
-def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
-    """Train ``net`` as the arm ``name``, and print what came of it; whether every run with a seed succeeded.
+def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
+    """Train ``model`` as the arm ``name``, and print what came of it; whether every run with a seed succeeded.
 
     Args:
         host: the comparison.
         name: of the arm.
-        net: is trained in copies, each with a new classifier.
-        entry: what ``guest.json`` tells of it besides cost and latency.
+        model: is trained in copies, each with a new classifier.
+        entry: what ``external_arm.json`` tells of it besides cost and latency.
 
     Raises:
-        UlsamError: there is an arm of that name with another net, or another process trains it at the moment.
+        UlsamError: there is an arm of that name with another model, or another process trains it at the moment.
         Interrupted: Ctrl-C or SIGTERM in training, after the run has saved.
     """
-    store, size = host.store, host.recipe.input_size
+    store, size = host.store, host.spec.input_size
     arm = Arm(name, (), {**host.grid.arms[0].settings, **HAS_WEIGHTS})
-    before, after = cost(host.net, size), cost(net, size)
+    before, after = cost(host.model, size), cost(model, size)
     make_folder(store.root / "arms" / arm.slug)
-    about = f"arms/{arm.slug}/guest.json"
+    about = f"arms/{arm.slug}/external_arm.json"
     guest = {"name": name, "settings": arm.settings, **_shares(before, after), **entry}
     kept = store.read(about)
     if kept and kept["cost"] != guest["cost"]:
-        raise UlsamError(f"{store.root / about} is of a net of another cost: move that arm away, or name this one else")
+        raise UlsamError(
+            f"{store.root / about} is of a model of another cost: move that arm away, or name this one else"
+        )
     store.write(about, {**guest, **(kept or {})})
     print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
 
     threads = torch.get_num_threads()  # training sets its own number
     grid = dataclasses.replace(host.grid, arms=(arm,))
-    for run in grid.known(store.look):
-        store.forgive(run)
-    while due := grid.due(store.look):
+    for run in grid.known(store.outcome):
+        store.allow_retry(run)
+    while due := grid.due(store.outcome):
         store.check(due[0])
         lock = take_lock(lock_of(store.folder(due[0])))
         if lock is None:
             raise UlsamError(f"{due[0]} is being trained by another process: wait for it")
         try:
-            if store.look(due[0]) is None:  # else another process has ended it since
-                _train(net, due[0].config, store.folder(due[0]))
+            if store.outcome(due[0]) is None:  # else another process has ended it since
+                _train(model, due[0].config, store.folder(due[0]))
         except UlsamError as error:
             store.fail(due[0], str(error))
         except (RuntimeError, OSError) as error:  # of torch, or of the disk
@@ -109,13 +112,13 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
             raise Interrupted(f"stopped, {due[0]} is saved; go on with the same command") from None
         finally:
             lock.release()
-    tries = grid.tried(arm, store.look)
+    tries = grid.tried(arm, store.outcome)
     for tried in tries:
         reading = tried.failed or f"{grid.choose_split or 'held-out'} top-1 {100 * (tried.top1 or 0.0):.2f}"
         print(f"{name}: lr {tried.rate:g}, epochs {tried.epochs}: {reading}")
     if edge := at_the_edge(tries):
         print(f"note: the best rate is the {edge} of those tried: give more --rates")
-    finals = [(run, store.look(run)) for run in grid.known(store.look) if not run.is_try]
+    finals = [(run, store.outcome(run)) for run in grid.known(store.outcome) if not run.is_try]
     tested = [100 * found["scores"]["top1"] for _, found in finals if isinstance(found, Mapping)]
     if tested:
         print(f"{name}: top-1 {', '.join(f'{value:.2f}' for value in tested)}; mean {statistics.mean(tested):.2f}")
@@ -125,7 +128,7 @@ def join(host: Host, name: str, net: nn.Module, **entry: Any) -> bool:
     done = bool(finals) and len(tested) == len(finals)
     if done and "latency" not in store.read(about):
         torch.set_num_threads(threads)
-        times = measure_latency({"base": (host.net, size), name: (net, size)})
+        times = measure_latency({"base": (host.model, size), name: (model, size)})
         store.write(about, {**store.read(about), "latency": times[name].to_json()})
     return done
 
@@ -144,16 +147,16 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _train(prepared: nn.Module, config: TrainConfig, folder: Path) -> None:
-    """Train a copy of the net, with a new classifier, in this folder, or go on with it."""
-    net = copy.deepcopy(prepared)
-    head = cast(nn.Linear, cast(Any, net).get_classifier())
+    """Train a copy of the model, with a new classifier, in this folder, or go on with it."""
+    model = copy.deepcopy(prepared)
+    head = cast(nn.Linear, cast(Any, model).get_classifier())
     loading.seed_all(config.seed)
     nn.init.normal_(head.weight, std=0.01)  # as the new classifiers of the other arms start
     nn.init.zeros_(head.bias)
     if (folder / "config.yaml").exists():
-        resume(folder, net=net)
+        resume(folder, model=model)
     else:
-        train(config, folder, net=net)
+        train(config, folder, model=model)
 
 
 def _shares(before: Cost, after: Cost) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Where the time of an attention layer goes in a whole net at batch 1, and when it is called again and again by itself.
+"""Where the time of an attention layer goes in a whole model at batch 1, and when it is called again and again by
+itself.
 
     python benchmarks/inside.py     # results/inside.json; 20 seconds on two cores
 
 The layer is inserted at 17:1 of MobileNet-V2, released form, folded. Its parts are timed where they are
-called, so the clock's own time is in them. In the net, what the layer needs has left the caches since its last call.
+called, so the clock's own time is in them. In the model, what the layer needs has left the caches since its last call.
 """
 
 import json
@@ -19,17 +20,17 @@ import torch
 from torch import nn
 
 import ulsam
-from ulsam.comparison.latency import processor
-from ulsam.ops import cpu
+from ulsam.layer.ops import cpu
+from ulsam.study.latency import processor
 
 CALLS = 500
 
 
 def main() -> None:
     torch.manual_seed(0)
-    net = timm.create_model("mobilenetv2_100")
-    ulsam.insert(net, "17:1", form="released")
-    net = ulsam.fold(net)
+    model = timm.create_model("mobilenetv2_100")
+    ulsam.insert(model, "17:1", form="released")
+    model = ulsam.fold(model)
     found: dict[str, list[float]] = {}
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +45,7 @@ def main() -> None:
     assert cpu.LIBRARY is not None
     cpu.LIBRARY.ulsam_run = timed("kernels", cpu.LIBRARY.ulsam_run)  # type: ignore[assignment]
     cpu.empty_like = timed("memory for the output", cpu.empty_like)  # type: ignore[assignment]
-    layer = next(module for module in net.modules() if isinstance(module, ulsam.ULSAM))
+    layer = next(module for module in model.modules() if isinstance(module, ulsam.ULSAM))
     layer.forward = timed("the layer", layer.forward)  # type: ignore[method-assign]
     inputs: list[torch.Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
@@ -59,14 +60,14 @@ def main() -> None:
         return {**middle, "Python": whole - sum(middle.values()), "in all": whole}
 
     with torch.inference_mode():
-        net(x)
+        model(x)
         handle.remove()
         result = {
             "what": "median seconds of a call, MobileNet-V2 at batch 1, 224 px, ULSAM inserted at 17:1, folded",
             "command": "python benchmarks/inside.py",
             "machine": {"processor": processor(), "threads": torch.get_num_threads()},
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "seconds": {"in the net": medians(net, x), "by itself": medians(layer, inputs[0])},
+            "seconds": {"in the model": medians(model, x), "by itself": medians(layer, inputs[0])},
         }
     Path("results/inside.json").write_text(json.dumps(result, indent=1) + "\n")
     for place, parts in result["seconds"].items():

@@ -1,9 +1,9 @@
-"""What attention layers add to a whole net's latency, against the same net without them.
+"""What attention layers add to a whole model's latency, against the same model without them.
 
-All nets are folded (`ulsam.fold`), channels_last, float32, and run in turn in one process. For each edit the net with
-those blocks simply taken out is the physical limit; an inserted layer is held against the base net, beside a mere copy
-of the map at its place. A figure is the median of the paired differences, a turn each, over the base net's median time,
-with a bootstrapped 95 % interval.
+All models are folded (`ulsam.fold`), channels_last, float32, and run in turn in one process. For each edit the model
+with those blocks simply taken out is the physical limit; an inserted layer is held against the base model, beside a
+mere copy of the map at its place. A figure is the median of the paired differences, a turn each, over the base model's
+median time, with a bootstrapped 95 % interval.
 
     python benchmarks/network.py                 # results/network.json; 5 minutes on two cores
     python benchmarks/network.py --compile       # half of the edits under torch.compile; results/network_compile.json
@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 import ulsam
-from ulsam.comparison.latency import processor
-from ulsam.timing import times_in_turn
+from ulsam.base.timing import times_in_turn
+from ulsam.study.latency import processor
 
 MOST_TURNS = 20_000
 
-#: name: base net, edit, place, and how many layers it makes
+#: name: base model, edit, place, and how many layers it makes
 CASES = {
     "replace 14": ("mobilenetv2_100", "replace", "14", 1),
     "replace 17": ("mobilenetv2_100", "replace", "17", 1),
@@ -51,16 +51,16 @@ class Copy(nn.Module):
 
 
 def build(base: str, kind: str | None, at: str, form: str) -> nn.Module:
-    net = timm.create_model(base)
-    if kind == "drop":
-        ulsam.drop(net, at)
+    model = timm.create_model(base)
+    if kind == "remove":
+        ulsam.remove(model, at)
     elif kind:
-        getattr(ulsam, kind.replace("copy", "insert"))(net, at, form=form)
-    net = ulsam.fold(net)
-    for name, module in list(net.named_modules()):
+        getattr(ulsam, kind.replace("copy", "insert"))(model, at, form=form)
+    model = ulsam.fold(model)
+    for name, module in list(model.named_modules()):
         if kind == "copy" and isinstance(module, ulsam.ULSAM):
-            net.set_submodule(name, Copy())
-    return net
+            model.set_submodule(name, Copy())
+    return model
 
 
 def interval(values: list[float], rounds: int = 1000) -> tuple[float, float]:
@@ -77,22 +77,22 @@ def main() -> None:
     parser.add_argument("--form", default="released", choices=["equations", "released"])
     args = parser.parse_args()
     torch.manual_seed(0)
-    nets: dict[str, nn.Module] = {"base": build("mobilenetv2_100", None, "", args.form)}
+    models: dict[str, nn.Module] = {"base": build("mobilenetv2_100", None, "", args.form)}
     cases = {name: case for name, case in CASES.items() if name in COMPILED or not args.compile}
     for name, (base, kind, at, _) in cases.items():
-        nets[name] = build(base, kind, at, args.form)
+        models[name] = build(base, kind, at, args.form)
         if kind == "replace":
-            nets[name.replace("replace", "drop")] = build(base, "drop", at, args.form)
+            models[name.replace("replace", "remove")] = build(base, "remove", at, args.form)
     rows = []
     for batch in (1, 32):
         torch.compiler.reset()
-        run = {name: torch.compile(net, fullgraph=True) if args.compile else net for name, net in nets.items()}
+        run = {name: torch.compile(model, fullgraph=True) if args.compile else model for name, model in models.items()}
         x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-        calls = {name: functools.partial(net, x) for name, net in run.items()}
+        calls = {name: functools.partial(model, x) for name, model in run.items()}
         times = times_in_turn(calls, args.seconds, MOST_TURNS)
         base = statistics.median(times["base"])
         for name, (_, kind, _, layers) in cases.items():
-            without = name.replace("replace", "drop") if kind == "replace" else "base"
+            without = name.replace("replace", "remove") if kind == "replace" else "base"
             added = [(a - b) / base / layers for a, b in zip(times[name], times[without], strict=True)]
             low, high = interval(added)
             row: dict[str, Any] = {
@@ -107,13 +107,13 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"batch {batch:3} {name:22} each layer adds {100 * row['added_by_each_layer']:+.2f} % of the base net "
+                f"batch {batch:3} {name:22} each layer adds {100 * row['added_by_each_layer']:+.2f} % of the base "
                 f"(95 %: {100 * low:+.2f} to {100 * high:+.2f}); time / base {row['seconds'] / base:.3f}, "
                 f"blocks taken out {row['seconds_without'] / base:.3f}",
                 flush=True,
             )
     result = {
-        "what": "latency of folded MobileNet-V2, float32, channels_last, 224 px; each layer's share of the base net's",
+        "what": "latency of folded MobileNet-V2, float32, channels_last, 224 px; a layer as a share of the base model",
         "command": "python benchmarks/network.py" + (" --compile" if args.compile else ""),
         "form": args.form,
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from layer import medians
 
-from ulsam.ops import subspace_attention
+from ulsam.layer.ops import subspace_attention
 
 
 @numba.njit(fastmath={"contract", "reassoc", "arcp"}, nogil=True, boundscheck=False)
@@ -86,7 +86,7 @@ def main() -> None:
             )
             print(f"{channels} x {size}, g={groups}: numba / C {found['numba'] / found['c']:.1f}")
     result = {
-        "what": "seconds a call, one thread, 8 pictures, float32, channels_last",
+        "what": "seconds a call, one thread, 8 images, float32, channels_last",
         "command": "python benchmarks/numba_kernel.py",
         "first_numba_call_seconds": first_call,
         "versions": {"numba": numba.__version__, "torch": torch.__version__, "python": platform.python_version()},

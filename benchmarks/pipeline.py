@@ -1,11 +1,11 @@
 """The input pipeline's time against timm's loader, step by step and as a whole; and training from disk and from memory.
 
 The loaders run in one process on one thread, in turn, on the same files, which the system holds in memory after the
-first turn; a figure is a median of processor seconds (user and system) a picture, so it is one core's. timm's loader
-comes in both its forms, with the same augmentations: it normalises each picture, or a batch at once (its prefetcher).
+first turn; a figure is a median of processor seconds (user and system) an image, so it is one core's. timm's loader
+comes in both its forms, with the same augmentations: it normalises each image, or a batch at once (its prefetcher).
 
     python benchmarks/pipeline.py                          # on drawn birds; 4 minutes on two cores
-    python benchmarks/pipeline.py --data pictures/train    # on a folder of classes
+    python benchmarks/pipeline.py --data images/train    # on a folder of classes
 """
 
 import argparse
@@ -33,16 +33,16 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from training import in_turn, ours
 
-from ulsam.comparison.latency import processor
 from ulsam.data import loading
 from ulsam.data.augment import Normalise, TrainTransform, jittered
 from ulsam.data.birds import draw_birds
-from ulsam.data.cache import PictureCache
+from ulsam.data.cache import ImageCache
 from ulsam.data.folder import scan
-from ulsam.data.pictures import read_picture, read_pixels
-from ulsam.data.sources import FolderPictures
-from ulsam.train.config import TrainConfig
-from ulsam.train.machine import fitted
+from ulsam.data.images import read_image, read_pixels
+from ulsam.data.sources import FolderImages
+from ulsam.study.latency import processor
+from ulsam.training.config import TrainConfig
+from ulsam.training.machine import adapt_to_device
 
 LOOK: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bilinear"}
 SCALE, FLIP, BATCH = (0.25, 1.0), 0.5, 32
@@ -51,29 +51,29 @@ JITTERS = {"crop, flip": 0.0, "crop, flip, colour jitter 0.4": 0.4}
 
 
 def medians(contenders: dict[str, Callable[[], int]], turns: int) -> dict[str, float]:
-    """Processor seconds a picture of each contender, which returns how many it did; the first turn is left out."""
+    """Processor seconds an image of each contender, which returns how many it did; the first turn is left out."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(turns + 1):
         for name, call in contenders.items():
             began = time.process_time()
-            pictures = call()
+            images = call()
             if turn:
-                times[name].append((time.process_time() - began) / pictures)
+                times[name].append((time.process_time() - began) / images)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
 def loaders(folder: Path, size: int, jitter: float, turns: int) -> dict[str, float]:
-    """Seconds a picture of whole epochs: our loader from disk and from memory, timm's in both forms."""
-    pictures = FolderPictures(scan(folder, 1).samples, scan(folder, 1).classes)
+    """Seconds an image of whole epochs: our loader from disk and from memory, timm's in both forms."""
+    images = FolderImages(scan(folder, 1).samples, scan(folder, 1).classes)
     common: dict[str, Any] = {"hflip": FLIP, **LOOK}
     transform = TrainTransform(
         (3, size, size), crop_scale=SCALE, color_jitter=jitter, rand_augment=None, random_erasing=0.0, **common
     )
     contenders = {}
-    for name, cache in (("disk", None), ("memory", PictureCache(len(pictures), 2**31))):
-        order = loading.EpochOrder(pictures, BATCH, seed=0)
+    for name, cache in (("disk", None), ("memory", ImageCache(len(images), 2**31))):
+        order = loading.EpochOrder(images, BATCH, seed=0)
         contenders[name] = loading.train_loader(
-            pictures, transform, order, batch_size=BATCH, seed=0, workers=0, cache=cache
+            images, transform, order, batch_size=BATCH, seed=0, workers=0, cache=cache
         )
     for name, prefetcher in (("timm", False), ("timm, prefetcher", True)):
         contenders[name] = create_loader(
@@ -100,21 +100,21 @@ def _epoch(loader: Any) -> Callable[[], int]:
 
 
 def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
-    """Seconds a picture of each step, as it was tried."""
+    """Seconds an image of each step, as it was tried."""
     files = [path for path, _ in scan(folder, 1).samples]
     contents = [Path(path).read_bytes() for path in files]
-    pictures, pixels = [read_picture(path) for path in files], [read_pixels(path) for path in files]
-    small = [picture.resize((size, size)) for picture in pictures]
-    images = torch.stack([torch.from_numpy(read_pixels(_jpeg(picture))) for picture in small])
+    images, pixels = [read_image(path) for path in files], [read_pixels(path) for path in files]
+    small = [image.resize((size, size)) for image in images]
+    tensors = torch.stack([torch.from_numpy(read_pixels(_jpeg(image))) for image in small])
     generator, normalise = random.Random(0), Normalise(LOOK["mean"], LOOK["std"])
-    per_picture = transforms.Compose([transforms.ToTensor(), transforms.Normalize(LOOK["mean"], LOOK["std"])])
+    per_image = transforms.Compose([transforms.ToTensor(), transforms.Normalize(LOOK["mean"], LOOK["std"])])
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4)
 
     def crop_of(array: Any) -> tuple[int, int]:  # three quarters of each side
         return 3 * array.shape[0] // 4, 3 * array.shape[1] // 4
 
     def by_pillow(mode: Image.Resampling) -> Callable[[int], Any]:
-        return lambda n: pictures[n].crop((0, 0, *crop_of(pixels[n])[::-1])).resize((size, size), mode)
+        return lambda n: images[n].crop((0, 0, *crop_of(pixels[n])[::-1])).resize((size, size), mode)
 
     def by_torch(mode: str) -> Callable[[int], Any]:
         def resize(n: int) -> Any:
@@ -133,9 +133,9 @@ def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
         return run
 
     def normalise_batches() -> int:
-        for first in range(0, len(images), BATCH):
-            normalise(images[first : first + BATCH])
-        return len(images)
+        for first in range(0, len(tensors), BATCH):
+            normalise(tensors[first : first + BATCH])
+        return len(tensors)
 
     contenders = {
         "decode: Pillow": each(lambda n: Image.open(io.BytesIO(contents[n])).convert("RGB")),
@@ -147,22 +147,22 @@ def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
         "crop and resize, bilinear: PyTorch, uint8": each(by_torch("bilinear")),
         "crop and resize, bicubic: Pillow": each(by_pillow(Image.Resampling.BICUBIC)),
         "crop and resize, bicubic: PyTorch, uint8": each(by_torch("bicubic")),
-        "normalise: each picture, torchvision": each(lambda n: per_picture(small[n])),
+        "normalise: each image, torchvision": each(lambda n: per_image(small[n])),
         "normalise: a batch at once": normalise_batches,
         "seed: three generators": each(lambda n: loading.seed_all(0, 1, 0, n)),
         "seed: one generator": each(lambda n: random.Random(1 << 96 | n)),
         "colour jitter: torchvision, on Pillow's": each(lambda n: jitter(small[n])),
-        "colour jitter: ours": each(lambda n: jittered(images[n], 0.4, generator)),
+        "colour jitter: ours": each(lambda n: jittered(tensors[n], 0.4, generator)),
     }
     return medians(contenders, turns)
 
 
 def training(folder: Path, size: int, turns: int, work: Path) -> dict[str, float]:
-    """Pictures a second of steps of `ulsam train` from disk and from memory, and the median ratio of their turns."""
+    """Images a second of steps of `ulsam train` from disk and from memory, and the median ratio of their turns."""
     steps = {}
     for name, cache in (("disk", "false"), ("memory", "true")):
         settings = {"layout": "channels_last", "amp": "none", "compile": "none", "cache": cache, "device": "cpu"}
-        config = fitted(TrainConfig(data=str(folder), size=size, val_fraction=0.1, **settings), loading.CPU)
+        config = adapt_to_device(TrainConfig(data=str(folder), size=size, val_fraction=0.1, **settings), loading.CPU)
         steps[name] = ours(config, str(work / name))
     for _ in range(len(scan(folder, 1).samples) // BATCH):
         steps["memory"]()  # the first epoch fills it
@@ -173,14 +173,14 @@ def training(folder: Path, size: int, turns: int, work: Path) -> dict[str, float
     return {**middle, "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
 
 
-def _jpeg(picture: Image.Image) -> io.BytesIO:
+def _jpeg(image: Image.Image) -> io.BytesIO:
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=90)
+    image.save(stream, "JPEG", quality=90)
     return stream
 
 
 def chosen(source: Path, number: int, target: Path, size: Sequence[int] | None = None) -> Path:
-    """So many of a folder's pictures, spread over it, in a folder with their classes; as they are or enlarged."""
+    """So many of a folder's images, spread over it, in a folder with their classes; as they are or enlarged."""
     samples = scan(source, 1).samples
     for place in range(min(number, len(samples))):
         path = Path(samples[place * len(samples) // min(number, len(samples))][0])
@@ -189,25 +189,23 @@ def chosen(source: Path, number: int, target: Path, size: Sequence[int] | None =
         if size is None and path.suffix.lower() in (".jpg", ".jpeg"):
             copy.write_bytes(path.read_bytes())
         else:
-            picture = read_picture(path)
-            copy.write_bytes(
-                _jpeg(picture.resize(tuple(size), Image.Resampling.BICUBIC) if size else picture).getvalue()
-            )
+            image = read_image(path)
+            copy.write_bytes(_jpeg(image.resize(tuple(size), Image.Resampling.BICUBIC) if size else image).getvalue())
     return target
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with a folder of pictures a class (default: drawn birds)")
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--data", type=Path, help="folder with a folder of images a class (default: drawn birds)")
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--size", type=int, default=160)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", default="results/pipeline.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        source = args.data or draw_birds(work / "birds", classes=8, train=args.pictures // 8, val=1, size=224) / "train"
-        own = chosen(source, args.pictures, work / "own")
+        source = args.data or draw_birds(work / "birds", classes=8, train=args.images // 8, val=1, size=224) / "train"
+        own = chosen(source, args.images, work / "own")
         with Image.open(next(own.glob("*/*"))) as first:
             title = f"{first.width} x {first.height}"
         threads = torch.get_num_threads()
@@ -216,13 +214,13 @@ def main() -> None:
         cases, folders = [], {title: own}
         for larger, (width, height, number) in LARGER.items():
             folders[larger] = chosen(source, number, work / larger, (width, height))
-        for pictures, folder in folders.items():
+        for images, folder in folders.items():
             for augmentations, jitter in JITTERS.items():
                 found = loaders(folder, args.size, jitter, args.turns)
-                cases.append({"pictures": pictures, "augmentations": augmentations, "seconds": found})
+                cases.append({"images": images, "augmentations": augmentations, "seconds": found})
                 best = min(found["timm"], found["timm, prefetcher"])
                 print(
-                    f"{pictures:12} {augmentations:30} {1 / found['disk']:7.0f} pictures a second and core; "
+                    f"{images:12} {augmentations:30} {1 / found['disk']:7.0f} images a second and core; "
                     f"timm / ours {found['timm'] / found['disk']:.2f}, its better form {best / found['disk']:.2f}, "
                     f"from memory {best / found['memory']:.2f}",
                     flush=True,
@@ -232,7 +230,7 @@ def main() -> None:
         print(f"{step:45} {1e6 * seconds:7.0f} us")
     print(f"training, disk / memory: {rates['ratio']:.3f} ({rates['ratio_low']:.3f} to {rates['ratio_high']:.3f})")
     result = {
-        "what": "processor seconds a picture on one thread, medians of turns; training: pictures a second",
+        "what": "processor seconds an image on one thread, medians of turns; training: images a second",
         "command": f"python benchmarks/pipeline.py{' --data FOLDER' if args.data else ''}",
         "data": args.data.parent.name if args.data else "birds",
         "input": args.size,
@@ -247,7 +245,7 @@ def main() -> None:
         },
         "loaders": cases,
         "steps": tried,
-        "training_pictures_per_second": rates,
+        "training_images_per_second": rates,
     }
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 

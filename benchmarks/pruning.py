@@ -1,6 +1,6 @@
-"""Channel pruning as a peer: Torch-Pruning takes a net to a share of its cost, and the same fine-tuning restores it.
+"""Channel pruning as a peer: Torch-Pruning takes a model to a share of its cost, and the same fine-tuning restores it.
 
-The net, its weight file and every setting come from a comparison, where the pruned net joins as one more arm. The
+The model, its weight file and every setting come from a comparison, where the pruned model joins as one more arm. The
 procedure is that of the library's authors for MobileNet-V2 on ImageNet, less its 150 epochs of sparse training
 (https://github.com/VainF/Torch-Pruning, reproduce/scripts/prune/imagenet/mobilenetv2_group_sl.sh): importance is the L2
 norm of a group of coupled weights, channels of all layers compete, they go in small steps until the cost is met, no
@@ -25,8 +25,8 @@ import guest
 import torch
 from torch import nn
 
-from ulsam.costs import cost
-from ulsam.errors import UlsamError
+from ulsam.base.errors import UlsamError
+from ulsam.surgery.cost import cost
 
 Measure = Literal["macs", "params"]
 STEPS = 1000  # to take all channels, if nothing stopped it: small ones, to end near the target
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = f"pruned-{'uniform-' if args.uniform else ''}{measure}-{share:g}"
 
     place = guest.host(args.out)
-    pruned = prune(place.net, place.recipe.input_size, share, measure, uniform=args.uniform)
+    pruned = prune(place.model, place.spec.input_size, share, measure, uniform=args.uniform)
     told = {
-        "what": "channels pruned by Torch-Pruning before fine-tuning; latency beside the unpruned net's",
+        "what": "channels pruned by Torch-Pruning before fine-tuning; latency beside the unpruned model's",
         "wanted": {measure: share},
         "torch_pruning": importlib.metadata.version("torch-pruning"),
     }
@@ -58,12 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prune(
-    net: nn.Module, input_size: Sequence[int], share: float, measure: Measure = "macs", *, uniform: bool = False
+    model: nn.Module, input_size: Sequence[int], share: float, measure: Measure = "macs", *, uniform: bool = False
 ) -> nn.Module:
-    """A copy of ``net`` with fewer channels, that costs ``share`` of what it did, to 1 %; its classifier is all zeros.
+    """A copy of ``model`` with fewer channels, that costs ``share`` of what it did, to 1 %; its classifier is all
+    zeros.
 
     Args:
-        net: a timm classifier; stays as it is.
+        model: a timm classifier; stays as it is.
         input_size: C, H, W.
         share: of the MACs or of the parameters that stay, above 0 and below 1.
         measure: which of the two.
@@ -76,11 +77,11 @@ def prune(
 
     if not 0 < share < 1:
         raise UlsamError(f"the share that stays lies between 0 and 1, not {share}")
-    pruned = copy.deepcopy(net).eval()
+    pruned = copy.deepcopy(model).eval()
     head = cast(nn.Linear, cast(Any, pruned).get_classifier())
     with torch.no_grad():
         head.weight.zero_()
-    wanted = share * getattr(cost(net, input_size), measure)
+    wanted = share * getattr(cost(model, input_size), measure)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a graph holds besides layers
         pruner = torch_pruning.pruner.BasePruner(

@@ -1,12 +1,12 @@
 """What HTTP costs: `ulsam serve` under load beside the same work in a loop, and its end under load.
 
-The loop decodes, transforms and runs the pictures of a folder, read into memory before, 32 at a time (`ulsam.runtime`
+The loop decodes, transforms and runs the images of a folder, read into memory before, 32 at a time (`ulsam.runtime`
 or PyTorch, as the service does). It runs for half of the time before the service and half after it. Clients are threads
-of this process with a connection each, which send one picture after the other; their processor time is told, because
+of this process with a connection each, which send one image after the other; their processor time is told, because
 they share the machine with the service. At last the service is told to stop while they send: what it says it answered
 must be what they got. Nothing else may run.
 
-    python benchmarks/served.py cub100 runs/slim/model.onnx pictures/test
+    python benchmarks/served.py cub100 runs/slim/model.onnx images/test
 """
 
 import argparse
@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from ulsam.comparison.latency import processor
-from ulsam.data.folder import picture_paths
-from ulsam.prediction import predict
-from ulsam.serving.nets import Net, open_net
+from ulsam.apps.service_model import Model, open_model
+from ulsam.data.folder import image_paths
+from ulsam.study.latency import processor
+from ulsam.training.predict import predict
 
 BATCH = 32
 
@@ -41,32 +41,32 @@ BATCH = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the result, results/served_NAME.json")
-    parser.add_argument("model", help="an exported net, or a model file")
-    parser.add_argument("pictures", help="folder of pictures")
-    parser.add_argument("--most", type=int, default=1000, help="pictures that are read of the folder")
+    parser.add_argument("model", help="an exported model, or a model file")
+    parser.add_argument("images", help="folder of images")
+    parser.add_argument("--most", type=int, default=1000, help="images that are read of the folder")
     parser.add_argument("--seconds", type=float, default=120, help="of the service, and of the loop")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that compute a batch, in both")
     args = parser.parse_args()
-    pictures = [Path(path).read_bytes() for path in picture_paths([args.pictures])[: args.most]]
-    net = open_net(args.model, args.threads)
-    loop_rate(net, pictures, 1)
-    before = loop_rate(net, pictures, args.seconds / 2)
-    served = service(args.model, pictures, args.clients, args.threads, args.seconds)
-    after = loop_rate(net, pictures, args.seconds / 2)
+    images = [Path(path).read_bytes() for path in image_paths([args.images])[: args.most]]
+    model = open_model(args.model, args.threads)
+    loop_rate(model, images, 1)
+    before = loop_rate(model, images, args.seconds / 2)
+    served = service(args.model, images, args.clients, args.threads, args.seconds)
+    after = loop_rate(model, images, args.seconds / 2)
     loop = (before + after) / 2
     result = {
-        "what": "pictures a second of ulsam serve and of the same work in a loop; seconds a request",
-        "command": f"python benchmarks/served.py {args.name} MODEL PICTURES --most {args.most}"
+        "what": "images a second of ulsam serve and of the same work in a loop; seconds a request",
+        "command": f"python benchmarks/served.py {args.name} MODEL IMAGES --most {args.most}"
         f" --seconds {args.seconds:g} --clients {args.clients} --threads {args.threads}",
         "targets": "share_of_the_loop >= 0.8, p99_over_median < 3, exit_status, lost, broken and not_200 all 0",
-        "pictures": len(pictures),
-        "bytes_median": statistics.median(map(len, pictures)),
+        "images": len(images),
+        "bytes_median": statistics.median(map(len, images)),
         "threads": args.threads,
         "seconds": args.seconds,
-        "loop": {"pictures_per_second": loop, "before": before, "after": after, "batch": BATCH},
+        "loop": {"images_per_second": loop, "before": before, "after": after, "batch": BATCH},
         "served": served,
-        "share_of_the_loop": served["pictures_per_second"] / loop,
+        "share_of_the_loop": served["images_per_second"] / loop,
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {
             "python": platform.python_version(),
@@ -78,18 +78,18 @@ def main() -> None:
     print(text)
 
 
-def loop_rate(net: Net, pictures: Sequence[bytes], seconds: float) -> float:
-    """Pictures a second in this process."""
+def loop_rate(model: Model, images: Sequence[bytes], seconds: float) -> float:
+    """Images a second in this process."""
     start, count = time.perf_counter(), 0
-    streams = map(BytesIO, itertools.cycle(pictures))
-    for _ in predict(streams, net.logits, net.preprocessing, net.classes, top=3, batch=BATCH):
+    streams = map(BytesIO, itertools.cycle(images))
+    for _ in predict(streams, model.logits, model.preprocessing, model.classes, top=3, batch=BATCH):
         count += 1
         if count % BATCH == 0 and time.perf_counter() - start > seconds:
             break
     return count / (time.perf_counter() - start)
 
 
-def service(model: str, pictures: Sequence[bytes], n_clients: int, threads: int, seconds: float) -> dict[str, Any]:
+def service(model: str, images: Sequence[bytes], n_clients: int, threads: int, seconds: float) -> dict[str, Any]:
     """Start a service, send to it for so long, and stop it while it is sent to."""
     words = [sys.executable, "-m", "ulsam", "serve", model, "--port", "0", "--threads", str(threads)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
@@ -98,7 +98,7 @@ def service(model: str, pictures: Sequence[bytes], n_clients: int, threads: int,
     if not line:
         raise SystemExit("the service did not start")
     port = int(line.split("http://127.0.0.1:")[1].split(",")[0])
-    clients = [Client(port, pictures, number) for number in range(n_clients)]
+    clients = [Client(port, images, number) for number in range(n_clients)]
     for client in clients:
         client.start()
     time.sleep(2)  # not measured
@@ -115,14 +115,14 @@ def service(model: str, pictures: Sequence[bytes], n_clients: int, threads: int,
     told, _ = process.communicate()
     said, answered = int(told.split("stopped: ")[1].split()[0]), sum(client.answered for client in clients)
     median, p99 = np.quantile(taken, (0.5, 0.99))
-    batches = last["ulsam_batch_pictures_count"] - first["ulsam_batch_pictures_count"]
+    batches = last["ulsam_batch_images_count"] - first["ulsam_batch_images_count"]
     return {
         "clients": n_clients,
-        "pictures_per_second": len(taken) / wall,
+        "images_per_second": len(taken) / wall,
         "seconds_median": median,
         "seconds_p99": p99,
         "p99_over_median": p99 / median,
-        "pictures_per_batch": (last["ulsam_batch_pictures_sum"] - first["ulsam_batch_pictures_sum"]) / batches,
+        "images_per_batch": (last["ulsam_batch_images_sum"] - first["ulsam_batch_images_sum"]) / batches,
         "client_cpu_seconds": client_cpu,
         "service_cpu_seconds": last["process_cpu_seconds_total"] - first["process_cpu_seconds_total"],
         "memory_bytes": [entry["process_resident_memory_bytes"] for entry in (first, last)],
@@ -138,21 +138,21 @@ def service(model: str, pictures: Sequence[bytes], n_clients: int, threads: int,
 
 
 class Client(threading.Thread):
-    """Sends one picture after the other on one connection, until nobody answers."""
+    """Sends one image after the other on one connection, until nobody answers."""
 
-    def __init__(self, port: int, pictures: Sequence[bytes], number: int) -> None:
+    def __init__(self, port: int, images: Sequence[bytes], number: int) -> None:
         super().__init__()
-        self.port, self.pictures = port, pictures[number:] + pictures[:number]
+        self.port, self.images = port, images[number:] + images[:number]
         self.seconds: list[float] = []
         self.answered = self.odd = self.broken = 0
 
     def run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         headers = {"Content-Type": "application/octet-stream"}
-        for picture in itertools.cycle(self.pictures):
+        for image in itertools.cycle(self.images):
             start = time.perf_counter()
             try:
-                connection.request("POST", "/predict", picture, headers)
+                connection.request("POST", "/predict", image, headers)
                 answer = connection.getresponse()
                 answer.read()
             except OSError:  # nobody there any more

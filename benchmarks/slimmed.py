@@ -1,11 +1,12 @@
-"""Slim the trained base nets of a comparison, seed by seed, with distillation; on wish into a net of the package.
+"""Slim the trained base models of a comparison, seed by seed, with distillation; on wish into a model of the package.
 
-1. The base net of the comparison's best try is slimmed at each of --rates, on the pictures on which that try was
+1. The base model of the comparison's best try is slimmed at each of --rates, on the images on which that try was
    trained; the rate that does best on those on which it was measured is taken. A single rate is taken as it is.
-2. The base net of each final run is slimmed at this rate, on all training pictures, and measured once on the pictures
-   on which the comparison measured the base. Beside it the base net is trained on in the same way, with itself as the
+2. The base model of each final run is slimmed at this rate, on all training images, and measured once on the images
+   on which the comparison measured the base. Beside it the base model is trained on in the same way, with itself as the
    teacher and no block replaced: what the further epochs bring without slimming. Several budgets share these runs.
-3. With --package the slimmed net of the first seed becomes the package's, whichever seed is the best, with convolutions
+3. With --package the slimmed model of the first seed becomes the package's, whichever seed is the best, with
+convolutions
    and classifier in half precision; it is measured once more. It is known by its name once there is a card, NAME.md,
    beside it.
 
@@ -33,25 +34,25 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge
-from ulsam.comparison.latency import measure
-from ulsam.comparison.latency import processor as processor_name
-from ulsam.comparison.launch import lock_of
-from ulsam.comparison.paths import without_paths
-from ulsam.comparison.statistics import difference
-from ulsam.comparison.store import Store
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import make_folder, write_atomic
 from ulsam.data.loading import eval_loader
-from ulsam.errors import UlsamError
-from ulsam.evaluate import ALONE, evaluate, recipe_transform
-from ulsam.files import make_folder, write_atomic
-from ulsam.models import load, read_recipe, save_model
-from ulsam.recipe import Recipe
-from ulsam.slimming.run import DECIDED, fine_tuning, slim
-from ulsam.train import parts
-from ulsam.train.config import read_config
-from ulsam.train.loop import resume, train
-from ulsam.train.report import command_line, versions
-from ulsam.train.restore import check_begun
+from ulsam.model.build import load, read_spec, save_model
+from ulsam.model.spec import ModelSpec
+from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge
+from ulsam.study.latency import measure
+from ulsam.study.latency import processor as processor_name
+from ulsam.study.launch import lock_of
+from ulsam.study.paths import without_paths
+from ulsam.study.run_store import Store
+from ulsam.study.slim import DECIDED, fine_tuning, slim
+from ulsam.study.statistics import difference
+from ulsam.training import parts
+from ulsam.training.config import read_config
+from ulsam.training.evaluate import ALONE, evaluate, spec_transform
+from ulsam.training.loop import resume, train
+from ulsam.training.restore import check_begun
+from ulsam.training.summary import command_line, versions
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ("macs", "params", "latency")
@@ -59,32 +60,37 @@ BUDGETS = ("macs", "params", "latency")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("compared", help="folder of a comparison whose base net is finished")
+    parser.add_argument("compared", help="folder of a comparison whose base model is finished")
     parser.add_argument("name", help="of the results")
     budget = parser.add_mutually_exclusive_group(required=True)
     for name in BUDGETS:
         budget.add_argument(f"--{name}", type=float, metavar="SHARE")
     parser.add_argument("--at", help="blocks to choose from (default: all that can be replaced)")
-    parser.add_argument("--width", type=int, default=32, help="of the thin blocks")
+    parser.add_argument("--width", type=int, default=32, help="of the narrow inverted residuals")
     parser.add_argument("--most-sets", type=int, default=100, metavar="N", help="as of ulsam slim (default: 100)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--seeds", type=int, help="slim so many of the base net's final runs (default: all)")
+    parser.add_argument("--seeds", type=int, help="slim so many of the base model's final runs (default: all)")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--package", metavar="NAME", help="put the first seed's net there, as ARCHITECTURE.DATA_WHAT")
+    parser.add_argument("--package", metavar="NAME", help="put the first seed's model there, as ARCHITECTURE.DATA_WHAT")
     args = parser.parse_args(argv)
 
     store = Store(args.compared)
     grid = store.grid()
     whole, finals = base_runs(grid, store, args.seeds)
     wanted = {name: share for name in BUDGETS if (share := getattr(args, name)) is not None}
-    asked = {**wanted, "at": args.at, "layer": {"layer": "thin", "width": args.width}, "most_sets": args.most_sets}
+    asked = {
+        **wanted,
+        "at": args.at,
+        "layer": {"layer": "inverted_residual", "width": args.width},
+        "most_sets": args.most_sets,
+    }
     asked["data"] = grid.shared.data
     root = Path(args.compared) / "slimmed"
     place = root / args.name
 
     def job(run: Run, lr: float, folder: Path) -> dict[str, Any]:
-        given = dataclasses.asdict(run.config)  # all but what slimming decides is as in the run of the whole net
+        given = dataclasses.asdict(run.config)  # all but what slimming decides is as in the run of the whole model
         settings = {name: value for name, value in given.items() if name not in DECIDED and value is not None}
         settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs}
         return {"model": store.folder(run) / "model.safetensors", "out": folder, "settings": settings}
@@ -122,17 +128,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_atomic(published / f"seed-{seed}" / f"{name}.json", json.dumps(without_paths(value), indent=1) + "\n")
     before, after, longer = runs["whole"], runs["slimmed"], runs["longer"]
     compared = {"minus_whole": difference(after, before), "minus_longer": difference(after, longer)}
-    nets = [load(folder / "model.safetensors") for folder in (folders["whole"][0], *folders["slimmed"])]
+    models = [load(folder / "model.safetensors") for folder in (folders["whole"][0], *folders["slimmed"])]
     torch.set_num_threads(finals[0].config.threads or torch.get_num_threads())
     names = ["whole", *(f"seed {seed}" for seed in seeds)]
-    times = measure({name: (net, recipe.input_size) for name, (net, recipe) in zip(names, nets, strict=True)})
-    first, (net, recipe) = seeds[0], nets[1]
+    times = measure({name: (model, spec.input_size) for name, (model, spec) in zip(names, models, strict=True)})
+    first, (model, spec) = seeds[0], models[1]
     told = {
-        "what": "base nets of a comparison, slimmed with distillation and, beside it, trained on",
+        "what": "base models of a comparison, slimmed with distillation and, beside it, trained on",
         "command": command_line(),
         "wanted": wanted,
         "at": args.at,
-        "recipe": json.loads(recipe.to_json()) | {"classes": len(recipe.classes)},
+        "spec": json.loads(spec.to_json()) | {"classes": len(spec.classes)},
         "blocks": [found["chosen"]["blocks"] for found in done],
         "chosen_on": grid.choose_split or "held-out",
         "tries": {f"{lr:g}": result["slimmed"]["top1"] for lr, result in tries.items()},
@@ -152,13 +158,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "slimmed": times[f"seed {first}"].to_json(),
             "slimmed_ratios": [times[name].ratio for name in names[1:]],
         },
-        "pictures": after[first]["scores"]["pictures"],
+        "images": after[first]["scores"]["images"],
         "config": after[first]["config"],
         "versions": versions(),
     }
     if args.package:
         file = ROOT / "src" / "ulsam" / "trained" / f"{args.package}.safetensors"
-        pack(net, recipe, file)
+        pack(model, spec, file)
         packed = {"name": args.package, "seed": first, "top1": measured(load(file)[0], finals[0])}
         told["packed"] = {**packed, "bytes": file.stat().st_size}
     text = json.dumps(without_paths(told), indent=1) + "\n"
@@ -167,38 +173,38 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def base_runs(grid: Grid, store: Store, most: int | None = None) -> tuple[Run, list[Run]]:
-    """The comparison's best try of its base net, and the final runs, the first ``most`` seeds.
+    """The comparison's best try of its base model, and the final runs, the first ``most`` seeds.
 
     Raises:
         UlsamError: one of them is not finished, or left no model file.
     """
     arm = grid.arms[0]
-    chosen = grid.chosen(arm, store.look) if grid.choosing else None
+    chosen = grid.chosen(arm, store.outcome) if grid.choosing else None
     if chosen is None:
-        raise UlsamError(f"{store.root} has not chosen a learning rate for its base net: go on with ulsam compare")
-    runs = [run for run in grid.tries(arm, store.look) if (run.config.lr, run.config.epochs) == chosen][:1]
-    runs += grid.finals(arm, store.look)[:most]
+        raise UlsamError(f"{store.root} has not chosen a learning rate for its base model: go on with ulsam compare")
+    runs = [run for run in grid.tries(arm, store.outcome) if (run.config.lr, run.config.epochs) == chosen][:1]
+    runs += grid.finals(arm, store.outcome)[:most]
     for run in runs:
-        summary = store.look(run)
+        summary = store.outcome(run)
         if summary is None or isinstance(summary, Failed) or not (store.folder(run) / "model.safetensors").exists():
             raise UlsamError(f"{run} is not finished: go on with ulsam compare")
     return runs[0], runs[1:]
 
 
-def pack(net: nn.Module, recipe: Recipe, target: Path) -> None:
-    """Write the net to ``target``, the weights of convolutions and linear layers in half precision."""
-    for module in net.modules():
+def pack(model: nn.Module, spec: ModelSpec, target: Path) -> None:
+    """Write the model to ``target``, the weights of convolutions and linear layers in half precision."""
+    for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.half()
-    save_model(net, recipe, target)
+    save_model(model, spec, target)
 
 
-def measured(net: nn.Module, run: Run) -> float:
-    """Top-1 of the net, as a share, on the pictures on which ``run`` was measured."""
-    _, pictures, _ = parts.open_pictures(run.config)
-    recipe = parts.recipe_of(run.config, pictures.classes)
-    batches = eval_loader(pictures, recipe_transform(recipe), batch_size=32, workers=0, device=ALONE.device)
-    return evaluate(net, batches, len(pictures.classes), world=ALONE).top1
+def measured(model: nn.Module, run: Run) -> float:
+    """Top-1 of the model, as a share, on the images on which ``run`` was measured."""
+    _, images, _ = parts.open_images(run.config)
+    spec = parts.spec_of(run.config, images.classes)
+    batches = eval_loader(images, spec_transform(spec), batch_size=32, workers=0, device=ALONE.device)
+    return evaluate(model, batches, len(images.classes), world=ALONE).top1
 
 
 def _decide(jobs: Sequence[dict[str, Any]]) -> None:
@@ -212,12 +218,12 @@ def _decide(jobs: Sequence[dict[str, Any]]) -> None:
 
 
 def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> None:
-    """Train the whole net as its slimmed one is, or go on with it, or wait for another process that does.
+    """Train the whole model as its slimmed one is, or go on with it, or wait for another process that does.
 
     Raises:
         UlsamError: it was begun with other settings.
     """
-    config = fine_tuning(model, read_recipe(model), data, settings)
+    config = fine_tuning(model, read_spec(model), data, settings)
     make_folder(out.parent)
     with FileLock(lock_of(out)):
         if not (out / "config.yaml").exists():

@@ -18,15 +18,15 @@ from typing import Any
 
 import explained_tables
 
-from ulsam.comparison import table
-from ulsam.comparison.paths import without_paths
-from ulsam.comparison.report import summarise
-from ulsam.comparison.statistics import difference
-from ulsam.comparison.store import Store
-from ulsam.errors import UlsamError
+from ulsam.base.errors import UlsamError
+from ulsam.study import compare_table as table
+from ulsam.study.compare_report import summarise
+from ulsam.study.paths import without_paths
+from ulsam.study.run_store import Store
+from ulsam.study.statistics import difference
 
 ROOT = Path(__file__).parents[1]
-#: Slimmed nets of whose runs no summaries were kept.
+#: Slimmed models of whose runs no summaries were kept.
 SUMMED_UP = ("cub100_macs75", "grocery81_macs75")
 #: the comparisons of the README's table, and what they compare
 HEADLINES = {
@@ -38,14 +38,14 @@ HEADLINES = {
 def headline_table() -> str:
     """One row an arm that has results; the arms of a comparison are called as in :func:`comparison_table`."""
     lines = [
-        "| net | parameters | MACs | time of a picture | test top-1, mean ± sd (seeds) | minus base | minus removal "
+        "| model | parameters | MACs | time of an image | test top-1, mean ± sd (seeds) | minus base | minus removal "
         "| minus pruning |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, title in HEADLINES.items():
         found = comparison(name)
         arms = [arm for arm in found["arms"] if arm["seeds"] or arm["failed"]]
-        lines.append(f"| **{title}, {found['pictures']} {found['split']} pictures** | | | | | | | |")
+        lines.append(f"| **{title}, {found['images']} {found['split']} images** | | | | | | | |")
         lines += [_headline(arm, found["arms"][0], arms, _both_ways(found["differences"])) for arm in arms]
     return "\n".join(lines)
 
@@ -67,7 +67,7 @@ def _headline(
     spread = "" if arm["top1_sd"] is None else f" ± {100 * arm['top1_sd']:.2f}"
     trained = [other for other in arms if is_pruned(other["name"]) and other["seeds"]]
     pruned = [other["name"] for other in trained if alike(arm, other, "macs")]
-    rivals = [base["name"], f"removed {name.split()[-1]}", *([] if is_pruned(name) else pruned[:1])]
+    rivals = [base["name"], f"remove {name.split()[-1]}", *([] if is_pruned(name) else pruned[:1])]
     minus = [table.points(pairs[name, rival]) if (name, rival) in pairs else "" for rival in rivals]
     cells = [
         called(name),
@@ -81,7 +81,7 @@ def _headline(
 
 
 def called(name: str) -> str:
-    """An arm's name for a reader: "removed 14,17" as "removed 14, 17", a pruned net by who pruned it, and to what.
+    """An arm's name for a reader: "remove 14,17" as "remove 14, 17", a pruned model by who pruned it, and to what.
 
     >>> called("pruned-uniform-params-0.82")
     'Torch-Pruning, 82.0 % of the parameters'
@@ -115,7 +115,7 @@ def _both_ways(differences: list[dict[str, Any]]) -> dict[tuple[str, str], dict[
 SETS = {"cub100": "CUB-200-2011, 100 of its classes", "grocery81": "Grocery Store, 81 classes"}
 ARMS = {
     "base": "MobileNet-V2",
-    "removed": "layers 14, 17 simply removed",
+    "removed": "layers 14, 17 removed",
     "ulsam": "layers 14, 17 replaced by ULSAM, g = 4",
 }
 
@@ -123,7 +123,7 @@ ARMS = {
 def finetune_table() -> str:
     """One row an arm for each data set that was measured."""
     lines = [
-        "| data set (train / test pictures) | net | parameters | MACs | lr, epochs chosen "
+        "| data set (train / test images) | model | parameters | MACs | lr, epochs chosen "
         "| test top-1, mean ± sd (seeds) | minus base |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -132,22 +132,22 @@ def finetune_table() -> str:
         if not path.exists():
             continue
         result = json.loads(path.read_text())
-        for arm, net in ARMS.items():
+        for arm, model in ARMS.items():
             if arm in result["arms"]:
-                lines.append(_row(title if arm == "base" else "", net, result["arms"][arm], result["pictures"]))
+                lines.append(_row(title if arm == "base" else "", model, result["arms"][arm], result["images"]))
     return "\n".join(lines)
 
 
-def _row(title: str, net: str, arm: dict[str, Any], pictures: dict[str, int]) -> str:
-    first = f"{title} ({pictures['train']} / {pictures['val']})" if title else ""
+def _row(title: str, model: str, arm: dict[str, Any], images: dict[str, int]) -> str:
+    first = f"{title} ({images['train']} / {images['val']})" if title else ""
     tops = arm["test_top1"]
     spread = f" ± {100 * arm['test_top1_sd']:.2f}" if arm["test_top1_sd"] is not None else ""
     minus = f"{100 * arm['minus_base_mean']:+.2f}" if title == "" else ""
     if minus and arm["minus_base_sd"] is not None:
         minus += f" ± {100 * arm['minus_base_sd']:.2f}"
     return (
-        f"| {first} | {net} | {arm['params'] / 1e6:.2f} M | {arm['macs'] / 1e6:.1f} M | {arm['lr']:g}, {arm['epochs']} "
-        f"| {100 * arm['test_top1_mean']:.2f}{spread} ({len(tops)}) | {minus} |"
+        f"| {first} | {model} | {arm['params'] / 1e6:.2f} M | {arm['macs'] / 1e6:.1f} M "
+        f"| {arm['lr']:g}, {arm['epochs']} | {100 * arm['test_top1_mean']:.2f}{spread} ({len(tops)}) | {minus} |"
     )
 
 
@@ -214,7 +214,7 @@ def _figures(title: str, values: list[float]) -> str:
 def network_table(name: str = "network") -> str:
     """One row an edit of MobileNet-V2."""
     lines = [
-        "| edit | batch | each layer adds, of the base net's time (95 %) | time / base | blocks taken out / base |",
+        "| edit | batch | each layer adds, of the base model's time (95 %) | time / base | blocks taken out / base |",
         "|---|---|---|---|---|",
     ]
     for row in json.loads((ROOT / "results" / f"{name}.json").read_text())["cases"]:
@@ -258,23 +258,23 @@ def precision_table() -> str:
 
 
 def inside_table() -> str:
-    """One column a part of a call: in a net, and by itself."""
+    """One column a part of a call: in a model, and by itself."""
     places = json.loads((ROOT / "results" / "inside.json").read_text())["seconds"]
-    lines = [f"| microseconds | {' | '.join(places['in the net'])} |", "|---" * 5 + "|"]
+    lines = [f"| microseconds | {' | '.join(places['in the model'])} |", "|---" * 5 + "|"]
     for place, parts in places.items():
         lines.append(f"| {place} | {' | '.join(f'{1e6 * seconds:.0f}' for seconds in parts.values())} |")
     return "\n".join(lines)
 
 
 def pipeline_table() -> str:
-    """One row a kind of pictures and augmentations, then the training from disk and from memory."""
+    """One row a kind of images and augmentations, then the training from disk and from memory."""
     result = json.loads((ROOT / "results" / "pipeline.json").read_text())
-    versions, rates = result["versions"], result["training_pictures_per_second"]
+    versions, rates = result["versions"], result["training_images_per_second"]
     lines = [
         f"{result['machine']['processor']}, one thread, torch {versions['torch']}, timm {versions['timm']}, "
         f"{result['data']}, input {result['input']} px:",
         "",
-        "| pictures | augmentations | pictures a second and core | over timm's | over its better form "
+        "| images | augmentations | images a second and core | over timm's | over its better form "
         "| the same from memory |",
         "|---|---|---|---|---|---|",
     ]
@@ -282,7 +282,7 @@ def pipeline_table() -> str:
         seconds = case["seconds"]
         better = min(seconds["timm"], seconds["timm, prefetcher"])
         lines.append(
-            f"| {case['pictures']} | {case['augmentations']} | {1 / seconds['disk']:.0f} "
+            f"| {case['images']} | {case['augmentations']} | {1 / seconds['disk']:.0f} "
             f"| {seconds['timm'] / seconds['disk']:.2f} | {better / seconds['disk']:.2f} "
             f"| {better / seconds['memory']:.2f} |"
         )
@@ -290,7 +290,7 @@ def pipeline_table() -> str:
         [
             *lines,
             "",
-            f"Training from disk over training from memory, pictures a second, in turn: {rates['ratio']:.3f} "
+            f"Training from disk over training from memory, images a second, in turn: {rates['ratio']:.3f} "
             f"(95 %: {rates['ratio_low']:.3f} to {rates['ratio_high']:.3f}).",
         ]
     )
@@ -303,7 +303,7 @@ def steps_table() -> str:
     for name, seconds in steps.items():
         step, _, way = name.partition(": ")
         found.setdefault(step, []).append(f"{way} {1e6 * seconds:.0f}")
-    lines = ["| step | microseconds a picture |", "|---|---|"]
+    lines = ["| step | microseconds an image |", "|---|---|"]
     return "\n".join([*lines, *(f"| {step} | {' -> '.join(ways)} |" for step, ways in found.items())])
 
 
@@ -311,27 +311,27 @@ PRECISIONS = {"none": "float32", "bf16": "bf16"}
 
 
 def training_table() -> str:
-    """One row a net: the training step over the base net's, in each layout and precision; then pictures a second."""
+    """One row a model: the training step over the base model's, in each layout and precision; then images a second."""
     result = json.loads((ROOT / "results" / "training.json").read_text())
     cells: dict[str, dict[str, str]] = {}
     for row in result["steps"]:
         setup = f"{row['layout']}, {PRECISIONS[row['amp']]}"
         low, high = row["over_base_95"]
         ratio = f"{row['over_base']:.3f} ({low:.3f} to {high:.3f})"
-        base = row["net"] == "base"
-        cells.setdefault(row["net"], {})[setup] = f"{1e3 * row['seconds']:.0f} ms" if base else ratio
+        base = row["model"] == "base"
+        cells.setdefault(row["model"], {})[setup] = f"{1e3 * row['seconds']:.0f} ms" if base else ratio
     machine = result["machine"]
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, torch {result['versions']['torch']}:",
         "",
-        f"| net | {' | '.join(cells['base'])} |",
+        f"| model | {' | '.join(cells['base'])} |",
         "|---" * (1 + len(cells["base"])) + "|",
-        *(f"| {net} | {' | '.join(found.values())} |" for net, found in cells.items()),
+        *(f"| {model} | {' | '.join(found.values())} |" for model, found in cells.items()),
     ]
-    rates = result["loops"]["pictures a second"]
+    rates = result["loops"]["images a second"]
     if isinstance(rates, dict):
         ours = rates["ulsam train"]
-        lines += ["", "| training, reading included | pictures a second | `ulsam train` over it |", "|---|---|---|"]
+        lines += ["", "| training, reading included | images a second | `ulsam train` over it |", "|---|---|---|"]
         for name, rate in rates.items():
             measured = isinstance(rate, float)
             lines.append(f"| {name} | {rate:.1f} | {ours / rate:.2f} |" if measured else f"| {name} | {rate} | |")
@@ -382,7 +382,7 @@ def comparison_table(name: str, against: Sequence[str] = ()) -> str:
             matched.append(pair)
     told = [table.markdown({**found, "differences": matched}).strip()]
     store, out = Store(ROOT / "results" / name), found["command"].rpartition("--out ")[2]
-    guests = [store.read(f"arms/{arm.slug}/guest.json") for arm in store.guests()]
+    guests = [store.read(f"arms/{arm.slug}/external_arm.json") for arm in store.external_arms()]
     told += [f"`{guest_command(guest, out)}`" for guest in guests]
     return "\n\n".join(told)
 
@@ -404,22 +404,22 @@ def guest_command(guest: dict[str, Any], out: str) -> str:
 
 
 def damage_table(name: str) -> str:
-    """How well two samples of pictures rank sets of blocks alike; one row a net."""
+    """How well two samples of images rank sets of blocks alike; one row a model."""
     found = json.loads((ROOT / "results" / f"damage_{name}.json").read_text())
     lines = [
-        "| net | top-1 on its training pictures | held-out | two held-out samples agree | training and held-out agree "
-        "| set chosen by training pictures, its place on held-out ones | its loss there, the best one's |",
+        "| model | top-1 on its training images | held-out | two held-out samples agree | training and held-out agree "
+        "| set chosen by training images, its place on held-out ones | its loss there, the best one's |",
         "|---|---|---|---|---|---|---|",
     ]
-    for net, entry in found["nets"].items():
+    for model, entry in found["models"].items():
         summary = entry["summary"]
-        top1, agree = summary["whole net"]["top1"], summary["rank correlation"]
+        top1, agree = summary["whole model"]["top1"], summary["rank correlation"]
         chosen = summary["the best set by each"]
         ours, best = chosen["trained on, 1"], chosen[summary["judge"]]
         shares = [statistics.mean(top1[f"{kind}, {n}"] for n in (1, 2)) for kind in ("trained on", "held out")]
         mixed = [value for key, value in agree.items() if "trained on" in key and "held out" in key]
         cells = [
-            net,
+            model,
             *(f"{100 * share:.1f}" for share in shares),
             f"{agree['held out, 1 / held out, 2']:.3f}",
             f"{min(mixed):.3f} to {max(mixed):.3f}",
@@ -428,16 +428,16 @@ def damage_table(name: str) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     versions = found["versions"]
-    return "\n".join([*lines, "", f"{found['pictures']} pictures a sample; torch {versions['torch']}."])
+    return "\n".join([*lines, "", f"{found['images']} images a sample; torch {versions['torch']}."])
 
 
 def slimmed_table(name: str) -> str:
-    """The base nets of a comparison, the same trained on, and slimmed; then how the rate was chosen."""
+    """The base models of a comparison, the same trained on, and slimmed; then how the rate was chosen."""
     found = slimmed_results(name)
     rates = {"whole": found["whole"], "longer": found, "slimmed": found}
     titles = {"whole": "trained", "longer": "trained on, all blocks", "slimmed": "slimmed"}
     lines = [
-        "| net | parameters | MACs | time of a picture | lr, epochs | top-1 (seeds) | slimmed minus it |",
+        "| model | parameters | MACs | time of an image | lr, epochs | top-1 (seeds) | slimmed minus it |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for key, title in titles.items():
@@ -457,14 +457,14 @@ def slimmed_table(name: str) -> str:
     tries = ", ".join(f"{100 * top1:.1f} at {rate}" for rate, top1 in found["tries"].items())
     chosen = Counter(", ".join(blocks) for blocks in found["blocks"])
     sets = "; ".join(f"{blocks} ({count} of {chosen.total()} seeds)" for blocks, count in chosen.most_common())
-    told = [f"Top-1 in %, on {found['pictures']} test pictures."]
+    told = [f"Top-1 in %, on {found['images']} test images."]
     if tries:
-        told.append(f"Learning rate chosen by top-1 on {found['chosen_on']} pictures, {tries};")
-        told.append(f"the whole net has {100 * found['tried_whole']:.1f} there.")
+        told.append(f"Learning rate chosen by top-1 on {found['chosen_on']} images, {tries};")
+        told.append(f"the whole model has {100 * found['tried_whole']:.1f} there.")
     told.append(f"Blocks replaced: {sets}.")
     if ratios := found["latency"].get("slimmed_ratios"):
         shares = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-        told.append(f"Time of each seed's net, as a share: {shares} ({_threads(found['latency']['threads'])}).")
+        told.append(f"Time of each seed's model, as a share: {shares} ({_threads(found['latency']['threads'])}).")
     return "\n".join([*lines, "", " ".join(told)])
 
 
@@ -492,7 +492,7 @@ def slimmed_results(name: str) -> dict[str, Any]:
         "slimmed_costs": [run["cost"] for run in slimmed.values()],
         "whole_cost": runs["whole"][first]["cost"],
         "config": slimmed[first]["config"],
-        "pictures": slimmed[first]["scores"]["pictures"],
+        "images": slimmed[first]["scores"]["images"],
         **{name: slimmed[first]["config"][name] for name in ("lr", "epochs")},
     }
     for way, ran in runs.items():
@@ -513,33 +513,33 @@ def slimmed_results(name: str) -> dict[str, Any]:
 
 
 def card_table(name: str) -> str:
-    """The figures of a trained net of the package, beside those of the net that it was made from."""
+    """The figures of a trained model of the package, beside those of the model that it was made from."""
     found = slimmed_results(name)
     packed, slimmed, whole = found["packed"], found["slimmed"], found["whole"]
     seed = packed["seed"]
     before = whole["top1"][whole["seeds"].index(seed)]
     times = found["latency"]
     rows = [
-        ("top-1 on the test pictures", f"{100 * packed['top1']:.2f} %", f"{100 * before:.2f} %"),
+        ("top-1 on the test images", f"{100 * packed['top1']:.2f} %", f"{100 * before:.2f} %"),
         (
             f"the same with {len(slimmed['seeds'])} seeds, mean ± sd",
-            *(f"{100 * net['top1_mean']:.2f} ± {100 * net['top1_sd']:.2f} %" for net in (slimmed, whole)),
+            *(f"{100 * model['top1_mean']:.2f} ± {100 * model['top1_sd']:.2f} %" for model in (slimmed, whole)),
         ),
         *(
             (title, f"{slimmed['cost'][key] / 1e6:.2f} M", f"{found['whole_cost'][key] / 1e6:.2f} M")
             for title, key in (("parameters", "params"), ("multiply-adds", "macs"))
         ),
-        ("time of one picture", *(f"{1e3 * times[key]['seconds']:.1f} ms" for key in ("slimmed", "whole"))),
+        ("time of one image", *(f"{1e3 * times[key]['seconds']:.1f} ms" for key in ("slimmed", "whole"))),
     ]
     return "\n".join(
         [
-            f"| {found['pictures']} test pictures; {times['processor']} | this net | the net it was made from |",
+            f"| {found['images']} test images; {times['processor']} | this model | the model it was made from |",
             "| --- | --- | --- |",
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
             f"Seed {seed}, the first one, not the best; learning rate {found['lr']:g}, chosen of "
-            f"{', '.join(found['tries'])} on the set's {found['chosen_on']} pictures; {found['epochs']} epochs after "
-            f"the {whole['epochs']} of the net it was made from. Blocks replaced: {', '.join(found['blocks'][0])}. "
+            f"{', '.join(found['tries'])} on the set's {found['chosen_on']} images; {found['epochs']} epochs after "
+            f"the {whole['epochs']} of the model it was made from. Blocks replaced: {', '.join(found['blocks'][0])}. "
             f"Size of the file: {packed['bytes'] / 1e6:.2f} MB.",
         ]
     )
@@ -579,23 +579,23 @@ def deployed_table(name: str) -> str:
     first = next(iter(result["arms"].values()))["float32"]
     lines = [
         f"{result['machine']['processor']}, ONNX Runtime {result['versions']['onnxruntime']}, "
-        f"{first['pictures']} test pictures:",
+        f"{first['images']} test images:",
         "",
-        f"| net | file | top-1, mean ± sd (seeds) | int8 minus float32 | {' | '.join(places)} |",
+        f"| model | file | top-1, mean ± sd (seeds) | int8 minus float32 | {' | '.join(places)} |",
         "|---" * (4 + len(places)) + "|",
     ]
-    for arm, nets in result["arms"].items():
-        for precision, net in nets.items():
-            tops = [100 * value for value in net["top1"]]
+    for arm, models in result["arms"].items():
+        for precision, model in models.items():
+            tops = [100 * value for value in model["top1"]]
             spread = f" ± {statistics.stdev(tops):.2f}" if len(tops) > 1 else ""
             int8 = precision == "int8"
-            share = f" ({net['bytes'] / nets['float32']['bytes']:.0%})" if int8 else ""
+            share = f" ({model['bytes'] / models['float32']['bytes']:.0%})" if int8 else ""
             cells = [
                 f"{arm}, {precision}" if int8 else arm,
-                f"{net['bytes'] / 1e6:.2f} MB{share}",
+                f"{model['bytes'] / 1e6:.2f} MB{share}",
                 f"{statistics.mean(tops):.2f}{spread} ({len(tops)})",
-                table.points(net["minus_float32"]) if int8 else "",
-                *(_deployed_time(case["nets"][arm], precision) for case in result["times"]),
+                table.points(model["minus_float32"]) if int8 else "",
+                *(_deployed_time(case["models"][arm], precision) for case in result["times"]),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -608,9 +608,9 @@ def served_table(name: str) -> str:
     low, high = (bytes_ / 2**20 for bytes_ in served["memory_bytes"])
     told, got = stopped["answered_by_the_service"], stopped["answers_that_clients_got"]
     rows = {
-        "the same work in a loop": f"{result['loop']['pictures_per_second']:.0f} pictures a second",
-        "the service": f"{served['pictures_per_second']:.0f} pictures a second, "
-        f"{result['share_of_the_loop']:.0%} of that; {served['pictures_per_batch']:.1f} a batch",
+        "the same work in a loop": f"{result['loop']['images_per_second']:.0f} images a second",
+        "the service": f"{served['images_per_second']:.0f} images a second, "
+        f"{result['share_of_the_loop']:.0%} of that; {served['images_per_batch']:.1f} a batch",
         "a request": f"median {1e3 * served['seconds_median']:.0f} ms, 99 % within "
         f"{1e3 * served['seconds_p99']:.0f} ms, {served['p99_over_median']:.1f} times the median",
         "processor time": f"{served['service_cpu_seconds']:.0f} s of the service, "
@@ -631,10 +631,10 @@ def served_table(name: str) -> str:
     )
 
 
-def _deployed_time(nets: dict[str, Any], precision: str) -> str:
-    """Of float32 the ratio to the first net, of int8 how many times it is faster than the same net in float32."""
-    found = nets[precision]
-    against = f"{nets['times_faster']:.2f} x faster" if precision == "int8" else f"x {found['ratio']:.2f}"
+def _deployed_time(models: dict[str, Any], precision: str) -> str:
+    """Of float32 the ratio to the first model, of int8 how many times it is faster than the same model in float32."""
+    found = models[precision]
+    against = f"{models['times_faster']:.2f} x faster" if precision == "int8" else f"x {found['ratio']:.2f}"
     return f"{1e3 * found['seconds']:.1f} ms, {against}"
 
 
@@ -654,11 +654,11 @@ TABLES = {
         "slimmed_grocery81_latency": lambda: slimmed_table("grocery81_latency85"),
         "damage_cub100": lambda: damage_table("cub100"),
         "forms_cub100": lambda: comparison_table("forms_cub100"),
-        "layer_cub100": lambda: comparison_table("layer_cub100", against=("removed 14,17", "removed 4,7")),
-        "layer_cub100_lr02": lambda: comparison_table("layer_cub100_lr02", against=("removed 14,17",)),
+        "layer_cub100": lambda: comparison_table("layer_cub100", against=("remove 14,17", "remove 4,7")),
+        "layer_cub100_lr02": lambda: comparison_table("layer_cub100_lr02", against=("remove 14,17",)),
         "finetune": finetune_table,
     },
-    "src/ulsam/trained/mobilenetv2_100.grocery81_slim75.md": {"card": lambda: card_table("grocery81_macs75")},
+    "src/ulsam/model/weights/mobilenetv2_100.grocery81_slim75.md": {"card": lambda: card_table("grocery81_macs75")},
     "docs/deploy.md": {
         "exported": exported_table,
         "deployed_cub100": lambda: deployed_table("cub100"),

@@ -1,12 +1,12 @@
-"""The training step of ULSAM nets against their base net's, and `ulsam train` against timm's way of training.
+"""The training step of ULSAM models against their base model's, and `ulsam train` against timm's way of training.
 
-Steps: MobileNet-V2 at 160 px, batch 32, forward, backward and update on random pictures, in each memory layout and
-precision; all nets take turns in one process. A figure is the median of the paired ratios, a turn each, with a
+Steps: MobileNet-V2 at 160 px, batch 32, forward, backward and update on random images, in each memory layout and
+precision; all models take turns in one process. A figure is the median of the paired ratios, a turn each, with a
 bootstrapped 95 % interval.
 
-Pictures a second, reading included: `ulsam train` as it sets itself up, a loop written from timm's public API in the
+Images a second, reading included: `ulsam train` as it sets itself up, a loop written from timm's public API in the
 manner of timm's training script (with its defaults, and with channels_last and bfloat16), and the script itself where
-its path is given: it is not in timm's wheel. The same net, augmentations and reading processes; the loops take turns.
+its path is given: it is not in timm's wheel. The same model, augmentations and reading processes; the loops take turns.
 
     python benchmarks/training.py --data cub100                     # results/training.json; 4 minutes on two cores
     python benchmarks/training.py --data cub100 --timm-script pytorch-image-models/train.py
@@ -34,14 +34,14 @@ from timm.data import create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
-from ulsam.comparison.latency import processor
-from ulsam.distributed import World
-from ulsam.models import build
-from ulsam.train import parts
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import Trainer
-from ulsam.train.machine import fitted
-from ulsam.train.probe import candidates, settle, training_step
+from ulsam.base.distributed import World
+from ulsam.model.build import build
+from ulsam.study.latency import processor
+from ulsam.training import parts
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import Trainer
+from ulsam.training.machine import adapt_to_device
+from ulsam.training.probe import candidates, resolve_auto, training_step
 
 CPU = torch.device("cpu")
 BASE = TrainConfig("none", model="mobilenetv2_100", size=160, batch_size=32, compile="none")
@@ -59,14 +59,14 @@ AUGMENTATION = {"scale": (0.25, 1.0), "hflip": 0.5, "color_jitter": 0.0, "interp
 
 
 def steps(seconds: float) -> list[dict[str, Any]]:
-    """A row for each net, layout and precision."""
+    """A row for each model, layout and precision."""
     rows = []
     for setup in candidates(BASE, CPU):
         take = {}
         for name, edits in NETS.items():
             config = dataclasses.replace(BASE, edits=edits, **dataclasses.asdict(setup))
-            recipe = parts.recipe_of(config, [str(number) for number in range(100)])
-            take[name] = training_step(config, build(recipe)[0], recipe.input_size, CPU)
+            spec = parts.spec_of(config, [str(number) for number in range(100)])
+            take[name] = training_step(config, build(spec)[0], spec.input_size, CPU)
         times: dict[str, list[float]] = {name: [] for name in take}
         order = list(take)
         for name in order:
@@ -83,7 +83,7 @@ def steps(seconds: float) -> list[dict[str, Any]]:
             row = {
                 "layout": setup.layout,
                 "amp": setup.amp,
-                "net": name,
+                "model": name,
                 "seconds": statistics.median(found),
                 "over_base": statistics.median(ratios),
                 "over_base_95": list(interval(ratios)),
@@ -148,8 +148,8 @@ def timm_loop(config: TrainConfig, threads: int, best: bool) -> Callable[[], Any
     return step
 
 
-def in_turn(contenders: dict[str, Callable[[], Any]], pictures: int, turns: int) -> dict[str, list[float]]:
-    """Pictures a second of each contender in every turn; a call of it is a step with so many pictures."""
+def in_turn(contenders: dict[str, Callable[[], Any]], images: int, turns: int) -> dict[str, list[float]]:
+    """Images a second of each contender in every turn; a call of it is a step with so many images."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(turns):
         for name, take in contenders.items():
@@ -158,12 +158,12 @@ def in_turn(contenders: dict[str, Callable[[], Any]], pictures: int, turns: int)
             began = time.perf_counter()
             for _ in range(TIMED):
                 take()
-            found[name].append(TIMED * pictures / (time.perf_counter() - began))
+            found[name].append(TIMED * images / (time.perf_counter() - began))
     return found
 
 
 def rates(config: TrainConfig, turns: int) -> dict[str, float]:
-    """Pictures a second, reading included: medians of the turns."""
+    """Images a second, reading included: medians of the turns."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         step = ours(config, folder)
@@ -178,7 +178,7 @@ def rates(config: TrainConfig, turns: int) -> dict[str, float]:
 
 
 def script_rate(script: str, config: TrainConfig, flags: list[str]) -> float:
-    """Pictures a second, as the training script of timm 1.0 logs them: the median of its steps 21 to 60."""
+    """Images a second, as the training script of timm 1.0 logs them: the median of its steps 21 to 60."""
     words = f"--model {config.model} --img-size {config.size} -b {config.batch_size}".split()
     words += f"--num-classes {classes(config.data)} -j {config.workers} --opt sgd --lr {config.lr}".split()
     words += f"--weight-decay {config.weight_decay} --smoothing {config.smoothing} --epochs 1 --device cpu".split()
@@ -217,30 +217,30 @@ def classes(data: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="image folder with train/, for pictures a second")
+    parser.add_argument("--data", help="image folder with train/, for images a second")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--timm-script", help="path of timm's train.py")
     parser.add_argument("--seconds", type=float, default=25, help="for each layout and precision")
-    parser.add_argument("--turns", type=int, default=3, help="of the loops that read pictures")
+    parser.add_argument("--turns", type=int, default=3, help="of the loops that read images")
     parser.add_argument("--out", default="results/training.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     random.seed(0)
     missing = "not measured"
-    speed: dict[str, Any] = {"pictures a second": missing}
+    speed: dict[str, Any] = {"images a second": missing}
     if args.data:
         config = dataclasses.replace(BASE, data=args.data, workers=args.workers, epochs=100)
-        config = settle(fitted(config, CPU))
+        config = resolve_auto(adapt_to_device(config, CPU))
         found: dict[str, Any] = {**rates(config, args.turns)}
         for name, flags in (("defaults", ""), ("best flags", "--channels-last --amp --amp-dtype bfloat16")):
             script = args.timm_script and script_rate(args.timm_script, config, flags.split())
             found[f"timm script, {name}"] = script or missing
-        speed = {"pictures a second": found, "config": dataclasses.asdict(config)}
+        speed = {"images a second": found, "config": dataclasses.asdict(config)}
         speed["config"]["data"] = Path(args.data).name
         for name, rate in found.items():
-            print(f"{name:40} {rate if rate == missing else f'{rate:.1f} pictures a second'}", flush=True)
+            print(f"{name:40} {rate if rate == missing else f'{rate:.1f} images a second'}", flush=True)
     result = {
-        "what": "MobileNet-V2, 160 px, batch 32: seconds a training step, and pictures a second with reading",
+        "what": "MobileNet-V2, 160 px, batch 32: seconds a training step, and images a second with reading",
         "command": f"python benchmarks/training.py --seconds {args.seconds:g}"
         + (" --data DATA" if args.data else "")
         + (" --timm-script TRAIN" if args.timm_script else ""),

@@ -1,6 +1,6 @@
 """What might make subspace attention do more than the paper's equations do: variants of the layer, in plain PyTorch.
 
-A variant joins a comparison as one more arm (benchmarks/guest.py): the net of its first arm, with the variant in the
+A variant joins a comparison as one more arm (benchmarks/guest.py): the model of its first arm, with the variant in the
 place of some blocks. Several may run at a time, each a process of its own; each is timed behind its last run.
 
     python benchmarks/variants.py compared gated 14,17
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--groups", type=int, default=4)
     args = parser.parse_args(argv)
     place = guest.host(args.out)
-    edited = ulsam.replace(copy.deepcopy(place.net), args.at, args.groups, input_size=place.recipe.input_size)
+    edited = ulsam.replace(copy.deepcopy(place.model), args.at, args.groups, input_size=place.spec.input_size)
     torch.manual_seed(0)
     for name, module in list(edited.named_modules()):
         if isinstance(module, ulsam.ULSAM):

@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import ulsam
-from ulsam.comparison.latency import processor
-from ulsam.errors import UlsamError, first_line
-from ulsam.files import write_atomic
-from ulsam.train.report import versions
+from ulsam.base.errors import UlsamError, first_line
+from ulsam.base.files import write_atomic
+from ulsam.study.latency import processor
+from ulsam.training.summary import versions
 
 STEPS = ("candidates", "replace", "insert", "forward", "backward", "fold", "undo", "export")
 NEW: dict[str, Any] = {"weights": None}
@@ -239,7 +239,7 @@ class Zoo:
 
     def undo(self, model: nn.Module) -> None:
         """Outputs, classes and state are, bit by bit, those of the base model."""
-        ulsam.remove(model)
+        ulsam.undo(model)
         assert_same(self.run(model), self.before)
         assert [type(part) for part in model.modules()] == [type(part) for part in self.base.modules()]
         assert list(model.state_dict()) == list(self.base.state_dict())

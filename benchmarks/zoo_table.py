@@ -64,7 +64,7 @@ def mark(said: str, reasons: list[str]) -> str:
         return "–"
     kind, _, reason = said.partition(": ")
     # by its kind, not its place and shapes
-    reason = re.sub(r"^\S+ (?=puts|changes|lies|does)| = \[[\d, ]+\]|; (valid|this net).*", "", reason)
+    reason = re.sub(r"^\S+ (?=puts|changes|lies|does)| = \[[\d, ]+\]|; (valid|this model).*", "", reason)
     reason = re.sub(
         r"(data-dependent expression) .*", r"\1", re.sub(r"\[1, [\d, ]+\](, channels)", r"[B, H, W, C]\1", reason)
     )

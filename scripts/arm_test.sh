@@ -33,9 +33,9 @@ rm -rf "$work/ulsam"
 mkdir "$work/ulsam"
 cp -R "$root"/{setup.py,pyproject.toml,LICENSE,README.md,src,tests} "$work/ulsam"
 cd "$work/ulsam"
-rm -f src/ulsam/ops/kernels.*
+rm -f src/ulsam/layer/ops/kernels.*
 CC=aarch64-linux-gnu-gcc ULSAM_KERNELS=required "$python" setup.py -q build_ext --build-lib src
-file=$(od -An -t x1 -j 18 -N 2 src/ulsam/ops/kernels.so)
+file=$(od -An -t x1 -j 18 -N 2 src/ulsam/layer/ops/kernels.so)
 [[ $file = " b7 00" ]] || { echo "kernels.so is not for ARM" >&2; exit 1; }
 
 # Tests that start other processes are left out: the emulator is not passed on to them. So is torch.compile.

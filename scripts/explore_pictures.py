@@ -1,8 +1,8 @@
 """Draw docs/explore*.jpg: the page of `ulsam explore` in Chromium, light, dark and as wide as a phone.
 
-The nets and the drawn birds are those of explain_picture.py; Chromium is `$ULSAM_CHROMIUM`, or the one on the PATH.
+The models and the drawn birds are those of explain_image.py; Chromium is `$ULSAM_CHROMIUM`, or the one on the PATH.
 
-    python scripts/explore_pictures.py runs/slim/model.safetensors runs/base/model.safetensors \\
+    python scripts/explore_images.py runs/slim/model.safetensors runs/base/model.safetensors \\
         birds/val/finebar-spotted-shortbill/0008.jpg
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from ulsam.files import write_atomic
+from ulsam.base.files import write_atomic
 
 SHOTS = {  # name: colour scheme, width, and what is shown
     "explore": ("light", 1180, "attention"),
@@ -28,12 +28,12 @@ SHOTS = {  # name: colour scheme, width, and what is shown
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("net", help="model file")
-    parser.add_argument("base", help="model file of the base net")
-    parser.add_argument("picture", type=Path, help="a drawn bird")
+    parser.add_argument("model", help="model file")
+    parser.add_argument("base", help="model file of the base model")
+    parser.add_argument("image", type=Path, help="a drawn bird")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder (default: docs)")
     args = parser.parse_args()
-    command = [sys.executable, "-m", "ulsam", "explore", args.net, args.base, "--port", "0"]
+    command = [sys.executable, "-m", "ulsam", "explore", args.model, args.base, "--port", "0"]
     chromium = os.environ.get("ULSAM_CHROMIUM") or shutil.which("chromium")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as playwright:
         assert server.stdout is not None
@@ -43,7 +43,7 @@ def main() -> None:
             view = {"width": width, "height": 800}
             page = browser.new_page(color_scheme=scheme, viewport=view, device_scale_factor=1.25)  # type: ignore[arg-type]
             page.goto(address)
-            page.set_input_files("#file", args.picture)
+            page.set_input_files("#file", args.image)
             page.wait_for_selector("#result:not([hidden])")
             page.locator(f"[value={mode}]").check(force=True)
             page.wait_for_timeout(400)
@@ -55,8 +55,8 @@ def main() -> None:
 def shot(page: Page) -> bytes:
     """The whole page as a JPEG, whose colours are not halved: letters stay sharp."""
     buffer = io.BytesIO()
-    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    picture.save(buffer, "jpeg", quality=85, subsampling=0, optimize=True)
+    image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    image.save(buffer, "jpeg", quality=85, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 

@@ -3,7 +3,7 @@
 Usage: python scripts/timm_tests.py CHECKOUT [pytest's options ...]
 
 CHECKOUT holds timm's ``tests/test_models.py``: a clone of timm at the installed version, or its unpacked sdist. The
-installed timm is tested, not the one in the checkout. Each test that timm runs on our base nets (MobileNet-V1
+installed timm is tested, not the one in the checkout. Each test that timm runs on our base models (MobileNet-V1
 and -V2) runs on each of our models. Tests that download trained weights are left out.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from ulsam.presets import PLACEMENTS
+from ulsam.model.presets import PLACEMENTS
 
 BASES = {base for base, _ in PLACEMENTS.values()}
 
@@ -27,7 +27,7 @@ class OurModels:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Give a test that timm runs on a base net all our names, before pytest reads the test's own list."""
+        """Give a test that timm runs on a base model all our names, before pytest reads the test's own list."""
         if "pretrained" in metafunc.function.__name__:  # downloads
             return
         marks = metafunc.definition.own_markers

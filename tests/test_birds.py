@@ -1,4 +1,4 @@
-"""The drawn birds: classes as designed, pictures as seeded, marks where the boxes say, and nothing for a linear net."""
+"""The drawn birds: classes as designed, images as seeded, marks where the boxes say, and nothing for a linear model."""
 
 import dataclasses
 import itertools
@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.bird_drawing import Marks, draw_bird
 from ulsam.data.birds import class_marks, draw_birds
 from ulsam.data.folder import find_splits, scan
-from ulsam.data.pictures import read_picture
-from ulsam.errors import UlsamError
+from ulsam.data.images import read_image
 
 FIELDS = [field.name for field in dataclasses.fields(Marks)]
 
@@ -59,22 +59,22 @@ def test_marks_know_their_scale() -> None:
     seed=st.integers(0, 2**32),
 )
 def test_every_bird_is_whole_and_repeatable(marks: Marks, size: int, seed: int) -> None:
-    picture, boxes = draw_bird(marks, size, random.Random(seed))
-    assert (picture.mode, picture.size) == ("RGB", (size, size))
+    image, boxes = draw_bird(marks, size, random.Random(seed))
+    assert (image.mode, image.size) == ("RGB", (size, size))
     assert list(sorted(boxes)) == sorted(FIELDS)
     for x0, y0, x1, y1 in boxes.values():
         assert 0 <= x0 < x1 <= size
         assert 0 <= y0 < y1 <= size
     again, same = draw_bird(marks, size, random.Random(seed))
-    assert (again.tobytes(), same) == (picture.tobytes(), boxes)
+    assert (again.tobytes(), same) == (image.tobytes(), boxes)
     other, _ = draw_bird(marks, size, random.Random(seed + 1))
-    assert other.tobytes() != picture.tobytes()
+    assert other.tobytes() != image.tobytes()
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("wing_bars", 0), ("spots", "none"), ("bill", "long"), ("tail", "forked"), ("eye_ring", True)]
 )
-def test_a_mark_changes_the_picture_inside_its_box_and_nowhere_else(field: str, value: object) -> None:
+def test_a_mark_changes_the_image_inside_its_box_and_nowhere_else(field: str, value: object) -> None:
     other = dataclasses.replace(Marks(), **{field: value})
     for seed in range(20):
         (one, boxes), (two, moved) = (draw_bird(marks, 96, random.Random(seed)) for marks in (Marks(), other))
@@ -86,8 +86,8 @@ def test_a_mark_changes_the_picture_inside_its_box_and_nowhere_else(field: str, 
         assert x0 - 1 <= changed[0] and y0 - 1 <= changed[1] and changed[2] <= x1 + 1 and changed[3] <= y1 + 1
 
 
-def inside(picture: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
-    return np.asarray(picture.convert("L").crop(box), np.float64)
+def inside(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+    return np.asarray(image.convert("L").crop(box), np.float64)
 
 
 def test_marks_differ_in_frequency_and_not_in_brightness() -> None:
@@ -123,7 +123,7 @@ def test_the_folder_is_an_ordinary_image_folder(tmp_path: Path) -> None:
         assert folder.classes == names
         assert len(folder.samples) == 4 * count
         assert not folder.ignored
-        assert all(read_picture(path).size == (48, 48) for path, _ in folder.samples)
+        assert all(read_image(path).size == (48, 48) for path, _ in folder.samples)
     facts = json.loads((root / "birds.json").read_text())
     assert {key: facts[key] for key in ("seed", "size", "train", "val", "test")} == {
         **{"seed": 7, "size": 48, "train": 3, "val": 2, "test": 1}
@@ -158,8 +158,8 @@ def test_what_cannot_be_drawn_gets_one_line(tmp_path: Path) -> None:
     assert wrong == "no bird class is called 'finebar-spoted-longbill'; write it as finebar-spotted-longbill"
     assert message(lambda: draw_birds(out, [name, name])) == f"a bird class is named twice: {name}, {name}"
     assert "2 to 108: got 1" in message(lambda: draw_birds(out, [name]))
-    assert message(lambda: draw_birds(out, train=0)) == "train must be 1 or more pictures a class: got 0"
-    assert message(lambda: draw_birds(out, val=-1)) == "val must be 0 or more pictures a class: got -1"
+    assert message(lambda: draw_birds(out, train=0)) == "train must be 1 or more images a class: got 0"
+    assert message(lambda: draw_birds(out, val=-1)) == "val must be 0 or more images a class: got -1"
     for size in (31, 1025):
         assert message(lambda size=size: draw_birds(out, size=size)) == f"size must be 32 to 1024 pixels: got {size}"
     assert not out.exists()

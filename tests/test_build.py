@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, 
 def source(tmp_path: Path) -> Path:
     """What a build needs of the project."""
     to = tmp_path / "source"
-    kernels = ROOT / "src/ulsam/ops"
+    kernels = ROOT / "src/ulsam/layer/ops"
     for path in (
         ROOT / "setup.py",
         ROOT / "pyproject.toml",
@@ -29,7 +29,7 @@ def source(tmp_path: Path) -> Path:
         copy = to / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    for path in (to / "src/ulsam/__init__.py", to / "src/ulsam/ops/__init__.py"):
+    for path in (to / "src/ulsam/__init__.py", to / "src/ulsam/layer/ops/__init__.py"):
         path.write_text('__version__ = "1.0"\n')
     return to
 
@@ -64,7 +64,7 @@ def test_without_a_compiler_the_wheel_is_of_no_platform_and_keeps_the_reason(
     (wheel,) = (source / "dist").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as files:
-        assert files.read("ulsam/ops/kernels.txt").decode() == reason + "\n"
+        assert files.read("ulsam/layer/ops/kernels.txt").decode() == reason + "\n"
 
     required = build(source, "bdist_wheel", ULSAM_KERNELS="required", **environment)
     assert required.returncode != 0
@@ -74,7 +74,8 @@ def test_without_a_compiler_the_wheel_is_of_no_platform_and_keeps_the_reason(
 CHECK = """
 import sys, torch
 from pathlib import Path
-from ulsam.ops import cpu, subspace_attention
+from ulsam.layer.ops import subspace_attention
+from ulsam.layer.ops import cpu
 cpu.LIBRARY, reason = cpu.load(Path(sys.argv[1]))
 assert cpu.LIBRARY is not None, reason
 torch.manual_seed(0)
@@ -111,7 +112,7 @@ def test_each_compilers_kernels_equal_the_reference_in_a_wheel_for_every_python(
     assert "-py3-none-" in wheel.name
     assert not wheel.name.endswith("any.whl")
     with zipfile.ZipFile(wheel) as files:
-        library = files.extract("ulsam/ops/kernels.so", tmp_path)
+        library = files.extract("ulsam/layer/ops/kernels.so", tmp_path)
     done = subprocess.run([sys.executable, "-c", CHECK, library], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "base"

@@ -1,4 +1,4 @@
-"""Decoded pictures in memory: the same batches with and without, filled by all that read, as far as memory goes."""
+"""Decoded images in memory: the same batches with and without, filled by all that read, as far as memory goes."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiny import SETTINGS, draw_splits
+from ulsam.base.errors import UlsamError
 from ulsam.data import cache as caching
 from ulsam.data.augment import TrainTransform
-from ulsam.data.cache import PictureCache, available_memory, cache_for, decoded_size
+from ulsam.data.cache import ImageCache, available_memory, cache_for, decoded_size
+from ulsam.data.images import whole
 from ulsam.data.loading import Batch, EpochOrder, train_loader
-from ulsam.data.pictures import whole
-from ulsam.data.sources import FolderPictures, StreamPictures
-from ulsam.errors import UlsamError
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import train
+from ulsam.data.sources import FolderImages, StreamImages
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import train
 
 CROPS: dict[str, Any] = {"crop_scale": (0.3, 1.0), "hflip": 0.5, "rand_augment": None, "random_erasing": 0.5}
 LOOK: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
@@ -29,22 +29,22 @@ AUGMENTED = TrainTransform((3, 16, 16), color_jitter=0.4, **CROPS, **LOOK)
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> FolderPictures:
+def images(tmp_path: Path) -> FolderImages:
     """JPEGs, some large enough to be decoded at half scale, an odd file, and one that cannot be read."""
     random, samples = np.random.default_rng(0), []
     for number in range(16):
         size = (90 if number % 3 else 40, 60 + number, 3)
-        picture = Image.fromarray(random.integers(0, 256, size, np.uint8))
+        image = Image.fromarray(random.integers(0, 256, size, np.uint8))
         path = tmp_path / f"{number}.jpg"
-        picture.convert("CMYK" if number == 5 else "RGB").save(path)
+        image.convert("CMYK" if number == 5 else "RGB").save(path)
         samples.append((str(path), number % 2))
     (tmp_path / "7.jpg").write_bytes((tmp_path / "7.jpg").read_bytes()[:900])
-    return FolderPictures(tuple(samples), ("even", "odd"))
+    return FolderImages(tuple(samples), ("even", "odd"))
 
 
-def epochs(pictures: FolderPictures, cache: PictureCache | None, workers: int, number: int = 2) -> list[Batch]:
-    order = EpochOrder(pictures, 4, seed=3)
-    loader = train_loader(pictures, AUGMENTED, order, batch_size=4, seed=3, workers=workers, cache=cache)
+def epochs(images: FolderImages, cache: ImageCache | None, workers: int, number: int = 2) -> list[Batch]:
+    order = EpochOrder(images, 4, seed=3)
+    loader = train_loader(images, AUGMENTED, order, batch_size=4, seed=3, workers=workers, cache=cache)
     found = []
     for epoch in range(number):
         order.epoch = epoch
@@ -67,20 +67,20 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
         *(pytest.param(capacity, 2, marks=pytest.mark.slow) for capacity in (10**6, 0)),
     ],
 )
-def test_batches_are_the_same_with_and_without_a_cache(pictures: FolderPictures, workers: int, capacity: int) -> None:
-    assert max(AUGMENTED.reduction(*Image.open(path).size) for path, _ in pictures.samples) > 1
-    assert_same(epochs(pictures, None, 0), epochs(pictures, PictureCache(16, capacity), workers))
+def test_batches_are_the_same_with_and_without_a_cache(images: FolderImages, workers: int, capacity: int) -> None:
+    assert max(AUGMENTED.reduction(*Image.open(path).size) for path, _ in images.samples) > 1
+    assert_same(epochs(images, None, 0), epochs(images, ImageCache(16, capacity), workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_read_once_is_not_read_again(pictures: FolderPictures, workers: int) -> None:
-    without = epochs(pictures, None, 0, number=3)
-    cache = PictureCache(16, 10**6)
-    order = EpochOrder(pictures, 4, seed=3)
-    loader = train_loader(pictures, AUGMENTED, order, batch_size=4, seed=3, workers=workers, cache=cache)
+def test_what_is_read_once_is_not_read_again(images: FolderImages, workers: int) -> None:
+    without = epochs(images, None, 0, number=3)
+    cache = ImageCache(16, 10**6)
+    order = EpochOrder(images, 4, seed=3)
+    loader = train_loader(images, AUGMENTED, order, batch_size=4, seed=3, workers=workers, cache=cache)
     found = list(loader)
-    bad = pictures.samples[7][0]
-    for path, _ in pictures.samples:
+    bad = images.samples[7][0]
+    for path, _ in images.samples:
         if path != bad:
             Path(path).unlink()
     for order.epoch in (1, 2):
@@ -95,7 +95,7 @@ def test_what_is_read_once_is_not_read_again(pictures: FolderPictures, workers: 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6), st.integers(1, 6)), max_size=30), st.integers(0, 400))
 @settings(max_examples=80, deadline=None)
 def test_a_cache_gives_back_what_it_was_given_or_nothing(puts: list[tuple[int, int, int]], capacity: int) -> None:
-    cache, given_first, used = PictureCache(10, capacity), dict[int, Any](), 0
+    cache, given_first, used = ImageCache(10, capacity), dict[int, Any](), 0
     for turn, (number, height, width) in enumerate(puts):
         pixels = np.full((height, width, 3), turn, np.uint8)
         cache.put(number, pixels, label=-turn)
@@ -110,8 +110,8 @@ def test_a_cache_gives_back_what_it_was_given_or_nothing(puts: list[tuple[int, i
             assert found[1] == given_first[number][1]
 
 
-def test_processes_that_fill_a_cache_together_do_not_mix_pictures_up() -> None:
-    cache = PictureCache(400, 10**6)
+def test_processes_that_fill_a_cache_together_do_not_mix_images_up() -> None:
+    cache = ImageCache(400, 10**6)
 
     def fill(offset: int) -> None:
         for number in range(400):
@@ -143,11 +143,11 @@ def started(request: pytest.FixtureRequest) -> Iterator[None]:
     multiprocessing.set_start_method(before, force=True)
 
 
-def test_processes_that_are_not_forked_share_it(pictures: FolderPictures, started: None) -> None:
-    cache, line = cache_for(pictures, AUGMENTED.reduction, "true")
+def test_processes_that_are_not_forked_share_it(images: FolderImages, started: None) -> None:
+    cache, line = cache_for(images, AUGMENTED.reduction, "true")
     assert cache is not None
-    assert str(line).startswith("16 pictures, ")
-    assert_same(epochs(pictures, None, workers=0, number=1), epochs(pictures, cache, workers=1, number=1))
+    assert str(line).startswith("16 images, ")
+    assert_same(epochs(images, None, workers=0, number=1), epochs(images, cache, workers=1, number=1))
     kept = [number for number in range(16) if cache.get(number)]  # by the process that has read them
     assert kept == [number for number in range(16) if number != 7]
 
@@ -155,64 +155,62 @@ def test_processes_that_are_not_forked_share_it(pictures: FolderPictures, starte
 # whether there is one
 
 
-def sizes(pictures: FolderPictures) -> int:
-    return sum(pictures.fetch(n)[0].size for n in range(16) if n != 7)
+def sizes(images: FolderImages) -> int:
+    return sum(images.fetch(n)[0].size for n in range(16) if n != 7)
 
 
-def test_the_decoded_size_is_that_of_pictures_as_they_are_kept(pictures: FolderPictures) -> None:
-    whole_size = decoded_size(pictures, whole)
-    assert whole_size == pytest.approx(sizes(pictures) * 16 / 15, rel=1e-6)
-    assert decoded_size(pictures, AUGMENTED.reduction) < 0.6 * whole_size
+def test_the_decoded_size_is_that_of_images_as_they_are_kept(images: FolderImages) -> None:
+    whole_size = decoded_size(images, whole)
+    assert whole_size == pytest.approx(sizes(images) * 16 / 15, rel=1e-6)
+    assert decoded_size(images, AUGMENTED.reduction) < 0.6 * whole_size
 
 
 @pytest.mark.parametrize(("available", "fits"), [(5, True), (3, False)])
 def test_auto_takes_a_quarter_of_the_memory(
-    pictures: FolderPictures, monkeypatch: pytest.MonkeyPatch, available: int, fits: bool
+    images: FolderImages, monkeypatch: pytest.MonkeyPatch, available: int, fits: bool
 ) -> None:
-    size = decoded_size(pictures, whole)
+    size = decoded_size(images, whole)
     monkeypatch.setattr(caching, "available_memory", lambda: available * size)
-    cache, line = cache_for(pictures, whole, "auto")
+    cache, line = cache_for(images, whole, "auto")
     assert (cache is not None) == fits
     assert line is not None
-    assert line.startswith(f"16 pictures, {size / 1e6:.0f} MB, in memory" if fits else "off: 16 pictures")
+    assert line.startswith(f"16 images, {size / 1e6:.0f} MB, in memory" if fits else "off: 16 images")
     assert cache is None or size <= cache.capacity <= available * size // 4
-    two, line = cache_for(pictures, whole, "auto", processes=2)
+    two, line = cache_for(images, whole, "auto", processes=2)
     assert two is None
     assert str(line).endswith("1/8 of the memory that is available")
-    insisted, _ = cache_for(pictures, whole, "true")
+    insisted, _ = cache_for(images, whole, "true")
     assert insisted is not None
-    assert cache_for(pictures, whole, "false") == (None, None)
+    assert cache_for(images, whole, "false") == (None, None)
 
 
-def refused(*_: int) -> PictureCache:
+def refused(*_: int) -> ImageCache:
     raise OSError(12, "Cannot allocate memory")
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"available_memory": lambda: 1000}, "16 pictures, .* of the memory that is available"),
+        ({"available_memory": lambda: 1000}, "16 images, .* of the memory that is available"),
         ({"available_memory": lambda: None}, "the system does not tell how much memory is available"),
         (
-            {"PictureCache": lambda *_: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory"))},
-            "16 pictures, .* refuses .Cannot",
+            {"ImageCache": lambda *_: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory"))},
+            "16 images, .* refuses .Cannot",
         ),
     ],
 )
-def test_why_not(
-    pictures: FolderPictures, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
-) -> None:
+def test_why_not(images: FolderImages, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str) -> None:
     for name, value in changed.items():
         monkeypatch.setattr(caching, name, value)
-    cache, line = cache_for(pictures, whole, "auto")
+    cache, line = cache_for(images, whole, "auto")
     assert cache is None
     with pytest.raises(UlsamError, match=f"--cache true cannot be done: {message}.*; --cache auto goes"):
-        cache_for(pictures, whole, "true")
+        cache_for(images, whole, "true")
     assert str(line).startswith("off: ")
 
 
 def test_a_stream_is_not_kept() -> None:
-    stream = StreamPictures.__new__(StreamPictures)
+    stream = StreamImages.__new__(StreamImages)
     assert cache_for(stream, whole, "auto") == (None, "off: a stream is not kept")
 
 
@@ -261,7 +259,7 @@ def test_training_says_whether_it_caches_and_ends_in_the_same_weights(
 ) -> None:
     data = draw_splits(tmp_path / "data", train=6, val=2)
     losses = []
-    for choice, said in (("true", "cache   18 pictures, 0 MB, in memory"), (False, None)):
+    for choice, said in (("true", "cache   18 images, 0 MB, in memory"), (False, None)):
         config = TrainConfig(**{**SETTINGS, "data": str(data), "epochs": 1, "cache": choice})
         assert config.cache == str(choice).lower()
         summary = train(config, tmp_path / str(choice))

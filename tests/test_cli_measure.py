@@ -1,4 +1,4 @@
-"""`ulsam eval` and `ulsam predict` on a model file: the numbers are the net's own, and mistakes get one line."""
+"""`ulsam eval` and `ulsam predict` on a model file: the numbers are the model's own, and mistakes get one line."""
 
 import errno
 import json
@@ -12,24 +12,24 @@ import torch
 from PIL import Image
 
 from ulsam.cli import main
-from ulsam.evaluate import recipe_transform
-from ulsam.models import build, make_recipe, save_model
-from ulsam.recipe import Edit, Recipe
+from ulsam.model.build import build, make_spec, save_model
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.training.evaluate import spec_transform
 
 CLASSES = ("blue", "green", "red")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model file, a folder with val/ and test/, and what the net itself says of each picture."""
+    """A model file, a folder with val/ and test/, and what the model itself says of each image."""
     root = tmp_path_factory.mktemp("measure")
     torch.manual_seed(0)
-    recipe = Recipe("mobilenetv2_035", CLASSES, (Edit("replace", "14"),), input_size=(3, 32, 32))
-    net, _ = build(recipe)
-    for module in net.eval().modules():  # spread the outputs, so that the pictures get different answers
+    spec = ModelSpec("mobilenetv2_035", CLASSES, (Edit("replace", "14"),), input_size=(3, 32, 32))
+    model, _ = build(spec)
+    for module in model.eval().modules():  # spread the outputs, so that the images get different answers
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight)
-    save_model(net, recipe, root / "net.safetensors")
+    save_model(model, spec, root / "model.safetensors")
     said = {}
     for split, count in (("val", 1), ("test", 3)):
         for label, name in enumerate(CLASSES):
@@ -38,34 +38,34 @@ def world(tmp_path_factory):
             for number in range(count):
                 colour = tuple(60 * number + 90 if channel == 2 - label else 30 for channel in range(3))
                 Image.new("RGB", (40, 36), colour).save(folder / f"{number}.png")
-                picture = recipe_transform(recipe)(Image.new("RGB", (40, 36), colour))
-                said[str(folder / f"{number}.png")] = net(picture[None]).softmax(1)[0]
+                image = spec_transform(spec)(Image.new("RGB", (40, 36), colour))
+                said[str(folder / f"{number}.png")] = model(image[None]).softmax(1)[0]
     (root / "data" / "train").mkdir()
-    grey = make_recipe("mobilenetv2_035", CLASSES, size=32, model_args={"in_chans": 1})
+    grey = make_spec("mobilenetv2_035", CLASSES, size=32, model_args={"in_chans": 1})
     save_model(build(grey)[0], grey, root / "grey.safetensors")
     return root, said
 
 
-def test_eval_reports_what_the_net_says(world, capsys):
+def test_eval_reports_what_the_model_says(world, capsys):
     root, said = world
     target = root / "scores.json"
-    arguments = ["eval", str(root / "net.safetensors"), str(root / "data"), "--workers", "0", "--json", str(target)]
+    arguments = ["eval", str(root / "model.safetensors"), str(root / "data"), "--workers", "0", "--json", str(target)]
     assert main(arguments) == 0
     right = [CLASSES[int(p.argmax())] == path.split("/")[-2] for path, p in said.items() if "/test/" in path]
     out = capsys.readouterr().out
     assert f"top-1   {100 * sum(right) / 9:.2f} %" in out
-    assert "9 pictures, split test" in out
+    assert "9 images, split test" in out
     entry = json.loads(target.read_text())
     assert entry["scores"]["top1"] == pytest.approx(sum(right) / 9)
-    assert sum(one["pictures"] for one in entry["scores"]["per_class"].values()) == 9
+    assert sum(one["images"] for one in entry["scores"]["per_class"].values()) == 9
     assert entry["cost"]["input_size"] == [3, 32, 32]
     assert main([*arguments[:3], "--workers", "0", "--split", "val"]) == 0
-    assert "3 pictures, split val" in capsys.readouterr().out
+    assert "3 images, split val" in capsys.readouterr().out
 
 
-def test_predict_names_every_picture_in_order(world, capsys):
+def test_predict_names_every_image_in_order(world, capsys):
     root, said = world
-    assert main(["predict", str(root / "net.safetensors"), str(root / "data" / "test"), "--top", "2"]) == 0
+    assert main(["predict", str(root / "model.safetensors"), str(root / "data" / "test"), "--top", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines] == sorted(path for path in said if "/test/" in path)
     for line in lines:
@@ -76,29 +76,29 @@ def test_predict_names_every_picture_in_order(world, capsys):
         assert [float(v) for v in named.values()] == pytest.approx([100 * v for v in best.values.tolist()], abs=0.06)
 
 
-def test_predict_as_json_goes_on_after_a_bad_picture_and_exits_2(world, capsys):
+def test_predict_as_json_goes_on_after_a_bad_image_and_exits_2(world, capsys):
     root, said = world
-    (root / "broken.jpg").write_bytes(b"no picture")
+    (root / "broken.jpg").write_bytes(b"no image")
     good = next(iter(said))
-    assert main(["predict", str(root / "net.safetensors"), str(root / "broken.jpg"), good, "--json"]) == 2
+    assert main(["predict", str(root / "model.safetensors"), str(root / "broken.jpg"), good, "--json"]) == 2
     captured = capsys.readouterr()
     bad, fine = (json.loads(line) for line in captured.out.splitlines())
     assert bad["error"].startswith(str(root / "broken.jpg")) and bad["classes"] == {}
     assert fine["error"] is None and sum(fine["classes"].values()) == pytest.approx(1, abs=1e-4)
-    assert captured.err == "ulsam: error: 1 of 2 pictures could not be read; they are named above\n"
+    assert captured.err == "ulsam: error: 1 of 2 images could not be read; they are named above\n"
 
 
-def test_a_line_of_a_picture_is_told_and_left_out(world, capsys, tmp_path):
+def test_a_line_of_a_image_is_told_and_left_out(world, capsys, tmp_path):
     root, _ = world
     shutil.copytree(root / "data", tmp_path / "data")
     line = tmp_path / "data" / "test" / CLASSES[0] / "line.png"
     Image.new("L", (1, 3_000_000)).save(line)  # resized by its shorter side: 10 GB
     told = f"unreadable {line}: one side is more than 100 times as long as the other"
-    assert main(["predict", str(root / "net.safetensors"), str(line)]) == 2
+    assert main(["predict", str(root / "model.safetensors"), str(line)]) == 2
     assert told in capsys.readouterr().out.splitlines()
-    assert main(["eval", str(root / "net.safetensors"), str(tmp_path / "data"), "--workers", "0"]) == 0
+    assert main(["eval", str(root / "model.safetensors"), str(tmp_path / "data"), "--workers", "0"]) == 0
     printed = capsys.readouterr().out
-    assert told in printed.splitlines() and "9 pictures, split test; 1 unreadable ones left out" in printed
+    assert told in printed.splitlines() and "9 images, split test; 1 unreadable ones left out" in printed
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_a_line_of_a_picture_is_told_and_left_out(world, capsys, tmp_path):
         (["eval", "NET", "ROOT/nowhere"], "no such folder|no such file"),
         (["eval", "NET", "ROOT/data", "--split", "tset"], "no split 'tset'; it has train, val, test"),
         (["eval", "ROOT/nowhere.safetensors", "ROOT/data"], "no model file"),
-        (["predict", "NET", "ROOT/data/train"], "no pictures in the folder"),
+        (["predict", "NET", "ROOT/data/train"], "no images in the folder"),
         (["predict", "NET", "ROOT/data", "--top", "0"], "--top must be 1 or more"),
         (["predict", "ROOT/broken.jpg", "ROOT/data"], "no safetensors file, or is cut off"),
-        (["predict", "ROOT/grey.safetensors", "ROOT/data"], "read as RGB, but this net takes 1 channels, not 3"),
-        (["eval", "ROOT/grey.safetensors", "ROOT/data"], "read as RGB, but this net takes 1 channels, not 3"),
+        (["predict", "ROOT/grey.safetensors", "ROOT/data"], "read as RGB, but this model takes 1 channels, not 3"),
+        (["eval", "ROOT/grey.safetensors", "ROOT/data"], "read as RGB, but this model takes 1 channels, not 3"),
         (["eval", "NET", "ROOT/data", "--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
         (["eval", "NET", "ROOT/data", "--batch-size", "-3"], "--batch-size must be 1 or more, not -3"),
         (["eval", "NET", "ROOT/data", "--workers", "-1"], "--workers must be 0 or more, not -1"),
@@ -121,8 +121,8 @@ def test_a_line_of_a_picture_is_told_and_left_out(world, capsys, tmp_path):
 )
 def test_mistakes_get_one_line(world, capsys, words, message):
     root, _ = world
-    (root / "broken.jpg").write_bytes(b"no picture")
-    assert main([w.replace("NET", str(root / "net.safetensors")).replace("ROOT", str(root)) for w in words]) == 2
+    (root / "broken.jpg").write_bytes(b"no image")
+    assert main([w.replace("NET", str(root / "model.safetensors")).replace("ROOT", str(root)) for w in words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("ulsam: error: ") and error.count("\n") == 1
     assert re.search(message, error)
@@ -133,23 +133,23 @@ def test_predict_skips_what_is_hidden(world, capsys, tmp_path):
     for name in ("a.png", ".a.png", ".thumbnails/a.png", "more/b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(next(iter(said)), tmp_path / name)
-    assert main(["predict", str(root / "net.safetensors"), str(tmp_path)]) == 0
+    assert main(["predict", str(root / "model.safetensors"), str(tmp_path)]) == 0
     named = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
     assert named == [str(tmp_path / "a.png"), str(tmp_path / "more" / "b.png")]
 
 
 def test_names_do_not_command_the_terminal(capsys, tmp_path):
-    recipe = Recipe("mobilenetv2_035", ("a\x1b[2J", "b\nc"), input_size=(3, 32, 32))
-    save_model(build(recipe)[0], recipe, tmp_path / "net.safetensors")
+    spec = ModelSpec("mobilenetv2_035", ("a\x1b[2J", "b\nc"), input_size=(3, 32, 32))
+    save_model(build(spec)[0], spec, tmp_path / "model.safetensors")
     folder = tmp_path / "data"
-    for name in recipe.classes:
+    for name in spec.classes:
         (folder / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(folder / name / "1\x1b.png")
-    assert main(["predict", str(tmp_path / "net.safetensors"), str(folder)]) == 0
-    assert main(["eval", str(tmp_path / "net.safetensors"), str(folder), "--workers", "0"]) == 0
+    assert main(["predict", str(tmp_path / "model.safetensors"), str(folder)]) == 0
+    assert main(["eval", str(tmp_path / "model.safetensors"), str(folder), "--workers", "0"]) == 0
     (folder / "d\x1b").mkdir()
     shutil.copy(folder / "b\nc" / "1\x1b.png", folder / "d\x1b" / "1.png")
-    assert main(["eval", str(tmp_path / "net.safetensors"), str(folder), "--workers", "0"]) == 2
+    assert main(["eval", str(tmp_path / "model.safetensors"), str(folder), "--workers", "0"]) == 2
     captured = capsys.readouterr()
     assert "a?[2J" in captured.out and "b?c" in captured.out
     assert "not trained on: d?" in captured.err and captured.err.count("\n") == 1
@@ -167,7 +167,7 @@ def test_a_folder_that_may_not_be_listed_is_one_line(command, world, capsys, mon
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    assert main([command, str(root / "net.safetensors"), str(root / "data")]) == 2
+    assert main([command, str(root / "model.safetensors"), str(root / "data")]) == 2
     assert capsys.readouterr().err == f"ulsam: error: cannot list the folder {denied}: permission denied\n"
 
 
@@ -182,7 +182,7 @@ def test_what_may_not_be_looked_at_is_one_line(command, world, capsys, monkeypat
         return stat(path, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", guarded)
-    assert main([command, str(root / "net.safetensors"), denied]) == 2
+    assert main([command, str(root / "model.safetensors"), denied]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("ulsam: error: ") and captured.err.count("\n") == 1
     assert denied in captured.out + captured.err
@@ -190,22 +190,22 @@ def test_what_may_not_be_looked_at_is_one_line(command, world, capsys, monkeypat
 
 def test_a_model_file_that_may_not_be_read_is_one_line(world, capsys, monkeypatch):
     root, _ = world
-    file = str(root / "net.safetensors")
+    file = str(root / "model.safetensors")
 
     def denied(path, _):
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setattr("ulsam.files.open", denied, raising=False)
+    monkeypatch.setattr("ulsam.base.files.open", denied, raising=False)
     for words in (["info", file], ["predict", file, str(root)], ["profile", file]):
         assert main(words) == 2
         assert capsys.readouterr().err == f"ulsam: error: cannot read {file}: permission denied\n"
 
 
-def test_eval_of_a_flat_folder_says_that_training_pictures_are_in_it(world, capsys):
+def test_eval_of_a_flat_folder_says_that_training_images_are_in_it(world, capsys):
     root, _ = world
-    words = ["eval", str(root / "net.safetensors"), str(root / "data" / "test"), "--workers", "0"]
+    words = ["eval", str(root / "model.safetensors"), str(root / "data" / "test"), "--workers", "0"]
     assert main(words) == 0
-    assert "measured on all pictures of the folder, those trained on included" in capsys.readouterr().out
+    assert "measured on all images of the folder, those trained on included" in capsys.readouterr().out
     assert main([*words[:2], str(root / "data"), "--workers", "0"]) == 0
     assert "note" not in capsys.readouterr().out
 
@@ -215,15 +215,15 @@ def test_eval_takes_classes_by_number_on_wish(world, capsys, tmp_path):
     for number in range(3):
         (tmp_path / f"n{number}").mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / f"n{number}" / "1.png")
-    words = ["eval", str(root / "net.safetensors"), str(tmp_path), "--workers", "0"]
+    words = ["eval", str(root / "model.safetensors"), str(tmp_path), "--workers", "0"]
     assert main(words) == 2
     assert main([*words, "--classes-by-number"]) == 0
-    assert "on      3 pictures" in capsys.readouterr().out
+    assert "on      3 images" in capsys.readouterr().out
 
 
-def test_eval_refuses_pictures_of_classes_that_the_net_does_not_know(world, capsys, tmp_path):
+def test_eval_refuses_images_of_classes_that_the_model_does_not_know(world, capsys, tmp_path):
     root, _ = world
     (tmp_path / "purple").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "purple" / "1.png")
-    assert main(["eval", str(root / "net.safetensors"), str(tmp_path)]) == 2
+    assert main(["eval", str(root / "model.safetensors"), str(tmp_path)]) == 2
     assert "not trained on: purple" in capsys.readouterr().err

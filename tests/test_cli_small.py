@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 import ulsam
 from ulsam.cli import main
-from ulsam.costs import cost
-from ulsam.models import build, make_recipe, save_model, sketch
-from ulsam.recipe import Edit
+from ulsam.model.build import build, make_spec, save_model, sketch
+from ulsam.model.spec import Edit
+from ulsam.surgery.cost import cost
 
 NET = "mobilenetv2_050"
 
@@ -19,8 +19,8 @@ NET = "mobilenetv2_050"
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("models") / "wrens.safetensors"
-    recipe = make_recipe(NET, ["Zaunkönig", "wren"], [Edit("replace", "14,17", 8)], size=64)
-    save_model(build(recipe)[0], recipe, path)
+    spec = make_spec(NET, ["Zaunkönig", "wren"], [Edit("replace", "14,17", 8)], size=64)
+    save_model(build(spec)[0], spec, path)
     return path
 
 
@@ -31,19 +31,19 @@ def numbers(line: str) -> list[int]:
 def test_profile_prints_every_block_and_the_total(capsys):
     assert main(["profile", NET, "--size", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    found = cost(sketch(make_recipe(NET, [str(n) for n in range(1000)])), (3, 64, 64))
+    found = cost(sketch(make_spec(NET, [str(n) for n in range(1000)])), (3, 64, 64))
     assert len(lines) == len(found.rows) + 5  # heading, two rules, total, counting rule
     assert numbers(lines[-2]) == [found.params, found.macs, found.activations]
-    assert "One 3x64x64 picture. Counting rule 'exact'" in lines[-1]
+    assert "One 3x64x64 image. Counting rule 'exact'" in lines[-1]
 
 
 def test_profile_with_edits_compares_with_the_base(capsys):
-    arguments = ["--replace", "14,17", "--drop", "16", "--insert", "5:1", "--groups", "8", "--rule", "paper"]
+    arguments = ["--replace", "14,17", "--remove", "16", "--insert", "5:1", "--groups", "8", "--rule", "paper"]
     assert main(["profile", "mobilenetv2_100", *arguments]) == 0
     out = capsys.readouterr().out
     last = out.splitlines()[-1]
     params = 3_470_760 - 431_104 - 315_840 + 64
-    assert last.startswith("mobilenetv2_100, replace 14,17 g=8; drop 16; insert 5:1 g=8: parameters ")
+    assert last.startswith("mobilenetv2_100, replace 14,17 g=8; remove 16; insert 5:1 g=8: parameters ")
     assert f"parameters 3,470,760 -> {params:,} ({(params - 3_470_760) / 3_470_760:+.2%})" in last
     macs = 300_774_272 - 38_114_944 - 15_476_160 + 2 * 32 * 28 * 28
     assert f"MACs 300,774,272 -> {macs:,} ({(macs - 300_774_272) / 300_774_272:+.2%})" in last
@@ -63,7 +63,7 @@ def test_groups_and_form_reach_a_preset(capsys):
 def test_profile_reads_a_file_and_edits_go_on_top_of_its_own(capsys, file):
     assert main(["profile", str(file)]) == 0
     own = capsys.readouterr().out
-    assert "One 3x64x64 picture" in own
+    assert "One 3x64x64 image" in own
     assert sum(" ULSAM " in line for line in own.splitlines()) == 2
     assert main(["profile", str(file), "--insert", "3:1"]) == 0
     more = capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_profile_writes_a_csv(capsys, file, tmp_path):
     assert [rows[0][key] for key in ("block", "channels", "height", "width")] == ["conv_stem", "16", "32", "32"]
 
 
-def test_profile_takes_presets_and_token_nets(capsys):
+def test_profile_takes_presets_and_token_models(capsys):
     assert main(["profile", "ulsam_mobilenetv2_100_replace_14_17"]) == 0
     assert numbers(capsys.readouterr().out.splitlines()[-2])[1] == 300_774_272 - 38_114_944
     assert main(["profile", "vit_tiny_patch16_224"]) == 0
@@ -100,7 +100,7 @@ def test_candidates_show_numbers_shapes_savings_and_groups(capsys):
     assert "3,504,872 parameters and 300,774,272 MACs" in lines[-1]
 
 
-def test_candidates_of_a_net_without_numbers_say_so(capsys):
+def test_candidates_of_a_model_without_numbers_say_so(capsys):
     assert main(["candidates", "resnet18", "--size", "64"]) == 0
     out = capsys.readouterr().out
     assert "layer1.0  BasicBlock" in out
@@ -116,12 +116,12 @@ def test_candidates_of_a_file_leave_its_edits_out(capsys, file):
     assert [line.split()[0] for line in lines[2:-1]] == ["4", "6", "7", "9", "10", "11", "13", "16"]
 
 
-def test_info_prints_recipe_size_formats_and_cost(capsys, file):
+def test_info_prints_spec_size_formats_and_cost(capsys, file):
     assert main(["info", str(file)]) == 0
     out = capsys.readouterr().out
-    model, recipe = ulsam.load(file)
+    model, spec = ulsam.load(file)
     found = cost(model, (3, 64, 64))
-    assert str(recipe) in out
+    assert str(spec) in out
     assert "replace 14,17 g=8" in out
     assert "2: Zaunkönig, wren" in out
     assert f"parameters  {found.params:,}\n" in out
@@ -142,15 +142,15 @@ def test_ctrl_c_is_one_line_of_the_first_process(rank, told, monkeypatch, capsys
 
 
 MISTAKES = [
-    (["profile", "mobilenetv2_1000"], "timm has no net 'mobilenetv2_1000'; nearest: mobilenetv2_"),
-    (["profile", "mobilenetv2_100.nope"], "timm has no net 'mobilenetv2_100.nope'"),
-    (["profile", "hf-hub:timm/resnet18"], "timm has no net 'hf-hub:timm/resnet18'"),
+    (["profile", "mobilenetv2_1000"], "timm has no model 'mobilenetv2_1000'; nearest: mobilenetv2_"),
+    (["profile", "mobilenetv2_100.nope"], "timm has no model 'mobilenetv2_100.nope'"),
+    (["profile", "hf-hub:timm/resnet18"], "timm has no model 'hf-hub:timm/resnet18'"),
     (["profile", NET, "--size", "0"], "--size must be 1 pixel or more, not 0"),
     (["profile", NET, "--size", "-3"], "--size must be 1 pixel or more, not -3"),
     (["profile", NET, "--size", "100000"], "input_size is C, H, W, each from 1 to 8192"),
-    (["profile", "vit_tiny_patch16_224", "--size", "96"], "does not run on one picture of [3, 96, 96]"),
+    (["profile", "vit_tiny_patch16_224", "--size", "96"], "does not run on one image of [3, 96, 96]"),
     (["profile", NET, "--replace", "18"], "blocks.6.0 changes the shape"),
-    (["profile", NET, "--replace", "99"], "there is no layer 99; this net has layers 1 to 18"),
+    (["profile", NET, "--replace", "99"], "there is no layer 99; this model has layers 1 to 18"),
     (["profile", NET, "--replace", "17:1"], "17:1 means behind layer 17, an insertion"),
     (["profile", "resnet18", "--replace", "14"], "layer number 14: the paper's numbers exist for MobileNet-V1 and V2"),
     (["profile", NET, "--replace", "blocks.9"], "no module is named 'blocks.9'; nearest names: blocks"),
@@ -160,14 +160,14 @@ MISTAKES = [
     (["profile", NET, "--replace", "17", "--groups", "0"], "groups must be 1 or more, not 0"),
     (["profile", NET, "--replace", "17", "--form", "best"], "unknown form 'best'; valid: equations, released"),
     (["profile", NET, "--groups", "8"], "--groups has nothing to act on: add --replace AT or --insert AT"),
-    (["profile", NET, "--drop", "17", "--groups", "8"], "--groups has nothing to act on"),
+    (["profile", NET, "--remove", "17", "--groups", "8"], "--groups has nothing to act on"),
     (["profile", "mobilenetv2_100", "--replace", "conv_head"], "valid places near it: blocks."),
-    (["profile", NET, "--replace", "17", "--drop", "17"], "blocks.5.2 is a ULSAM layer already"),
+    (["profile", NET, "--replace", "17", "--remove", "17"], "blocks.5.2 is a ULSAM layer already"),
     (["profile", NET, "--rule", "mine"], "unknown counting rule 'mine'; valid: exact, paper"),
     (["profile", NET, "--csv", "no/such/folder/rows.csv"], "cannot write no/such/folder/rows.csv"),
     (["candidates", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 has no block that takes and puts out the same"),
-    (["profile", "net.pth"], "net.pth is neither timm's name of a net nor a model file, NAME.safetensors"),
-    (["profile", "tests"], "tests is neither timm's name of a net nor a model file"),
+    (["profile", "model.pth"], "model.pth is neither timm's name of a model nor a model file, NAME.safetensors"),
+    (["profile", "tests"], "tests is neither timm's name of a model nor a model file"),
     (["candidates", "nothing.safetensors"], "no model file nothing.safetensors"),
     (["info", "nothing.safetensors"], "no model file nothing.safetensors"),
     (["info", "."], "no model file ."),
@@ -197,7 +197,7 @@ def test_files_that_are_no_model_files_give_one_line(command, file, tmp_path, ca
     save_file({"a": torch.ones(1)}, plain)
     for path in (cut, empty, pickled):
         assert_one_line([command, str(path)], f"{path} is no safetensors file, or is cut off", capsys)
-    assert_one_line([command, str(plain)], f"{plain} holds weights without a recipe", capsys)
+    assert_one_line([command, str(plain)], f"{plain} holds weights without a spec", capsys)
 
 
 @pytest.mark.parametrize("arguments", [["profile"], ["profile", NET, "--size", "big"], ["info"], ["nonsense"], []])

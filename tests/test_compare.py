@@ -1,4 +1,4 @@
-"""A comparison from pictures to tables: runs in this process, real summaries, what is refused, what is published."""
+"""A comparison from images to tables: runs in this process, real summaries, what is refused, what is published."""
 
 import copy
 import csv
@@ -16,23 +16,24 @@ import pytest
 from PIL import Image
 
 from tiny import SETTINGS, draw_splits, options
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import make_folder
+from ulsam.base.locks import take_lock
 from ulsam.cli import main
-from ulsam.comparison import _reported, plot, report
-from ulsam.comparison.arms import Arm, parse_arms
-from ulsam.comparison.grid import Failed, Grid, Run
-from ulsam.comparison.identity import data_digest, file_digests, seen_before
-from ulsam.comparison.launch import Ended, LocalLauncher, lock_of, run_all
-from ulsam.comparison.paths import without_paths
-from ulsam.comparison.report import measure_latency
-from ulsam.comparison.statistics import right
-from ulsam.comparison.store import Store
-from ulsam.comparison.table import legend, pairs
-from ulsam.errors import UlsamError
-from ulsam.files import make_folder
-from ulsam.locks import take_lock
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import train
-from ulsam.train.parts import open_pictures
+from ulsam.study import compare_plot as plot
+from ulsam.study.arms import Arm, parse_arms
+from ulsam.study.compare import _reported, report
+from ulsam.study.compare_report import measure_latency
+from ulsam.study.compare_table import legend, pairs
+from ulsam.study.grid import Failed, Grid, Run
+from ulsam.study.identity import data_digest, file_digests, seen_before
+from ulsam.study.launch import EndedRun, LocalLauncher, lock_of, run_all
+from ulsam.study.paths import without_paths
+from ulsam.study.run_store import Store
+from ulsam.study.statistics import right
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import train
+from ulsam.training.parts import open_images
 
 SETTLED = {**SETTINGS, "epochs": 1, "layout": "contiguous", "amp": "none", "compile": "none"}
 ARMS = ("base", "slim: insert blocks.2 g=4; size=24")
@@ -44,16 +45,16 @@ class Here:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.started: list[str] = []
-        self.over: list[Ended] = []
+        self.over: list[EndedRun] = []
 
     def start(self, run: Run) -> bool:
         self.store.check(run)
         self.started.append(str(run))
         try:
             train(run.config, self.store.folder(run))
-            self.over.append(Ended(run))
+            self.over.append(EndedRun(run))
         except UlsamError as error:
-            self.over.append(Ended(run, str(error)))
+            self.over.append(EndedRun(run, str(error)))
         return True
 
     def room(self) -> bool:
@@ -62,7 +63,7 @@ class Here:
     def running(self) -> Sequence[Run]:
         return [ended.run for ended in self.over]
 
-    def ended(self) -> list[Ended]:
+    def ended(self) -> list[EndedRun]:
         over, self.over = self.over, []
         return over
 
@@ -76,7 +77,7 @@ def run_here(
     """As `ulsam.compare`, with :class:`Here`; what it returns, and the runs that it started."""
     shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), **(settings or {})})
     grid, store = Grid(parse_arms(arms), shared, **given), Store(out)
-    with store.alone():
+    with store.locked():
         store.begin(grid, f"ulsam compare {data}", data_digest(shared, grid.choose_split), {})
     launcher = Here(store)
     run_all(grid, store, launcher, lambda line: None, "ulsam compare")
@@ -87,7 +88,7 @@ def run_here(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = draw_splits(tmp_path_factory.mktemp("data"), train=16, val=12, noise=110)
-    next((root / "val" / "class1").iterdir()).write_bytes(b"no picture")  # left out of every measurement
+    next((root / "val" / "class1").iterdir()).write_bytes(b"no image")  # left out of every measurement
     return root
 
 
@@ -114,7 +115,7 @@ def final(out: Path, arm: str, seed: int) -> Path:
 def test_the_result_is_what_the_summaries_say(finished: tuple[Path, dict[str, Any]]) -> None:
     out, result = finished
     assert json.loads((out / "compare.json").read_text()) == result
-    assert (result["pictures"], result["split"], result["finished"]) == (35, "validation", True)
+    assert (result["images"], result["split"], result["finished"]) == (35, "validation", True)
     base = summaries(out, "base")
     for arm in result["arms"]:
         finals = summaries(out, arm["folder"])
@@ -136,21 +137,21 @@ def test_the_result_is_what_the_summaries_say(finished: tuple[Path, dict[str, An
             minus = arm["minus_base"]
             assert np.shape(matrix) == (2, 35)
             assert minus["mean"] == pytest.approx(np.mean(matrix))
-            assert minus["low"] <= minus["mean"] <= minus["high"] and minus["over"] == "seeds and pictures"
+            assert minus["low"] <= minus["mean"] <= minus["high"] and minus["over"] == "seeds and images"
 
 
-def test_pictures_are_those_that_choosing_did_not_see(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_images_are_those_that_choosing_did_not_see(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     for arm in ("base", "slim"):
-        assert {(s["split"], s["pictures"]["train"]) for s in summaries(out, arm)} == {("validation", 48)}
+        assert {(s["split"], s["images"]["train"]) for s in summaries(out, arm)} == {("validation", 48)}
         held_out = summaries(out, arm, "choose-*")
-        assert {(s["split"], s["pictures"]["train"]) for s in held_out} == {("held-out", 39)}
+        assert {(s["split"], s["images"]["train"]) for s in held_out} == {("held-out", 39)}
         assert {s["outcomes"]["names"] for s in held_out} == {
             summaries(out, "base", "choose-*")[0]["outcomes"]["names"]
         }
 
 
-def test_tables_and_pictures(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_tables_and_images(finished: tuple[Path, dict[str, Any]]) -> None:
     out, result = finished
     rows = list(csv.DictReader((out / "compare.csv").read_text().splitlines()))
     assert [row["arm"] for row in rows] == ["base", "slim"]
@@ -163,7 +164,7 @@ def test_tables_and_pictures(finished: tuple[Path, dict[str, Any]]) -> None:
     assert re.search(rf"\| slim .*{100 * slim['top1_mean']:.2f} ± .*\[", text)
     assert re.search(rf"\| base .* {1e3 * result['arms'][0]['latency']['seconds']:.1f} ms \|", text)
     assert re.search(rf"\| slim .* x {slim['latency']['ratio']:.2f} \|", text)
-    elsewhere = copy.deepcopy(result)  # a net that was timed beside the base on a slower machine
+    elsewhere = copy.deepcopy(result)  # a model that was timed beside the base on a slower machine
     elsewhere["arms"][1]["latency"]["seconds"] *= 3
     assert plot.draw(elsewhere) == plot.draw(result)
     elsewhere["arms"][1]["latency"]["ratio"] *= 3
@@ -175,8 +176,8 @@ def test_tables_and_pictures(finished: tuple[Path, dict[str, Any]]) -> None:
     ]
     assert f"| slim | {' | '.join(tried)} |" in text
     for name in ("compare.png", "rates.png"):
-        with Image.open(out / name) as picture:
-            assert picture.width > 500
+        with Image.open(out / name) as image:
+            assert image.width > 500
 
 
 def test_started_again_it_trains_only_what_is_missing(
@@ -192,7 +193,7 @@ def test_started_again_it_trains_only_what_is_missing(
     assert [arm["top1"] for arm in again["arms"]] == [arm["top1"] for arm in finished[1]["arms"]]
 
 
-def test_runs_of_another_recipe_are_never_mixed_in(
+def test_runs_of_another_spec_are_never_mixed_in(
     finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(finished[0], tmp_path / "out")
@@ -202,7 +203,7 @@ def test_runs_of_another_recipe_are_never_mixed_in(
     assert "choose-0.02-1" in str(error.value)
     path = final(out, "base", 0) / "summary.json"
     summary = json.loads(path.read_text())
-    del summary["config"]["split_seed"]  # as an earlier version would have left it: the same recipe only by its default
+    del summary["config"]["split_seed"]  # as an earlier version would have left it: the same spec only by its default
     summary["config"]["workers"] = 7  # does not change what is trained
     path.write_text(json.dumps(summary))
     with pytest.raises(UlsamError, match="split_seed None, not 0"):
@@ -219,19 +220,19 @@ def test_data_that_changed_is_refused_before_training(what: str, tmp_path: Path)
     store.begin(grid, "ulsam compare", data_digest(shared), {})
     moved = data.rename(tmp_path / "moved")
     store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved), workers=1)), {})
-    picture = moved / "train" / "class1" / "000.png"
+    image = moved / "train" / "class1" / "000.png"
     if what == "longer":
-        picture.write_bytes(picture.read_bytes() + b"0")
+        image.write_bytes(image.read_bytes() + b"0")
     elif what == "renamed":
-        picture.rename(picture.with_name("other.png"))
+        image.rename(image.with_name("other.png"))
     elif what == "in another split":
-        picture.rename(moved / "val" / "class1" / "moved.png")
+        image.rename(moved / "val" / "class1" / "moved.png")
     elif what == "one more":
-        shutil.copyfile(picture, picture.with_name("more.png"))
+        shutil.copyfile(image, image.with_name("more.png"))
     else:
         for split in ("train", "val"):
             (moved / split / "class1").rename(moved / split / "class9")
-    with pytest.raises(UlsamError, match=r"on other pictures than .*data holds now: name another --out$"):
+    with pytest.raises(UlsamError, match=r"on other images than .*data holds now: name another --out$"):
         store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved))), {})
 
 
@@ -266,13 +267,13 @@ def test_another_weight_file_or_teacher_of_the_same_name_is_refused(tmp_path: Pa
         begin(arms)  # and it was not forgotten
 
 
-def test_other_pictures_are_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_other_images_are_refused(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out = shutil.copytree(finished[0], tmp_path / "out")
     path = final(out, "slim", 1) / "summary.json"
     summary = json.loads(path.read_text())
     summary["outcomes"]["names"] = "0" * 64
     path.write_text(json.dumps(summary))
-    with pytest.raises(UlsamError, match="measured on different pictures"):
+    with pytest.raises(UlsamError, match="measured on different images"):
         report(out)
 
 
@@ -296,11 +297,11 @@ def test_a_guest_without_a_finished_run_is_published(finished: tuple[Path, dict[
     out, there = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published"
     (out / "arms" / "begun").mkdir()
     Store(out).write(
-        "arms/begun/guest.json", {"name": "begun", "settings": {}, "what": "its first run goes on", "cost": {}}
+        "arms/begun/external_arm.json", {"name": "begun", "settings": {}, "what": "its first run goes on", "cost": {}}
     )
     begun = report(out, publish=there)["arms"][-1]
     assert (begun["name"], begun["seeds"]) == ("begun", [])
-    assert json.loads((there / "arms" / "begun" / "guest.json").read_text())["name"] == "begun"
+    assert json.loads((there / "arms" / "begun" / "external_arm.json").read_text())["name"] == "begun"
 
 
 def test_a_published_comparison_can_be_gone_on_with(
@@ -330,20 +331,20 @@ def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_pa
     three = shutil.copytree(data, tmp_path / "three")
     shutil.copytree(three / "val", three / "test")
     for folder in (three / "val").iterdir():
-        for picture in sorted(folder.iterdir())[4:]:
-            picture.unlink()
+        for image in sorted(folder.iterdir())[4:]:
+            image.unlink()
     settings, out = {"val_split": "test"}, tmp_path / "out"
     result, _ = run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1, choose_split="val")
     tries, finals = summaries(out, "base", "choose-*"), summaries(out, "base")
-    assert [(found["split"], found["scores"]["pictures"]) for found in tries] == [("validation", 11)] * 2
+    assert [(found["split"], found["scores"]["images"]) for found in tries] == [("validation", 11)] * 2
     assert finals[0]["split"] == result["split"] == "test"
-    assert tries[0]["pictures"]["train"] == finals[0]["pictures"]["train"]
+    assert tries[0]["images"]["train"] == finals[0]["images"]["train"]
     assert result["chosen_on"] == "val"
     assert "| val top-1 at lr, epochs | 0.02, 1 | 0.1, 1 |" in (out / "compare.md").read_text()
     with pytest.raises(UlsamError, match="chooses rates on val: go on with that, or name another --out"):
         run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1)
     next((three / "val" / "class0").iterdir()).unlink()
-    with pytest.raises(UlsamError, match="compares nets on other pictures"):
+    with pytest.raises(UlsamError, match="compares models on other images"):
         run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1, choose_split="val")
 
 
@@ -352,8 +353,8 @@ def test_a_report_tells_of_the_machine_of_the_runs_not_of_its_own(
 ) -> None:
     out, result = finished
     report(out, publish=tmp_path)
-    monkeypatch.setattr("ulsam.comparison.latency.processor", lambda: "another processor")
-    monkeypatch.setattr("ulsam.train.report.__version__", "99")
+    monkeypatch.setattr("ulsam.study.latency.processor", lambda: "another processor")
+    monkeypatch.setattr("ulsam.training.summary.__version__", "99")
     assert report(tmp_path) == without_paths(result)
     assert result["versions"]["ulsam"] == [summaries(out, "base")[0]["versions"]["ulsam"]]
     latencies = json.loads((tmp_path / "latency.json").read_text())
@@ -384,7 +385,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(
     assert [entry["run"] for entry in wild["failed"]] == ["seed-0"]
     assert "try a lower --lr" in wild["failed"][0]["reason"]
     assert (wild["top1_mean"], wild["missing"], base["missing"], base["top1_sd"]) == (None, 0, 0, None)
-    assert (small["minus_base"]["over"], small["minus_base"]["seeds"]) == ("pictures", [0])
+    assert (small["minus_base"]["over"], small["minus_base"]["seeds"]) == ("images", [0])
     notes = " ".join(result["notes"])
     assert all(words in notes for words in ("wild, seed-0 failed: ", "one seed", "held-out", "not chosen for each arm"))
     with pytest.raises(SystemExit) as stop:
@@ -485,7 +486,7 @@ def test_mistakes_are_one_line_and_train_nothing(
     monkeypatch.setitem(sys.modules, "ray", None)  # is not installed
     out = tmp_path / "out"
     rest = [] if "--report-only" in words else options(SETTLED)
-    values = {"edits": ["drop blocks.2"]}, {"val_every": 2, "split_seed": None, "edits": []}, {"split_seed": 0}
+    values = {"edits": ["remove blocks.2"]}, {"val_every": 2, "split_seed": None, "edits": []}, {"split_seed": 0}
     files = dict(zip(("EDITS", "OFTEN", "SPLIT"), values, strict=True))
     for name, settings in files.items():
         (tmp_path / name).write_text(json.dumps(settings))  # which is YAML too
@@ -501,30 +502,30 @@ def test_mistakes_are_one_line_and_train_nothing(
     assert not out.exists()
 
 
-def test_pictures_that_the_start_was_trained_on_are_no_held_out_ones(data: Path, tmp_path: Path) -> None:
+def test_images_that_the_start_was_trained_on_are_no_held_out_ones(data: Path, tmp_path: Path) -> None:
     settings = {**SETTLED, "data": str(data), "val_fraction": 0.5}
     before = TrainConfig.from_mapping({**settings, "split_seed": 0})
     train(before, tmp_path / "before")
     model = str(tmp_path / "before" / "model.safetensors")
-    trained_on = set(open_pictures(before)[0].names)
+    trained_on = set(open_images(before)[0].names)
     for split_seed in (0, 1):
         for setting in ("weights", "teacher"):
             config = TrainConfig.from_mapping({**settings, "split_seed": split_seed, setting: model})
-            held_out = open_pictures(config)[1].names
+            held_out = open_images(config)[1].names
             seen = len(trained_on & set(held_out))
             assert (seen > 0) == (split_seed == 1)
-            told = [f"{model} was trained on {seen} of the {len(held_out)} pictures that are held out here"]
+            told = [f"{model} was trained on {seen} of the {len(held_out)} images that are held out here"]
             assert [line.partition(":")[0] for line in seen_before([config])] == (told if seen else [])
     elsewhere = dataclasses.replace(before, val_fraction=None, val_split="val", weights=model)
-    other_split = dataclasses.replace(before, train_split="val", weights=model)  # pictures of the same names
+    other_split = dataclasses.replace(before, train_split="val", weights=model)  # images of the same names
     assert seen_before([elsewhere, other_split]) == []
     shared = dataclasses.replace(elsewhere, val_split=None)
     grid = Grid(parse_arms(ARMS), shared, rates=(0.01, 0.02), tried_seeds=2)
     tries = [run.config for run in grid.known(lambda run: None)]
-    held_out = {config.split_seed: set(open_pictures(config)[1].names) for config in tries}
+    held_out = {config.split_seed: set(open_images(config)[1].names) for config in tries}
     seen = {number: len(trained_on & names) for number, names in held_out.items()}
     assert (seen[0], seen[1] > 0) == (0, True)  # each seed of a try holds out others
-    assert [line.partition(" pictures")[0] for line in seen_before(tries)] == [
+    assert [line.partition(" images")[0] for line in seen_before(tries)] == [
         f"{model} was trained on {seen[1]} of the {len(held_out[1])}"
     ]
     (tmp_path / "before" / "config.yaml").write_text("model_type: of another program")
@@ -540,16 +541,16 @@ def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -
     class Locked(LocalLauncher):
         def start(self, run: Run) -> bool:
             if len(said) == 2:  # both were told: the other process is done with one, then with the other
-                for other in grid.known(self.store.look):
-                    if self.store.look(other) is None:
+                for other in grid.known(self.store.outcome):
+                    if self.store.outcome(other) is None:
                         train(other.config, self.store.folder(other))
             return super().start(run)
 
-    for run in grid.known(store.look):
+    for run in grid.known(store.outcome):
         make_folder(store.folder(run).parent)
-    held = [take_lock(lock_of(store.folder(run))) for run in grid.known(store.look)]
+    held = [take_lock(lock_of(store.folder(run))) for run in grid.known(store.outcome)]
     assert None not in held
     launcher = Locked(store, jobs=2)
     run_all(grid, store, launcher, said.append, "again")
     assert [line.split(":")[0].split()[0] for line in said] == ["wait", "wait"]
-    assert not any(isinstance(store.look(run), Failed | None) for run in grid.known(store.look))
+    assert not any(isinstance(store.outcome(run), Failed | None) for run in grid.known(store.outcome))

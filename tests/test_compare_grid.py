@@ -1,4 +1,4 @@
-"""What arms mean, which runs a grid needs in which order, and that arms see the same pictures in the same order."""
+"""What arms mean, which runs a grid needs in which order, and that arms see the same images in the same order."""
 
 import itertools
 import json
@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from tiny import NET, SETTINGS, draw, draw_splits
-from ulsam.comparison.arms import Arm, check_arms, check_choosing, parse_arms
-from ulsam.comparison.grid import Failed, Grid, Run, Try, at_the_edge, most_epochs
-from ulsam.comparison.paths import without_paths
-from ulsam.distributed import World
-from ulsam.errors import UlsamError
-from ulsam.train import parts
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import Trainer
+from ulsam.base.distributed import World
+from ulsam.base.errors import UlsamError
+from ulsam.study.arms import Arm, check_arms, check_choosing, parse_arms
+from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge, most_epochs
+from ulsam.study.paths import without_paths
+from ulsam.training import parts
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import Trainer
 
 ARMS = ("base", "slim: insert blocks.2 g=4", "size=24; lr=0.03")
 
@@ -56,8 +56,8 @@ class Results:
 def test_an_arm_is_edits_and_settings_on_top_of_the_shared_ones() -> None:
     arm = Arm.parse("both: insert 17:1 g=8 form=released; size = 96; model_args={drop_rate: 0.1}; lr=1e-3")
     assert (arm.name, arm.slug, arm.edits) == ("both", "both", ("insert 17:1 g=8 form=released",))
-    config = arm.config(shared(edits=["drop 16"]), seed=3)
-    assert config.edits == ["drop 16", "insert 17:1 g=8 form=released"]
+    config = arm.config(shared(edits=["remove 16"]), seed=3)
+    assert config.edits == ["remove 16", "insert 17:1 g=8 form=released"]
     assert (config.size, config.lr, config.model_args, config.seed) == (96, 0.001, {"drop_rate": 0.1}, 3)
     assert config.model == NET
     assert Arm.parse("small: base; size=24") == Arm("small", (), {"size": 24})
@@ -67,7 +67,7 @@ def test_an_arm_is_edits_and_settings_on_top_of_the_shared_ones() -> None:
     assert Arm.parse("g=4: replace 14,17 g=4").name == "g=4"
     assert Arm.parse('model_args={"drop_rate": 0.1}').settings == {"model_args": {"drop_rate": 0.1}}
     assert Arm.parse("insert 17:1 g=8").name == "insert 17:1 g=8"
-    assert Arm.parse("weights=/home/me/net.safetensors").name == "weights=net.safetensors"
+    assert Arm.parse("weights=/home/me/model.safetensors").name == "weights=model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_an_arm_is_edits_and_settings_on_top_of_the_shared_ones() -> None:
         (["base", ""], "holds nothing"),
         (["base", "x: "], "holds nothing"),
         (["base", "turn 14"], "the arm 'turn 14': unknown edit 'turn'"),
-        (["base", "x:drop 14"], "the arm 'x:drop 14': put a space after the colon"),
+        (["base", "x:remove 14"], "the arm 'x:remove 14': put a space after the colon"),
         (["base", "two words:replace 14 g=4; size=24"], "put a space after the colon"),
         (["base", "x:size=24"], "put a space after the colon"),
         (["base", "seed=3"], "the arm 'seed=3': seed is the same for all arms"),
@@ -94,7 +94,7 @@ def test_arms_that_cannot_be_read(arms: list[str], message: str) -> None:
 
 
 def test_an_arm_can_do_without_the_shared_teacher() -> None:
-    taught = shared(teacher="net.safetensors", distill=0.7)
+    taught = shared(teacher="model.safetensors", distill=0.7)
     assert Arm.parse("alone: teacher=null").config(taught) == Arm.parse("base").config(shared())
     assert Arm.parse("less: distill=0.2").config(taught).distill == 0.2
     with pytest.raises(UlsamError, match="the arm 'odd': distill needs a teacher"):
@@ -104,9 +104,9 @@ def test_an_arm_can_do_without_the_shared_teacher() -> None:
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
-        (["base", "other: size=32"], "the arms 'base' and 'other' are the same net and recipe"),
+        (["base", "other: size=32"], "the arms 'base' and 'other' are the same model and spec"),
         (["base", "insert nowhere"], "the arm 'insert nowhere g=4' cannot be built: .*nowhere"),
-        (["base", "big: model=no_such_net"], "the arm 'big' cannot be built: timm has no net"),
+        (["base", "big: model=no_such_model"], "the arm 'big' cannot be built: timm has no model"),
         (["base", "size=big"], "the arm 'size=big': size must be a whole number"),
         (["base", "colour=red"], "the arm 'colour=red': unknown setting 'colour'"),
         (["base", "weights=missing.safetensors"], "the arm 'weights=missing.safetensors' cannot be built: no weight"),
@@ -125,7 +125,7 @@ def test_arms_that_cannot_be_built(arms: list[str], message: str, data: Path) ->
 
 def test_a_shared_rate_of_ulsam_layers_is_for_the_arms_that_have_some(data: Path) -> None:
     preset = "model=ulsam_mobilenetv2_100_replace_14"
-    arms = parse_arms(["base", "drop blocks.2", "insert blocks.2", "insert blocks.2 layer=se", preset])
+    arms = parse_arms(["base", "remove blocks.2", "insert blocks.2", "insert blocks.2 layer=se", preset])
     scaled = shared(data, ulsam_lr=10.0)
     assert [arm.config(scaled).ulsam_lr for arm in arms] == [1, 1, 10, 1, 10]
     check_arms((arms[0], *arms[2:]), scaled)
@@ -154,7 +154,7 @@ def test_every_tried_rate_is_checked_before_training() -> None:
         grid("base", "size=24", rates=(0.05, 0.001), settings={"min_lr": 0.002})
 
 
-def test_choosing_needs_pictures_that_choosing_does_not_see(data: Path, tmp_path: Path) -> None:
+def test_choosing_needs_images_that_choosing_does_not_see(data: Path, tmp_path: Path) -> None:
     check_choosing(shared(data))
     with pytest.raises(UlsamError, match="leave val_fraction out"):
         check_choosing(shared(data, val_fraction=0.3))
@@ -181,7 +181,7 @@ def test_a_split_to_choose_on() -> None:
     look = Results()
     tried = plan.due(look)
     where = [(run.config.val_split, run.config.val_fraction, run.config.split_seed) for run in tried]
-    assert where == [("val", None, 0)] * 8  # after training on all training pictures
+    assert where == [("val", None, 0)] * 8  # after training on all training images
     assert [run.config.seed for run in tried[:4]] == [0, 1, 0, 1]
     for run in tried:
         look.add(run, run.config.lr)
@@ -233,7 +233,7 @@ def test_the_mean_over_the_seeds_of_a_try_chooses() -> None:
     while due := [run for run in plan.due(look) if run.arm == base and run.is_try]:
         config = due[0].config
         number = config.seed - 7
-        assert config.split_seed == number and config.val_fraction == 0.2  # each seed holds out other pictures
+        assert config.split_seed == number and config.val_fraction == 0.2  # each seed holds out other images
         done.append(due[0].name)
         look.add(due[0], top1[config.lr, config.epochs][number])
         if (config.lr, config.epochs, number) == (0.02, 1, 0):
@@ -248,13 +248,13 @@ def test_the_mean_over_the_seeds_of_a_try_chooses() -> None:
     assert Grid.from_json(json.loads(json.dumps(plan.to_json()))).tried_seeds == 2
 
 
-def test_the_lower_loss_chooses_where_as_many_pictures_are_right() -> None:
+def test_the_lower_loss_chooses_where_as_many_images_are_right() -> None:
     plan = grid("base", "size=24", rates=(0.01, 0.02, 0.04), epochs=(1, 3), seeds=1, tried_seeds=2)
     base, look = plan.arms[0], Results()
     found = {
         (0.01, 1): ((223, 1.0), (222, 1.1)),
         (0.02, 1): ((215, 1.1), (230, 0.8)),  # 445 of 592 as well, in another order of rounding
-        (0.04, 1): ((222, 0.2), (222, 0.2)),  # a picture less
+        (0.04, 1): ((222, 0.2), (222, 0.2)),  # an image less
         (0.02, 3): ((224, 0.9), (221, 0.96)),
     }
     while due := [run for run in plan.due(look) if run.arm == base and run.is_try]:
@@ -336,27 +336,27 @@ def test_the_most_epochs_that_were_tried() -> None:
 def test_no_path_is_published() -> None:
     found = without_paths(
         {
-            "command": "ulsam compare /a/b/cub --arm 'old: weights=../w/net.safetensors; lr=0.1' --out ~/runs/x",
+            "command": "ulsam compare /a/b/cub --arm 'old: weights=../w/model.safetensors; lr=0.1' --out ~/runs/x",
             "list": ["/a/b/c d.jpg", "torch/imagenet", "3/4", "cannot read ./x/y.png: gone"],
             "number": 3,
         }
     )
     assert found == {
-        "command": "ulsam compare cub --arm 'old: weights=net.safetensors; lr=0.1' --out x",
+        "command": "ulsam compare cub --arm 'old: weights=model.safetensors; lr=0.1' --out x",
         "list": ["c d.jpg", "torch/imagenet", "3/4", "cannot read y.png: gone"],
         "number": 3,
     }
 
 
-# the same pictures
+# the same images
 
 
 def test_all_arms_see_the_same_batches_and_mixtures(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order, the augmentation, mixup and what is held out depend on seed, epoch and place, never on the net."""
+    """The order, the augmentation, mixup and what is held out depend on seed, epoch and place, never on the model."""
     strong = {"mixup": 0.5, "rand_augment": "rand-m7-n2-mstd0.5", "random_erasing": 0.5, "drop_rate": 0.3}
-    same = {"mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bilinear"}  # which nets bring of their own
+    same = {"mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bilinear"}  # which models bring of their own
     settings = {**strong, **same, "val_fraction": 0.25, "split_seed": 0, "layout": "contiguous", "amp": "none"}
     arms = parse_arms(["base", "insert blocks.2 g=4", "model=test_resnet"])
     seen: dict[tuple[str, int], list[torch.Tensor]] = {}
@@ -364,20 +364,20 @@ def test_all_arms_see_the_same_batches_and_mixtures(
     for arm, seed in itertools.product(arms, (0, 1)):
         config = arm.config(shared(data, **settings), seed=seed, compile="none")
         trainer = Trainer(config, tmp_path, World(0, 1, torch.device("cpu")))
-        add = trainer.learner.add_gradients
+        add = trainer.training_step.add_gradients
         batches = seen.setdefault((arm.name, seed), [])
 
         def noted(images: torch.Tensor, labels: torch.Tensor, *, _add=add, _batches=batches, **rest: Any) -> float:
             _batches.append(torch.cat([images.flatten(), labels.flatten()]))
             return _add(images, labels, **rest)
 
-        monkeypatch.setattr(trainer.learner, "add_gradients", noted)
+        monkeypatch.setattr(trainer.training_step, "add_gradients", noted)
         for epoch in range(2):
             trainer.at.epoch, trainer.at.batch = epoch, 0
             stream = trainer._begin_epoch()
             for _ in range(trainer.epoch_updates):
                 trainer._update(stream, False, False)
-        names[arm.name, seed] = parts.open_pictures(config)[1].names
+        names[arm.name, seed] = parts.open_images(config)[1].names
     for seed in (0, 1):
         first, *others = (torch.stack(seen[arm.name, seed]) for arm in arms)
         assert len(first) == 2 * (36 - 9) // 8

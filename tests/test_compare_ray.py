@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tiny import SETTINGS, draw_splits
-from ulsam.comparison import compare
-from ulsam.comparison.arms import Arm, parse_arms
-from ulsam.comparison.grid import Grid, Run
-from ulsam.comparison.remote import receive, train_there
-from ulsam.comparison.store import Store
-from ulsam.train.config import TrainConfig
+from ulsam.study.arms import Arm, parse_arms
+from ulsam.study.compare import compare
+from ulsam.study.grid import Grid, Run
+from ulsam.study.ray_launcher import receive, train_there
+from ulsam.study.run_store import Store
+from ulsam.training.config import TrainConfig
 
 SETTLED = {**SETTINGS, "layout": "contiguous", "amp": "none", "compile": "none"}
 
@@ -30,7 +30,7 @@ def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_pat
     arms = parse_arms(["base", "size=24"])
     shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), "epochs": 1})
     store, grid = Store(tmp_path), Grid(arms, shared, seeds=1)
-    run = grid.known(store.look)[0]
+    run = grid.known(store.outcome)[0]
     folder = store.folder(run)
     here, token = str(Path.cwd()), str(tmp_path / "no-such-token")
     reason, files = train_there(str(folder), run.config.to_yaml(), token, here)
@@ -38,7 +38,7 @@ def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_pat
     assert not folder.exists()
     assert "checkpoint.pt" not in files
     receive(folder, files)
-    assert store.look(run)["scores"]["pictures"] == 12  # type: ignore[index,call-overload]
+    assert store.outcome(run)["scores"]["images"] == 12  # type: ignore[index,call-overload]
     assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "config.yaml", "metrics.csv"}
     assert "result " in folder.with_name("seed-0.log").read_text()
 
@@ -46,7 +46,7 @@ def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_pat
     reason, files = train_there(str(store.folder(broken)), broken.config.to_yaml(), token, here)
     assert reason is not None and "no such folder" in reason
     receive(store.folder(broken), files)
-    assert store.look(broken) is None
+    assert store.outcome(broken) is None
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_relative_paths_are_seen_from_where_the_command_was_given(data: Path, tm
     reason, files = train_there(str(store.folder(run)), config.to_yaml(), token, str(data.parent))
     assert reason is None
     receive(store.folder(run), files)
-    assert store.look(run) is not None  # with the settings as they were given
+    assert store.outcome(run) is not None  # with the settings as they were given
     reason, files = train_there(str(store.folder(run)), config.to_yaml(), token, str(tmp_path / "gone"))
     assert reason is not None and reason.endswith("gone, from where the command was given") and not files
 

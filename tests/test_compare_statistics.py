@@ -1,4 +1,4 @@
-"""The interval over seeds and pictures against naive loops, special cases, and simulated experiments."""
+"""The interval over seeds and images against naive loops, special cases, and simulated experiments."""
 
 import math
 from typing import Any
@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from ulsam.comparison.statistics import Difference, crossed_interval, difference, right
-from ulsam.comparison.student import t_quantile
-from ulsam.errors import UlsamError
+from ulsam.base.errors import UlsamError
+from ulsam.study.statistics import Difference, crossed_interval, difference, right
+from ulsam.study.student_t import t_quantile
 
 
 def summary(hits: Any, names: str = "same", split: str = "test") -> dict[str, Any]:
@@ -20,8 +20,8 @@ def summary(hits: Any, names: str = "same", split: str = "test") -> dict[str, An
     packed = np.packbits(np.array(hits, dtype=np.uint8)).tobytes().hex()
     return {
         "split": split,
-        "scores": {"top1": sum(hits) / len(hits), "pictures": len(hits)},
-        "outcomes": {"pictures": len(hits), "right": packed, "names": names},
+        "scores": {"top1": sum(hits) / len(hits), "images": len(hits)},
+        "outcomes": {"images": len(hits), "right": packed, "names": names},
     }
 
 
@@ -56,20 +56,20 @@ def test_the_interval_equals_a_naive_double_loop(rows: int, columns: int, seed: 
     assert crossed_interval(np.array(matrix)) == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
 
 
-def test_one_seed_is_the_paired_t_interval_over_pictures() -> None:
+def test_one_seed_is_the_paired_t_interval_over_images() -> None:
     values = np.random.default_rng(0).integers(-1, 2, 50)
     spread = values.std(ddof=1) / math.sqrt(50)
     low, high = student.interval(0.95, 49, values.mean(), spread)
     assert crossed_interval(values[None]) == pytest.approx((values.mean(), low, high))
 
 
-@pytest.mark.parametrize(("of_seeds", "of_pictures"), [(0.0, 0.3), (0.02, 0.2), (0.05, 0.0)])
-def test_95_of_100_intervals_hold_the_true_difference(of_seeds: float, of_pictures: float) -> None:
-    """5 seeds and 400 pictures, drawn anew each time; the true difference is 0.02."""
+@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.0, 0.3), (0.02, 0.2), (0.05, 0.0)])
+def test_95_of_100_intervals_hold_the_true_difference(of_seeds: float, of_images: float) -> None:
+    """5 seeds and 400 images, drawn anew each time; the true difference is 0.02."""
     random = np.random.default_rng(7)
     held, rounds, too_narrow = 0, 1500, 0
     for _ in range(rounds):
-        shift = 0.02 + random.normal(0, of_seeds, (5, 1)) + random.normal(0, of_pictures, (1, 400))
+        shift = 0.02 + random.normal(0, of_seeds, (5, 1)) + random.normal(0, of_images, (1, 400))
         matrix = shift + random.normal(0, 0.4, (5, 400))
         _, low, high = crossed_interval(matrix)
         held += low <= 0.02 <= high
@@ -81,21 +81,21 @@ def test_95_of_100_intervals_hold_the_true_difference(of_seeds: float, of_pictur
 
 
 def test_a_common_luck_of_the_seed_is_not_mistaken_for_certainty() -> None:
-    """Every picture agrees, but the seeds do not: the interval is that of the seeds."""
+    """Every image agrees, but the seeds do not: the interval is that of the seeds."""
     shifts = np.array([0.03, -0.01, 0.02, 0.00, 0.01])
     matrix = np.repeat(shifts[:, None], 1000, axis=1)
     expected = student.interval(0.95, 4, 0.01, shifts.std(ddof=1) / math.sqrt(5))
     assert crossed_interval(matrix)[1:] == pytest.approx(expected)
 
 
-def test_the_difference_pairs_by_seed_and_picture() -> None:
+def test_the_difference_pairs_by_seed_and_image() -> None:
     random = np.random.default_rng(3)
     hits = {seed: random.random((2, 30)) < 0.6 for seed in range(4)}
     runs = {seed: summary(both[0]) for seed, both in hits.items()}
     base = {seed: summary(both[1]) for seed, both in hits.items() if seed != 2}  # one run failed
     found = difference(runs, base)
     assert found is not None
-    assert (found.seeds, found.over) == ((0, 1, 3), "seeds and pictures")
+    assert (found.seeds, found.over) == ((0, 1, 3), "seeds and images")
     matrix = np.stack([hits[seed][0].astype(int) - hits[seed][1] for seed in (0, 1, 3)])
     assert (found.mean, found.low, found.high) == pytest.approx(crossed_interval(matrix))
     assert found.of_seeds == pytest.approx(matrix.mean(axis=1))
@@ -104,7 +104,7 @@ def test_the_difference_pairs_by_seed_and_picture() -> None:
 
 def test_what_is_missing_narrows_what_the_interval_is_over() -> None:
     runs, base = {0: summary([1, 1, 0, 1])}, {0: summary([1, 0, 0, 1])}
-    assert difference(runs, base).over == "pictures"  # type: ignore[union-attr]
+    assert difference(runs, base).over == "images"  # type: ignore[union-attr]
     streams = [{**run[0], "outcomes": None} for run in (runs, base)]
     alone = difference({0: streams[0]}, {0: streams[1]})
     assert alone is not None and (alone.over, alone.low, alone.words()) == ("nothing", None, ("not resolved",))
@@ -123,8 +123,8 @@ def test_what_is_missing_narrows_what_the_interval_is_over() -> None:
         (summary([1, 0, 1, 1], split="val"), "split"),
     ],
 )
-def test_different_pictures_are_not_paired(other: dict[str, Any], word: str) -> None:
-    with pytest.raises(UlsamError, match=f"different pictures.*{word}"):
+def test_different_images_are_not_paired(other: dict[str, Any], word: str) -> None:
+    with pytest.raises(UlsamError, match=f"different images.*{word}"):
         difference({0: summary([1, 1, 0, 1])}, {0: other})
 
 
@@ -141,15 +141,15 @@ def test_different_pictures_are_not_paired(other: dict[str, Any], word: str) -> 
 )
 def test_verdicts(low: float, high: float, words: tuple[str, ...]) -> None:
     middle = (low + high) / 2
-    found = Difference(middle, low, high, "seeds and pictures", (0, 1), (middle, middle), 10)
+    found = Difference(middle, low, high, "seeds and images", (0, 1), (middle, middle), 10)
     assert found.words() == words
-    one = Difference(middle, low, high, "pictures", (0,), (middle,), 10)
+    one = Difference(middle, low, high, "images", (0,), (middle,), 10)
     assert one.words() == tuple(f"{word} (one seed)" if word in ("gain", "loss") else word for word in words)
     assert ("holds" in found.words(margin=0.03)) is True
 
 
-def test_no_verdict_from_a_handful_of_pictures() -> None:
-    """9 pictures of 1000 that one net alone gets right, with both seeds, are a tight interval above 0: no verdict."""
+def test_no_verdict_from_a_handful_of_images() -> None:
+    """9 images of 1000 that one model alone gets right, with both seeds, are a tight interval above 0: no verdict."""
     base = {seed: summary([0] * 1000) for seed in range(2)}
     for count, words in ((9, ("not resolved",)), (10, ("gain", "holds"))):
         found = difference({seed: summary([1] * count + [0] * (1000 - count)) for seed in range(2)}, base)

@@ -1,4 +1,4 @@
-"""Counts against numbers made by hand, against PyTorch's own counter on the running net, and against the paper."""
+"""Counts against numbers made by hand, against PyTorch's own counter on the running model, and against the paper."""
 
 import pytest
 import timm
@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ulsam.costs import cost
-from ulsam.errors import UlsamError
-from ulsam.module import ULSAM
-from ulsam.surgery import insert, replace
-from ulsam.trace import default_input_size
+from ulsam.base.errors import UlsamError
+from ulsam.layer.ulsam import ULSAM
+from ulsam.surgery.cost import cost
+from ulsam.surgery.edit import insert, replace
+from ulsam.surgery.trace import default_input_size
 
 
 def meta(name: str) -> nn.Module:
@@ -73,7 +73,7 @@ def test_the_fused_attention_operator_costs_its_two_products():
         ("resnet18", 11_689_512, 1_814_073_344),
     ],
 )
-def test_known_nets(name, params, macs):
+def test_known_models(name, params, macs):
     found = cost(meta(name))
     assert (found.params, found.macs) == (params, macs)
 
@@ -91,7 +91,7 @@ def test_known_nets(name, params, macs):
         ("vit_tiny_patch16_224", 224),
     ],
 )
-def test_torchs_counter_on_the_running_net_agrees(name, size):
+def test_torchs_counter_on_the_running_model_agrees(name, size):
     model = timm.create_model(name).eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -108,7 +108,7 @@ def assert_rows_add_up(found: object) -> None:
     assert len({row.name for row in found.rows}) == len(found.rows)
 
 
-def test_rows_are_the_blocks_of_the_net():
+def test_rows_are_the_blocks_of_the_model():
     found = cost(meta("mobilenetv2_100"))
     names = [row.name for row in found.rows]
     assert names[:3] == ["conv_stem", "bn1", "blocks.0.0"]
@@ -123,10 +123,10 @@ def test_rows_are_the_blocks_of_the_net():
 
 def test_inserted_and_replaced_layers_have_rows_of_their_own():
     base = cost(meta("mobilenetv2_100"))
-    net = insert(meta("mobilenetv2_100"), "17:1,blocks.2.1.bn2", 4)
-    replace(net, "14", 8)
-    insert(net, "14:1", 8)
-    found = cost(net)
+    model = insert(meta("mobilenetv2_100"), "17:1,blocks.2.1.bn2", 4)
+    replace(model, "14", 8)
+    insert(model, "14:1", 8)
+    found = cost(model)
     rows = {row.name: row for row in found.rows}
     assert (rows["blocks.5.2.ulsam"].type, rows["blocks.5.2.ulsam"].params) == ("ULSAM", 320)
     assert rows["blocks.5.2.ulsam"].macs == 320 * 49
@@ -178,9 +178,11 @@ def test_what_is_shared_is_counted_once_and_what_runs_twice_twice():
 
 
 def test_the_papers_rule_leaves_out_batchnorm_and_nothing_else():
-    net = meta("mobilenetv2_100")
-    norms = sum(p.numel() for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters(recurse=False))
-    exact, paper = cost(net), cost(net, rule="paper")
+    model = meta("mobilenetv2_100")
+    norms = sum(
+        p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters(recurse=False)
+    )
+    exact, paper = cost(model), cost(model, rule="paper")
     assert norms > 0
     assert paper.params == exact.params - norms
     assert (paper.macs, paper.activations) == (exact.macs, exact.activations)
@@ -188,42 +190,42 @@ def test_the_papers_rule_leaves_out_batchnorm_and_nothing_else():
     assert cost(ULSAM(8, 2, form="released"), (8, 4, 4), rule="paper").params == 2 * 8 + 8 + 2
 
 
-def test_the_net_is_neither_run_nor_changed():
-    net = timm.create_model("mobilenetv2_050").train()
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()]
+def test_the_model_is_neither_run_nor_changed():
+    model = timm.create_model("mobilenetv2_050").train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     random = torch.get_rng_state()
-    cost(net, (3, 64, 64))
+    cost(model, (3, 64, 64))
     assert torch.equal(random, torch.get_rng_state())
-    assert all(module.training for module in net.modules())
-    assert all(parameter.device.type == "cpu" and parameter.grad is None for parameter in net.parameters())
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())  # statistics too
-    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()] == hooks
+    assert all(module.training for module in model.modules())
+    assert all(parameter.device.type == "cpu" and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())  # statistics too
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
 
 
 @pytest.mark.parametrize("change", ["half", "double", "channels_last", "eval", "frozen", "meta"])
-def test_the_count_does_not_depend_on_the_nets_state(change):
-    net = timm.create_model("mobilenetv2_050")
-    before = cost(net, (3, 64, 64))
+def test_the_count_does_not_depend_on_the_models_state(change):
+    model = timm.create_model("mobilenetv2_050")
+    before = cost(model, (3, 64, 64))
     if change == "channels_last":
-        net.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
     elif change == "frozen":
-        net.requires_grad_(False)
+        model.requires_grad_(False)
     elif change == "meta":
-        net.to("meta")
+        model.to("meta")
     else:
-        getattr(net, change)()
-    assert cost(net, (3, 64, 64)) == before
+        getattr(model, change)()
+    assert cost(model, (3, 64, 64)) == before
 
 
 def test_the_size_comes_from_timm_or_the_first_convolution():
     assert default_input_size(meta("mobilenetv2_100")) == (3, 224, 224)
     assert cost(meta("efficientnet_b1")).input_size == (3, 240, 240)
     assert cost(timm.create_model("mobilenetv2_050", in_chans=1)).input_size == (1, 224, 224)
-    net = timm.create_model("mobilenetv2_050")
-    small, large = cost(net, (3, 64, 64)), cost(net, (3, 128, 128))
+    model = timm.create_model("mobilenetv2_050")
+    small, large = cost(model, (3, 64, 64)), cost(model, (3, 128, 128))
     assert small.params == large.params
-    assert large.macs - net.classifier.weight.numel() == 4 * (small.macs - net.classifier.weight.numel())
+    assert large.macs - model.classifier.weight.numel() == 4 * (small.macs - model.classifier.weight.numel())
 
 
 def test_the_table_says_what_was_counted_and_how():
@@ -233,7 +235,7 @@ def test_the_table_says_what_was_counted_and_how():
     assert any(line.split()[:5] == ["blocks.5.2.ulsam", "ULSAM", "160x7x7", "320", "15,680"] for line in lines)
     assert lines[-2].split()[:3] == ["total", f"{found.params:,}", f"{found.macs:,}"]
     assert len({len(line) for line in lines[:-1]}) == 1
-    assert "One 3x224x224 picture" in lines[-1]
+    assert "One 3x224x224 image" in lines[-1]
     assert "all parameters but BatchNorm's" in lines[-1]
     assert "which the paper calls FLOPs" in lines[-1]
 
@@ -241,13 +243,13 @@ def test_the_table_says_what_was_counted_and_how():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda net: cost(net, rule="papers"), "unknown counting rule 'papers'; valid: exact, paper"),
-        (lambda net: cost(net, 224), "input_size is C, H, W of one picture, three whole numbers, not 224"),
-        (lambda net: cost(net, (224, 224)), "three whole numbers"),
-        (lambda net: cost(net, (3, 0, 32)), "three whole numbers"),
-        (lambda net: cost(net, (3, 32.5, 32)), "three whole numbers"),
-        (lambda net: cost(net, (1, 32, 32)), r"Sequential does not run on one picture of \[1, 32, 32\] \(C, H, W\)"),
-        (lambda net: cost(net, (3, 2, 2)), "does not run on one picture"),
+        (lambda model: cost(model, rule="papers"), "unknown counting rule 'papers'; valid: exact, paper"),
+        (lambda model: cost(model, 224), "input_size is C, H, W of one image, three whole numbers, not 224"),
+        (lambda model: cost(model, (224, 224)), "three whole numbers"),
+        (lambda model: cost(model, (3, 0, 32)), "three whole numbers"),
+        (lambda model: cost(model, (3, 32.5, 32)), "three whole numbers"),
+        (lambda model: cost(model, (1, 32, 32)), r"Sequential does not run on one image of \[1, 32, 32\] \(C, H, W\)"),
+        (lambda model: cost(model, (3, 2, 2)), "does not run on one image"),
     ],
 )
 def test_mistakes_are_named(call, message):

@@ -1,11 +1,11 @@
-"""The demonstration on a tiny drawing: one recipe for both nets, and what it shows is what was measured."""
+"""The demonstration on a tiny drawing: one recipe for both models, and what it shows is what was measured."""
 
 import json
 
 from PIL import Image
 
-from ulsam import demo
 from ulsam.cli import main
+from ulsam.study import demo
 
 
 def test_a_bad_seed_is_told_before_anything_is_drawn(tmp_path, capsys):
@@ -14,7 +14,7 @@ def test_a_bad_seed_is_told_before_anything_is_drawn(tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
 
 
-def test_demo_compares_two_nets_under_one_recipe(tmp_path, monkeypatch, capsys):
+def test_demo_compares_two_models_under_one_spec(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "BIRDS", {"classes": 2, "train": 12, "val": 6, "size": 32})
     monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 1, "batch_size": 8, "size": 32, "workers": 0})
     out = tmp_path / "demo"
@@ -28,8 +28,8 @@ def test_demo_compares_two_nets_under_one_recipe(tmp_path, monkeypatch, capsys):
     for summary in (base, ulsam):
         assert f"{summary['cost']['params']:,}" in text
         assert f"{100 * summary['scores']['top1']:.1f} %" in text
-    picture = Image.open(out / "comparison.png").convert("RGB")
-    assert picture.width > 800
-    assert len(picture.getcolors(1 << 24) or ()) > 100
+    image = Image.open(out / "comparison.png").convert("RGB")
+    assert image.width > 800
+    assert len(image.getcolors(1 << 24) or ()) > 100
     assert main(["demo", "--out", str(out)]) == 2
     assert capsys.readouterr().err.startswith("ulsam: error:")

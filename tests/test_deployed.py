@@ -1,4 +1,4 @@
-"""The benchmark of shipped nets: what it makes of times and answers, and the table of it."""
+"""The benchmark of shipped models: what it makes of times and answers, and the table of it."""
 
 import json
 from types import ModuleType
@@ -15,12 +15,12 @@ def deployed() -> ModuleType:
 
 
 def answers(right: list[int], size: int) -> dict[str, object]:
-    told = {"pictures": len(right), "right": np.packbits(right).tobytes().hex(), "names": "digest"}
-    scores = {"top1": float(np.mean(right)), "pictures": len(right)}
+    told = {"images": len(right), "right": np.packbits(right).tobytes().hex(), "names": "digest"}
+    scores = {"top1": float(np.mean(right)), "images": len(right)}
     return {"split": None, "scores": scores, "outcomes": told, "bytes": size}
 
 
-def test_int8_is_paired_with_its_own_net_and_told_in_the_table(deployed, tmp_path, monkeypatch):
+def test_int8_is_paired_with_its_own_model_and_told_in_the_table(deployed, tmp_path, monkeypatch):
     right = [1] * 80 + [0] * 20
     worse = [1] * 78 + [0] * 22
     one = {"pytorch": answers(right, 0), "float32": answers(right, 4_000_000), "int8": answers(worse, 1_000_000)}
@@ -33,10 +33,10 @@ def test_int8_is_paired_with_its_own_net_and_told_in_the_table(deployed, tmp_pat
     tables = load_benchmark("tables")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     assert "Not measured yet: `python benchmarks/deployed.py runs/x x`" in tables.deployed_table("x")
-    nets = {"base": {"float32": {"seconds": 0.004, "ratio": 1.0}, "int8": {"seconds": 0.002}, "times_faster": 2.0}}
+    models = {"base": {"float32": {"seconds": 0.004, "ratio": 1.0}, "int8": {"seconds": 0.002}, "times_faster": 2.0}}
     result = {
         "arms": {"base": arm},
-        "times": [{"batch": 1, "threads": 2, "nets": nets}],
+        "times": [{"batch": 1, "threads": 2, "models": models}],
         "machine": {"processor": "A processor"},
         "versions": {"onnxruntime": "1.0"},
     }

@@ -12,8 +12,8 @@ from torchvision.models import detection, segmentation
 
 import ulsam
 from calibrating import calibrated
-from ulsam.errors import UlsamError
-from ulsam.trace import trace
+from ulsam.base.errors import UlsamError
+from ulsam.surgery.trace import trace
 
 NEW: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": 3}
 SMALL: dict[str, Any] = {**NEW, "min_size": 64, "max_size": 64}
@@ -138,7 +138,7 @@ def test_a_whole_model_is_edited(name: str) -> None:
     loaded.load_state_dict(model.state_dict())
     assert agree(outputs(loaded), both)
 
-    ulsam.remove(model)
+    ulsam.undo(model)
     torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
     assert agree(outputs(model), before)
 
@@ -150,7 +150,7 @@ def test_every_candidate_is_accepted(name: str) -> None:
     model = MODELS[name][0]()
     before = outputs(model)
     for place in ulsam.candidates(model):
-        ulsam.remove(ulsam.replace(model, place.name, groups=1))
+        ulsam.undo(ulsam.replace(model, place.name, groups=1))
     assert agree(outputs(model), before)
 
 
@@ -165,7 +165,7 @@ def test_a_detector_trains_through_the_layer() -> None:
 
 def test_what_no_detector_takes_is_named() -> None:
     model = MODELS["faster r-cnn"][0]()
-    with pytest.raises(UlsamError, match=r"FasterRCNN does not run on one picture of \[5, 64, 64\] .*must match"):
+    with pytest.raises(UlsamError, match=r"FasterRCNN does not run on one image of \[5, 64, 64\] .*must match"):
         trace(model, (5, 64, 64))
 
 

@@ -21,20 +21,20 @@ from torch import Tensor, nn
 
 from stopping import stop_after
 from tiny import NET, SETTINGS, Warm, draw_splits, options, warm
-from ulsam import surgery
+from ulsam.base.distributed import World
+from ulsam.base.errors import UlsamError
 from ulsam.data import loading
-from ulsam.distributed import World
-from ulsam.errors import UlsamError
-from ulsam.models import build, load, save_model
-from ulsam.recipe import Edit, Recipe
-from ulsam.trace import trace
-from ulsam.train import probe
-from ulsam.train.config import TrainConfig
-from ulsam.train.distill import Tapped, feature_loss, open_teacher, shared_places, soft_target_loss
-from ulsam.train.loop import Interrupted, Trainer, resume, train
-from ulsam.train.machine import why_not_compiled
-from ulsam.train.state import read_checkpoint
-from ulsam.train.step import Learner
+from ulsam.model.build import build, load, save_model
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.surgery import edit as surgery
+from ulsam.surgery.trace import trace
+from ulsam.training import probe
+from ulsam.training.checkpoint import read_checkpoint
+from ulsam.training.config import TrainConfig
+from ulsam.training.distill import Tapped, feature_loss, open_teacher, shared_places, soft_target_loss
+from ulsam.training.loop import Interrupted, Trainer, resume, train
+from ulsam.training.machine import why_not_compiled
+from ulsam.training.step import TrainingStep
 
 ALONE = World(0, 1, torch.device("cpu"))
 CLASSES = ("class0", "class1", "class2")
@@ -45,33 +45,33 @@ PLACES = ["blocks.3.0", "blocks.4.0.se", "bn2"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 training and 15 validation pictures of 3 colours."""
+    """36 training and 15 validation images of 3 colours."""
     return draw_splits(tmp_path_factory.mktemp("data"), noise=30)
 
 
-def recipe(*edits: str, base: str = NET, classes: tuple[str, ...] = CLASSES, **rest: Any) -> Recipe:
-    return Recipe(base, classes, tuple(map(Edit.parse, edits)), input_size=SIZE, **rest)
+def spec(*edits: str, base: str = NET, classes: tuple[str, ...] = CLASSES, **rest: Any) -> ModelSpec:
+    return ModelSpec(base, classes, tuple(map(Edit.parse, edits)), input_size=SIZE, **rest)
 
 
-def settle_norms(net: nn.Module, pictures: Tensor) -> None:
-    """Give the BatchNorms the statistics of these pictures, as training would."""
-    for module in net.modules():
+def settle_norms(model: nn.Module, images: Tensor) -> None:
+    """Give the BatchNorms the statistics of these images, as training would."""
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None  # the plain mean
-    net.train()(pictures)
+    model.train()(images)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model file, of pictures normalised in another way than the students'."""
+    """A model file, of images normalised in another way than the students'."""
     torch.manual_seed(3)
-    its = recipe(mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25))
-    net, _ = build(its)
-    settle_norms(net, torch.randn(32, *SIZE))
-    nn.init.normal_(net.classifier.weight, std=0.2)
+    its = spec(mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25))
+    model, _ = build(its)
+    settle_norms(model, torch.randn(32, *SIZE))
+    nn.init.normal_(model.classifier.weight, std=0.2)
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_model(net, its, path)
+    save_model(model, its, path)
     return path
 
 
@@ -102,7 +102,7 @@ def test_soft_targets_by_hand(temperature: float) -> None:
 
 
 def test_gradient_of_the_soft_targets() -> None:
-    """Equation 2 of the paper, times T^2: T * (softmax(mine / T) - softmax(its / T)) for each picture."""
+    """Equation 2 of the paper, times T^2: T * (softmax(mine / T) - softmax(its / T)) for each image."""
     logits, told = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
     soft_target_loss(logits, told, 4.0).backward()
     expected = 4 * ((logits / 4).softmax(1) - (told / 4).softmax(1)) / 6
@@ -125,34 +125,34 @@ def test_feature_loss_depends_on_no_size() -> None:
 def test_the_step_is_that_of_the_formula(
     settings: dict[str, Any], data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Loss and gradients against those written out with plain nets, on pictures that the teacher normalises anew."""
+    """Loss and gradients against those written out with plain models, on images that the teacher normalises anew."""
     chosen = config(data, teacher=str(teacher), distill_features=0.7, batch_size=12, edits=EDITS, **settings)
     trainer = Trainer(chosen, tmp_path, ALONE)
     told = capsys.readouterr().out
     weight = chosen.distill
     assert weight is not None
     assert f"teacher {NET}; edits: none; soft targets weigh {weight:g}, at temperature 4; maps weigh 0.7, at " in told
-    net = copy.deepcopy(trainer.model).train()
+    student = copy.deepcopy(trainer.model).train()
     batch = next(iter(trainer.loader))
     images, labels = batch.images, batch.labels
     if trainer.mixing:
         loading.seed_all(1)
         images, labels = Mixup(0.4, label_smoothing=0.1, num_classes=3)(images, labels)
-    trainer.learner.train()
+    trainer.training_step.train()
     smoothing = 0.0 if trainer.mixing else chosen.smoothing
-    loss = trainer.learner.add_gradients(images, labels, smoothing=smoothing)
+    loss = trainer.training_step.add_gradients(images, labels, smoothing=smoothing)
 
     master, its = load(teacher)
-    mine, theirs = trainer.recipe, its
+    mine, theirs = trainer.spec, its
     pixels = images * torch.tensor(mine.std).view(3, 1, 1) + torch.tensor(mine.mean).view(3, 1, 1)
     its_images = (pixels - torch.tensor(theirs.mean).view(3, 1, 1)) / torch.tensor(theirs.std).view(3, 1, 1)
     maps: list[dict[str, Tensor]] = [{}, {}]
-    for found, model in zip(maps, (net, master), strict=True):
+    for found, model in zip(maps, (student, master), strict=True):
         for place in PLACES:
             model.get_submodule(place).register_forward_hook(
                 lambda _, __, out, place=place, found=found: found.update({place: out})
             )
-    logits, its_logits = net(images), master(its_images).detach()
+    logits, its_logits = student(images), master(its_images).detach()
     targets = labels if trainer.mixing else nn.functional.one_hot(labels, 3) * (1 - smoothing) + smoothing / 3
     hard = -(targets * logits.log_softmax(1)).sum(1).mean()
     p = (its_logits / 4).softmax(1)
@@ -161,7 +161,7 @@ def test_the_step_is_that_of_the_formula(
     expected = (1 - weight) * hard + weight * soft + 0.7 * sum(shares) / 3
     expected.backward()  # type: ignore[no-untyped-call]
     assert loss == pytest.approx(expected.item(), rel=1e-4)
-    for (name, ours), plain in zip(trainer.model.named_parameters(), net.parameters(), strict=True):
+    for (name, ours), plain in zip(trainer.model.named_parameters(), student.parameters(), strict=True):
         assert ours.grad is not None, name
         assert plain.grad is not None, name
         torch.testing.assert_close(ours.grad, plain.grad, rtol=2e-3, atol=2e-3 * float(plain.grad.abs().max()) + 1e-7)
@@ -169,13 +169,13 @@ def test_the_step_is_that_of_the_formula(
 
 def test_a_student_like_its_teacher_has_nothing_to_learn(data: Path, tmp_path: Path) -> None:
     """In eval mode, where both compute the same, both distillation losses are 0 and so is their gradient."""
-    its = recipe()
-    net, _ = build(its)
-    save_model(net, its, tmp_path / "teacher.safetensors")
+    its = spec()
+    model, _ = build(its)
+    save_model(model, its, tmp_path / "teacher.safetensors")
     chosen = config(data, teacher=str(tmp_path / "teacher.safetensors"), distill=1.0, distill_features=1.0)
     chosen = dataclasses.replace(chosen, layout="contiguous")
-    learner = Learner(chosen, net.eval(), 1, ALONE, open_teacher(chosen, its, net))
-    loss = learner.add_gradients(torch.randn(4, *SIZE), torch.zeros(4, dtype=torch.long), smoothing=0.0)
+    training = TrainingStep(chosen, model.eval(), 1, ALONE, open_teacher(chosen, its, model))
+    loss = training.add_gradients(torch.randn(4, *SIZE), torch.zeros(4, dtype=torch.long), smoothing=0.0)
     assert loss == pytest.approx(0, abs=1e-5)
 
 
@@ -187,14 +187,14 @@ def test_a_student_like_its_teacher_has_nothing_to_learn(data: Path, tmp_path: P
     [
         ([], ["bn2"]),
         (["replace blocks.4.0.se"], ["blocks.4.0.se", "bn2"]),
-        (["drop blocks.4.0.se"], ["blocks.4.0.se", "bn2"]),
+        (["remove blocks.4.0.se"], ["blocks.4.0.se", "bn2"]),
         (["insert blocks.3"], ["blocks.3.0", "bn2"]),
         (EDITS, PLACES),
     ],
 )
 def test_places_are_those_of_the_edits_and_the_last_map(edits: list[str], places: list[str]) -> None:
-    flows = trace(build(recipe())[0], SIZE)
-    assert shared_places(build(recipe(*edits))[0], flows, SIZE) == places
+    flows = trace(build(spec())[0], SIZE)
+    assert shared_places(build(spec(*edits))[0], flows, SIZE) == places
 
 
 @pytest.mark.parametrize("size", [(3, 64, 64), (3, 32, 32)], ids=str)
@@ -213,35 +213,35 @@ def test_places_are_those_of_the_edits_and_the_last_map(edits: list[str], places
 def test_the_last_map_is_found_at_any_size_and_counted_once(
     base: str, edits: list[str], places: list[str], size: tuple[int, int, int]
 ) -> None:
-    flows = trace(build(recipe(base=base))[0], size)
-    assert shared_places(build(recipe(*edits, base=base))[0], flows, size) == places
+    flows = trace(build(spec(base=base))[0], size)
+    assert shared_places(build(spec(*edits, base=base))[0], flows, size) == places
 
 
 def test_a_place_that_the_teacher_lacks_is_left_out() -> None:
-    wider = trace(build(recipe(base="mobilenetv2_100"))[0], SIZE)
-    narrow = build(recipe("drop 14", base="mobilenetv2_035"))[0]
+    wider = trace(build(spec(base="mobilenetv2_100"))[0], SIZE)
+    narrow = build(spec("remove 14", base="mobilenetv2_035"))[0]
     assert shared_places(narrow, wider, SIZE) == ["bn2"]  # 1280 channels at any width up to 1
     with pytest.raises(UlsamError, match=r"the teacher has none at blocks.4.0.se, bn2: leave distill_features out, or"):
-        shared_places(build(recipe("drop blocks.4.0.se"))[0], wider, SIZE)
+        shared_places(build(spec("remove blocks.4.0.se"))[0], wider, SIZE)
 
 
 def test_a_map_behind_an_inserted_layer_is_the_layers() -> None:
-    its = recipe("insert blocks.3")
-    net = build(its)[0].eval()
-    tapped, x = Tapped(net, ["blocks.3.0"]), torch.randn(1, *SIZE)
+    its = spec("insert blocks.3")
+    model = build(its)[0].eval()
+    tapped, x = Tapped(model, ["blocks.3.0"]), torch.randn(1, *SIZE)
     with tapped.listening(), torch.no_grad():
         _, (found,) = tapped(x)
-    plain = surgery.remove(copy.deepcopy(net))
+    plain = surgery.undo(copy.deepcopy(model))
     with torch.no_grad():
         before = plain.blocks[:4](plain.bn1(plain.conv_stem(x)))
-        torch.testing.assert_close(found, net.blocks[3][0].ulsam(before))
+        torch.testing.assert_close(found, model.blocks[3][0].ulsam(before))
     assert not torch.equal(found, before)
 
 
 def test_a_map_is_what_its_place_puts_out_whatever_follows_in_place() -> None:
     """ResNet adds the shortcut to the output of bn2, and applies its ReLU, in place."""
-    net = build(recipe(base="resnet18"))[0].eval()
-    block, x = net.layer1[0], torch.randn(1, 64, 16, 16)
+    model = build(spec(base="resnet18"))[0].eval()
+    block, x = model.layer1[0], torch.randn(1, 64, 16, 16)
     tapped = Tapped(block, ["bn2"])
     with tapped.listening(), torch.no_grad():
         nn.init.constant_(block.bn2.bias, -0.3)
@@ -251,30 +251,30 @@ def test_a_map_is_what_its_place_puts_out_whatever_follows_in_place() -> None:
 
 
 def test_at_a_convolution_the_teacher_keeps_its_batchnorm(data: Path, teacher: Path) -> None:
-    base = recipe()
+    base = spec()
     student = surgery.insert(build(base)[0], "blocks.3.0.se.conv_expand", 2, input_size=SIZE)
     found = open_teacher(config(data, teacher=str(teacher), distill_features=1.0), base, student)
     assert found is not None
     assert found.places == ("blocks.3.0.se.conv_expand", "bn2")
     assert found.notes == ("the teacher is not folded: a feature map is taken at a convolution",)
-    assert isinstance(found.net.bn1, nn.BatchNorm2d)
+    assert isinstance(found.model.bn1, nn.BatchNorm2d)
 
 
 def test_a_place_inside_a_norm_that_is_folded_away(data: Path, teacher: Path) -> None:
     """timm's BatchNorm with an activation in it: what is left of it keeps its names."""
-    its = recipe()
+    its = spec()
     student = surgery.insert(build(its)[0], "blocks.3.0.bn1.act", 2, input_size=SIZE)
     found = open_teacher(config(data, teacher=str(teacher), distill_features=1.0), its, student)
     assert found is not None
     assert found.notes == ()
     x, (plain, _) = torch.randn(1, *SIZE), load(teacher)
     maps = []
-    for net in (found.net, plain):
-        tapped = Tapped(net, ["blocks.3.0.bn1.act"])
+    for model in (found.model, plain):
+        tapped = Tapped(model, ["blocks.3.0.bn1.act"])
         with tapped.listening(), torch.no_grad():
             maps += tapped(x)[1]
     assert isinstance(plain.blocks[3][0].bn1, nn.BatchNorm2d)
-    assert not isinstance(found.net.blocks[3][0].bn1, nn.BatchNorm2d)
+    assert not isinstance(found.model.blocks[3][0].bn1, nn.BatchNorm2d)
     torch.testing.assert_close(maps[0], maps[1], rtol=1e-4, atol=1e-5)
 
 
@@ -286,8 +286,8 @@ def test_the_teacher_is_left_alone(data: Path, teacher: Path, tmp_path: Path) ->
     chosen = config(data, teacher=str(teacher), distill_features=1.0, ema=0.5, edits=EDITS, lr=0.01)
     trainer = Trainer(chosen, tmp_path, ALONE)
     assert trainer.teacher is not None
-    assert trainer.learner.distiller is not None
-    working = trainer.learner.distiller.teacher
+    assert trainer.training_step.distiller is not None
+    working = trainer.training_step.distiller.teacher
     state = copy.deepcopy(working.state_dict())
     hooks = {name: len(module._forward_hooks) for name, module in trainer.model.named_modules()}
     summary = trainer.fit()
@@ -300,23 +300,23 @@ def test_the_teacher_is_left_alone(data: Path, teacher: Path, tmp_path: Path) ->
     assert {name: len(module._forward_hooks) for name, module in trainer.ema.module.named_modules()} == hooks
     assert teacher.read_bytes() == before
     assert summary["teacher"]["places"] == PLACES
-    assert summary["teacher"]["recipe"]["base"] == NET
+    assert summary["teacher"]["spec"]["base"] == NET
     assert read_checkpoint(tmp_path)["teacher"] == summary["teacher"]["sha256"]  # type: ignore[index]
     _, its = load(tmp_path / "model.safetensors")  # a model file as any other
     assert its.classes == CLASSES
 
 
 def test_the_probe_times_the_teacher_too(data: Path, teacher: Path) -> None:
-    its = recipe()
+    its = spec()
     student, _ = build(its)
     chosen = config(data, teacher=str(teacher), layout="contiguous")
     found = open_teacher(chosen, its, student)
     assert found is not None
     calls = []
-    found.net.register_forward_hook(lambda *_: calls.append(1))  # a copy of the net keeps it
+    found.model.register_forward_hook(lambda *_: calls.append(1))  # a copy of the model keeps it
     probe.training_step(chosen, student, SIZE, torch.device("cpu"), found)()
     assert len(calls) == 1
-    settled = probe.settle(dataclasses.replace(chosen, layout="auto"))
+    settled = probe.resolve_auto(dataclasses.replace(chosen, layout="auto"))
     assert settled.teacher == str(teacher)
 
 
@@ -334,11 +334,11 @@ def test_a_compiled_run_is_taught_the_same(data: Path, teacher: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_two_processes_are_taught_as_one(ulsam: Warm, data: Path, tmp_path: Path) -> None:
-    """At a learning rate of nothing both see the mean loss of the same pictures, but for the batches' own scales."""
-    its = recipe(base="test_convnext")  # without BatchNorm
-    net, _ = build(its)
-    nn.init.normal_(net.head.fc.weight, std=0.2)
-    save_model(net, its, tmp_path / "teacher.safetensors")
+    """At a learning rate of nothing both see the mean loss of the same images, but for the batches' own scales."""
+    its = spec(base="test_convnext")  # without BatchNorm
+    model, _ = build(its)
+    nn.init.normal_(model.head.fc.weight, std=0.2)
+    save_model(model, its, tmp_path / "teacher.safetensors")
     settings = {"model": "test_convnext", "batch_size": 4, "lr": 1e-8, "layout": "contiguous"}
     chosen = config(data, teacher=str(tmp_path / "teacher.safetensors"), distill_features=0.5, **settings)
     one = train(chosen, tmp_path / "one")
@@ -378,7 +378,7 @@ def test_a_stopped_run_goes_on_with_the_same_teacher_alone(
     with stop_after(5), pytest.raises(Interrupted, match="stopped in epoch 2, step 2"):
         train(config(data, teacher=str(mine), edits=EDITS, **FULL), run)
     whole = mine.read_bytes()
-    its = recipe(std=(0.2, 0.2, 0.2))
+    its = spec(std=(0.2, 0.2, 0.2))
     save_model(build(its)[0], its, mine)
     with pytest.raises(UlsamError, match=r"^the teacher's file is not the one that this run was started with: put"):
         resume(run)
@@ -443,7 +443,7 @@ def test_a_checkpoint_from_before_these_settings_goes_on(data: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"distill": 0.5}, "distill needs a teacher: name the model file of a trained net"),
+        ({"distill": 0.5}, "distill needs a teacher: name the model file of a trained model"),
         ({"distill_temperature": 4}, "distill_temperature needs a teacher"),
         ({"distill_features": 0}, "distill_features needs a teacher"),
         ({"teacher": "a", "distill": 1.5}, "distill must lie between 0 and 1, not 1.5"),
@@ -486,7 +486,7 @@ def test_the_defaults_of_a_teacher_are_written_down(teacher: Path) -> None:
     ],
 )
 def test_a_teacher_of_other_classes(classes: tuple[str, ...], message: str, data: Path, tmp_path: Path) -> None:
-    its = recipe(classes=classes)
+    its = spec(classes=classes)
     save_model(build(its)[0], its, tmp_path / "other.safetensors")
     with pytest.raises(UlsamError, match=rf"other\.safetensors cannot teach: {message}$"):
         train(config(data, teacher=str(tmp_path / "other.safetensors")), tmp_path / "run")
@@ -517,7 +517,7 @@ def test_ulsam_layers_move_at_their_own_rate(opt: str, data: Path, tmp_path: Pat
 
 
 def test_a_rate_for_layers_that_are_not_there(data: Path, tmp_path: Path) -> None:
-    for settings in ({}, {"edits": ["insert blocks.3"], "freeze": ["blocks.3"]}, {"edits": ["drop blocks.4.0.se"]}):
-        with pytest.raises(UlsamError, match=r"^ulsam_lr has nothing to act on: this net has no ULSAM layer"):
+    for settings in ({}, {"edits": ["insert blocks.3"], "freeze": ["blocks.3"]}, {"edits": ["remove blocks.4.0.se"]}):
+        with pytest.raises(UlsamError, match=r"^ulsam_lr has nothing to act on: this model has no ULSAM layer"):
             Trainer(config(data, ulsam_lr=2.0, **settings), tmp_path, ALONE)
     assert os.listdir(tmp_path) == []

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from scripts import load_benchmark
+from ulsam.base.errors import UlsamError
 from ulsam.cli import parse
-from ulsam.errors import UlsamError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.name for page in PAGES]
-# Their examples train or compile nets.
+# Their examples train or compile models.
 SLOW = ("compare.md", "slim.md", "detectors.md", "surgery.md", "works_with.md")
 NEEDED = {"detectors.md": ("ultralytics", "segmentation_models_pytorch", "transformers")}
 
@@ -54,7 +54,7 @@ def test_commands_parse(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_links_and_pictures_exist(page):
+def test_links_and_images_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists() or (page.parent / f"{target}.md").exists(), target
 
@@ -75,7 +75,7 @@ def test_a_row_of_the_headline_table(tables):
         cost, latency = {"params": 1000, "macs": macs}, {"seconds": 0.005, "ratio": ratio}
         return {"name": name, "cost": cost, "latency": latency, "seeds": [0], "top1_mean": 0.8, "top1_sd": None}
 
-    base, removed = arm("base", 2_000_000, 1.0), arm("removed 14,17", 1_000_000, 0.5)
+    base, removed = arm("base", 2_000_000, 1.0), arm("remove 14,17", 1_000_000, 0.5)
     edited, near = arm("ULSAM 14,17", 1_010_000, 0.6), arm("pruned-macs-0.51", 1_029_000, 0.9)
     far, broken = arm("pruned-macs-0.9", 1_040_000, 0.9), {**arm("ULSAM 3", 0, 1.0), "seeds": [], "cost": {}}
     arms = [base, removed, edited, far, near, broken]

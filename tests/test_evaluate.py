@@ -1,4 +1,4 @@
-"""Scores against a naive loop, Wilson's interval against scipy, and predictions of picture files."""
+"""Scores against a naive loop, Wilson's interval against scipy, and predictions of image files."""
 
 import copy
 import dataclasses
@@ -21,11 +21,12 @@ from scipy.stats import binomtest
 from torch import nn
 
 from tiny import NET, draw, draw_splits
+from ulsam.base.errors import UlsamError
+from ulsam.data.images import read_image
 from ulsam.data.loading import Batch, eval_loader
 from ulsam.data.opening import open_split
-from ulsam.data.pictures import read_picture
-from ulsam.errors import UlsamError
-from ulsam.evaluate import (
+from ulsam.model.build import build, make_spec
+from ulsam.training.evaluate import (
     NotFinite,
     Scores,
     Stopped,
@@ -34,20 +35,19 @@ from ulsam.evaluate import (
     logits_of,
     outcomes,
     predict,
-    recipe_transform,
+    spec_transform,
     wilson,
 )
-from ulsam.models import build, make_recipe
 
 CLASSES = ("robin", "wren", "finch")
-RECIPE = make_recipe(NET, CLASSES, size=32)
+RECIPE = make_spec(NET, CLASSES, size=32)
 
 
 class Given(nn.Module):
-    """A net that puts out what its pictures hold: [B, n, 1, 1] -> [B, n]."""
+    """A model that puts out what its images hold: [B, n, 1, 1] -> [B, n]."""
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.flatten(1)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
 
 
 def given_batches(logits: torch.Tensor, labels: torch.Tensor, size: int = 4) -> list[Batch]:
@@ -74,7 +74,7 @@ def test_scores_equal_a_naive_loop(n: int, classes: int, seed: int) -> None:
         loss -= row[label] - math.log(sum(math.exp(value) for value in row))
         counts[label] += 1
         hits[label] += ranking[0] == label
-    assert scores.pictures == n
+    assert scores.images == n
     assert scores.top1 == right / n
     assert scores.top5 == among_five / n
     assert math.isclose(scores.loss, loss / n, rel_tol=1e-9)
@@ -82,7 +82,7 @@ def test_scores_equal_a_naive_loop(n: int, classes: int, seed: int) -> None:
     names = [f"class{index}" for index in range(classes)]
     for index, (name, entry) in enumerate(scores.per_class(names).items()):
         assert name == names[index]
-        assert entry["pictures"] == counts[index]
+        assert entry["images"] == counts[index]
         assert entry["top1"] == (hits[index] / counts[index] if counts[index] else None)
 
 
@@ -103,7 +103,7 @@ def test_measuring_100_000_classes_takes_little_memory() -> None:
     logits = torch.zeros(2, 100_000)
     logits[:, 99_999] = 1
     scores = evaluate(Given(), given_batches(logits, torch.tensor([99_999, 7])), 100_000)  # squared: 80 GB
-    assert (scores.class_pictures[7], scores.class_pictures[99_999], sum(scores.class_pictures)) == (1, 1, 2)
+    assert (scores.class_images[7], scores.class_images[99_999], sum(scores.class_images)) == (1, 1, 2)
     assert (scores.class_right[7], scores.class_right[99_999], sum(scores.class_right)) == (0, 1, 1)
 
 
@@ -113,18 +113,18 @@ def test_wilson_of_nothing_is_everything() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = draw_splits(tmp_path_factory.mktemp("pictures"), train=1, val=4)
+    root = draw_splits(tmp_path_factory.mktemp("images"), train=1, val=4)
     (root / "val" / "class1" / "002.png").write_bytes(b"")
-    (root / "val" / "class2" / "000.png").write_bytes(b"no picture")
+    (root / "val" / "class2" / "000.png").write_bytes(b"no image")
     return root
 
 
-def test_unreadable_pictures_are_left_out_and_named(folder: Path) -> None:
-    net, _ = build(RECIPE)
-    pictures = open_split(str(folder), "val")
-    scores = evaluate(net, eval_loader(pictures, recipe_transform(RECIPE), batch_size=3, workers=0), 3)
-    assert scores.pictures == 10
-    assert [entry["pictures"] for entry in scores.per_class(CLASSES).values()] == [4, 3, 3]
+def test_unreadable_images_are_left_out_and_named(folder: Path) -> None:
+    model, _ = build(RECIPE)
+    images = open_split(str(folder), "val")
+    scores = evaluate(model, eval_loader(images, spec_transform(RECIPE), batch_size=3, workers=0), 3)
+    assert scores.images == 10
+    assert [entry["images"] for entry in scores.per_class(CLASSES).values()] == [4, 3, 3]
     assert [Path(name).parts[-2:] for name, _ in scores.unreadable] == [("class1", "002.png"), ("class2", "000.png")]
     assert "empty file" in scores.unreadable[0][1]
 
@@ -133,26 +133,26 @@ def test_nothing_to_measure(tmp_path: Path) -> None:
     draw(tmp_path, 1)
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"")
-    batches = eval_loader(open_split(str(tmp_path), "all"), recipe_transform(RECIPE), batch_size=2, workers=0)
-    with pytest.raises(UlsamError, match="none of the 3 pictures could be read"):
+    batches = eval_loader(open_split(str(tmp_path), "all"), spec_transform(RECIPE), batch_size=2, workers=0)
+    with pytest.raises(UlsamError, match="none of the 3 images could be read"):
         evaluate(build(RECIPE)[0], batches, 3)
 
 
 def test_every_module_keeps_its_mode(folder: Path) -> None:
-    net, _ = build(RECIPE)
-    frozen: Any = net.get_submodule("blocks.0")
+    model, _ = build(RECIPE)
+    frozen: Any = model.get_submodule("blocks.0")
     frozen.eval()
-    before = [module.training for module in net.modules()]
+    before = [module.training for module in model.modules()]
     assert set(before) == {True, False}
-    statistics = {name: value.clone() for name, value in net.named_buffers()}
-    batches = eval_loader(open_split(str(folder), "val"), recipe_transform(RECIPE), batch_size=4, workers=0)
-    evaluate(net, batches, 3)
-    list(predict(net, RECIPE, [folder / "val" / "class0" / "000.png"]))
+    statistics = {name: value.clone() for name, value in model.named_buffers()}
+    batches = eval_loader(open_split(str(folder), "val"), spec_transform(RECIPE), batch_size=4, workers=0)
+    evaluate(model, batches, 3)
+    list(predict(model, RECIPE, [folder / "val" / "class0" / "000.png"]))
     with pytest.raises(UlsamError):
-        evaluate(net, batches, 7)
-    assert [module.training for module in net.modules()] == before
-    assert all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
-    assert all(parameter.grad is None for parameter in net.parameters())
+        evaluate(model, batches, 7)
+    assert [module.training for module in model.modules()] == before
+    assert all(torch.equal(value, statistics[name]) for name, value in model.named_buffers())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -161,31 +161,31 @@ def test_outputs_that_are_not_finite_are_refused(value: float, folder: Path) -> 
     logits[4, 1] = value
     with pytest.raises(NotFinite, match="not finite"):
         evaluate(Given(), given_batches(logits, torch.ones(6, dtype=torch.long)), 3)
-    net, _ = build(RECIPE)
+    model, _ = build(RECIPE)
     with torch.no_grad():
-        net.get_submodule("classifier").bias[1] = value  # type: ignore[index,operator]
+        model.get_submodule("classifier").bias[1] = value  # type: ignore[index,operator]
     with pytest.raises(NotFinite, match="not finite"):
-        list(predict(net, RECIPE, [folder / "val" / "class0" / "000.png"]))
+        list(predict(model, RECIPE, [folder / "val" / "class0" / "000.png"]))
 
 
 @pytest.mark.parametrize(("classes", "label", "message"), [(4, 0, "3 outputs, .* 4 classes"), (3, 3, "class number 3")])
-def test_net_and_pictures_differ_in_classes(classes: int, label: int, message: str) -> None:
+def test_model_and_images_differ_in_classes(classes: int, label: int, message: str) -> None:
     batches = given_batches(torch.zeros(2, 3), torch.tensor([label, label]))
     with pytest.raises(UlsamError, match=message):
         evaluate(Given(), batches, classes)
 
 
 def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
-    net, _ = build(RECIPE)
+    model, _ = build(RECIPE)
     good = sorted(path for path in (folder / "val").rglob("*.png") if path.stat().st_size > 20)
     bad = folder / "val" / "class1" / "002.png"
     paths = [good[0], bad, *good[1:], "missing.jpg", good[0]]
-    found = list(predict(net, RECIPE, paths, top=9, batch_size=3))
+    found = list(predict(model, RECIPE, paths, top=9, batch_size=3))
     assert [one.path for one in found] == [str(path) for path in paths]
     assert [index for index, one in enumerate(found) if one.error] == [1, len(paths) - 2]
     assert found[1].error == f"{bad}: empty file (zero bytes)"
     assert found[1].classes == ()
-    net.eval()
+    model.eval()
     for one in found:
         if one.error:
             continue
@@ -194,52 +194,52 @@ def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
         assert list(shares.values()) == sorted(shares.values(), reverse=True)
         assert sum(shares.values()) == pytest.approx(1, abs=1e-6)
         with torch.no_grad():
-            outputs = net(recipe_transform(RECIPE)(read_picture(one.path))[None]).softmax(1)[0]
+            outputs = model(spec_transform(RECIPE)(read_image(one.path))[None]).softmax(1)[0]
         assert [shares[name] for name in CLASSES] == pytest.approx(outputs.tolist(), abs=1e-5)
     assert dict(found[0].classes) == pytest.approx(dict(found[-1].classes), abs=1e-5)
-    two = predict(net, RECIPE, paths, top=2, batch_size=3)
+    two = predict(model, RECIPE, paths, top=2, batch_size=3)
     assert [one.classes for one in two] == [one.classes[:2] for one in found]
-    assert list(predict(net, RECIPE, [])) == []
+    assert list(predict(model, RECIPE, [])) == []
 
 
-def test_outcomes_tell_each_picture_whatever_the_processes(tmp_path: Path) -> None:
+def test_outcomes_tell_each_image_whatever_the_processes(tmp_path: Path) -> None:
     draw(tmp_path, 7, classes=3)
     unreadable = sorted((tmp_path / "class1").iterdir())[2]
-    unreadable.write_bytes(b"no picture")
-    for number in (1, 4, 6):  # pictures in the wrong folder
+    unreadable.write_bytes(b"no image")
+    for number in (1, 4, 6):  # images in the wrong folder
         shutil.copy(tmp_path / "class0" / "000.png", tmp_path / "class2" / f"{number:03}.png")
-    pictures = open_split(str(tmp_path), "all")
-    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # the class is the strongest colour
+    images = open_split(str(tmp_path), "all")
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # the class is the strongest colour
 
     def share(rank: int, world: int) -> Scores:
-        batches = eval_loader(pictures, recipe_transform(RECIPE), batch_size=4, workers=0, rank=rank, world=world)
-        return evaluate(net, batches, 3)
+        batches = eval_loader(images, spec_transform(RECIPE), batch_size=4, workers=0, rank=rank, world=world)
+        return evaluate(model, batches, 3)
 
     whole = share(0, 1)
-    entry = outcomes(whole, pictures)
-    assert entry is not None and entry["pictures"] == 20
+    entry = outcomes(whole, images)
+    assert entry is not None and entry["images"] == 20
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(entry["right"]), np.uint8))[:20]
     naive = []
-    for path, label in pictures.samples:  # type: ignore[union-attr]
+    for path, label in images.samples:  # type: ignore[union-attr]
         if path != str(unreadable):
-            image = recipe_transform(RECIPE)(read_picture(path))
-            naive.append(int(net(image[None]).argmax()) == label)
+            image = spec_transform(RECIPE)(read_image(path))
+            naive.append(int(model(image[None]).argmax()) == label)
     assert bits.tolist() == naive
     assert sum(naive) == 17
 
     parts = [share(rank, 3) for rank in range(3)]
     bad = tuple(pair for part in parts for pair in part.unreadable)
     gathered = dataclasses.replace(whole, hits=tuple(part.hits[0] for part in parts), unreadable=bad)
-    assert outcomes(gathered, pictures) == entry
+    assert outcomes(gathered, images) == entry
 
     unreadable.unlink()
     fewer = open_split(str(tmp_path), "all")
-    batches = eval_loader(fewer, recipe_transform(RECIPE), batch_size=4, workers=0)
-    assert outcomes(evaluate(net, batches, 3), fewer) == entry  # the same pictures were measured
+    batches = eval_loader(fewer, spec_transform(RECIPE), batch_size=4, workers=0)
+    assert outcomes(evaluate(model, batches, 3), fewer) == entry  # the same images were measured
     (tmp_path / "class0" / "000.png").rename(tmp_path / "class0" / "00x.png")
     other = open_split(str(tmp_path), "all")
-    batches = eval_loader(other, recipe_transform(RECIPE), batch_size=4, workers=0)
-    renamed = outcomes(evaluate(net, batches, 3), other)
+    batches = eval_loader(other, spec_transform(RECIPE), batch_size=4, workers=0)
+    renamed = outcomes(evaluate(model, batches, 3), other)
     assert renamed is not None and renamed["names"] != entry["names"]
 
 
@@ -251,22 +251,22 @@ class Slow(nn.Module):
         return x
 
 
-def test_threads_share_a_net_in_training_mode() -> None:
+def test_threads_share_a_model_in_training_mode() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(
+    model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3), Slow(), nn.BatchNorm2d(8), Slow(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     )
-    net[1].eval()
-    net(3 + torch.randn(8, 3, 16, 16))
-    modes = [module.training for module in net.modules()]
+    model[1].eval()
+    model(3 + torch.randn(8, 3, 16, 16))
+    modes = [module.training for module in model.modules()]
     assert set(modes) == {True, False}
-    look = recipe_transform(make_recipe(NET, CLASSES, size=16))
+    look = spec_transform(make_spec(NET, CLASSES, size=16))
     images = np.random.default_rng(0).integers(0, 255, (8, 2, 16, 16, 3), np.uint8)
-    statistics = {name: value.clone() for name, value in net.named_buffers()}
-    alone = copy.deepcopy(net).eval()
+    statistics = {name: value.clone() for name, value in model.named_buffers()}
+    alone = copy.deepcopy(model).eval()
     with torch.no_grad():
         expected = [alone(look.normalise(torch.from_numpy(pair))).numpy() for pair in images]
-    logits = logits_of(net, look)
+    logits = logits_of(model, look)
 
     def work(_: int) -> float:
         differences = [abs(logits(pair) - right).max() for pair, right in zip(images, expected, strict=True)]
@@ -274,41 +274,41 @@ def test_threads_share_a_net_in_training_mode() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(work, range(40))) < 1e-5
-    assert [module.training for module in net.modules()] == modes
-    assert all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, statistics[name]) for name, value in model.named_buffers())
 
 
 def test_eval_mode_nests_and_its_holders_leave_in_any_order() -> None:
-    net = nn.Sequential(nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3)), nn.Dropout())
-    part = net[0]
+    model = nn.Sequential(nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3)), nn.Dropout())
+    part = model[0]
     part[1].eval()
-    before = [module.training for module in net.modules()]
+    before = [module.training for module in model.modules()]
 
     def modes(*modules: nn.Module) -> set[bool]:
         return {module.training for module in modules}
 
-    for first, second in itertools.product([net, part], [net, part]):
+    for first, second in itertools.product([model, part], [model, part]):
         with eval_mode(first):
             with eval_mode(second):
                 assert modes(*first.modules(), *second.modules()) == {False}
             assert modes(*first.modules()) == {False}
-        assert [module.training for module in net.modules()] == before
+        assert [module.training for module in model.modules()] == before
 
         one, other = eval_mode(first), eval_mode(second)
         one.__enter__()
         other.__enter__()
         one.__exit__(None, None, None)
         assert modes(*second.modules()) == {False}
-        if first is net and second is part:
-            assert net.training and net[1].training  # nobody holds these any more
+        if first is model and second is part:
+            assert model.training and model[1].training  # nobody holds these any more
         other.__exit__(None, None, None)
-        assert [module.training for module in net.modules()] == before
+        assert [module.training for module in model.modules()] == before
 
-    with pytest.raises(KeyError), eval_mode(net), eval_mode(part):
+    with pytest.raises(KeyError), eval_mode(model), eval_mode(part):
         raise KeyError
-    assert [module.training for module in net.modules()] == before
-    with eval_mode(net):
-        inside = copy.deepcopy(net)
-        taken = net[1]
-        net[1] = nn.Identity()  # an edit meanwhile
+    assert [module.training for module in model.modules()] == before
+    with eval_mode(model):
+        inside = copy.deepcopy(model)
+        taken = model[1]
+        model[1] = nn.Identity()  # an edit meanwhile
     assert taken.training and not inside.training

@@ -1,4 +1,4 @@
-"""What a net looks at: class activation maps, attention maps, and the numbers about them, against naive references."""
+"""What a model looks at: class activation maps, attention maps, and numbers about them, against naive references."""
 
 import itertools
 import math
@@ -14,30 +14,30 @@ from torch import Tensor, nn
 
 import ulsam
 from tiny import NET, draw
+from ulsam.base.errors import UlsamError
 from ulsam.data.birds import draw_birds, mark_boxes
-from ulsam.errors import UlsamError
-from ulsam.evaluate import NotFinite, predict, recipe_transform
 from ulsam.explanation import Explainer, measures, perturb
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, upsampled
 from ulsam.explanation.explainer import LayerMaps
-from ulsam.explanation.numbers import CAM, Numbers
+from ulsam.explanation.map_numbers import CAM, MapNumbers
 from ulsam.explanation.regions import BIRD, at_size, mark_areas
-from ulsam.models import build, make_recipe, save_model
-from ulsam.module import ULSAM
-from ulsam.recipe import Edit, Recipe
+from ulsam.layer.ulsam import ULSAM
+from ulsam.model.build import build, make_spec, save_model
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.training.evaluate import NotFinite, predict, spec_transform
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny_net(*edits: Edit) -> tuple[nn.Module, Recipe]:
+def tiny_model(*edits: Edit) -> tuple[nn.Module, ModelSpec]:
     torch.manual_seed(0)
-    recipe = make_recipe(NET, ["a", "b", "c"], edits, size=64)
-    return build(recipe)[0], recipe
+    spec = make_spec(NET, ["a", "b", "c"], edits, size=64)
+    return build(spec)[0], spec
 
 
-def pictures(number: int, size: int = 64, seed: int = 0) -> list[Tensor]:
+def images(number: int, size: int = 64, seed: int = 0) -> list[Tensor]:
     drawn = torch.randint(256, (number, size, size, 3), generator=torch.Generator().manual_seed(seed))
     return list(drawn.to(torch.uint8))
 
@@ -52,7 +52,7 @@ class Spot(nn.Module):
 
 
 class OnePixel(nn.Module):
-    """Says "bright" by one pixel of the picture alone."""
+    """Says "bright" by one pixel of the image alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,14 +65,16 @@ class OnePixel(nn.Module):
 
 def one_pixel() -> Explainer:
     look = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    return Explainer(OnePixel(), Recipe("one pixel", ("bright", "dark"), input_size=(3, 16, 16), crop_pct=1.0, **look))
+    return Explainer(
+        OnePixel(), ModelSpec("one pixel", ("bright", "dark"), input_size=(3, 16, 16), crop_pct=1.0, **look)
+    )
 
 
 # ------------------------------------------------------------------------------------------ class activation maps
 
 
 def test_grad_cam_plus_plus_equals_the_papers_derivatives() -> None:
-    """alpha from the second and third derivatives of Y = exp(score), by autograd, for a net of pooling and a layer."""
+    """alpha from the second and third derivatives of Y = exp(score), by autograd, for pooling and a layer."""
     features = random(2, 3, 2, 2).relu().double().requires_grad_()
     weight = random(3, seed=1).double()
     score = (features.mean((2, 3)) * weight).sum(1)
@@ -98,14 +100,14 @@ def test_a_cam_of_nothing_is_zero_and_one_of_negative_features_finite() -> None:
     assert found.isfinite().all() and found.min() >= 0
 
 
-def test_a_net_of_one_pixel_has_its_cam_there() -> None:
+def test_a_model_of_one_pixel_has_its_cam_there() -> None:
     explainer = one_pixel()
     assert explainer.cam_layer == "see"
     expected = np.zeros((16, 16))
     expected[3, 11] = 1
-    for found in explainer(pictures(3, 16), targets=[0] * 3):
+    for found in explainer(images(3, 16), targets=[0] * 3):
         assert np.array_equal(found.cam, expected)
-    for found in explainer(pictures(3, 16), targets=[1] * 3):
+    for found in explainer(images(3, 16), targets=[1] * 3):
         assert not found.cam.any()  # nothing that it sees speaks for "dark"
 
 
@@ -113,17 +115,17 @@ def test_a_net_of_one_pixel_has_its_cam_there() -> None:
     "name", ["test_resnet", "test_efficientnet", "test_convnext", "test_byobnet", "mobilenetv3_small_050"]
 )
 def test_the_cam_is_of_the_last_map_before_the_pooling(name: str) -> None:
-    net = timm.create_model(name, num_classes=5).eval()
+    model = timm.create_model(name, num_classes=5).eval()
     x = random(2, 3, 96, 96)
     found: list[Tensor] = []
-    handle = net.get_submodule(cam_layer(net, x[:1])).register_forward_hook(lambda *args: found.append(args[2]))
+    handle = model.get_submodule(cam_layer(model, x[:1])).register_forward_hook(lambda *args: found.append(args[2]))
     with torch.no_grad():
-        features = net.forward_features(x)
+        features = model.forward_features(x)
     handle.remove()
     assert features.shape[2] > 1 and torch.equal(found[0], features)
 
 
-def test_token_nets_and_pictures_too_small_are_refused() -> None:
+def test_token_models_and_images_too_small_are_refused() -> None:
     with pytest.raises(UlsamError, match="this VisionTransformer has no feature map"):
         cam_layer(timm.create_model("test_vit"), torch.zeros(1, 3, 160, 160))
     with pytest.raises(UlsamError, match="has no feature map"):
@@ -133,19 +135,19 @@ def test_token_nets_and_pictures_too_small_are_refused() -> None:
 # ------------------------------------------------------------------------------------------ explanations
 
 
-def test_an_explanation_holds_what_the_net_and_its_layers_say(tmp_path: Path) -> None:
-    net, recipe = tiny_net(Edit("insert", "blocks.2", 2, form="released"), Edit("insert", "blocks.3", 4, width=8))
+def test_an_explanation_holds_what_the_model_and_its_layers_say(tmp_path: Path) -> None:
+    model, spec = tiny_model(Edit("insert", "blocks.2", 2, form="released"), Edit("insert", "blocks.3", 4, width=8))
     draw(tmp_path, 1)
     paths = sorted(map(str, tmp_path.rglob("*.png")))
-    expected = list(predict(net, recipe, paths))
+    expected = list(predict(model, spec, paths))
     inputs: dict[str, Tensor] = {}
-    layers = {name: module for name, module in net.named_modules() if isinstance(module, ULSAM)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ULSAM)}
     assert list(layers) == ["blocks.2.0.ulsam", "blocks.3.0.ulsam.0"]
     for name, layer in layers.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
-    net.eval()
+    model.eval()
     for path, prediction in zip(paths, expected, strict=True):
-        found = ulsam.explain(net, path, recipe)
+        found = ulsam.explain(model, path, spec)
         assert [name for name, _ in found.top()] == [name for name, _ in prediction.classes]
         assert [share for _, share in found.top()] == pytest.approx([share for _, share in prediction.classes])
         assert found.classes[found.target] == prediction.classes[0][0]
@@ -154,35 +156,35 @@ def test_an_explanation_holds_what_the_net_and_its_layers_say(tmp_path: Path) ->
             maps = layers[layer.name].attention(inputs[layer.name])[0].detach().numpy()
             assert np.allclose(layer.maps, maps, atol=1e-6)
             assert layer.maps.sum((1, 2)) == pytest.approx(np.ones(len(maps)), abs=1e-5)
-        assert np.array_equal(found.pixels, recipe_transform(recipe).pixels(np.asarray(Image.open(path))).numpy())
+        assert np.array_equal(found.pixels, spec_transform(spec).pixels(np.asarray(Image.open(path))).numpy())
 
 
-def test_a_batch_gives_what_single_pictures_give_and_the_net_is_left_as_it_was() -> None:
-    net, recipe = tiny_net(Edit("insert", "blocks.2", 2))
-    net.train()
-    net.bn1.eval()
-    next(net.parameters()).requires_grad_(False)
-    modes = [module.training for module in net.modules()]
-    kept = [parameter.requires_grad for parameter in net.parameters()]
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules()]
-    explainer = Explainer(net, recipe)
-    together = explainer(pictures(3), targets=[2, 0, 1])
-    alone = [explainer([one], [target])[0] for one, target in zip(pictures(3), [2, 0, 1], strict=True)]
+def test_a_batch_gives_what_single_images_give_and_the_model_is_left_as_it_was() -> None:
+    model, spec = tiny_model(Edit("insert", "blocks.2", 2))
+    model.train()
+    model.bn1.eval()
+    next(model.parameters()).requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    kept = [parameter.requires_grad for parameter in model.parameters()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    explainer = Explainer(model, spec)
+    together = explainer(images(3), targets=[2, 0, 1])
+    alone = [explainer([one], [target])[0] for one, target in zip(images(3), [2, 0, 1], strict=True)]
     for one, other in zip(together, alone, strict=True):
         assert one.target == other.target
         assert np.allclose(one.cam, other.cam, atol=1e-4)
         assert np.allclose(one.probabilities, other.probabilities, atol=1e-5)
         assert np.allclose(one.layers[0].maps, other.layers[0].maps, atol=1e-6)
-    assert [module.training for module in net.modules()] == modes
-    assert [parameter.requires_grad for parameter in net.parameters()] == kept
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
-    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules()] == hooks
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == kept
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
-def test_a_folded_net_is_explained_as_the_net_itself() -> None:
-    net, recipe = tiny_net(Edit("insert", "blocks.2", 2, form="released"))
-    (plain,), (folded,) = (Explainer(one, recipe)(pictures(1)) for one in (net.eval(), ulsam.fold(net, (3, 64, 64))))
+def test_a_folded_model_is_explained_as_the_model_itself() -> None:
+    model, spec = tiny_model(Edit("insert", "blocks.2", 2, form="released"))
+    (plain,), (folded,) = (Explainer(one, spec)(images(1)) for one in (model.eval(), ulsam.fold(model, (3, 64, 64))))
     assert folded.layers[0].form == "folded"
     assert np.allclose(plain.layers[0].maps, folded.layers[0].maps, atol=1e-5)
     assert np.allclose(plain.cam, folded.cam, atol=1e-3)
@@ -190,26 +192,26 @@ def test_a_folded_net_is_explained_as_the_net_itself() -> None:
 
 
 def test_explain_takes_a_model_file_and_names_mistakes(tmp_path: Path) -> None:
-    net, recipe = tiny_net()
-    save_model(net, recipe, tmp_path / "net.safetensors")
+    model, spec = tiny_model()
+    save_model(model, spec, tmp_path / "model.safetensors")
     image = Image.new("RGB", (70, 90), (200, 30, 30))
-    found = ulsam.explain(tmp_path / "net.safetensors", image, target="b")
+    found = ulsam.explain(tmp_path / "model.safetensors", image, target="b")
     assert (found.classes[found.target], found.layers) == ("b", ())
-    assert np.array_equal(found.cam, ulsam.explain(net, np.asarray(image), recipe, target="b").cam)
+    assert np.array_equal(found.cam, ulsam.explain(model, np.asarray(image), spec, target="b").cam)
     for arguments, message in [
-        ((net, image), "pass a model file alone, or a net and its recipe"),
-        ((tmp_path / "net.safetensors", image, recipe), "pass a model file alone"),
-        ((net, np.zeros((4, 4)), recipe), r"uint8 \[H, W, 3\], not float64 \[4, 4\]"),
-        ((net, tmp_path / "no.jpg", recipe), "no.jpg: no such file"),
+        ((model, image), "pass a model file alone, or a model and its spec"),
+        ((tmp_path / "model.safetensors", image, spec), "pass a model file alone"),
+        ((model, np.zeros((4, 4)), spec), r"uint8 \[H, W, 3\], not float64 \[4, 4\]"),
+        ((model, tmp_path / "no.jpg", spec), "no.jpg: no such file"),
     ]:
         with pytest.raises(UlsamError, match=message):
             ulsam.explain(*arguments)
     with pytest.raises(UlsamError, match="no class 'wren': it knows a, b, c"):
-        ulsam.explain(net, image, recipe, target="wren")
+        ulsam.explain(model, image, spec, target="wren")
     with torch.no_grad():
-        net.get_classifier().bias.fill_(math.nan)
+        model.get_classifier().bias.fill_(math.nan)
     with pytest.raises(NotFinite):
-        ulsam.explain(net, image, recipe)
+        ulsam.explain(model, image, spec)
 
 
 # ------------------------------------------------------------------------------------------ measures
@@ -270,34 +272,34 @@ def test_subspaces_of_distinct_frequencies_lie_further_apart_than_chance() -> No
 
 
 def test_curves_equal_a_naive_loop() -> None:
-    net, recipe = tiny_net()
-    explainer = Explainer(net.eval(), recipe)
-    images, saliency = explainer.images(pictures(2)), upsampled(random(2, 3, 3).abs(), (64, 64))
+    model, spec = tiny_model()
+    explainer = Explainer(model.eval(), spec)
+    inputs, saliency = explainer.images(images(2)), upsampled(random(2, 3, 3).abs(), (64, 64))
     targets = torch.tensor([1, 2])
 
     def scores(x: Tensor) -> Tensor:
-        return net(x).softmax(1)
+        return model(x).softmax(1)
 
     curves = [
-        perturb.deletion_curves(scores, images, saliency, targets, steps=4),
-        perturb.insertion_curves(scores, images, saliency, targets, steps=4),
+        perturb.deletion_curves(scores, inputs, saliency, targets, steps=4),
+        perturb.insertion_curves(scores, inputs, saliency, targets, steps=4),
     ]
     with torch.no_grad():
         for number, step in itertools.product(range(2), range(5)):
             order = sorted(range(64 * 64), key=lambda pixel: -float(saliency[number].flatten()[pixel]))
             changed = torch.zeros(64 * 64, dtype=torch.bool)
             changed[order[: 64 * 64 * step // 4]] = True
-            gone = images[number].clone()
+            gone = inputs[number].clone()
             gone[:, changed.view(64, 64)] = 0
             expected = scores(gone[None])[0, targets[number]]
             assert curves[0][number, step] == pytest.approx(float(expected), abs=1e-5)
-    whole = scores(images).detach().gather(1, targets[:, None])[:, 0]
+    whole = scores(inputs).detach().gather(1, targets[:, None])[:, 0]
     assert torch.allclose(curves[0][:, 0], whole, atol=1e-5) and torch.allclose(curves[1][:, -1], whole, atol=1e-5)
     for each in curves:
         assert perturb.area_under(each) == pytest.approx(np.trapezoid(each.numpy(), dx=0.25, axis=1), rel=1e-6)
 
 
-def test_deleting_where_the_net_looks_is_faster_than_elsewhere() -> None:
+def test_deleting_where_the_model_looks_is_faster_than_elsewhere() -> None:
     explainer = one_pixel()
     images = torch.full((1, 3, 16, 16), 0.9)
     target = torch.tensor([0])
@@ -321,22 +323,22 @@ def test_deleting_where_the_net_looks_is_faster_than_elsewhere() -> None:
     assert perturb.kept_confidence(scores, images, 1 - there, target) < kept
 
 
-# ------------------------------------------------------------------------------------------ numbers over pictures
+# ------------------------------------------------------------------------------------------ numbers over images
 
 
-def test_numbers_are_means_over_pictures_of_what_the_explanations_say() -> None:
-    net, recipe = tiny_net(Edit("insert", "blocks.2", 4))
+def test_numbers_are_means_over_images_of_what_the_explanations_say() -> None:
+    model, spec = tiny_model(Edit("insert", "blocks.2", 4))
     with torch.no_grad():
-        net.get_submodule("blocks.2.0.ulsam").depthwise.weight.mul_(30)
-    numbers = Numbers(net, recipe)
-    chunks = pictures(5)
+        model.get_submodule("blocks.2.0.ulsam").depthwise.weight.mul_(30)
+    numbers = MapNumbers(model, spec)
+    chunks = images(5)
     found = []
     for first, truths in ((0, ["a", None, "c"]), (3, ["a", "b"])):
         batch = numbers.explainer(chunks[first : first + 3])
         numbers.add(batch, truths, [None] * len(batch))
         found += batch
     result = numbers.result()
-    assert (result["pictures"], result["marks"]) == (5, None)
+    assert (result["images"], result["marks"]) == (5, None)
     (about,) = result["layers"]
     shares = np.array([one.layers[0].entropy_share for one in found])
     assert [one["mean"] for one in about["entropy_share"]] == pytest.approx(shares.mean(0))
@@ -348,7 +350,7 @@ def test_numbers_are_means_over_pictures_of_what_the_explanations_say() -> None:
     assert about["correlation"]["mean"] == pytest.approx(
         np.mean([measures.correlation(o.layers[0].maps) for o in found])
     )
-    inputs, results = flow(net, "blocks.2.0.ulsam", numbers.explainer.images(chunks))
+    inputs, results = flow(model, "blocks.2.0.ulsam", numbers.explainer.images(chunks))
     for name, features in (("before", inputs), ("after", results)):
         power, weighted = (each.view(4, -1).sum(1) for each in measures.radial_content(features))
         assert about["frequency"][name]["cycles_per_width"] == pytest.approx((weighted / power).tolist(), rel=1e-4)
@@ -356,19 +358,19 @@ def test_numbers_are_means_over_pictures_of_what_the_explanations_say() -> None:
     assert 0 <= about["frequency"]["before"]["random_groups_as_far_apart"] <= 1
 
 
-def flow(net: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
+def flow(model: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
     """The input and the output of a layer."""
     kept: list[tuple[Tensor, Tensor]] = []
-    handle = net.get_submodule(name).register_forward_hook(lambda _, args, out: kept.append((args[0], out)))
+    handle = model.get_submodule(name).register_forward_hook(lambda _, args, out: kept.append((args[0], out)))
     with torch.no_grad():
-        net.eval()(images)
+        model.eval()(images)
     handle.remove()
     return kept[0]
 
 
 def test_the_right_cam_beats_chance_in_the_numbers() -> None:
-    numbers = Numbers((explainer := one_pixel()).model, explainer.recipe)
-    drawn = pictures(6, 16)
+    numbers = MapNumbers((explainer := one_pixel()).model, explainer.spec)
+    drawn = images(6, 16)
     for one in drawn:
         one[3, 11] = 255
     numbers.add(numbers.explainer(drawn), [None] * 6, [None] * 6)
@@ -380,8 +382,8 @@ def test_the_right_cam_beats_chance_in_the_numbers() -> None:
         assert cam[f"{kind}_minus_random"]["mean"] == pytest.approx(pairs.mean())
         assert cam[f"{kind}_minus_random"]["standard_error"] == pytest.approx(pairs.std(ddof=1) / 6**0.5)
     assert cam["average_drop"]["mean"] == pytest.approx(0, abs=1e-6)
-    with pytest.raises(UlsamError, match="no picture to take numbers from"):
-        Numbers(explainer.model, explainer.recipe).result()
+    with pytest.raises(UlsamError, match="no image to take numbers from"):
+        MapNumbers(explainer.model, explainer.spec).result()
 
 
 def test_field_marks_are_found_where_they_were_drawn(tmp_path: Path) -> None:
@@ -390,8 +392,8 @@ def test_field_marks_are_found_where_they_were_drawn(tmp_path: Path) -> None:
     told = mark_boxes(path)
     assert told is not None
     size, boxes = told
-    recipe = Recipe(NET, ("a", "b"), input_size=(3, 64, 64), crop_pct=1.0)
-    areas = mark_areas(path, recipe_transform(recipe))
+    spec = ModelSpec(NET, ("a", "b"), input_size=(3, 64, 64), crop_pct=1.0)
+    areas = mark_areas(path, spec_transform(spec))
     assert size == 64 and areas is not None and set(areas) == {BIRD, *boxes}
     for name, (x0, y0, x1, y1) in boxes.items():
         expected = np.zeros((64, 64))
@@ -402,13 +404,13 @@ def test_field_marks_are_found_where_they_were_drawn(tmp_path: Path) -> None:
         assert measures.share_within(np.full((4, 4), 1 / 16), at_size(areas[name], 4, 4)) == pytest.approx(
             expected.mean()
         )
-    cropped = mark_areas(path, recipe_transform(Recipe(NET, ("a", "b"), input_size=(3, 32, 32), crop_pct=0.5)))
-    assert cropped is not None  # the middle quarter of the picture, at its own size
+    cropped = mark_areas(path, spec_transform(ModelSpec(NET, ("a", "b"), input_size=(3, 32, 32), crop_pct=0.5)))
+    assert cropped is not None  # the middle quarter of the image, at its own size
     for name, area in cropped.items():
         assert np.allclose(area, areas[name][16:48, 16:48])
     other = tmp_path / "other" / "val" / "a"
     other.mkdir(parents=True)
-    assert mark_areas(other / "1.jpg", recipe_transform(recipe)) is None
+    assert mark_areas(other / "1.jpg", spec_transform(spec)) is None
     for name in ("birds.json", "boxes.json"):
         (tmp_path / "other" / name).write_text("{}")
     with pytest.raises(UlsamError, match="are not those of ulsam birds"):
@@ -416,11 +418,11 @@ def test_field_marks_are_found_where_they_were_drawn(tmp_path: Path) -> None:
 
 
 def test_numbers_of_marks_are_shares_of_mass() -> None:
-    net, recipe = tiny_net(Edit("insert", "blocks.2", 2))
-    numbers = Numbers(net, recipe, curves=False)
+    model, spec = tiny_model(Edit("insert", "blocks.2", 2))
+    numbers = MapNumbers(model, spec, curves=False)
     area = np.zeros((64, 64), np.float32)
     area[:32, :32] = 1
-    batch = numbers.explainer(pictures(2))
+    batch = numbers.explainer(images(2))
     numbers.add(batch, ["a", "b"], [{"bill": area}, {"bill": area}])
     result = numbers.result()
     assert set(result["cam"]) == {"layer"}

@@ -18,12 +18,12 @@ from ulsam.cli import main
 from ulsam.data.birds import draw_birds
 from ulsam.explanation import Explanation, LayerMaps
 from ulsam.explanation.drawing import STRENGTH, coloured, greyed, overlaid, palette
-from ulsam.explanation.index import list_pictures, urgency
-from ulsam.explanation.page import MOST_CARDS, card, page
-from ulsam.explanation.panel import HEAD, MARGIN, PICTURE, TILE, panel
-from ulsam.explanation.run import panel_name
-from ulsam.models import build, make_recipe, save_model
-from ulsam.recipe import Edit
+from ulsam.explanation.explain_images import panel_name
+from ulsam.explanation.explain_page import MOST_CARDS, card, page
+from ulsam.explanation.image_list import list_images, urgency
+from ulsam.explanation.panel import HEAD, IMAGE, MARGIN, TILE, panel
+from ulsam.model.build import build, make_spec, save_model
+from ulsam.model.spec import Edit
 
 CLASSES = ["class0", "class1", "class2"]
 
@@ -31,7 +31,7 @@ CLASSES = ["class0", "class1", "class2"]
 def found(
     *groups: int, classes: tuple[str, ...] = ("wren", "robin"), size: int = 64, peak: tuple[int, int] = (1, 2)
 ) -> Explanation:
-    """An explanation of a grey picture with layers of so many maps of 4 x 4, all of them with this peak."""
+    """An explanation of a grey image with layers of so many maps of 4 x 4, all of them with this peak."""
     maps = np.full((4, 4), 0.5 / 15, np.float32)
     maps[peak] = 0.5
     layers = tuple(LayerMaps(f"blocks.{n}", None, "equations", np.stack([maps] * g)) for n, g in enumerate(groups))
@@ -44,7 +44,7 @@ def found(
 # ------------------------------------------------------------------------------------------ panels
 
 
-def test_a_map_on_a_picture_has_its_colours_where_its_values_are() -> None:
+def test_a_map_on_a_image_has_its_colours_where_its_values_are() -> None:
     values = np.array([[0.0, 1.0], [0.5, 0.25]])
     large = coloured(values, (200, 100))
     for (row, column), value in np.ndenumerate(values):
@@ -55,10 +55,10 @@ def test_a_map_on_a_picture_has_its_colours_where_its_values_are() -> None:
     assert np.abs(np.asarray(overlaid(grey, values)) - expected).max() <= 1.5
 
 
-def test_a_panel_holds_the_picture_the_maps_and_a_row_for_each_layer() -> None:
+def test_a_panel_holds_the_image_the_maps_and_a_row_for_each_layer() -> None:
     one = found(4, 2)
     drawn = np.asarray(panel(one, title="a.jpg", truth="robin"))
-    assert (drawn[HEAD : HEAD + PICTURE, MARGIN : MARGIN + PICTURE] == 90).all()
+    assert (drawn[HEAD : HEAD + IMAGE, MARGIN : MARGIN + IMAGE] == 90).all()
     hot = (np.abs(drawn.astype(int) - ((1 - STRENGTH) * 90 + STRENGTH * palette()[255])).max(2) <= 15).nonzero()
     lines = sorted({(y - HEAD) // (TILE + 40) for y in hot[0]})
     assert len(lines) == 3  # the CAM and two layers
@@ -69,13 +69,13 @@ def test_a_panel_holds_the_picture_the_maps_and_a_row_for_each_layer() -> None:
     assert panel(found(16, 16)).height > panel(found(8, 8)).height
 
 
-def test_a_panel_of_two_nets_shows_both_and_says_what_is_wrong() -> None:
+def test_a_panel_of_two_models_shows_both_and_says_what_is_wrong() -> None:
     wrong, right = (
         np.asarray(panel(found(), found(peak=(3, 0)), truth=truth)).astype(int) for truth in ("robin", "wren")
     )
     alone = np.asarray(panel(found(), truth="wren")).astype(int)
     assert (wrong[50:64] != right[50:64]).any()
-    x = MARGIN + PICTURE + 36 + TILE + 10  # where the base net's CAM is
+    x = MARGIN + IMAGE + 36 + TILE + 10  # where the base model's CAM is
     assert (right[HEAD + 30 : HEAD + TILE, x : x + TILE].std((0, 1)) > 5).any()
     assert (alone[HEAD + 30 : HEAD + TILE, x + 70 : x + TILE] == 255).all()
 
@@ -126,7 +126,7 @@ def test_the_page_needs_nothing_else_and_escapes_every_name() -> None:
     evil = '<script>alert("1")</script>'
     classes = (evil, "'\" onload=alert(2) x='")
     cards = [card(f"{evil}.jpg", classes[1], found(2, classes=classes), found(classes=classes, size=32), panel=evil)]
-    text = page(cards, net=evil, base=evil, unreadable=[evil], numbers=evil, command=evil, versions=evil)
+    text = page(cards, model=evil, base=evil, unreadable=[evil], numbers=evil, command=evil, versions=evil)
     read = Reader(text)
     assert "<script" not in text and evil in read.text
     assert not re.search(r"(?:https?:)?//|@import|<link|<iframe|<base", text)
@@ -143,16 +143,16 @@ def test_the_page_needs_nothing_else_and_escapes_every_name() -> None:
 
 def test_a_long_page_lists_all_and_shows_the_first() -> None:
     one = card("1.jpg", None, found(1))
-    text = page([one] * (MOST_CARDS + 3), net="a net")
+    text = page([one] * (MOST_CARDS + 3), model="a model")
     assert text.count("<article") == MOST_CARDS
     assert text.count("<tr data-verdict") == MOST_CARDS + 3
     assert f"The first {MOST_CARDS} are shown" in text
     assert "No true classes are known" in text
 
 
-def test_a_net_without_ulsam_says_so() -> None:
-    text = page([card("1.jpg", "wren", found())], net="a net")
-    assert "no ULSAM layer" in text and "1 picture." in text and "0 of the 1 whose class is known are wrong" in text
+def test_a_model_without_ulsam_says_so() -> None:
+    text = page([card("1.jpg", "wren", found())], model="a model")
+    assert "no ULSAM layer" in text and "1 image." in text and "0 of the 1 whose class is known are wrong" in text
 
 
 def test_errors_come_first_and_folders_tell_the_class(tmp_path: Path) -> None:
@@ -160,15 +160,15 @@ def test_errors_come_first_and_folders_tell_the_class(tmp_path: Path) -> None:
     assert [share for *_, share in sorted(shown, key=lambda one: urgency(*one))] == [0.8, 0.4, 0.3, 0.9, 0.5, 0.6]
     draw(tmp_path / "a" / "class9", 1, classes=2)
     root = tmp_path / "a"
-    listed = list_pictures([str(root)], CLASSES)
+    listed = list_images([str(root)], CLASSES)
     assert [(one.name, one.truth) for one in listed] == [
         ("a/class9/class0/000.png", "class0"), ("a/class9/class1/000.png", "class1"),
     ]  # fmt: skip
     inner = root / "class9" / "class0"
-    assert list_pictures([str(inner)], CLASSES)[0].truth == "class0"
-    assert list_pictures([str(inner / "000.png")], CLASSES)[0].truth == "class0"
-    assert list_pictures([str(root)], ["a", "class9"])[0].truth == "class9"
-    assert list_pictures([str(inner)], ["a"])[0].truth is None  # that folder was not named
+    assert list_images([str(inner)], CLASSES)[0].truth == "class0"
+    assert list_images([str(inner / "000.png")], CLASSES)[0].truth == "class0"
+    assert list_images([str(root)], ["a", "class9"])[0].truth == "class9"
+    assert list_images([str(inner)], ["a"])[0].truth is None  # that folder was not named
     names = {panel_name(number, 10, name) for number, name in enumerate(["a/1.jpg", "b/1.jpg", "a/1.png", "é/1.jpg"])}
     assert len(names) == 4
     assert panel_name(1, 9, "../../etc/" + "é" * 300 + ".jpg") == "1-" + "_" * 60 + ".png"
@@ -179,27 +179,27 @@ def test_errors_come_first_and_folders_tell_the_class(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A net with a ULSAM layer, one without, and two folders of pictures of the same names, one picture broken."""
+    """A model with a ULSAM layer, one without, and two folders of images of the same names, one image broken."""
     folder = tmp_path_factory.mktemp("explain")
     for name in ("here", "there"):
         draw(folder / name, 3)
-    (folder / "here" / "class1" / "bad.png").write_bytes(b"no picture")
+    (folder / "here" / "class1" / "bad.png").write_bytes(b"no image")
     torch.manual_seed(0)
-    for name, edits, size in (("net", [Edit("insert", "blocks.2", 4)], 64), ("plain", [], 48)):
-        recipe = make_recipe(NET, CLASSES, edits, size=size)
-        net, _ = build(recipe)
-        torch.nn.init.normal_(net.classifier.weight)
-        save_model(net, recipe, folder / f"{name}.safetensors")
+    for name, edits, size in (("model", [Edit("insert", "blocks.2", 4)], 64), ("plain", [], 48)):
+        spec = make_spec(NET, CLASSES, edits, size=size)
+        model, _ = build(spec)
+        torch.nn.init.normal_(model.classifier.weight)
+        save_model(model, spec, folder / f"{name}.safetensors")
     return folder
 
 
 def test_a_folder_becomes_panels_a_report_and_numbers(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = root / "out"
-    words = ["explain", str(root / "net.safetensors"), str(root / "here"), str(root / "there")]
+    words = ["explain", str(root / "model.safetensors"), str(root / "here"), str(root / "there")]
     assert main([*words, "--against", str(root / "plain.safetensors"), "--out", str(out), "--numbers"]) == 2
     told = capsys.readouterr()
-    assert told.err == "ulsam: error: 1 of 19 pictures could not be read; they are named above\n"
-    assert re.search(r"^unreadable .*bad\.png: not a picture", told.out, re.MULTILINE)
+    assert told.err == "ulsam: error: 1 of 19 images could not be read; they are named above\n"
+    assert re.search(r"^unreadable .*bad\.png: not an image", told.out, re.MULTILINE)
     panels = sorted((out / "panels").iterdir())
     assert len(panels) == len({path.read_bytes() for path in panels}) == 18
     assert all(Image.open(path).format == "PNG" for path in panels)
@@ -210,38 +210,38 @@ def test_a_folder_becomes_panels_a_report_and_numbers(root: Path, capsys: pytest
     verdicts = [verdict for verdict, _, _ in rows]
     assert len(rows) == 18 and verdicts == sorted(verdicts, reverse=True)  # wrong before right
     wrong = verdicts.count("wrong")
-    assert f"18 pictures, {wrong} of 18 with a known class wrong: {out / 'report.html'}" in told.out
+    assert f"18 images, {wrong} of 18 with a known class wrong: {out / 'report.html'}" in told.out
     shares = [float(share.strip("<> ")) for verdict, _, share in rows if verdict == "wrong"]
     assert wrong > 0 and shares == sorted(shares, reverse=True)
     assert {name for _, name, _ in rows} == {
         f"{a}/class{b}/00{c}.png" for a in ("here", "there") for b in range(3) for c in range(3)
     }
-    assert "bad.png: not a picture" in Reader(text).text
+    assert "bad.png: not an image" in Reader(text).text
 
     numbers = json.loads((out / "numbers.json").read_text())
-    assert numbers["nets"]["this net"]["pictures"] == 18
-    assert len(numbers["nets"]["this net"]["layers"]) == 1 and numbers["nets"]["base"]["layers"] == []
-    deletion = numbers["nets"]["base"]["cam"]["deletion"]["mean"]
+    assert numbers["models"]["this model"]["images"] == 18
+    assert len(numbers["models"]["this model"]["layers"]) == 1 and numbers["models"]["base"]["layers"] == []
+    deletion = numbers["models"]["base"]["cam"]["deletion"]["mean"]
     assert f"{deletion:.3f} ± " in told.out and f"{deletion:.3f} ± " in text
 
 
-def test_a_net_alone_and_pictures_of_unknown_class(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_alone_and_images_of_unknown_class(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "loose").mkdir()
     (root / "loose" / "a & b.png").write_bytes((root / "here" / "class0" / "000.png").read_bytes())
     out = root / "alone"
     assert main(["explain", str(root / "plain.safetensors"), str(root / "loose"), "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"1 picture: {out / 'report.html'}\n"
+    assert capsys.readouterr().out == f"1 image: {out / 'report.html'}\n"
     text = (out / "report.html").read_text()
     assert "no ULSAM layer" in text and "loose/a &amp; b.png" in text
     assert [path.name for path in (out / "panels").iterdir()] == ["1-a___b.png"]
 
 
-def test_nets_of_different_classes_do_not_compare(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = make_recipe(NET, ["class0", "class1", "wren"], [], size=64)
-    save_model(build(recipe)[0], recipe, root / "other.safetensors")
-    words = ["explain", str(root / "net.safetensors"), str(root / "there")]
+def test_models_of_different_classes_do_not_compare(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = make_spec(NET, ["class0", "class1", "wren"], [], size=64)
+    save_model(build(spec)[0], spec, root / "other.safetensors")
+    words = ["explain", str(root / "model.safetensors"), str(root / "there")]
     assert main([*words, "--against", str(root / "other.safetensors"), "--out", str(root / "odd")]) == 0
-    warning = "the nets know different classes: only one has 'class2'"
+    warning = "the models know different classes: only one has 'class2'"
     assert f"note {warning}" in capsys.readouterr().out
     assert warning in Reader((root / "odd" / "report.html").read_text()).text
     assert main([*words, "--against", str(root / "plain.safetensors"), "--out", str(root / "even")]) == 0
@@ -251,13 +251,13 @@ def test_nets_of_different_classes_do_not_compare(root: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["net.safetensors", "here/class1/bad.png"], "bad.png: not a picture in a known format"),
-        (["net.safetensors", "none.png"], "none.png: no such file or directory"),
-        (["net.safetensors", "here", "--against", "no.safetensors"], "no model file .*no.safetensors"),
+        (["model.safetensors", "here/class1/bad.png"], "bad.png: not an image in a known format"),
+        (["model.safetensors", "none.png"], "none.png: no such file or directory"),
+        (["model.safetensors", "here", "--against", "no.safetensors"], "no model file .*no.safetensors"),
         (["no.safetensors", "here"], "no model file"),
-        (["net.safetensors", "here", "--out", "here"], "here is not an empty folder: name one that does not exist"),
-        (["net.safetensors", "here", "--out", "there/class0/000.png"], "000.png is not an empty folder"),
-        (["net.safetensors", "here", "--out", "net.safetensors/x"], "cannot make the folder .*/x: Not a directory"),
+        (["model.safetensors", "here", "--out", "here"], "here is not an empty folder: name one that does not exist"),
+        (["model.safetensors", "here", "--out", "there/class0/000.png"], "000.png is not an empty folder"),
+        (["model.safetensors", "here", "--out", "model.safetensors/x"], "cannot make the folder .*/x: Not a directory"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
@@ -274,23 +274,23 @@ def test_mistakes_get_one_line_and_leave_nothing(
 def test_the_benchmark_writes_numbers_and_no_path(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = root / "explained.json"
     load_benchmark("explained").main(
-        ["tiny", str(root / "net.safetensors"), str(root / "there"), "--pictures", "4", "--out", str(out)]
+        ["tiny", str(root / "model.safetensors"), str(root / "there"), "--images", "4", "--out", str(out)]
     )
     told = json.loads(out.read_text())
-    assert (told["data"], told["pictures"], told["of"]) == ("there", 4, 9)
-    net = told["nets"]["this net"]
-    assert net["pictures"] == 4 and set(net["layers"][0]["entropy_of_class"]) == set(CLASSES)
-    assert f"{net['cam']['insertion']['mean']:.3f}" in capsys.readouterr().out
+    assert (told["data"], told["images"], told["of"]) == ("there", 4, 9)
+    model = told["models"]["this model"]
+    assert model["images"] == 4 and set(model["layers"][0]["entropy_of_class"]) == set(CLASSES)
+    assert f"{model['cam']['insertion']['mean']:.3f}" in capsys.readouterr().out
     assert str(root) not in out.read_text()
 
 
 def test_tables_say_what_was_measured(root: Path, tmp_path: Path) -> None:
     tables = load_benchmark("explained_tables")
     birds = draw_birds(tmp_path / "birds", classes=2, train=1, val=2, size=64)
-    net, plain = (str(root / f"{name}.safetensors") for name in ("net", "plain"))
+    model, plain = (str(root / f"{name}.safetensors") for name in ("model", "plain"))
     out = tmp_path / "explained_birds.json"
-    load_benchmark("explained").main(["birds", net, str(birds / "val"), "--against", plain, "--out", str(out)])
-    found = json.loads(out.read_text())["nets"]["this net"]
+    load_benchmark("explained").main(["birds", model, str(birds / "val"), "--against", plain, "--out", str(out)])
+    found = json.loads(out.read_text())["models"]["this model"]
     rows = [row.split(" | ") for row in tables.cam_table(tmp_path).splitlines()[2:]]
     assert [row[0] for row in rows] == ["| drawn birds, 4"] * 2
     apart = [found["cam"][name]["mean"] for name in ("deletion", "deletion_random")]
@@ -319,19 +319,19 @@ def test_tables_say_what_was_measured(root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_speed_of_reports_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "explain_speed.json"
-    load_benchmark("explain_speed").main(["--pictures", "4", "--size", "64", "--out", str(out)])
+    load_benchmark("explain_speed").main(["--images", "4", "--size", "64", "--out", str(out)])
     told = json.loads(out.read_text())
-    assert [case["pictures"] for case in told["cases"]] == [4, 4, 1]
-    assert all(case["pictures_per_second"] * case["seconds"] == case["pictures"] for case in told["cases"])
+    assert [case["images"] for case in told["cases"]] == [4, 4, 1]
+    assert all(case["images_per_second"] * case["seconds"] == case["images"] for case in told["cases"])
     rows = load_benchmark("explained_tables").waiting_table(tmp_path).splitlines()
-    assert len(rows) == 7 and f"{told['cases'][1]['pictures_per_second']:.1f} pictures a second" in rows[5]
+    assert len(rows) == 7 and f"{told['cases'][1]['images_per_second']:.1f} images a second" in rows[5]
 
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_whole_files_alone(root: Path, tmp_path: Path) -> None:
     draw(tmp_path / "many", 120, size=64)
     out = tmp_path / "out"
-    argv = ["explain", root / "net.safetensors", tmp_path / "many", "--out", out]
+    argv = ["explain", root / "model.safetensors", tmp_path / "many", "--out", out]
     with warm() as interpreter:
         pid = interpreter.start(argv, tmp_path / "log")
         deadline = time.monotonic() + 120

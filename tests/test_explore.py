@@ -22,16 +22,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ulsam.explorer
+import ulsam.apps
 from exploring import CLASSES, serving, two
 from tiny import command
+from ulsam.apps import explore_page as app
+from ulsam.apps.explore_views import said
 from ulsam.cli import main
 from ulsam.explanation import Explanation
 from ulsam.explanation.drawing import coloured
 from ulsam.explanation.panel import panel
-from ulsam.explorer import app
-from ulsam.explorer.views import said
-from ulsam.models import save_model
+from ulsam.model.build import save_model
 
 LIMIT = 300_000
 
@@ -74,7 +74,7 @@ def ask(port: int, path: str, body: Any = None, method: str = "POST", **headers:
 
 def explained(content: bytes) -> list[Explanation]:
     pixels = np.asarray(Image.open(io.BytesIO(content)))
-    return [net.explainer([net.explainer.transform.pixels(pixels)])[0] for net in two()]
+    return [model.explainer([model.explainer.transform.pixels(pixels)])[0] for model in two()]
 
 
 def image(uri: str) -> Any:
@@ -84,35 +84,35 @@ def image(uri: str) -> Any:
 # ------------------------------------------------------------------------------------------ answers
 
 
-def test_the_page_is_told_what_the_nets_find(port: int) -> None:
+def test_the_page_is_told_what_the_models_find(port: int) -> None:
     content = png()
     found = explained(content)
     status, _, told = ask(port, "/explain?name=a.png", content)
     assert status == 200
-    for one, net in zip(found, told["nets"], strict=True):
-        assert [(name, share) for name, _, share in net["top"]] == [
+    for one, model in zip(found, told["models"], strict=True):
+        assert [(name, share) for name, _, share in model["top"]] == [
             (name, pytest.approx(share, abs=1e-5)) for name, share in one.top()
         ]
-        assert (net["width"], net["height"]) == one.pixels.shape[1::-1]
-        assert net["photo"].startswith("data:image/jpeg;base64,")
-        assert net["cam"]["of"] == one.top(1)[0][0]
-        drawn = image(net["cam"]["image"])
+        assert (model["width"], model["height"]) == one.pixels.shape[1::-1]
+        assert model["photo"].startswith("data:image/jpeg;base64,")
+        assert model["cam"]["of"] == one.top(1)[0][0]
+        drawn = image(model["cam"]["image"])
         assert (
             min(drawn.shape[:2]) >= 112 and np.abs(drawn - coloured(one.cam, drawn.shape[1::-1]).astype(int)).max() <= 8
         )
-        assert len(net["layers"]) == len(one.layers)
-        for layer, view in zip(one.layers, net["layers"], strict=True):
+        assert len(model["layers"]) == len(one.layers)
+        for layer, view in zip(one.layers, model["layers"], strict=True):
             assert len(view["maps"]) == len(layer.maps)
             top = max(2.0, *layer.peak)
             for (_, drawn), values in zip(view["maps"], layer.maps * layer.maps[0].size / top, strict=True):
                 expected = coloured(values, image(drawn).shape[1::-1])
                 assert np.abs(image(drawn) - expected.astype(int)).max() <= 8
-    assert [len(net["layers"]) for net in told["nets"]] == [2, 0]
+    assert [len(model["layers"]) for model in told["models"]] == [2, 0]
     named = [one.top(1)[0][0] for one in found]
     assert all(name in told["said"] for name in named)
 
 
-def test_a_panel_is_that_of_the_net_beside_the_next_one(port: int) -> None:
+def test_a_panel_is_that_of_the_model_beside_the_next_one(port: int) -> None:
     content = png()
     found = explained(content)
     names = [f"A, {two()[0].name}", f"B, {two()[1].name}"]
@@ -126,7 +126,7 @@ def test_a_panel_is_that_of_the_net_beside_the_next_one(port: int) -> None:
     assert ask(port, "/panel/-1", content)[0] == 422
 
 
-def test_a_net_alone_has_its_panel_and_its_say() -> None:
+def test_a_model_alone_has_its_panel_and_its_say() -> None:
     with serving(two()[:1]) as port:
         content = png()
         (one, _) = explained(content)
@@ -137,24 +137,24 @@ def test_a_net_alone_has_its_panel_and_its_say() -> None:
         assert ask(port, "/panel/1", content)[0] == 422
 
 
-def test_pictures_asked_about_at_a_time_are_not_mixed_up(port: int) -> None:
+def test_images_asked_about_at_a_time_are_not_mixed_up(port: int) -> None:
     contents = [png(seed=seed) for seed in range(app.PLACES)]
     alone = [ask(port, "/explain", content)[2] for content in contents]
     with ThreadPoolExecutor(len(contents)) as pool:
         together = [answer[2] for answer in pool.map(lambda content: ask(port, "/explain", content), contents)]
     for one, other in zip(alone, together, strict=True):
-        assert [net["photo"] for net in one["nets"]] == [net["photo"] for net in other["nets"]]
-        shares = [[share for _, _, share in net["top"]] for answer in (one, other) for net in answer["nets"]]
+        assert [model["photo"] for model in one["models"]] == [model["photo"] for model in other["models"]]
+        shares = [[share for _, _, share in model["top"]] for answer in (one, other) for model in answer["models"]]
         assert shares[:2] == [pytest.approx(each, abs=1e-5) for each in shares[2:]]
-    assert len({json.dumps(answer["nets"][0]["photo"]) for answer in alone}) == len(contents)
+    assert len({json.dumps(answer["models"][0]["photo"]) for answer in alone}) == len(contents)
 
 
-def test_nets_of_different_classes_are_not_said_to_disagree() -> None:
+def test_models_of_different_classes_are_not_said_to_disagree() -> None:
     one, _ = explained(png())
     other = dataclasses.replace(one, classes=tuple(f"my {name}" for name in one.classes))
-    assert said([one, one]).startswith("Both nets say ")
+    assert said([one, one]).startswith("Both models say ")
     named = one.top(1)[0][0], other.top(1)[0][0]
-    assert said([one, other]) == "The nets know different classes: A says {}, B says {}".format(*named)
+    assert said([one, other]) == "The models know different classes: A says {}, B says {}".format(*named)
 
 
 # ------------------------------------------------------------------------------------------ refusals
@@ -164,7 +164,7 @@ def test_nets_of_different_classes_are_not_said_to_disagree() -> None:
     ("content", "status", "message"),
     [
         (b"", 422, "a.png: empty file"),
-        (b"no picture at all", 422, "a.png: not a picture in a known format"),
+        (b"no image at all", 422, "a.png: not an image in a known format"),
         (png()[:5000], 422, "a.png: truncated"),
         (huge_png(20_000, 20_000), 422, "a.png: larger than 89000000 pixels"),
         (png((1, 101)), 422, "a.png: one side is more than 100 times as long as the other"),
@@ -174,7 +174,7 @@ def test_nets_of_different_classes_are_not_said_to_disagree() -> None:
     ],
     ids=["empty", "text", "truncated", "bomb", "line", "large", "very large", "chunked"],
 )
-def test_what_is_no_picture_or_too_large_is_refused(port: int, content: Any, status: int, message: str) -> None:
+def test_what_is_no_image_or_too_large_is_refused(port: int, content: Any, status: int, message: str) -> None:
     found, headers, told = ask(port, "/explain?name=a.png", content)
     assert found == status and message in told["detail"] and "\n" not in told["detail"]
     assert headers["x-content-type-options"] == "nosniff"
@@ -185,7 +185,7 @@ def test_strange_names_of_files_stay_on_their_line(port: int) -> None:
     assert detail.isprintable() and len(detail) < 400
 
 
-def test_a_fifth_picture_is_told_to_wait_and_the_four_are_answered(port: int) -> None:
+def test_a_fifth_image_is_told_to_wait_and_the_four_are_answered(port: int) -> None:
     content = png()
     head = f"POST /explain HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
     held = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(app.PLACES)]
@@ -195,7 +195,7 @@ def test_a_fifth_picture_is_told_to_wait_and_the_four_are_answered(port: int) ->
         deadline = 50
         while (answer := ask(port, "/explain", content))[0] == 200 and (deadline := deadline - 1):
             pass  # the last of the four may not have been taken in yet
-        assert answer[0] == 429 and "4 pictures" in answer[2]["detail"] and answer[1]["retry-after"] == "1"
+        assert answer[0] == 429 and "4 images" in answer[2]["detail"] and answer[1]["retry-after"] == "1"
         for one in held:
             one.sendall(content[-1:])
             assert one.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
@@ -230,7 +230,7 @@ def test_uploads_that_stop_or_stall_give_their_place_back(port: int, monkeypatch
 )
 def test_other_hosts_and_origins_are_refused(port: int, headers: dict[str, str], message: str) -> None:
     sent = {name: value.format(port=port) for name, value in headers.items()}
-    for path, method in (("/explain", "POST"), ("/panel/0", "POST"), ("/nets", "GET"), ("/", "GET")):
+    for path, method in (("/explain", "POST"), ("/panel/0", "POST"), ("/models", "GET"), ("/", "GET")):
         status, got, told = ask(port, path, png() if method == "POST" else None, method, **sent)
         assert status == 403 and message in told["detail"]
         assert "default-src 'none'" in got["content-security-policy"]
@@ -252,8 +252,11 @@ def test_the_page_is_its_own_and_nothing_else_is_served(port: int) -> None:
     for path in ("/docs", "/openapi.json", "/../app.py", "/page.html", "/%2e%2e/serve.py"):
         assert ask(port, path, method="GET")[0] == 404
     assert ask(port, "/explain", method="GET")[0] == 405
-    told = ask(port, "/nets", method="GET")[2]
-    assert [(net["name"], net["attention"]) for net in told["nets"]] == [(two()[0].name, True), (two()[1].name, False)]
+    told = ask(port, "/models", method="GET")[2]
+    assert [(model["name"], model["attention"]) for model in told["models"]] == [
+        (two()[0].name, True),
+        (two()[1].name, False),
+    ]
     assert told["max_bytes"] == LIMIT
 
 
@@ -282,9 +285,9 @@ def test_no_file_is_written(port: int, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("net") / "net.safetensors"
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
     explainer = two()[0].explainer
-    save_model(explainer.model, explainer.recipe, path)
+    save_model(explainer.model, explainer.spec, path)
     return str(path)
 
 
@@ -296,10 +299,10 @@ def test_the_command_tells_its_address_and_ends_with_ctrl_c(file: str, tmp_path:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+  \(Ctrl-C ends it\)\n", line)
         port = urlsplit(line.split()[0]).port
         assert port is not None
-        told = ask(port, "/nets", method="GET")[2]
-        assert told["max_bytes"] == 1_000_000 and [net["file"] for net in told["nets"]] == [file, file]
+        told = ask(port, "/models", method="GET")[2]
+        assert told["max_bytes"] == 1_000_000 and [model["file"] for model in told["models"]] == [file, file]
         answer = ask(port, "/explain", png())[2]
-        assert {name for name, _, _ in answer["nets"][0]["top"]} == set(CLASSES)
+        assert {name for name, _, _ in answer["models"][0]["top"]} == set(CLASSES)
         with socket.create_connection(("127.0.0.1", port)):  # one that is left open keeps nobody waiting
             server.send_signal(signal.SIGINT)
             assert server.wait(20) == 0
@@ -327,7 +330,7 @@ def test_mistakes_get_one_line(file: str, tmp_path: Path, capsys: pytest.Capture
 
 def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert main(["explore", "net.safetensors"]) == 2
+    assert main(["explore", "model.safetensors"]) == 2
     assert "pip install 'ulsam[explore]'" in capsys.readouterr().err
 
 
@@ -335,6 +338,6 @@ def test_the_page_comes_with_the_package() -> None:
     import tomllib
 
     told = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    packed = told["tool"]["setuptools"]["package-data"]["ulsam.explorer"]
-    folder = Path(ulsam.explorer.__file__).parent
+    packed = told["tool"]["setuptools"]["package-data"]["ulsam.apps"]
+    folder = Path(ulsam.apps.__file__).parent
     assert sorted(packed) == sorted(path.name for path in folder.iterdir() if path.suffix not in (".py", ""))

@@ -64,8 +64,8 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     assert all(url.startswith((f"{address}/", f"blob:{address}/", "data:image/")) for url in asked)
 
 
-def choose(page: Page, picture: Any) -> None:
-    page.set_input_files("#file", picture)
+def choose(page: Page, image: Any) -> None:
+    page.set_input_files("#file", image)
 
 
 def shown(page: Page, bird: Path) -> Page:
@@ -74,9 +74,9 @@ def shown(page: Page, bird: Path) -> Page:
     return page
 
 
-def seen(page: Page, net: int = 0) -> Any:
-    """The pixels of a net's picture, with whatever lies on it."""
-    stage = page.locator(".stage").nth(net)
+def seen(page: Page, model: int = 0) -> Any:
+    """The pixels of a model's image, with whatever lies on it."""
+    stage = page.locator(".stage").nth(model)
     page.evaluate("Promise.all([...document.images].filter((image) => image.src).map((image) => image.decode()))")
     return np.asarray(Image.open(io.BytesIO(stage.screenshot())).convert("RGB")).astype(int)
 
@@ -87,13 +87,13 @@ def differ(one: Any, other: Any) -> bool:
 
 def explained(bird: Path) -> list[Explanation]:
     pixels = np.asarray(Image.open(bird))
-    return [net.explainer([net.explainer.transform.pixels(pixels)])[0] for net in two()]
+    return [model.explainer([model.explainer.transform.pixels(pixels)])[0] for model in two()]
 
 
 # ------------------------------------------------------------------------------------------ what is shown
 
 
-def test_both_nets_say_what_they_see(page: Page, bird: Path) -> None:
+def test_both_models_say_what_they_see(page: Page, bird: Path) -> None:
     shown(page, bird)
     found = explained(bird)
     for card, one in zip(page.get_by_role("article").all(), found, strict=True):
@@ -130,25 +130,25 @@ def test_the_slider_and_the_layers_change_the_map(page: Page, bird: Path) -> Non
     assert slider.get_attribute("aria-valuetext").startswith("2 of 4: 2: entropy")
 
 
-def test_cam_and_picture_are_switched_for_both_nets(page: Page, bird: Path) -> None:
+def test_cam_and_image_are_switched_for_both_models(page: Page, bird: Path) -> None:
     shown(page, bird)
-    attention = [seen(page, net) for net in range(2)]
+    attention = [seen(page, model) for model in range(2)]
     without = page.get_by_role("article").nth(1)
     expect(without.get_by_text("no ULSAM layer")).to_be_visible()
     assert without.get_by_role("slider").count() == 0
     page.get_by_role("radio", name="Grad-CAM++").check(force=True)
-    cams = [seen(page, net) for net in range(2)]
+    cams = [seen(page, model) for model in range(2)]
     assert differ(cams[0], attention[0]) and differ(cams[1], attention[1])
     expect(page.get_by_text("Grad-CAM++ for ")).to_have_count(2)
-    page.get_by_role("radio", name="Picture").check(force=True)
-    plain = [seen(page, net) for net in range(2)]
+    page.get_by_role("radio", name="Image").check(force=True)
+    plain = [seen(page, model) for model in range(2)]
     assert differ(plain[0], cams[0]) and not differ(plain[1], attention[1])
     page.get_by_role("radio", name="Grad-CAM++").check(force=True)
     page.get_by_role("slider", name="Strength of the map").fill("10")
     assert differ(seen(page), cams[0])
 
 
-def test_a_choice_stays_from_picture_to_picture(page: Page, bird: Path, tmp_path: Path) -> None:
+def test_a_choice_stays_from_image_to_image(page: Page, bird: Path, tmp_path: Path) -> None:
     shown(page, bird)
     card = page.get_by_role("article").first
     card.get_by_role("combobox", name="Layer").select_option(index=1)
@@ -161,7 +161,7 @@ def test_a_choice_stays_from_picture_to_picture(page: Page, bird: Path, tmp_path
     assert page.locator("main img[src=x], main li b").count() == 0  # names of files and classes are text
 
 
-def test_of_pictures_chosen_in_a_hurry_the_last_is_shown(page: Page, bird: Path) -> None:
+def test_of_images_chosen_in_a_hurry_the_last_is_shown(page: Page, bird: Path) -> None:
     for number in range(8):
         choose(page, {"name": f"bird{number}.jpg", "mimeType": "image/jpeg", "buffer": bird.read_bytes()})
     expect(page.get_by_text("bird7.jpg", exact=True)).to_be_visible()
@@ -174,7 +174,7 @@ def test_the_panel_is_downloaded_as_png(page: Page, bird: Path) -> None:
     shown(page, bird)
     for number, letter in enumerate("AB"):
         with page.expect_download() as waiting:
-            page.get_by_role("button", name=f"Download panel of net {letter}").click()
+            page.get_by_role("button", name=f"Download panel of model {letter}").click()
         assert waiting.value.suggested_filename == f"{bird.stem}-panel-{letter}.png"
         drawn = Image.open(waiting.value.path())
         assert (drawn.format, drawn.width > 900, number) == ("PNG", True, number)
@@ -183,10 +183,10 @@ def test_the_panel_is_downloaded_as_png(page: Page, bird: Path) -> None:
 # ------------------------------------------------------------------------------------------ what is refused
 
 
-def test_a_file_that_is_no_picture_gets_a_message_and_the_last_picture_stays(page: Page, bird: Path) -> None:
+def test_a_file_that_is_no_image_gets_a_message_and_the_last_image_stays(page: Page, bird: Path) -> None:
     shown(page, bird)
-    choose(page, {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
-    expect(page.get_by_role("alert")).to_contain_text("notes.txt: not a picture in a known format")
+    choose(page, {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no image"})
+    expect(page.get_by_role("alert")).to_contain_text("notes.txt: not an image in a known format")
     expect(page.get_by_text(bird.name, exact=True)).to_be_visible()
     assert page.locator("main").get_attribute("aria-busy") == "false"
     choose(page, bird)
@@ -211,13 +211,13 @@ def test_a_server_that_is_gone_is_told_of(page: Page, bird: Path) -> None:
     shown(page, bird)
 
 
-def test_pictures_can_be_dropped_and_pasted_one_at_a_time(page: Page, bird: Path) -> None:
+def test_images_can_be_dropped_and_pasted_one_at_a_time(page: Page, bird: Path) -> None:
     def send(kind: str, count: int) -> None:
         page.evaluate(
             """([kind, bytes, count]) => {
                 const data = new DataTransfer();
                 for (let n = 0; n < count; n++) data.items.add(new File([new Uint8Array(bytes)], `${kind}${n}.jpg`));
-                const event = kind === "drop"
+                const event = kind === "remove"
                     ? new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true })
                     : new ClipboardEvent(kind, { clipboardData: data, bubbles: true });
                 document.querySelector(".drop").dispatchEvent(event);
@@ -225,13 +225,13 @@ def test_pictures_can_be_dropped_and_pasted_one_at_a_time(page: Page, bird: Path
             [kind, list(bird.read_bytes()), count],
         )
 
-    send("drop", 2)
+    send("remove", 2)
     expect(page.get_by_role("alert")).to_contain_text("these are 2 files")
-    send("drop", 1)
+    send("remove", 1)
     expect(page.get_by_text("drop0.jpg", exact=True)).to_be_visible()
     send("paste", 1)
     expect(page.get_by_text("paste0.jpg", exact=True)).to_be_visible()
-    send("drop", 0)
+    send("remove", 0)
     expect(page.get_by_role("alert")).to_have_text("That was no file.")
 
 
@@ -288,7 +288,7 @@ def test_everything_is_reached_with_keys_alone(page: Page, bird: Path) -> None:
         page.keyboard.press("Enter")
 
 
-def test_every_picture_has_a_text_and_every_control_a_name(page: Page, bird: Path) -> None:
+def test_every_image_has_a_text_and_every_control_a_name(page: Page, bird: Path) -> None:
     shown(page, bird)
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll("main img, svg")].filter((it) => it.checkVisibility()
@@ -296,10 +296,10 @@ def test_every_picture_has_a_text_and_every_control_a_name(page: Page, bird: Pat
     )
     assert unnamed == []
     for role, names in (
-        ("radio", ["Attention", "Grad-CAM++", "Picture"]),
+        ("radio", ["Attention", "Grad-CAM++", "Image"]),
         ("slider", ["Strength of the map", "Subspace"]),
         ("combobox", ["Layer"]),
-        ("article", [f"Net A: {two()[0].name}", f"Net B: {two()[1].name}"]),
+        ("article", [f"Model A: {two()[0].name}", f"Model B: {two()[1].name}"]),
         ("group", ["Show"]),
         ("heading", [f"{two()[0].name}"]),
     ):
@@ -319,7 +319,7 @@ def test_words_are_readable_in_light_and_dark(page: Page, bird: Path) -> None:
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
         shown(page, bird)
-        choose(page, {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
+        choose(page, {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no image"})
         expect(page.get_by_role("alert")).to_be_visible()
         pairs = page.evaluate(
             """() => {
@@ -351,7 +351,7 @@ def test_nothing_is_wider_than_a_phone(page: Page, tmp_path: Path) -> None:
         return int(page.evaluate("document.documentElement.scrollWidth"))
 
     assert width() <= 390
-    choose(page, {"name": "b" * 120 + ".txt", "mimeType": "text/plain", "buffer": b"no picture"})
+    choose(page, {"name": "b" * 120 + ".txt", "mimeType": "text/plain", "buffer": b"no image"})
     expect(page.get_by_role("alert")).to_be_visible()
     assert width() <= 390
     shown(page, wide)

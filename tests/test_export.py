@@ -1,4 +1,4 @@
-"""What is exported is what the net is: ULSAM's graph against the definition, whole files against the net."""
+"""What is exported is what the model is: ULSAM's graph against the definition, whole files against the model."""
 
 import json
 from pathlib import Path
@@ -13,19 +13,19 @@ from torch import nn
 import ulsam
 from tiny import NET, draw
 from ulsam import runtime
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.preprocessing import Preprocessing
-from ulsam.errors import UlsamError
-from ulsam.evaluate import recipe_transform
-from ulsam.exporting import export
-from ulsam.exporting.onnx_graph import ATTENTION, onnx_graph
-from ulsam.exporting.parity import Parity, compared, read_images
-from ulsam.models import build, load, make_recipe, save_model
-from ulsam.ops.reference import subspace_attention
-from ulsam.recipe import Edit, Recipe
+from ulsam.deploy.export import export
+from ulsam.deploy.onnx_graph import ATTENTION, onnx_graph
+from ulsam.deploy.parity import Parity, compared, read_images
+from ulsam.layer.ops.reference import subspace_attention
+from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.training.evaluate import spec_transform
 
 CLASSES = ("wren", "Zaunkönig", "finch")
-RECIPE = make_recipe(NET, CLASSES, size=48)
+RECIPE = make_spec(NET, CLASSES, size=48)
 GROUPS = (1, 4, 16, 32)
 
 
@@ -42,10 +42,10 @@ def layers(form: str) -> nn.Sequential:
     return nn.Sequential(*[layer.eval().fold() for layer in made]).eval()
 
 
-def exactly(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+def exactly(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """What the layers put out by the definition, in float64."""
     x = x.double()
-    for layer in net:
+    for layer in model:
         scale, shift, weight, bias, norms, eps = layer._operands()
         values = [None if value is None else value.detach().double() for value in (scale, shift, weight, bias)]
         x, _ = subspace_attention(x, *values, norms, layer.groups, layer.form != "equations", eps)
@@ -63,10 +63,10 @@ def exactly(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     ids=["equations-fixed", "equations-dynamic", "released-fixed", "released-dynamic"],
 )
 def test_a_layer_is_few_nodes_that_follow_the_definition(form, free):
-    net = layers(form)
-    model = onnx_graph(net, torch.zeros(2, 32, 7, 6), free)
-    onnx.checker.check_model(model, full_check=True)
-    nodes = model.graph.node
+    model = layers(form)
+    graph = onnx_graph(model, torch.zeros(2, 32, 7, 6), free)
+    onnx.checker.check_model(graph, full_check=True)
+    nodes = graph.graph.node
     assert not {node.op_type for node in nodes} & {"Loop", "Scan", "If", "Split", "Concat", "Slice", "Gather"}
     for place in range(len(GROUPS)):
         own = [node.op_type for node in nodes if node.name.startswith(f"{place}/{ATTENTION}/")]
@@ -76,19 +76,19 @@ def test_a_layer_is_few_nodes_that_follow_the_definition(form, free):
         assert set(own) - {"Relu"} == {"Conv", "MaxPool", "Mul"} | softmax
     assert len({node.name for node in nodes}) == len(nodes)
 
-    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+    inferred = onnx.shape_inference.infer_shapes(graph, check_type=True, strict_mode=True, data_prop=True).graph
     known = {value.name: value.type.tensor_type for value in [*inferred.value_info, *inferred.output]}
     assert all(output in known for node in nodes for output in node.output)
     dims = [dim.dim_param or dim.dim_value for dim in known["logits"].shape.dim]
     assert dims == (["batch", 32, "height", "width"] if len(free) == 3 else ["batch", 32, 7, 6])
 
-    session = onnxruntime.InferenceSession(model.SerializeToString())
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
     for size in [(7, 6), (1, 1), (13, 4)][: 3 if len(free) == 3 else 1]:
         for scale in (1.0, 1e-4, 1e4):
             for batch in (1, 3):
                 x = scale * torch.randn(batch, 32, *size)
                 (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-                expected = exactly(net, x).numpy()
+                expected = exactly(model, x).numpy()
                 assert np.isfinite(found).all()
                 if scale <= 1:
                     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -101,65 +101,65 @@ def test_a_layer_is_few_nodes_that_follow_the_definition(form, free):
 def test_a_wide_layer_is_no_more_nodes():
     """Its weights are above what the exporter folds by itself."""
     torch.manual_seed(0)
-    net = nn.Sequential(ulsam.ULSAM(2048, 8, form="released").eval().fold())
-    made = onnx_graph(net, torch.zeros(2, 2048, 3, 2), {0: "batch"})
+    model = nn.Sequential(ulsam.ULSAM(2048, 8, form="released").eval().fold())
+    made = onnx_graph(model, torch.zeros(2, 2048, 3, 2), {0: "batch"})
     assert len(made.graph.node) == 10
     x = torch.randn(2, 2048, 3, 2)
     session = onnxruntime.InferenceSession(made.SerializeToString())
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    np.testing.assert_allclose(found, exactly(net, x).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found, exactly(model, x).numpy(), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A net with both forms of the layer, whose pictures get different answers."""
+    """A model with both forms of the layer, whose images get different answers."""
     torch.manual_seed(0)
     edits = [Edit("insert", "blocks.1.0", 4, "released"), Edit("insert", "blocks.2.0", 8)]
-    recipe = make_recipe(NET, CLASSES, edits, size=48)
-    net, _ = build(recipe)
-    for module in net.modules():
+    spec = make_spec(NET, CLASSES, edits, size=48)
+    built, _ = build(spec)
+    for module in built.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
-    nn.init.normal_(net.get_submodule("classifier").weight)
-    path = tmp_path_factory.mktemp("models") / "net.safetensors"
-    save_model(net, recipe, path)
+    nn.init.normal_(built.get_submodule("classifier").weight)
+    path = tmp_path_factory.mktemp("models") / "model.safetensors"
+    save_model(built, spec, path)
     return path
 
 
 @pytest.fixture
 def small() -> nn.Module:
-    """A net that is exported at once, with both forms of the layer."""
+    """A model that is exported at once, with both forms of the layer."""
     torch.manual_seed(0)
     attention = [ulsam.ULSAM(8, 2, form="released"), ulsam.ULSAM(8)]
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), *attention, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return net.append(nn.Linear(8, 3)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), *attention, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return model.append(nn.Linear(8, 3)).eval()
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     draw(folder, 3, size=60)
-    (folder / "class0" / "broken.png").write_bytes(b"no picture")
+    (folder / "class0" / "broken.png").write_bytes(b"no image")
     return folder
 
 
-def outputs(net: nn.Module, recipe: Recipe, images: np.ndarray) -> np.ndarray:
-    """The net's own outputs for bytes [B, H, W, 3]."""
+def outputs(model: nn.Module, spec: ModelSpec, images: np.ndarray) -> np.ndarray:
+    """The model's own outputs for bytes [B, H, W, 3]."""
     with torch.no_grad():
-        return net(recipe_transform(recipe).normalise(torch.from_numpy(images))).numpy()
+        return model(spec_transform(spec).normalise(torch.from_numpy(images))).numpy()
 
 
 def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
-def test_the_file_is_the_net_and_says_what_it_is(model, pictures, capsys):
-    assert main(["export", str(model), "--pictures", str(pictures)]) == 0
+def test_the_file_is_the_model_and_says_what_it_is(model, images, capsys):
+    assert main(["export", str(model), "--images", str(images)]) == 0
     out = model.with_suffix(".onnx")
     wrote, compared = capsys.readouterr().out.splitlines()
     assert wrote == f"wrote     {out}, {out.stat().st_size:,} bytes"
-    assert compared.startswith("compared  9 pictures: the same first class for 9, largest difference of a logit ")
+    assert compared.startswith("compared  9 images: the same first class for 9, largest difference of a logit ")
 
     made = onnx.load(out)
     onnx.checker.check_model(made, full_check=True)
@@ -167,74 +167,74 @@ def test_the_file_is_the_net_and_says_what_it_is(model, pictures, capsys):
     dims = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (given, put_out)]
     assert (given.name, put_out.name, dims) == ("pixels", "logits", [["batch", 48, 48, 3], ["batch", 3]])
     notes = {entry.key: entry.value for entry in made.metadata_props}
-    recipe = load(model)[1]
+    spec = load(model)[1]
     assert json.loads(notes["classes"]) == list(CLASSES)
-    assert (notes["recipe"], notes["ulsam_version"]) == (recipe.to_json(), ulsam.__version__)
+    assert (notes["spec"], notes["ulsam_version"]) == (spec.to_json(), ulsam.__version__)
     look = Preprocessing.from_json(notes["preprocessing"])
-    assert (look.size, look.interpolation, look.crop_pct) == ((48, 48), recipe.interpolation, recipe.crop_pct)
+    assert (look.size, look.interpolation, look.crop_pct) == ((48, 48), spec.interpolation, spec.crop_pct)
     assert b".py" not in out.read_bytes()  # where the code lay is nobody's business
 
-    net = runtime.load(out)
+    opened = runtime.load(out)
     for batch in (1, 5):
-        images = noise(batch, 48, 48)
-        np.testing.assert_allclose(net.logits(images), outputs(*load(model), images), atol=1e-4)
-    with pytest.raises(UlsamError, match=r"the net does not take uint8 \[1, 64, 64, 3\]"):
-        net.logits(noise(1, 64, 64))
+        pixels = noise(batch, 48, 48)
+        np.testing.assert_allclose(opened.logits(pixels), outputs(*load(model), pixels), atol=1e-4)
+    with pytest.raises(UlsamError, match=r"the model does not take uint8 \[1, 64, 64, 3\]"):
+        opened.logits(noise(1, 64, 64))
 
 
 def test_height_and_width_may_be_left_open(small, tmp_path):
     parity = export(small, RECIPE, tmp_path / "open.onnx", dynamic_size=True)
-    assert (parity.pictures, parity.same, parity.drawn) == (20, 20, True)  # 4 of them at another size
-    net = runtime.load(tmp_path / "open.onnx")
+    assert (parity.images, parity.same, parity.drawn) == (20, 20, True)  # 4 of them at another size
+    model = runtime.load(tmp_path / "open.onnx")
     for size in [(48, 48), (33, 80), (129, 64)]:
         images = noise(2, *size)
-        np.testing.assert_allclose(net.logits(images), outputs(small, RECIPE, images), atol=1e-4)
+        np.testing.assert_allclose(model.logits(images), outputs(small, RECIPE, images), atol=1e-4)
 
 
 def test_a_map_of_one_pixel_may_grow(tmp_path):
-    """At 32 px the net's last maps are 1x1, which is no reason to take them for 1x1 at every size."""
+    """At 32 px the model's last maps are 1x1, which is no reason to take them for 1x1 at every size."""
     torch.manual_seed(0)
-    recipe = make_recipe(NET, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=32)
-    net = build(recipe)[0].eval()
-    export(net, recipe, tmp_path / "open.onnx", dynamic_size=True)
+    spec = make_spec(NET, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=32)
+    model = build(spec)[0].eval()
+    export(model, spec, tmp_path / "open.onnx", dynamic_size=True)
     exported = runtime.load(tmp_path / "open.onnx")
     assert exported.any_size
     for size in [(32, 32), (33, 70), (96, 64)]:
         images = noise(2, *size)
-        np.testing.assert_allclose(exported.logits(images), outputs(net, recipe, images), atol=1e-4)
+        np.testing.assert_allclose(exported.logits(images), outputs(model, spec, images), atol=1e-4)
 
 
-def test_a_net_for_one_size_cannot_leave_it_open(tmp_path):
-    net = nn.Sequential(nn.Conv2d(3, 2, 5, 5), nn.Flatten(), nn.Linear(2 * 9 * 9, 3)).eval()
+def test_a_model_for_one_size_cannot_leave_it_open(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 2, 5, 5), nn.Flatten(), nn.Linear(2 * 9 * 9, 3)).eval()
     with pytest.raises(
         UlsamError, match=r"free batch, height, width: .* for one size\? then leave that fixed"
     ) as caught:
-        export(net, RECIPE, tmp_path / "net.onnx", dynamic_size=True)
+        export(model, RECIPE, tmp_path / "model.onnx", dynamic_size=True)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_normalised_pictures_may_be_the_input(small, tmp_path):
+def test_normalised_images_may_be_the_input(small, tmp_path):
     export(small, RECIPE, tmp_path / "plain.onnx", preprocessing=False)
     made = onnx.load(tmp_path / "plain.onnx")
     assert [dim.dim_value for dim in made.graph.input[0].type.tensor_type.shape.dim] == [0, 3, 48, 48]
-    images, net = noise(3, 48, 48), runtime.load(tmp_path / "plain.onnx")
-    np.testing.assert_allclose(net.logits(images), outputs(small, RECIPE, images), atol=1e-4)
+    images, model = noise(3, 48, 48), runtime.load(tmp_path / "plain.onnx")
+    np.testing.assert_allclose(model.logits(images), outputs(small, RECIPE, images), atol=1e-4)
 
 
 class Sly(nn.Module):
     """Puts out something else when it is exported."""
 
-    def __init__(self, net: nn.Module, change: float) -> None:
+    def __init__(self, model: nn.Module, change: float) -> None:
         super().__init__()
-        self.net, self.change = net, change
+        self.model, self.change = model, change
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x) + (self.change if torch.compiler.is_exporting() else 0.0)
+        return self.model(x) + (self.change if torch.compiler.is_exporting() else 0.0)
 
 
 def test_another_output_is_refused_and_leaves_no_file(small, tmp_path):
-    with pytest.raises(UlsamError, match="the net for onnx puts out something else than the net: 16 drawn birds"):
+    with pytest.raises(UlsamError, match="the model for onnx puts out something else than the model: 16 drawn birds"):
         export(Sly(small, 0.5), RECIPE, tmp_path / "sly.onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -244,8 +244,8 @@ def test_an_engine_that_fails_is_told_in_one_line(small):
         raise RuntimeError("out of luck\nat line 3")
 
     with pytest.raises(UlsamError) as caught:
-        compared(small, run, recipe_transform(RECIPE).preprocessing, list(noise(2, 48, 48)))
-    assert str(caught.value) == "the exported net fails on pictures of 48x48: out of luck; nothing was written"
+        compared(small, run, spec_transform(RECIPE).preprocessing, list(noise(2, 48, 48)))
+    assert str(caught.value) == "the exported model fails on images of 48x48: out of luck; nothing was written"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_an_engine_that_fails_is_told_in_one_line(small):
 )
 def test_what_parity_lets_pass(found, sound):
     whole = Parity(2, 1, 0.0, 0.5) + found
-    assert (whole.pictures, whole.same, whole.largest) == (6, 5, 1.0)
+    assert (whole.images, whole.same, whole.largest) == (6, 5, 1.0)
     if sound:
         whole.check("onnx")
     else:
@@ -262,7 +262,7 @@ def test_what_parity_lets_pass(found, sound):
             whole.check("onnx")
 
 
-def test_pictures_to_compare_on_are_spread_over_all(tmp_path):
+def test_images_to_compare_on_are_spread_over_all(tmp_path):
     draw(tmp_path, 100, classes=2, size=8, noise=0)
     paths = sorted(map(str, tmp_path.rglob("*.png")))
     look = Preprocessing((8, 8), "bilinear", 1.0, (0.5,) * 3, (0.5,) * 3)
@@ -275,15 +275,15 @@ def test_pictures_to_compare_on_are_spread_over_all(tmp_path):
     [
         ("{folder}", "no model file {folder}"),
         ("{model} --to tensorrt", "unknown format 'tensorrt'; valid: onnx, openvino, executorch"),
-        ("{model} --out {folder}/none/net.onnx", "cannot write {folder}/none/net.onnx: no such folder"),
-        ("{model} --out {folder}/net.pt", "a file for onnx is called NAME.onnx, not {folder}/net.pt"),
-        ("{model} --pictures {folder}/empty", "no pictures in the folder {folder}/empty"),
-        ("{model} --out {folder}/net.onnx --pictures {folder}/a.png", "no picture to compare"),
+        ("{model} --out {folder}/none/model.onnx", "cannot write {folder}/none/model.onnx: no such folder"),
+        ("{model} --out {folder}/model.pt", "a file for onnx is called NAME.onnx, not {folder}/model.pt"),
+        ("{model} --images {folder}/empty", "no images in the folder {folder}/empty"),
+        ("{model} --out {folder}/model.onnx --images {folder}/a.png", "no image to compare"),
     ],
 )
 def test_mistakes_are_told_in_one_line(model, tmp_path, capsys, words, told):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.png").write_bytes(b"no image")
     names = {"model": model, "folder": tmp_path}
     assert main(["export", *words.format(**names).split()]) == 2
     error = capsys.readouterr().err
@@ -293,7 +293,7 @@ def test_mistakes_are_told_in_one_line(model, tmp_path, capsys, words, told):
 
 def test_openvino_runs_the_file(small, tmp_path):
     openvino = pytest.importorskip("openvino")
-    out = tmp_path / "net.xml"
+    out = tmp_path / "model.xml"
     assert export(small, RECIPE, out, "openvino", dynamic_size=True).same == 20
     read = openvino.Core().read_model(out)
     assert json.loads(read.get_rt_info(["ulsam", "classes"]).value) == list(CLASSES)
@@ -306,7 +306,7 @@ def test_executorch_runs_the_file(small, tmp_path):
     pytest.importorskip("executorch")
     from executorch.runtime import Runtime
 
-    out = tmp_path / "net.pte"
+    out = tmp_path / "model.pte"
     assert export(small, RECIPE, out, "executorch").same == 16
     program = Runtime.get().load_program(out)
     images = noise(1, 48, 48)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from ulsam.errors import UlsamError
-from ulsam.files import clear_parts, write_atomic
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import clear_parts, write_atomic
 
 OLD, NEW = b"old" * 1000, b"new" * 1_000_000
 
 # a process that says that it is ready, then writes new content again and again
 WRITER = """
 import sys
-from ulsam.files import write_atomic
+from ulsam.base.files import write_atomic
 old, new = b"old" * 1000, b"new" * 1_000_000
 print("ready", flush=True)
 while True:
@@ -28,8 +28,8 @@ while True:
 # a process that may write no file above 100 kB
 LIMITED = """
 import resource, sys
-from ulsam.errors import UlsamError
-from ulsam.files import write_atomic
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import write_atomic
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     write_atomic(sys.argv[1], b"new" * 1_000_000)

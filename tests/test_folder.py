@@ -1,4 +1,4 @@
-"""Image folders: classes, pictures, splits, and one line for every way in which a folder can be wrong."""
+"""Image folders: classes, images, splits, and one line for every way in which a folder can be wrong."""
 
 import os
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ulsam.base.errors import UlsamError
 from ulsam.data.folder import (
     Folder,
     class_counts,
@@ -17,7 +18,6 @@ from ulsam.data.folder import (
     scan,
     split,
 )
-from ulsam.errors import UlsamError
 
 
 def make(root: Path, *names: str) -> Path:
@@ -41,7 +41,7 @@ def message(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_scan_lists_classes_pictures_and_what_it_passed_over(tmp_path: Path) -> None:
+def test_scan_lists_classes_images_and_what_it_passed_over(tmp_path: Path) -> None:
     make(
         tmp_path,
         *("wren/b.jpg", "wren/a.JPEG", "wren/deep/er/c.webp", "robin/1.png", "robin/notes.txt", "robin/Thumbs.db"),
@@ -88,7 +88,7 @@ def test_links_to_files_and_class_folders_are_followed(tmp_path: Path) -> None:
     assert folder.ignored == (str(root / "wren" / "linked"),)
 
 
-def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
     make(tmp_path, "owl/1.png", "wren/2.png")
     os.mkfifo(tmp_path / "wren" / "pipe.png")
     assert scan(tmp_path).ignored == (str(tmp_path / "wren" / "pipe.png"),)
@@ -99,12 +99,12 @@ def test_folders_that_are_wrong_get_one_line(tmp_path: Path) -> None:
     make(tmp_path, "file.zip")
     assert message(lambda: scan(tmp_path / "file.zip")).startswith(f"not a folder: {tmp_path / 'file.zip'};")
     flat = make(tmp_path / "flat", "1.jpg", "2.jpg", ".hidden/3.jpg")
-    assert "has no class folders: expected one subfolder of pictures for each class" in message(lambda: scan(flat))
+    assert "has no class folders: expected one subfolder of images for each class" in message(lambda: scan(flat))
     one = make(tmp_path / "one", "wren/1.jpg", "robin/")
-    assert "holds pictures of 1 class (wren), at least 2 are needed" in message(lambda: scan(one))
+    assert "holds images of 1 class (wren), at least 2 are needed" in message(lambda: scan(one))
     assert scan(one, min_classes=1).classes == ("wren",)
     none = make(tmp_path / "none", "wren/1.txt", "robin/")
-    assert message(lambda: scan(none, min_classes=1)).startswith(f"no picture in any of the 2 class folders of {none}:")
+    assert message(lambda: scan(none, min_classes=1)).startswith(f"no image in any of the 2 class folders of {none}:")
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_split_depends_on_the_seed_and_not_on_the_place() -> None:
 
 
 def test_split_is_the_same_on_every_machine() -> None:
-    """A golden value: a change here silently moves every user's held-out pictures into training."""
+    """A golden value: a change here silently moves every user's held-out images into training."""
     samples = [(str(number), 0) for number in range(12)]
     assert [path for path, _ in split(samples, 0.25, seed=0)[1]] == ["4", "8", "10"]
 
@@ -199,17 +199,17 @@ def test_split_refuses() -> None:
     for fraction in (0.0, 1.0, -0.1, 1.5, float("nan")):
         assert "must lie between 0 and 1" in message(lambda value=fraction: split(samples, value, 0))
     assert message(lambda: split([("a", 0), ("b", 1)], 0.5, 0)) == (
-        "nothing to hold out: no class has two pictures or more"
+        "nothing to hold out: no class has two images or more"
     )
 
 
 def test_imbalance_note() -> None:
     classes = ["owl", "robin", "wren"]
     assert imbalance_note(classes, [100, 12, 60]) == (
-        "imbalanced: 12 (robin) to 100 (owl) pictures a class, ratio 8; consider --sampler balanced"
+        "imbalanced: 12 (robin) to 100 (owl) images a class, ratio 8; consider --sampler balanced"
     )
     assert imbalance_note(classes, [50, 10, 11]) is not None
     assert imbalance_note(classes, [49, 10, 11]) is None
     assert imbalance_note(classes, [5, 0, 5]) == (
-        "imbalanced: 0 (robin) to 5 (owl) pictures a class; consider --sampler balanced"
+        "imbalanced: 0 (robin) to 5 (owl) images a class; consider --sampler balanced"
     )

@@ -1,4 +1,4 @@
-"""Folding keeps every net's outputs and takes out every BatchNorm that follows a convolution."""
+"""Folding keeps every model's outputs and takes out every BatchNorm that follows a convolution."""
 
 import random
 import threading
@@ -21,29 +21,29 @@ from torch.nn.utils import prune
 
 import ulsam
 from tiny import NET
-from ulsam.errors import UlsamError
-from ulsam.folding import fold
-from ulsam.followed import follow
-from ulsam.models import build
-from ulsam.recipe import Edit, Recipe
+from ulsam.base.errors import UlsamError
+from ulsam.model.build import build
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.surgery.fold import fold
+from ulsam.surgery.followed import follow
 
 SIZE = (3, 64, 64)
 
 
-def lively(net: nn.Module, seed: int = 0) -> nn.Module:
-    """The net in eval mode, with statistics and parameters that a wrong fold would not survive."""
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model in eval mode, with statistics and parameters that a wrong fold would not survive."""
     torch.manual_seed(seed)
-    for module in net.modules():
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.1)
-    return net.eval()
+    return model.eval()
 
 
-def norms(net: nn.Module) -> int:
-    return sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def norms(net: nn.Module) -> int:
 )
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_outputs_stay_and_norms_go(name: str, channels_last: bool) -> None:
-    net = lively(timm.create_model(name))
-    state = {key: value.clone() for key, value in net.state_dict().items()}
-    folded = fold(net, SIZE, channels_last=channels_last)
+    model = lively(timm.create_model(name))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    folded = fold(model, SIZE, channels_last=channels_last)
     x = torch.randn(3, *SIZE)
-    expected = net(x)
+    expected = model(x)
     torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert norms(folded) == 0
-    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     kernels = [m.weight for m in folded.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
     assert all(
         kernel.is_contiguous(memory_format=torch.channels_last) == channels_last or kernel.shape[1] == 1
@@ -67,13 +67,13 @@ def test_outputs_stay_and_norms_go(name: str, channels_last: bool) -> None:
 
 
 def test_torchvision_and_ulsam_layers() -> None:
-    net = torchvision.models.mobilenet_v2()
-    ulsam.replace(net, "14", form="released", input_size=SIZE)
-    ulsam.insert(net, "features.3", form="released", input_size=SIZE)
-    lively(net)
-    folded = fold(net, SIZE)
+    model = torchvision.models.mobilenet_v2()
+    ulsam.replace(model, "14", form="released", input_size=SIZE)
+    ulsam.insert(model, "features.3", form="released", input_size=SIZE)
+    lively(model)
+    folded = fold(model, SIZE)
     x = torch.randn(2, *SIZE)
-    torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
     layers = [module for module in folded.modules() if isinstance(module, ulsam.ULSAM)]
     assert [layer.form for layer in layers] == ["folded", "folded"]
     assert norms(folded) == 0
@@ -94,10 +94,10 @@ class Shared(nn.Module):
 
 
 def test_what_cannot_be_folded_is_left() -> None:
-    net = lively(Shared())
-    folded = fold(net, SIZE)
+    model = lively(Shared())
+    folded = fold(model, SIZE)
     x = torch.randn(2, *SIZE)
-    torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
     assert norms(folded) == 2
     assert isinstance(folded.behind, nn.Identity)
 
@@ -492,15 +492,15 @@ def test_a_model_that_enters_inference_mode_itself() -> None:
 
 
 def test_explaining_in_inference_mode() -> None:
-    recipe = Recipe("mobilenetv2_035", ("cat", "dog"), (Edit("replace", "17"),), input_size=SIZE)
-    model = lively(build(recipe)[0])
+    spec = ModelSpec("mobilenetv2_035", ("cat", "dog"), (Edit("replace", "17"),), input_size=SIZE)
+    model = lively(build(spec)[0])
     image = np.random.default_rng(0).integers(0, 255, (70, 80, 3), np.uint8)
-    expected = ulsam.explain(model, image, recipe)
+    expected = ulsam.explain(model, image, spec)
     with torch.inference_mode():
-        made_inside = build(recipe)[0].eval()
+        made_inside = build(spec)[0].eval()
         made_inside.load_state_dict(model.state_dict())
-        found = [ulsam.explain(model, image, recipe), ulsam.explain(made_inside, image, recipe)]
-    found.append(ulsam.explain(made_inside, image, recipe))
+        found = [ulsam.explain(model, image, spec), ulsam.explain(made_inside, image, spec)]
+    found.append(ulsam.explain(made_inside, image, spec))
     assert expected.cam.max() == 1
     for one in found:
         assert one.cam_layer == expected.cam_layer
@@ -511,10 +511,10 @@ def test_explaining_in_inference_mode() -> None:
 
 
 def test_exporting_in_inference_mode(tmp_path: Path) -> None:
-    recipe = Recipe(NET, ("cat", "dog"), input_size=(3, 32, 32))
+    spec = ModelSpec(NET, ("cat", "dog"), input_size=(3, 32, 32))
     with torch.inference_mode():
-        model = lively(build(recipe)[0])
-        assert ulsam.export(model, recipe, tmp_path / "model.onnx").pictures == 16
+        model = lively(build(spec)[0])
+        assert ulsam.export(model, spec, tmp_path / "model.onnx").images == 16
 
 
 class InPlace(nn.Module):
@@ -529,21 +529,21 @@ class InPlace(nn.Module):
 
 
 def test_a_change_in_place_is_seen() -> None:
-    net = lively(InPlace())
-    folded = fold(net, SIZE)
+    model = lively(InPlace())
+    folded = fold(model, SIZE)
     x = torch.randn(2, *SIZE)
-    torch.testing.assert_close(folded(x)[0], net(x)[0])
+    torch.testing.assert_close(folded(x)[0], model(x)[0])
     assert norms(folded) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_net_of_another_dtype_keeps_it(dtype: torch.dtype) -> None:
-    net = lively(timm.create_model("mobilenetv2_050")).to(dtype)
-    folded = fold(net, SIZE)
+def test_a_model_of_another_dtype_keeps_it(dtype: torch.dtype) -> None:
+    model = lively(timm.create_model("mobilenetv2_050")).to(dtype)
+    folded = fold(model, SIZE)
     assert {parameter.dtype for parameter in folded.parameters()} == {dtype}
     assert norms(folded) == 0
     x = torch.randn(2, *SIZE).to(dtype)
-    exact = net.double()(x.double())
+    exact = model.double()(x.double())
     size = exact.abs().max()
     assert (folded(x).double() - exact).abs().max() <= (0.1 if dtype == torch.bfloat16 else 1e-9) * size
 

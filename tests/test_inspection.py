@@ -1,4 +1,4 @@
-"""What attention layers do on pictures: against NumPy loops, on inert and on peaked layers, and on the command line."""
+"""What attention layers do on images: against NumPy loops, on inert and on peaked layers, and on the command line."""
 
 import itertools
 import json
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 import ulsam
 from tiny import NET, draw
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.data.folder import pictures_below
-from ulsam.data.pictures import read_picture
-from ulsam.errors import UlsamError
-from ulsam.evaluate import NotFinite, recipe_transform
-from ulsam.inspection import INERT, LayerStats, inspect, warnings
-from ulsam.models import build, make_recipe, save_model
-from ulsam.module import ULSAM
-from ulsam.recipe import Edit
+from ulsam.data.folder import images_below
+from ulsam.data.images import read_image
+from ulsam.explanation.inspect_maps import INERT, LayerStats, inspect, warnings
+from ulsam.layer.ulsam import ULSAM
+from ulsam.model.build import build, make_spec, save_model
+from ulsam.model.spec import Edit
+from ulsam.training.evaluate import NotFinite, spec_transform
 
 SIZE = (3, 9, 9)
 
 
-def pictures(number: int = 5) -> Tensor:
+def images(number: int = 5) -> Tensor:
     return torch.randn(number, *SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def net_with(layer: ULSAM) -> nn.Module:
+def model_with(layer: ULSAM) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, layer.channels, 3), nn.BatchNorm2d(layer.channels), nn.ReLU(), layer).eval()
 
@@ -44,17 +44,17 @@ def only(model: nn.Module, batches: list[Tensor]) -> LayerStats:
 @pytest.mark.parametrize(("groups", "form"), [(1, "equations"), (2, "released"), (4, "equations")])
 def test_statistics_equal_a_naive_loop(groups: int, form: str) -> None:
     layer = ULSAM(8, groups, form=form)
-    net = net_with(layer)
+    model = model_with(layer)
     with torch.no_grad():  # far from uniform
         layer.depthwise.weight.uniform_(2, 6)
         layer.pointwise.weight.uniform_(0.5, 2)
-    stats = only(net, list(pictures().split(2)))  # of batches of 2, 2 and 1
+    stats = only(model, list(images().split(2)))  # of batches of 2, 2 and 1
     with torch.no_grad():
-        x = net[:3](pictures())
-        y = net(pictures()).double().numpy()
+        x = model[:3](images())
+        y = model(images()).double().numpy()
         maps = layer.attention(x).double().numpy()
     x = x.double().numpy()
-    assert (stats.shape, stats.pictures, len(stats.subspaces)) == ((8, 7, 7), 5, groups)
+    assert (stats.shape, stats.images, len(stats.subspaces)) == ((8, 7, 7), 5, groups)
     width, uniform = 8 // groups, x * (1 + 1 / 49)
 
     def norm(values: np.ndarray) -> float:
@@ -62,12 +62,12 @@ def test_statistics_equal_a_naive_loop(groups: int, form: str) -> None:
 
     for group, one in enumerate(stats.subspaces):
         own, part = maps[:, group], slice(group * width, (group + 1) * width)
-        entropies = [-sum(p * math.log(p) for p in picture.ravel()) for picture in own]
+        entropies = [-sum(p * math.log(p) for p in image.ravel()) for image in own]
         assert one.entropy == pytest.approx(np.mean(entropies), rel=1e-5)
         assert one.entropy_share == pytest.approx(np.mean(entropies) / math.log(49), rel=1e-5)
-        assert one.maximum == pytest.approx(np.mean([picture.max() for picture in own]), rel=1e-5)
+        assert one.maximum == pytest.approx(np.mean([image.max() for image in own]), rel=1e-5)
         assert one.peak == pytest.approx(49 * one.maximum)
-        between = np.mean([((picture - own.mean(0)) ** 2).sum() for picture in own])
+        between = np.mean([((image - own.mean(0)) ** 2).sum() for image in own])
         assert one.variation == pytest.approx(between / np.mean([((p - 1 / 49) ** 2).sum() for p in own]), rel=1e-4)
         assert one.change == pytest.approx(norm((y - x)[:, part]) / norm(x[:, part]), rel=1e-4)
         assert one.effect == pytest.approx(norm((y - uniform)[:, part]) / norm(x[:, part]), rel=1e-4)
@@ -88,7 +88,7 @@ def test_a_uniform_layer_is_inert_and_a_peaked_one_is_not() -> None:
         flat.pointwise.weight.zero_()
         peaked.pointwise.weight.fill_(3)
         peaked.depthwise.weight.fill_(3)
-    found = only(net_with(flat), [pictures()])
+    found = only(model_with(flat), [images()])
     for one in found.subspaces:
         assert one.entropy_share == pytest.approx(1) and one.peak == pytest.approx(1)
         assert (one.variation, one.effect) == (0, 0)
@@ -98,7 +98,7 @@ def test_a_uniform_layer_is_inert_and_a_peaked_one_is_not() -> None:
         "3 is inert: uniform maps instead of its own would change its features by 0.00 % (under 1 %); "
         "it does little more than multiply them by 1.0204"
     ]
-    found = only(net_with(peaked), [pictures()])
+    found = only(model_with(peaked), [images()])
     assert not found.inert and not any(one.inert for one in found.subspaces)
     assert all(one.peak > 10 and one.entropy_share < 0.6 for one in found.subspaces)
     assert warnings([found]) == []
@@ -110,22 +110,22 @@ def test_one_inert_map_of_several_is_named() -> None:
         layer.pointwise.weight.fill_(3)
         layer.depthwise.weight.fill_(3)
         layer.pointwise.weight[2].zero_()
-    found = only(net_with(layer), [pictures()])
+    found = only(model_with(layer), [images()])
     assert [one.inert for one in found.subspaces] == [False, False, True, False]
     assert found.agreement is not None  # of the three that are not flat
     (line,) = warnings([found])
     assert line.startswith("3 has inert maps among its 4 (number 3): uniform ones instead")
 
 
-def test_a_map_that_is_the_same_on_every_picture_does_not_vary() -> None:
+def test_a_map_that_is_the_same_on_every_image_does_not_vary() -> None:
     layer = ULSAM(4, 1)
     with torch.no_grad():
         layer.depthwise.weight.mul_(20)
-    net = nn.Sequential(layer)
+    model = nn.Sequential(layer)
     same = torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(0)).expand(6, -1, -1, -1)
-    assert only(net, [same]).subspaces[0].variation == pytest.approx(0, abs=1e-9)
+    assert only(model, [same]).subspaces[0].variation == pytest.approx(0, abs=1e-9)
     other = torch.randn(200, 4, 5, 5, generator=torch.Generator().manual_seed(0))
-    assert only(net, [other]).subspaces[0].variation > 0.9
+    assert only(model, [other]).subspaces[0].variation > 0.9
 
 
 def test_features_of_nothing_and_maps_of_one_position() -> None:
@@ -136,37 +136,37 @@ def test_features_of_nothing_and_maps_of_one_position() -> None:
     assert found.change == pytest.approx(1)
 
 
-def test_the_net_is_left_as_it_was() -> None:
-    net = timm.create_model(NET)
-    ulsam.insert(net, "blocks.1", 2, form="released", input_size=(3, 32, 32))
-    net.train()
-    net.bn1.eval()
-    modes = [module.training for module in net.modules()]
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    inspect(net, [torch.randn(2, 3, 32, 32)])
-    assert [module.training for module in net.modules()] == modes
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in net.modules())
+def test_the_model_is_left_as_it_was() -> None:
+    model = timm.create_model(NET)
+    ulsam.insert(model, "blocks.1", 2, form="released", input_size=(3, 32, 32))
+    model.train()
+    model.bn1.eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    inspect(model, [torch.randn(2, 3, 32, 32)])
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(RuntimeError):
-        inspect(net, [torch.randn(2, 4, 32, 32)])
-    assert not any(module._forward_pre_hooks for module in net.modules())
-    assert [module.training for module in net.modules()] == modes
+        inspect(model, [torch.randn(2, 4, 32, 32)])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_layers_have_the_papers_numbers_and_their_own_input() -> None:
-    net = timm.create_model("mobilenetv2_035").eval()
-    ulsam.replace(net, "14", 2)
-    ulsam.insert(net, "14:1", 4)
-    ulsam.insert(net, "17:1", layer="se")
-    ulsam.insert(net, "blocks.5.2.ulsam", 4)
+    model = timm.create_model("mobilenetv2_035").eval()
+    ulsam.replace(model, "14", 2)
+    ulsam.insert(model, "14:1", 4)
+    ulsam.insert(model, "17:1", layer="se")
+    ulsam.insert(model, "blocks.5.2.ulsam", 4)
     into: list[Tensor] = []
-    net.blocks[4][2].ulsam.register_forward_pre_hook(lambda module, args: into.append(args[0]))
+    model.blocks[4][2].ulsam.register_forward_pre_hook(lambda module, args: into.append(args[0]))
     x = torch.randn(2, 3, 64, 64)
-    found = inspect(net, [x])
+    found = inspect(model, [x])
     assert [(one.name, one.place) for one in found] == [
         ("blocks.4.2", "14"), ("blocks.4.2.ulsam", "14:1"), ("blocks.5.2.ulsam.ulsam", None),
     ]  # fmt: skip
-    layer = net.blocks[4][2].ulsam.requires_grad_(False)
+    layer = model.blocks[4][2].ulsam.requires_grad_(False)
     maps = layer.attention(into[0]).double()
     wide = maps.repeat_interleave(layer.channels // 4, 1)
     x = into[0].detach()
@@ -177,9 +177,9 @@ def test_layers_have_the_papers_numbers_and_their_own_input() -> None:
     ("model", "batches", "kind", "message"),
     [
         (nn.Sequential(nn.Conv2d(3, 3, 1)), [], UlsamError, "this Sequential holds no ULSAM layer to inspect: put one"),
-        (nn.Sequential(ULSAM(4)), [], UlsamError, "no picture to inspect the layers on"),
+        (nn.Sequential(ULSAM(4)), [], UlsamError, "no image to inspect the layers on"),
         (nn.Sequential(ULSAM(4)), [torch.ones(1, 4, 5, 5), torch.ones(1, 4, 5, 6)], UlsamError,
-         r"0 gets maps \[4, 5, 5\] and \[4, 5, 6\]: inspect pictures of one size"),
+         r"0 gets maps \[4, 5, 5\] and \[4, 5, 6\]: inspect images of one size"),
         (nn.Sequential(ULSAM(4)), [torch.full((1, 4, 5, 5), math.nan)], NotFinite, "maps of 0 are not finite"),
     ],
 )  # fmt: skip
@@ -206,32 +206,32 @@ def test_a_layer_that_is_not_called_is_named() -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model file with an inert and a peaked layer, one without a layer, and 18 pictures, one of them broken."""
+    """A model file with an inert and a peaked layer, one without a layer, and 18 images, one of them broken."""
     folder = tmp_path_factory.mktemp("inspect")
     draw(folder / "data", 6)
-    (folder / "data" / "class1" / "zzz.png").write_bytes(b"no picture")
-    recipe = make_recipe(NET, ["a", "b"], [Edit("insert", "blocks.2", 2), Edit("insert", "blocks.3", 2)], size=64)
-    net, _ = build(recipe)
+    (folder / "data" / "class1" / "zzz.png").write_bytes(b"no image")
+    spec = make_spec(NET, ["a", "b"], [Edit("insert", "blocks.2", 2), Edit("insert", "blocks.3", 2)], size=64)
+    model, _ = build(spec)
     with torch.no_grad():
-        net.get_submodule("blocks.2.0.ulsam").pointwise.weight.zero_()
-        net.get_submodule("blocks.3.0.ulsam").pointwise.weight.fill_(50)
-        net.get_submodule("blocks.3.0.ulsam").depthwise.weight.fill_(50)
-    save_model(net, recipe, folder / "net.safetensors")
-    plain = make_recipe(NET, ["a", "b"], [Edit("insert", "blocks.2", layer="se")], size=64)
+        model.get_submodule("blocks.2.0.ulsam").pointwise.weight.zero_()
+        model.get_submodule("blocks.3.0.ulsam").pointwise.weight.fill_(50)
+        model.get_submodule("blocks.3.0.ulsam").depthwise.weight.fill_(50)
+    save_model(model, spec, folder / "model.safetensors")
+    plain = make_spec(NET, ["a", "b"], [Edit("insert", "blocks.2", layer="se")], size=64)
     save_model(build(plain)[0], plain, folder / "plain.safetensors")
     return folder
 
 
 def test_the_command_says_what_the_library_finds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["inspect", str(root / "net.safetensors"), str(root / "data"), "--json", str(root / "stats.json")]
+    words = ["inspect", str(root / "model.safetensors"), str(root / "data"), "--json", str(root / "stats.json")]
     assert main(words) == 0
     out = capsys.readouterr().out
-    net, recipe = ulsam.load(root / "net.safetensors")
-    paths = [path for path in pictures_below(root / "data")[0] if "zzz" not in path]
-    transform = recipe_transform(recipe)
-    expected = inspect(net, [torch.stack([transform(read_picture(path)) for path in paths])])
+    model, spec = ulsam.load(root / "model.safetensors")
+    paths = [path for path in images_below(root / "data")[0] if "zzz" not in path]
+    transform = spec_transform(spec)
+    expected = inspect(model, [torch.stack([transform(read_image(path)) for path in paths])])
     assert re.search(r"unreadable .*zzz\.png", out)
-    assert "18 of 19 pictures" in out
+    assert "18 of 19 images" in out
     rows = {
         line.split()[0]: line.split() for line in out.splitlines() if line.startswith("  ") or "blocks" in line[:20]
     }
@@ -248,15 +248,15 @@ def test_the_command_says_what_the_library_finds(root: Path, capsys: pytest.Capt
         )
 
 
-def test_so_many_pictures_are_spread_over_all(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_so_many_images_are_spread_over_all(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [str(root / "data" / f"class{n}") for n in (0, 2)]
-    assert main(["inspect", str(root / "net.safetensors"), *good, "--pictures", "4"]) == 0
-    assert "4 of 12 pictures" in capsys.readouterr().out
-    net, recipe = ulsam.load(root / "net.safetensors")
-    paths = [path for folder in good for path in pictures_below(folder)[0]][::3]
-    transform = recipe_transform(recipe)
-    stats = inspect(net, [torch.stack([transform(read_picture(path)) for path in paths])])
-    assert main(["inspect", str(root / "net.safetensors"), *paths]) == 0
+    assert main(["inspect", str(root / "model.safetensors"), *good, "--images", "4"]) == 0
+    assert "4 of 12 images" in capsys.readouterr().out
+    model, spec = ulsam.load(root / "model.safetensors")
+    paths = [path for folder in good for path in images_below(folder)[0]][::3]
+    transform = spec_transform(spec)
+    stats = inspect(model, [torch.stack([transform(read_image(path)) for path in paths])])
+    assert main(["inspect", str(root / "model.safetensors"), *paths]) == 0
     assert f"{100 * stats[1].effect:.2f} %" in capsys.readouterr().out
 
 
@@ -264,9 +264,9 @@ def test_so_many_pictures_are_spread_over_all(root: Path, capsys: pytest.Capture
     ("words", "message"),
     [
         (["plain.safetensors", "data"], "this EfficientNet holds no ULSAM layer to inspect"),
-        (["net.safetensors", "data", "--pictures", "0"], "--pictures must be 1 or more, not 0"),
-        (["net.safetensors", "data", "--json", "no/stats.json"], "cannot write .*no/stats.json: no such folder"),
-        (["net.safetensors", "data/class1/zzz.png"], "no picture to inspect the layers on"),
+        (["model.safetensors", "data", "--images", "0"], "--images must be 1 or more, not 0"),
+        (["model.safetensors", "data", "--json", "no/stats.json"], "cannot write .*no/stats.json: no such folder"),
+        (["model.safetensors", "data/class1/zzz.png"], "no image to inspect the layers on"),
         (["nothing.safetensors", "data"], "no model file"),
     ],
 )

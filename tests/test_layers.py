@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 import ulsam
 from tiny import NET, SETTINGS, draw_splits, options
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.edits import added_layers
-from ulsam.errors import UlsamError
-from ulsam.followed import host_class
-from ulsam.layers import make_layer
-from ulsam.models import build, load, load_weights, make_recipe, save_model, ulsam_parameters
-from ulsam.module import ULSAM
-from ulsam.recipe import Edit
-from ulsam.surgery import candidates, drop, insert, remove, replace
+from ulsam.layer.choice import make_layer
+from ulsam.layer.ulsam import ULSAM
+from ulsam.model.build import build, load, load_weights, make_spec, save_model, ulsam_parameters
+from ulsam.model.spec import Edit
+from ulsam.surgery.edit import candidates, insert, remove, replace, undo
+from ulsam.surgery.edited import added_layers
+from ulsam.surgery.followed import host_class
 
 SIZE = (3, 32, 32)
 V2 = "mobilenetv2_035"
@@ -42,34 +42,34 @@ placed = pytest.mark.parametrize(
 
 
 def edited(kind: str, layer: str, at: str = "17") -> nn.Module:
-    """A lively net with the layer, in eval mode."""
-    net = timm.create_model(V2, num_classes=3)
-    {"replace": replace, "insert": insert}[kind](net, at, layer=layer, input_size=SIZE)
+    """A lively model with the layer, in eval mode."""
+    model = timm.create_model(V2, num_classes=3)
+    {"replace": replace, "insert": insert}[kind](model, at, layer=layer, input_size=SIZE)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for module in net.modules():
+        for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1, generator=generator)
                 module.running_var.uniform_(0.5, 2, generator=generator)
-    return net.eval()
+    return model.eval()
 
 
-def pictures(size: int = 32) -> Tensor:
+def images(size: int = 32) -> Tensor:
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 @placed
 def test_the_layer_is_timms_and_runs_at_its_place(layer: str, kind: str) -> None:
-    net = edited(kind, layer)
-    found = net.get_submodule(PLACES[kind])
+    model = edited(kind, layer)
+    found = model.get_submodule(PLACES[kind])
     assert type(found) is KINDS[layer]
-    assert list(added_layers(net)) == [PLACES[kind]]
+    assert list(added_layers(model)) == [PLACES[kind]]
     seen: list[tuple[Tensor, Tensor]] = []
     found.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
     into: list[Tensor] = []
-    net.blocks[6].register_forward_pre_hook(lambda module, args: into.append(args[0]))
+    model.blocks[6].register_forward_pre_hook(lambda module, args: into.append(args[0]))
     with torch.no_grad():
-        assert net(pictures(64)).shape == (3, 3)  # of another size than the one traced
+        assert model(images(64)).shape == (3, 3)  # of another size than the one traced
     ((x, y),) = seen
     assert x.shape == y.shape and not torch.equal(x, y)
     assert torch.equal(into[0], y)
@@ -77,44 +77,44 @@ def test_the_layer_is_timms_and_runs_at_its_place(layer: str, kind: str) -> None
 
 @placed
 def test_undone_bit_for_bit_with_every_name_kept(layer: str, kind: str) -> None:
-    net = timm.create_model(V2, num_classes=3).eval()
-    before = copy.deepcopy(net.state_dict())
-    names = [name for name, _ in net.named_modules()]
+    model = timm.create_model(V2, num_classes=3).eval()
+    before = copy.deepcopy(model.state_dict())
+    names = [name for name, _ in model.named_modules()]
     with torch.no_grad():
-        y = net(pictures())
-    {"replace": replace, "insert": insert}[kind](net, "17", layer=layer, input_size=SIZE)
+        y = model(images())
+    {"replace": replace, "insert": insert}[kind](model, "17", layer=layer, input_size=SIZE)
     untouched = {key for key in before if kind == "insert" or not key.startswith("blocks.5.2.")}
-    new = {f"{PLACES[kind]}.{key}" for key in net.get_submodule(PLACES[kind]).state_dict()}
-    assert set(net.state_dict()) == untouched | new
-    load_weights(net, before)  # the state of the plain net is that of the edited one, the new layer aside
-    remove(net)
-    assert [name for name, _ in net.named_modules()] == names
-    assert not any(module._forward_hooks for module in net.modules())
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    new = {f"{PLACES[kind]}.{key}" for key in model.get_submodule(PLACES[kind]).state_dict()}
+    assert set(model.state_dict()) == untouched | new
+    load_weights(model, before)  # the state of the plain model is that of the edited one, the new layer aside
+    undo(model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(net(pictures()), y)
+        assert torch.equal(model(images()), y)
 
 
 @placed
-def test_a_model_file_brings_the_net_back(layer: str, kind: str, tmp_path: Path) -> None:
-    recipe = make_recipe(NET, ["a", "b"], [Edit.parse(f"{kind} blocks.3.0.se layer={layer}")], size=32)
-    net, _ = build(recipe)
-    save_model(net, recipe, tmp_path / "net.safetensors")
-    again, same = load(tmp_path / "net.safetensors")
-    assert same == recipe and str(same.edits[0]) == f"{kind} blocks.3.0.se layer={layer}"
+def test_a_model_file_brings_the_model_back(layer: str, kind: str, tmp_path: Path) -> None:
+    spec = make_spec(NET, ["a", "b"], [Edit.parse(f"{kind} blocks.3.0.se layer={layer}")], size=32)
+    model, _ = build(spec)
+    save_model(model, spec, tmp_path / "model.safetensors")
+    again, same = load(tmp_path / "model.safetensors")
+    assert same == spec and str(same.edits[0]) == f"{kind} blocks.3.0.se layer={layer}"
     with torch.no_grad():
-        assert torch.equal(again(pictures()), net.eval()(pictures()))
+        assert torch.equal(again(images()), model.eval()(images()))
 
 
 @placed
 def test_cost_has_a_row_for_the_layer_and_adds_up(layer: str, kind: str) -> None:
-    net = edited(kind, layer, "17,blocks.2.1.bn2")
-    found = ulsam.cost(net, SIZE)
+    model = edited(kind, layer, "17,blocks.2.1.bn2")
+    found = ulsam.cost(model, SIZE)
     rows = {row.name: row for row in found.rows}
-    for name, module in added_layers(net).items():
+    for name, module in added_layers(model).items():
         assert rows[name].type == KINDS[layer].__name__
         assert rows[name].params == sum(p.numel() for p in module.parameters())
-    assert found.params == sum(p.numel() for p in net.parameters())
+    assert found.params == sum(p.numel() for p in model.parameters())
     assert found.macs == sum(row.macs for row in found.rows)
     c, weights = 56, 3  # layer 17 of this width
     expected = {"se": 2 * 8 * c, "eca": weights * c, "cbam": 2 * (2 * 4 * c) + 2 * 49, "coord": 8 * (2 * c + 2 * c)}
@@ -123,20 +123,20 @@ def test_cost_has_a_row_for_the_layer_and_adds_up(layer: str, kind: str) -> None
 
 @placed
 def test_fold_keeps_the_outputs(layer: str, kind: str) -> None:
-    net = edited(kind, layer)
+    model = edited(kind, layer)
     with torch.no_grad():
-        torch.testing.assert_close(ulsam.fold(net, SIZE)(pictures()), net(pictures()), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ulsam.fold(model, SIZE)(images()), model(images()), rtol=1e-4, atol=1e-5)
 
 
 def test_all_layers_compile_without_a_graph_break() -> None:
-    net = timm.create_model(NET)
+    model = timm.create_model(NET)
     for number, layer in enumerate(KINDS):
-        insert(net, f"blocks.{number}", layer=layer, input_size=SIZE)
-    replace(net, "blocks.4.0.se", layer="se", input_size=SIZE)
+        insert(model, f"blocks.{number}", layer=layer, input_size=SIZE)
+    replace(model, "blocks.4.0.se", layer="se", input_size=SIZE)
     torch.compiler.reset()
     with torch.no_grad():
-        y = net.eval()(pictures())
-        torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(pictures()), y)
+        y = model.eval()(images())
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images()), y)
 
 
 class Block(nn.Module):
@@ -151,32 +151,32 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("net", "place", "layer"),
+    ("model", "place", "layer"),
     [
         (lambda: timm.create_model(V2), "blocks.5.2", "coord"),  # both the layer and the block have a bn1
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), Block()), "1", "eca"),  # all names of the layer are the block's too
         (lambda: timm.create_model(NET), "blocks.3.0.se", "eca"),
     ],
 )
-def test_weights_of_the_plain_and_of_the_edited_net_are_told_apart(
-    net: Callable[[], nn.Module], place: str, layer: str
+def test_weights_of_the_plain_and_of_the_edited_model_are_told_apart(
+    model: Callable[[], nn.Module], place: str, layer: str
 ) -> None:
-    plain, one, other = net(), *(replace(net(), place, layer=layer, input_size=SIZE) for _ in range(2))
+    plain, one, other = model(), *(replace(model(), place, layer=layer, input_size=SIZE) for _ in range(2))
     own = {key: value.clone() for key, value in other.get_submodule(place).state_dict().items()}
     assert load_weights(other, plain.state_dict()) == []
     assert all(torch.equal(value, own[key]) for key, value in other.get_submodule(place).state_dict().items())
     assert load_weights(other, one.state_dict()) == []
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
-    remove(other)  # the block was filled by the plain net's weights, and not touched by the edited one's
+    undo(other)  # the block was filled by the plain model's weights, and not touched by the edited one's
     block = plain.get_submodule(place).state_dict()
     assert all(torch.equal(value, block[key]) for key, value in other.get_submodule(place).state_dict().items())
 
 
 @layers
 def test_dtype_device_and_mode_follow_the_place(layer: str) -> None:
-    net = timm.create_model(V2).double().train()
-    insert(net, "17", layer=layer, input_size=SIZE)
-    made = net.blocks[5][2].ulsam
+    model = timm.create_model(V2).double().train()
+    insert(model, "17", layer=layer, input_size=SIZE)
+    made = model.blocks[5][2].ulsam
     assert made.training and {p.dtype for p in made.parameters()} == {torch.float64}
     with torch.device("meta"):
         far = replace(timm.create_model(V2), "17", layer=layer)
@@ -184,81 +184,81 @@ def test_dtype_device_and_mode_follow_the_place(layer: str) -> None:
 
 
 def test_edits_in_a_stage_and_around_other_edits_are_undone() -> None:
-    net = timm.create_model("resnet18").eval()
-    before, x = copy.deepcopy(net.state_dict()), pictures()
+    model = timm.create_model("resnet18").eval()
+    before, x = copy.deepcopy(model.state_dict()), images()
     with torch.no_grad():
-        y = net(x)
-    replace(net, "layer1", layer="se", input_size=SIZE)  # a Sequential stays one
-    insert(net, "layer1", layer="coord", input_size=SIZE)
-    drop(net, "layer2.1", input_size=SIZE)
-    insert(net, "layer2.1", 4, input_size=SIZE)
-    assert {name: host_class(module).__name__ for name, module in added_layers(net).items()} == {
+        y = model(x)
+    replace(model, "layer1", layer="se", input_size=SIZE)  # a Sequential stays one
+    insert(model, "layer1", layer="coord", input_size=SIZE)
+    remove(model, "layer2.1", input_size=SIZE)
+    insert(model, "layer2.1", 4, input_size=SIZE)
+    assert {name: host_class(module).__name__ for name, module in added_layers(model).items()} == {
         "layer1.0": "SEModule", "layer1.0.ulsam": "CoordAttn", "layer2.1.ulsam": "ULSAM",
     }  # fmt: skip
-    remove(net)
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    undo(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(net(x), y)
+        assert torch.equal(model(x), y)
 
 
 @pytest.mark.parametrize(
     ("base", "texts", "place"),
     [
-        ("mobilenetv3_small_050", ["insert blocks.1.0.se g=2"], "blocks.1.0.se.ulsam"),  # behind the net's own
+        ("mobilenetv3_small_050", ["insert blocks.1.0.se g=2"], "blocks.1.0.se.ulsam"),  # behind the model's own
         (NET, ["insert blocks.2.0 layer=se", "insert blocks.2.0.ulsam g=2"], "blocks.2.0.ulsam.ulsam"),
         (NET, ["replace blocks.3.0.se layer=se", "insert blocks.3.0.se g=2"], "blocks.3.0.se.ulsam"),
     ],
 )
 def test_ulsam_on_top_of_se(base: str, texts: list[str], place: str, tmp_path: Path) -> None:
-    recipe = make_recipe(base, ["a", "b"], [Edit.parse(text) for text in texts], size=32)
+    spec = make_spec(base, ["a", "b"], [Edit.parse(text) for text in texts], size=32)
     plain = timm.create_model(base, num_classes=2).state_dict()
-    net, _ = build(recipe)
-    layer = net.get_submodule(place)
+    model, _ = build(spec)
+    layer = model.get_submodule(place)
     assert isinstance(layer, ULSAM)
-    assert ulsam_parameters(net) == [f"{place}.depthwise.weight", f"{place}.pointwise.weight"]
-    below = net.eval().get_submodule(place.removesuffix(".ulsam"))
+    assert ulsam_parameters(model) == [f"{place}.depthwise.weight", f"{place}.pointwise.weight"]
+    below = model.eval().get_submodule(place.removesuffix(".ulsam"))
     order: list[str] = []
     layer.register_forward_pre_hook(lambda module, args: order.append("ulsam"))
     below.register_forward_pre_hook(lambda module, args: order.append("below"))
-    net(pictures()).sum().backward()
+    model(images()).sum().backward()
     assert order == ["below", "ulsam"]
     assert layer.depthwise.weight.grad is not None and all(p.grad is not None for p in below.parameters())
-    save_model(net, recipe, tmp_path / "net.safetensors")
+    save_model(model, spec, tmp_path / "model.safetensors")
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "net.safetensors")[0](pictures()), net(pictures()))
-    remove(net)
-    assert list(net.state_dict()) == list(plain)
+        assert torch.equal(load(tmp_path / "model.safetensors")[0](images()), model(images()))
+    undo(model)
+    assert list(model.state_dict()) == list(plain)
 
 
 def test_the_parts_of_a_layer_are_no_places() -> None:
-    net = edited("insert", "cbam")
-    assert not any(".ulsam" in candidate.name for candidate in candidates(net, SIZE, leaves=True))
+    model = edited("insert", "cbam")
+    assert not any(".ulsam" in candidate.name for candidate in candidates(model, SIZE, leaves=True))
     with pytest.raises(UlsamError, match=r"blocks\.5\.2\.ulsam\.channel is part of an attention layer"):
-        insert(net, "blocks.5.2.ulsam.channel", input_size=SIZE)
+        insert(model, "blocks.5.2.ulsam.channel", input_size=SIZE)
     with pytest.raises(UlsamError, match=r"blocks\.5\.2\.ulsam is a CbamModule layer already"):
-        replace(net, "blocks.5.2.ulsam", input_size=SIZE)
+        replace(model, "blocks.5.2.ulsam", input_size=SIZE)
     with pytest.raises(UlsamError, match="has a layer inserted behind it"):
-        replace(net, "17", layer="se", input_size=SIZE)
+        replace(model, "17", layer="se", input_size=SIZE)
     with pytest.raises(UlsamError, match="holds something named ulsam already"):
-        insert(net, "17", layer="se", input_size=SIZE)
+        insert(model, "17", layer="se", input_size=SIZE)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer": "bam"}, r"blocks\.5\.2: unknown layer 'bam'; valid: ulsam, thin, se, eca, cbam, coord"),
+        ({"layer": "bam"}, r"blocks\.5\.2: unknown layer 'bam'; valid: ulsam, inverted_residual, se, eca, cbam, coord"),
         ({"layer": "eca", "groups": 4}, "groups: for ULSAM alone, not for the layer eca"),
         ({"layer": "se", "form": "released", "momentum": 0.1}, "form, momentum: for ULSAM alone"),
     ],
 )
 @edits
 def test_mistaken_arguments_are_refused(kind: str, arguments: dict[str, object], message: str) -> None:
-    net = timm.create_model(V2)
-    before = list(net.state_dict())
+    model = timm.create_model(V2)
+    before = list(model.state_dict())
     with pytest.raises(UlsamError, match=message) as caught:
-        {"replace": replace, "insert": insert}[kind](net, "17", input_size=SIZE, **arguments)
+        {"replace": replace, "insert": insert}[kind](model, "17", input_size=SIZE, **arguments)
     assert "\n" not in str(caught.value)
-    assert list(net.state_dict()) == before
+    assert list(model.state_dict()) == before
 
 
 @pytest.mark.parametrize("channels", [1, 5, 512])
@@ -278,14 +278,14 @@ def test_profile_takes_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([V2, "--replace", "17", "--layer", "bam"], "unknown layer 'bam'; valid: ulsam, thin, se, eca, cbam, coord"),
+        ([V2, "--replace", "17", "--layer", "bam"], "unknown layer 'bam'; valid: ulsam, inverted_residual, se, eca"),
         (
             [V2, "--replace", "17", "--layer", "se", "--groups", "4"],
             "groups and form are for ULSAM alone: the layer se",
         ),
         ([V2, "--insert", "17", "--layer", "se", "--form", "equations"], "groups and form are for ULSAM alone"),
         ([V2, "--layer", "se"], "--layer has nothing to act on: add --replace AT or --insert AT"),
-        ([V2, "--drop", "17", "--layer", "se"], "--layer has nothing to act on"),
+        ([V2, "--remove", "17", "--layer", "se"], "--layer has nothing to act on"),
         (["ulsam_mobilenetv2_100_replace_14_17", "--layer", "se", "--groups", "8"], "--layer has nothing to act on"),
     ],
 )
@@ -305,7 +305,7 @@ def test_training_with_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(arguments) == 0
     assert main(["info", str(run / "model.safetensors")]) == 0
     assert "edits       insert blocks.1 layer=coord" in capsys.readouterr().out
-    net, _ = load(run / "model.safetensors")
-    assert net.get_submodule(
-        "blocks.1.0.ulsam" if len(net.blocks[1]) == 1 else "blocks.1.1.ulsam"
+    model, _ = load(run / "model.safetensors")
+    assert model.get_submodule(
+        "blocks.1.0.ulsam" if len(model.blocks[1]) == 1 else "blocks.1.1.ulsam"
     ).bn1.num_batches_tracked

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tiny import SETTINGS, draw_splits, options
-from ulsam.data import pictures
+from ulsam.data import images
 
 LIGHT = """
 import contextlib, io, json, sys
@@ -21,14 +21,14 @@ import torch, ulsam
 from ulsam.cli import main
 
 assert ulsam.ULSAM(16, groups=4)(torch.randn(2, 16, 7, 9)).shape == (2, 16, 7, 9)
-recipe = ulsam.Recipe("mobilenetv2_050", ("a", "b"), input_size=(3, 32, 32))
-net, _ = ulsam.build(recipe)
-ulsam.replace(net, "14", groups=4)
-ulsam.cost(net, (3, 32, 32))
-edits = tuple(map(ulsam.Edit.parse, ulsam.edits_of(net)))
-recipe = ulsam.Recipe("mobilenetv2_050", ("a", "b"), input_size=(3, 32, 32), edits=edits)
-ulsam.save_model(net, recipe, "net.safetensors")
-ulsam.load("net.safetensors")
+spec = ulsam.ModelSpec("mobilenetv2_050", ("a", "b"), input_size=(3, 32, 32))
+model, _ = ulsam.build(spec)
+ulsam.replace(model, "14", groups=4)
+ulsam.cost(model, (3, 32, 32))
+edits = tuple(map(ulsam.Edit.parse, ulsam.edits_of(model)))
+spec = ulsam.ModelSpec("mobilenetv2_050", ("a", "b"), input_size=(3, 32, 32), edits=edits)
+ulsam.save_model(model, spec, "model.safetensors")
+ulsam.load("model.safetensors")
 
 found = []
 for line in sys.stdin:
@@ -39,7 +39,11 @@ for line in sys.stdin:
 print(json.dumps(found))
 """
 
-DONE = [["info", "net.safetensors"], ["doctor"], ["train", "data", *options({**SETTINGS, "epochs": 1}), "--out", "run"]]
+DONE = [
+    ["info", "model.safetensors"],
+    ["doctor"],
+    ["train", "data", *options({**SETTINGS, "epochs": 1}), "--out", "run"],
+]
 DONE += [["eval", "run/model.safetensors", "data", "--workers", "0"], ["predict", "run/model.safetensors", "data/val"]]
 ARMS = ["--arm", "base", "--arm", "size=24", "--out", "new"]
 REFUSED = [
@@ -47,8 +51,8 @@ REFUSED = [
     ["compare", "--report-only", "--out", "new"],
     ["bench", "mobilenetv2_050", "--out", "new"],
     ["demo", "--out", "new"],
-    ["explain", "net.safetensors", "data/val", "--out", "new"],
-    ["explore", "net.safetensors", "--port", "0"],
+    ["explain", "model.safetensors", "data/val", "--out", "new"],
+    ["explore", "model.safetensors", "--port", "0"],
     ["report", "run", "--out", "new/report.html"],
 ]
 
@@ -91,12 +95,12 @@ def test_what_needs_an_extra_says_so_at_once(light: tuple[Path, dict[str, list[A
     assert not (folder / "new").exists()
 
 
-def test_pages_and_pictures_hold_the_same_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_and_images_hold_the_same_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-    files = [pictures.jpeg_of(drawn, 85)]
-    values = [pictures.read_pixels(io.BytesIO(files[0]))]
-    monkeypatch.setattr(pictures, "simplejpeg", None)
-    files.append(pictures.jpeg_of(drawn, 85))
-    values += [pictures.read_pixels(io.BytesIO(content)) for content in files]
+    files = [images.jpeg_of(drawn, 85)]
+    values = [images.read_pixels(io.BytesIO(files[0]))]
+    monkeypatch.setattr(images, "simplejpeg", None)
+    files.append(images.jpeg_of(drawn, 85))
+    values += [images.read_pixels(io.BytesIO(content)) for content in files]
     assert np.array_equal(values[0], values[1])
     assert np.abs(values[0].astype(int) - values[2]).mean() < 4

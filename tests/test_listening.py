@@ -2,7 +2,7 @@
 
 import socket
 
-from ulsam.listening import listen
+from ulsam.apps.listening import listen
 
 
 def test_what_is_sent_does_not_wait_for_what_was_sent() -> None:

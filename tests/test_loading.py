@@ -1,4 +1,4 @@
-"""Batches are a function of seed and epoch, whatever the workers and restarts; bad pictures; data sets by name."""
+"""Batches are a function of seed and epoch, whatever the workers and restarts; bad images; data sets by name."""
 
 import gc
 import io
@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiny import draw, draw_shards, draw_splits, session
+from ulsam.base.errors import UlsamError
 from ulsam.data import loading
 from ulsam.data.augment import EvalTransform, TrainTransform
+from ulsam.data.images import UnreadableImage
 from ulsam.data.loading import Batch, EpochOrder, eval_loader, train_loader
 from ulsam.data.opening import open_data, open_split
-from ulsam.data.pictures import UnreadablePicture
-from ulsam.data.sources import FactoryPictures, FolderPictures, StreamPictures
-from ulsam.errors import UlsamError
+from ulsam.data.sources import FactoryImages, FolderImages, StreamImages
 
 PLAIN = {"crop_scale": (1.0, 1.0), "hflip": 0, "color_jitter": 0, "rand_augment": None, "random_erasing": 0}
 LOOK = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
@@ -49,7 +49,7 @@ def augmented(policy: str | None = "rand-m9-n2-mstd0.5", erasing: float = 0.5) -
 
 
 class Numbers:
-    """Pictures in memory whose colour is their number; ``bad`` ones cannot be read."""
+    """Images in memory whose colour is their number; ``bad`` ones cannot be read."""
 
     def __init__(self, n: int, labels: list[int] | None = None, bad: set[int] | None = None) -> None:
         self.n, self.labels, self.bad = n, labels, bad or set()
@@ -59,30 +59,30 @@ class Numbers:
         return self.n
 
     def name(self, index: int) -> str:
-        return f"picture {index}"
+        return f"image {index}"
 
     def fetch(self, index: int, reduction: Any = None) -> tuple[Any, int]:
         if index in self.bad:
-            raise UnreadablePicture(f"picture {index}: broken")
+            raise UnreadableImage(f"image {index}: broken")
         return np.full((40, 40, 3), index, np.uint8), index % 2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_splits(tmp_path_factory.mktemp("pictures"), train=10, val=5)
+    return draw_splits(tmp_path_factory.mktemp("images"), train=10, val=5)
 
 
 @pytest.fixture(scope="module")
-def pictures(folder: Path) -> FolderPictures:
+def images(folder: Path) -> FolderImages:
     train, _, _ = open_data(str(folder))
-    assert isinstance(train, FolderPictures)
+    assert isinstance(train, FolderImages)
     return train
 
 
-def batches(pictures: Any, workers: int, epoch: int = 0, start: int = 0, seed: int = 0) -> list[Batch]:
-    order = EpochOrder(pictures, 4, seed)
+def batches(images: Any, workers: int, epoch: int = 0, start: int = 0, seed: int = 0) -> list[Batch]:
+    order = EpochOrder(images, 4, seed)
     order.epoch, order.start = epoch, start
-    return list(train_loader(pictures, augmented(), order, batch_size=4, seed=seed, workers=workers))
+    return list(train_loader(images, augmented(), order, batch_size=4, seed=seed, workers=workers))
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
@@ -96,14 +96,14 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(0, 9))
 @settings(max_examples=80, deadline=None)
 def test_ranks_take_turns_in_one_order(n: int, batch: int, world: int, epoch: int, seed: int) -> None:
-    pictures: Any = Numbers(n)
+    images: Any = Numbers(n)
     if n < batch * world:
         with pytest.raises(UlsamError, match=rf"--batch-size {max(1, n // world)} or less"):
-            EpochOrder(pictures, batch, seed, world=world)
+            EpochOrder(images, batch, seed, world=world)
         return
     shares = []
     for rank in range(world):
-        order = EpochOrder(pictures, batch, seed, rank=rank, world=world)
+        order = EpochOrder(images, batch, seed, rank=rank, world=world)
         order.epoch = epoch
         shares.append(list(order))
         assert len(shares[-1]) == len(order) == n // (batch * world)
@@ -113,15 +113,15 @@ def test_ranks_take_turns_in_one_order(n: int, batch: int, world: int, epoch: in
     keys = [key for share in shares for batch_keys in share for key in batch_keys]
     assert {number for number, _, _ in keys} == {epoch}
     assert len({place for _, place, _ in keys}) == len(keys)
-    assert len({index for *_, index in keys}) == len(keys)  # no picture twice in an epoch
+    assert len({index for *_, index in keys}) == len(keys)  # no image twice in an epoch
     assert all(0 <= index < n for *_, index in keys)
 
 
 def test_order_differs_between_epochs_and_seeds() -> None:
-    pictures: Any = Numbers(40)
-    order, other = EpochOrder(pictures, 4, seed=0), EpochOrder(pictures, 4, seed=1)
+    images: Any = Numbers(40)
+    order, other = EpochOrder(images, 4, seed=0), EpochOrder(images, 4, seed=1)
     first = [index for keys in order for *_, index in keys]
-    assert first == [index for keys in EpochOrder(pictures, 4, seed=0) for *_, index in keys]
+    assert first == [index for keys in EpochOrder(images, 4, seed=0) for *_, index in keys]
     assert first != [index for keys in other for *_, index in keys]
     order.epoch = 1
     assert first != [index for keys in order for *_, index in keys]
@@ -130,9 +130,9 @@ def test_order_differs_between_epochs_and_seeds() -> None:
 
 def test_balanced_draws_every_class_equally_often() -> None:
     labels = [0] * 900 + [1] * 90 + [2] * 10
-    pictures: Any = Numbers(1000, labels)
+    images: Any = Numbers(1000, labels)
     drawn: Counter[int] = Counter()
-    order = EpochOrder(pictures, 10, seed=0, balanced=True)
+    order = EpochOrder(images, 10, seed=0, balanced=True)
     for epoch in range(3):
         order.epoch = epoch
         drawn.update(labels[index] for keys in order for *_, index in keys)
@@ -142,33 +142,33 @@ def test_balanced_draws_every_class_equally_often() -> None:
 
 
 def test_balanced_needs_labels() -> None:
-    pictures: Any = Numbers(20)
+    images: Any = Numbers(20)
     with pytest.raises(UlsamError, match="tells its labels"):
-        EpochOrder(pictures, 4, seed=0, balanced=True)
+        EpochOrder(images, 4, seed=0, balanced=True)
 
 
 # batches
 
 
-def test_batches_do_not_depend_on_workers(pictures: FolderPictures) -> None:
-    alone = batches(pictures, workers=0, epoch=1)
+def test_batches_do_not_depend_on_workers(images: FolderImages) -> None:
+    alone = batches(images, workers=0, epoch=1)
     assert len(alone) == 7
-    assert not same(alone, batches(pictures, workers=0, epoch=2))
-    assert not same(alone, batches(pictures, workers=0, epoch=1, seed=1))
+    assert not same(alone, batches(images, workers=0, epoch=2))
+    assert not same(alone, batches(images, workers=0, epoch=1, seed=1))
     for workers in (1, 2):
-        assert same(alone, batches(pictures, workers=workers, epoch=1))
+        assert same(alone, batches(images, workers=workers, epoch=1))
 
 
 class Telling(Numbers):
     """Says how its process is ranked."""
 
     def fetch(self, index: int, reduction: Any = None) -> tuple[Any, int]:
-        raise UnreadablePicture(f"niceness {os.nice(0)}")
+        raise UnreadableImage(f"niceness {os.nice(0)}")
 
 
 def test_reading_processes_give_way_to_training() -> None:
     (batch,) = eval_loader(Telling(1), EVAL, batch_size=1, workers=1)
-    assert batch.unreadable == [("picture 0", f"niceness {min(19, os.nice(0) + 5)}")]
+    assert batch.unreadable == [("image 0", f"niceness {min(19, os.nice(0) + 5)}")]
 
 
 KILLED = """
@@ -216,34 +216,34 @@ class Threaded:
         self.ended.append(os.getpid())
 
 
-def test_garbage_is_collected_before_a_process_is_forked(pictures: FolderPictures) -> None:
+def test_garbage_is_collected_before_a_process_is_forked(images: FolderImages) -> None:
     """What has threads hangs the reading process that collects it: they are not there."""
     ended: list[int] = []
     gc.disable()
     try:
         Threaded(ended)
-        next(iter(eval_loader(pictures, EVAL, batch_size=4, workers=1)))
+        next(iter(eval_loader(images, EVAL, batch_size=4, workers=1)))
     finally:
         gc.enable()
     assert ended == [os.getpid()]
 
 
-def test_start_gives_the_rest_of_the_epoch(pictures: FolderPictures) -> None:
-    whole = batches(pictures, workers=0, epoch=3)
-    assert same(whole[5:], batches(pictures, workers=2, epoch=3, start=5))
-    assert batches(pictures, workers=0, epoch=3, start=7) == []
+def test_start_gives_the_rest_of_the_epoch(images: FolderImages) -> None:
+    whole = batches(images, workers=0, epoch=3)
+    assert same(whole[5:], batches(images, workers=2, epoch=3, start=5))
+    assert batches(images, workers=0, epoch=3, start=7) == []
 
 
-def test_an_epoch_left_in_the_middle_does_not_spill_into_the_next(pictures: FolderPictures) -> None:
-    order = EpochOrder(pictures, 4, seed=0)
-    loader = train_loader(pictures, augmented(), order, batch_size=4, seed=0, workers=2)
+def test_an_epoch_left_in_the_middle_does_not_spill_into_the_next(images: FolderImages) -> None:
+    order = EpochOrder(images, 4, seed=0)
+    loader = train_loader(images, augmented(), order, batch_size=4, seed=0, workers=2)
     next(iter(loader))
     order.epoch = 1
-    assert same(list(loader), batches(pictures, workers=0, epoch=1))
+    assert same(list(loader), batches(images, workers=0, epoch=1))
 
 
-def test_augmentation_differs_between_pictures_and_epochs(folder: Path) -> None:
-    only: Any = FolderPictures((open_split(str(folder), "train").samples[0],) * 8, ("a", "b"))  # type: ignore[union-attr]
+def test_augmentation_differs_between_images_and_epochs(folder: Path) -> None:
+    only: Any = FolderImages((open_split(str(folder), "train").samples[0],) * 8, ("a", "b"))  # type: ignore[union-attr]
     images = torch.cat([batch.images for epoch in (0, 1) for batch in batches(only, workers=0, epoch=epoch)])
     assert len({image.numpy().tobytes() for image in images}) == 16
 
@@ -254,14 +254,14 @@ def test_unknown_augmentation(policy: str) -> None:
         augmented(policy)
 
 
-# pictures that cannot be read
+# images that cannot be read
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_replaces_an_unreadable_picture_by_the_next(workers: int) -> None:
-    pictures: Any = Numbers(20, bad={3, 4, 19})
-    order = EpochOrder(pictures, 4, seed=0)
-    loader = train_loader(pictures, WHOLE, order, batch_size=4, seed=0, workers=workers)
+def test_training_replaces_an_unreadable_image_by_the_next(workers: int) -> None:
+    images: Any = Numbers(20, bad={3, 4, 19})
+    order = EpochOrder(images, 4, seed=0)
+    loader = train_loader(images, WHOLE, order, batch_size=4, seed=0, workers=workers)
     replacement = {3: 5, 4: 5, 19: 0}
     for keys, batch in zip(order, loader, strict=True):
         shown = [round(255 * (0.5 + 0.25 * float(value))) for value in batch.images[:, 0, 16, 16]]
@@ -269,12 +269,12 @@ def test_training_replaces_an_unreadable_picture_by_the_next(workers: int) -> No
         assert shown == [replacement.get(index, index) for index in indices]
         assert batch.labels.tolist() == [number % 2 for number in shown]
         met = {name for name, _ in batch.unreadable}
-        assert met == {f"picture {bad}" for i in indices for bad in {3: (3, 4), 4: (4,), 19: (19,)}.get(i, ())}
+        assert met == {f"image {bad}" for i in indices for bad in {3: (3, 4), 4: (4,), 19: (19,)}.get(i, ())}
 
 
 def test_fifty_in_a_row_end_the_search() -> None:
-    pictures: Any = Numbers(100, bad=set(range(10, 60)))
-    dataset = loading.TrainSet(pictures, WHOLE, seed=0)
+    images: Any = Numbers(100, bad=set(range(10, 60)))
+    dataset = loading.TrainSet(images, WHOLE, seed=0)
     image, label, _, bad = dataset[0, 0, 10]
     assert image is None
     assert label == -1
@@ -284,9 +284,9 @@ def test_fifty_in_a_row_end_the_search() -> None:
     assert len(bad) == 49
 
 
-def test_no_readable_picture_at_all() -> None:
-    pictures: Any = Numbers(5, bad=set(range(5)))
-    image, _, _, bad = loading.TrainSet(pictures, WHOLE, seed=0)[0, 0, 2]
+def test_no_readable_image_at_all() -> None:
+    images: Any = Numbers(5, bad=set(range(5)))
+    image, _, _, bad = loading.TrainSet(images, WHOLE, seed=0)[0, 0, 2]
     assert image is None
     assert len(bad) == 5
     batch = loading.collate([(None, -1, None, bad)])
@@ -295,11 +295,11 @@ def test_no_readable_picture_at_all() -> None:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), pytest.param(1, 1, marks=pytest.mark.slow), (3, 0), (3, 1)])
-def test_measuring_leaves_unreadable_pictures_out(workers: int, world: int) -> None:
-    pictures: Any = Numbers(17, bad={0, 8, 16})
+def test_measuring_leaves_unreadable_images_out(workers: int, world: int) -> None:
+    images: Any = Numbers(17, bad={0, 8, 16})
     seen, bad = [], []
     for rank in range(world):
-        for batch in eval_loader(pictures, EVAL, batch_size=4, workers=workers, rank=rank, world=world):
+        for batch in eval_loader(images, EVAL, batch_size=4, workers=workers, rank=rank, world=world):
             seen += (
                 [round(255 * (0.5 + 0.25 * float(value))) for value in batch.images[:, 0, 16, 16]]
                 if len(batch.labels)
@@ -307,7 +307,7 @@ def test_measuring_leaves_unreadable_pictures_out(workers: int, world: int) -> N
             )
             bad += batch.unreadable
     assert sorted(seen) == [index for index in range(17) if index not in (0, 8, 16)]
-    assert sorted(bad) == [(f"picture {index}", f"picture {index}: broken") for index in (0, 16, 8)]
+    assert sorted(bad) == [(f"image {index}", f"image {index}: broken") for index in (0, 16, 8)]
 
 
 @pytest.mark.parametrize("labels", [[0, 3], [-1, 1]])
@@ -321,8 +321,8 @@ def test_labels_out_of_range(labels: list[int]) -> None:
 # image folders
 
 
-def labels_of(pictures: Any) -> Counter[int]:
-    return Counter(pictures.labels)
+def labels_of(images: Any) -> Counter[int]:
+    return Counter(images.labels)
 
 
 def test_val_before_test_before_held_out(tmp_path: Path) -> None:
@@ -334,16 +334,16 @@ def test_val_before_test_before_held_out(tmp_path: Path) -> None:
     assert len(test) == 6
     _, same_again, notes = open_data(str(tmp_path), val_split="train")
     assert len(same_again) == 18
-    assert notes == ["measured on the pictures that are trained on, split train"]
+    assert notes == ["measured on the images that are trained on, split train"]
     (tmp_path / "Validation").rename(tmp_path / ".hidden")
     _, val, (note,) = open_data(str(tmp_path))
     assert (len(val), val.split) == (6, "test")
-    assert note.startswith("measured on test/: to choose settings, hold pictures out")
+    assert note.startswith("measured on test/: to choose settings, hold images out")
     train, val, notes = open_data(str(tmp_path / "train"))
     assert len(train) + len(val) == 18
     assert labels_of(val) == {0: 1, 1: 1, 2: 1}
     assert val.split == "held-out"
-    assert notes == ["3 of 18 training pictures held out for validation (seed=0)"]
+    assert notes == ["3 of 18 training images held out for validation (seed=0)"]
     assert len(open_split(str(tmp_path / "train"), "all")) == 18
 
 
@@ -364,7 +364,7 @@ def test_classes_that_the_splits_do_not_share(tmp_path: Path) -> None:
     draw(tmp_path / "val", 2, classes=2)
     _, val, notes = open_data(str(tmp_path))
     assert labels_of(val) == {0: 2, 1: 2}
-    assert notes == ["1 classes have no validation picture: class2"]
+    assert notes == ["1 classes have no validation image: class2"]
     (tmp_path / "val" / "class0").rename(tmp_path / "val" / "wren")
     with pytest.raises(UlsamError, match=r"not trained on: wren; known are class0, class1, class2"):
         open_data(str(tmp_path))
@@ -378,8 +378,8 @@ def test_imbalance_and_passed_over_files_are_noted(tmp_path: Path) -> None:
     (tmp_path / "train" / "nothing").mkdir()
     _, _, notes = open_data(str(tmp_path))
     assert [note.split(":")[0] for note in notes] == [
-        "1 class folders without a picture left out",
-        "1 files passed over, no pictures by name",
+        "1 class folders without an image left out",
+        "1 files passed over, no images by name",
         "imbalanced",
     ]
 
@@ -409,20 +409,20 @@ def test_a_flat_folder_has_no_named_split(folder: Path) -> None:
 
 def test_torch_image_folder(folder: Path, tmp_path: Path) -> None:
     train, val, notes = open_data("torch/image_folder", data_dir=str(folder))
-    assert isinstance(train, FactoryPictures)
+    assert isinstance(train, FactoryImages)
     assert (len(train), len(val), notes) == (30, 15, [])
     assert train.classes == ("class0", "class1", "class2")
     assert labels_of(train) == {0: 10, 1: 10, 2: 10}
     assert train.name(29) == str(folder / "train" / "class2" / "009.png")
     own = open_split(str(folder), "train")
-    assert isinstance(own, FolderPictures)
+    assert isinstance(own, FolderImages)
     for index in (0, 29):
         assert train.fetch(index)[0].tobytes() == own.fetch(index)[0].tobytes()
         assert train.fetch(index)[1] == own.fetch(index)[1]
     draw_splits(tmp_path, train=2, val=2)
     (tmp_path / "train" / "class0" / "000.png").write_bytes(b"")
     train, _, _ = open_data("torch/image_folder", data_dir=str(tmp_path))
-    with pytest.raises(UnreadablePicture, match=r"class0/000\.png: empty file"):
+    with pytest.raises(UnreadableImage, match=r"class0/000\.png: empty file"):
         train.fetch(0)  # type: ignore[union-attr]
 
 
@@ -479,9 +479,9 @@ def test_other_classes_to_measure_on(tmp_path: Path) -> None:
 
 def test_classes_of_a_named_data_set_are_taken_by_name(folder: Path, shards: Path) -> None:
     def measured(name: str, classes: tuple[str, ...], **options: Any) -> Counter[int]:
-        pictures = open_split(name, "validation", classes, **options)
-        assert pictures.classes == classes
-        found = eval_loader(pictures, EVAL, batch_size=4, workers=0)
+        images = open_split(name, "validation", classes, **options)
+        assert images.classes == classes
+        found = eval_loader(images, EVAL, batch_size=4, workers=0)
         return Counter(label for batch in found for label in batch.labels.tolist())
 
     stream = {"data_dir": str(shards), "class_names": str(shards / "names.txt")}
@@ -494,14 +494,14 @@ def test_classes_of_a_named_data_set_are_taken_by_name(folder: Path, shards: Pat
     with pytest.raises(UlsamError, match=r"not trained on: wren, finch; known are .* --classes-by-number takes them"):
         open_split("wds/birds", "validation", ("robin", "b", "c"), **stream)
     for data, options in (("wds/birds", stream), (str(folder), {})):
-        with pytest.raises(UlsamError, match="has 3 classes, the net has 2"):
+        with pytest.raises(UlsamError, match="has 3 classes, the model has 2"):
             open_split(data, "validation" if options else "val", ("a", "b"), **options, by_number=True)
 
 
-def test_a_bad_picture_of_a_data_set_without_file_names_is_named() -> None:
+def test_a_bad_image_of_a_data_set_without_file_names_is_named() -> None:
     class Reader:
         def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
-            return io.BytesIO(b"no picture"), 0
+            return io.BytesIO(b"no image"), 0
 
     class Decoded:
         def __getitem__(self, index: int) -> Any:
@@ -513,9 +513,9 @@ def test_a_bad_picture_of_a_data_set_without_file_names_is_named() -> None:
     class Undecoded(Decoded):
         reader = Reader()
 
-    for dataset, reason in ((Undecoded(), "not a picture"), (Decoded(), "image file is truncated")):
-        with pytest.raises(UnreadablePicture, match=rf"hfds/birds, picture 7: {reason}"):
-            FactoryPictures(dataset, "hfds/birds", ("a", "b")).fetch(7)
+    for dataset, reason in ((Undecoded(), "not an image"), (Decoded(), "image file is truncated")):
+        with pytest.raises(UnreadableImage, match=rf"hfds/birds, image 7: {reason}"):
+            FactoryImages(dataset, "hfds/birds", ("a", "b")).fetch(7)
 
 
 @pytest.fixture(scope="module")
@@ -524,11 +524,11 @@ def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_shards(tmp_path_factory.mktemp("shards"), folder / "train")
 
 
-def open_shards(root: Path) -> tuple[StreamPictures, StreamPictures, list[str]]:
+def open_shards(root: Path) -> tuple[StreamImages, StreamImages, list[str]]:
     names = str(root / "names.txt")
     train, val, notes = open_data("wds/birds", data_dir=str(root), class_names=names, batch_size=8)
-    assert isinstance(train, StreamPictures)
-    assert isinstance(val, StreamPictures)
+    assert isinstance(train, StreamImages)
+    assert isinstance(val, StreamImages)
     return train, val, notes
 
 
@@ -579,17 +579,17 @@ def add_to_shard(shard: Path, members: dict[str, bytes]) -> None:
 
 
 def odd_shards(root: Path, folder: Path) -> Path:
-    """Shards whose first ones end with a 16-bit, a turned and three broken pictures."""
+    """Shards whose first ones end with a 16-bit, a turned and three broken images."""
     draw_shards(root, folder)
     sixteen, turned = io.BytesIO(), io.BytesIO()
     Image.new("I;16", (40, 40), 30000).save(sixteen, "PNG")
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(turned, "JPEG", exif=exif)
-    picture = {"a.png": sixteen.getvalue(), "a.cls": b"0", "b.jpeg": turned.getvalue(), "b.cls": b"1"}
+    image = {"a.png": sixteen.getvalue(), "a.cls": b"0", "b.jpeg": turned.getvalue(), "b.cls": b"1"}
     broken = {"c.png": b"nonsense", "c.cls": b"1", "d.cls": b"2", "e.png": sixteen.getvalue()}
     for split in ("train", "validation"):
-        add_to_shard(root / f"{split}-0.tar", {**picture, **broken})
+        add_to_shard(root / f"{split}-0.tar", {**image, **broken})
     info = json.loads((root / "_info.json").read_text())
     for split in info["splits"].values():
         split["num_samples"] += 5
@@ -598,7 +598,7 @@ def odd_shards(root: Path, folder: Path) -> Path:
     return root
 
 
-def test_a_stream_reads_pictures_by_the_rules_of_a_folder(folder: Path, tmp_path: Path) -> None:
+def test_a_stream_reads_images_by_the_rules_of_a_folder(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     _, val, _ = open_shards(odd_shards(tmp_path, folder / "train"))
     found = {Path(member.name).name: member for member in val.members()}
@@ -608,13 +608,13 @@ def test_a_stream_reads_pictures_by_the_rules_of_a_folder(folder: Path, tmp_path
     assert sum(len(batch.labels) for batch in batches) == 16
     shard = tmp_path / "validation-0.tar"
     assert [bad for batch in batches for bad in batch.unreadable] == [
-        (f"{shard}/c", f"{shard}/c: not a picture in a known format, or cut off within its header"),
-        (f"{shard}/d", f"{shard}/d: no picture, or no class number (.cls), under this name"),
-        (f"{shard}/e", f"{shard}/e: no picture, or no class number (.cls), under this name"),
+        (f"{shard}/c", f"{shard}/c: not an image in a known format, or cut off within its header"),
+        (f"{shard}/d", f"{shard}/d: no image, or no class number (.cls), under this name"),
+        (f"{shard}/e", f"{shard}/e: no image, or no class number (.cls), under this name"),
     ]
 
 
-def test_a_stream_to_train_on_fills_its_batches_past_broken_pictures(folder: Path, tmp_path: Path) -> None:
+def test_a_stream_to_train_on_fills_its_batches_past_broken_images(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     train, _, _ = open_shards(odd_shards(tmp_path, folder / "train"))
     workers = 2
@@ -627,23 +627,23 @@ def test_a_stream_to_train_on_fills_its_batches_past_broken_pictures(folder: Pat
 
 
 @pytest.mark.parametrize(("bad", "labels"), [({0, 1, 3, 5}, [2, 2, 2, 2, 4, 4]), (set(range(6)), [-1] * 6)])
-def test_in_a_stream_a_readable_picture_stands_in(bad: set[int], labels: list[int]) -> None:
-    pictures: Any = Numbers(6, bad=bad)
-    pictures.label = int
-    pictures.members = lambda: (Read(pictures, index) for index in range(6))
-    items = list(loading.StreamTrainSet(pictures, WHOLE))
+def test_in_a_stream_a_readable_image_stands_in(bad: set[int], labels: list[int]) -> None:
+    images: Any = Numbers(6, bad=bad)
+    images.label = int
+    images.members = lambda: (Read(images, index) for index in range(6))
+    items = list(loading.StreamTrainSet(images, WHOLE))
     assert [label for _, label, *_ in items] == labels
-    assert [name for *_, unreadable in items for name, _ in unreadable] == [f"picture {index}" for index in sorted(bad)]
+    assert [name for *_, unreadable in items for name, _ in unreadable] == [f"image {index}" for index in sorted(bad)]
 
 
 class Read:
     """A member of a stream of `Numbers`."""
 
-    def __init__(self, pictures: Numbers, number: int) -> None:
-        self.pictures, self.number, self.name = pictures, number, pictures.name(number)
+    def __init__(self, images: Numbers, number: int) -> None:
+        self.images, self.number, self.name = images, number, images.name(number)
 
     def read(self, reduction: Any = None) -> Any:
-        return self.pictures.fetch(self.number)[0]
+        return self.images.fetch(self.number)[0]
 
 
 def test_a_stream_starts_an_epoch_again_as_it_was(shards: Path) -> None:
@@ -677,5 +677,5 @@ def test_a_reading_process_that_dies_is_told_where_its_batch_is_missed(moment: i
     for process in multiprocessing.active_children():
         process.kill()
         process.join()  # PyTorch's own loader would raise here
-    with pytest.raises(UlsamError, match="a process that reads pictures was killed"):
+    with pytest.raises(UlsamError, match="a process that reads images was killed"):
         list(batches)

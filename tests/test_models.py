@@ -1,4 +1,4 @@
-"""Every preset through one suite, building from recipes and weights, and model files, hostile ones too."""
+"""Every preset through one suite, building from specs and weights, and model files, hostile ones too."""
 
 import json
 import os
@@ -12,23 +12,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import ulsam.models
-from ulsam.errors import UlsamError
-from ulsam.models import (
+import ulsam.model.build
+from ulsam.base.errors import UlsamError
+from ulsam.layer.ulsam import ULSAM
+from ulsam.model.build import (
     PLACEMENTS,
     build,
     load,
     load_weights,
-    make_recipe,
-    read_recipe,
+    make_spec,
+    read_spec,
     read_weights,
     save_model,
     sketch,
     ulsam_parameters,
 )
-from ulsam.module import ULSAM
-from ulsam.recipe import Edit, Recipe
-from ulsam.surgery import remove
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.surgery.edit import undo
 
 PRESETS = sorted(PLACEMENTS)
 V1 = "ulsam_mobilenetv1_100_insert_13"
@@ -50,12 +50,12 @@ def seeded(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def picture(height: int = 64, width: int = 64, channels: int = 3, batch: int = 2) -> Tensor:
+def image(height: int = 64, width: int = 64, channels: int = 3, batch: int = 2) -> Tensor:
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def nets() -> dict[str, nn.Module]:
+def models() -> dict[str, nn.Module]:
     """Each preset once, seeded and in eval mode."""
     return {name: seeded(timm.create_model(name)) for name in PRESETS}
 
@@ -74,93 +74,93 @@ def test_names_are_timms_and_hold_no_dot():
 
 @pytest.mark.parametrize("name", PRESETS)
 class TestPreset:
-    def test_holds_its_layers_where_it_says(self, name, nets):
+    def test_holds_its_layers_where_it_says(self, name, models):
         edit = PLACEMENTS[name][1]
-        layers = {place: module for place, module in nets[name].named_modules() if isinstance(module, ULSAM)}
+        layers = {place: module for place, module in models[name].named_modules() if isinstance(module, ULSAM)}
         assert len(layers) == len(Edit.parse(edit).at.split(","))
         assert all(layer.groups == 4 and layer.form == "equations" for layer in layers.values())
         assert all(place.endswith(".ulsam") == edit.startswith("insert") for place in layers)
 
-    def test_default_configuration_is_the_bases(self, name, nets, bases):
+    def test_default_configuration_is_the_bases(self, name, models, bases):
         base = bases[PLACEMENTS[name][0]]
-        own = nets[name].pretrained_cfg
-        assert nets[name].default_cfg == own
+        own = models[name].pretrained_cfg
+        assert models[name].default_cfg == own
         assert own["architecture"] == name
         assert {**own, "architecture": ""} == {**base.pretrained_cfg, "architecture": ""}
         resolve = timm.data.resolve_model_data_config
-        assert resolve(nets[name]) == resolve(base)
+        assert resolve(models[name]) == resolve(base)
         registered = timm.get_pretrained_cfg(name)
         assert (registered.input_size, registered.classifier) == ((3, 224, 224), "classifier")
 
-    def test_runs_forward_and_backward_at_odd_sizes(self, name, nets):
-        net = nets[name]
+    def test_runs_forward_and_backward_at_odd_sizes(self, name, models):
+        model = models[name]
         for height, width in [(33, 47), (64, 40)]:
-            y = net(picture(height, width))
+            y = model(image(height, width))
             assert y.shape == (2, 1000)
-            net.zero_grad()
+            model.zero_grad()
             y.square().mean().backward()
-            for parameter in ulsam_parameters(net):
-                gradient = net.get_parameter(parameter).grad
+            for parameter in ulsam_parameters(model):
+                gradient = model.get_parameter(parameter).grad
                 assert torch.isfinite(gradient).all()
                 assert gradient.abs().sum() > 0
-        net.zero_grad()
+        model.zero_grad()
 
-    def test_parts_make_the_whole(self, name, nets, bases):
-        net, base, x = nets[name], bases[PLACEMENTS[name][0]], picture(33, 47)
+    def test_parts_make_the_whole(self, name, models, bases):
+        model, base, x = models[name], bases[PLACEMENTS[name][0]], image(33, 47)
         with torch.no_grad():
-            features = net.forward_features(x)
+            features = model.forward_features(x)
             assert features.shape == base.forward_features(x).shape
-            torch.testing.assert_close(net.forward_head(features), net(x))
-            assert net.forward_head(features, pre_logits=True).shape == (2, net.head_hidden_size)
-            final, maps = net.forward_intermediates(x, indices=5)
+            torch.testing.assert_close(model.forward_head(features), model(x))
+            assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+            final, maps = model.forward_intermediates(x, indices=5)
             torch.testing.assert_close(final, features)
             expected = base.forward_intermediates(x, indices=5, intermediates_only=True)
             assert [found.shape for found in maps] == [wanted.shape for wanted in expected]
 
     def test_the_classifier_can_be_replaced_and_keywords_are_honoured(self, name):
-        net = timm.create_model(name, num_classes=7, in_chans=1, groups=8, form="released", drop_rate=0.1)
-        layers = [module for module in net.modules() if isinstance(module, ULSAM)]
+        model = timm.create_model(name, num_classes=7, in_chans=1, groups=8, form="released", drop_rate=0.1)
+        layers = [module for module in model.modules() if isinstance(module, ULSAM)]
         assert layers and all(layer.groups == 8 and layer.form == "released" for layer in layers)
-        assert net.eval()(picture(channels=1)).shape == (2, 7)
-        assert net.drop_rate == 0.1
-        net.reset_classifier(3)
-        assert net(picture(channels=1)).shape == (2, 3)
-        assert net.get_classifier().out_features == net.num_classes == 3
-        net.reset_classifier(0)
-        assert net(picture(channels=1)).shape == (2, net.num_features)
+        assert model.eval()(image(channels=1)).shape == (2, 7)
+        assert model.drop_rate == 0.1
+        model.reset_classifier(3)
+        assert model(image(channels=1)).shape == (2, 3)
+        assert model.get_classifier().out_features == model.num_classes == 3
+        model.reset_classifier(0)
+        assert model(image(channels=1)).shape == (2, model.num_features)
 
-    def test_gives_features_as_the_base_does(self, name, nets, bases):
-        net = timm.create_model(name, features_only=True, out_indices=(1, 3, 4))
+    def test_gives_features_as_the_base_does(self, name, models, bases):
+        model = timm.create_model(name, features_only=True, out_indices=(1, 3, 4))
         info = [bases[PLACEMENTS[name][0]].feature_info[index] for index in (1, 3, 4)]
-        assert net.feature_info.channels() == [stage["num_chs"] for stage in info]
-        assert net.feature_info.reduction() == [stage["reduction"] for stage in info]
-        state = net.state_dict()
-        assert set(ulsam_parameters(net)) == set(ulsam_parameters(nets[name]))
-        net.load_state_dict({key: value for key, value in nets[name].state_dict().items() if key in state})
+        assert model.feature_info.channels() == [stage["num_chs"] for stage in info]
+        assert model.feature_info.reduction() == [stage["reduction"] for stage in info]
+        state = model.state_dict()
+        assert set(ulsam_parameters(model)) == set(ulsam_parameters(models[name]))
+        model.load_state_dict({key: value for key, value in models[name].state_dict().items() if key in state})
         with torch.no_grad():
-            maps = net.eval()(picture())
-            whole = nets[name].forward_intermediates(picture(), indices=[1, 3, 4], intermediates_only=True)
+            maps = model.eval()(image())
+            whole = models[name].forward_intermediates(image(), indices=[1, 3, 4], intermediates_only=True)
         for one, other in zip(maps, whole, strict=True):
             torch.testing.assert_close(one, other)  # the layers are in the features too
 
 
 @pytest.mark.parametrize("name", [REPLACED, *(pytest.param(n, marks=pytest.mark.slow) for n in PRESETS)])
-def test_presets_export(name, nets):
-    x = picture(32, 48, batch=1)
-    exported = torch.export.export(nets[name], (x,)).module()
-    torch.testing.assert_close(exported(x), nets[name](x))
+def test_presets_export(name, models):
+    x = image(32, 48, batch=1)
+    exported = torch.export.export(models[name], (x,)).module()
+    torch.testing.assert_close(exported(x), models[name](x))
 
 
 @pytest.mark.parametrize("name", [V2, *(pytest.param(n, marks=pytest.mark.slow) for n in PRESETS)])
-def test_presets_compile_without_a_graph_break(name, nets):
+def test_presets_compile_without_a_graph_break(name, models):
     torch.compiler.reset()
-    x = picture(32, 32)
-    compiled = torch.compile(nets[name], fullgraph=True, backend="aot_eager")
+    x = image(32, 32)
+    compiled = torch.compile(models[name], fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), nets[name](x))
+        torch.testing.assert_close(compiled(x), models[name](x))
 
 
-#: Mean and standard deviation of the seeded nets' logits.
+#: Mean and standard deviation of the seeded models' logits.
 GOLDEN = {
     V1: (0.024886923695914446, 0.6627192076701971),
     V2: (-0.08398431394994259, 2.921766323863309),
@@ -170,28 +170,28 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_output(name, nets):
+def test_golden_output(name, models):
     with torch.no_grad():
-        y = nets[name](picture()).double()
+        y = models[name](image()).double()
     assert (y.mean().item(), y.std().item()) == pytest.approx(GOLDEN[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", [V2, REPLACED])
 @pytest.mark.parametrize("feature_cls", ["hook", "fx", "getter"])
-def test_features_in_timms_other_ways(name, feature_cls, nets):
+def test_features_in_timms_other_ways(name, feature_cls, models):
     """Each way gives the maps of the default way, with the layers in it."""
     options = {"features_only": True, "out_indices": (2, 4)}
-    net = timm.create_model(name, feature_cls=feature_cls, **options).eval()
-    assert [type(m) for m in net.modules()].count(ULSAM) == [type(m) for m in nets[name].modules()].count(ULSAM)
+    model = timm.create_model(name, feature_cls=feature_cls, **options).eval()
+    assert [type(m) for m in model.modules()].count(ULSAM) == [type(m) for m in models[name].modules()].count(ULSAM)
     base = timm.create_model("mobilenetv2_100", feature_cls=feature_cls, **options).eval()
-    x = picture(64, 64)
+    x = image(64, 64)
     with torch.no_grad():
-        maps, plain = net(x), base(x)
+        maps, plain = model(x), base(x)
         assert [m.shape for m in maps] == [m.shape for m in plain]
-        layers = [m for m in net.modules() if isinstance(m, ULSAM)]
+        layers = [m for m in model.modules() if isinstance(m, ULSAM)]
         for layer in layers:  # they are run: with NaN in their weights so is the last map
             layer.pointwise.weight.fill_(float("nan"))
-        assert net(x)[-1].isnan().any()
+        assert model(x)[-1].isnan().any()
 
 
 def test_a_mistaken_keyword_is_named():
@@ -206,13 +206,13 @@ def test_a_mistaken_keyword_is_named():
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Tensor]:
-    """A state dict of the small base net."""
+    """A state dict of the small base model."""
     return seeded(timm.create_model(SMALL)).state_dict()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, trained) -> Path:
-    """Weight files of one net in the ways that people write them."""
+    """Weight files of one model in the ways that people write them."""
     path = tmp_path_factory.mktemp("weights")
     backbone = {name: value for name, value in trained.items() if not name.startswith("classifier.")}
     save_file(trained, path / "whole.safetensors")
@@ -228,71 +228,71 @@ def folder(tmp_path_factory, trained) -> Path:
     [
         ("whole.safetensors", 0, "replace 14,17"),
         ("whole.safetensors", 0, "insert 17:1"),
-        ("whole.safetensors", 0, "drop 14"),
+        ("whole.safetensors", 0, "remove 14"),
         ("backbone.safetensors", 2, "replace 14"),
         ("plain.pth", 0, "insert 3:1"),
         ("nested.pth.tar", 0, "replace 17"),
-        ("parallel.pt", 0, "drop 17"),
+        ("parallel.pt", 0, "remove 17"),
     ],
 )
 def test_base_weights_fill_every_untouched_layer(folder, trained, file, heads, edit):
-    recipe = make_recipe(SMALL, [str(n) for n in range(1000)], [Edit.parse(edit)], size=64)
-    net, notes = build(recipe, weights=folder / file)
+    spec = make_spec(SMALL, [str(n) for n in range(1000)], [Edit.parse(edit)], size=64)
+    model, notes = build(spec, weights=folder / file)
     assert len(notes) == heads
-    state = net.state_dict()
+    state = model.state_dict()
     touched = {name for name in state if name not in trained}
-    assert touched == set(ulsam_parameters(net))
+    assert touched == set(ulsam_parameters(model))
     same = [name for name in state if name in trained and not (heads and name.startswith("classifier."))]
     assert all(torch.equal(state[name], trained[name]) for name in same)
-    assert net.training
-    back = remove(net).state_dict()
+    assert model.training
+    back = undo(model).state_dict()
     assert all(torch.equal(back[name], trained[name]) for name in trained if not (heads and name.startswith("class")))
 
 
 def test_a_head_of_another_size_starts_fresh_and_is_said(folder, trained):
-    net, notes = build(make_recipe(SMALL, ["a", "b"], [Edit("replace", "17")]), weights=folder / "whole.safetensors")
+    model, notes = build(make_spec(SMALL, ["a", "b"], [Edit("replace", "17")]), weights=folder / "whole.safetensors")
     assert notes == [
         "classifier.weight: [1000, 1280] there, [2, 1280] here: skipped, starts fresh",
         "classifier.bias: [1000] there, [2] here: skipped, starts fresh",
     ]
-    assert torch.equal(net.conv_stem.weight, trained["conv_stem.weight"])
+    assert torch.equal(model.conv_stem.weight, trained["conv_stem.weight"])
 
 
-def test_weights_of_the_edited_net_fill_the_layers_too(tmp_path):
-    for edit in ["replace 14,17 g=2", "insert 17:1 form=released", "drop 14"]:
-        recipe = make_recipe(SMALL, ["a", "b"], [Edit.parse(edit)])
-        state = seeded(build(recipe)[0]).state_dict()
+def test_weights_of_the_edited_model_fill_the_layers_too(tmp_path):
+    for edit in ["replace 14,17 g=2", "insert 17:1 form=released", "remove 14"]:
+        spec = make_spec(SMALL, ["a", "b"], [Edit.parse(edit)])
+        state = seeded(build(spec)[0]).state_dict()
         save_file(state, tmp_path / "edited.safetensors")
-        net, notes = build(recipe, weights=tmp_path / "edited.safetensors")
+        model, notes = build(spec, weights=tmp_path / "edited.safetensors")
         assert notes == []
-        assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("more", ["replace 17", "drop 17"])
-@pytest.mark.parametrize("first", ["replace 14", "insert 14", "drop 14"])
-def test_weights_of_a_net_with_fewer_edits_fill_the_rest(first, more):
-    before = seeded(build(Recipe(SMALL, ("a", "b"), (Edit.parse(first),), input_size=(3, 32, 32)))[0])
-    net, _ = build(Recipe(SMALL, ("a", "b"), (Edit.parse(first), Edit.parse(more)), input_size=(3, 32, 32)))
-    old, state = before.state_dict(), {name: value.clone() for name, value in net.state_dict().items()}
-    assert load_weights(net, old) == []
-    for name, value in net.state_dict().items():
+@pytest.mark.parametrize("more", ["replace 17", "remove 17"])
+@pytest.mark.parametrize("first", ["replace 14", "insert 14", "remove 14"])
+def test_weights_of_a_model_with_fewer_edits_fill_the_rest(first, more):
+    before = seeded(build(ModelSpec(SMALL, ("a", "b"), (Edit.parse(first),), input_size=(3, 32, 32)))[0])
+    model, _ = build(ModelSpec(SMALL, ("a", "b"), (Edit.parse(first), Edit.parse(more)), input_size=(3, 32, 32)))
+    old, state = before.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
+    assert load_weights(model, old) == []
+    for name, value in model.state_dict().items():
         expected = state if name.startswith("blocks.5.2.") else old  # the new layer stays as it was
         assert torch.equal(value, expected[name]), name
     del old["blocks.4.0.conv_pw.weight"]
     with pytest.raises(UlsamError, match=r"blocks\.4\.0\.conv_pw\.weight is missing"):
-        load_weights(net, old)
+        load_weights(model, old)
 
 
 def test_presets_take_their_bases_weights(folder, tmp_path):
     state = seeded(timm.create_model("mobilenetv2_100", num_classes=10)).state_dict()
     save_file(state, tmp_path / "base.safetensors")
     for name in [V2, REPLACED]:
-        net, notes = build(make_recipe(name, [str(n) for n in range(10)]), weights=tmp_path / "base.safetensors")
+        model, notes = build(make_spec(name, [str(n) for n in range(10)]), weights=tmp_path / "base.safetensors")
         assert notes == []
-        assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items() if k not in ulsam_parameters(net))
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if k not in ulsam_parameters(model))
     overlay = {"file": str(tmp_path / "base.safetensors"), "num_classes": 10}
-    net = timm.create_model(REPLACED, pretrained=True, num_classes=10, pretrained_cfg_overlay=overlay)
-    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items() if k not in ulsam_parameters(net))
+    model = timm.create_model(REPLACED, pretrained=True, num_classes=10, pretrained_cfg_overlay=overlay)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if k not in ulsam_parameters(model))
 
 
 @pytest.mark.parametrize(
@@ -311,17 +311,17 @@ def test_presets_take_their_bases_weights(folder, tmp_path):
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(trained, change, message):
     state = dict(trained)
     change(state)
-    net, _ = build(make_recipe(SMALL, [str(n) for n in range(1000)], [Edit("replace", "17")]))
-    before = {name: value.clone() for name, value in net.state_dict().items()}
+    model, _ = build(make_spec(SMALL, [str(n) for n in range(1000)], [Edit("replace", "17")]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UlsamError, match=message) as caught:
-        load_weights(net, state, "w.pth")
-    assert str(caught.value).startswith("w.pth does not fit this net: ")
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+        load_weights(model, state, "w.pth")
+    assert str(caught.value).startswith("w.pth does not fit this model: ")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_weights_of_another_net_are_refused(folder):
-    with pytest.raises(UlsamError, match=r"backbone\.safetensors does not fit this net: .* more\)$"):
-        build(make_recipe("resnet18", ["a", "b"]), weights=folder / "backbone.safetensors")
+def test_weights_of_another_model_are_refused(folder):
+    with pytest.raises(UlsamError, match=r"backbone\.safetensors does not fit this model: .* more\)$"):
+        build(make_spec("resnet18", ["a", "b"]), weights=folder / "backbone.safetensors")
 
 
 class Bomb:
@@ -339,7 +339,7 @@ class Bomb:
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path, name):
     sprung = tmp_path / "sprung"
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Bomb(sprung)}, tmp_path / name)
-    for call in (read_weights, load, read_recipe):
+    for call in (read_weights, load, read_spec):
         with pytest.raises(UlsamError) as caught:
             call(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -377,56 +377,56 @@ def test_truncated_checkpoints_are_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe",
+    "spec",
     [
-        make_recipe(SMALL, ["Zaunkönig", "鷦鷯", 'a"b', "x, y\n"], [Edit("replace", "14,17", 8)], size=64),
-        make_recipe(SMALL, ["a"], [Edit("insert", "5,blocks.5", 2, "released"), Edit("drop", "14")], crop_pct=1.0),
+        make_spec(SMALL, ["Zaunkönig", "鷦鷯", 'a"b', "x, y\n"], [Edit("replace", "14,17", 8)], size=64),
+        make_spec(SMALL, ["a"], [Edit("insert", "5,blocks.5", 2, "released"), Edit("remove", "14")], crop_pct=1.0),
         pytest.param(
-            make_recipe(V2, ["a", "b", "c"], model_args={"groups": 8, "drop_rate": 0.2}), marks=pytest.mark.slow
+            make_spec(V2, ["a", "b", "c"], model_args={"groups": 8, "drop_rate": 0.2}), marks=pytest.mark.slow
         ),
-        make_recipe(
+        make_spec(
             "mobilenetv1_050", ["a", "b"], [Edit("replace", "blocks.3.4,blocks.*.5")], model_args={"in_chans": 1}
         ),
-        make_recipe("resnet18", ["a", "b"], [Edit("replace", "layer1"), Edit("insert", "layer2")], mean=(0, 0, 0.0)),
+        make_spec("resnet18", ["a", "b"], [Edit("replace", "layer1"), Edit("insert", "layer2")], mean=(0, 0, 0.0)),
         pytest.param(
-            make_recipe("mobilenetv3_small_050.lamb_in1k", ["a", "b"], [Edit("insert", "blocks.1")]),
+            make_spec("mobilenetv3_small_050.lamb_in1k", ["a", "b"], [Edit("insert", "blocks.1")]),
             marks=pytest.mark.slow,
         ),
     ],
-    ids=lambda recipe: recipe.base,
+    ids=lambda spec: spec.base,
 )
-def test_a_model_file_round_trip_is_exact(recipe, tmp_path):
-    net, _ = build(recipe)
-    seeded(net)
-    save_model(net, recipe, tmp_path / "net.safetensors")
-    again, same = load(tmp_path / "net.safetensors")
-    assert same == recipe == read_recipe(tmp_path / "net.safetensors")
+def test_a_model_file_round_trip_is_exact(spec, tmp_path):
+    model, _ = build(spec)
+    seeded(model)
+    save_model(model, spec, tmp_path / "model.safetensors")
+    again, same = load(tmp_path / "model.safetensors")
+    assert same == spec == read_spec(tmp_path / "model.safetensors")
     assert not any(module.training for module in again.modules())
-    assert list(again.state_dict()) == list(net.state_dict())
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in again.state_dict().items())
-    x = picture(channels=recipe.input_size[0])
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    x = image(channels=spec.input_size[0])
     with torch.no_grad():
-        assert torch.equal(again(x), net(x))
-    assert os.listdir(tmp_path) == ["net.safetensors"]
+        assert torch.equal(again(x), model(x))
+    assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
-def test_a_net_that_is_not_its_recipes_is_not_saved(tmp_path):
-    recipe = make_recipe(SMALL, ["a", "b"])
-    other, _ = build(make_recipe(SMALL, ["a", "b"], [Edit("insert", "17")]))
+def test_a_model_that_is_not_its_specs_is_not_saved(tmp_path):
+    spec = make_spec(SMALL, ["a", "b"])
+    other, _ = build(make_spec(SMALL, ["a", "b"], [Edit("insert", "17")]))
     with pytest.raises(
-        UlsamError, match=r"the net is not what its recipe builds: blocks\.5\.2\.ulsam.* expected nothing"
+        UlsamError, match=r"the model is not what its spec builds: blocks\.5\.2\.ulsam.* expected nothing"
     ):
-        save_model(other, recipe, tmp_path / "net.safetensors")
+        save_model(other, spec, tmp_path / "model.safetensors")
     assert os.listdir(tmp_path) == []
     with pytest.raises(UlsamError, match="cannot write"):
-        save_model(build(recipe)[0], recipe, tmp_path / "no" / "net.safetensors")
+        save_model(build(spec)[0], spec, tmp_path / "no" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("file") / "net.safetensors"
-    recipe = make_recipe(SMALL, ["a", "b"], [Edit("replace", "17")], size=64)
-    save_model(build(recipe)[0], recipe, path)
+    path = tmp_path_factory.mktemp("file") / "model.safetensors"
+    spec = make_spec(SMALL, ["a", "b"], [Edit("replace", "17")], size=64)
+    save_model(build(spec)[0], spec, path)
     return path
 
 
@@ -441,22 +441,22 @@ def test_a_file_cut_off_anywhere_gives_one_line(file, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_an_exported_net_is_called_so(tmp_path):
-    exported = tmp_path / "net.onnx"
+def test_an_exported_model_is_called_so(tmp_path):
+    exported = tmp_path / "model.onnx"
     exported.write_bytes(b"\x08\x08")
-    with pytest.raises(UlsamError, match=r"net\.onnx is an exported net; this takes the \.safetensors model file"):
+    with pytest.raises(UlsamError, match=r"model\.onnx is an exported model; this takes the \.safetensors model file"):
         load(exported)
 
 
 def test_nobody_is_advised_to_run_a_file(tmp_path):
-    torch.save({"a": Edit("drop", "14")}, tmp_path / "net.pt")
+    torch.save({"a": Edit("remove", "14")}, tmp_path / "model.pt")
     with pytest.raises(UlsamError, match="holds no weights that can be read safely: ") as caught:
-        read_weights(tmp_path / "net.pt")
+        read_weights(tmp_path / "model.pt")
     assert "Edit" in str(caught.value)
     assert "weights_only=False" not in str(caught.value)
 
 
-def with_recipe(file: Path, path: Path, text: str) -> Path:
+def with_spec(file: Path, path: Path, text: str) -> Path:
     """A copy of a model file with other metadata, its tensors as they were."""
     whole = file.read_bytes()
     (length,) = struct.unpack("<Q", whole[:8])
@@ -469,26 +469,26 @@ def with_recipe(file: Path, path: Path, text: str) -> Path:
 
 NESTED = "[" * 100_000
 HOSTILE = [
-    ({"base": "hf-hub:timm/resnet18.a1_in1k"}, "timm has no net 'hf-hub:timm/resnet18.a1_in1k'"),
-    ({"base": "local-dir:/etc"}, "timm has no net 'local-dir:/etc'"),
-    ({"base": "resnet18.x://evil"}, "timm has no net"),
-    ({"base": "../../resnet18"}, "timm has no net"),
-    ({"base": 5}, "not the recipe of a net"),
-    ({"base": None}, "not the recipe of a net"),
+    ({"base": "hf-hub:timm/resnet18.a1_in1k"}, "timm has no model 'hf-hub:timm/resnet18.a1_in1k'"),
+    ({"base": "local-dir:/etc"}, "timm has no model 'local-dir:/etc'"),
+    ({"base": "resnet18.x://evil"}, "timm has no model"),
+    ({"base": "../../resnet18"}, "timm has no model"),
+    ({"base": 5}, "not the spec of a model"),
+    ({"base": None}, "not the spec of a model"),
     ({"base": "resnet18"}, "layer number 17: the paper's numbers exist for"),
-    ({"base": "resnet18", "edits": []}, "is not what its recipe builds"),
-    ({"base": "vit_giant_patch14_dinov2", "edits": []}, "is not what its recipe builds"),
+    ({"base": "resnet18", "edits": []}, "is not what its spec builds"),
+    ({"base": "vit_giant_patch14_dinov2", "edits": []}, "is not what its spec builds"),
     ({"base": "vit_tiny_patch16_224", "edits": [], "model_args": {"depth": 100_000}}, "tensors, that many more"),
-    ({"classes": "ab"}, "not the recipe of a net"),
-    ({"classes": [1, 2]}, "not the recipe of a net"),
+    ({"classes": "ab"}, "not the spec of a model"),
+    ({"classes": [1, 2]}, "not the spec of a model"),
     ({"classes": ["x"] * 2}, "two classes are called 'x'"),
-    ({"classes": [str(n) for n in range(50_000)]}, "is not what its recipe builds: classifier."),
+    ({"classes": [str(n) for n in range(50_000)]}, "is not what its spec builds: classifier."),
     ({"edits": ["explode 14"]}, "unknown edit 'explode'"),
     ({"edits": ["replace 14 g=4 cmd=rm"]}, "cannot read the edit"),
     ({"edits": ["replace 14"] * 2}, "is a ULSAM layer already"),
-    ({"edits": ["replace 14,17"]}, "is not what its recipe builds"),
+    ({"edits": ["replace 14,17"]}, "is not what its spec builds"),
     ({"edits": ["replace 17 g=7"]}, "does not divide"),
-    ({"edits": [["replace 17"]]}, "not the recipe of a net"),
+    ({"edits": [["replace 17"]]}, "not the spec of a model"),
     ({"model_args": {"pretrained": True}}, "model arguments may not hold pretrained"),
     ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "model arguments may not hold checkpoint_path"),
     ({"model_args": {"pretrained_cfg": {"url": "http://x"}}}, "model arguments may not hold pretrained_cfg"),
@@ -498,32 +498,32 @@ HOSTILE = [
     ({"model_args": {"nonsense": [[[]]]}}, "timm cannot build"),
     ({"model_args": {"act_layer": "no_such"}}, "timm cannot build"),
     ({"model_args": {"in_chans": -1}}, "in_chans -1 is not input_size's 3"),
-    ({"model_args": {"depth": 10**8}}, "no argument of a net may be above 100000"),
+    ({"model_args": {"depth": 10**8}}, "no argument of a model may be above 100000"),
     ({"interpolation": "\x1b[2J"}, "interpolation is one of"),
     ({"crop_pct": 1e-9}, "crop_pct is between 0.1 and 1.5"),
     ({"model_args": {"block_args": 3}}, "timm cannot build"),
-    ({"model_args": {"head_conv": 100_000_000}}, "no argument of a net may be above 100000"),
-    ({"model_args": ["pretrained"]}, "not the recipe of a net"),
+    ({"model_args": {"head_conv": 100_000_000}}, "no argument of a model may be above 100000"),
+    ({"model_args": ["pretrained"]}, "not the spec of a model"),
     ({"input_size": [3, 10**9, 10**9]}, "input_size is C, H, W, each from 1 to 8192"),
     ({"input_size": [3, 0, 64]}, "input_size is C, H, W"),
     ({"input_size": [3, 64]}, "input_size is C, H, W"),
-    ({"input_size": [3, 64, 64.0]}, "not the recipe of a net"),
-    ({"crop_pct": "abc"}, "not the recipe of a net"),
+    ({"input_size": [3, 64, 64.0]}, "not the spec of a model"),
+    ({"crop_pct": "abc"}, "not the spec of a model"),
     ({"crop_pct": float("nan")}, "crop_pct is between 0.1 and 1.5, not nan"),
     ({"crop_pct": 1e9}, "crop_pct is between 0.1 and 1.5"),
     ({"std": [0, 0, 0]}, "stds above 0"),
     ({"mean": [1.0]}, "3 channels need as many means"),
-    ({"mean": "123"}, "not the recipe of a net"),
-    ({"mean": [10**400, 0, 0]}, "not the recipe of a net"),
-    ({"interpolation": {"a": NESTED[:1000]}}, "not the recipe of a net"),
+    ({"mean": "123"}, "not the spec of a model"),
+    ({"mean": [10**400, 0, 0]}, "not the spec of a model"),
+    ({"interpolation": {"a": NESTED[:1000]}}, "not the spec of a model"),
     ({"surprise": 1}, "unknown entries ['surprise']"),
-    ("", "not the recipe of a net"),
-    ("[]", "not the recipe of a net"),
-    ("null", "not the recipe of a net"),
-    ("not json", "not the recipe of a net"),
-    ("{}", "not the recipe of a net: KeyError 'base'"),
-    (NESTED, "not the recipe of a net"),
-    ('{"base": ' + "1" * 5000 + "}", "not the recipe of a net"),
+    ("", "not the spec of a model"),
+    ("[]", "not the spec of a model"),
+    ("null", "not the spec of a model"),
+    ("not json", "not the spec of a model"),
+    ("{}", "not the spec of a model: KeyError 'base'"),
+    (NESTED, "not the spec of a model"),
+    ('{"base": ' + "1" * 5000 + "}", "not the spec of a model"),
 ]
 
 
@@ -535,9 +535,9 @@ def test_hostile_metadata_gives_one_line_and_fetches_and_allocates_nothing(
     monkeypatch.setattr("torch.hub.download_url_to_file", lambda *args, **kwargs: made.append("fetched"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kwargs: made.append("fetched"))
     monkeypatch.setattr("socket.socket.connect", lambda *args: made.append("connected"))
-    recipe = json.loads(read_recipe(file).to_json())
-    text = change if isinstance(change, str) else json.dumps({**recipe, **change})
-    path = with_recipe(file, tmp_path / "hostile.safetensors", text)
+    spec = json.loads(read_spec(file).to_json())
+    text = change if isinstance(change, str) else json.dumps({**spec, **change})
+    path = with_spec(file, tmp_path / "hostile.safetensors", text)
     allocated = 0
     empty = nn.Parameter.__new__
 
@@ -556,70 +556,70 @@ def test_hostile_metadata_gives_one_line_and_fetches_and_allocates_nothing(
     assert allocated == 0
 
 
-def test_a_file_with_its_own_recipe_passes_through_the_same_door(file, tmp_path):
-    path = with_recipe(file, tmp_path / "kind.safetensors", read_recipe(file).to_json())
-    assert load(path)[1] == read_recipe(file)
+def test_a_file_with_its_own_spec_passes_through_the_same_door(file, tmp_path):
+    path = with_spec(file, tmp_path / "kind.safetensors", read_spec(file).to_json())
+    assert load(path)[1] == read_spec(file)
 
 
 def test_other_metadata_and_missing_tensors_are_refused(file, tmp_path):
     state = read_weights(file)
-    text = read_recipe(file).to_json()
+    text = read_spec(file).to_json()
     state.pop("conv_stem.weight")
     save_file(state, tmp_path / "less.safetensors", metadata={"ulsam": text})
     with pytest.raises(UlsamError, match=r"conv_stem\.weight is nothing, expected \(16, 3, 3, 3\)"):
         load(tmp_path / "less.safetensors")
     save_file(state, tmp_path / "none.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UlsamError, match="holds weights without a recipe"):
+    with pytest.raises(UlsamError, match="holds weights without a spec"):
         load(tmp_path / "none.safetensors")
 
 
-# -------------------------------------------------------------------------------------------------- recipes
+# -------------------------------------------------------------------------------------------------- specs
 
 
-def test_the_recipe_of_a_net_has_timms_data_configuration():
-    recipe = make_recipe("mobilenetv1_100", ["a"])
+def test_the_spec_of_a_model_has_timms_data_configuration():
+    spec = make_spec("mobilenetv1_100", ["a"])
     config = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg("mobilenetv1_100").to_dict())
     for key in ("input_size", "interpolation", "crop_pct", "mean", "std"):
-        assert getattr(recipe, key) == config[key], key
-    assert make_recipe("ulsam_mobilenetv1_100_insert_11", ["a"]).mean == recipe.mean
-    given = make_recipe(SMALL, ["a"], size=96, interpolation="bilinear", crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
+        assert getattr(spec, key) == config[key], key
+    assert make_spec("ulsam_mobilenetv1_100_insert_11", ["a"]).mean == spec.mean
+    given = make_spec(SMALL, ["a"], size=96, interpolation="bilinear", crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert given.input_size == (3, 96, 96)
     assert (given.interpolation, given.crop_pct, given.mean, given.std) == ("bilinear", 1.0, (0.5,) * 3, (0.5,) * 3)
-    grey = make_recipe(SMALL, ["a"], model_args={"in_chans": 1})
+    grey = make_spec(SMALL, ["a"], model_args={"in_chans": 1})
     assert (grey.input_size, len(grey.mean), len(grey.std)) == ((1, 224, 224), 1, 1)
 
 
-def test_edits_are_traced_at_the_recipes_size():
-    """A net with a fixed input size runs at that size alone; one that folds pixels into channels hides its channels."""
-    fixed = make_recipe(
+def test_edits_are_traced_at_the_specs_size():
+    """A model with a fixed input size runs at that size alone; one that folds pixels into channels hides these."""
+    fixed = make_spec(
         "maxvit_rmlp_pico_rw_256", ["a"], [Edit("insert", "stages.0")], size=128, model_args={"img_size": 128}
     )
     assert any(isinstance(module, ULSAM) for module in sketch(fixed).modules())
-    folding = make_recipe("tresnet_m", ["a"], [Edit("replace", "body.layer1.1")])
+    folding = make_spec("tresnet_m", ["a"], [Edit("replace", "body.layer1.1")])
     assert isinstance(sketch(folding).body.layer1[1], ULSAM)
 
 
-def test_mistakes_in_a_recipe_are_named():
-    with pytest.raises(UlsamError, match="timm has no net 'mobilenet_v9'"):
-        make_recipe("mobilenet_v9", ["a"])
-    with pytest.raises(UlsamError, match=r"timm has no net 'resnet18\.nope': Invalid pretrained tag"):
-        make_recipe("resnet18.nope", ["a"])
+def test_mistakes_in_a_spec_are_named():
+    with pytest.raises(UlsamError, match="timm has no model 'mobilenet_v9'"):
+        make_spec("mobilenet_v9", ["a"])
+    with pytest.raises(UlsamError, match=r"timm has no model 'resnet18\.nope': Invalid pretrained tag"):
+        make_spec("resnet18.nope", ["a"])
     with pytest.raises(UlsamError, match="model arguments may not hold features_only"):
-        build(Recipe("resnet18", ("a",), model_args={"features_only": True}))
+        build(ModelSpec("resnet18", ("a",), model_args={"features_only": True}))
     with pytest.raises(UlsamError, match="timm cannot build resnet18"):
-        build(Recipe("resnet18", ("a",), model_args={"depth": 3}))
+        build(ModelSpec("resnet18", ("a",), model_args={"depth": 3}))
     with pytest.raises(UlsamError, match="no module is named 'blocks'"):
-        build(Recipe("resnet18", ("a",), edits=(Edit("insert", "blocks"),)))
+        build(ModelSpec("resnet18", ("a",), edits=(Edit("insert", "blocks"),)))
 
 
-def test_a_sketch_has_shapes_and_no_memory(nets):
-    shapes = {name: value.shape for name, value in nets[V2].state_dict().items()}
-    net = sketch(make_recipe(V2, [str(n) for n in range(1000)]))
-    assert {name: value.shape for name, value in net.state_dict().items()} == shapes
-    assert all(value.is_meta for value in [*net.parameters(), *net.buffers()])
+def test_a_sketch_has_shapes_and_no_memory(models):
+    shapes = {name: value.shape for name, value in models[V2].state_dict().items()}
+    model = sketch(make_spec(V2, [str(n) for n in range(1000)]))
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    assert all(value.is_meta for value in [*model.parameters(), *model.buffers()])
 
 
-def test_ulsam_parameters_are_those_of_the_layers(nets):
-    assert ulsam_parameters(nets[V2]) == ["blocks.5.2.ulsam.depthwise.weight", "blocks.5.2.ulsam.pointwise.weight"]
+def test_ulsam_parameters_are_those_of_the_layers(models):
+    assert ulsam_parameters(models[V2]) == ["blocks.5.2.ulsam.depthwise.weight", "blocks.5.2.ulsam.pointwise.weight"]
     assert ulsam_parameters(nn.Conv2d(3, 3, 1)) == []
-    assert set(ulsam.models.__all__) <= set(dir(ulsam.models))
+    assert set(ulsam.model.build.__all__) <= set(dir(ulsam.model.build))

@@ -16,15 +16,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from ulsam.errors import UlsamError
-from ulsam.module import ULSAM, convert_released
+from ulsam.base.errors import UlsamError
+from ulsam.layer.ulsam import ULSAM, convert_released
 
 GOLDEN = Path(__file__).parent / "golden" / "released_ulsam.safetensors"
 FORMS = ["equations", "released", "folded"]
 
 
 def naive(layer: ULSAM, x: Tensor) -> Tensor:
-    """The equations, one subspace, one picture and one pixel at a time (eval mode)."""
+    """The equations, one subspace, one image and one pixel at a time (eval mode)."""
 
     def norm(n: nn.BatchNorm2d, value: Tensor, c: int) -> Tensor:
         return (value - n.running_mean[c]) / torch.sqrt(n.running_var[c] + n.eps) * n.weight[c] + n.bias[c]
@@ -162,7 +162,7 @@ def check_golden(path: Path, case: int) -> None:
         close(layer.state_dict()[name], value, name)
 
 
-def test_released_keys_inside_a_net_keep_their_prefix():
+def test_released_keys_inside_a_model_keep_their_prefix():
     state = {"stem.weight": torch.ones(3), "att.subspaces.0.bn_point.bias": torch.ones(1)}
     state["att.subspaces.1.bn_point.bias"] = torch.zeros(1)
     converted = convert_released(state)
@@ -263,11 +263,11 @@ def test_compiles_without_a_graph_break(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_fx_traces_it(form):
-    net = nn.Sequential(randomised(8, 2, form, dtype=torch.float32)).train()
-    traced = torch.fx.symbolic_trace(net)
+    model = nn.Sequential(randomised(8, 2, form, dtype=torch.float32)).train()
+    traced = torch.fx.symbolic_trace(model)
     x = torch.randn(2, 8, 6, 5)
     for mode in (True, False):  # traced once, it follows the mode
-        torch.testing.assert_close(traced.train(mode)(x), net.train(mode)(x))
+        torch.testing.assert_close(traced.train(mode)(x), model.train(mode)(x))
 
 
 def test_autocast_keeps_the_dtype_that_flows_through():
@@ -314,12 +314,12 @@ def test_the_package_is_light_and_its_names_are_what_they_say():
     code = (
         "import sys, ulsam\n"
         "assert not {'torch', 'timm', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules)\n"
-        "net = __import__('torch').nn.Sequential(ulsam.ULSAM(8))\n"
+        "model = __import__('torch').nn.Sequential(ulsam.ULSAM(8))\n"
         "for _ in range(2):\n"  # a name that is also a module's would turn into the module at its second use
         "    for name in dir(ulsam):\n"
         "        value = getattr(ulsam, name)\n"
         "        assert name.startswith('_') or callable(value), name\n"
-        "print(ulsam.cost(net, (8, 4, 4)).params)\n"
+        "print(ulsam.cost(model, (8, 4, 4)).params)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("16\n", "")

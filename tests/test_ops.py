@@ -23,10 +23,10 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.errors import UlsamError
-from ulsam.module import ULSAM
-from ulsam.ops import cpu, operator, reference, subspace_attention, which_backend
+from ulsam.layer.ops import cpu, operator, reference, subspace_attention, which_backend
+from ulsam.layer.ulsam import ULSAM
 
 OPERATOR = torch.ops.ulsam.subspace_attention.default
 compiled = pytest.mark.skipif(cpu.LIBRARY is None, reason="installed without the C kernels")
@@ -319,7 +319,7 @@ def test_minus_infinity_stays_where_it_is(layout: str, groups: int, isa: int) ->
 @compiled
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [40, 96, 320])
-def test_threads_may_share_a_picture(channels: int, layout: str) -> None:
+def test_threads_may_share_a_image(channels: int, layout: str) -> None:
     found = on_threads(Case((1, channels, 28, 28), 8, "folded", "relu", layout, torch.float32, 0))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
@@ -369,7 +369,7 @@ def test_a_nan_spreads_as_in_pytorch(where: tuple[int, ...], layout: str, isa: i
     case = Case((2, 40, 7, 5), 8, "folded", "normal", layout, torch.float32, 0)
     case.x[where] = float("nan")
     found, exact = case.run("cpu"), case.run("reference")
-    assert exact["y"].isnan().sum() == 5 * 35  # its group, in its picture
+    assert exact["y"].isnan().sum() == 5 * 35  # its group, in its image
     for name in ("y", "dx", "dbias"):
         assert torch.equal(found[name].isnan(), exact[name].isnan()), name
     assert found["dscale"][where[1]].isnan()
@@ -416,7 +416,7 @@ def test_several_python_threads_at_once() -> None:
 def test_a_forked_child_works_where_its_parent_has_threads() -> None:
     code = """
 import os, torch
-from ulsam.ops import subspace_attention
+from ulsam.layer.ops import subspace_attention
 torch.set_num_threads(2)
 x = torch.randn(4, 32, 14, 14)
 y = subspace_attention(x, torch.ones(32), torch.ones(32), 4)[0]
@@ -496,12 +496,12 @@ def test_ddp(form: str) -> None:
     with tempfile.NamedTemporaryFile() as file:
         dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
         try:
-            net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8, 2, form=form)))
+            model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8, 2, form=form)))
             for _ in range(2):  # parameters without a gradient would stop the second step
-                net(torch.randn(2, 3, 5, 5)).square().sum().backward()
+                model(torch.randn(2, 3, 5, 5)).square().sum().backward()
         finally:
             dist.destroy_process_group()
-    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -626,7 +626,8 @@ def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path) -> None:
 
 THREADS = """
 import ctypes, os, struct, sys, torch
-from ulsam.ops import cpu, subspace_attention
+from ulsam.layer.ops import subspace_attention
+from ulsam.layer.ops import cpu
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -711,7 +712,7 @@ def test_an_unknown_backend_is_named(plain: Tensor) -> None:
     "name", ["reference", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "")), "opencl"]
 )
 def test_the_environment_forces_a_backend(name: str) -> None:
-    code = "import torch; from ulsam.ops import which_backend; print(which_backend(torch.ones(1, 8, 4, 4))[0])"
+    code = "import torch; from ulsam.layer.ops import which_backend; print(which_backend(torch.ones(1, 8, 4, 4))[0])"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "ULSAM_BACKEND": name}, capture_output=True, text=True
     )

@@ -27,14 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import ulsam
 from calibrating import calibrated
 from tiny import SETTINGS, draw_splits
-from ulsam.edits import is_followed
-from ulsam.errors import UlsamError
-from ulsam.followed import follow
-from ulsam.models import load
-from ulsam.module import ULSAM
-from ulsam.pruning import customized_pruners, keep_channels
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import train
+from ulsam.base.errors import UlsamError
+from ulsam.layer.ulsam import ULSAM
+from ulsam.model.build import load
+from ulsam.surgery.edited import is_followed
+from ulsam.surgery.followed import follow
+from ulsam.surgery.pruners import customized_pruners, keep_channels
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import train
 
 SIZE = (3, 48, 48)  # maps of 6 x 6 at the last blocks: small ones are flat, whatever the weights
 FIRST, SECOND, LAST = "blocks.1.1", "blocks.1.2", "blocks.2.1"  # the blocks that can go
@@ -73,7 +73,7 @@ def released() -> nn.Module:
 
 
 def removed() -> nn.Module:
-    return ulsam.drop(base(), f"{SECOND},{LAST}", input_size=SIZE)
+    return ulsam.remove(base(), f"{SECOND},{LAST}", input_size=SIZE)
 
 
 EDITED = pytest.mark.parametrize("make", [inserted, replaced, released])
@@ -101,7 +101,7 @@ def assert_same(model: Callable[..., Any], other: Callable[..., Any], tolerance:
 
 
 def without_layer(model: nn.Module) -> nn.Module:
-    return ulsam.remove(copy.deepcopy(model))
+    return ulsam.undo(copy.deepcopy(model))
 
 
 def assert_layer_matters(model: nn.Module) -> None:
@@ -130,8 +130,8 @@ def test_an_edit_of_a_compiled_model_and_its_undoing_take_effect() -> None:
     for edit in (
         lambda: ulsam.insert(compiled, LAST, 4, input_size=SIZE),
         lambda: ulsam.replace(compiled, SECOND, 4, input_size=SIZE),
-        lambda: ulsam.drop(compiled, FIRST, input_size=SIZE),
-        lambda: ulsam.remove(compiled),
+        lambda: ulsam.remove(compiled, FIRST, input_size=SIZE),
+        lambda: ulsam.undo(compiled),
         lambda: ulsam.insert(model, FIRST, 8, input_size=SIZE),
     ):
         before = model(images())
@@ -191,7 +191,7 @@ def test_copies_and_pickles_hold_the_layer_and_can_be_undone(make: Callable[[], 
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(twin, model, 0)
         assert ulsam.edits_of(twin) == ulsam.edits_of(model)
-        assert_same(ulsam.remove(twin), without_layer(model), 0)
+        assert_same(ulsam.undo(twin), without_layer(model), 0)
 
 
 def test_other_names_and_a_checkpoint_of_the_base_model_stay() -> None:
@@ -219,7 +219,7 @@ def test_a_parametrized_module_and_an_insertion_behind_it_are_independent(first:
     assert_same(copy.deepcopy(model), model, 0)
     parametrize.remove_parametrizations(conv, "weight")
     torch.testing.assert_close(model(images()), expected)
-    ulsam.remove(model)
+    ulsam.undo(model)
     assert type(conv) is nn.Conv2d
     assert not torch.allclose(model(images()), expected)
 
@@ -370,20 +370,20 @@ class Forwarding(nn.Module):
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "DataParallel"])
-@pytest.mark.parametrize("edit", [ulsam.replace, ulsam.insert, ulsam.drop])
+@pytest.mark.parametrize("edit", [ulsam.replace, ulsam.insert, ulsam.remove])
 def test_surgery_looks_through_wrappers(wrap: Callable[..., Any], edit: Callable[..., Any]) -> None:
     inner = base()
     wrapped = wrap(inner)
     assert edit(wrapped, LAST, input_size=SIZE) is wrapped
     assert ulsam.edits_of(wrapped) == ulsam.edits_of(inner) != []
     assert [c.name for c in ulsam.candidates(wrapped, SIZE)] == [c.name for c in ulsam.candidates(inner, SIZE)]
-    ulsam.remove(wrapped)
+    ulsam.undo(wrapped)
     assert not ulsam.edits_of(inner)
 
 
 def test_surgery_on_a_wrapper_of_another_kind_raises() -> None:
     wrapper = Forwarding(timm.create_model("mobilenetv2_035"))
-    for edit in (ulsam.replace, ulsam.insert, ulsam.drop):
+    for edit in (ulsam.replace, ulsam.insert, ulsam.remove):
         with pytest.raises(UlsamError, match=r"no module of this Forwarding, which wraps the model: edit its \.inner"):
             edit(wrapper, "17", input_size=SIZE)
     assert not ulsam.edits_of(wrapper)
@@ -403,7 +403,7 @@ def run_onnx(path: Path, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.filterwarnings("ignore")
 def test_ones_own_onnx_export(make: Callable[[], nn.Module], dynamo: bool, tmp_path: Path) -> None:
-    model, path, x = randomised(make()), tmp_path / "net.onnx", images()
+    model, path, x = randomised(make()), tmp_path / "model.onnx", images()
     free: dict[str, Any] = {"dynamic_axes": {"x": {0: "batch", 2: "height", 3: "width"}}, "input_names": ["x"]}
     if dynamo:
         free = {"dynamic_shapes": ({0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC},), "verbose": False}
@@ -498,7 +498,7 @@ def test_torch_export_of_a_model_in_training(make: Callable[[], nn.Module]) -> N
 def test_ahead_of_time_compilation(tmp_path: Path) -> None:
     model, x = randomised(released()), images()
     program = torch.export.export(model, (x,))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "net.pt2"))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     with torch.no_grad():
         assert_same(torch._inductor.aoti_load_package(path), model, 1e-5)
 
@@ -746,10 +746,10 @@ def test_what_wraps_the_forward_around_the_layer_keeps_it_and_is_taken_off_befor
     torch.testing.assert_close(model(images()), expected)
     edits = ulsam.edits_of(model)
     with pytest.raises(UlsamError, match="take its hook off"):
-        ulsam.remove(model)
+        ulsam.undo(model)
     assert ulsam.edits_of(model) == edits  # none was undone
     host.forward = present
-    ulsam.remove(model)
+    ulsam.undo(model)
     with pytest.raises(UlsamError, match="would no longer run"):
         follow(host, nn.ReLU())
         host.forward = lambda x: x

@@ -7,10 +7,10 @@ from decimal import Decimal
 import pytest
 
 from ulsam.cli import main
-from ulsam.paper import TABLES, Row, report, rows
-from ulsam.presets import PLACEMENTS
+from ulsam.model.paper import TABLES, Row, report, rows
+from ulsam.model.presets import PLACEMENTS
 
-#: Which figures are off: table, net, and of the two columns the printed ones.
+#: Which figures are off: table, model, and of the two columns the printed ones.
 OFF = {
     ("Baselines", "mobilenetv2_100"): {"3.4M", "300M"},
     ("Replaced, ImageNet-1K", "ulsam_mobilenetv2_100_replace_14_17"): {"2.96M"},
@@ -33,11 +33,11 @@ def test_exactly_the_known_figures_are_off_and_say_why(found):
     for row in found:
         printed = {figure.printed for figure in figures(row) if not figure.agrees}
         if printed:
-            off[row.table, row.net] = printed
+            off[row.table, row.name] = printed
             assert all(text in row.note for text in printed), row
     assert off == OFF
-    explained = {(row.table, row.net or row.model) for row in found if row.note}
-    assert explained == {*OFF, ("Attention modules at 512 x 14 x 14", "A2-Net")}
+    explained = {(row.table, row.name or row.model) for row in found if row.note}
+    assert explained == {*OFF, ("Attention modules at 512 x 14 x 14", "A2-Model")}
 
 
 def test_agreement_means_every_printed_digit(found):
@@ -50,7 +50,7 @@ def test_agreement_means_every_printed_digit(found):
 
 
 @pytest.mark.parametrize(
-    ("net", "params", "macs"),
+    ("model", "params", "macs"),
     [  # by hand: what the blocks cost, less ULSAM's 2m and 2m hw; V2 without BatchNorm's parameters
         ("ulsam_mobilenetv2_100_replace_14", 576 * (96 * 2 + 9) - 192, (576 * (96 * 2 + 9) - 192) * 196),
         ("ulsam_mobilenetv2_100_replace_17", 960 * (160 * 2 + 9) - 320, (960 * (160 * 2 + 9) - 320) * 49),
@@ -58,23 +58,23 @@ def test_agreement_means_every_printed_digit(found):
         ("ulsam_mobilenetv1_050_replace_12", 256 * (256 + 9) + 1024 - 512, (256 * (256 + 9) - 512) * 196),
     ],
 )
-def test_the_counted_reductions_are_those_of_the_blocks(found, net, params, macs):
+def test_the_counted_reductions_are_those_of_the_blocks(found, model, params, macs):
     for row in found:
-        if row.net == net:
+        if row.name == model:
             assert (row.params.counted, row.macs.counted) == (-params, -macs)
 
 
 def test_every_placement_and_table_appears(found):
-    assert {row.net for row in found if row.place and row.net} == set(PLACEMENTS)
+    assert {row.name for row in found if row.place and row.name} == set(PLACEMENTS)
     assert {row.table for row in found} == set(TABLES)
-    assert all(PLACEMENTS[row.net][1] == row.place for row in found if row.net in PLACEMENTS)
+    assert all(PLACEMENTS[row.name][1] == row.place for row in found if row.name in PLACEMENTS)
     count = {title: sum(row.table == title for row in found) for title in TABLES}
     assert list(count.values()) == [4, 4, 6, 1, 6, 6]
 
 
 def test_the_stated_range_of_the_v2_base_is_right(found):
     """299.996M to 299.999M fit every V2 row of FLOPs but the two that are off; a step further does not."""
-    fitting = [row.macs for row in found if "mobilenetv2" in row.net and row.place and row.macs.agrees]
+    fitting = [row.macs for row in found if "mobilenetv2" in row.name and row.place and row.macs.agrees]
     assert len(fitting) == 8
 
     def fits(base: str) -> bool:
@@ -98,7 +98,7 @@ def test_accuracies_are_typed_and_complete(found):
     best = {
         score.groups: (score.top1, score.top5)
         for row in found
-        if row.net == "ulsam_mobilenetv2_100_insert_17"
+        if row.name == "ulsam_mobilenetv2_100_insert_17"
         for score in row.scores
     }
     assert best[4] == (71.64, 90.27)
@@ -130,5 +130,5 @@ def test_the_command_prints_the_report_or_json(capsys):
     assert capsys.readouterr().out == report() + "\n"
     assert main(["paper", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert [row["net"] for row in data] == [row.net for row in rows()]
+    assert [row["name"] for row in data] == [row.name for row in rows()]
     assert data[0]["scores"][0] == {"data": "ImageNet-1K", "groups": None, "top1": 70.65, "top5": 89.76}

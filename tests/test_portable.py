@@ -31,7 +31,7 @@ def test_all_goes_on_without_what_windows_lacks(tmp_path: Path) -> None:
         "elsewhere": [None, True],
     }
     log = (tmp_path / "arms" / "base" / "seed-0.log").read_text()
-    assert "pictures, 0 MB, in memory" in log
+    assert "images, 0 MB, in memory" in log
     assert not list(tmp_path.rglob("*.part"))
 
 

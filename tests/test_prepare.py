@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data import prepare as module
 from ulsam.data.prepare import OFFICIAL, prepare
-from ulsam.errors import UlsamError
 
 FOOD_TRAIN = [f"{food}/{n}" for food in ("apple_pie", "waffles") for n in (11, 12, 13)]
 FOOD_TEST = ["apple_pie/21", "waffles/22"]
@@ -27,7 +27,7 @@ DOGS = ["n02085620-Chihuahua/n02085620_1.jpg", "n02116738-African_hunting_dog/n0
 
 
 def jpeg(name: str) -> bytes:
-    """A small picture that is another one for another name."""
+    """A small image that is another one for another name."""
     stream = io.BytesIO()
     Image.new("RGB", (8, 6), tuple(name.encode()[-7:-4])).save(stream, "jpeg")
     return stream.getvalue()
@@ -84,8 +84,8 @@ def dogs(folder: Path) -> list[Path]:
         stream = io.BytesIO()
         savemat(stream, {"file_list": cells, "annotation_list": cells, "labels": np.ones((len(files), 1))})
         lists[f"{name}_list.mat"] = stream.getvalue()
-    pictures = {f"Images/{name}": jpeg(name) for name in DOGS}
-    return [pack(folder / "images.tar", pictures), pack(folder / "lists.tar", lists)]
+    images = {f"Images/{name}": jpeg(name) for name in DOGS}
+    return [pack(folder / "images.tar", images), pack(folder / "lists.tar", lists)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -134,8 +134,8 @@ def test_an_empty_folder_is_accepted_and_a_filled_one_is_not(tmp_path):
 def test_command_line(tmp_path, capsys):
     assert main(["prepare", "food101", str(food101(tmp_path)), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
-    assert "6 train and 2 test pictures of 2 classes" in printed.out
-    assert "75750 train and 25250 test pictures of 101 classes" in printed.err
+    assert "6 train and 2 test images of 2 classes" in printed.out
+    assert "75750 train and 25250 test images of 101 classes" in printed.err
     assert main(["prepare", "food101", str(tmp_path / "nowhere.tar"), str(tmp_path / "out2")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -161,7 +161,7 @@ def fails(folder: Path, name: str, archives: Path | list[Path], match: str) -> N
     assert sorted(os.listdir(folder)) == before
 
 
-def test_a_listed_picture_that_is_missing_is_named(tmp_path):
+def test_a_listed_image_that_is_missing_is_named(tmp_path):
     archive = food101(tmp_path, **{"images/waffles/12.jpg": None})
     fails(tmp_path, "food101", archive, r"waffles/12\.jpg of the official split not found")
     archive = food101(tmp_path, **{"images/waffles/12.jpg": None, "images/waffles/22.jpg": None})
@@ -170,11 +170,11 @@ def test_a_listed_picture_that_is_missing_is_named(tmp_path):
 
 def test_lists_missing_empty_or_damaged(tmp_path):
     fails(tmp_path, "food101", food101(tmp_path, **{"meta/test.txt": None}), "no meta/test.txt in .*made from food-101")
-    fails(tmp_path, "food101", food101(tmp_path, **{"meta/test.txt": b"", "meta/train.txt": b"\n"}), "name no pictures")
+    fails(tmp_path, "food101", food101(tmp_path, **{"meta/test.txt": b"", "meta/train.txt": b"\n"}), "name no images")
     fails(tmp_path, "food101", food101(tmp_path, **{"meta/test.txt": b"\xff\xfe"}), "damaged")
-    pictures, lists = dogs(tmp_path)
+    images, lists = dogs(tmp_path)
     pack(lists, {"train_list.mat": b"MATLAB, or so it says", "test_list.mat": b""})
-    fails(tmp_path, "dogs", [pictures, lists], "damaged")
+    fails(tmp_path, "dogs", [images, lists], "damaged")
 
 
 def test_another_archive(tmp_path):

@@ -1,4 +1,4 @@
-"""A net that no recipe builds, trained as it is: its files, going on with it, and what is refused."""
+"""A model that no spec builds, trained as it is: its files, going on with it, and what is refused."""
 
 import json
 import os
@@ -15,21 +15,21 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tiny import SETTINGS, draw_splits
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.costs import cost
 from ulsam.data import loading
-from ulsam.errors import UlsamError
-from ulsam.models import build
-from ulsam.train import parts
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import Interrupted, resume, train
+from ulsam.model.build import build
+from ulsam.surgery.cost import cost
+from ulsam.training import parts
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import Interrupted, resume, train
 
 FILES = ["checkpoint.pt", "config.yaml", "curves.png", "metrics.csv", "summary.json", "weights.safetensors"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 training and 15 validation pictures of 3 colours."""
+    """36 training and 15 validation images of 3 colours."""
     return draw_splits(tmp_path_factory.mktemp("data"), noise=30)
 
 
@@ -53,7 +53,7 @@ def narrow(seed: int = 0, width: int = 6) -> nn.Module:
 @pytest.fixture(scope="module")
 def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "unbroken"
-    train(config(data, ema=0.5), run, net=narrow())
+    train(config(data, ema=0.5), run, model=narrow())
     return run
 
 
@@ -69,9 +69,9 @@ def stopped(data: Path, tmp_path: Path) -> Path:
 
     handle = register_optimizer_step_post_hook(note)
     try:
-        call = re.escape(f"; go on with: ulsam.train.loop.resume({str(tmp_path / 'run')!r}, net=...)")
+        call = re.escape(f"; go on with: ulsam.training.loop.resume({str(tmp_path / 'run')!r}, model=...)")
         with pytest.raises(Interrupted, match=rf"stopped in epoch 1, step 2{call}"):
-            train(config(data, ema=0.5), tmp_path / "run", net=narrow())
+            train(config(data, ema=0.5), tmp_path / "run", model=narrow())
     finally:
         handle.remove()
     return tmp_path / "run"
@@ -87,26 +87,26 @@ def test_its_files(unbroken: Path) -> None:
     assert summary["prepared"] is True
     assert (summary["cost"]["params"], summary["cost"]["macs"]) == (counted.params, counted.macs)
     assert summary["base_cost"]["params"] > 50_000
-    assert summary["recipe"]["classes"] == ["class0", "class1", "class2"]
+    assert summary["spec"]["classes"] == ["class0", "class1", "class2"]
 
 
 def test_it_starts_from_the_weights_that_it_has(data: Path, tmp_path: Path) -> None:
-    net = narrow()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    summary = train(config(data, epochs=1, lr=1e-9), tmp_path / "run", net=net)
+    model = narrow()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    summary = train(config(data, epochs=1, lr=1e-9), tmp_path / "run", model=model)
     after = load_file(tmp_path / "run" / "weights.safetensors")
     for name in ("0.weight", "6.weight", "6.bias"):
         torch.testing.assert_close(after[name], before[name], atol=1e-7, rtol=0)
     assert summary["prepared"]
 
 
-def test_a_recipes_net_ends_in_the_weights_of_its_own_run(data: Path, tmp_path: Path) -> None:
+def test_a_specs_model_ends_in_the_weights_of_its_own_run(data: Path, tmp_path: Path) -> None:
     """Handed over as it is built, it is trained as `train` trains it."""
     chosen = config(data, ema=0.5)
     train(chosen, tmp_path / "own")
     loading.seed_all(chosen.seed)
-    net, _ = build(parts.recipe_of(chosen, ["class0", "class1", "class2"]))
-    train(chosen, tmp_path / "prepared", net=net)
+    model, _ = build(parts.spec_of(chosen, ["class0", "class1", "class2"]))
+    train(chosen, tmp_path / "prepared", model=model)
     own = load_file(tmp_path / "own" / "model.safetensors")
     prepared = load_file(tmp_path / "prepared" / "weights.safetensors")
     assert own.keys() == prepared.keys()
@@ -114,7 +114,7 @@ def test_a_recipes_net_ends_in_the_weights_of_its_own_run(data: Path, tmp_path: 
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(stopped: Path, unbroken: Path) -> None:
-    resume(stopped, net=narrow(seed=7))  # its own weights do not matter
+    resume(stopped, model=narrow(seed=7))  # its own weights do not matter
     assert (stopped / "weights.safetensors").read_bytes() == (unbroken / "weights.safetensors").read_bytes()
     assert sorted(os.listdir(stopped)) == FILES
 
@@ -127,49 +127,51 @@ def test_killed_before_its_first_step_it_goes_on_from_the_weights_it_had(
 
     with monkeypatch.context() as patch, pytest.raises(SystemError):
         patch.setattr(loading, "check_labels", power_cut)
-        train(config(data, ema=0.5), tmp_path / "run", net=narrow())
+        train(config(data, ema=0.5), tmp_path / "run", model=narrow())
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "config.yaml"]
-    resume(tmp_path / "run", net=narrow(seed=7))
+    resume(tmp_path / "run", model=narrow(seed=7))
     assert (tmp_path / "run" / "weights.safetensors").read_bytes() == (unbroken / "weights.safetensors").read_bytes()
 
 
 def test_what_cannot_be_resumed(stopped: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UlsamError, match=r"the checkpoint in .* is not of this run: .*size mismatch for 0\.weight"):
-        resume(stopped, net=narrow(width=8))
+        resume(stopped, model=narrow(width=8))
     with pytest.raises(UlsamError, match=r"the checkpoint in .* is not of this run: "):
-        resume(stopped, net=nn.Sequential(*narrow(), nn.BatchNorm1d(3)))
+        resume(stopped, model=nn.Sequential(*narrow(), nn.BatchNorm1d(3)))
     capsys.readouterr()
     assert main(["train", "--resume", str(stopped)]) == 2
     assert capsys.readouterr().err == (
-        f"ulsam: error: {stopped} trains a prepared net: go on from Python, "
-        f"ulsam.train.loop.resume({str(stopped)!r}, net=...)\n"
+        f"ulsam: error: {stopped} trains a prepared model: go on from Python, "
+        f"ulsam.training.loop.resume({str(stopped)!r}, model=...)\n"
     )
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "config.yaml").write_text((stopped / "config.yaml").read_text())
-    with pytest.raises(UlsamError, match=r"plain trains the net of its settings, not a prepared one: leave net out"):
-        resume(plain, net=narrow())
+    with pytest.raises(
+        UlsamError, match=r"plain trains the model of its settings, not a prepared one: leave model out"
+    ):
+        resume(plain, model=narrow())
 
 
 @pytest.mark.parametrize(
-    ("settings", "net", "message"),
+    ("settings", "model", "message"),
     [
         (
             {"edits": ["insert blocks.2"]},
             narrow(),
-            "a prepared net is trained as it is: leave edits out of its settings",
+            "a prepared model is trained as it is: leave edits out of its settings",
         ),
-        ({"weights": "a.pt"}, narrow(), "a prepared net is trained as it is: leave weights out"),
-        ({"drop_rate": 0.1}, narrow(), "a prepared net is trained as it is: leave drop_rate out"),
-        ({}, narrow()[:-1], r"the prepared net puts out \[1, 6\] for a picture; \[1, 3\] is right here"),
-        ({}, narrow()[:1], r"the prepared net puts out \[1, 6, 15, 15\] for a picture"),
-        ({}, narrow()[3:], r"Sequential does not run on one picture of \[3, 32, 32\]"),
+        ({"weights": "a.pt"}, narrow(), "a prepared model is trained as it is: leave weights out"),
+        ({"drop_rate": 0.1}, narrow(), "a prepared model is trained as it is: leave drop_rate out"),
+        ({}, narrow()[:-1], r"the prepared model puts out \[1, 6\] for an image; \[1, 3\] is right here"),
+        ({}, narrow()[:1], r"the prepared model puts out \[1, 6, 15, 15\] for an image"),
+        ({}, narrow()[3:], r"Sequential does not run on one image of \[3, 32, 32\]"),
         ({"ulsam_lr": 2}, narrow(), "ulsam_lr has nothing to act on"),
     ],
 )
 def test_what_cannot_be_trained(
-    settings: dict[str, Any], net: nn.Module, message: str, data: Path, tmp_path: Path
+    settings: dict[str, Any], model: nn.Module, message: str, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UlsamError, match=f"^{message}"):
-        train(config(data, **settings), tmp_path / "run", net=net)
+        train(config(data, **settings), tmp_path / "run", model=model)
     assert not (tmp_path / "run").exists()

@@ -19,17 +19,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tiny import NET, SETTINGS, draw_splits, options
+from ulsam.base.distributed import World
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.distributed import World
-from ulsam.errors import UlsamError
-from ulsam.models import build, load
-from ulsam.recipe import Edit, Recipe
-from ulsam.train import machine
-from ulsam.train import probe as probe_module
-from ulsam.train.config import TrainConfig, read_config
-from ulsam.train.loop import Trainer, resume, train
-from ulsam.train.probe import Setup, Step, candidates, choose, probe, settle, time_in_turn, undecided
-from ulsam.train.state import read_checkpoint
+from ulsam.model.build import build, load
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.training import machine
+from ulsam.training import probe as probe_module
+from ulsam.training.checkpoint import read_checkpoint
+from ulsam.training.config import TrainConfig, read_config
+from ulsam.training.loop import Trainer, resume, train
+from ulsam.training.probe import Setup, Step, candidates, choose, probe, resolve_auto, time_in_turn, undecided
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -45,8 +45,8 @@ def config(data: str | Path = "data", **settings: Any) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def net() -> nn.Module:
-    return build(Recipe(NET, ("a", "b", "c"), (Edit.parse("insert blocks.2 g=4"),), input_size=SIZE))[0]
+def model() -> nn.Module:
+    return build(ModelSpec(NET, ("a", "b", "c"), (Edit.parse("insert blocks.2 g=4"),), input_size=SIZE))[0]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_bf16_is_a_candidate_where_the_processor_has_it(
 
 @pytest.mark.slow  # a process that imports torch
 def test_a_limit_on_the_instruction_set_counts() -> None:
-    code = "import torch; from ulsam.train.machine import has_bf16; assert not has_bf16(torch.device('cpu'))"
+    code = "import torch; from ulsam.training.machine import has_bf16; assert not has_bf16(torch.device('cpu'))"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"})
 
 
@@ -122,13 +122,13 @@ def test_a_limit_on_the_instruction_set_counts() -> None:
     ],
 )
 def test_what_is_given_is_not_probed(
-    given: dict[str, str], asked: list[Setup], chosen: Setup, net: nn.Module, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, str], asked: list[Setup], chosen: Setup, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be_a_machine(monkeypatch, bf16=True)
     if len(asked) == 1 and machine.why_not_compiled():
         pytest.skip(f"nothing is left to time: {machine.why_not_compiled()}")
     timer = Timer({PLAIN: 1e-3, LAST: 8e-4, PLAIN_BF16: 7e-4, LAST_BF16: 5e-4})
-    settled, lines = probe(config(**given), net, SIZE, MANY, ALONE, timer)
+    settled, lines = probe(config(**given), model, SIZE, MANY, ALONE, timer)
     assert timer.asked == [asked]
     assert (settled.layout, settled.amp, settled.compile) == dataclasses.astuple(chosen)
     assert dataclasses.replace(settled, layout="auto", amp="auto", compile="auto") == dataclasses.replace(
@@ -140,40 +140,42 @@ def test_what_is_given_is_not_probed(
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_nothing_is_probed_where_all_is_given_or_the_run_is_short(
-    bf16: bool, net: nn.Module, monkeypatch: pytest.MonkeyPatch
+    bf16: bool, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be_a_machine(monkeypatch, bf16=bf16)
     timer = Timer({})
     given = config(layout="contiguous", amp="none", compile="none")
-    assert probe(given, net, SIZE, MANY, ALONE, timer) == (given, [])
-    settled, lines = probe(config(), net, SIZE, 300, ALONE, timer)
+    assert probe(given, model, SIZE, MANY, ALONE, timer) == (given, [])
+    settled, lines = probe(config(), model, SIZE, 300, ALONE, timer)
     assert (settled.layout, settled.amp, settled.compile) == ("channels_last", "none", "none")
     assert lines == [
         "probe   none for a run of 300 steps: channels_last float32 eager; to choose: --layout --amp --compile"
     ]
-    assert probe(config(layout="contiguous"), net, SIZE, 300, ALONE, timer)[0].layout == "contiguous"
+    assert probe(config(layout="contiguous"), model, SIZE, 300, ALONE, timer)[0].layout == "contiguous"
     assert timer.asked == []
 
 
-def test_nothing_is_probed_where_the_machine_leaves_no_choice(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_probed_where_the_machine_leaves_no_choice(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     be_a_machine(monkeypatch, bf16=False, compiler="no-such-compiler")
     timer = Timer({})
-    settled, lines = probe(config(layout="contiguous", compile="none"), net, SIZE, MANY, ALONE, timer)
+    settled, lines = probe(config(layout="contiguous", compile="none"), model, SIZE, MANY, ALONE, timer)
     assert (settled.layout, settled.amp, settled.compile) == ("contiguous", "none", "none")
     only = "probe   none: this machine leaves no choice but contiguous float32 eager"
     assert lines == [f"{only}; to choose: --amp"]
-    settled, lines = probe(config(layout="contiguous"), net, SIZE, MANY, ALONE, timer)
+    settled, lines = probe(config(layout="contiguous"), model, SIZE, MANY, ALONE, timer)
     assert (settled.layout, settled.amp, settled.compile) == ("contiguous", "none", "none")
     assert lines == [f"{only}, as {NO_COMPILER}; to choose: --amp --compile"]
     assert timer.asked == []
 
 
-def test_what_does_not_fit_into_the_memory_is_left_out(net: nn.Module) -> None:
-    settled, lines = probe(config(amp="none"), net, SIZE, MANY, ALONE, Timer({LAST: 1e-3}))
+def test_what_does_not_fit_into_the_memory_is_left_out(model: nn.Module) -> None:
+    settled, lines = probe(config(amp="none"), model, SIZE, MANY, ALONE, Timer({LAST: 1e-3}))
     assert settled.layout == "channels_last"
     assert "contiguous float32 eager does not fit into the memory" in lines[0]
     with pytest.raises(UlsamError, match=r"^the memory is full: use a smaller --batch-size"):
-        probe(config(), net, SIZE, MANY, ALONE, Timer({}))
+        probe(config(), model, SIZE, MANY, ALONE, Timer({}))
 
     def full() -> None:
         raise torch.OutOfMemoryError
@@ -195,13 +197,13 @@ def test_the_probe_is_short(seconds: float, steps: int, times: int) -> None:
     assert taken == times
 
 
-def test_compilation_is_tried_where_it_can_pay(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_is_tried_where_it_can_pay(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     be_a_machine(monkeypatch, bf16=False)
     given = config(amp="none")
-    short = probe(given, net, SIZE, MANY, ALONE, Timer({PLAIN: 1e-2, LAST: 1e-2}))[1][-1]
+    short = probe(given, model, SIZE, MANY, ALONE, Timer({PLAIN: 1e-2, LAST: 1e-2}))[1][-1]
     assert "not compiled: it takes a minute or more, which a run of about 17 minutes does not earn back" in short
     monkeypatch.setenv("CXX", "no-such-compiler")
-    settled, lines = probe(given, net, SIZE, MANY, ALONE, Timer({PLAIN: 1.0, LAST: 1.0}))
+    settled, lines = probe(given, model, SIZE, MANY, ALONE, Timer({PLAIN: 1.0, LAST: 1.0}))
     assert settled.compile == "none"
     assert f"not compiled: {NO_COMPILER}" in lines[-1]
 
@@ -209,24 +211,24 @@ def test_compilation_is_tried_where_it_can_pay(net: nn.Module, monkeypatch: pyte
 # no trace
 
 
-def test_it_leaves_no_trace(net: nn.Module) -> None:
+def test_it_leaves_no_trace(model: nn.Module) -> None:
     torch.manual_seed(1)
     random.seed(2)
     np.random.seed(3)
-    before = copy.deepcopy(net.state_dict())
-    kinds = {name: (value.stride(), value.dtype) for name, value in net.state_dict().items()}
-    flags = [(parameter.requires_grad, parameter.grad) for parameter in net.parameters()]
+    before = copy.deepcopy(model.state_dict())
+    kinds = {name: (value.stride(), value.dtype) for name, value in model.state_dict().items()}
+    flags = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), torch.get_num_threads()
-    settled, lines = probe(config(drop_rate=0.3, freeze=["conv_stem"]), net, SIZE, 2000, ALONE)
+    settled, lines = probe(config(drop_rate=0.3, freeze=["conv_stem"]), model, SIZE, 2000, ALONE)
     assert not undecided(settled)
     assert " ms a step" in lines[0]
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2])
     assert torch.get_num_threads() == states[3]
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert {name: (value.stride(), value.dtype) for name, value in net.state_dict().items()} == kinds
-    assert [(parameter.requires_grad, parameter.grad) for parameter in net.parameters()] == flags
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {name: (value.stride(), value.dtype) for name, value in model.state_dict().items()} == kinds
+    assert [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()] == flags
 
 
 @pytest.fixture
@@ -266,10 +268,10 @@ def test_a_candidate_that_runs_out_of_memory_late_is_left_out() -> None:
 def test_one_probe_serves_a_comparison(data: Path, eager_to_probe: None, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    settled = settle(config(data))
+    settled = resolve_auto(config(data))
     assert capsys.readouterr().out.count("probe   ") == 2
     assert "auto" not in (settled.layout, settled.amp, settled.compile)
-    assert settle(settled) == settled
+    assert resolve_auto(settled) == settled
     assert capsys.readouterr().out == ""
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
@@ -307,9 +309,9 @@ def test_a_run_does_not_change_its_choice(data: Path, tmp_path: Path) -> None:
 # what the machine lacks
 
 
-def test_bf16_without_hardware_is_allowed_and_told(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_without_hardware_is_allowed_and_told(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     be_a_machine(monkeypatch, bf16=False)
-    settled, lines = probe(config(amp="bf16"), net, SIZE, 10, ALONE)
+    settled, lines = probe(config(amp="bf16"), model, SIZE, 10, ALONE)
     assert settled.amp == "bf16"
     assert lines[0] == "note    cpu has no bfloat16 in hardware here: --amp none may be faster than bf16"
 

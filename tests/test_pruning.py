@@ -1,4 +1,4 @@
-"""The pruning benchmark: it reaches its share, and the pruned net trains and goes on, in the right folders."""
+"""The pruning benchmark: it reaches its share, and the pruned model trains and goes on, in the right folders."""
 
 import dataclasses
 import json
@@ -16,19 +16,19 @@ from torch import nn
 from scripts import BENCHMARKS, load_benchmark
 from stopping import stop_after
 from tiny import NET, SETTINGS, draw_splits
-from ulsam.comparison import report
-from ulsam.comparison.arms import Arm
-from ulsam.comparison.grid import Grid
-from ulsam.comparison.launch import lock_of
-from ulsam.comparison.store import Store
-from ulsam.costs import cost
-from ulsam.errors import UlsamError
-from ulsam.locks import take_lock
-from ulsam.models import build
-from ulsam.recipe import Recipe
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import train
-from ulsam.train.state import read_checkpoint
+from ulsam.base.errors import UlsamError
+from ulsam.base.locks import take_lock
+from ulsam.model.build import build
+from ulsam.model.spec import ModelSpec
+from ulsam.study.arms import Arm
+from ulsam.study.compare import report
+from ulsam.study.grid import Grid
+from ulsam.study.launch import lock_of
+from ulsam.study.run_store import Store
+from ulsam.surgery.cost import cost
+from ulsam.training.checkpoint import read_checkpoint
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import train
 
 pytest.importorskip("torch_pruning")
 SIZE = (3, 32, 32)
@@ -40,59 +40,59 @@ def pruning() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def net() -> nn.Module:
+def model() -> nn.Module:
     torch.manual_seed(0)
-    net, _ = build(Recipe(NET, ("a", "b", "c"), input_size=SIZE))
-    for module in net.modules():
+    model, _ = build(ModelSpec(NET, ("a", "b", "c"), input_size=SIZE))
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    return net
+    return model
 
 
 @pytest.mark.parametrize(("measure", "uniform"), [("macs", False), ("params", True)])
 def test_the_share_is_reached(
-    pruning: ModuleType, net: nn.Module, measure: str, uniform: bool, monkeypatch: pytest.MonkeyPatch
+    pruning: ModuleType, model: nn.Module, measure: str, uniform: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning, "STEPS", 200)  # fine enough for so few channels
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    pruned = pruning.prune(net, SIZE, 0.95, measure, uniform=uniform)
-    whole, now = cost(net, SIZE), cost(pruned, SIZE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruned = pruning.prune(model, SIZE, 0.95, measure, uniform=uniform)
+    whole, now = cost(model, SIZE), cost(pruned, SIZE)
     assert getattr(now, measure) / getattr(whole, measure) == pytest.approx(0.95, rel=0.01)
     assert now.macs < whole.macs
     assert now.params < whole.params
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert pruned(torch.randn(2, *SIZE)).shape == (2, 3)
 
 
 def test_it_ends_on_the_nearer_side_of_a_coarse_step(
-    pruning: ModuleType, net: nn.Module, monkeypatch: pytest.MonkeyPatch
+    pruning: ModuleType, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning, "STEPS", 20)
     monkeypatch.setattr(pruning, "TOLERANCE", 1.0)
-    whole = cost(net, SIZE).macs
-    shares = [cost(pruning.prune(net, SIZE, share, uniform=True), SIZE).macs / whole for share in (0.97, 0.93, 0.9)]
+    whole = cost(model, SIZE).macs
+    shares = [cost(pruning.prune(model, SIZE, share, uniform=True), SIZE).macs / whole for share in (0.97, 0.93, 0.9)]
     assert shares == [1.0, pytest.approx(0.8727, abs=1e-4), pytest.approx(0.8727, abs=1e-4)]  # one step leads there
 
 
 def test_the_least_important_channels_go_whatever_the_classifier_says(pruning: ModuleType) -> None:
     """Channels 0 and 1 have small weights in the backbone and great ones in the classifier; they go first."""
-    net, _ = build(Recipe(NET, ("a", "b", "c"), input_size=SIZE))
+    model, _ = build(ModelSpec(NET, ("a", "b", "c"), input_size=SIZE))
     with torch.no_grad():
-        for parameter in (net.conv_head.weight, net.bn2.weight):
+        for parameter in (model.conv_head.weight, model.bn2.weight):
             parameter[:2] = 1e-6
-        net.classifier.weight[:, :2] = 1e6
-    pruned = pruning.prune(net, SIZE, 0.985)
+        model.classifier.weight[:, :2] = 1e6
+    pruned = pruning.prune(model, SIZE, 0.985)
     assert pruned.classifier.in_features < 256
     assert float(pruned.bn2.weight.detach().min()) > 1e-3
     assert not pruned.classifier.weight.any()
 
 
-def test_a_share_that_cannot_be(pruning: ModuleType, net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_that_cannot_be(pruning: ModuleType, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UlsamError, match=r"^the share that stays lies between 0 and 1, not 1.5$"):
-        pruning.prune(net, SIZE, 1.5)
+        pruning.prune(model, SIZE, 1.5)
     monkeypatch.setattr(pruning, "STEPS", 4)
     with pytest.raises(UlsamError, match=r"^pruning ends at \d\.\d+ of the macs, not within 1 % of 0.95$"):
-        pruning.prune(net, SIZE, 0.95)
+        pruning.prune(model, SIZE, 0.95)
 
 
 def test_a_mistake_is_one_line(
@@ -192,7 +192,7 @@ def test_its_runs(
     assert len([run for run in arm.iterdir() if run.is_dir() and not (run / "summary.json").exists()]) == 1
     pruning.main(words)  # goes on
     assert first.stat().st_mtime_ns == stamp
-    pruned = json.loads((arm / "guest.json").read_text())
+    pruned = json.loads((arm / "external_arm.json").read_text())
     assert pruned["params_share"] == pytest.approx(0.95, rel=0.01)
     runs = sorted(run.name for run in arm.iterdir() if run.is_dir())
     assert [run.rpartition("-0.0")[0] for run in runs] == ["choose", "choose", "seed-0"]
@@ -214,7 +214,7 @@ def test_its_runs(
     _, guest = result["arms"]
     assert guest["cost"]["params"] == pruned["cost"]["params"]
     assert guest["latency"] == pruned["latency"]
-    assert guest["minus_base"]["over"] == "pictures"
+    assert guest["minus_base"]["over"] == "images"
     assert [entry["lr"] for entry in guest["tries"]] == [0.01, 0.02]
     assert result["finished"]
     assert report(tmp_path / "published")["arms"] == result["arms"]
@@ -227,14 +227,14 @@ def test_its_runs(
     assert held is not None
     held.release()
     other = {**pruned, "cost": {**pruned["cost"], "params": 1}}
-    store.write("arms/pruned-uniform-params-0.95/guest.json", other)
-    with pytest.raises(UlsamError, match=r"guest.json is of a net of another cost: move that arm away"):
+    store.write("arms/pruned-uniform-params-0.95/external_arm.json", other)
+    with pytest.raises(UlsamError, match=r"external_arm.json is of a model of another cost: move that arm away"):
         pruning.main(words)
-    store.write("arms/pruned-uniform-params-0.95/guest.json", pruned)
+    store.write("arms/pruned-uniform-params-0.95/external_arm.json", pruned)
 
     store.write("grid.json", dataclasses.replace(grid, shared=dataclasses.replace(base, hflip=0.4)).to_json())
     with pytest.raises(UlsamError, match=r"holds a run with hflip 0.5, not 0.4: put that back, move it away"):
         pruning.main(words)
     store.write("grid.json", {**grid.to_json(), "data_sha256": "of others"})
-    with pytest.raises(UlsamError, match=r"compares nets on other pictures than .* holds now"):
+    with pytest.raises(UlsamError, match=r"compares models on other images than .* holds now"):
         pruning.main(words)

@@ -1,4 +1,4 @@
-"""Quantised nets: from drawn birds to int8, what stays in float32, and what is refused."""
+"""Quantised models: from drawn birds to int8, what stays in float32, and what is refused."""
 
 import re
 from pathlib import Path
@@ -12,16 +12,16 @@ from onnx.numpy_helper import to_array
 from serving import form, service
 from tiny import NET, options
 from ulsam import runtime
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.birds import draw_birds
-from ulsam.data.pictures import read_picture
-from ulsam.errors import UlsamError
-from ulsam.evaluate import predict
-from ulsam.exporting import export
-from ulsam.exporting.onnx_graph import ATTENTION
-from ulsam.models import build, load, make_recipe, save_model
-from ulsam.quantization import COVERED, map_statistics, quantize, quantize_graph
-from ulsam.recipe import Edit
+from ulsam.data.images import read_image
+from ulsam.deploy.export import export
+from ulsam.deploy.onnx_graph import ATTENTION
+from ulsam.deploy.quantize import COVERED, map_statistics, quantize, quantize_graph
+from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.spec import Edit
+from ulsam.training.evaluate import predict
 
 EDIT = "insert blocks.1.0 g=4"
 
@@ -31,26 +31,26 @@ def birds(tmp_path_factory) -> Path:
     return draw_birds(tmp_path_factory.mktemp("birds") / "birds", classes=2, train=24, val=20, size=40)
 
 
-def test_round_trip_from_pictures_to_int8(birds, tmp_path, capsys):
-    """Train on drawn birds, fold and export, quantise, run without PyTorch, serve, and compare all by picture."""
+def test_round_trip_from_images_to_int8(birds, tmp_path, capsys):
+    """Train on drawn birds, fold and export, quantise, run without PyTorch, serve, and compare all by image."""
     run = tmp_path / "run"
     settings = {"model": NET, "size": 32, "batch_size": 8, "epochs": 2, "workers": 0, "threads": 1, "device": "cpu"}
     training = {**settings, "layout": "channels_last", "amp": "none", "compile": "none"}
     edit = ["--insert", "blocks.1.0", "--form", "released"]
     assert main(["train", str(birds), *edit, "--out", str(run), *options(training)]) == 0
     model, whole, small = (run / name for name in ("model.safetensors", "model.onnx", "model-int8.onnx"))
-    assert main(["export", str(model), "--pictures", str(birds / "val")]) == 0
+    assert main(["export", str(model), "--images", str(birds / "val")]) == 0
     assert main(["quantize", str(whole), str(birds), "--calibrate", "24"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith(f"wrote     {small}, {small.stat().st_size:,} bytes, ")
-    assert small.stat().st_size < 0.6 * whole.stat().st_size  # of a net of 0.1 M parameters
+    assert small.stat().st_size < 0.6 * whole.stat().st_size  # of a model of 0.1 M parameters
 
     paths = sorted(map(str, (birds / "val").rglob("*.jpg")))
     answers = {path.name: list(runtime.load(path).predict(paths)) for path in (whole, small)}
     for exported, own in zip(answers[whole.name], predict(*load(model), paths), strict=True):
         assert [name for name, _ in exported.classes] == [name for name, _ in own.classes]
         np.testing.assert_allclose(*([share for _, share in one.classes] for one in (exported, own)), atol=1e-5)
-    with service(str(small), "--max-pictures", "40", folder=tmp_path / "service") as served:
+    with service(str(small), "--max-images", "40", folder=tmp_path / "service") as served:
         over_http = served.ask("/predict", *form([(path, Path(path).read_bytes()) for path in paths])).body
     for found, own in zip(over_http["predictions"], answers[small.name], strict=True):
         assert [one["name"] for one in found["classes"]] == [name for name, _ in own.classes]
@@ -58,9 +58,7 @@ def test_round_trip_from_pictures_to_int8(birds, tmp_path, capsys):
     first = [[one.classes[0][0] for one in answer] for answer in answers.values()]
     same = np.mean([one == other for one, other in zip(*first, strict=True)])
     assert same >= 0.85
-    told = re.search(
-        r"(\d+\.\d\d) % -> (\d+\.\d\d) %.* on 40 pictures; the same first class for (\d+\.\d) %", lines[-1]
-    )
+    told = re.search(r"(\d+\.\d\d) % -> (\d+\.\d\d) %.* on 40 images; the same first class for (\d+\.\d) %", lines[-1])
     assert told is not None
     truth = [Path(path).parent.name for path in paths]
     shares = [100 * np.mean([name == true for name, true in zip(names, truth, strict=True)]) for names in first]
@@ -73,11 +71,11 @@ def test_round_trip_from_pictures_to_int8(birds, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def exported(birds, tmp_path_factory) -> Path:
-    """A net that was not trained, as a model file and exported."""
+    """A model that was not trained, as a model file and exported."""
     torch.manual_seed(0)
-    recipe = make_recipe(NET, sorted(path.name for path in (birds / "val").iterdir()), [Edit.parse(EDIT)], size=32)
-    path = tmp_path_factory.mktemp("models") / "net.onnx"
-    save_model(build(recipe)[0], recipe, path.with_suffix(".safetensors"))
+    spec = make_spec(NET, sorted(path.name for path in (birds / "val").iterdir()), [Edit.parse(EDIT)], size=32)
+    path = tmp_path_factory.mktemp("models") / "model.onnx"
+    save_model(build(spec)[0], spec, path.with_suffix(".safetensors"))
     assert main(["export", str(path.with_suffix(".safetensors"))]) == 0
     return path
 
@@ -85,7 +83,7 @@ def exported(birds, tmp_path_factory) -> Path:
 def test_only_normalisation_other_attention_and_logits_stay_in_float(birds, exported, tmp_path):
     out = tmp_path / "small.onnx"
     report = quantize(exported, str(birds), out, calibrate=8, measure=10)
-    assert (report.calibrated, report.pictures, report.bytes) == (8, 10, out.stat().st_size)
+    assert (report.calibrated, report.images, report.bytes) == (8, 10, out.stat().st_size)
     made = onnx.load(out)
     onnx.checker.check_model(made, full_check=True)
     makes = {output: node for node in made.graph.node for output in node.output}
@@ -109,8 +107,8 @@ def test_only_normalisation_other_attention_and_logits_stay_in_float(birds, expo
     ]  # normalised by rows, in float
 
 
-def test_a_range_leaves_out_what_few_pictures_reach(exported):
-    """Of the normalised pictures, known exactly: 19 grey ones, and a black and white one."""
+def test_a_range_leaves_out_what_few_images_reach(exported):
+    """Of the normalised images, known exactly: 19 grey ones, and a black and white one."""
     greys = range(100, 119)
     images = [np.full((32, 32, 3), grey, np.uint8) for grey in greys]
     images.append(np.repeat(np.uint8([0, 255]), 16)[:, None, None].repeat(32, 1).repeat(3, 2))
@@ -127,29 +125,29 @@ def test_a_range_leaves_out_what_few_pictures_reach(exported):
 
 
 def test_biases_take_up_what_rounding_the_weights_loses(birds, tmp_path, monkeypatch):
-    """In the means of each convolution's channels, on the maps of the net in float32."""
+    """In the means of each convolution's channels, on the maps of the model in float32."""
     torch.manual_seed(0)
-    recipe = make_recipe(NET, ["robin", "wren"], [Edit.parse(EDIT + " form=released")], size=32)
-    model, _ = build(recipe)
+    spec = make_spec(NET, ["robin", "wren"], [Edit.parse(EDIT + " form=released")], size=32)
+    model, _ = build(spec)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.bias, -1, 1)
-    export(model.eval(), recipe, tmp_path / "net.onnx")
-    net, content = runtime.load(tmp_path / "net.onnx"), (tmp_path / "net.onnx").read_bytes()
+    export(model.eval(), spec, tmp_path / "model.onnx")
+    opened, content = runtime.load(tmp_path / "model.onnx"), (tmp_path / "model.onnx").read_bytes()
     paths = sorted((birds / "train").rglob("*.jpg"))[:16]
-    images = [net.preprocessing.crop(np.asarray(read_picture(path))) for path in paths]
+    images = [opened.preprocessing.crop(np.asarray(read_image(path))) for path in paths]
     whole = onnx.load_from_string(content)
     ends = {node.name: (node.input[0], node.output[0]) for node in whole.graph.node if node.op_type == "Conv"}
     names = sorted({name for pair in ends.values() for name in pair})
     whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = runtime.open_session(whole.SerializeToString())
-    maps = dict(zip(names, map(torch.from_numpy, session.run(names, net.feed(np.stack(images)))), strict=True))
+    maps = dict(zip(names, map(torch.from_numpy, session.run(names, opened.feed(np.stack(images)))), strict=True))
 
     defaults = {"pads": (0, 0), "strides": (1, 1)}
 
     def shifts() -> dict[str, float]:
         """How far the rounded weights and the biases move the channels' means."""
-        made = onnx.load_from_string(quantize_graph(content, images, net.metadata)).graph
+        made = onnx.load_from_string(quantize_graph(content, images, opened.metadata)).graph
         values = {tensor.name: torch.from_numpy(to_array(tensor).copy()) for tensor in made.initializer}
         for node in made.node:
             if node.op_type == "DequantizeLinear" and node.input[0] in values:
@@ -167,13 +165,13 @@ def test_biases_take_up_what_rounding_the_weights_loses(birds, tmp_path, monkeyp
         return found
 
     corrected = shifts()
-    monkeypatch.setattr("ulsam.quantization._correct_biases", lambda *_: None)
+    monkeypatch.setattr("ulsam.deploy.quantize._correct_biases", lambda *_: None)
     left = shifts()
     assert corrected.keys() == left.keys() and len(left) > 10
     assert np.median([corrected[name] / left[name] for name in left]) < 0.2
 
 
-def test_a_net_for_normalised_pictures_is_quantised_too(birds, exported, tmp_path):
+def test_a_model_for_normalised_images_is_quantised_too(birds, exported, tmp_path):
     out = tmp_path / "plain-int8.onnx"
     assert main(["export", str(exported.with_suffix(".safetensors")), "--no-preprocessing", "--out", str(out)]) == 0
     plain = out.rename(tmp_path / "plain.onnx")
@@ -193,22 +191,22 @@ def test_a_model_file_is_exported_on_the_way(birds, exported, tmp_path):
     assert one.metadata == other.metadata
 
 
-def test_a_net_that_8_bits_ruin_is_refused(birds, exported, tmp_path):
+def test_a_model_that_8_bits_ruin_is_refused(birds, exported, tmp_path):
     """One channel that nobody listens to takes up the whole range of a map, and the other channels drown in it."""
-    net, recipe = load(exported.with_suffix(".safetensors"))
-    norm, head = net.get_submodule("bn2"), net.get_submodule("classifier")
+    model, spec = load(exported.with_suffix(".safetensors"))
+    norm, head = model.get_submodule("bn2"), model.get_submodule("classifier")
     with torch.no_grad():
         norm.bias[0] = 1e6
         head.weight.normal_()
         head.weight[:, 0] = 0
-    save_model(net, recipe, tmp_path / "net.safetensors")
+    save_model(model, spec, tmp_path / "model.safetensors")
     paths = sorted(map(str, birds.rglob("*.jpg")))
-    for path, said in zip(paths, list(predict(net, recipe, paths)), strict=True):  # the truth is what the net says
+    for path, said in zip(paths, list(predict(model, spec, paths)), strict=True):  # the truth is what the model says
         folder = tmp_path / "data" / Path(path).parts[-3] / said.classes[0][0]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{len(list(folder.iterdir()))}.jpg").write_bytes(Path(path).read_bytes())
     with pytest.raises(UlsamError, match=r"worse than 1 point: top-1 100.00 % -> .*; nothing was written"):
-        quantize(tmp_path / "net.safetensors", str(tmp_path / "data"), tmp_path / "small.onnx")
+        quantize(tmp_path / "model.safetensors", str(tmp_path / "data"), tmp_path / "small.onnx")
     assert not (tmp_path / "small.onnx").exists()
 
 
@@ -222,15 +220,18 @@ def test_mistakes_are_told_in_one_line(birds, exported, tmp_path, capsys):
     capsys.readouterr()
     for words, told in [
         ([small, str(birds)], "is quantised already"),
-        ([str(exported), str(birds), "--out", str(tmp_path)], "a quantised net is a file called NAME.onnx"),
+        ([str(exported), str(birds), "--out", str(tmp_path)], "a quantised model is a file called NAME.onnx"),
         ([str(exported), str(birds), "--out", str(tmp_path / "no" / "a.onnx")], "no such folder"),
-        ([str(exported), str(birds), "--out", str(exported)], "is the net in float32, and would be lost: name another"),
+        (
+            [str(exported), str(birds), "--out", str(exported)],
+            "is the model in float32, and would be lost: name another",
+        ),
         ([str(exported), str(birds), "--calibrate", "0"], "must be 1 or more, not 0 and 1000"),
-        ([str(exported), str(tmp_path / "dodos")], "the net knows no class 'dodo'"),
+        ([str(exported), str(tmp_path / "dodos")], "the model knows no class 'dodo'"),
         ([str(exported), str(tmp_path / "none")], "no such folder"),
         ([str(tmp_path / "none.safetensors"), str(birds)], "no model file"),
     ]:
         assert main(["quantize", *words]) == 2
         error = capsys.readouterr().err
         assert told in error and error.count("\n") == 1
-    assert not exported.with_name("net-int8.onnx").exists()
+    assert not exported.with_name("model-int8.onnx").exists()

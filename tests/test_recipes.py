@@ -10,9 +10,9 @@ import yaml
 from ulsam.cli import main
 from ulsam.cli import train as train_command
 from ulsam.data.prepare import OFFICIAL
-from ulsam.models import make_recipe, sketch, ulsam_parameters
-from ulsam.recipe import Edit
-from ulsam.train.config import TrainConfig, read_config
+from ulsam.model.build import make_spec, sketch, ulsam_parameters
+from ulsam.model.spec import Edit
+from ulsam.training.config import TrainConfig, read_config
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -30,9 +30,9 @@ def test_recipe(path):
     assert config.data == (f"data/{path.stem}" if path.stem in OFFICIAL else "torch/imagenet")
     edits = [Edit.parse(text) for text in config.edits]
     names = [f"class {n}" for n in range(classes)]
-    net = sketch(make_recipe(config.model, names, edits, size=config.size, model_args=config.model_args))
-    assert net.classifier.out_features == classes
-    assert ulsam_parameters(net)
+    model = sketch(make_spec(config.model, names, edits, size=config.size, model_args=config.model_args))
+    assert model.classifier.out_features == classes
+    assert ulsam_parameters(model)
     assert "measured" in path.read_text(), "a recipe says whether its values were measured"
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import ulsam
-from ulsam.errors import UlsamError
-from ulsam.reconstruction import reconstruct
+from ulsam.base.errors import UlsamError
+from ulsam.surgery.reconstruct import reconstruct
 
 
 def images(number: int = 4) -> list[Tensor]:
@@ -41,7 +41,7 @@ def features(model: nn.Module) -> Tensor:
     return torch.cat([model.forward_features(batch) for batch in images()])
 
 
-@pytest.mark.parametrize("edit", ["drop", "replace"])
+@pytest.mark.parametrize("edit", ["remove", "replace"])
 def test_the_next_kept_block_is_trained_and_nothing_else(edit: str) -> None:
     whole, model = trained(), trained()
     getattr(ulsam, edit)(model, "13,14,16,17", input_size=(3, 96, 96))
@@ -62,13 +62,13 @@ def test_the_next_kept_block_is_trained_and_nothing_else(edit: str) -> None:
 
 def test_the_error_is_that_of_the_definition() -> None:
     whole, model = trained(), trained()
-    ulsam.drop(model, "14", input_size=(3, 96, 96))
+    ulsam.remove(model, "14", input_size=(3, 96, 96))
     (found,) = reconstruct(model, images(), steps=10)
 
-    def behind(net: nn.Module) -> Tensor:
+    def behind(one: nn.Module) -> Tensor:
         seen: list[Tensor] = []
-        handle = net.get_submodule(found.name).register_forward_hook(lambda *args: seen.append(args[2]))
-        features(net)
+        handle = one.get_submodule(found.name).register_forward_hook(lambda *args: seen.append(args[2]))
+        features(one)
         handle.remove()
         return torch.cat(seen)
 
@@ -92,7 +92,7 @@ def test_it_is_the_same_each_time_whatever_the_mode_and_moves_no_random_generato
 
 def test_jointly_everything_behind_the_first_place_learns_the_last_map() -> None:
     whole, model = trained(), trained()
-    ulsam.drop(model, "14,17", input_size=(3, 96, 96))
+    ulsam.remove(model, "14,17", input_size=(3, 96, 96))
     before, wanted = copy.deepcopy(model.state_dict()), features(whole)
     (found,) = reconstruct(model, images(), scope="joint", steps=60)
     assert (found.name, found.edits) == ("bn2", ("blocks.4.2", "blocks.5.2"))
@@ -114,7 +114,7 @@ def test_jointly_everything_behind_the_first_place_learns_the_last_map() -> None
 def test_other_families(name: str) -> None:
     model = trained(name)
     place = [c.name for c in ulsam.candidates(model, (3, 96, 96)) if c.name.count(".") == 2 or "layer" in c.name][-2]
-    ulsam.drop(model, place, input_size=(3, 96, 96))
+    ulsam.remove(model, place, input_size=(3, 96, 96))
     batches = images(2)
     (found,) = reconstruct(model, batches, steps=40, rate=3e-3)
     assert found.edits == (place,) and found.after < found.before, found
@@ -126,7 +126,7 @@ def test_a_block_with_nothing_behind_it_is_left_and_new_layers_there_are_trained
         block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
         return nn.Sequential(nn.Conv2d(3, 8, 3), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
 
-    assert reconstruct(ulsam.drop(body(), "1", input_size=(3, 9, 9)), images()) == []
+    assert reconstruct(ulsam.remove(body(), "1", input_size=(3, 9, 9)), images()) == []
     (found,) = reconstruct(ulsam.replace(body(), "1", input_size=(3, 9, 9)), images(), steps=20)
     assert (found.name, found.edits) == ("1", ("1",)) and found.after <= found.before
 
@@ -138,8 +138,8 @@ def test_nothing_to_reconstruct() -> None:
 
 
 def test_what_cannot_be_reconstructed_says_why() -> None:
-    model = ulsam.drop(trained(), "14", input_size=(3, 96, 96))
-    with pytest.raises(UlsamError, match="no pictures"):
+    model = ulsam.remove(trained(), "14", input_size=(3, 96, 96))
+    with pytest.raises(UlsamError, match="no images"):
         reconstruct(model, [])
     with pytest.raises(UlsamError, match="unknown scope 'all'; valid: block, joint"):
         reconstruct(model, images(), scope="all")  # type: ignore[arg-type]

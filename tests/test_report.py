@@ -1,4 +1,4 @@
-"""The page about runs: what it shows is what the runs' files hold, and what their nets say of the pictures."""
+"""The page about runs: what it shows is what the runs' files hold, and what their models say of the images."""
 
 import csv
 import dataclasses
@@ -15,17 +15,17 @@ import pytest
 
 from tiny import SETTINGS, draw_splits
 from ulsam.cli import main
-from ulsam.evaluate import predict
-from ulsam.models import load
-from ulsam.reporting.charts import BOTTOM, HEIGHT, LABEL, LEFT, RIGHT, TOP, WIDTH, Line, chart
-from ulsam.reporting.confusions import choose_samples, class_rows, confusion, most_confused
-from ulsam.reporting.differences import differences
-from ulsam.reporting.latency import time_runs
-from ulsam.reporting.measured import Guess, Measured
-from ulsam.reporting.page import change, quantity
-from ulsam.reporting.runs import Result, TrainedRun, read_runs
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import train
+from ulsam.explanation.confusions import choose_samples, class_rows, confusion, most_confused
+from ulsam.explanation.run_differences import differences
+from ulsam.explanation.run_latency import time_runs
+from ulsam.explanation.run_measured import Measured, RunPrediction
+from ulsam.explanation.run_page import change, quantity
+from ulsam.explanation.svg_charts import BOTTOM, HEIGHT, LABEL, LEFT, RIGHT, TOP, WIDTH, Line, chart
+from ulsam.explanation.trained_runs import Result, TrainedRun, read_runs
+from ulsam.model.build import load
+from ulsam.training.config import TrainConfig
+from ulsam.training.evaluate import predict
+from ulsam.training.loop import train
 
 EVIL = '<img src=x onerror="alert(1)">'
 NAMES = ("base", "slim & <i>thin<")
@@ -33,9 +33,9 @@ NAMES = ("base", "slim & <i>thin<")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of three classes, one of a strange name, and two finished runs on them, with and without an edit.
+    """Images of three classes, one of a strange name, and two finished runs on them, with and without an edit.
 
-    Five pictures lie in a wrong folder, so the nets make errors both ways; the second one has learned less.
+    Five images lie in a wrong folder, so the models make errors both ways; the second one has learned less.
     """
     folder = tmp_path_factory.mktemp("report")
     data = draw_splits(folder / "data", train=24, val=12, noise=120)
@@ -80,7 +80,7 @@ def rows_of(html: str) -> list[list[str]]:
 
 
 def test_figures_are_those_of_the_runs(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = report(root, tmp_path / "page.html", "--no-pictures")
+    text = report(root, tmp_path / "page.html", "--no-images")
     told = capsys.readouterr().out
     found = [summary(root / name) for name in NAMES]
     cards = re.findall(r"<article.*?</article>", section(text, "runs"), re.DOTALL)
@@ -90,22 +90,22 @@ def test_figures_are_those_of_the_runs(root: Path, tmp_path: Path, capsys: pytes
         low, high = scores["top1_interval_95"]
         assert f"{key} {name}" in read
         assert f"{100 * scores['top1']:.2f} % top-1, validation" in read
-        assert f"95 % interval {100 * low:.1f} to {100 * high:.1f}, over the choice of the 36 pictures" in read
+        assert f"95 % interval {100 * low:.1f} to {100 * high:.1f}, over the choice of the 36 images" in read
         assert f"top-5 {100 * scores['top5']:.2f} % loss {scores['loss']:.4f}" in read
         assert f"parameters {quantity(run['cost']['params'])} MACs {quantity(run['cost']['macs'])}" in read
         assert f"{name}: top-1 {100 * scores['top1']:.2f} %" in told
     cost = rows_of(section(text, "cost"))
-    assert len(cost) == 2  # the first run is the base net of the second one
+    assert len(cost) == 2  # the first run is the base model of the second one
     for cells, run in zip(cost, found, strict=True):
         for cell, what in zip(cells[1:], ("params", "macs", "activations"), strict=True):
             now, base = run["cost"][what], run["base_cost"][what]
             assert cell == f"{quantity(now)} {change(now, base)}"
     assert cost[0][1].endswith("as base") and re.search(r"\+\d+\.\d %$", cost[1][1])
-    for number, name, pictures, *top1 in rows_of(section(text, "classes")):
+    for number, name, images, *top1 in rows_of(section(text, "classes")):
         assert sorted(found[0]["scores"]["per_class"]).index(name) == int(number) - 1
         for cell, run in zip(top1, found, strict=True):
             entry = run["scores"]["per_class"][name]
-            assert (int(pictures), cell) == (entry["pictures"], f"{100 * entry['top1']:.1f} %")
+            assert (int(images), cell) == (entry["images"], f"{100 * entry['top1']:.1f} %")
     lines = []
     for key, name in zip("AB", NAMES, strict=True):
         for row in csv.DictReader((root / name / "metrics.csv").open()):
@@ -119,13 +119,13 @@ def test_figures_are_those_of_the_runs(root: Path, tmp_path: Path, capsys: pytes
 
 
 def guesses_of(root: Path, name: str) -> dict[str, tuple[str, str]]:
-    """The true and the named class of every validation picture, the plain way."""
+    """The true and the named class of every validation image, the plain way."""
     paths = sorted((root / "data" / "val").rglob("*.png"))
     found = predict(*load(root / name / "model.safetensors"), [str(path) for path in paths], top=1)
     return {path.as_posix(): (path.parent.name, one.classes[0][0]) for path, one in zip(paths, found, strict=True)}
 
 
-def test_confusions_are_those_of_the_nets(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_confusions_are_those_of_the_models(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = report(root, tmp_path / "page.html")
     assert "note" not in capsys.readouterr().out
     plain = {key: guesses_of(root, name) for key, name in zip("AB", NAMES, strict=True)}
@@ -168,7 +168,7 @@ def test_confusions_are_those_of_the_nets(root: Path, tmp_path: Path, capsys: py
     samples = section(text, "samples")
     verdicts = re.findall(r'<article [^>]*data-verdict="(\w+)"', samples)
     assert len(verdicts) == 6 and verdicts[3:] == ["right"] * 3 and {*verdicts[:3]} <= {"wrong", "unknown"}
-    assert "B: blocks.2" in samples and "A: blocks" not in samples  # only the second net has attention maps
+    assert "B: blocks.2" in samples and "A: blocks" not in samples  # only the second model has attention maps
 
 
 class Tags(HTMLParser):
@@ -200,8 +200,8 @@ def test_the_page_needs_nothing_else_and_escapes_every_name(root: Path, tmp_path
     assert all(target.startswith("data:image/") for target in re.findall(r"url\((.*?)\)", text))
 
 
-def test_differences_are_paired_by_picture(root: Path, tmp_path: Path) -> None:
-    text = report(root, tmp_path / "page.html", "--no-pictures")
+def test_differences_are_paired_by_image(root: Path, tmp_path: Path) -> None:
+    text = report(root, tmp_path / "page.html", "--no-images")
     plain = [guesses_of(root, name) for name in NAMES]
     right = [[truth == named for truth, named in guesses.values()] for guesses in plain]
     only_a = sum(a and not b for a, b in zip(*right, strict=True))
@@ -212,7 +212,7 @@ def test_differences_are_paired_by_picture(root: Path, tmp_path: Path) -> None:
     assert row[-2:] == [str(only_b), str(only_a)]
     runs = read_runs([root / name for name in NAMES])
     (pair,) = differences(runs)
-    assert pair.found and pair.found.low is not None and pair.found.over == "pictures"
+    assert pair.found and pair.found.low is not None and pair.found.over == "images"
     assert pair.found.low < pair.found.mean < (pair.found.high or 0)
     other = dataclasses.replace(runs[1], result=_with(runs[1], split="test"))
     (pair,) = differences([runs[0], other])
@@ -229,25 +229,25 @@ def _with(run: TrainedRun, **entries: object) -> Result:
     return dataclasses.replace(run.result, summary={**run.result.summary, **entries})
 
 
-def test_pictures_that_are_gone_are_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_are_gone_are_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, away = root / "data", root / "away"
     data.rename(away)
     try:
         text = report(root, tmp_path / "page.html")
-        told = f"no confusions and no pictures of A, B: no such folder: {data}"
+        told = f"no confusions and no images of A, B: no such folder: {data}"
         assert told in words_of(text) and told in capsys.readouterr().out
         assert "<img" not in text and f"{100 * summary(root / 'base')['scores']['top1']:.2f} %" in text
         back = report(root, tmp_path / "page.html", "--data", str(away))
         assert "<img" in back and "no confusions" not in back
-        picture = next((away / "val" / "class0").iterdir())
-        picture.rename(picture.with_name("other.png"))
+        image = next((away / "val" / "class0").iterdir())
+        image.rename(image.with_name("other.png"))
         text = report(root, tmp_path / "page.html", "--data", str(away))
-        assert "holds other pictures than those that it was measured on" in text and "<img" not in text
-        picture.with_name("other.png").rename(picture)
-        shutil.copy(picture, picture.with_name("more.png"))
+        assert "holds other images than those that it was measured on" in text and "<img" not in text
+        image.with_name("other.png").rename(image)
+        shutil.copy(image, image.with_name("more.png"))
         text = report(root, tmp_path / "page.html", "--data", str(away))
-        assert "no longer holds the 36 validation pictures of 3 classes" in text
-        picture.with_name("more.png").unlink()
+        assert "no longer holds the 36 validation images of 3 classes" in text
+        image.with_name("more.png").unlink()
     finally:
         away.rename(data)
 
@@ -260,7 +260,7 @@ def test_outcomes_that_are_others_now_are_counted(root: Path, tmp_path: Path) ->
     told["outcomes"]["right"] = bits.hex()
     (tmp_path / "base" / "summary.json").write_text(json.dumps(told))
     text = report(tmp_path, tmp_path / "page.html", runs=("base",))
-    assert "here 2 of 36 pictures come out otherwise than in the run" in words_of(text) and "<img" in text
+    assert "here 2 of 36 images come out otherwise than in the run" in words_of(text) and "<img" in text
 
 
 def test_a_run_that_is_not_finished_shows_what_there_is(
@@ -278,18 +278,18 @@ def test_a_run_that_is_not_finished_shows_what_there_is(
     assert re.search(r"^A .*stopped: not finished: 1 of 2 epochs$", told, re.MULTILINE)
     assert "not finished: 0 of 2 epochs" in words_of(section(text, "runs"))
     assert [cells[0] for cells in rows_of(section(text, "curves"))] == ["A", "C", "C"]
-    assert "<img" in text and "no confusions and no pictures of A, B: the run is not finished" in words_of(text)
+    assert "<img" in text and "no confusions and no images of A, B: the run is not finished" in words_of(text)
     assert main(["report", runs[1], "--out", str(tmp_path / "page.html")]) == 0
     alone = (tmp_path / "page.html").read_text()
     assert "not finished: 0 of 2 epochs" in alone and "<svg" not in alone and 'id="cost"' not in alone
 
 
-def test_a_net_without_a_recipe_has_figures_and_no_pictures(root: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_spec_has_figures_and_no_images(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "base", tmp_path / "prepared")
     (tmp_path / "prepared" / "model.safetensors").unlink()
     (tmp_path / "prepared" / "summary.json").write_text(json.dumps({**summary(root / "base"), "prepared": True}))
     text = report(tmp_path, tmp_path / "page.html", runs=("prepared",))
-    assert "no recipe builds its net" in text and "made again" not in text
+    assert "no spec builds its model" in text and "made again" not in text
     assert f"{100 * summary(root / 'base')['scores']['top1']:.2f} %" in text
 
 
@@ -334,7 +334,7 @@ def test_mistakes_get_one_line_and_leave_nothing(
 
 def made_up(number: int, named: dict[str, tuple[str, str, float]]) -> Measured:
     run = TrainedRun(Path("x"), number, "x", TrainConfig(data="x"), (), None)
-    guesses = {key: Guess(n, key, *each) for n, (key, each) in enumerate(named.items())}
+    guesses = {key: RunPrediction(n, key, *each) for n, (key, each) in enumerate(named.items())}
     return Measured(run, None, guesses, 0, None)  # type: ignore[arg-type]
 
 
@@ -346,7 +346,7 @@ def test_confused_pairs_are_counted_over_runs_and_both_ways() -> None:
         made_up(number, {key: (truth, draw.choice([truth, *classes]), draw.random()) for key, truth in truths.items()})
         for number in range(3)
     ]
-    found = most_confused(runs, pairs=5, pictures=4)
+    found = most_confused(runs, pairs=5, images=4)
     naive = {
         (a, b): sum(
             {one.truth, one.named} == {a, b} for run in runs for one in run.guesses.values() if one.truth != one.named
@@ -366,7 +366,7 @@ def test_confused_pairs_are_counted_over_runs_and_both_ways() -> None:
         for one in pair.right:
             assert one.truth in (a, b) and all(guess.right for guess in one.guesses.values())
     chosen = choose_samples(runs, errors=3, right=3)
-    assert len({one.picture for one in chosen}) == 6
+    assert len({one.image for one in chosen}) == 6
     for run, one in zip(runs, chosen, strict=False):
         surest = max(guess.share for guess in run.guesses.values() if not guess.right)
         assert one.guesses[run.run.key].share == surest or one in chosen[:3]
@@ -418,9 +418,9 @@ def test_no_points_no_chart() -> None:
     assert chart("x", "X", [Line("A", 0, "a", ())], unit="%", epochs=(1, 2)) is None
 
 
-def test_latency_is_that_of_the_net_beside_its_base(root: Path, tmp_path: Path) -> None:
+def test_latency_is_that_of_the_model_beside_its_base(root: Path, tmp_path: Path) -> None:
     times = time_runs(read_runs([root / name for name in NAMES]))
     assert times and times.runs["A"] == times.bases["A"] == times.bases["B"]
     assert 0 < times.runs["B"]["seconds"] < 5 and times.runs["B"]["turns"] >= 15
-    text = report(root, tmp_path / "page.html", "--time", "--no-pictures")
+    text = report(root, tmp_path / "page.html", "--time", "--no-images")
     assert re.search(r"\d ms × \d\.\d\d", words_of(section(text, "cost")))

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 from tiny import SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session, warm
 from ulsam.cli import main
-from ulsam.models import load
-from ulsam.train.config import TrainConfig
-from ulsam.train.machine import why_not_compiled
-from ulsam.train.probe import undecided
-from ulsam.train.state import read_checkpoint
+from ulsam.model.build import load
+from ulsam.training.checkpoint import read_checkpoint
+from ulsam.training.config import TrainConfig
+from ulsam.training.machine import why_not_compiled
+from ulsam.training.probe import undecided
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux tells them")
 
@@ -52,7 +52,7 @@ def ulsam() -> Iterator[Warm]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """240 training pictures: 15 updates an epoch with `FULL`; 15 validation pictures."""
+    """240 training images: 15 updates an epoch with `FULL`; 15 validation images."""
     return draw_splits(tmp_path_factory.mktemp("data"), train=80, val=5)
 
 
@@ -104,8 +104,8 @@ def check_whole(run: Path) -> None:
                 assert float(row["train_loss"]) > 0
                 assert float(row["images_per_second"]) > 0
         elif path.name == "curves.png":
-            with Image.open(path) as picture:
-                picture.load()
+            with Image.open(path) as image:
+                image.load()
         elif path.name == "model.safetensors":
             assert load_file(path)
         elif path.name == "summary.json":
@@ -268,7 +268,7 @@ def test_a_killed_reading_process_is_one_line(ulsam: Warm, data: Path, tmp_path:
     wait_for(changed(run / "checkpoint.pt", 2))
     os.kill(max(set(session(pid)) - {pid}), signal.SIGKILL)
     assert ulsam.ask(wait=pid) == 2
-    assert log.read_text().splitlines()[-1].startswith("ulsam: error: a process that reads pictures was killed")
+    assert log.read_text().splitlines()[-1].startswith("ulsam: error: a process that reads images was killed")
     check_whole(run)
     wait_for(lambda: not session(pid), 0.1)
 
@@ -299,7 +299,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(ulsam: Warm, data: Path, tmp_path
 
 @pytest.fixture(scope="module")
 def odd_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """72 training pictures and 13 validation pictures, one of which cannot be read."""
+    """72 training images and 13 validation images, one of which cannot be read."""
     root = tmp_path_factory.mktemp("odd")
     draw(root / "train", 24)
     draw(root / "val", 5, seed=1)
@@ -345,13 +345,13 @@ def test_torchrun_has_one_writer(pair: tuple[Path, str, str]) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["versions"]["processes"] == "2"
     words = [line.split()[0] for line in out.splitlines()]
-    assert words == ["data", "cache", "net", "cost", "probe", "epoch", "epoch", "result", "note"]
+    assert words == ["data", "cache", "model", "cost", "probe", "epoch", "epoch", "result", "note"]
     assert err.count("unreadable ") == 1
     assert read_checkpoint(run)["position"]["updates"] == 2 * (72 // (4 * 2) // 2)  # type: ignore[index]
 
 
 @pytest.mark.slow
-def test_torchrun_counts_every_picture_once(
+def test_torchrun_counts_every_image_once(
     pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary = json.loads((pair[0] / "summary.json").read_text())
@@ -360,7 +360,7 @@ def test_torchrun_counts_every_picture_once(
     assert main(["eval", str(pair[0] / "model.safetensors"), str(odd_data), *words]) == 0
     assert "1 unreadable ones left out" in capsys.readouterr().out
     scores, expected = summary["scores"], json.loads(alone.read_text())["scores"]
-    assert scores["pictures"] == 12
+    assert scores["images"] == 12
     assert scores["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert {**scores, "loss": 0} == {**expected, "loss": 0}
     assert [Path(name).parts[-2:] for name in summary["unreadable"]["val"]] == [("class1", "002.png")]
@@ -415,7 +415,7 @@ def test_two_processes_train_compiled(ulsam: Warm, pair: tuple[Path, str, str], 
         torch.testing.assert_close(ours[name], value, atol=1e-2, rtol=1e-1)
 
 
-def test_too_many_bad_pictures_end_all_processes(ulsam: Warm, tmp_path: Path) -> None:
+def test_too_many_bad_images_end_all_processes(ulsam: Warm, tmp_path: Path) -> None:
     data, log = draw_splits(tmp_path / "data"), tmp_path / "log"
     bad = sorted((data / "train").rglob("*.png"))[::4]
     for path in bad:
@@ -426,10 +426,10 @@ def test_too_many_bad_pictures_end_all_processes(ulsam: Warm, tmp_path: Path) ->
     named = [line for line in (first + second).splitlines() if line.startswith("unreadable ")]
     assert 4 <= len(set(named)) == len(named) <= len(bad)
     for told in (first, second):
-        assert told.splitlines()[-1].startswith("ulsam: error: more than 3 pictures cannot be read (named above)")
+        assert told.splitlines()[-1].startswith("ulsam: error: more than 3 images cannot be read (named above)")
 
 
-def test_two_processes_count_every_picture_of_a_stream_once(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:
+def test_two_processes_count_every_image_of_a_stream_once(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     root = draw_shards(tmp_path, odd_data / "train", val=(9, 1, 3))
     run, log, scores = tmp_path / "run", tmp_path / "log", tmp_path / "scores.json"
@@ -440,8 +440,8 @@ def test_two_processes_count_every_picture_of_a_stream_once(ulsam: Warm, odd_dat
     words = ["eval", str(run / "model.safetensors"), *data, "--device", "cpu", "--workers", "1", "--json", str(scores)]
     assert [ulsam.ask(wait=pid) for pid in start_pair(ulsam, words, log)] == [0, 0]
     measured = json.loads(scores.read_text())["scores"]
-    assert measured["pictures"] == summary["scores"]["pictures"] == 13
-    counts = {name: entry["pictures"] for name, entry in measured["per_class"].items()}
+    assert measured["images"] == summary["scores"]["images"] == 13
+    counts = {name: entry["images"] for name, entry in measured["per_class"].items()}
     assert counts == {"robin": 5, "wren": 4, "finch": 4}
 
 
@@ -484,10 +484,10 @@ def test_a_mistake_under_real_torchrun(odd_data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_the_saved_net_is_the_one_that_was_measured(unbroken: Path) -> None:
-    net, _ = load(unbroken / "model.safetensors")
+def test_the_saved_model_is_the_one_that_was_measured(unbroken: Path) -> None:
+    model, _ = load(unbroken / "model.safetensors")
     state = read_checkpoint(unbroken)
     assert state is not None
-    for name, value in net.state_dict().items():
+    for name, value in model.state_dict().items():
         assert torch.equal(state["ema"][name], value)
     assert not torch.equal(state["ema"]["conv_stem.weight"], state["model"]["conv_stem.weight"])

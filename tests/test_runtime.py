@@ -1,4 +1,4 @@
-"""An exported net gives the answers of the net, also where nothing of PyTorch can be imported."""
+"""An exported model gives the answers of the model, also where nothing of PyTorch can be imported."""
 
 import io
 import json
@@ -21,32 +21,32 @@ from torch import nn
 import ulsam
 from tiny import NET, draw_splits
 from ulsam import runtime
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.data import pictures as pictures_room
-from ulsam.data.pictures import read_pixels
+from ulsam.data import images as images_room
+from ulsam.data.images import read_pixels
 from ulsam.data.preprocessing import Preprocessing
-from ulsam.errors import UlsamError
-from ulsam.evaluate import predict
-from ulsam.exporting import export
-from ulsam.models import build, load, make_recipe, save_model
-from ulsam.recipe import Edit
+from ulsam.deploy.export import export
+from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.spec import Edit
+from ulsam.training.evaluate import predict
 
 CLASSES = ("class0", "class1", "class2")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model file, the same net exported, and a folder with pictures, one of which cannot be read."""
+    """A model file, the same model exported, and a folder with images, one of which cannot be read."""
     torch.manual_seed(0)
-    recipe = make_recipe(NET, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=48)
-    net, _ = build(recipe)
-    nn.init.normal_(net.get_submodule("classifier").weight)
+    spec = make_spec(NET, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=48)
+    model, _ = build(spec)
+    nn.init.normal_(model.get_submodule("classifier").weight)
     root = tmp_path_factory.mktemp("runtime")
-    save_model(net, recipe, root / "net.safetensors")
-    export(net, recipe, root / "net.onnx")
+    save_model(model, spec, root / "model.safetensors")
+    export(model, spec, root / "model.onnx")
     data = draw_splits(root / "data", train=1, val=4, size=70)
     Image.open(data / "val" / "class0" / "000.png").resize((300, 410)).save(data / "val" / "class0" / "large.jpg")
-    (data / "val" / "class1" / "002.png").write_bytes(b"no picture")
+    (data / "val" / "class1" / "002.png").write_bytes(b"no image")
     return root
 
 
@@ -62,10 +62,10 @@ def photograph(width: int, height: int) -> np.ndarray:
     st.sampled_from(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_the_crop_is_timms(picture, size, crop_pct, interpolation):
+def test_the_crop_is_timms(image, size, crop_pct, interpolation):
     if int(min(size) / crop_pct) < 1:
         return  # timm resizes to nothing
-    pixels = photograph(*picture)
+    pixels = photograph(*image)
     theirs = create_transform((3, *size), crop_pct=crop_pct, interpolation=interpolation, normalize=False)
     ours = Preprocessing(size, interpolation, crop_pct, (0.5,) * 3, (0.5,) * 3)
     try:
@@ -90,17 +90,17 @@ def test_pillow_alone_reads_the_same_pixels(monkeypatch, mode, factor):
         Image.fromarray(photograph(width, height)).convert(mode).save(stream, "jpeg", **options)
         expected = read_pixels(stream, lambda *_: factor)
         with monkeypatch.context() as patch:
-            patch.setattr(pictures_room, "simplejpeg", None)
+            patch.setattr(images_room, "simplejpeg", None)
             found = read_pixels(stream, lambda *_: factor)
         assert np.array_equal(found, expected)
 
 
-def test_predictions_are_the_nets(world):
+def test_predictions_are_the_models(world):
     paths = sorted(map(str, (world / "data" / "val").rglob("*.*")))
-    expected = list(predict(*load(world / "net.safetensors"), paths))
-    net = runtime.load(world / "net.onnx", threads=1)
+    expected = list(predict(*load(world / "model.safetensors"), paths))
+    model = runtime.load(world / "model.onnx", threads=1)
     for batch in (1, 5, 32):
-        found = list(net.predict(paths, batch=batch))
+        found = list(model.predict(paths, batch=batch))
         assert [(one.path, one.error) for one in found] == [(one.path, one.error) for one in expected]
         for one, other in zip(found, expected, strict=True):
             assert [name for name, _ in one.classes] == [name for name, _ in other.classes]
@@ -110,48 +110,48 @@ def test_predictions_are_the_nets(world):
     assert len({one.classes[0][0] for one in found if one.classes}) > 1
 
 
-def test_streams_and_pixels_are_pictures_too(world):
-    net = runtime.load(world / "net.onnx")
+def test_streams_and_pixels_are_images_too(world):
+    model = runtime.load(world / "model.onnx")
     path = world / "data" / "val" / "class0" / "large.jpg"
-    by_path, by_stream, broken, by_pixels = net.predict(
-        [path, io.BytesIO(path.read_bytes()), io.BytesIO(b""), read_pixels(path, net.preprocessing.reduction)]
+    by_path, by_stream, broken, by_pixels = model.predict(
+        [path, io.BytesIO(path.read_bytes()), io.BytesIO(b""), read_pixels(path, model.preprocessing.reduction)]
     )
     assert by_path.classes == by_stream.classes == by_pixels.classes
-    assert (by_path.path, by_stream.path, by_pixels.path) == (str(path), "<picture 1>", "<picture 3>")
+    assert (by_path.path, by_stream.path, by_pixels.path) == (str(path), "<image 1>", "<image 3>")
     assert "empty file" in broken.error
-    assert list(net.predict([])) == []
+    assert list(model.predict([])) == []
 
 
-def test_what_is_no_picture_or_no_number_is_told(world):
-    net = runtime.load(world / "net.onnx")
+def test_what_is_no_image_or_no_number_is_told(world):
+    model = runtime.load(world / "model.onnx")
     path = world / "data" / "val" / "class0" / "large.jpg"
     grey, none = np.zeros((48, 48), np.uint8), np.zeros((0, 5, 3), np.uint8)
-    for pictures, options, told in [
+    for images, options, told in [
         ([path], {"batch": 0}, "batch must be 1 or more, not 0"),
         ([path], {"top": -1}, "top must be 1 or more, not -1"),
-        (str(path), {}, "give a list, of one picture too"),
+        (str(path), {}, "give a list, of one image too"),
         ([path.read_bytes()], {}, r"not bytes; io.BytesIO\(...\) makes a stream"),
         ([grey], {}, r"uint8 \[H, W, 3\], not uint8 \[48, 48\]"),
         ([none], {}, r"not uint8 \[0, 5, 3\]"),
         ([np.zeros((48, 48, 3))], {}, r"not float64 \[48, 48, 3\]"),
     ]:
         with pytest.raises(UlsamError, match=told):
-            list(net.predict(pictures, **options))
+            list(model.predict(images, **options))
     for threads in (0, -2):
         with pytest.raises(UlsamError, match=f"threads must be 1 or more, not {threads}"):
-            runtime.load(world / "net.onnx", threads=threads)
+            runtime.load(world / "model.onnx", threads=threads)
 
 
 def test_the_commands_say_the_same_of_both_files(world, capsys):
     told = {}
     for suffix in (".safetensors", ".onnx"):
-        model = str(world / f"net{suffix}")
+        model = str(world / f"model{suffix}")
         codes = [main(["predict", model, str(world / "data" / "val"), *more]) for more in ([], ["--json"])]
-        assert codes == [2, 2]  # one picture is none
+        assert codes == [2, 2]  # one image is none
         assert main(["eval", model, str(world / "data"), "--workers", "0", "--json", str(world / "scores.json")]) == 0
         told[suffix] = capsys.readouterr().out
         scores = json.loads((world / "scores.json").read_text())
-        told[suffix + "s"] = [scores[key] for key in ("split", "cost", "recipe")], scores["scores"]["top1"]
+        told[suffix + "s"] = [scores[key] for key in ("split", "cost", "spec")], scores["scores"]["top1"]
     # probabilities differ by 1e-6 at most, and are told to 6 digits
     words, others = (told[suffix].replace(".safetensors", ".onnx").split() for suffix in (".safetensors", ".onnx"))
     assert len(words) == len(others) > 60
@@ -173,8 +173,8 @@ for name in ("torch", "timm", "torchvision", "safetensors", "simplejpeg", "tqdm"
         continue
     raise SystemExit(name + " can be imported")
 import ulsam.runtime
-net = ulsam.runtime.load({model!r})
-print(json.dumps([[one.path, one.classes, one.error] for one in net.predict({paths!r}, batch=3)]))
+model = ulsam.runtime.load({model!r})
+print(json.dumps([[one.path, one.classes, one.error] for one in model.predict({paths!r}, batch=3)]))
 from ulsam.cli import main
 raise SystemExit(main(["predict", {model!r}, {folder!r}]))
 """
@@ -193,22 +193,22 @@ def test_it_runs_where_there_is_no_torch(world, tmp_path, capsys):
         (site / libraries.name).symlink_to(libraries)
     folder = str(world / "data" / "val")
     paths = sorted(map(str, Path(folder).rglob("*.*")))
-    code = BARE.format(site=str(site), model=str(world / "net.onnx"), paths=paths, folder=folder)
+    code = BARE.format(site=str(site), model=str(world / "model.onnx"), paths=paths, folder=folder)
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
     )
-    assert done.returncode == 2, done.stderr  # one picture is none
-    assert "1 of 13 pictures could not be read" in done.stderr
+    assert done.returncode == 2, done.stderr  # one image is none
+    assert "1 of 13 images could not be read" in done.stderr
     lines = done.stdout.splitlines()
-    here = list(runtime.load(world / "net.onnx").predict(paths))
+    here = list(runtime.load(world / "model.onnx").predict(paths))
     assert json.loads(lines[0]) == [[one.path, [list(pair) for pair in one.classes], one.error] for one in here]
-    main(["predict", str(world / "net.onnx"), folder])
+    main(["predict", str(world / "model.onnx"), folder])
     assert lines[1:] == capsys.readouterr().out.splitlines()
 
 
 def test_without_onnx_runtime_it_says_what_to_install(world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert main(["predict", str(world / "net.onnx"), str(world / "data")]) == 2
+    assert main(["predict", str(world / "model.onnx"), str(world / "data")]) == 2
     assert capsys.readouterr().err.endswith("; pip install onnxruntime\n")
 
 
@@ -227,30 +227,30 @@ def renamed(source: Path, target: Path, **changes: str | None) -> str:
         ({"classes": None}, "was not exported by ulsam: its metadata has no classes; write it by ulsam export"),
         ({"classes": None, "preprocessing": None}, "its metadata has no classes and no preprocessing; "),
         ({"classes": "wren"}, "has metadata that cannot be read"),
-        ({"preprocessing": "{}"}, "has metadata that cannot be read: no preprocessing of pictures: KeyError 'size'"),
+        ({"preprocessing": "{}"}, "has metadata that cannot be read: no preprocessing of images: KeyError 'size'"),
     ],
 )
 def test_a_file_that_is_not_ours_says_what_is_missing(world, tmp_path, changes, told, capsys):
-    path = renamed(world / "net.onnx", tmp_path / "other.onnx", **changes)
+    path = renamed(world / "model.onnx", tmp_path / "other.onnx", **changes)
     with pytest.raises(UlsamError, match=r"other\.onnx") as caught:
         runtime.load(path)
     assert told in str(caught.value)
-    picture = str(world / "data" / "val" / "class0" / "000.png")
-    assert main(["predict", path, picture]) == 2
+    image = str(world / "data" / "val" / "class0" / "000.png")
+    assert main(["predict", path, image]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_what_is_no_exported_net(world, tmp_path, capsys):
-    (tmp_path / "broken.onnx").write_bytes((world / "net.onnx").read_bytes()[:5000])
+def test_what_is_no_exported_model(world, tmp_path, capsys):
+    (tmp_path / "broken.onnx").write_bytes((world / "model.onnx").read_bytes()[:5000])
     (tmp_path / "folder.onnx").mkdir()
-    recipe_gone = renamed(world / "net.onnx", tmp_path / "norecipe.onnx", recipe=None)
+    spec_gone = renamed(world / "model.onnx", tmp_path / "nospec.onnx", spec=None)
     data = str(world / "data")
     for words, told in [
         (["predict", str(tmp_path / "broken.onnx"), data], "is no ONNX file that can be run here"),
-        (["predict", str(tmp_path / "none.onnx"), data], f"no exported net {tmp_path / 'none.onnx'}"),
-        (["predict", str(tmp_path / "folder.onnx"), data], f"no exported net {tmp_path / 'folder.onnx'}"),
-        (["eval", recipe_gone, data], "holds no recipe: write it by ulsam export"),
-        (["eval", str(world / "net.onnx"), data, "--device", "cuda"], "an exported net runs on the CPU here"),
+        (["predict", str(tmp_path / "none.onnx"), data], f"no exported model {tmp_path / 'none.onnx'}"),
+        (["predict", str(tmp_path / "folder.onnx"), data], f"no exported model {tmp_path / 'folder.onnx'}"),
+        (["eval", spec_gone, data], "holds no spec: write it by ulsam export"),
+        (["eval", str(world / "model.onnx"), data, "--device", "cuda"], "an exported model runs on the CPU here"),
     ]:
         assert main(words) == 2
         error = capsys.readouterr().err

@@ -28,51 +28,51 @@ from torch import nn
 from serving import KEY, PNG, Service, form, reply, service
 from tiny import NET, draw
 from ulsam import runtime
+from ulsam.apps.service import create_app
+from ulsam.apps.service_engine import Engine
+from ulsam.apps.service_limits import Limits
+from ulsam.apps.service_metrics import Metrics
 from ulsam.cli import main
 from ulsam.data.preprocessing import Preprocessing
-from ulsam.exporting import export
-from ulsam.models import build, load, make_recipe, save_model
-from ulsam.recipe import Edit
-from ulsam.serving.app import create_app
-from ulsam.serving.engine import Engine
-from ulsam.serving.limits import Limits
-from ulsam.serving.metrics import Metrics
+from ulsam.deploy.export import export
+from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.spec import Edit
 
 CHROMIUM = os.environ.get("ULSAM_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model file, the same net exported, and pictures."""
+    """A model file, the same model exported, and images."""
     torch.manual_seed(0)
-    recipe = make_recipe(NET, ("class0", "class1", "class2"), [Edit("insert", "blocks.1.0", 4)], size=48)
-    net, _ = build(recipe)
-    nn.init.normal_(net.get_submodule("classifier").weight, std=5)
+    spec = make_spec(NET, ("class0", "class1", "class2"), [Edit("insert", "blocks.1.0", 4)], size=48)
+    model, _ = build(spec)
+    nn.init.normal_(model.get_submodule("classifier").weight, std=5)
     root = tmp_path_factory.mktemp("serve")
-    save_model(net, recipe, root / "net.safetensors")
-    export(net, recipe, root / "net.onnx")
-    draw(root / "pictures", 8, size=70)
+    save_model(model, spec, root / "model.safetensors")
+    export(model, spec, root / "model.onnx")
+    draw(root / "images", 8, size=70)
     photograph = np.random.default_rng(0).integers(0, 256, (800, 900, 3), dtype=np.uint8)  # above 1 MB
-    Image.fromarray(photograph).save(root / "pictures" / "class0" / "large.jpg", quality=98)
+    Image.fromarray(photograph).save(root / "images" / "class0" / "large.jpg", quality=98)
     return root
 
 
 @pytest.fixture(scope="module")
 def served(world):
-    with service(str(world / "net.onnx"), folder=world / "served") as one:
+    with service(str(world / "model.onnx"), folder=world / "served") as one:
         yield one
 
 
 @pytest.fixture(scope="module")
 def strict(world):
     """A service with tight limits and a key."""
-    limits = "--max-requests 2 --timeout 1.5 --idle 1 --max-pixels 10000 --max-megabytes 1 --max-pictures 3"
-    with service(str(world / "net.onnx"), *limits.split(), folder=world / "strict", ULSAM_API_KEY=KEY) as one:
+    limits = "--max-requests 2 --timeout 1.5 --idle 1 --max-pixels 10000 --max-megabytes 1 --max-images 3"
+    with service(str(world / "model.onnx"), *limits.split(), folder=world / "strict", ULSAM_API_KEY=KEY) as one:
         yield one
 
 
 def paths(world: Path) -> list[Path]:
-    return sorted((world / "pictures").rglob("*.*"))
+    return sorted((world / "images").rglob("*.*"))
 
 
 def shares(prediction: dict[str, Any]) -> dict[str, float]:
@@ -86,26 +86,26 @@ def head(length: int, *lines: str) -> bytes:
 
 def test_answers_are_those_of_predict(served, world, capsys):
     files = paths(world)
-    assert main(["predict", str(world / "net.onnx"), *map(str, files), "--json", "--top", "2"]) == 0
+    assert main(["predict", str(world / "model.onnx"), *map(str, files), "--json", "--top", "2"]) == 0
     expected = [json.loads(line)["classes"] for line in capsys.readouterr().out.splitlines()]
     assert len({tuple(one) for one in expected}) > 1
     alone = [served.ask("/predict?top=2", path.read_bytes()).body["predictions"] for path in files]
     body, headers = form([(path.name, path.read_bytes()) for path in files])
     together = served.ask("/predict?top=2", body, headers).body["predictions"]
     for path, wanted, (one,), other in zip(files, expected, alone, together, strict=True):
-        assert (one["picture"], one["error"], other["picture"], other["error"]) == (None, None, path.name, None)
+        assert (one["image"], one["error"], other["image"], other["error"]) == (None, None, path.name, None)
         for found in (shares(one), shares(other)):
             assert list(found) == list(wanted)
             assert found == pytest.approx(wanted, abs=2e-5)
 
 
-def test_a_picture_that_is_none_has_an_error_in_its_place(served, world):
+def test_a_image_that_is_none_has_an_error_in_its_place(served, world):
     good = paths(world)[0].read_bytes()
     body, headers = form([("no.jpg", b"nothing"), ("good.png", good), ("cut.png", good[:900])])
     found = served.ask("/predict", body, headers)
     assert found.status == 200
     assert [one["error"] for one in found.body["predictions"]] == [
-        "not a picture in a known format, or cut off within its header",
+        "not an image in a known format, or cut off within its header",
         None,
         "truncated",
     ]
@@ -113,18 +113,18 @@ def test_a_picture_that_is_none_has_an_error_in_its_place(served, world):
     body, headers = form([("no.jpg", b"nothing"), ("", b"")])
     found = served.ask("/predict", body, headers)
     assert found.status == 422
-    assert found.body["detail"].startswith("no.jpg: not a picture in a known format")
+    assert found.body["detail"].startswith("no.jpg: not an image in a known format")
 
 
-def test_an_exported_net_is_served_without_pytorch(served):
+def test_an_exported_model_is_served_without_pytorch(served):
     assert "libtorch" not in Path(f"/proc/{served.process.pid}/maps").read_text()
 
 
 def test_many_clients_each_get_their_own_answer(served, world):
     files = paths(world)
-    net = runtime.load(world / "net.onnx", threads=1)
-    expected = {path: dict(one.classes) for path, one in zip(files, net.predict(files), strict=True)}
-    before, wrong = served.metric("ulsam_batch_pictures_count"), []
+    model = runtime.load(world / "model.onnx", threads=1)
+    expected = {path: dict(one.classes) for path, one in zip(files, model.predict(files), strict=True)}
+    before, wrong = served.metric("ulsam_batch_images_count"), []
 
     def client(number: int) -> None:
         with contextlib.closing(served.connect()) as connection:
@@ -139,7 +139,7 @@ def test_many_clients_each_get_their_own_answer(served, world):
 
     run([threading.Thread(target=client, args=(number,)) for number in range(12)])
     assert wrong == []
-    assert 0 < served.metric("ulsam_batch_pictures_count") - before <= 120
+    assert 0 < served.metric("ulsam_batch_images_count") - before <= 120
 
 
 def run(threads: list[threading.Thread]) -> None:
@@ -150,7 +150,7 @@ def run(threads: list[threading.Thread]) -> None:
 
 
 class Brightness:
-    """A net of two outputs that holds its first batch until it is let go, and keeps the sizes of its batches."""
+    """A model of two outputs that holds its first batch until it is let go, and keeps the sizes of its batches."""
 
     classes = ("dark", "light")
     preprocessing = Preprocessing((4, 4), "nearest", 1.0, (0.5,) * 3, (0.5,) * 3)
@@ -174,17 +174,17 @@ def grey(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
 
 def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other():
     async def scene() -> tuple[list[int], list[Any]]:
-        net, limits = Brightness(), Limits(batch=4)
-        engine = Engine(net, limits, Metrics(limits))
+        model, limits = Brightness(), Limits(batch=4)
+        engine = Engine(model, limits, Metrics(limits))
         tasks = [asyncio.create_task(engine.probabilities(grey(20 * number))) for number in range(10)]
-        while not net.sizes or engine._batches._queue.qsize() + sum(net.sizes) < 10:
+        while not model.sizes or engine._batches._queue.qsize() + sum(model.sizes) < 10:
             await asyncio.sleep(0.01)
         tasks[0].cancel()
         tasks[6].cancel()
-        net.go.set()
+        model.go.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         await engine.close()
-        return net.sizes, found
+        return model.sizes, found
 
     sizes, found = asyncio.run(asyncio.wait_for(scene(), 20))
     assert sum(sizes) == 10
@@ -198,8 +198,8 @@ def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other()
 
 def test_no_answer_in_time_is_a_503_that_tells_when_to_come_back():
     async def scene() -> tuple[list[dict[str, Any]], bytes]:
-        net, limits = Brightness(), Limits(timeout=0.2)
-        engine = Engine(net, limits, Metrics(limits))
+        model, limits = Brightness(), Limits(timeout=0.2)
+        engine = Engine(model, limits, Metrics(limits))
         app = create_app(engine, limits, None)
         sent: list[dict[str, Any]] = []
 
@@ -211,7 +211,7 @@ def test_no_answer_in_time_is_a_503_that_tells_when_to_come_back():
 
         scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "http_version": "1.1"}
         await app({**scope, "headers": [(b"content-type", b"image/png")]}, receive, send)
-        net.go.set()
+        model.go.set()
         await engine.close()
         return sent, engine.metrics.text()
 
@@ -338,7 +338,7 @@ def test_requests_that_are_cut_off_or_broken_leave_nothing_behind(served):
 def test_told_to_stop_it_answers_what_is_in_flight_and_loses_nothing(world):
     files = [path.read_bytes() for path in paths(world)]
     answered, refused, odd = [], [], []
-    with service(str(world / "net.onnx"), folder=world / "drained") as one:
+    with service(str(world / "model.onnx"), folder=world / "drained") as one:
         late = one.raw(head(len(files[0])) + files[0][:50])
 
         def client(number: int) -> None:
@@ -375,8 +375,8 @@ def test_told_to_stop_it_answers_what_is_in_flight_and_loses_nothing(world):
 
 def test_a_request_that_comes_as_its_connection_is_closed_is_answered_or_not_begun(world):
     """Idle connections are closed half a second after the signal; requests come from before that on until after it."""
-    picture = grey(9)
-    with service(str(world / "net.onnx"), "--max-requests", "1000", folder=world / "closing") as one:
+    image = grey(9)
+    with service(str(world / "model.onnx"), "--max-requests", "1000", folder=world / "closing") as one:
         connections = [one.raw(b"") for _ in range(300)]
         assert one.ask("/health").status == 200  # it was accepted last
         one.process.send_signal(signal.SIGTERM)
@@ -385,7 +385,7 @@ def test_a_request_that_comes_as_its_connection_is_closed_is_answered_or_not_beg
         for connection in connections:
             time.sleep(0.0015)
             with contextlib.suppress(OSError):
-                connection.sendall(head(len(picture)) + picture)
+                connection.sendall(head(len(image)) + image)
         for connection in connections:
             with contextlib.closing(connection), contextlib.suppress(ConnectionResetError):
                 text = b"".join(iter(lambda one=connection: one.recv(9999), b""))
@@ -395,11 +395,11 @@ def test_a_request_that_comes_as_its_connection_is_closed_is_answered_or_not_beg
 
 
 def test_a_model_file_is_served_folded_and_ctrl_c_ends_it(world):
-    from ulsam.evaluate import predict
+    from ulsam.training.evaluate import predict
 
     path = paths(world)[3]
-    (expected,) = predict(*load(world / "net.safetensors"), [path])
-    with service(str(world / "net.safetensors"), "--threads", "1", folder=world / "torch") as one:
+    (expected,) = predict(*load(world / "model.safetensors"), [path])
+    with service(str(world / "model.safetensors"), "--threads", "1", folder=world / "torch") as one:
         found = one.ask("/predict", path.read_bytes())
         assert shares(found.body["predictions"][0]) == pytest.approx(dict(expected.classes), abs=2e-5)
         assert one.stop(signal.SIGINT) == "stopped: 1 requests answered\n"
@@ -449,7 +449,7 @@ def check_conforms(one: Service, examples: int) -> None:
             max_examples=examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
         )
         def conforms(case):
-            # what is no picture is refused, though the schema cannot tell it from one
+            # what is no image is refused, though the schema cannot tell it from one
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         conforms()
@@ -477,7 +477,7 @@ def test_many_requests_made_from_the_schema_get_answers_that_it_names(served):
         (["--timeout", "nan"], "the limit of timeout must be 0.1 or more, not nan"),
         (["--idle", "0"], "the limit of idle must be 1 or more, not 0"),
         (["--port", "0", "--threads", "0"], "--threads must be 1 or more, not 0"),
-        (["--port", "0"], "no exported net missing.onnx"),
+        (["--port", "0"], "no exported model missing.onnx"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, told, capsys):
@@ -492,7 +492,7 @@ def test_a_taken_port_an_unfit_key_and_a_missing_package_are_told(served, monkey
     monkeypatch.setenv("ULSAM_API_KEY", "two words")
     assert main(["serve", "missing.onnx"]) == 2
     assert "ULSAM_API_KEY must be ASCII" in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "ulsam.serving.server")
+    monkeypatch.delitem(sys.modules, "ulsam.apps.serve")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "missing.onnx"]) == 2
     told = "ulsam: error: ulsam serve needs uvicorn, which is not installed: pip install 'ulsam[serve]'\n"

@@ -1,4 +1,4 @@
-"""Slimming on a tiny net: blocks, damage and time, and the whole of it, stopped and started again too."""
+"""Slimming on a tiny model: blocks, damage and time, and the whole of it, stopped and started again too."""
 
 import copy
 import dataclasses
@@ -19,26 +19,26 @@ from torch import nn
 
 import ulsam
 from tiny import draw_splits, options, warm
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.costs import cost
+from ulsam.data.images import read_pixels
 from ulsam.data.loading import eval_loader
 from ulsam.data.opening import open_data
-from ulsam.data.pictures import read_pixels
-from ulsam.errors import UlsamError
-from ulsam.evaluate import ALONE, evaluate, recipe_transform
-from ulsam.models import build, load, make_recipe, read_recipe, save_model
-from ulsam.recipe import Edit
-from ulsam.sampling import draw_sample
-from ulsam.slimming.blocks import Block, Switched, find_blocks
-from ulsam.slimming.budget import Wish
-from ulsam.slimming.choose import Chooser
-from ulsam.slimming.damage import Score, score
-from ulsam.slimming.latency import Timing, call_of, check_engine, time_in_turn
-from ulsam.slimming.report import choice_lines
-from ulsam.slimming.run import _result, fine_tuning, slim
-from ulsam.slimming.store import Store
-from ulsam.train.config import TrainConfig
-from ulsam.train.parts import open_pictures, recipe_of
+from ulsam.model.build import build, load, make_spec, read_spec, save_model
+from ulsam.model.spec import Edit
+from ulsam.study.slim import _result, fine_tuning, slim
+from ulsam.study.slim_blocks import Block, SwitchableModel, find_blocks
+from ulsam.study.slim_budget import Budget
+from ulsam.study.slim_choose import BlockSearch
+from ulsam.study.slim_damage import Score, score
+from ulsam.study.slim_latency import Timing, call_of, check_engine, time_in_turn
+from ulsam.study.slim_report import choice_lines
+from ulsam.study.slim_store import Store
+from ulsam.surgery.cost import cost
+from ulsam.training.config import TrainConfig
+from ulsam.training.evaluate import ALONE, evaluate, spec_transform
+from ulsam.training.parts import open_images, spec_of
+from ulsam.training.sample import draw_sample
 
 SIZE = (3, 32, 32)
 CLASSES = ("class0", "class1", "class2")
@@ -52,7 +52,7 @@ SETTINGS: dict[str, Any] = {
     "amp": "none",
     "compile": "none",
     "clip_grad": 9.0,
-    "fit_pictures": 0,  # new layers as they are made: fitting them has tests of its own
+    "reconstruct_images": 0,  # new layers as they are made: fitting them has tests of its own
 }
 AT = "13,14,16,17"
 
@@ -64,11 +64,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A net with ten residual blocks, not trained: enough to have scores."""
-    path = tmp_path_factory.mktemp("model") / "net.safetensors"
-    recipe = make_recipe("mobilenetv2_035", CLASSES, size=32)
+    """A model with ten residual blocks, not trained: enough to have scores."""
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    spec = make_spec("mobilenetv2_035", CLASSES, size=32)
     torch.manual_seed(0)
-    save_model(build(recipe)[0], recipe, path)
+    save_model(build(spec)[0], spec, path)
     return path
 
 
@@ -96,25 +96,25 @@ def kept(out: Path) -> dict[str, Any]:
         ("mobilenetv1_100", "4 6 8 9 10 11 12 14"),  # which has no shortcut
     ],
 )
-def test_blocks_of_nets_and_what_they_save(name, places):
-    net = timm.create_model(name, num_classes=3)
-    blocks, _, notes = find_blocks(net, SIZE, {"groups": 2, "form": "released"})
+def test_blocks_of_models_and_what_they_save(name, places):
+    model = timm.create_model(name, num_classes=3)
+    blocks, _, notes = find_blocks(model, SIZE, {"groups": 2, "form": "released"})
     assert [block.place for block in blocks] == places.split()
     assert notes == []
-    before, at = cost(net, SIZE), [block.name for block in blocks]
-    ulsam.replace(net, at[1:3], groups=2, form="released", input_size=SIZE)
-    after = cost(net, SIZE)
+    before, at = cost(model, SIZE), [block.name for block in blocks]
+    ulsam.replace(model, at[1:3], groups=2, form="released", input_size=SIZE)
+    after = cost(model, SIZE)
     assert before.params - after.params == sum(block.params for block in blocks[1:3])
     assert before.macs - after.macs == sum(block.macs for block in blocks[1:3])
 
 
 def test_blocks_that_groups_do_not_fit_are_left_out_and_said():
-    net = timm.create_model("mobilenetv2_035")
-    blocks, _, notes = find_blocks(net, SIZE, {"groups": 16})
+    model = timm.create_model("mobilenetv2_035")
+    blocks, _, notes = find_blocks(model, SIZE, {"groups": 16})
     assert {block.shape[0] for block in blocks} == {16, 32}
     assert "blocks.1.1 is left out: 16 groups do not divide its 8 channels" in notes
     with pytest.raises(UlsamError, match=r"has no block to replace: blocks\.1\.1 is left out: 9 groups"):
-        find_blocks(net, SIZE, {"groups": 9})
+        find_blocks(model, SIZE, {"groups": 9})
 
 
 def test_single_convolutions_are_replaced_where_they_are_named():
@@ -126,14 +126,14 @@ def test_single_convolutions_are_replaced_where_they_are_named():
     assert [block.name for block in find_blocks(plain, SIZE, {}, "2")[0]] == ["2"]
 
 
-def test_a_switched_net_is_the_edited_one_and_then_as_it_was():
-    net = timm.create_model("mobilenetv2_035", num_classes=3).eval()
-    x, state = torch.randn(2, *SIZE), copy.deepcopy(net.state_dict())
-    before, names = net(x), ["blocks.4.1", "blocks.5.2"]
-    switched = Switched(net, [*names, "blocks.5.1"], {"groups": 2}, SIZE)
+def test_a_switched_model_is_the_edited_one_and_then_as_it_was():
+    model = timm.create_model("mobilenetv2_035", num_classes=3).eval()
+    x, state = torch.randn(2, *SIZE), copy.deepcopy(model.state_dict())
+    before, names = model(x), ["blocks.4.1", "blocks.5.2"]
+    switched = SwitchableModel(model, [*names, "blocks.5.1"], {"groups": 2}, SIZE)
     torch.manual_seed(5)
-    again = Switched(net, [*names, "blocks.5.1"], {"groups": 2}, SIZE)  # whatever the generator is at
-    edited = ulsam.replace(copy.deepcopy(net), names, groups=2, input_size=SIZE)
+    again = SwitchableModel(model, [*names, "blocks.5.1"], {"groups": 2}, SIZE)  # whatever the generator is at
+    edited = ulsam.replace(copy.deepcopy(model), names, groups=2, input_size=SIZE)
     for name in names:
         edited.get_submodule(name).load_state_dict(switched.new[name].state_dict())
     with switched.replaced(names) as replaced:
@@ -142,16 +142,16 @@ def test_a_switched_net_is_the_edited_one_and_then_as_it_was():
     with again.replaced(names) as replaced:
         assert torch.equal(after, replaced(x))
     assert not torch.equal(after, before)
-    assert torch.equal(net(x), before)
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_thin_blocks_are_fitted_to_the_blocks_before_the_damage_is_measured():
+def test_narrow_blocks_are_fitted_to_the_blocks_before_the_damage_is_measured():
     torch.manual_seed(0)
-    net = timm.create_model("mobilenetv2_035", num_classes=3)
-    net(torch.randn(16, *SIZE))  # BatchNorm gets statistics
+    model = timm.create_model("mobilenetv2_035", num_classes=3)
+    model(torch.randn(16, *SIZE))  # BatchNorm gets statistics
     names, x = ["blocks.3.1", "blocks.4.1"], torch.randn(32, *SIZE)
-    _, switched, _ = find_blocks(net.eval(), SIZE, {"layer": "thin", "width": 4}, names)
+    _, switched, _ = find_blocks(model.eval(), SIZE, {"layer": "inverted_residual", "width": 4}, names)
 
     def distances() -> list[float]:
         found = []
@@ -161,89 +161,89 @@ def test_thin_blocks_are_fitted_to_the_blocks_before_the_damage_is_measured():
         return found
 
     with torch.no_grad():
-        before = net.forward_features(x)
-        as_dropped = distances()
-        switched.fit([x])
-        assert all(fitted < 0.9 * dropped for fitted, dropped in zip(distances(), as_dropped, strict=True))
-        assert torch.equal(net.forward_features(x), before)
+        before = model.forward_features(x)
+        as_removed = distances()
+        switched.reconstruct([x])
+        assert all(fitted < 0.9 * removed for fitted, removed in zip(distances(), as_removed, strict=True))
+        assert torch.equal(model.forward_features(x), before)
 
 
-def test_slimming_fits_on_the_pictures_of_the_fine_tuning_or_not_at_all(model, data, tmp_path):
+def test_slimming_fits_on_the_images_of_the_fine_tuning_or_not_at_all(model, data, tmp_path):
     losses = []
     for number in (16, 0):
-        layer, settings = {"layer": "thin", "width": 4}, {**SETTINGS, "fit_pictures": number}
+        layer, settings = {"layer": "inverted_residual", "width": 4}, {**SETTINGS, "reconstruct_images": number}
         out = tmp_path / str(number)
         slim(model, str(data), out, fine_tune=False, macs=0.97, at="17", layer=layer, settings=settings)
         (alone,) = (entry for entry in kept(out)["measured"] if entry["blocks"] == ["17"])
         losses.append(alone["loss"])
         assert list(kept(out).get("fitted", {})) == (["blocks.5.2"] if number else [])
     assert losses[0] != losses[1]
-    net, recipe = load(model)
-    pictures, _, _ = open_data(str(data))
-    dropped = ulsam.drop(net, "17", input_size=SIZE)
-    sample = draw_sample(pictures, recipe, 400, ALONE)
-    scores = evaluate(dropped, sample.batches, len(CLASSES), world=ALONE)
+    loaded, spec = load(model)
+    images, _, _ = open_data(str(data))
+    removed = ulsam.remove(loaded, "17", input_size=SIZE)
+    sample = draw_sample(images, spec, 400, ALONE)
+    scores = evaluate(removed, sample.batches, len(CLASSES), world=ALONE)
     assert losses[1] == pytest.approx(scores.loss, rel=1e-5)  # a new layer is the identity
 
 
 # damage
 
 
-def test_the_score_is_that_of_one_picture_after_the_other(model, data):
-    net, recipe = load(model)
-    pictures, _, _ = open_data(str(data))
-    sample = draw_sample(pictures, recipe, 20, ALONE, batch_size=8)
-    assert sample.pictures == 20
-    switched = Switched(net, ["blocks.5.1", "blocks.5.2"], {}, SIZE)
+def test_the_score_is_that_of_one_image_after_the_other(model, data):
+    loaded, spec = load(model)
+    images, _, _ = open_data(str(data))
+    sample = draw_sample(images, spec, 20, ALONE, batch_size=8)
+    assert sample.count == 20
+    switched = SwitchableModel(loaded, ["blocks.5.1", "blocks.5.2"], {}, SIZE)
     found = score(switched, ["blocks.5.2"], sample, CLASSES, ALONE)
 
     edited = ulsam.replace(load(model)[0], "17", input_size=SIZE)
     edited.blocks[5][2].load_state_dict(switched.new["blocks.5.2"].state_dict())
-    transform, seen = recipe_transform(recipe), []
-    for path, label in pictures.samples:
-        picture = transform.normalise(transform.pixels(read_pixels(path, transform.reduction))[None])
+    transform, seen = spec_transform(spec), []
+    for path, label in images.samples:
+        image = transform.normalise(transform.pixels(read_pixels(path, transform.reduction))[None])
         with torch.no_grad():
-            logits = edited(picture)
-        seen.append((picture, label, F.cross_entropy(logits, torch.tensor([label])).item(), int(logits.argmax())))
+            logits = edited(image)
+        seen.append((image, label, F.cross_entropy(logits, torch.tensor([label])).item(), int(logits.argmax())))
     chosen = [
-        next(entry for entry in seen if torch.equal(entry[0][0], picture))
+        next(entry for entry in seen if torch.equal(entry[0][0], image))
         for batch in sample.batches
-        for picture in batch.images
+        for image in batch.images
     ]
     assert found.loss == pytest.approx(sum(loss for *_, loss, _ in chosen) / 20, rel=1e-5)
     assert found.top1 == sum(label == guess for _, label, _, guess in chosen) / 20
-    assert len({id(entry) for entry in chosen}) == 20  # no picture twice
+    assert len({id(entry) for entry in chosen}) == 20  # no image twice
 
 
-def test_the_sample_is_the_same_one_each_time_and_wherever_the_pictures_lie(model, data, tmp_path):
-    recipe = read_recipe(model)
+def test_the_sample_is_the_same_one_each_time_and_wherever_the_images_lie(model, data, tmp_path):
+    spec = read_spec(model)
     shutil.copytree(data, tmp_path / "moved")
-    samples = [draw_sample(open_data(str(root))[0], recipe, 10, ALONE) for root in (data, data, tmp_path / "moved")]
+    samples = [draw_sample(open_data(str(root))[0], spec, 10, ALONE) for root in (data, data, tmp_path / "moved")]
     assert len({sample.names for sample in samples}) == 1
     for sample in samples[1:]:
         assert torch.equal(sample.batches[0].images, samples[0].batches[0].images)
-    assert draw_sample(open_data(str(data))[0], recipe, 10_000, ALONE).pictures == 36
+    assert draw_sample(open_data(str(data))[0], spec, 10_000, ALONE).count == 36
 
 
 @pytest.mark.parametrize("taken, number, common", [(20, 16, 0), (20, 20, 4), (36, 9, 9), (0, 36, 0)])
-def test_a_sample_apart_from_another_shares_as_few_pictures_as_can_be(model, data, taken, number, common):
-    pictures, recipe = open_data(str(data))[0], read_recipe(model)
-    others = draw_sample(pictures, recipe, number, ALONE, apart_from=taken)
-    first = draw_sample(pictures, recipe, taken, ALONE).images if taken else []
-    seen = {hash(picture.numpy().tobytes()) for batch in first for picture in batch}
-    mine = {hash(picture.numpy().tobytes()) for batch in others.images for picture in batch}
-    assert (others.pictures, len(mine), len(mine & seen)) == (number, number, common)
+def test_a_sample_apart_from_another_shares_as_few_images_as_can_be(model, data, taken, number, common):
+    images, spec = open_data(str(data))[0], read_spec(model)
+    others = draw_sample(images, spec, number, ALONE, apart_from=taken)
+    first = draw_sample(images, spec, taken, ALONE).images if taken else []
+    seen = {hash(image.numpy().tobytes()) for batch in first for image in batch}
+    mine = {hash(image.numpy().tobytes()) for batch in others.images for image in batch}
+    assert (others.count, len(mine), len(mine & seen)) == (number, number, common)
 
 
-def test_an_unreadable_picture_of_the_sample_is_left_out(model, data, tmp_path):
+def test_an_unreadable_image_of_the_sample_is_left_out(model, data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "train" / "class0" / "000.png").write_bytes(b"broken")
-    sample = draw_sample(open_data(str(tmp_path / "data"))[0], read_recipe(model), 36, ALONE)
-    assert (sample.pictures, len(sample.unreadable)) == (35, 1)
+    sample = draw_sample(open_data(str(tmp_path / "data"))[0], read_spec(model), 36, ALONE)
+    assert (sample.count, len(sample.unreadable)) == (35, 1)
     assert sum(len(batch.labels) for batch in sample.batches) == 35
 
 
-def test_validation_pictures_are_not_looked_at(model, data, tmp_path):
+def test_validation_images_are_not_looked_at(model, data, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(data / "train", other / "train")
     for name in CLASSES[:2]:
@@ -271,21 +271,21 @@ def test_calls_take_turns():
     assert found["b"].ratio == found["b"].seconds / found["a"].seconds
 
 
-def test_onnx_runtime_puts_out_what_the_net_does():
+def test_onnx_runtime_puts_out_what_the_model_does():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     check_engine("onnxruntime")
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), ulsam.ULSAM(8, form="released")).eval()
-    net[1].running_mean += 0.1
-    pictures = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    found = call_of(net, (3, 12, 12), "onnxruntime", batch=2, threads=1)()
-    assert torch.allclose(torch.from_numpy(found), net(pictures), atol=1e-5)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), ulsam.ULSAM(8, form="released")).eval()
+    model[1].running_mean += 0.1
+    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    found = call_of(model, (3, 12, 12), "onnxruntime", batch=2, threads=1)()
+    assert torch.allclose(torch.from_numpy(found), model(images), atol=1e-5)
 
 
 @pytest.mark.slow  # real times: on a busy machine a block may save none
-# of one small picture, ONNX Runtime takes no less time with a block replaced
+# of one small image, ONNX Runtime takes no less time with a block replaced
 @pytest.mark.parametrize(("engine", "batch"), [("eager", "1"), ("onnxruntime", "64")])
-def test_a_budget_of_time_is_met_by_the_net_that_was_timed(model, data, tmp_path, capsys, engine, batch):
+def test_a_budget_of_time_is_met_by_the_model_that_was_timed(model, data, tmp_path, capsys, engine, batch):
     if engine == "onnxruntime":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
@@ -316,8 +316,8 @@ def test_a_budget_of_time_is_met_by_the_net_that_was_timed(model, data, tmp_path
 def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, single, times, chosen, how):
     """Four blocks that save the same time each; 0.8 is asked for."""
     blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(4)]
-    wish = Wish("latency", 0.8)
-    store = Store(tmp_path / "out", wish.entry())
+    asked = Budget("latency", 0.8)
+    store = Store(tmp_path / "out", asked.entry())
     ratios = {(): 1.0, **{(n,): single for n in range(4)}}
     others = {key: {2: 0.85, 3: 1.05}[size] for size in (2, 3) for key in itertools.combinations(range(4), size)}
     entries = {
@@ -326,23 +326,23 @@ def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, sin
     }
     store.put("timings", [entries[key] for key in ratios])
     store.put("timed", [entry for key, entry in entries.items() if key not in ratios])
-    net = nn.Conv2d(3, 3, 1)
-    chooser = Chooser(
-        wish,
+    model = nn.Conv2d(3, 3, 1)
+    chooser = BlockSearch(
+        asked,
         blocks,
-        Switched(nn.Sequential(net), ["0"], {"groups": 1}, SIZE),
-        cost(net, SIZE),
+        SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
+        cost(model, SIZE),
         lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
         store,
         lambda: None,
     )
     chooser.choose()
-    found = Store(tmp_path / "out", wish.entry()).get("chosen")
+    found = Store(tmp_path / "out", asked.entry()).get("chosen")
     assert found["blocks"] == [str(n) for n in chosen]
     assert found["how"] == how
     slow = [rival for rival in found["rivals"] if rival != found["blocks"]]
     assert all(entries[tuple(map(int, rival))]["ratio"] > 0.8 for rival in slow)
-    store.data["net"] = {"params": 100, "macs": 100}
+    store.data["model"] = {"params": 100, "macs": 100}
     store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
     reason = {
         "timed": f"of {1 + len(slow)} sets that were timed, by damage, the first"
@@ -358,21 +358,21 @@ def test_a_set_that_was_fast_enough_by_chance_is_not_taken(tmp_path):
     """Three blocks, of which one is to go; b1, of less damage than b2, is fast enough at its first timing alone."""
     readings = {(0, 1, 2): [0.7, 0.7], (0,): [0.95], (1,): [0.89, 0.92], (2,): [0.88, 0.86]}
 
-    class Clocked(Chooser):
+    class Clocked(BlockSearch):
         def _time(self, sets):
             ratios = {(): 1.0, (0,): 0.9, (1,): 0.9, (2,): 0.9}
             if len(sets) == 1:
                 ratios = {tuple(sorted(sets[0])): readings[tuple(sorted(sets[0]))].pop(0)}
             return {frozenset(numbers): Timing(1.0, ratio, 15) for numbers, ratio in ratios.items()}
 
-    wish = Wish("latency", 0.9)
-    store = Store(tmp_path / "out", wish.entry())
-    net = nn.Conv2d(3, 3, 1)
+    asked = Budget("latency", 0.9)
+    store = Store(tmp_path / "out", asked.entry())
+    model = nn.Conv2d(3, 3, 1)
     Clocked(
-        wish,
+        asked,
         [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(3)],
-        Switched(nn.Sequential(net), ["0"], {"groups": 1}, SIZE),
-        cost(net, SIZE),
+        SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
+        cost(model, SIZE),
         lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
         store,
         lambda: None,
@@ -389,12 +389,12 @@ def test_a_set_that_was_fast_enough_by_chance_is_not_taken(tmp_path):
 # the whole
 
 
-def test_the_slimmed_net_keeps_to_the_budget_and_is_told(model, data, slimmed, capsys):
+def test_the_slimmed_model_keeps_to_the_budget_and_is_told(model, data, slimmed, capsys):
     found = kept(slimmed)
-    net, recipe = load(slimmed / "run" / "model.safetensors")
+    loaded, spec = load(slimmed / "run" / "model.safetensors")
     original, _ = load(model)
-    assert cost(net, SIZE).params <= 0.85 * cost(original, SIZE).params
-    assert recipe.edits == (Edit("replace", ",".join(found["chosen"]["blocks"]), layer="thin"),)
+    assert cost(loaded, SIZE).params <= 0.85 * cost(original, SIZE).params
+    assert spec.edits == (Edit("replace", ",".join(found["chosen"]["blocks"]), layer="inverted_residual"),)
     scores = {tuple(entry["blocks"]): entry["loss"] for entry in found["measured"]}
     assert scores[tuple(found["chosen"]["blocks"])] == min(scores[tuple(rival)] for rival in found["chosen"]["rivals"])
     settings = yaml.safe_load((slimmed / "run" / "config.yaml").read_text())
@@ -402,16 +402,16 @@ def test_the_slimmed_net_keeps_to_the_budget_and_is_told(model, data, slimmed, c
     assert settings["distill"] == 0.5
     result = found["result"]
     assert result["slimmed"] == json.loads((slimmed / "run" / "summary.json").read_text())["scores"]
-    assert result["original"]["pictures"] == result["slimmed"]["pictures"] == 9
+    assert result["original"]["images"] == result["slimmed"]["images"] == 9
 
 
 def test_the_original_is_measured_in_the_precision_of_the_run(model, data, slimmed):
     """Whose settings may say auto, where the run then chose."""
     summary = json.loads((slimmed / "run" / "summary.json").read_text())
     summary["config"] |= {"amp": "bf16", "layout": "channels_last"}
-    net, seen = load(model)
-    found = _result(net, TrainConfig.from_mapping({**summary["config"], "amp": "auto", "layout": "auto"}), summary)
-    batches = eval_loader(open_data(str(data))[1], recipe_transform(seen), batch_size=8, workers=0, device=ALONE.device)
+    loaded, seen = load(model)
+    found = _result(loaded, TrainConfig.from_mapping({**summary["config"], "amp": "auto", "layout": "auto"}), summary)
+    batches = eval_loader(open_data(str(data))[1], spec_transform(seen), batch_size=8, workers=0, device=ALONE.device)
     scores = [evaluate(load(model)[0], batches, 3, amp=amp).loss for amp in (torch.bfloat16, None)]
     assert found["original"]["loss"] == pytest.approx(scores[0], rel=1e-6) != scores[1]
 
@@ -428,7 +428,7 @@ def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data
     assert f"{slimmed}/run/model.safetensors" in capsys.readouterr().out
     for change, message in [
         (["--params", "0.8"], "other settings: share was 0.85 and is 0.8 now"),
-        (["--groups", "2"], "other settings: layer was {'layer': 'thin'} and is {'groups': 2} now"),
+        (["--groups", "2"], "other settings: layer was {'layer': 'inverted_residual'} and is {'groups': 2} now"),
         (["--epochs", "2"], "run holds a run with epochs 1, not 2: put that back"),
     ]:
         assert main([*argv, *change]) == 2
@@ -440,19 +440,19 @@ def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data
     assert yaml.safe_load((slimmed / "train.yaml").read_text())["epochs"] == 1
 
 
-def test_a_net_with_edits_is_slimmed_further(data, tmp_path, capsys):
-    recipe = make_recipe("mobilenetv2_035", CLASSES, [Edit("replace", "17", 2)], size=32)
-    save_model(build(recipe)[0], recipe, tmp_path / "net.safetensors")
-    argv = ["slim", str(tmp_path / "net.safetensors"), str(data), "--macs", "0.97", "--layer", "eca", "--no-train"]
+def test_a_model_with_edits_is_slimmed_further(data, tmp_path, capsys):
+    spec = make_spec("mobilenetv2_035", CLASSES, [Edit("replace", "17", 2)], size=32)
+    save_model(build(spec)[0], spec, tmp_path / "model.safetensors")
+    argv = ["slim", str(tmp_path / "model.safetensors"), str(data), "--macs", "0.97", "--layer", "eca", "--no-train"]
     out = tmp_path / "the out"
     assert main([*argv, "--at", "14,16", "--out", str(out), *options(SETTINGS)]) == 0
     chosen = kept(out)["chosen"]["blocks"]
     config = TrainConfig.from_mapping(yaml.safe_load((out / "train.yaml").read_text()))
     assert config.edits == ["replace 17 g=2", f"replace {','.join(chosen)} layer=eca"]
-    net, notes = build(recipe_of(config, CLASSES), weights=config.weights)
+    model, notes = build(spec_of(config, CLASSES), weights=config.weights)
     assert notes == []
-    original = load(tmp_path / "net.safetensors")[0]
-    assert torch.equal(net.blocks[5][2].pointwise.weight, original.blocks[5][2].pointwise.weight)
+    original = load(tmp_path / "model.safetensors")[0]
+    assert torch.equal(model.blocks[5][2].pointwise.weight, original.blocks[5][2].pointwise.weight)
     assert (
         capsys.readouterr().out.splitlines()[-1] == f"next    ulsam train --config '{out}/train.yaml' --out '{out}/run'"
     )
@@ -466,7 +466,7 @@ def wait_for(event: Any) -> None:
 
 
 def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ulsam.slimming.choose.TOLD", 0.0)  # a line for each set
+    monkeypatch.setattr("ulsam.study.slim_choose.TOLD", 0.0)  # a line for each set
     for again in range(2):
         slim(model, str(data), tmp_path / "out", params=0.85, at=AT, fine_tune=False, settings=SETTINGS)
         told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damage ")]
@@ -498,24 +498,24 @@ def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, tmp
     assert models[0] == models[1]
 
 
-def test_the_pictures_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, capsys):
-    """Class folders, where a run holds pictures out by its seed."""
+def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, capsys):
+    """Class folders, where a run holds images out by its seed."""
     run = tmp_path / "run"
     run.mkdir()
     beside, alone = Path(shutil.copy(model, run / "model.safetensors")), Path(shutil.copy(model, tmp_path))
     before = TrainConfig(str(data / "train"), seed=3, val_fraction=0.5)
     (run / "config.yaml").write_text(before.to_yaml())
-    trained_on = set(open_pictures(before)[0].names)
+    trained_on = set(open_images(before)[0].names)
     options = {"at": AT, "macs": 0.9, "fine_tune": False}
     for number, (path, given) in enumerate([(beside, {}), (beside, {"seed": 7}), (alone, {})]):
         slim(path, before.data, tmp_path / f"out{number}", settings={**SETTINGS, **given}, **options)
-        said = "the held-out pictures may be ones that" in capsys.readouterr().out
+        said = "the held-out images may be ones that" in capsys.readouterr().out
         config = TrainConfig.from_mapping(yaml.safe_load((tmp_path / f"out{number}" / "train.yaml").read_text()))
-        measured = set(open_pictures(config)[1].names)
+        measured = set(open_images(config)[1].names)
         assert said == bool(measured & trained_on) == (path == alone)
-    recipe = read_recipe(model)
-    assert fine_tuning(beside, recipe, before.data, {"split_seed": 5, "val_fraction": 0.1}).split_seed == 5
-    assert fine_tuning(beside, recipe, str(data), {"val_split": "val"}).val_fraction is None
+    spec = read_spec(model)
+    assert fine_tuning(beside, spec, before.data, {"split_seed": 5, "val_fraction": 0.1}).split_seed == 5
+    assert fine_tuning(beside, spec, str(data), {"val_split": "val"}).val_fraction is None
 
 
 # mistakes
@@ -526,8 +526,8 @@ def test_the_pictures_that_the_original_was_not_trained_on_stay_held_out(model, 
     [
         ("", "give exactly one budget: --macs, --params or --latency, a share such as 0.75"),
         ("--macs 0.8 --params 0.8", "give exactly one budget"),
-        ("--macs 1", "--macs is the share of the net's own MACs to keep, between 0 and 1, both excluded, e.g. 0.75"),
-        ("--latency 1.5", "--latency is the share of the net's own time to keep"),
+        ("--macs 1", "--macs is the share of the model's own MACs to keep, between 0 and 1, both excluded, e.g. 0.75"),
+        ("--latency 1.5", "--latency is the share of the model's own time to keep"),
         ("--macs nan", "between 0 and 1"),
         (
             "--macs 0.1",
@@ -537,7 +537,7 @@ def test_the_pictures_that_the_original_was_not_trained_on_stay_held_out(model, 
         ("--macs 0.9 --at 15", "blocks.5.0 cannot be replaced: `ulsam candidates` lists the blocks that can"),
         ("--macs 0.9 --at blocks.77", "no module is named 'blocks.77'"),
         ("--macs 0.9 --layer se --groups 2", "groups and form are for ULSAM alone"),
-        ("--macs 0.9 --pictures 0", "pictures must be 1 or more, not 0"),
+        ("--macs 0.9 --images 0", "images must be 1 or more, not 0"),
         ("--latency 0.9 --engine tensorrt", "unknown engine 'tensorrt'; valid: eager, onnxruntime"),
         ("--macs 0.9 --lr 0", "lr must be above 0"),
         ("--macs 0.9 --freeze layer9", "no module is named 'layer9'"),
@@ -563,7 +563,8 @@ def test_other_classes_are_refused(model, data, tmp_path, capsys):
         (tmp_path / "data" / split / "class1").rename(tmp_path / "data" / split / "wren")
     assert main(["slim", str(model), str(tmp_path / "data"), "--macs", "0.9", "--out", str(tmp_path / "out")]) == 2
     assert (
-        f"has other classes than {model} was trained on: 'class2' where the net has 'class1'" in capsys.readouterr().err
+        f"has other classes than {model} was trained on: 'class2' where the model has 'class1'"
+        in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
 
@@ -573,9 +574,9 @@ def test_settings_that_slimming_decides_are_refused(model, data, tmp_path):
         slim(model, str(data), tmp_path / "out", macs=0.9, settings={"teacher": str(model)})
 
 
-def test_a_net_without_a_place_is_refused(data, tmp_path, capsys):
-    recipe = make_recipe("test_vit", CLASSES, model_args={"img_size": 32}, size=32)
-    save_model(build(recipe)[0], recipe, tmp_path / "vit.safetensors")
+def test_a_model_without_a_place_is_refused(data, tmp_path, capsys):
+    spec = make_spec("test_vit", CLASSES, model_args={"img_size": 32}, size=32)
+    save_model(build(spec)[0], spec, tmp_path / "vit.safetensors")
     assert main(["slim", str(tmp_path / "vit.safetensors"), str(data), "--macs", "0.9", *options(SETTINGS)]) == 2
     assert (
         "has no block to replace that takes and puts out the same feature map [B, C, H, W]" in capsys.readouterr().err

@@ -8,10 +8,10 @@ import timm
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ulsam.costs import cost
-from ulsam.errors import UlsamError
-from ulsam.slimming.blocks import find_blocks
-from ulsam.slimming.search import Blocks, greedy, improve, minimal_sets, search
+from ulsam.base.errors import UlsamError
+from ulsam.study.slim_blocks import find_blocks
+from ulsam.study.slim_search import Blocks, greedy, improve, minimal_sets, search
+from ulsam.surgery.cost import cost
 
 SAVINGS = st.lists(st.integers(1, 12), min_size=1, max_size=7)
 
@@ -76,9 +76,9 @@ def test_a_search_of_few_sets_is_no_worse_than_greedy_and_keeps_to_its_limit(sav
 
 def test_mobilenet_v2_at_three_quarters_is_searched_exactly_by_default():
     """The example of the documentation: some 160 minimal sets."""
-    net = timm.create_model("mobilenetv2_100")
-    savings = [block.macs for block in find_blocks(net, (3, 160, 160), {})[0]]
-    found = search(savings, cost(net, (3, 160, 160)).macs / 4, Damages(0))
+    model = timm.create_model("mobilenetv2_100")
+    savings = [block.macs for block in find_blocks(model, (3, 160, 160), {})[0]]
+    found = search(savings, cost(model, (3, 160, 160)).macs / 4, Damages(0))
     assert found.how == "exact"
     assert len(found.rivals) > 150
 

@@ -1,4 +1,4 @@
-"""Surgery on hand-written, timm and torchvision nets: where edits fit, what they keep, and what is refused."""
+"""Surgery on hand-written, timm and torchvision models: where edits fit, what they keep, and what is refused."""
 
 import copy
 import io
@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ulsam.costs import cost
-from ulsam.errors import UlsamError
-from ulsam.module import ULSAM
-from ulsam.places import layer_names, match
-from ulsam.surgery import candidates, drop, insert, remove, replace
+from ulsam.base.errors import UlsamError
+from ulsam.layer.ulsam import ULSAM
+from ulsam.surgery.cost import cost
+from ulsam.surgery.edit import candidates, insert, remove, replace, undo
+from ulsam.surgery.places import layer_names, match
 
 SIZE = (3, 32, 32)
 
@@ -141,11 +141,11 @@ def seeded(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def picture(size: int = 32, batch: int = 2) -> Tensor:
+def image(size: int = 32, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def make_net(name: str) -> nn.Module:
+def make_model(name: str) -> nn.Module:
     if name == "branchy":
         return Branchy()
     source, _, leaf = name.rpartition("/")
@@ -153,24 +153,24 @@ def make_net(name: str) -> nn.Module:
 
 
 def meta(name: str) -> nn.Module:
-    """The net's shapes alone: fast to build."""
+    """The model's shapes alone: fast to build."""
     with torch.device("meta"):
-        return make_net(name)
+        return make_model(name)
 
 
 # ---------------------------------------------------------------------------------------------- candidates
 
 
 def test_candidates_come_outermost_first_and_leaves_on_request():
-    net = Branchy()
-    assert [c.name for c in candidates(net, SIZE)] == ["left", "right", "right.0", "right.1", "attention"]
-    leaves = [c.name for c in candidates(net, SIZE, leaves=True)]
+    model = Branchy()
+    assert [c.name for c in candidates(model, SIZE)] == ["left", "right", "right.0", "right.1", "attention"]
+    leaves = [c.name for c in candidates(model, SIZE, leaves=True)]
     assert leaves == [
         "left", "left.conv", "left.norm",
         "right", "right.0", "right.0.conv", "right.0.norm", "right.1", "right.1.conv", "right.1.norm",
         "gated.conv", "gated.split.conv", "attention",
     ]  # fmt: skip
-    found = candidates(net, SIZE)[0]
+    found = candidates(model, SIZE)[0]
     assert (found.type, found.shape, found.groups) == ("Unit", (12, 16, 16), [1, 2, 3, 4, 6, 12])
 
 
@@ -196,20 +196,20 @@ def test_a_replacement_saves_what_its_candidate_says(make, size, names):
         after = cost(model, size)
         assert before.params - after.params == found[name].params, name
         assert before.macs - after.macs == found[name].macs, name
-        remove(model)
+        undo(model)
 
 
 def test_parameters_that_another_module_uses_are_not_saved():
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), Unit(8), Unit(8))
-    net[2].conv.weight = net[1].conv.weight
-    before = cost(net, SIZE).params
-    found = {c.name: c.params for c in candidates(net, SIZE)}
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Unit(8), Unit(8))
+    model[2].conv.weight = model[1].conv.weight
+    before = cost(model, SIZE).params
+    found = {c.name: c.params for c in candidates(model, SIZE)}
     assert found == {"1": 16 - 16, "2": 16 - 16}
-    assert cost(replace(net, "1", input_size=SIZE), SIZE).params == before - found["1"]
+    assert cost(replace(model, "1", input_size=SIZE), SIZE).params == before - found["1"]
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_a_net_of_tokens_has_no_candidate(name):
+def test_a_model_of_tokens_has_no_candidate(name):
     model = meta(name)
     assert candidates(model) == []
 
@@ -248,14 +248,14 @@ def test_places_are_named_by_name_glob_or_number(v2, at, names):
 
 
 def test_two_stars_cross_dots_and_one_does_not():
-    net = nn.Sequential(nn.Sequential(Unit(4), nn.Sequential(Unit(4))), Unit(4))
-    assert match(net, "*.conv") == ["1.conv"]
-    assert match(net, "**.conv") == ["0.0.conv", "0.1.0.conv", "1.conv"]
-    assert match(net, "0.*") == ["0.0", "0.1"]
+    model = nn.Sequential(nn.Sequential(Unit(4), nn.Sequential(Unit(4))), Unit(4))
+    assert match(model, "*.conv") == ["1.conv"]
+    assert match(model, "**.conv") == ["0.0.conv", "0.1.0.conv", "1.conv"]
+    assert match(model, "0.*") == ["0.0", "0.1"]
 
 
 @pytest.mark.parametrize(
-    ("net", "numbers"),
+    ("model", "numbers"),
     [
         (
             "mobilenetv1_100",
@@ -269,25 +269,25 @@ def test_two_stars_cross_dots_and_one_does_not():
         ("branchy", {}),
     ],
 )
-def test_layer_numbers_exist_for_v1_and_v2_alone(net, numbers):
-    found = layer_names(meta(net))
+def test_layer_numbers_exist_for_v1_and_v2_alone(model, numbers):
+    found = layer_names(meta(model))
     assert len(found) == (max(numbers) if numbers else 0)
     assert {n: found[n] for n in numbers} == numbers
 
 
 def test_layer_numbers_outlive_edits(v2):
-    net = meta("mobilenetv2_100")
-    before = layer_names(net)
-    insert(drop(replace(net, "14,17"), 16), "5:1,17")
-    assert layer_names(net) == before
+    model = meta("mobilenetv2_100")
+    before = layer_names(model)
+    insert(remove(replace(model, "14,17"), 16), "5:1,17")
+    assert layer_names(model) == before
 
 
 def test_layer_numbers_of_torchvisions_mobilenet_are_the_papers():
-    net = meta("torchvision/mobilenet_v2")
-    before = cost(net).macs
-    assert before - cost(replace(net, "14,17")).macs == 38_114_944
-    assert isinstance(net.features[13], ULSAM)
-    assert isinstance(net.features[16], ULSAM)
+    model = meta("torchvision/mobilenet_v2")
+    before = cost(model).macs
+    assert before - cost(replace(model, "14,17")).macs == 38_114_944
+    assert isinstance(model.features[13], ULSAM)
+    assert isinstance(model.features[16], ULSAM)
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
@@ -316,28 +316,28 @@ MISTAKES = [
     (lambda n: insert(n, "head", input_size=SIZE), r"head puts out \[1, 5\]; an edit needs a feature map"),
     (lambda n: insert(n, "idle", input_size=SIZE), "idle is not called in a forward pass"),
     (lambda n: replace(n, "right,right.0", input_size=SIZE), "right.0 lies inside right: name only one of them"),
-    (lambda n: drop(n, "**", input_size=SIZE), "lies inside"),
-    (lambda n: drop(n, "stem.1", input_size=SIZE), "stem.1 has no parameters to save"),
-    (lambda n: drop(n, "", input_size=SIZE), "no place named"),
+    (lambda n: remove(n, "**", input_size=SIZE), "lies inside"),
+    (lambda n: remove(n, "stem.1", input_size=SIZE), "stem.1 has no parameters to save"),
+    (lambda n: remove(n, "", input_size=SIZE), "no place named"),
     (lambda n: replace(n, [], input_size=SIZE), "no place named"),
     (lambda n: replace(n, "left,,right", input_size=SIZE), "no module is named ''"),
     (lambda n: replace(n, 14, input_size=SIZE), r"layer number 14: .*V1 and V2 alone; name modules of this Branchy"),
     (lambda n: replace(n, "14:1", input_size=SIZE), "14:1 means behind layer 14, an insertion; its replacement is 14"),
     (lambda n: replace(n, "left", input_size=(3, 0, 0)), r"input_size is C, H, W .* not \(3, 0, 0\)"),
-    (lambda n: replace(n, "left", input_size=(4, 32, 32)), r"Branchy does not run on one picture of \[4, 32, 32\]"),
+    (lambda n: replace(n, "left", input_size=(4, 32, 32)), r"Branchy does not run on one image of \[4, 32, 32\]"),
     (lambda n: replace(n, "left", input_size=224), "input_size is C, H, W"),
-    (remove, "this Branchy holds no edit to remove"),
+    (undo, "this Branchy holds no edit to undo"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("mistake", "message"), MISTAKES)
-def test_a_mistake_is_named_and_leaves_the_net_as_it_was(mistake, message):
-    net = Branchy()
-    before = snapshot(net)
+def test_a_mistake_is_named_and_leaves_the_model_as_it_was(mistake, message):
+    model = Branchy()
+    before = snapshot(model)
     with pytest.raises(UlsamError, match=message) as caught:
-        mistake(net)
+        mistake(model)
     assert "\n" not in str(caught.value)
-    assert_as_before(net, before)
+    assert_as_before(model, before)
 
 
 def test_v2_mistakes_name_what_would_be_valid(v2):
@@ -347,7 +347,7 @@ def test_v2_mistakes_name_what_would_be_valid(v2):
             "18",
             r"^blocks\.6\.0 changes the shape from \[1, 80, 7, 7\] to \[1, 160, 7, 7\]; valid places .*blocks\.5\.2",
         ),
-        ("19", "there is no layer 19; this net has layers 1 to 18"),
+        ("19", "there is no layer 19; this model has layers 1 to 18"),
         ("17:2", "cannot read the layer number in '17:2'; write numbers with commas"),
         ("0", "there is no layer 0"),
     ]:
@@ -369,7 +369,7 @@ def test_v2_mistakes_name_what_would_be_valid(v2):
         ("swin_tiny_patch4_window7_224", "layers.1.blocks.0", r"puts out \[1, 28, 28, 192\], channels in the last"),
     ],
 )
-def test_token_and_channels_last_nets_are_refused_by_name(name, at, message):
+def test_token_and_channels_last_models_are_refused_by_name(name, at, message):
     model = meta(name)
     with pytest.raises(UlsamError, match=message):
         replace(model, at)
@@ -378,38 +378,38 @@ def test_token_and_channels_last_nets_are_refused_by_name(name, at, message):
             insert(model, at)
 
 
-def test_a_wide_picture_does_not_make_a_map_look_like_channels_last():
+def test_a_wide_image_does_not_make_a_map_look_like_channels_last():
     """16 channels and 16 rows: two equal dimensions in front, but these are channels and height."""
-    net = nn.Sequential(nn.Conv2d(3, 16, 1), Unit(16))
-    assert [c.shape for c in candidates(net, (3, 16, 32))] == [(16, 16, 32)]
-    insert(net, "1", input_size=(3, 16, 32))
-    assert net[1].ulsam.channels == 16
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), Unit(16))
+    assert [c.shape for c in candidates(model, (3, 16, 32))] == [(16, 16, 32)]
+    insert(model, "1", input_size=(3, 16, 32))
+    assert model[1].ulsam.channels == 16
 
 
-@pytest.mark.parametrize("second", ["insert", "replace", "drop"])
-@pytest.mark.parametrize("first", ["insert", "replace", "drop"])
+@pytest.mark.parametrize("second", ["insert", "replace", "remove"])
+@pytest.mark.parametrize("first", ["insert", "replace", "remove"])
 def test_a_place_is_edited_once(first, second):
-    edits = {"insert": insert, "replace": replace, "drop": drop}
-    net = Branchy()
-    edits[first](net, "right.1", input_size=SIZE)
-    before = snapshot(net)
+    edits = {"insert": insert, "replace": replace, "remove": remove}
+    model = Branchy()
+    edits[first](model, "right.1", input_size=SIZE)
+    before = snapshot(model)
     if second == "insert" and first != "insert":
-        edits[second](net, "right.1", input_size=SIZE)  # behind what stands there now
-        assert isinstance(net.right[1].ulsam, ULSAM)
+        edits[second](model, "right.1", input_size=SIZE)  # behind what stands there now
+        assert isinstance(model.right[1].ulsam, ULSAM)
         return
     with pytest.raises(UlsamError, match=r"already|inserted behind it"):
-        edits[second](net, "right.1", input_size=SIZE)
+        edits[second](model, "right.1", input_size=SIZE)
     if second != "insert":
         with pytest.raises(UlsamError, match="right holds an edit already"):
-            edits[second](net, "right", input_size=SIZE)
-    assert_as_before(net, before)
+            edits[second](model, "right", input_size=SIZE)
+    assert_as_before(model, before)
 
 
 def test_the_parts_of_a_layer_are_no_places():
-    net = replace(Branchy(), "left", input_size=SIZE)
-    assert not any(c.name.startswith("left") for c in candidates(net, SIZE, leaves=True))
+    model = replace(Branchy(), "left", input_size=SIZE)
+    assert not any(c.name.startswith("left") for c in candidates(model, SIZE, leaves=True))
     with pytest.raises(UlsamError, match=r"left\.depthwise is part of an attention layer"):
-        insert(net, "left.depthwise", input_size=SIZE)
+        insert(model, "left.depthwise", input_size=SIZE)
 
 
 class Walker(nn.Module):
@@ -456,27 +456,27 @@ class Picky(nn.Sequential):
     ("make", "edit", "message"),
     [
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), Walker()), lambda n: insert(n, "1", input_size=SIZE),
-         r"cannot edit 1\.ulsam: the net would call it 2 times, not once"),
-        (lambda: make_net("torchvision/densenet121"), lambda n: insert(n, "features.denseblock1", input_size=SIZE),
+         r"cannot edit 1\.ulsam: the model would call it 2 times, not once"),
+        (lambda: make_model("torchvision/densenet121"), lambda n: insert(n, "features.denseblock1", input_size=SIZE),
          r"cannot edit features\.denseblock1\.ulsam: afterwards DenseNet does not run"),
         (Hoarder, lambda n: replace(n, "kept", input_size=SIZE), "cannot edit kept: "),
-        (Picky, lambda n: replace(n, "1", input_size=SIZE), "cannot edit 1: the net would call it 0 times"),
-        (Hoarder, lambda n: drop(n, "read", input_size=SIZE), "cannot edit read: afterwards Hoarder does not run"),
+        (Picky, lambda n: replace(n, "1", input_size=SIZE), "cannot edit 1: the model would call it 0 times"),
+        (Hoarder, lambda n: remove(n, "read", input_size=SIZE), "cannot edit read: afterwards Hoarder does not run"),
     ],
 )  # fmt: skip
-def test_no_silent_failure_where_the_nets_code_reaches_past_its_modules(make, edit, message):
-    net = make()
-    before = snapshot(net)
+def test_no_silent_failure_where_the_models_code_reaches_past_its_modules(make, edit, message):
+    model = make()
+    before = snapshot(model)
     with pytest.raises(UlsamError, match=message):
-        edit(net)
-    assert_as_before(net, before)
+        edit(model)
+    assert_as_before(model, before)
 
 
 # ----------------------------------------------------------------------------------------------- insertion
 
 
 def expected(model: nn.Module, name: str, layer: ULSAM, x: Tensor) -> Tensor:
-    """The net's output with the layer put behind its place by hand: a hook that calls it."""
+    """The model's output with the layer put behind its place by hand: a hook that calls it."""
     hook = model.get_submodule(name).register_forward_hook(lambda module, args, out: layer(out))
     with torch.no_grad():
         y = model(x)
@@ -504,10 +504,10 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("net", "after", "host"), PLACES)
-def test_an_inserted_layer_keeps_every_name_and_runs_at_its_place(net, after, host):
-    base = seeded(make_net(net))
-    fresh = insert(make_net(net), after, 2, input_size=(3, 64, 64)).eval()
+@pytest.mark.parametrize(("model", "after", "host"), PLACES)
+def test_an_inserted_layer_keeps_every_name_and_runs_at_its_place(model, after, host):
+    base = seeded(make_model(model))
+    fresh = insert(make_model(model), after, 2, input_size=(3, 64, 64)).eval()
     layer = fresh.get_submodule(f"{host}.ulsam")
     assert isinstance(layer, ULSAM)
     new = {f"{host}.ulsam.depthwise.weight", f"{host}.ulsam.pointwise.weight"}
@@ -518,7 +518,7 @@ def test_an_inserted_layer_keeps_every_name_and_runs_at_its_place(net, after, ho
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(3)).mul_(5)
-        x = picture(48)
+        x = image(48)
         y = fresh(x)
         assert not torch.equal(y, base(x))
     assert torch.equal(y, expected(base, host, layer, x))
@@ -526,50 +526,50 @@ def test_an_inserted_layer_keeps_every_name_and_runs_at_its_place(net, after, ho
 
 def test_a_replaced_block_is_the_layer_and_a_dropped_one_the_identity():
     base = seeded(Branchy())
-    x = picture()
-    for edit, stands in [(replace, None), (drop, nn.Identity())]:
-        net = edit(copy.deepcopy(base), "left", input_size=SIZE)
+    x = image()
+    for edit, stands in [(replace, None), (remove, nn.Identity())]:
+        model = edit(copy.deepcopy(base), "left", input_size=SIZE)
         manual = copy.deepcopy(base)
-        manual.left = stands or net.left
+        manual.left = stands or model.left
         with torch.no_grad():
-            torch.testing.assert_close(net(x), manual(x), rtol=0, atol=0)
+            torch.testing.assert_close(model(x), manual(x), rtol=0, atol=0)
         untouched = {k: v for k, v in base.state_dict().items() if not k.startswith("left.")}
-        assert all(torch.equal(net.state_dict()[k], v) for k, v in untouched.items())
-        assert not any(k.startswith("left.") for k in net.state_dict() if k not in untouched) or edit is replace
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in untouched.items())
+        assert not any(k.startswith("left.") for k in model.state_dict() if k not in untouched) or edit is replace
 
 
-@pytest.mark.parametrize("edit", [replace, drop])
+@pytest.mark.parametrize("edit", [replace, remove])
 def test_a_sequential_stays_a_sequential(edit):
     """timm's gradient checkpointing walks the blocks of a stage."""
-    net = edit(timm.create_model("resnet18"), "layer1", input_size=(3, 64, 64))
-    assert isinstance(net.layer1, nn.Sequential)
-    assert len(net.layer1) == 1
-    net.set_grad_checkpointing()
-    net.train()(picture(64)).sum().backward()
-    assert net.conv1.weight.grad is not None
+    model = edit(timm.create_model("resnet18"), "layer1", input_size=(3, 64, 64))
+    assert isinstance(model.layer1, nn.Sequential)
+    assert len(model.layer1) == 1
+    model.set_grad_checkpointing()
+    model.train()(image(64)).sum().backward()
+    assert model.conv1.weight.grad is not None
 
 
 def test_gradient_checkpointing_calls_an_inserted_layer():
     base = timm.create_model("mobilenetv2_100", num_classes=3)
-    net = insert(base, "3:1,17:1", 4, input_size=(3, 64, 64)).train()
-    plain = copy.deepcopy(net)
-    net.set_grad_checkpointing()
-    x = picture(64)
-    net(x).square().sum().backward()
+    model = insert(base, "3:1,17:1", 4, input_size=(3, 64, 64)).train()
+    plain = copy.deepcopy(model)
+    model.set_grad_checkpointing()
+    x = image(64)
+    model(x).square().sum().backward()
     plain(x).square().sum().backward()
-    for name, parameter in net.named_parameters():
+    for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, msg=name)
-    assert net.blocks[5][2].ulsam.depthwise.weight.grad.abs().sum() > 0
+    assert model.blocks[5][2].ulsam.depthwise.weight.grad.abs().sum() > 0
 
 
 @pytest.fixture(scope="module")
 def inserted() -> nn.Module:
-    net = insert(timm.create_model("mobilenetv3_small_050", num_classes=4), "conv_stem,blocks.1,blocks.3.0.se", 4)
-    return seeded(net)
+    model = insert(timm.create_model("mobilenetv3_small_050", num_classes=4), "conv_stem,blocks.1,blocks.3.0.se", 4)
+    return seeded(model)
 
 
-def test_an_inserted_net_survives_copy_pickle_and_save(inserted):
-    x = picture(48)
+def test_an_inserted_model_survives_copy_pickle_and_save(inserted):
+    x = image(48)
     y = inserted(x)
     torch.testing.assert_close(copy.deepcopy(inserted)(x), y, rtol=0, atol=0)
     torch.testing.assert_close(pickle.loads(pickle.dumps(inserted))(x), y, rtol=0, atol=0)
@@ -586,8 +586,8 @@ def test_an_inserted_net_survives_copy_pickle_and_save(inserted):
 
 
 @pytest.mark.slow  # as the presets' tests do, which are not
-def test_an_inserted_net_exports_and_compiles(inserted):
-    x = picture(48)
+def test_an_inserted_model_exports_and_compiles(inserted):
+    x = image(48)
     y = inserted(x)
     exported = torch.export.export(inserted, (x,)).module()
     torch.testing.assert_close(exported(x), y)
@@ -595,18 +595,18 @@ def test_an_inserted_net_exports_and_compiles(inserted):
     torch.testing.assert_close(compiled(x), y)
 
 
-@pytest.mark.parametrize("edit", [insert, replace, drop])
+@pytest.mark.parametrize("edit", [insert, replace, remove])
 def test_dtype_device_and_mode_follow_the_place(edit):
-    net = Branchy().train()
-    net.right.eval()
-    net.right.double()
-    edit(net, "left,right.0", input_size=SIZE) if edit is drop else edit(net, "left,right.0", 2, input_size=SIZE)
-    place = {"left": net.left, "right": net.right[0]}
+    model = Branchy().train()
+    model.right.eval()
+    model.right.double()
+    edit(model, "left,right.0", input_size=SIZE) if edit is remove else edit(model, "left,right.0", 2, input_size=SIZE)
+    place = {"left": model.left, "right": model.right[0]}
     if edit is insert:
         place = {name: module.ulsam for name, module in place.items()}
     assert place["left"].training
     assert not any(module.training for module in place["right"].modules())
-    if edit is not drop:
+    if edit is not remove:
         assert place["left"].pointwise.weight.dtype == torch.float32
         assert place["right"].pointwise.weight.dtype == torch.float64
     with torch.device("meta"):
@@ -615,82 +615,82 @@ def test_dtype_device_and_mode_follow_the_place(edit):
     assert all(p.device.type == "meta" for p in far.parameters())
 
 
-def test_a_parameterless_place_takes_the_nets_dtype():
-    net = insert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()).half(), "1", input_size=SIZE)
-    assert net[1].ulsam.depthwise.weight.dtype == torch.float16
+def test_a_parameterless_place_takes_the_models_dtype():
+    model = insert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()).half(), "1", input_size=SIZE)
+    assert model[1].ulsam.depthwise.weight.dtype == torch.float16
 
 
 # ------------------------------------------------------------------------------------------------- removal
 
 
 def test_remove_undoes_any_mix_of_edits():
-    net = seeded(Branchy())
-    before = snapshot(net)
-    x = picture()
+    model = seeded(Branchy())
+    before = snapshot(model)
+    x = image()
     with torch.no_grad():
-        y = net(x)
-    insert(net, "stem,right,attention", 4, input_size=SIZE)
-    replace(net, "left", 2, form="released", input_size=SIZE)
-    insert(net, "left", 2, input_size=SIZE)
-    drop(net, "right.0", input_size=SIZE)
-    assert not torch.equal(net(x), y)
-    assert remove(net) is net
-    assert_as_before(net, before)
+        y = model(x)
+    insert(model, "stem,right,attention", 4, input_size=SIZE)
+    replace(model, "left", 2, form="released", input_size=SIZE)
+    insert(model, "left", 2, input_size=SIZE)
+    remove(model, "right.0", input_size=SIZE)
+    assert not torch.equal(model(x), y)
+    assert undo(model) is model
+    assert_as_before(model, before)
     with torch.no_grad():
-        assert torch.equal(net(x), y)
+        assert torch.equal(model(x), y)
     with pytest.raises(UlsamError, match="holds no edit"):
-        remove(net)
+        undo(model)
 
 
 def test_remove_undoes_a_replaced_stage_with_a_layer_behind_it():
-    net = timm.create_model("resnet18")
-    before = snapshot(net)
-    insert(replace(net, "layer1", input_size=(3, 64, 64)), "layer1", input_size=(3, 64, 64))
-    assert isinstance(net.layer1[0].ulsam, ULSAM)
-    assert_as_before(remove(net), before)
+    model = timm.create_model("resnet18")
+    before = snapshot(model)
+    insert(replace(model, "layer1", input_size=(3, 64, 64)), "layer1", input_size=(3, 64, 64))
+    assert isinstance(model.layer1[0].ulsam, ULSAM)
+    assert_as_before(undo(model), before)
 
 
-def test_what_comes_back_follows_the_nets_dtype_mode_and_copies():
-    net = seeded(Branchy())
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    drop(replace(insert(net, "right", input_size=SIZE), "left", input_size=SIZE), "attention", input_size=SIZE)
-    other = copy.deepcopy(net)
-    net.to(torch.float64).train()
-    remove(net)
-    assert all(module.training for module in net.modules())
-    assert {name: value.dtype for name, value in net.state_dict().items() if value.is_floating_point()} == {
+def test_what_comes_back_follows_the_models_dtype_mode_and_copies():
+    model = seeded(Branchy())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    remove(replace(insert(model, "right", input_size=SIZE), "left", input_size=SIZE), "attention", input_size=SIZE)
+    other = copy.deepcopy(model)
+    model.to(torch.float64).train()
+    undo(model)
+    assert all(module.training for module in model.modules())
+    assert {name: value.dtype for name, value in model.state_dict().items() if value.is_floating_point()} == {
         name: torch.float64 for name, value in state.items() if value.is_floating_point()
     }
-    assert all(torch.equal(value, state[name].to(value.dtype)) for name, value in net.state_dict().items())
-    assert any(module.training for module in net.modules())
+    assert all(torch.equal(value, state[name].to(value.dtype)) for name, value in model.state_dict().items())
+    assert any(module.training for module in model.modules())
 
-    remove(other)
+    undo(other)
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
-    assert other.left is not net.left
+    assert other.left is not model.left
     assert not any(module.training for module in other.modules())
     assert not any(module._forward_hooks for module in other.modules())
 
 
 def test_a_frozen_part_of_a_replaced_block_stays_frozen():
-    net = Branchy().train()
-    net.left.norm.eval()
-    net.left.conv.weight.requires_grad_(False)
-    remove(replace(net, "left", input_size=SIZE))
-    assert net.left.training
-    assert not net.left.norm.training
-    assert not net.left.conv.weight.requires_grad
+    model = Branchy().train()
+    model.left.norm.eval()
+    model.left.conv.weight.requires_grad_(False)
+    undo(replace(model, "left", input_size=SIZE))
+    assert model.left.training
+    assert not model.left.norm.training
+    assert not model.left.conv.weight.requires_grad
 
 
-def test_remove_spares_a_layer_that_the_nets_code_holds_and_hooks_of_others():
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8), Unit(8))
+def test_remove_spares_a_layer_that_the_models_code_holds_and_hooks_of_others():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8), Unit(8))
     seen = []
-    net[2].register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    own = net[1]
-    insert(net, "2", input_size=SIZE)
-    remove(net)
-    assert net[1] is own
+    model[2].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    own = model[1]
+    insert(model, "2", input_size=SIZE)
+    undo(model)
+    assert model[1] is own
     seen.clear()
-    net(picture())
+    model(image())
     assert len(seen) == 1
 
 
@@ -721,45 +721,45 @@ def grow(tree: object) -> nn.Module:
 
 @settings(max_examples=25, deadline=None)
 @given(tree=trees(2), data=st.data())
-def test_any_edits_of_any_net_are_undone(tree, data):
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), grow(tree), nn.Conv2d(6, 2, 1)).eval()
-    before = snapshot(net)
-    x = picture(9, batch=1)
+def test_any_edits_of_any_model_are_undone(tree, data):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), grow(tree), nn.Conv2d(6, 2, 1)).eval()
+    before = snapshot(model)
+    x = image(9, batch=1)
     with torch.no_grad():
-        y = net(x)
+        y = model(x)
     size = (3, 9, 9)
-    places = sorted(name for name, _ in net.named_modules() if name)
-    for kind in data.draw(st.lists(st.sampled_from([insert, replace, drop]), min_size=1, max_size=4)):
+    places = sorted(name for name, _ in model.named_modules() if name)
+    for kind in data.draw(st.lists(st.sampled_from([insert, replace, remove]), min_size=1, max_size=4)):
         if kind is not insert:
-            places = [c.name for c in candidates(net, size, leaves=True)]
+            places = [c.name for c in candidates(model, size, leaves=True)]
         if not places:
             continue
         place = data.draw(st.sampled_from(places))
         try:
-            kind(net, place, input_size=size) if kind is drop else kind(net, place, 2, input_size=size)
+            kind(model, place, input_size=size) if kind is remove else kind(model, place, 2, input_size=size)
         except UlsamError as error:  # only a second layer at one place, or inside a layer, is refused
             assert kind is insert and ("already" in str(error) or "no module is named" in str(error)), error
-        places = sorted(name for name, module in net.named_modules() if name and "." not in name)
-    if any(isinstance(module, ULSAM | nn.Identity) for module in net.modules()):
+        places = sorted(name for name, module in model.named_modules() if name and "." not in name)
+    if any(isinstance(module, ULSAM | nn.Identity) for module in model.modules()):
         with torch.no_grad():
-            assert net(x).shape == y.shape
-        remove(net)
-    assert_as_before(net, before)
+            assert model(x).shape == y.shape
+        undo(model)
+    assert_as_before(model, before)
     with torch.no_grad():
-        assert torch.equal(net(x), y)
+        assert torch.equal(model(x), y)
 
 
 def test_a_hook_that_was_there_sees_the_output_of_the_new_layer():
     """timm takes intermediate features by such hooks."""
-    net = seeded(Branchy())
+    model = seeded(Branchy())
     seen: list[Tensor] = []
-    net.left.register_forward_hook(lambda module, args, out: seen.append(out))
-    insert(net, "left", 2, input_size=SIZE)
+    model.left.register_forward_hook(lambda module, args, out: seen.append(out))
+    insert(model, "left", 2, input_size=SIZE)
     seen.clear()
     layer_in: list[Tensor] = []
-    net.left.ulsam.register_forward_pre_hook(lambda module, args: layer_in.append(args[0]))
-    net(picture())
-    assert torch.equal(seen[0], net.left.ulsam(layer_in[0]))
+    model.left.ulsam.register_forward_pre_hook(lambda module, args: layer_in.append(args[0]))
+    model(image())
+    assert torch.equal(seen[0], model.left.ulsam(layer_in[0]))
     assert not torch.equal(seen[0], layer_in[0])
 
 
@@ -775,15 +775,15 @@ class Grid(nn.Module):
         return self.conv(x) + rows[:, None] + torch.zeros(x.shape[1:])
 
 
-def test_a_net_that_makes_tensors_of_its_own_is_edited_too():
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), Grid(), nn.Conv2d(4, 4, 1))
-    assert [c.name for c in candidates(net, SIZE, leaves=True)] == ["1", "1.conv", "2"]
-    assert insert(net, "1", input_size=SIZE)(picture()).shape == (2, 4, 32, 32)
+def test_a_model_that_makes_tensors_of_its_own_is_edited_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Grid(), nn.Conv2d(4, 4, 1))
+    assert [c.name for c in candidates(model, SIZE, leaves=True)] == ["1", "1.conv", "2"]
+    assert insert(model, "1", input_size=SIZE)(image()).shape == (2, 4, 32, 32)
 
 
-def test_a_net_that_cannot_be_copied_is_refused_in_one_line():
-    net = nn.Sequential(nn.Conv2d(3, 4, 1))
-    net.lines = (line for line in "ab")
-    with pytest.raises(UlsamError, match=r"Sequential does not run on one picture .* cannot pickle") as caught:
-        candidates(net, SIZE)
+def test_a_model_that_cannot_be_copied_is_refused_in_one_line():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    model.lines = (line for line in "ab")
+    with pytest.raises(UlsamError, match=r"Sequential does not run on one image .* cannot pickle") as caught:
+        candidates(model, SIZE)
     assert "\n" not in str(caught.value)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ulsam.errors import UlsamError
-from ulsam.trace import default_input_size, trace
+from ulsam.base.errors import UlsamError
+from ulsam.surgery.trace import default_input_size, trace
 
 
 class Odd(nn.Module):
@@ -76,14 +76,14 @@ NETS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NETS)
-def test_shapes_are_those_of_the_running_net(name: str, dtype: torch.dtype) -> None:
-    net = NETS[name]().eval().to(dtype)
-    found = trace(net, (3, 33, 47))
-    put_out: dict[str, list[Any]] = {part: [] for part, _ in net.named_modules()}
-    for part, module in net.named_modules():
+def test_shapes_are_those_of_the_running_model(name: str, dtype: torch.dtype) -> None:
+    model = NETS[name]().eval().to(dtype)
+    found = trace(model, (3, 33, 47))
+    put_out: dict[str, list[Any]] = {part: [] for part, _ in model.named_modules()}
+    for part, module in model.named_modules():
         module.register_forward_hook(lambda _, args, output, part=part: put_out[part].append(output))
     with torch.no_grad():
-        net(torch.randn(1, 3, 33, 47, dtype=dtype))
+        model(torch.randn(1, 3, 33, 47, dtype=dtype))
     assert {part: flow.calls for part, flow in found.items()} == {part: len(seen) for part, seen in put_out.items()}
     for part, seen in put_out.items():
         if len(seen) == 1:
@@ -103,21 +103,23 @@ def test_shapes_are_those_of_the_running_net(name: str, dtype: torch.dtype) -> N
 def test_what_cannot_take_its_map_is_noticed(wrong: nn.Module) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         wrong.eval()(torch.randn(1, 3, 16, 16))
-    with pytest.raises(UlsamError, match=r"Sequential does not run on one picture of \[3, 16, 16\]"):
+    with pytest.raises(UlsamError, match=r"Sequential does not run on one image of \[3, 16, 16\]"):
         trace(wrong, (3, 16, 16))
 
 
-@pytest.mark.parametrize("prepare", [lambda net: net, torch.compile, lambda net: net.half(), lambda net: net.train()])
+@pytest.mark.parametrize(
+    "prepare", [lambda model: model, torch.compile, lambda model: model.half(), lambda model: model.train()]
+)
 def test_a_real_pass_leaves_the_model_alone(prepare: Callable[[nn.Module], nn.Module]) -> None:
-    net = prepare(Looking())
-    state = {key: value.clone() for key, value in net.state_dict().items()}
-    mode, generator = net.training, torch.get_rng_state()
-    first, second = trace(net, (3, 12, 12)), trace(net, (3, 12, 12))
+    model = prepare(Looking())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    mode, generator = model.training, torch.get_rng_state()
+    first, second = trace(model, (3, 12, 12)), trace(model, (3, 12, 12))
     assert first == second
     assert first[""].macs == 12 * 12 * (3 * 3 * 9 + 2 * 3 * 3)
-    assert net.training == mode and torch.equal(torch.get_rng_state(), generator)
-    torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert model.training == mode and torch.equal(torch.get_rng_state(), generator)
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_what_an_edit_put_aside_is_not_copied() -> None:
@@ -125,28 +127,28 @@ def test_what_an_edit_put_aside_is_not_copied() -> None:
         def __deepcopy__(self, memo: Any) -> Any:
             raise AssertionError("copied")
 
-    net = nn.Sequential(Looking(), Uncopyable(3, 3, 1))
-    net[1] = nn.Identity()
-    vars(net[1])["replaced_module"] = (Uncopyable(3, 3, 1), torch.device("cpu"), torch.float32)
-    assert trace(net, (3, 12, 12))["1"].calls == 1
+    model = nn.Sequential(Looking(), Uncopyable(3, 3, 1))
+    model[1] = nn.Identity()
+    vars(model[1])["replaced_module"] = (Uncopyable(3, 3, 1), torch.device("cpu"), torch.float32)
+    assert trace(model, (3, 12, 12))["1"].calls == 1
 
 
 def test_a_compiled_method_belongs_to_the_copy() -> None:
-    net = nn.Sequential(Looking()).train()
-    net[0].forward = torch.compile(net[0].forward, backend="eager")
-    state = {key: value.clone() for key, value in net.state_dict().items()}
-    assert trace(net, (3, 12, 12))["0.again"].calls == 2
-    torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
+    model = nn.Sequential(Looking()).train()
+    model[0].forward = torch.compile(model[0].forward, backend="eager")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert trace(model, (3, 12, 12))["0.again"].calls == 2
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
 
 
 def test_a_function_of_the_model_itself_is_refused() -> None:
-    net = nn.Sequential(Looking()).train()
-    run = net[0].forward
-    net[0].forward = lambda x: run(x)
-    state = {key: value.clone() for key, value in net.state_dict().items()}
+    model = nn.Sequential(Looking()).train()
+    run = model[0].forward
+    model[0].forward = lambda x: run(x)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(UlsamError, match=r"0\.forward is a function that would run the model itself"):
-        trace(net, (3, 12, 12))
-    torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
+        trace(model, (3, 12, 12))
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
 
 
 def test_the_reason_is_that_of_the_real_pass() -> None:
@@ -168,6 +170,6 @@ def test_the_reason_is_that_of_the_real_pass() -> None:
 )
 def test_the_default_size_is_what_the_model_takes(name: str, channels: int, size: tuple[int, int, int]) -> None:
     with torch.device("meta"):
-        net = timm.create_model(name, in_chans=channels)
-    assert default_input_size(net) == size
-    assert trace(net)[""].calls == 1
+        model = timm.create_model(name, in_chans=channels)
+    assert default_input_size(model) == size
+    assert trace(model)[""].calls == 1

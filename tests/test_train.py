@@ -1,4 +1,4 @@
-"""What a run does and leaves behind: its files, its options, and what it does about bad pictures and numbers."""
+"""What a run does and leaves behind: its files, its options, and what it does about bad images and numbers."""
 
 import copy
 import csv
@@ -33,20 +33,20 @@ from torch import Tensor, nn
 from stopping import stop_after
 from tiny import NET, SETTINGS, draw, draw_shards, draw_splits, options
 from ulsam import __version__
-from ulsam import evaluate as evaluate_module
+from ulsam.base.distributed import World
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.costs import cost
 from ulsam.data import loading
-from ulsam.data.pictures import read_picture
-from ulsam.distributed import World
-from ulsam.errors import UlsamError
-from ulsam.evaluate import recipe_transform, wilson
-from ulsam.models import load
-from ulsam.module import ULSAM
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import Interrupted, Trainer, resume, train
-from ulsam.train.machine import why_not_compiled
-from ulsam.train.state import read_checkpoint
+from ulsam.data.images import read_image
+from ulsam.layer.ulsam import ULSAM
+from ulsam.model.build import load
+from ulsam.surgery.cost import cost
+from ulsam.training import evaluate as evaluate_module
+from ulsam.training.checkpoint import read_checkpoint
+from ulsam.training.config import TrainConfig
+from ulsam.training.evaluate import spec_transform, wilson
+from ulsam.training.loop import Interrupted, Trainer, resume, train
+from ulsam.training.machine import why_not_compiled
 
 ALONE = World(0, 1, torch.device("cpu"))
 FILES = ["checkpoint.pt", "config.yaml", "curves.png", "metrics.csv", "model.safetensors", "summary.json"]
@@ -54,13 +54,13 @@ FILES = ["checkpoint.pt", "config.yaml", "curves.png", "metrics.csv", "model.saf
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An easy set: 36 training and 15 validation pictures of 3 colours."""
+    """An easy set: 36 training and 15 validation images of 3 colours."""
     return draw_splits(tmp_path_factory.mktemp("data"), noise=30)
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of the net with a head of its own."""
+    """Weights of the model with a head of its own."""
     torch.manual_seed(5)
     path = tmp_path_factory.mktemp("weights") / "start.safetensors"
     save_file(timm.create_model(NET, num_classes=7).state_dict(), path)
@@ -126,31 +126,31 @@ def test_an_easy_set_is_learnt(trained: Path) -> None:
 
 def test_scores_are_those_of_the_saved_model(trained: Path, data: Path) -> None:
     scores = json.loads((trained / "summary.json").read_text())["scores"]
-    net, recipe = load(trained / "model.safetensors")
-    assert any(isinstance(module, ULSAM) for module in net.modules())
-    transform = recipe_transform(recipe)
+    model, spec = load(trained / "model.safetensors")
+    assert any(isinstance(module, ULSAM) for module in model.modules())
+    transform = spec_transform(spec)
     right: Counter[str] = Counter()
     loss = 0.0
-    for label, name in enumerate(recipe.classes):
+    for label, name in enumerate(spec.classes):
         for path in (data / "val" / name).iterdir():
             with torch.no_grad():
-                logits = net(transform(read_picture(path))[None])[0].double()
+                logits = model(transform(read_image(path))[None])[0].double()
             right[name] += int(logits.argmax()) == label
             loss += float(logits.logsumexp(0) - logits[label])
     total = sum(right.values())
-    assert recipe.classes == ("class0", "class1", "class2")
-    assert scores["pictures"] == 15
+    assert spec.classes == ("class0", "class1", "class2")
+    assert scores["images"] == 15
     assert scores["top1"] == total / 15
     assert scores["top5"] == 1.0
     assert scores["loss"] == pytest.approx(loss / 15, abs=1e-5)
     assert scores["top1_interval_95"] == list(wilson(total, 15))
-    assert scores["per_class"] == {name: {"pictures": 5, "top1": right[name] / 5} for name in recipe.classes}
+    assert scores["per_class"] == {name: {"images": 5, "top1": right[name] / 5} for name in spec.classes}
 
 
 def test_summary_tells_cost_versions_and_command(trained: Path, data: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
-    net, recipe = load(trained / "model.safetensors")
-    for entry, model in ((summary["cost"], net), (summary["base_cost"], timm.create_model(NET, num_classes=3))):
+    opened, spec = load(trained / "model.safetensors")
+    for entry, model in ((summary["cost"], opened), (summary["base_cost"], timm.create_model(NET, num_classes=3))):
         counted = cost(model, (3, 32, 32))
         assert [entry[key] for key in ("params", "macs", "activations")] == [
             counted.params,
@@ -159,9 +159,9 @@ def test_summary_tells_cost_versions_and_command(trained: Path, data: Path) -> N
         ]
         assert entry["input_size"] == [3, 32, 32]
     assert summary["cost"]["params"] > summary["base_cost"]["params"]
-    assert summary["recipe"] == json.loads(recipe.to_json())
-    assert summary["recipe"]["edits"] == ["insert blocks.2 g=8"]
-    assert summary["pictures"] == {"train": 36, "val": 15}
+    assert summary["spec"] == json.loads(spec.to_json())
+    assert summary["spec"]["edits"] == ["insert blocks.2 g=8"]
+    assert summary["images"] == {"train": 36, "val": 15}
     assert summary["unreadable"] == {"train": [], "val": []}
     assert summary["config"] == yaml.safe_load((trained / "config.yaml").read_text())
     versions = summary["versions"]
@@ -210,8 +210,8 @@ def test_a_run_in_a_thread(data: Path, tmp_path: Path) -> None:
 
 FAULTS = """
 import resource, sys, torch
-from ulsam.train.config import TrainConfig, read_config
-from ulsam.train.loop import train
+from ulsam.training.config import TrainConfig, read_config
+from ulsam.training.loop import train
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -296,7 +296,7 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine(data: Path, tmp_path: Path
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.4}, {"cutmix": 1.0}])
 def test_loss_is_the_cross_entropy_with_soft_targets(mixing: dict[str, float], data: Path, tmp_path: Path) -> None:
     trainer = trainer_of(data, tmp_path / "run", batch_size=36, smoothing=0.3, **mixing)
-    net = copy.deepcopy(trainer.model).train()
+    model = copy.deepcopy(trainer.model).train()
     batch = next(iter(trainer.loader))
     images, targets = batch.images, F.one_hot(batch.labels, 3) * 0.7 + 0.1
     if mixing:
@@ -304,7 +304,7 @@ def test_loss_is_the_cross_entropy_with_soft_targets(mixing: dict[str, float], d
         loading.seed_all(0, 2, 0, 0, 0)
         images, targets = mix(images, batch.labels)
         assert not torch.equal(targets.sort().values, (F.one_hot(batch.labels, 3) * 0.7 + 0.1).sort().values)
-    expected = -(targets * net(images).log_softmax(1)).sum(1).mean().item()
+    expected = -(targets * model(images).log_softmax(1)).sum(1).mean().item()
     summary = trainer.fit()
     assert summary["epochs"][0]["train_loss"] == pytest.approx(expected, abs=1e-4)
 
@@ -352,12 +352,12 @@ def test_weights_with_another_head_start_a_new_one(
     assert weights(tmp_path / "slow")["conv_stem.weight"].allclose(load_file(start)["conv_stem.weight"], atol=1e-6)
 
 
-def test_dropout_reaches_the_net(data: Path, tmp_path: Path) -> None:
+def test_dropout_reaches_the_model(data: Path, tmp_path: Path) -> None:
     summary = train(config(data, drop_rate=0.4, drop_path=0.2, model_args={"act_layer": "relu"}), tmp_path / "run")
-    net, _ = load(tmp_path / "run" / "model.safetensors")
-    assert net.drop_rate == 0.4
-    assert summary["recipe"]["model_args"] == {"act_layer": "relu", "drop_rate": 0.4, "drop_path_rate": 0.2}
-    assert any(getattr(module, "drop_prob", 0) for module in net.modules())
+    model, _ = load(tmp_path / "run" / "model.safetensors")
+    assert model.drop_rate == 0.4
+    assert summary["spec"]["model_args"] == {"act_layer": "relu", "drop_rate": 0.4, "drop_path_rate": 0.2}
+    assert any(getattr(module, "drop_prob", 0) for module in model.modules())
 
 
 def test_balanced_sampling(data: Path, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_balanced_sampling(data: Path, tmp_path: Path) -> None:
     assert min(drawn.values()) > 0.7 * max(drawn.values())
 
 
-# bad pictures
+# bad images
 
 
 def bomb() -> bytes:
@@ -391,12 +391,12 @@ BROKEN = ["bomb.png", "corrupt.jpg", "truncated.jpg", "zero.png"]
 
 @pytest.fixture(scope="module")
 def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One picture of every odd kind among ordinary ones; those of `BROKEN` cannot be read, one of val neither."""
+    """One image of every odd kind among ordinary ones; those of `BROKEN` cannot be read, one of val neither."""
     root = draw_splits(tmp_path_factory.mktemp("bad"), train=12, val=5)
     folder = root / "train" / "class1"
-    picture = Image.effect_noise((48, 48), 60)
-    rgb = picture.convert("RGB")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    image = Image.effect_noise((48, 48), 60)
+    rgb = image.convert("RGB")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
     Image.new("I;16", (40, 40), 30000).save(folder / "sixteen.png")
     rgb.quantize(16).save(folder / "palette.gif")
     rgb.save(folder / "animated.gif", save_all=True, append_images=[rgb.rotate(90)])
@@ -415,7 +415,7 @@ def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_past_bad_pictures(
+def test_training_goes_on_past_bad_images(
     workers: int, bad_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = options({**SETTINGS, "workers": workers, "batch_size": 2, "epochs": 2})
@@ -424,29 +424,29 @@ def test_training_goes_on_past_bad_pictures(
     told = [line for line in err.splitlines() if line.startswith("unreadable ")]
     names = sorted(Path(line.removeprefix("unreadable ").partition(": ")[0]).name for line in told)
     assert names == sorted([*BROKEN, "000.png"])  # each once, though there were two epochs
-    assert "note    5 pictures could not be read; they are named above and in summary.json" in out
+    assert "note    5 images could not be read; they are named above and in summary.json" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [Path(name).name for name in summary["unreadable"]["train"]] == BROKEN
     assert [Path(name).name for name in summary["unreadable"]["val"]] == ["000.png"]
-    assert summary["scores"]["pictures"] == 14
+    assert summary["scores"]["images"] == 14
     assert summary["scores"]["unreadable"] == 1
-    assert summary["scores"]["per_class"]["class0"]["pictures"] == 4
+    assert summary["scores"]["per_class"]["class0"]["images"] == 4
 
 
-def test_too_many_bad_pictures_stop_the_run(bad_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UlsamError, match=r"more than 3 pictures cannot be read \(named above\): see --max-unreadable"):
+def test_too_many_bad_images_stop_the_run(bad_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UlsamError, match=r"more than 3 images cannot be read \(named above\): see --max-unreadable"):
         train(config(bad_data, max_unreadable=0.05, batch_size=2), tmp_path / "run")
 
 
-def test_nothing_but_bad_pictures(tmp_path: Path) -> None:
+def test_nothing_but_bad_images(tmp_path: Path) -> None:
     draw(tmp_path / "data", 5)
     for path in (tmp_path / "data").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UlsamError, match=r"12 training pictures in a row cannot be read"):
+    with pytest.raises(UlsamError, match=r"12 training images in a row cannot be read"):
         train(config(tmp_path / "data", max_unreadable=1.0), tmp_path / "run")
 
 
-def test_a_resumed_run_remembers_bad_pictures(bad_data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_remembers_bad_images(bad_data: Path, tmp_path: Path) -> None:
     with stop_after(22), pytest.raises(Interrupted):  # 23 updates an epoch
         train(config(bad_data, batch_size=2), tmp_path / "run")
     summary = resume(tmp_path / "run")
@@ -468,7 +468,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> 
 
 
 def test_outputs_that_are_not_finite_stop_the_run(data: Path, tmp_path: Path) -> None:
-    settings = {"lr": 1e38, "warmup_epochs": 0, "batch_size": 36}  # one update, then the net is measured
+    settings = {"lr": 1e38, "warmup_epochs": 0, "batch_size": 36}  # one update, then the model is measured
     with pytest.raises(UlsamError, match=r"not finite .* in epoch 1, step 1, at learning rate \S*e\+37: try a lower"):
         train(config(data, **settings), tmp_path / "run")
 
@@ -583,8 +583,8 @@ def test_a_stream_goes_on_from_the_start_of_an_epoch(
     summary = resume(tmp_path / "run")
     assert "resume  in epoch 2, after 0 of its batches" in capsys.readouterr().out
     assert same(weights(tmp_path / "run"), weights(tmp_path / "unbroken"))
-    assert summary["pictures"] == {"train": 44, "val": 14}
-    assert summary["scores"]["pictures"] == 14
+    assert summary["images"] == {"train": 44, "val": 14}
+    assert summary["scores"]["images"] == 14
     (root / "names.txt").write_text("robin\nwren\n")
     with pytest.raises(UlsamError, match="class number 2, but the 2 classes are numbered from 0: check --class-names"):
         train(settings, tmp_path / "short")
@@ -599,23 +599,23 @@ def test_a_stream_with_fewer_shards_than_workers(data: Path, tmp_path: Path) -> 
         train(config(Path("wds/birds"), **stream, batch_size=4), tmp_path / "run")
 
 
-def test_a_picture_less_is_a_warning(
+def test_a_image_less_is_a_warning(
     copied: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "train" / "class0" / "000.png").unlink()
     resume(copied, {"data": str(tmp_path / "data")})
     told = capsys.readouterr().out
-    assert re.search(r"warning training pictures: 36 \(names \w{8}\) before, 35 \(names \w{8}\) now", told)
+    assert re.search(r"warning training images: 36 \(names \w{8}\) before, 35 \(names \w{8}\) now", told)
 
 
-def test_another_picture_is_a_warning(
+def test_another_image_is_a_warning(
     copied: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "train" / "class0" / "000.png").rename(tmp_path / "data" / "train" / "class0" / "0000.png")
     resume(copied, {"data": str(tmp_path / "data")})
-    assert re.search(r"warning training pictures: 36 \(names \w{8}\) before, 36 ", capsys.readouterr().out)
+    assert re.search(r"warning training images: 36 \(names \w{8}\) before, 36 ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.1}, {"edits": ["insert blocks.2"]}, {"epochs": 3}, {"opt": "adamw"}])
@@ -634,7 +634,7 @@ def test_an_error_in_measuring_loses_no_training(bad_data: Path, tmp_path: Path)
     for path in (tmp_path / "data" / "val" / "class2").iterdir():
         path.write_bytes(b"")
     settings = config(tmp_path / "data", batch_size=2, epochs=2)
-    with pytest.raises(UlsamError, match="more than 3 pictures cannot be read"):
+    with pytest.raises(UlsamError, match="more than 3 images cannot be read"):
         train(settings, tmp_path / "run")
     state = read_checkpoint(tmp_path / "run")
     assert state is not None
@@ -705,7 +705,7 @@ def test_what_cannot_be_resumed(copied: Path, trained: Path, data: Path, tmp_pat
     for wrong in (
         *({"epoch": value} for value in ("x", -3, 3, 1.0, True, None)),
         *({"batch": value} for value in (10**6, -1, "2")),
-        *({"updates": -1}, {"loss_sum": math.nan}, {"loss_sum": "x"}, {"seconds": None}, {"pictures": 0}),
+        *({"updates": -1}, {"loss_sum": math.nan}, {"loss_sum": "x"}, {"seconds": None}, {"images": 0}),
         *({"rows": value} for value in ([], rows * 2, [{}], ["row"], [{**rows[0], "lr": "x"}], None)),
     ):
         edit_checkpoint(copied, position={**state["position"], **wrong})

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from tiny import NET, SETTINGS, draw_splits, options
+from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.errors import UlsamError
-from ulsam.models import build, save_model
-from ulsam.recipe import Recipe
-from ulsam.train.config import TrainConfig
+from ulsam.model.build import build, save_model
+from ulsam.model.spec import ModelSpec
+from ulsam.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_text(text)
     (root / "latin.yaml").write_bytes("data: Zaunkönig".encode("latin-1"))
     save_file({"conv.weight": torch.zeros(2)}, root / "other.safetensors")
-    two = Recipe(NET, ("robin", "wren"))
+    two = ModelSpec(NET, ("robin", "wren"))
     save_model(build(two)[0], two, root / "teacher.safetensors")
     return root
 
@@ -54,20 +54,20 @@ CASES = {
     "": "no data given: name an image folder or a data set",
     "nowhere": "no such folder: nowhere",
     "list.yaml": "not a folder: list.yaml",
-    "empty": "empty has no class folders: expected one subfolder of pictures for each class",
-    "hollow": "no picture in any of the 2 class folders of hollow",
-    "one": "holds pictures of 1 class (class0), at least 2 are needed",
+    "empty": "empty has no class folders: expected one subfolder of images for each class",
+    "hollow": "no image in any of the 2 class folders of hollow",
+    "one": "holds images of 1 class (class0), at least 2 are needed",
     "twice": "twice has two folders for val, val and valid: keep one of them",
     "other": "has classes that were not trained on: wren",
     "data --val-split holiday": "data has no split 'holiday'; it has train, val",
     "data --val-fraction 2": "must lie between 0 and 1",
     "torch/cifar10": "torch/cifar10 needs --data-dir",
     "torch/cifar10 --data-dir empty": "cannot open torch/cifar10, split 'train', in empty: Dataset not found",
-    "data --batch-size 100": "18 training pictures do not fill one batch of 100 for 1 process(es): use --batch-size 18",
+    "data --batch-size 100": "18 training images do not fill one batch of 100 for 1 process(es): use --batch-size 18",
     "data --accumulate 9": "an epoch has 2 batches, fewer than --accumulate 9",
-    "data --batch-size 1": "BatchNorm cannot train on one picture at a time here: use --batch-size 2 or more",
-    # net
-    "data --model mobilnetv2_100": "timm has no net 'mobilnetv2_100'; nearest: mobilenetv2_100",
+    "data --batch-size 1": "BatchNorm cannot train on one image at a time here: use --batch-size 2 or more",
+    # model
+    "data --model mobilnetv2_100": "timm has no model 'mobilnetv2_100'; nearest: mobilenetv2_100",
     "data --insert blocks.99": "no module is named 'blocks.99'; nearest names:",
     "data --replace 14": "layer number 14: the paper's numbers exist for MobileNet-V1 and V2 alone",
     "data --insert blocks.2 --groups 5": "groups=5 does not divide 32 channels; valid: [1, 2, 4, 8, 16, 32]",
@@ -75,7 +75,7 @@ CASES = {
     "data --insert blocks.2 --form best": "unknown form 'best'; valid: equations, released",
     "data --weights nowhere.pt": "no weight file nowhere.pt",
     "data --weights weights.pt": "weights.pt holds no weights that can be read safely",
-    "data --weights other.safetensors": "does not fit this net",
+    "data --weights other.safetensors": "does not fit this model",
     "data --weights other.safetensors --pretrained": "pretrained and weights exclude each other",
     "data --pretrained --model mobilenetv1_050": "no hub weights of mobilenetv1_050 to be had: No pretrained",
     'data --pretrained --model-args {"width":"x"}': "timm cannot build",
@@ -83,16 +83,16 @@ CASES = {
     "data --freeze *": "every parameter is frozen: leave something to train out of --freeze",
     'data --model-args {"width":"x"}': "timm cannot build",
     'data --model-args {"pretrained":true}': "model arguments may not hold pretrained",
-    'data --model-args {"in_chans":1}': "pictures are read as RGB: leave in_chans out",
+    'data --model-args {"in_chans":1}': "images are read as RGB: leave in_chans out",
     # teacher
     "data --teacher nowhere.safetensors": "no model file nowhere.safetensors",
     "data --teacher weights.pt": "weights.pt is no safetensors file, or is cut off",
-    "data --teacher other.safetensors": "other.safetensors holds weights without a recipe",
+    "data --teacher other.safetensors": "other.safetensors holds weights without a spec",
     "data --teacher teacher.safetensors": "cannot teach: it knows 2 classes, the data has 3",
-    "data --distill 0.3": "distill needs a teacher: name the model file of a trained net",
+    "data --distill 0.3": "distill needs a teacher: name the model file of a trained model",
     "data --distill-features 1": "distill_features needs a teacher",
     "data --teacher teacher.safetensors --distill 0": "the teacher would teach nothing",
-    "data --ulsam-lr 2": "ulsam_lr has nothing to act on: this net has no ULSAM layer that is trained",
+    "data --ulsam-lr 2": "ulsam_lr has nothing to act on: this model has no ULSAM layer that is trained",
     # values
     "data --ulsam-lr 0": "ulsam_lr must be above 0, not 0.0",
     "data --teacher teacher.safetensors --distill 2": "distill must lie between 0 and 1, not 2.0",
@@ -206,5 +206,5 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     assert stop.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
-    for text in ("passes over the training pictures (default: 10)", "the random crop in training (default: 0.25 1.0)"):
+    for text in ("passes over the training images (default: 10)", "the random crop in training (default: 0.25 1.0)"):
         assert text in out

@@ -1,4 +1,4 @@
-"""The trained nets of the package: what their names mean, and the script that makes them."""
+"""The trained models of the package: what their names mean, and the script that makes them."""
 
 import importlib
 import json
@@ -10,17 +10,17 @@ import torch
 
 from scripts import BENCHMARKS
 from tiny import SETTINGS, draw_splits
-from ulsam import trained
-from ulsam.comparison.arms import Arm
-from ulsam.comparison.grid import Grid
-from ulsam.comparison.store import Store
-from ulsam.costs import cost
-from ulsam.errors import UlsamError
-from ulsam.models import load
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import train
+from ulsam.base.errors import UlsamError
+from ulsam.model import trained
+from ulsam.model.build import load
+from ulsam.study.arms import Arm
+from ulsam.study.grid import Grid
+from ulsam.study.run_store import Store
+from ulsam.surgery.cost import cost
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import train
 
-#: of a picture that is a ramp from -2 to 2: the best class and its logit; to be renewed with the net
+#: of an image that is a ramp from -2 to 2: the best class and its logit; to be renewed with the model
 LOGITS = {"mobilenetv2_100.grocery81_slim75": ("08.Lemon", 2.035)}
 
 
@@ -31,32 +31,32 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trained.locate(tmp_path / "net.safetensors") == tmp_path / "net.safetensors"
-    assert trained.locate("net") == Path("net")
+    assert trained.locate(tmp_path / "model.safetensors") == tmp_path / "model.safetensors"
+    assert trained.locate("wren") == Path("wren")
     monkeypatch.setattr(trained, "_FOLDER", tmp_path)
-    (tmp_path / "net.md").write_text("# net\n<!-- card -->\n| a |\n<!-- /card -->\n")
-    assert trained.names() == ["net"]
-    assert trained.locate("net") == tmp_path / "net.safetensors"
-    assert trained.locate("./net") == Path("./net")
-    assert trained.locate(Path("net")) == Path("net")
-    assert trained.card("net") == "# net\n| a |\n"
-    with pytest.raises(UlsamError, match="no trained net 'other' comes with the package"):
+    (tmp_path / "wren.md").write_text("# wren\n<!-- card -->\n| a |\n<!-- /card -->\n")
+    assert trained.names() == ["wren"]
+    assert trained.locate("wren") == tmp_path / "model.safetensors"
+    assert trained.locate("./wren") == Path("./wren")
+    assert trained.locate(Path("wren")) == Path("wren")
+    assert trained.card("wren") == "# wren\n| a |\n"
+    with pytest.raises(UlsamError, match="no trained model 'other' comes with the package"):
         trained.card("other")
-    with pytest.raises(UlsamError, match=r"^no model file nets; the package has a trained net net$"):
-        load("nets")
+    with pytest.raises(UlsamError, match=r"^no model file wrens; the package has a trained model wren$"):
+        load("wrens")
 
 
 @pytest.mark.parametrize("name", trained.names())
-def test_a_net_of_the_package_is_what_its_card_says(name: str) -> None:
-    net, recipe = load(name)
-    picture = torch.linspace(-2, 2, 3 * 160 * 160).view(1, 3, 160, 160)
-    logit, best = net(picture)[0].max(0)
+def test_a_model_of_the_package_is_what_its_card_says(name: str) -> None:
+    model, spec = load(name)
+    image = torch.linspace(-2, 2, 3 * 160 * 160).view(1, 3, 160, 160)
+    logit, best = model(image)[0].max(0)
     wanted = LOGITS[name]
-    assert (recipe.classes[best], logit.item()) == (wanted[0], pytest.approx(wanted[1], abs=0.02))
-    found, told = cost(net, recipe.input_size), trained.card(name)
+    assert (spec.classes[best], logit.item()) == (wanted[0], pytest.approx(wanted[1], abs=0.02))
+    found, told = cost(model, spec.input_size), trained.card(name)
     assert f"| parameters | {found.params / 1e6:.2f} M |" in told
     assert f"| multiply-adds | {found.macs / 1e6:.2f} M |" in told
-    assert f"Recognises {len(recipe.classes)} kinds" in told
+    assert f"Recognises {len(spec.classes)} kinds" in told
 
 
 @pytest.mark.slow
@@ -72,27 +72,27 @@ def test_the_script_slims_what_a_comparison_trained(
     monkeypatch.setattr(script, "ROOT", tmp_path)
     (tmp_path / "src" / "ulsam" / "trained").mkdir(parents=True)
     (tmp_path / "results").mkdir()
-    words = f"{store.root} birds --package net --macs 0.9 --width 4 --rates 0.01 0.02 --epochs 1".split()
-    with pytest.raises(UlsamError, match="has not chosen a learning rate for its base net: go on with ulsam compare"):
+    words = f"{store.root} birds --package model --macs 0.9 --width 4 --rates 0.01 0.02 --epochs 1".split()
+    with pytest.raises(UlsamError, match="has not chosen a learning rate for its base model: go on with ulsam compare"):
         script.main(words)
     while due := grid.due(store.look):
         train(due[0].config, store.folder(due[0]))
     script.main([*words, "--seeds", "1"])
     assert json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())["slimmed"]["seeds"] == [0]
     script.main(words)
-    made = tmp_path / "src" / "ulsam" / "trained" / "net.safetensors"
+    made = tmp_path / "src" / "ulsam" / "trained" / "model.safetensors"
     told = json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())
-    net, recipe = load(made)
+    model, spec = load(made)
     slimmed, _ = load(store.root / "slimmed" / "birds" / "seed-0" / "run" / "model.safetensors")
     x = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(net(x), slimmed(x), rtol=0, atol=1e-2)
+    torch.testing.assert_close(model(x), slimmed(x), rtol=0, atol=1e-2)
     assert made.stat().st_size < 0.6 * (store.root / "slimmed/birds/seed-0/run/model.safetensors").stat().st_size
-    found = cost(net, (3, 32, 32))
+    found = cost(model, (3, 32, 32))
     assert found.macs <= 0.9 * told["whole_cost"]["macs"] and found.params == told["slimmed"]["cost"]["params"]
-    assert recipe.classes == ("class0", "class1", "class2")
+    assert spec.classes == ("class0", "class1", "class2")
     assert list(told["tries"]) == ["0.01", "0.02"] and told["tries"][f"{told['lr']:g}"] == max(told["tries"].values())
-    assert all(told[way]["seeds"] == [0, 1] for way in ("slimmed", "whole", "longer")) and told["pictures"] == 12
-    assert told["packed"] == {**told["packed"], "name": "net", "seed": 0, "bytes": made.stat().st_size}
+    assert all(told[way]["seeds"] == [0, 1] for way in ("slimmed", "whole", "longer")) and told["images"] == 12
+    assert told["packed"] == {**told["packed"], "name": "model", "seed": 0, "bytes": made.stat().st_size}
     assert str(tmp_path) not in (tmp_path / "results" / "slimmed_birds.json").read_text()
     sets = [
         json.loads((store.root / "slimmed" / "birds" / f"choose{lr}" / "slim.json").read_text()) for lr in ("", "-0.02")
@@ -102,7 +102,7 @@ def test_the_script_slims_what_a_comparison_trained(
     runs = {name: json.loads((published / f"{name}.json").read_text()) for name in ("whole", "slimmed", "longer")}
     assert [told[name]["top1"][1] for name in runs] == [run["scores"]["top1"] for run in runs.values()]
     assert (runs["slimmed"]["config"]["edits"], runs["longer"]["config"]["edits"]) == (
-        [f"replace {','.join(told['blocks'][1])} layer=thin width=4"],
+        [f"replace {','.join(told['blocks'][1])} layer=inverted_residual width=4"],
         [],
     )
     trained = [*(store.root / "slimmed").glob("*/seed-1*/**/summary.json")]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-import ulsam.ops
+import ulsam.layer.ops
 from test_ops import FORMS, OPERATOR, UNUSUAL, Case, check, laid_out
-from ulsam.ops import subspace_attention, which_backend
+from ulsam.layer.ops import subspace_attention, which_backend
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -89,7 +89,7 @@ def a_nan_spreads_as_in_pytorch(layout: str, where: tuple[int, ...]) -> None:
     case = Case((2, 6, 4, 3), 3, "folded", "normal", layout, torch.float32, 0)
     case.x[where] = float("nan")
     found, exact = case.run("triton"), case.run("reference")
-    assert exact["y"].isnan().sum() == 2 * 12  # its group, in its picture
+    assert exact["y"].isnan().sum() == 2 * 12  # its group, in its image
     for name in ("y", "dx", "dbias"):
         assert torch.equal(found[name].isnan(), exact[name].isnan()), name
     assert found["dscale"][where[1]].isnan()
@@ -180,7 +180,7 @@ def compile_kernels(capability: int) -> dict[str, int]:
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_for
 
-    from ulsam.ops import operator, triton_kernels
+    from ulsam.layer.ops import operator, triton_kernels
 
     types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
     compiled: dict[str, int] = {}
@@ -245,8 +245,8 @@ def test_a_cpu_has_not() -> None:
 
 def test_without_triton_the_reference_does_it(on_a_gpu: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "ulsam.ops.triton_kernels", raising=False)
-    monkeypatch.delattr(ulsam.ops, "triton_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "ulsam.layer.ops.triton_kernels", raising=False)
+    monkeypatch.delattr(ulsam.layer.ops, "triton_kernels", raising=False)
     chosen, why = which_backend(on_a_gpu)
     assert chosen == "reference"
     assert why.startswith("triton cannot be imported: ")
@@ -255,7 +255,7 @@ def test_without_triton_the_reference_does_it(on_a_gpu: Tensor, monkeypatch: pyt
 def test_triton_is_not_imported_before_it_is_needed() -> None:
     code = """
 import sys, torch
-from ulsam.ops import subspace_attention, which_backend
+from ulsam.layer.ops import subspace_attention, which_backend
 x = torch.ones(1, 4, 2, 2)
 subspace_attention(x, torch.ones(4), torch.ones(4), 2)
 which_backend(x, "triton")

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 import ulsam
 from calibrating import calibrated
-from ulsam.edits import changes
-from ulsam.errors import UlsamError
+from ulsam.base.errors import UlsamError
+from ulsam.surgery.edited import changes
 from ulsam.ultralytics import trainer_for
 
 os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
@@ -184,7 +184,7 @@ def test_replaced_blocks_keep_what_the_model_reads(name: str) -> None:
     new = model.get_submodule(top)
     assert [getattr(new, key) for key in ("f", "i", "type", "np")] == [old.f, old.i, old.type, old.np]
     assert not torch.equal(outputs(model, image), before)
-    ulsam.remove(model)
+    ulsam.undo(model)
     torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
     torch.testing.assert_close(outputs(model, image), before, rtol=0, atol=0)
 
@@ -195,7 +195,7 @@ def test_training_starts_with_the_weights_of_the_model(tmp_path: Path) -> None:
     aside = deepcopy(changes(yolo.model)[1]["model.4"].state_dict())
     yolo.train(trainer=trainer_for(yolo), name="run", lr0=1e-9, warmup_epochs=0, **settings(tmp_path))
     assert (yolo.model.model[4].depthwise.weight - 7).abs().max() < 0.1
-    restored = ulsam.remove(yolo.model).model[4].state_dict()  # what the edit put aside came through the checkpoint
+    restored = ulsam.undo(yolo.model).model[4].state_dict()  # what the edit put aside came through the checkpoint
     torch.testing.assert_close(dict(restored), dict(aside), rtol=0, atol=0)
 
 
@@ -204,7 +204,7 @@ def test_new_weights_hold_none_of_a_replaced_block(tmp_path: Path) -> None:
     yolo.train(trainer=trainer_for(yolo), name="run", pretrained=False, **settings(tmp_path))
     assert ulsam.edits_of(yolo.model) == TINY_EDITS
     with pytest.raises(UlsamError, match=r"model\.4 cannot return"):
-        ulsam.remove(yolo.model)
+        ulsam.undo(yolo.model)
 
 
 def test_weights_of_an_unedited_file(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_weights_of_an_unedited_file(tmp_path: Path) -> None:
     yolo.train(trainer=trainer_for(yolo), name="run", pretrained=file, lr0=1e-9, warmup_epochs=0, **settings(tmp_path))
     stem = plain.model.model[0].conv.weight
     torch.testing.assert_close(yolo.model.model[0].conv.weight, stem, rtol=1e-3, atol=1e-3)
-    ulsam.remove(yolo.model)
+    ulsam.undo(yolo.model)
     torch.testing.assert_close(yolo.model.model[4].cv1.conv.weight, plain.model.model[4].cv1.conv.weight.half().float())
 
 
@@ -252,7 +252,7 @@ def test_training_on_from_a_file_without_the_trainer_is_refused(tmp_path: Path) 
         yolo.train(**settings(tmp_path))
     again = ultralytics.YOLO(tmp_path / "edited.pt")
     assert ulsam.edits_of(again.model) == TINY_EDITS
-    assert type(ulsam.remove(again.model).yaml) is dict
+    assert type(ulsam.undo(again.model).yaml) is dict
 
 
 def test_a_model_without_an_edit_is_refused(tmp_path: Path) -> None:

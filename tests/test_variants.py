@@ -10,12 +10,12 @@ import torch
 import ulsam
 from scripts import load_benchmark
 from tiny import SETTINGS, draw_splits
-from ulsam.comparison import report
-from ulsam.comparison.arms import Arm
-from ulsam.comparison.grid import Grid
-from ulsam.comparison.store import Store
-from ulsam.train.config import TrainConfig
-from ulsam.train.loop import train
+from ulsam.study.arms import Arm
+from ulsam.study.compare import report
+from ulsam.study.grid import Grid
+from ulsam.study.run_store import Store
+from ulsam.training.config import TrainConfig
+from ulsam.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -59,4 +59,4 @@ def test_a_variant_joins_a_comparison(variants: ModuleType, tmp_path: Path) -> N
     arms = report(store.root)["arms"]
     assert [arm["name"] for arm in arms] == ["base", "gated 14 g=2"]
     assert arms[1]["cost"]["macs"] < arms[0]["cost"]["macs"] and arms[1]["top1_mean"] is not None
-    assert json.loads((store.root / "arms" / "gated-14-g-2" / "guest.json").read_text())["kind"] == "gated"
+    assert json.loads((store.root / "arms" / "gated-14-g-2" / "external_arm.json").read_text())["kind"] == "gated"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import ulsam
-from ulsam.errors import UlsamError
+from ulsam.base.errors import UlsamError
 
 
 def test_heads_of_tokens_are_no_feature_map() -> None:

@@ -1,4 +1,4 @@
-"""What several tests share: a tiny net, tiny picture folders, and the command line in processes of its own.
+"""What several tests share: a tiny model, tiny image folders, and the command line in processes of its own.
 
 Run as a script it is a warm interpreter: it imports ulsam once, then forks a child for each command line that it reads.
 A child is an ordinary process of its own session, which can be killed, but it starts at once.
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-NET = "test_efficientnet"  # of timm: 0.1 M parameters, 4 ms a step of 8 pictures of 32 px
+NET = "test_efficientnet"  # of timm: 0.1 M parameters, 4 ms a step of 8 images of 32 px
 COLOURS = [(200, 60, 60), (60, 200, 60), (60, 60, 200), (190, 190, 60), (60, 190, 190), (190, 60, 190)]
 SETTINGS: dict[str, Any] = {
     "model": NET,
@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def draw(folder: Path, number: int, *, classes: int = 3, size: int = 40, noise: float = 60, seed: int = 0) -> None:
-    """``number`` PNG pictures in each of ``classes`` class folders: a colour a class, under noise."""
+    """``number`` PNG images in each of ``classes`` class folders: a colour a class, under noise."""
     random = np.random.default_rng(seed)
     for label in range(classes):
         (folder / f"class{label}").mkdir(parents=True)
@@ -48,24 +48,24 @@ def draw(folder: Path, number: int, *, classes: int = 3, size: int = 40, noise: 
 
 
 def draw_splits(root: Path, train: int = 12, val: int = 5, **options: Any) -> Path:
-    """``train/`` and ``val/`` with so many pictures a class."""
+    """``train/`` and ``val/`` with so many images a class."""
     draw(root / "train", train, **options)
     draw(root / "val", val, **{**options, "seed": 1})
     return root
 
 
 def draw_shards(root: Path, folder: Path, val: Sequence[int] = (7, 7)) -> Path:
-    """WebDataset shards of a folder with 3 classes: 4 of 11 training pictures, and so many validation pictures each."""
+    """WebDataset shards of a folder with 3 classes: 4 of 11 training images, and so many validation images each."""
     splits = {}
-    pictures = [sorted((folder / f"class{label}").iterdir()) for label in range(3)]
+    images = [sorted((folder / f"class{label}").iterdir()) for label in range(3)]
     for split, lengths in (("train", (11,) * 4), ("validation", val)):
         names = [f"{split}-{shard}.tar" for shard in range(len(lengths))]
         numbers = iter(range(sum(lengths)))
         for name, length in zip(names, lengths, strict=True):
             with tarfile.open(root / name, "w") as archive:
                 for number in itertools.islice(numbers, length):
-                    picture = pictures[number % 3][number // 3 % len(pictures[0])]
-                    for suffix, content in (("png", picture.read_bytes()), ("cls", str(number % 3).encode())):
+                    image = images[number % 3][number // 3 % len(images[0])]
+                    for suffix, content in (("png", image.read_bytes()), ("cls", str(number % 3).encode())):
                         entry = tarfile.TarInfo(f"{number:04}.{suffix}")
                         entry.size = len(content)
                         archive.addfile(entry, io.BytesIO(content))

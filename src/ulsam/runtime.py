@@ -1,4 +1,4 @@
-"""Run an exported net: needs NumPy, Pillow and ONNX Runtime, and nothing of PyTorch.
+"""Run an exported model: needs NumPy, Pillow and ONNX Runtime, and nothing of PyTorch.
 
 pip install --no-deps ulsam && pip install numpy pillow onnxruntime
 """
@@ -8,26 +8,26 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ulsam.data.pictures import Pixels
+from ulsam.base.errors import UlsamError, first_line
+from ulsam.base.files import check_readable
+from ulsam.data.images import Pixels
 from ulsam.data.preprocessing import Preprocessing
-from ulsam.errors import UlsamError, first_line
-from ulsam.files import check_readable
-from ulsam.prediction import Logits, Picture, Prediction, predict
+from ulsam.training.predict import Image, Logits, Prediction, predict
 
 # ONNX Runtime reads this when it is imported; otherwise it reports to its makers, and writes an identifier to disk
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-CLASSES, PREPROCESSING, RECIPE, VERSION = "classes", "preprocessing", "recipe", "ulsam_version"
+CLASSES, PREPROCESSING, RECIPE, VERSION = "classes", "preprocessing", "spec", "ulsam_version"
 """Keys of an exported file's metadata; each value is text: JSON, but for the version."""
 
 
-class Net:
-    """An exported net on the CPU; :func:`load` makes it.
+class Model:
+    """An exported model on the CPU; :func:`load` makes it.
 
     Attributes:
         classes: names of the outputs.
-        preprocessing: how a picture becomes the input.
-        any_size: whether it takes pictures of other sizes too (`ulsam export --dynamic-size`).
+        preprocessing: how an image becomes the input.
+        any_size: whether it takes images of other sizes too (`ulsam export --dynamic-size`).
         metadata: of the file, as text by key.
     """
 
@@ -41,18 +41,18 @@ class Net:
         self.any_size = isinstance(given.shape[1 if self._takes_pixels else 2], str)
 
     def logits(self, images: Pixels) -> Logits:
-        """The net's outputs [B, classes] for RGB bytes [B, H, W, 3].
+        """The model's outputs [B, classes] for RGB bytes [B, H, W, 3].
 
-        H and W are those of ``preprocessing.size``; others too, if the net takes ``any_size``.
+        H and W are those of ``preprocessing.size``; others too, if the model takes ``any_size``.
 
         Raises:
-            UlsamError: the net does not take images of this shape.
+            UlsamError: the model does not take images of this shape.
         """
         try:
             found: Logits = self._session.run(None, self.feed(images))[0]
         except Exception as error:  # ONNX Runtime has its own, which derive from nothing else
             raise UlsamError(
-                f"the net does not take {images.dtype} {list(images.shape)}: {first_line(error)}"
+                f"the model does not take {images.dtype} {list(images.shape)}: {first_line(error)}"
             ) from error
         return found
 
@@ -60,20 +60,20 @@ class Net:
         """The input that the file takes for RGB bytes [B, H, W, 3], by its name."""
         return {self._name: images if self._takes_pixels else self.preprocessing.normalise(images)}
 
-    def predict(self, pictures: Iterable[Picture], *, top: int = 5, batch: int = 32) -> Iterator[Prediction]:
-        """Name what is in pictures, in their order: `ulsam.prediction.predict`.
+    def predict(self, images: Iterable[Image], *, top: int = 5, batch: int = 32) -> Iterator[Prediction]:
+        """Name what is in images, in their order: `ulsam.training.predict.predict`.
 
-        A picture is a file's path, a binary stream, or RGB bytes [H, W, 3] of any size; an unreadable one gives a
+        An image is a file's path, a binary stream, or RGB bytes [H, W, 3] of any size; an unreadable one gives a
         prediction with an error.
 
         Raises:
-            NotFinite: the net's outputs are not finite.
-            UlsamError: ``top`` or ``batch`` is below 1, or what is given is no picture at all.
+            NotFinite: the model's outputs are not finite.
+            UlsamError: ``top`` or ``batch`` is below 1, or what is given is no image at all.
         """
-        return predict(pictures, self.logits, self.preprocessing, self.classes, top=top, batch=batch)
+        return predict(images, self.logits, self.preprocessing, self.classes, top=top, batch=batch)
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Net:
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
     """Open a file that `ulsam export --to onnx` or `ulsam quantize` wrote.
 
     Args:
@@ -85,16 +85,16 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Net:
 
     >>> load("birds.onnx")
     Traceback (most recent call last):
-    ulsam.errors.UlsamError: no exported net birds.onnx
+    ulsam.base.errors.UlsamError: no exported model birds.onnx
     """
     if threads is not None and threads < 1:
         raise UlsamError(f"threads must be 1 or more, not {threads}; None is one a core")
-    check_readable(path, "exported net")
-    return open_net(os.fspath(path), os.fspath(path), threads)
+    check_readable(path, "exported model")
+    return open_model(os.fspath(path), os.fspath(path), threads)
 
 
-def open_net(model: str | bytes, name: str, threads: int | None = None) -> Net:
-    """A net from its path, or from what a file would hold; messages call it ``name``.
+def open_model(model: str | bytes, name: str, threads: int | None = None) -> Model:
+    """A model from its path, or from what a file would hold; messages call it ``name``.
 
     Raises:
         UlsamError: as of :func:`load`.
@@ -113,7 +113,7 @@ def open_net(model: str | bytes, name: str, threads: int | None = None) -> Net:
             " write it by ulsam export MODEL --to onnx"
         )
     try:
-        return Net(session, metadata)
+        return Model(session, metadata)
     except ValueError as error:  # no JSON, or an UlsamError
         raise UlsamError(f"{name} has metadata that cannot be read: {first_line(error)}") from error
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ulsam.edits import EditedYaml, changes, lacks_weights, note_weights
-from ulsam.errors import UlsamError
-from ulsam.recipe import apply, edits_of
-from ulsam.trace import default_input_size
+from ulsam.base.errors import UlsamError
+from ulsam.model.spec import apply, edits_of
+from ulsam.surgery.edited import EditedYaml, changes, lacks_weights, note_weights
+from ulsam.surgery.trace import default_input_size
 
 
 def trainer_for(yolo: Any) -> type:

@@ -13,25 +13,25 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ulsam import __version__
-from ulsam.errors import UlsamError, printable
+from ulsam.base.errors import UlsamError, printable
 
 COMMANDS = {
-    "demo": "draw birds, train a net without and with ULSAM, show both",
-    "train": "train a net on a folder of pictures",
-    "compare": "train several nets under one recipe, and say how sure their difference is",
-    "slim": "replace blocks of a trained net to fit a budget, and train it again",
-    "eval": "measure a trained net on a folder of pictures",
-    "predict": "name what is in pictures",
-    "export": "write a trained net for another engine: ONNX, OpenVINO, ExecuTorch",
-    "quantize": "write a trained net in 8-bit integers, and say what that costs",
-    "bench": "time nets side by side in the engines that run them: eager, compile, ONNX Runtime, OpenVINO",
-    "serve": "name pictures over HTTP, with batching, limits and metrics",
-    "inspect": "say what the attention layers of a trained net do on pictures",
-    "explain": "show what a net looks at, picture by picture, in a report",
-    "explore": "ask nets about pictures on a local web page",
-    "report": "one page about one or several runs: curves, cost, confusions, pictures",
+    "demo": "draw birds, train a model without and with ULSAM, show both",
+    "train": "train a model on a folder of images",
+    "compare": "train several models under one recipe, and say how sure their difference is",
+    "slim": "replace blocks of a trained model to fit a budget, and train it again",
+    "eval": "measure a trained model on a folder of images",
+    "predict": "name what is in images",
+    "export": "write a trained model for another engine: ONNX, OpenVINO, ExecuTorch",
+    "quantize": "write a trained model in 8-bit integers, and say what that costs",
+    "bench": "time models side by side in the engines that run them: eager, compile, ONNX Runtime, OpenVINO",
+    "serve": "name images over HTTP, with batching, limits and metrics",
+    "inspect": "say what the attention layers of a trained model do on images",
+    "explain": "show what a model looks at, image by image, in a report",
+    "explore": "ask models about images on a local web page",
+    "report": "one page about one or several runs: curves, cost, confusions, images",
     "info": "print what a model file holds",
-    "candidates": "list the blocks of a net that ULSAM can replace",
+    "candidates": "list the blocks of a model that ULSAM can replace",
     "profile": "count parameters, MACs and activations, block by block",
     "paper": "the paper's cost tables beside what this code counts",
     "doctor": "say which backend computes the attention layers here, and why",

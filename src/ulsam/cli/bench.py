@@ -1,11 +1,11 @@
-"""`ulsam bench MODEL...`: nets side by side in the engines that run them."""
+"""`ulsam bench MODEL...`: models side by side in the engines that run them."""
 
 import argparse
 
-from ulsam.benchmarking.report import text
-from ulsam.benchmarking.run import bench
+from ulsam.base.errors import printable
 from ulsam.cli.common import free_folder, numbers
-from ulsam.errors import printable
+from ulsam.deploy.bench import bench
+from ulsam.deploy.bench_report import text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of eager, compile, onnxruntime, openvino (default: eager,onnxruntime)",
     )
     parser.add_argument(
-        "--batch", type=numbers(int), default=(1, 32), metavar="N,...", help="pictures a call (default: 1,32)"
+        "--batch", type=numbers(int), default=(1, 32), metavar="N,...", help="images a call (default: 1,32)"
     )
     parser.add_argument("--threads", type=numbers(int), default=(1,), metavar="N,...", help="CPU threads (default: 1)")
     parser.add_argument(
@@ -33,11 +33,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30.0,
         metavar="S",
-        help="time for each batch size and number of threads, all nets together (default: 30)",
+        help="time for each batch size and number of threads, all models together (default: 30)",
     )
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: each net's own)")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: each model's own)")
     parser.add_argument(
-        "--no-fold", dest="fold", action="store_false", help="run nets as they were trained, by eager and compile"
+        "--no-fold", dest="fold", action="store_false", help="run models as they were trained, by eager and compile"
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the result (default: runs/bench-N)")
 

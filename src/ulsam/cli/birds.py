@@ -15,9 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     for split, number in (("train", 60), ("val", 20), ("test", 0)):
         parser.add_argument(
-            f"--{split}", type=int, default=number, metavar="N", help=f"pictures a class (default: {number})"
+            f"--{split}", type=int, default=number, metavar="N", help=f"images a class (default: {number})"
         )
-    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of the pictures (default: 96)")
+    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of the images (default: 96)")
     parser.add_argument("--seed", type=int, default=0, help="of every drawing (default: 0)")
 
 
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
 
         draw_birds(args.out, args.classes, **counts, size=args.size, seed=args.seed, progress=progress)
     drawn = ", ".join(f"{number} {split}" for split, number in counts.items() if number)
-    print(f"{args.out}: {classes} classes, {drawn} pictures a class of {args.size} px, seed {args.seed}")
-    print(f"{args.out}/birds.json tells the field marks of each class, boxes.json where they lie in each picture")
+    print(f"{args.out}: {classes} classes, {drawn} images a class of {args.size} px, seed {args.seed}")
+    print(f"{args.out}/birds.json tells the field marks of each class, boxes.json where they lie in each image")
 
 
 def _classes(text: str) -> int | list[str]:

@@ -1,29 +1,29 @@
-"""`ulsam candidates`: the blocks of a net that ULSAM can replace, and what that saves."""
+"""`ulsam candidates`: the blocks of a model that ULSAM can replace, and what that saves."""
 
 import argparse
 
-from ulsam.cli.common import add_net_arguments, recipe_from
-from ulsam.costs import aligned, cost
-from ulsam.errors import UlsamError
-from ulsam.models import sketch
-from ulsam.places import layer_names
-from ulsam.surgery import candidates
+from ulsam.base.errors import UlsamError
+from ulsam.cli.common import add_model_arguments, spec_from
+from ulsam.model.build import sketch
+from ulsam.surgery.cost import aligned, cost
+from ulsam.surgery.edit import candidates
+from ulsam.surgery.places import layer_names
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    add_net_arguments(parser)
+    add_model_arguments(parser)
     parser.add_argument("--leaves", action="store_true", help="also single layers: convolutions, norms")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print one line a candidate, outermost first."""
-    recipe = recipe_from(args)
-    model = sketch(recipe)
-    found = candidates(model, recipe.input_size, leaves=args.leaves)
+    spec = spec_from(args)
+    model = sketch(spec)
+    found = candidates(model, spec.input_size, leaves=args.leaves)
     if not found:
         raise UlsamError(f"{args.model} has no block that takes and puts out the same feature map [B, C, H, W]")
-    whole = cost(model, recipe.input_size)
+    whole = cost(model, spec.input_size)
     numbers = {name: str(number) for number, name in layer_names(model).items()}
     cells = [["layer", "name", "type", "output", "params saved", "", "MACs saved", "", "groups"]]
     for block in found:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         groups = ",".join(map(str, block.groups))
         cells.append([numbers.get(block.name, ""), block.name, block.type, shape, *params, *macs, groups])
     print("\n".join(aligned(cells, right=(0, 3, 4, 5, 6, 7))))
-    size = "x".join(map(str, recipe.input_size))
-    print(f"One {size} picture; per cent of the whole net's {whole.params:,} parameters and {whole.macs:,} MACs.")
+    size = "x".join(map(str, spec.input_size))
+    print(f"One {size} image; per cent of the whole model's {whole.params:,} parameters and {whole.macs:,} MACs.")
     if not numbers:
-        print("The paper's layer numbers exist for MobileNet-V1 and V2 alone: name blocks of this net.")
+        print("The paper's layer numbers exist for MobileNet-V1 and V2 alone: name blocks of this model.")

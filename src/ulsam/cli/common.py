@@ -1,14 +1,14 @@
-"""Arguments that several commands share: a net by name or file, and the edits to make on it."""
+"""Arguments that several commands share: a model by name or file, and the edits to make on it."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ulsam.errors import UlsamError
-from ulsam.models import PLACEMENTS, recipe_of
-from ulsam.recipe import Edit, Recipe
-from ulsam.trained import names
+from ulsam.base.errors import UlsamError
+from ulsam.model.build import PLACEMENTS, spec_of
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.model.trained import names
 
 
 class _AddEdit(argparse.Action):
@@ -21,21 +21,21 @@ class _AddEdit(argparse.Action):
 
 
 def add_edit_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--replace``, ``--insert``, ``--drop`` (each repeatable), ``--layer``, ``--groups`` and ``--form``.
+    """Add ``--replace``, ``--insert``, ``--remove`` (each repeatable), ``--layer``, ``--groups`` and ``--form``.
 
     >>> parser = argparse.ArgumentParser()
     >>> add_edit_options(parser)
-    >>> for edit in edits_from(parser.parse_args(["--replace", "14,17", "--drop", "16", "--groups", "8"])):
+    >>> for edit in edits_from(parser.parse_args(["--replace", "14,17", "--remove", "16", "--groups", "8"])):
     ...     print(edit)
     replace 14,17 g=8
-    drop 16
+    remove 16
     """
     place = "module names, globs, or the paper's layer numbers for MobileNet-V1 and V2"
     edits = parser.add_argument_group("edits, done in the order given", f"AT: {place}; several with commas.")
     for kind, text in [
         ("replace", "put an attention layer in the place of these blocks"),
         ("insert", "put an attention layer behind these blocks"),
-        ("drop", "take these blocks out"),
+        ("remove", "take these blocks out"),
     ]:
         edits.add_argument(f"--{kind}", dest="edits", action=_AddEdit, metavar="AT", help=text)
     add_layer_options(edits)
@@ -43,11 +43,14 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
 
 def add_layer_options(group: "argparse._ArgumentGroup", default: str = "ulsam") -> None:
     """Add ``--layer``, ``--groups``, ``--width`` and ``--form``; :func:`layer_options` reads them."""
-    layers = f"ulsam, thin, or timm's se, eca, cbam or coord (default: {default})"
+    layers = f"ulsam, inverted_residual, or timm's se, eca, cbam or coord (default: {default})"
     group.add_argument("--layer", metavar="LAYER", help=layers)
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
     group.add_argument(
-        "--width", type=int, metavar="W", help="of a thin block: of --layer thin, or behind another layer"
+        "--width",
+        type=int,
+        metavar="W",
+        help="of a narrow inverted residual: of --layer inverted_residual, or behind another layer",
     )
     group.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")
 
@@ -62,41 +65,42 @@ def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit
     options = layer_options(args)
     if options and not _makes_layers(args) and not preset_arguments(args, model):
         raise UlsamError(f"--{next(iter(options))} has nothing to act on: add --replace AT or --insert AT")
-    return tuple(Edit(kind, at, **(options if kind != "drop" else {})) for kind, at in args.edits or ())
+    return tuple(Edit(kind, at, **(options if kind != "remove" else {})) for kind, at in args.edits or ())
 
 
 def preset_arguments(args: argparse.Namespace, model: str | None) -> dict[str, Any]:
-    """``--groups`` and ``--form`` as arguments of a preset, which has its layers already; empty for other nets."""
+    """``--groups`` and ``--form`` as arguments of a preset, which has its layers already; empty for other models."""
     options = layer_options(args)
     takes = model in PLACEMENTS and not _makes_layers(args) and not options.keys() & {"layer", "width"}
     return options if takes else {}
 
 
 def layer_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of :func:`add_layer_options` that were given, as arguments of :class:`ulsam.recipe.Edit`."""
+    """The options of :func:`add_layer_options` that were given, as arguments of :class:`ulsam.model.spec.Edit`."""
     return {
         key: value for key in ("layer", "groups", "form", "width") if (value := getattr(args, key, None)) is not None
     }
 
 
 def _makes_layers(args: argparse.Namespace) -> bool:
-    return any(kind != "drop" for kind, _ in getattr(args, "edits", None) or ())
+    return any(kind != "remove" for kind, _ in getattr(args, "edits", None) or ())
 
 
-def add_net_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL and ``--size``; :func:`recipe_from` reads them."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and ``--size``; :func:`spec_from` reads them."""
     parser.add_argument("model", metavar="MODEL", help="a timm name, a preset's included, or a .safetensors model file")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: the net's own)")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: the model's own)")
 
 
-def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The recipe that MODEL and ``--size`` mean, with a preset's ``--groups`` and ``--form``: `ulsam.models.recipe_of`.
+def spec_from(args: argparse.Namespace) -> ModelSpec:
+    """The spec that MODEL and ``--size`` mean, with a preset's ``--groups`` and ``--form``:
+    `ulsam.model.build.spec_of`.
 
-    >>> recipe = recipe_from(argparse.Namespace(model="mobilenetv2_100", size=96))
-    >>> len(recipe.classes), recipe.input_size
+    >>> spec = spec_from(argparse.Namespace(model="mobilenetv2_100", size=96))
+    >>> len(spec.classes), spec.input_size
     (1000, (3, 96, 96))
     """
-    return recipe_of(args.model, size=args.size, model_args=preset_arguments(args, args.model))
+    return spec_of(args.model, size=args.size, model_args=preset_arguments(args, args.model))
 
 
 def numbers(kind: type[Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -124,7 +128,7 @@ def free_folder(name: str) -> Path:
 
 
 def beside(model: str, ending: str) -> str:
-    """The name of a file made from MODEL: beside it, with another ending; here, for a trained net of the package.
+    """The name of a file made from MODEL: beside it, with another ending; here, for a trained model of the package.
 
     >>> beside("runs/mine/model.safetensors", ".onnx"), beside("runs/mine/model.onnx", "-int8.onnx")
     ('runs/mine/model.onnx', 'runs/mine/model-int8.onnx')

@@ -1,14 +1,14 @@
-"""`ulsam compare DATA --arm base --arm EDITS ...`: train several nets under one recipe, and compare them."""
+"""`ulsam compare DATA --arm base --arm EDITS ...`: train several models under one recipe, and compare them."""
 
 import argparse
 from typing import Any
 
+from ulsam.base.errors import UlsamError, printable
 from ulsam.cli.common import numbers
 from ulsam.cli.settings import add_settings, given_settings
-from ulsam.comparison import MARGIN, compare, report
-from ulsam.comparison.table import text
-from ulsam.errors import UlsamError, printable
-from ulsam.train.config import read_config
+from ulsam.study.compare import MARGIN, compare, report
+from ulsam.study.compare_table import text
+from ulsam.training.config import read_config
 
 #: What is handed to `ulsam.compare` where it is given; the defaults are those there.
 PLAN = ("seeds", "rates", "tried_epochs", "tried_seeds", "choose_split", "jobs", "launcher", "ray_address")
@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         dest="arms",
         metavar="[NAME: ]ITEMS",
-        help="a net to compare, repeatable: edits and setting=value with ; between them, as 'drop 14,17; size=96'; "
+        help="a model to compare, repeatable: edits and setting=value with ; between them, as 'remove 14,17; size=96'; "
         "base: no change. The first one is what the others are held against",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison; go on with the same one")
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tried-epochs", type=numbers(int), metavar="N,...", help="epochs to try")
     parser.add_argument("--tried-seeds", type=int, metavar="N", help="runs of each try, the mean counts (default: 1)")
     parser.add_argument(
-        "--choose-split", metavar="SPLIT", help="choose on this split (default: on held-out training pictures)"
+        "--choose-split", metavar="SPLIT", help="choose on this split (default: on held-out training images)"
     )
     parser.add_argument("--config", metavar="YAML", help="settings from a file; options on the command line come first")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: 1; with ray: as many as fit)")

@@ -1,9 +1,9 @@
-"""`ulsam demo`: draw birds, train a net without and with ULSAM, show both."""
+"""`ulsam demo`: draw birds, train a model without and with ULSAM, show both."""
 
 import argparse
 
 from ulsam.cli.common import free_folder
-from ulsam.demo import CAUTION, run_demo, table
+from ulsam.study.demo import CAUTION, run_demo, table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,4 +15,4 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or free_folder("demo")
     summaries = run_demo(out, args.seed)
     print(f"\n{table(summaries)}\n\nSeed {args.seed}. {CAUTION}")
-    print(f"Picture: {out}/comparison.png; the birds and both runs lie beside it.")
+    print(f"Image: {out}/comparison.png; the birds and both runs lie beside it.")

@@ -7,9 +7,9 @@ from importlib.metadata import version
 import torch
 
 from ulsam import __version__
-from ulsam.costs import aligned
-from ulsam.extras import installed
-from ulsam.ops import cpu, which_backend
+from ulsam.base.extras import installed
+from ulsam.layer.ops import cpu, which_backend
+from ulsam.surgery.cost import aligned
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

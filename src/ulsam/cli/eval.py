@@ -1,4 +1,4 @@
-"""`ulsam eval MODEL DATA`: measure a trained net."""
+"""`ulsam eval MODEL DATA`: measure a trained model."""
 
 import argparse
 import json
@@ -6,24 +6,24 @@ from pathlib import Path
 
 from torch import nn
 
-from ulsam.costs import cost
+from ulsam.base.distributed import start
+from ulsam.base.errors import UlsamError, printable
+from ulsam.base.files import check_writable, write_atomic
 from ulsam.data.augment import EvalTransform
 from ulsam.data.folder import find_splits
 from ulsam.data.loading import eval_loader
 from ulsam.data.opening import is_named, open_split
-from ulsam.distributed import start
-from ulsam.errors import UlsamError, printable
-from ulsam.evaluate import evaluate, recipe_transform
-from ulsam.exporting.module import load_exported
-from ulsam.files import check_writable, write_atomic
-from ulsam.models import load, sketch
-from ulsam.recipe import Recipe
-from ulsam.train.report import command_line, cost_entry, score_entry, versions
+from ulsam.deploy.exported_module import load_exported
+from ulsam.model.build import load, sketch
+from ulsam.model.spec import ModelSpec
+from ulsam.surgery.cost import cost
+from ulsam.training.evaluate import evaluate, spec_transform
+from ulsam.training.summary import command_line, cost_entry, score_entry, versions
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a model file, a trained net of the package, or NAME.onnx of ulsam export"
+        "model", metavar="MODEL", help="a model file, a trained model of the package, or NAME.onnx of ulsam export"
     )
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
     parser.add_argument("--split", help="split to measure on (default: test, else val, else the whole folder)")
@@ -32,10 +32,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes-by-number",
         action="store_true",
-        help="take the data's classes for the net's by their position, whatever their names",
+        help="take the data's classes for the model's by their position, whatever their names",
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", metavar="FILE", help="write all scores, every class's too, to this file")
 
@@ -49,19 +49,19 @@ def run(args: argparse.Namespace) -> None:
     split = args.split or _default_split(args.data)
     exported = args.model.endswith(".onnx")
     if exported and args.device not in ("auto", "cpu"):
-        raise UlsamError(f"--device {args.device}: an exported net runs on the CPU here")
+        raise UlsamError(f"--device {args.device}: an exported model runs on the CPU here")
     with start("cpu" if exported else args.device) as world:
-        model, recipe, transform = load_exported(args.model) if exported else _load(args.model)
-        pictures = open_split(
+        model, spec, transform = load_exported(args.model) if exported else _load(args.model)
+        images = open_split(
             args.data,
             split,
-            recipe.classes,
+            spec.classes,
             data_dir=args.data_dir,
             class_names=args.class_names,
             by_number=args.classes_by_number,
         )
         batches = eval_loader(
-            pictures,
+            images,
             transform,
             batch_size=args.batch_size,
             workers=args.workers,
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         scores = evaluate(
             model.to(world.device),
             batches,
-            len(recipe.classes),
+            len(spec.classes),
             world=world,
             channels_last=not exported,
             progress=progress,
@@ -84,38 +84,38 @@ def run(args: argparse.Namespace) -> None:
         print(f"unreadable {reason}")
     worst = sorted(
         (
-            (entry["top1"], name, entry["pictures"])
-            for name, entry in scores.per_class(recipe.classes).items()
-            if entry["pictures"]
+            (entry["top1"], name, entry["images"])
+            for name, entry in scores.per_class(spec.classes).items()
+            if entry["images"]
         )
     )[:5]
     low, high = scores.interval
     print(f"top-1   {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})")
     print(f"top-5   {100 * scores.top5:.2f} %")
     print(f"loss    {scores.loss:.4f}")
-    print(f"on      {scores.pictures} pictures, split {split}" + _left_out(len(scores.unreadable)))
+    print(f"on      {scores.images} images, split {split}" + _left_out(len(scores.unreadable)))
     print("lowest  " + "; ".join(f"{printable(name)} {100 * top1:.0f} % of {n}" for top1, name, n in worst))
     if split == "all":
         print(
-            "note    measured on all pictures of the folder, those trained on included: a fair score is that on the"
-            " held-out ones in the summary.json of the run, or on a folder of other pictures"
+            "note    measured on all images of the folder, those trained on included: a fair score is that on the"
+            " held-out ones in the summary.json of the run, or on a folder of other images"
         )
     if args.json:
         entry = {
             "command": command_line(),
             "model": Path(args.model).name,
             "split": split,
-            "scores": score_entry(scores, recipe.classes),
-            "cost": cost_entry(cost(sketch(recipe) if exported else model, recipe.input_size)),
-            "recipe": json.loads(recipe.to_json()),
+            "scores": score_entry(scores, spec.classes),
+            "cost": cost_entry(cost(sketch(spec) if exported else model, spec.input_size)),
+            "spec": json.loads(spec.to_json()),
             "versions": versions(),
         }
         write_atomic(args.json, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
 
 
-def _load(model: str) -> tuple[nn.Module, Recipe, EvalTransform]:
-    net, recipe = load(model)
-    return net, recipe, recipe_transform(recipe)
+def _load(model: str) -> tuple[nn.Module, ModelSpec, EvalTransform]:
+    loaded, spec = load(model)
+    return loaded, spec, spec_transform(spec)
 
 
 def _default_split(data: str) -> str:

@@ -1,9 +1,9 @@
-"""`ulsam explore MODEL...`: a local web page to ask nets about pictures."""
+"""`ulsam explore MODEL...`: a local web page to ask models about images."""
 
 import argparse
 import functools
 
-from ulsam.explorer.serve import serve
+from ulsam.apps.explore import serve
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8765, help="0 takes any free one (default: 8765)")
     parser.add_argument(
-        "--max-mb", type=int, default=20, metavar="MB", help="largest picture file that is taken (default: 20)"
+        "--max-mb", type=int, default=20, metavar="MB", help="largest image file that is taken (default: 20)"
     )
 
 

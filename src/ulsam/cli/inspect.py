@@ -1,4 +1,4 @@
-"""`ulsam inspect MODEL PICTURES...`: what the attention layers of a trained net do on pictures."""
+"""`ulsam inspect MODEL IMAGES...`: what the attention layers of a trained model do on images."""
 
 import argparse
 import json
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ulsam.data.folder import picture_paths
-from ulsam.errors import UlsamError, printable
-from ulsam.evaluate import read_batch, recipe_transform
-from ulsam.files import check_writable, write_atomic
-from ulsam.inspection import INERT, LEGEND, inspect, table, warnings
-from ulsam.models import load
-from ulsam.train.report import command_line, versions
+from ulsam.base.errors import UlsamError, printable
+from ulsam.base.files import check_writable, write_atomic
+from ulsam.data.folder import image_paths
+from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
+from ulsam.model.build import load
+from ulsam.training.evaluate import read_batch, spec_transform
+from ulsam.training.summary import command_line, versions
 
 BATCH = 32
 
@@ -24,28 +24,28 @@ BATCH = 32
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
-    parser.add_argument("paths", nargs="+", metavar="PICTURE", help="picture files, or folders of them")
+    parser.add_argument("paths", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument(
-        "--pictures", type=int, default=256, metavar="N", help="at most so many, spread evenly (default: 256)"
+        "--images", type=int, default=256, metavar="N", help="at most so many, spread evenly (default: 256)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the statistics to this file")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a table with a line a map, what its columns mean, and a warning for each layer that does nothing."""
-    if args.pictures < 1:
-        raise UlsamError(f"--pictures must be 1 or more, not {args.pictures}")
+    if args.images < 1:
+        raise UlsamError(f"--images must be 1 or more, not {args.images}")
     if args.json:
         check_writable(args.json)
-    found = picture_paths(args.paths)
-    number = min(args.pictures, len(found))
+    found = image_paths(args.paths)
+    number = min(args.images, len(found))
     paths = [found[n * len(found) // number] for n in range(number)]
-    model, recipe = load(args.model)
-    transform = recipe_transform(recipe)
+    model, spec = load(args.model)
+    transform = spec_transform(spec)
     unreadable: dict[str, str] = {}
 
     def batches() -> Iterator[Tensor]:
-        with tqdm(total=number, unit=" pictures", disable=None, leave=False) as bar:
+        with tqdm(total=number, unit=" images", disable=None, leave=False) as bar:
             for first in range(0, number, BATCH):
                 images, errors = read_batch(paths[first : first + BATCH], transform)
                 unreadable.update(errors)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
     layers = inspect(model, batches())
     print(table(layers))
-    print(f"{layers[0].pictures} of {len(found)} pictures. {LEGEND}")
+    print(f"{layers[0].images} of {len(found)} images. {LEGEND}")
     for line in warnings(layers):
         print(f"warning {line}")
     if args.json:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
             "layers": [{**asdict(layer), "inert": layer.inert} for layer in layers],
             "inert_below": INERT,
             "unreadable": unreadable,
-            "recipe": json.loads(recipe.to_json()),
+            "spec": json.loads(spec.to_json()),
             "versions": versions(),
         }
         write_atomic(args.json, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")

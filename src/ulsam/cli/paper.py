@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from ulsam.paper import report, rows
+from ulsam.model.paper import report, rows
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

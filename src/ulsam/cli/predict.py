@@ -1,27 +1,27 @@
-"""`ulsam predict MODEL PICTURES...`: name what is in pictures."""
+"""`ulsam predict MODEL IMAGES...`: name what is in images."""
 
 import argparse
 import json
 from collections.abc import Iterable, Sequence
 
-from ulsam.data.folder import picture_paths
-from ulsam.errors import UlsamError, printable
-from ulsam.prediction import Prediction
+from ulsam.base.errors import UlsamError, printable
+from ulsam.data.folder import image_paths
+from ulsam.training.predict import Prediction
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a model file, a trained net of the package, or NAME.onnx of ulsam export"
+        "model", metavar="MODEL", help="a model file, a trained model of the package, or NAME.onnx of ulsam export"
     )
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files, or folders of them")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each picture (default: 3)")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each image (default: 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise UlsamError(f"--top must be 1 or more, not {args.top}")
-    paths = picture_paths(args.pictures)
+    paths = image_paths(args.images)
     failed = 0
     for prediction in _predictions(args.model, paths, args.top):
         failed += prediction.error is not None
@@ -36,16 +36,16 @@ def run(args: argparse.Namespace) -> None:
             named_text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prediction.classes)
             print(printable(f"{prediction.path}: {named_text}"))
     if failed:
-        raise UlsamError(f"{failed} of {len(paths)} pictures could not be read; they are named above")
+        raise UlsamError(f"{failed} of {len(paths)} images could not be read; they are named above")
 
 
 def _predictions(model: str, paths: Sequence[str], top: int) -> Iterable[Prediction]:
-    """By ONNX Runtime for an exported net, which needs no PyTorch: neither may be imported for the other."""
+    """By ONNX Runtime for an exported model, which needs no PyTorch: neither may be imported for the other."""
     if model.endswith(".onnx"):
         from ulsam import runtime
 
         return runtime.load(model).predict(paths, top=top)
-    from ulsam.evaluate import predict
-    from ulsam.models import load
+    from ulsam.model.build import load
+    from ulsam.training.evaluate import predict
 
     return predict(*load(model), paths, top=top)

@@ -20,8 +20,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the image folder; print how many pictures it holds."""
+    """Write the image folder; print how many images it holds."""
     counts = prepare(args.name, args.archive, args.out)
-    print("{}: {train} train and {test} test pictures of {classes} classes".format(args.out, **counts))
+    print("{}: {train} train and {test} test images of {classes} classes".format(args.out, **counts))
     if warning := mismatch(args.name, counts):
         print(f"ulsam: warning: {warning}", file=sys.stderr)

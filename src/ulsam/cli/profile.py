@@ -1,19 +1,19 @@
-"""`ulsam profile`: what a net costs, block by block, before and after edits."""
+"""`ulsam profile`: what a model costs, block by block, before and after edits."""
 
 import argparse
 import csv
 import dataclasses
 import io
 
-from ulsam.cli.common import add_edit_options, add_net_arguments, edits_from, recipe_from
-from ulsam.costs import Cost, cost
-from ulsam.files import write_atomic
-from ulsam.models import sketch
+from ulsam.base.files import write_atomic
+from ulsam.cli.common import add_edit_options, add_model_arguments, edits_from, spec_from
+from ulsam.model.build import sketch
+from ulsam.surgery.cost import Cost, cost
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    add_net_arguments(parser)
+    add_model_arguments(parser)
     add_edit_options(parser)
     parser.add_argument("--rule", default="exact", help="exact (default), or paper: without BatchNorm's parameters")
     parser.add_argument("--csv", metavar="FILE", help="also write the rows to this file")
@@ -21,13 +21,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, with edits also base against edited."""
-    recipe = recipe_from(args)
+    spec = spec_from(args)
     edits = edits_from(args, args.model)
-    edited = dataclasses.replace(recipe, edits=(*recipe.edits, *edits))
-    found = cost(sketch(edited), recipe.input_size, args.rule)
+    edited = dataclasses.replace(spec, edits=(*spec.edits, *edits))
+    found = cost(sketch(edited), spec.input_size, args.rule)
     print(found)
     if edits:
-        base = cost(sketch(recipe), recipe.input_size, args.rule)
+        base = cost(sketch(spec), spec.input_size, args.rule)
         changes = [
             f"{name} {before:,} -> {after:,} ({(after - before) / before:+.2%})"
             for name, before, after in [

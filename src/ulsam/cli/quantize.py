@@ -1,26 +1,26 @@
-"""`ulsam quantize MODEL DATA`: write a trained net in 8-bit integers, and say what that costs."""
+"""`ulsam quantize MODEL DATA`: write a trained model in 8-bit integers, and say what that costs."""
 
 import argparse
 
 from ulsam.cli.common import beside
-from ulsam.quantization import quantize
+from ulsam.deploy.quantize import quantize
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", metavar="MODEL", help="NAME.onnx of ulsam export, or a .safetensors model file")
-    parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the net")
+    parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the model")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: MODEL's name with -int8.onnx)")
     parser.add_argument(
-        "--calibrate", type=int, default=256, metavar="N", help="training pictures to take ranges from (default: 256)"
+        "--calibrate", type=int, default=256, metavar="N", help="training images to take ranges from (default: 256)"
     )
     parser.add_argument(
-        "--measure", type=int, default=1000, metavar="N", help="other pictures to measure on, at most (default: 1000)"
+        "--measure", type=int, default=1000, metavar="N", help="other images to measure on, at most (default: 1000)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Quantise, and print how the result compares with the net."""
+    """Quantise, and print how the result compares with the model."""
     out = args.out or beside(args.model, "-int8.onnx")
     found = quantize(args.model, args.data, out, calibrate=args.calibrate, measure=args.measure)
     print(f"wrote     {out}, {found.bytes:,} bytes, {100 * found.bytes / found.bytes_before:.0f} % of float32")

@@ -3,26 +3,26 @@
 import argparse
 from pathlib import Path
 
+from ulsam.base.errors import printable
 from ulsam.cli.common import free_folder
-from ulsam.errors import printable
-from ulsam.reporting.write import report_runs
+from ulsam.explanation.run_report import report_runs
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of ulsam train; the first is compared with")
     parser.add_argument("--out", metavar="FILE", help="the page (default: runs/report-N/report.html)")
-    parser.add_argument("--data", metavar="DATA", help="where the pictures lie now (default: where the runs say)")
+    parser.add_argument("--data", metavar="DATA", help="where the images lie now (default: where the runs say)")
     parser.add_argument(
-        "--no-pictures", action="store_true", help="run no net: figures and curves alone, without confusions"
+        "--no-images", action="store_true", help="run no model: figures and curves alone, without confusions"
     )
-    parser.add_argument("--time", action="store_true", help="time the nets, too, on a machine without other work")
+    parser.add_argument("--time", action="store_true", help="time the models, too, on a machine without other work")
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the page, and say where it is."""
     out = Path(args.out) if args.out else free_folder("report") / "report.html"
-    written = report_runs(args.runs, out, data=args.data, pictures=not args.no_pictures, time=args.time)
+    written = report_runs(args.runs, out, data=args.data, images=not args.no_images, time=args.time)
     for one in written.runs:
         print(f"{one.key}       {printable(one.line)}")
     for note in written.notes:

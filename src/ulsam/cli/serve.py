@@ -1,17 +1,17 @@
-"""`ulsam serve MODEL`: name pictures over HTTP."""
+"""`ulsam serve MODEL`: name images over HTTP."""
 
 import argparse
 import os
 from dataclasses import fields
 
-from ulsam.extras import extra
-from ulsam.serving.limits import Limits
+from ulsam.apps.service_limits import Limits
+from ulsam.base.extras import extra
 
 TEXTS = {
-    "batch": "pictures that the net computes at once",
-    "pictures": "pictures in one request",
+    "batch": "images that the model computes at once",
+    "images": "images in one request",
     "megabytes": "megabytes of one request",
-    "pixels": "width times height of a picture",
+    "pixels": "width times height of an image",
     "requests": "requests at once",
     "timeout": "for a request to arrive and be answered",
     "idle": "for which a connection is kept without a whole header of a request, or without its answer being taken",
@@ -22,7 +22,7 @@ SECONDS = ("timeout", "idle")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a model file, a trained net of the package, or NAME.onnx of ulsam export"
+        "model", metavar="MODEL", help="a model file, a trained model of the package, or NAME.onnx of ulsam export"
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); others need ULSAM_API_KEY"
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     """Serve, and say where and how much."""
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     with extra("serve", "ulsam serve needs"):
-        from ulsam.serving.server import KEY, serve
+        from ulsam.apps.serve import KEY, serve
     answered = serve(
         args.model,
         host=args.host,

@@ -7,13 +7,13 @@ import types
 from collections.abc import Collection
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ulsam.train.config import TrainConfig
+from ulsam.training.config import TrainConfig
 
 _NO_OPTIONS = ("data", "edits")  # the one is DATA, the others have options of their own
 
 
 def add_settings(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> None:
-    """Add an option for each setting of `ulsam.train.config.TrainConfig`; ``data`` and ``edits`` have none here.
+    """Add an option for each setting of `ulsam.training.config.TrainConfig`; ``data`` and ``edits`` have none here.
 
     Args:
         but: settings that the command decides itself.

@@ -1,35 +1,37 @@
-"""`ulsam slim MODEL DATA`: replace blocks of a trained net to fit a budget, and restore its accuracy."""
+"""`ulsam slim MODEL DATA`: replace blocks of a trained model to fit a budget, and restore its accuracy."""
 
 import argparse
 
 from ulsam.cli.common import add_layer_options, free_folder, layer_options
 from ulsam.cli.settings import add_settings, given_settings
-from ulsam.slimming.run import DECIDED, slim
+from ulsam.study.slim import DECIDED, slim
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model_file", metavar="MODEL", help="a .safetensors model file of ulsam train")
-    parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the net")
+    parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the model")
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the result; the same one goes on (default: runs/slim-N)"
     )
     parser.add_argument("--no-train", action="store_true", help="stop after the choice, and print how to train")
-    budget = parser.add_argument_group("budget, exactly one", "The share of the net's own cost to keep, such as 0.75.")
+    budget = parser.add_argument_group(
+        "budget, exactly one", "The share of the model's own cost to keep, such as 0.75."
+    )
     for name, text in [("macs", "of the MACs"), ("params", "of the parameters"), ("latency", "of the time here")]:
         budget.add_argument(f"--{name}", type=float, metavar="SHARE", help=text)
     choice = parser.add_argument_group("choice")
     choice.add_argument("--at", help="blocks to choose from: names, globs or layer numbers (default: all that can be)")
-    add_layer_options(choice, default="thin, fitted to the block; ulsam with --groups or --form")
+    add_layer_options(choice, default="inverted_residual, reconstructed; ulsam with --groups or --form")
     choice.add_argument(
-        "--pictures", type=int, default=400, metavar="N", help="training pictures to measure damage on (default: 400)"
+        "--images", type=int, default=400, metavar="N", help="training images to measure damage on (default: 400)"
     )
     choice.add_argument(
         "--most-sets", type=int, default=200, metavar="N", help="sets to measure after the greedy search (default: 200)"
     )
     time = parser.add_argument_group("how time is taken for --latency")
     time.add_argument("--engine", default="eager", metavar="ENGINE", help="eager (default) or onnxruntime")
-    time.add_argument("--latency-batch", type=int, default=1, metavar="N", help="pictures at once (default: 1)")
+    time.add_argument("--latency-batch", type=int, default=1, metavar="N", help="images at once (default: 1)")
     time.add_argument("--latency-threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, one a core)")
     time.add_argument(
         "--latency-seconds", type=float, default=20.0, metavar="S", help="time it for so long, all blocks in turn"
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         latency=args.latency,
         layer=layer_options(args),
         at=args.at,
-        pictures=args.pictures,
+        images=args.images,
         most_sets=args.most_sets,
         engine=args.engine,
         batch=args.latency_batch,

@@ -1,13 +1,13 @@
-"""`ulsam train DATA`: train a net on a folder of pictures, or go on with a run."""
+"""`ulsam train DATA`: train a model on a folder of images, or go on with a run."""
 
 import argparse
 from typing import Any
 
+from ulsam.base.errors import UlsamError
 from ulsam.cli.common import add_edit_options, edits_from, free_folder, preset_arguments
 from ulsam.cli.settings import add_settings, given_settings
-from ulsam.errors import UlsamError
-from ulsam.train.config import TrainConfig, read_config
-from ulsam.train.loop import resume, train
+from ulsam.training.config import TrainConfig, read_config
+from ulsam.training.loop import resume, train
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

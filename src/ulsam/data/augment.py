@@ -1,7 +1,7 @@
-"""From decoded pictures to the net's input: random crop, flip, colours, erasing; resize and centre crop to measure.
+"""From decoded images to the model's input: random crop, flip, colours, erasing; resize and centre crop to measure.
 
-Pictures are uint8 arrays [H, W, 3] up to the batch; :class:`Normalise` makes the float input, a batch at once. Every
-random choice is drawn from the one `random.Random` that comes with the picture.
+Images are uint8 arrays [H, W, 3] up to the batch; :class:`Normalise` makes the float input, a batch at once. Every
+random choice is drawn from the one `random.Random` that comes with the image.
 """
 
 import math
@@ -16,9 +16,9 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from ulsam.data.pictures import Pixels
+from ulsam.base.errors import UlsamError
+from ulsam.data.images import Pixels
 from ulsam.data.preprocessing import Preprocessing, power_of_two
-from ulsam.errors import UlsamError
 
 ASPECT = (3 / 4, 4 / 3)
 """Least and largest width / height of a random crop (Szegedy et al. 2015, section 6)."""
@@ -37,19 +37,19 @@ class Box(NamedTuple):
 
 
 class Transform(Protocol):
-    """What makes a decoded picture fit a batch."""
+    """What makes a decoded image fit a batch."""
 
     normalise: "Normalise"
 
     def reduction(self, width: int, height: int) -> int:
-        """By which of 1, 2, 4, 8 a picture of this size may be reduced when it is decoded."""
+        """By which of 1, 2, 4, 8 an image of this size may be reduced when it is decoded."""
 
     def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Box | None]:
-        """The picture at the net's size, uint8 [H, W, 3], and what is to be erased of it once it is normalised."""
+        """The image at the model's size, uint8 [H, W, 3], and what is to be erased of it once it is normalised."""
 
 
 class Normalise:
-    """Bytes [B, H, W, 3] to the net's float input [B, 3, H, W] in channels_last: (bytes / 255 - mean) / std.
+    """Bytes [B, H, W, 3] to the model's float input [B, 3, H, W] in channels_last: (bytes / 255 - mean) / std.
 
     >>> look = Normalise([0.5] * 3, [0.25] * 3)
     >>> look(torch.tensor([0, 255, 51], dtype=torch.uint8).reshape(1, 1, 1, 3)).flatten()
@@ -73,10 +73,10 @@ class TrainTransform:
     """Random resized crop, flip, colour jitter or a policy of timm's, random erasing.
 
     Args:
-        input_size: channels, height and width of the net's input.
+        input_size: channels, height and width of the model's input.
         mean, std: of the normalisation, a channel.
         interpolation: bilinear or bicubic; always with antialiasing.
-        crop_scale: least and largest area of the crop, as shares of the picture's.
+        crop_scale: least and largest area of the crop, as shares of the image's.
         hflip: probability of a horizontal flip.
         color_jitter: see :func:`jittered`; 0 is off. A policy switches it off, but for one of three augmentations (3a).
         rand_augment: timm's policy string, e.g. ``rand-m7-n2-mstd0.5``; None is off.
@@ -109,7 +109,7 @@ class TrainTransform:
         self.jitter = 0.0 if rand_augment and "3a" not in rand_augment else color_jitter
 
     def reduction(self, width: int, height: int) -> int:
-        """The most that leaves the smallest crop which can be drawn at least as large as the net's input.
+        """The most that leaves the smallest crop which can be drawn at least as large as the model's input.
 
         >>> look = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
         >>> plain = {"hflip": 0.5, "color_jitter": 0, "rand_augment": None, "random_erasing": 0}
@@ -140,7 +140,7 @@ class TrainTransform:
 class EvalTransform:
     """timm's evaluation transform: resize, centre crop, normalise.
 
-    Called with a picture, it gives the net's input: float [3, H, W].
+    Called with an image, it gives the model's input: float [3, H, W].
     """
 
     def __init__(
@@ -157,17 +157,17 @@ class EvalTransform:
         self.reduction = self.preprocessing.reduction
 
     def pixels(self, pixels: Pixels) -> Tensor:
-        """The picture at the net's size, uint8 [H, W, 3]."""
+        """The image at the model's size, uint8 [H, W, 3]."""
         return torch.from_numpy(self.preprocessing.crop(pixels))
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return self.normalise(self.pixels(np.asarray(picture))[None])[0]
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.normalise(self.pixels(np.asarray(image))[None])[0]
 
 
 def random_crop(width: int, height: int, scale: tuple[float, float], generator: random.Random) -> Box:
-    """A crop of random area and aspect within a picture (Szegedy et al. 2015, section 6), as torchvision draws it.
+    """A crop of random area and aspect within an image (Szegedy et al. 2015, section 6), as torchvision draws it.
 
-    The area is uniform in ``scale``, a share of the picture's, and the logarithm of width / height uniform in `ASPECT`.
+    The area is uniform in ``scale``, a share of the image's, and the logarithm of width / height uniform in `ASPECT`.
     What does not fit is drawn again; after ten times it is the largest centred crop of an aspect within `ASPECT`.
 
     >>> random_crop(100, 10, (0.9, 1.0), random.Random(0))
@@ -187,9 +187,9 @@ def random_crop(width: int, height: int, scale: tuple[float, float], generator: 
 
 
 def random_erasing(height: int, width: int, generator: random.Random) -> Box | None:
-    """The rectangle that random erasing takes out of a picture (Zhong et al. 2017), with timm's ranges.
+    """The rectangle that random erasing takes out of an image (Zhong et al. 2017), with timm's ranges.
 
-    The area is 0.02 to 1/3 of the picture's, the logarithm of height / width uniform between 0.3 and 1/0.3. None where
+    The area is 0.02 to 1/3 of the image's, the logarithm of height / width uniform between 0.3 and 1/0.3. None where
     ten draws do not fit.
     """
     for _ in range(10):
@@ -206,7 +206,7 @@ def jittered(image: Tensor, strength: float, generator: random.Random) -> Tensor
     """Random brightness, contrast and saturation, in random order, as torchvision's ``ColorJitter`` draws them.
 
     Each factor is uniform in 1 - ``strength`` (0 at least) to 1 + ``strength``: brightness scales the values, contrast
-    their distance from the mean grey of the picture, saturation that from each pixel's own grey.
+    their distance from the mean grey of the image, saturation that from each pixel's own grey.
 
     Args:
         image: uint8 [H, W, 3].
@@ -234,7 +234,7 @@ def _blend(planes: Tensor, factor: float, with_mean: bool) -> None:
 
 
 def _policy(input_size: tuple[int, int, int], name: str, look: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:
-    """timm's transform for an augmentation policy, from picture to picture."""
+    """timm's transform for an augmentation policy, from image to image."""
     try:
         policy: Callable[[Image.Image], Image.Image] = create_transform(
             input_size, is_training=True, auto_augment=name, color_jitter=None, separate=True, **look

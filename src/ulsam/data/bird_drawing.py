@@ -1,7 +1,7 @@
 """How one bird is drawn: its field marks, and everything else at random.
 
 The bird has its own coordinates: x towards the bill, y down, the body about one unit long around the origin. They are
-turned, mirrored, scaled and moved onto a canvas three times as large as the picture, which is averaged down at the end.
+turned, mirrored, scaled and moved onto a canvas three times as large as the image, which is averaged down at the end.
 """
 
 import colorsys
@@ -26,7 +26,7 @@ _Colour = tuple[int, int, int]
 _Range = tuple[float, float]
 
 _OVERSAMPLE = 3
-_SCALE = (0.53, 0.61)  # one body length as a part of the picture's side
+_SCALE = (0.53, 0.61)  # one body length as a part of the image's side
 _REACH = ((-0.70, -0.46), (1.00, 0.46))  # opposite corners around any bird, whatever its marks
 _SHOULDER, _WING_TIP, _WING_WIDTH = np.array((0.16, -0.12)), np.array((-0.62, 0.02)), 0.17
 _BARRED, _BAR_CENTRE = 0.40, 0.36  # length of wing under bars and gaps; their middle as a part of the wing
@@ -48,7 +48,7 @@ _CIRCLE: _Points = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
 
 @dataclasses.dataclass(frozen=True)
 class Marks:
-    """The field marks of one class; lengths are in body lengths, 0.53 to 0.61 of the picture's side.
+    """The field marks of one class; lengths are in body lengths, 0.53 to 0.61 of the image's side.
 
     Attributes:
         wing_bars: pale bars across the wing: 2 broad ones, 5 fine ones that cover the same area, or any other number.
@@ -82,17 +82,17 @@ def draw_bird(marks: Marks, size: int, rng: random.Random) -> tuple[Image.Image,
     """Draw a bird with these marks in a random place, pose, plumage, scene and light.
 
     Args:
-        marks: the field marks, all that the picture has in common with others of its class.
-        size: side of the picture, in pixels.
-        rng: decides on all the rest. From the same state, other marks give the same picture but for the marks, and
+        marks: the field marks, all that the image has in common with others of its class.
+        size: side of the image, in pixels.
+        rng: decides on all the rest. From the same state, other marks give the same image but for the marks, and
             another size the same scene but for the noise.
 
     Returns:
-        An RGB picture of size x size, and for each field of `Marks` the box in which that mark lies; where a mark is
+        An RGB image of size x size, and for each field of `Marks` the box in which that mark lies; where a mark is
         absent, the box in which others have it. Leaves may cover a part of it.
 
-    >>> picture, boxes = draw_bird(Marks(bill="long"), 96, random.Random(0))
-    >>> picture.size, sorted(boxes)
+    >>> image, boxes = draw_bird(Marks(bill="long"), 96, random.Random(0))
+    >>> image.size, sorted(boxes)
     ((96, 96), ['bill', 'eye_ring', 'spots', 'tail', 'wing_bars'])
     """
     canvas = _scene(size * _OVERSAMPLE, rng)
@@ -250,7 +250,7 @@ def _draw_berries(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> N
 
 
 def _develop(canvas: Image.Image, rng: random.Random) -> Image.Image:
-    """Average down to the picture's size, under uneven light and with sensor noise."""
+    """Average down to the image's size, under uneven light and with sensor noise."""
     size = canvas.width // _OVERSAMPLE
     lamps = Image.frombytes("L", (3, 3), bytes(rng.randint(80, 255) for _ in range(9)))
     light = np.asarray(lamps.resize((size, size), Image.Resampling.BICUBIC), np.float32)[..., None] / 510 + 0.62
@@ -281,7 +281,7 @@ def _ellipse(centre: Iterable[float], radii: _Range, tilt: float = 0.0) -> _Poin
 
 
 def _box(points: _Points, size: int) -> Box:
-    """The smallest box of whole pixels around points on the canvas, cut at the picture's border."""
+    """The smallest box of whole pixels around points on the canvas, cut at the image's border."""
     x0, y0 = np.floor(points.min(axis=0) / _OVERSAMPLE).clip(0, size).astype(int).tolist()
     x1, y1 = np.ceil(points.max(axis=0) / _OVERSAMPLE).clip(0, size).astype(int).tolist()
     return x0, y0, x1, y1

@@ -1,6 +1,6 @@
 """The generated data set: an image folder of drawn birds, whose classes differ in their field marks alone.
 
-The marks differ in size and spatial frequency, and where each lies is written down for every picture. Colours, pose,
+The marks differ in size and spatial frequency, and where each lies is written down for every image. Colours, pose,
 place, scene, light and what hides the bird vary at random in the same way for all classes.
 """
 
@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import check_empty
 from ulsam.data.bird_drawing import Bill, Box, Marks, Spots, Tail, draw_bird
-from ulsam.errors import UlsamError
-from ulsam.files import check_empty
 
 VERSION = 1
-"""Of the drawing: it rises whenever a picture of a given seed changes."""
+"""Of the drawing: it rises whenever an image of a given seed changes."""
 
 MIN_SIZE, MAX_SIZE = 32, 1024
 _WING_BARS = (2, 5, 0)
@@ -78,18 +78,18 @@ def draw_birds(
 ) -> Path:
     """Draw the data set as an ordinary image folder, ``root/train/CLASS/0000.jpg`` and so on.
 
-    Each picture depends on seed, split, class, number and size alone: a set with more classes or pictures begins with
+    Each image depends on seed, split, class, number and size alone: a set with more classes or images begins with
     those of the smaller one. ``root/birds.json`` holds what was asked for and the marks of each class,
-    ``root/boxes.json`` where each mark lies in each picture. Until all is drawn it lies in the hidden folder
+    ``root/boxes.json`` where each mark lies in each image. Until all is drawn it lies in the hidden folder
     ``root/.drawing``; whatever goes wrong, an unfinished set is never left behind as if it were whole.
 
     Args:
         root: a folder that does not exist yet, or is empty.
         classes: number of classes, 2 to 108, or their names, as :func:`class_marks` has them.
-        train, val, test: pictures of each class in that split; a split of 0 is left out, ``train`` may not be.
-        size: side of the pictures in pixels, 32 to 1024.
+        train, val, test: images of each class in that split; a split of 0 is left out, ``train`` may not be.
+        size: side of the images in pixels, 32 to 1024.
         seed: any integer.
-        progress: called after each picture with (pictures drawn, pictures in all).
+        progress: called after each image with (images drawn, images in all).
 
     Returns:
         `root` as a path.
@@ -107,7 +107,7 @@ def draw_birds(
     counts = {"train": train, "val": val, "test": test}
     for split, count in counts.items():
         if count < (split == "train"):
-            raise UlsamError(f"{split} must be {int(split == 'train')} or more pictures a class: got {count}")
+            raise UlsamError(f"{split} must be {int(split == 'train')} or more images a class: got {count}")
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UlsamError(f"size must be {MIN_SIZE} to {MAX_SIZE} pixels: got {size}")
     try:
@@ -129,14 +129,14 @@ def draw_birds(
     return root
 
 
-def mark_boxes(picture: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | None:
-    """Where the field marks lie in a picture of a set of :func:`draw_birds`; None for any other picture.
+def mark_boxes(image: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | None:
+    """Where the field marks lie in an image of a set of :func:`draw_birds`; None for any other image.
 
     Args:
-        picture: its path, ``ROOT/SPLIT/CLASS/NAME`` beside ``ROOT/boxes.json``.
+        image: its path, ``ROOT/SPLIT/CLASS/NAME`` beside ``ROOT/boxes.json``.
 
     Returns:
-        The side of the picture in pixels, and the box of each field of `Marks`.
+        The side of the image in pixels, and the box of each field of `Marks`.
 
     Raises:
         UlsamError: the files that tell of the set are damaged.
@@ -144,7 +144,7 @@ def mark_boxes(picture: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | 
     >>> mark_boxes("holiday/1.jpg") is None
     True
     """
-    path = Path(os.path.abspath(picture))
+    path = Path(os.path.abspath(image))
     try:
         root = path.parents[2]
         changed = (root / "boxes.json").stat().st_mtime_ns
@@ -157,7 +157,7 @@ def mark_boxes(picture: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | 
 
 @functools.lru_cache(maxsize=8)
 def _told(root: Path, changed: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
-    """The size of a drawn set's pictures, and all its boxes; ``changed`` is when those were."""
+    """The size of a drawn set's images, and all its boxes; ``changed`` is when those were."""
     try:
         facts = json.loads((root / "birds.json").read_bytes())
         return int(facts["size"]), json.loads((root / "boxes.json").read_bytes())
@@ -175,7 +175,7 @@ def _draw_all(
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, dict[str, Box]]:
-    """Write every picture below `part`; returns their boxes by relative path."""
+    """Write every image below `part`; returns their boxes by relative path."""
     boxes: dict[str, dict[str, Box]] = {}
     total = len(named) * sum(counts.values())
     for split, count in counts.items():
@@ -184,8 +184,8 @@ def _draw_all(
             for number in range(count):
                 path = f"{split}/{name}/{number:04}.jpg"
                 rng = random.Random(f"{VERSION}/{seed}/{split}/{name}/{number}")
-                picture, boxes[path] = draw_bird(marks, size, rng)
-                picture.save(part / path, quality=92)
+                image, boxes[path] = draw_bird(marks, size, rng)
+                image.save(part / path, quality=92)
                 if progress:
                     progress(len(boxes), total)
     return boxes

@@ -1,4 +1,4 @@
-"""Decoded pictures kept in memory, which the reading processes fill and share without a copy of it for each."""
+"""Decoded images kept in memory, which the reading processes fill and share without a copy of it for each."""
 
 import multiprocessing
 import os
@@ -10,43 +10,41 @@ from typing import Literal
 
 import numpy as np
 
-from ulsam.data.pictures import Pixels, Reduction, UnreadablePicture
-from ulsam.data.sources import AnyPictures, MapPictures, StreamPictures
-from ulsam.errors import UlsamError
+from ulsam.base.errors import UlsamError
+from ulsam.data.images import Pixels, Reduction, UnreadableImage
+from ulsam.data.sources import AnyImages, MapImages, StreamImages
 
 CacheChoice = Literal["auto", "true", "false"]
 
 SAMPLE = 32
-"""Pictures that are decoded to estimate how large the whole set is."""
+"""Images that are decoded to estimate how large the whole set is."""
 
 SHARE = 4
 """``auto`` takes at most one part in so many of the memory that is available."""
 
 
-class PictureCache:
-    """Decoded pictures with their labels by number, in memory that this process shares with those that it starts.
+class ImageCache:
+    """Decoded images with their labels by number, in memory that this process shares with those that it starts.
 
     They get it however they are started: forked, or by pickle as an argument of theirs. On Linux the memory is an
     anonymous file: unlike /dev/shm, it has no limit of its own, which containers set at 64 MB, and it is only taken as
-    it is filled. A picture for which there is no room is not kept.
+    it is filled. An image for which there is no room is not kept.
 
     Args:
-        pictures: how many there are.
+        images: how many there are.
         capacity: bytes for their pixels.
 
     Raises:
         OSError: the system refuses so much memory.
 
-    >>> cache = PictureCache(2, capacity=30)
+    >>> cache = ImageCache(2, capacity=30)
     >>> cache.put(1, np.full((2, 4, 3), 7, np.uint8), label=5)
     >>> cache.get(0) is None, cache.get(1)[0].shape, cache.get(1)[1]
     (True, (2, 4, 3), 5)
     """
 
-    def __init__(self, pictures: int, capacity: int) -> None:
-        self.__setstate__(
-            (capacity, _memory(max(1, capacity)), _memory(8 * (4 * pictures + 1)), multiprocessing.Lock())
-        )
+    def __init__(self, images: int, capacity: int) -> None:
+        self.__setstate__((capacity, _memory(max(1, capacity)), _memory(8 * (4 * images + 1)), multiprocessing.Lock()))
 
     def __getstate__(self) -> tuple[int, Arena, Arena, Lock]:
         return self.capacity, self._pixel_memory, self._entry_memory, self._lock
@@ -58,7 +56,7 @@ class PictureCache:
         self._used, self._entries = entries[:1], entries[1:].reshape(-1, 4)  # offset, height, width, label
 
     def get(self, number: int) -> tuple[Pixels, int] | None:
-        """The picture [H, W, 3], to be read only, and its label; None if it is not kept."""
+        """The image [H, W, 3], to be read only, and its label; None if it is not kept."""
         with self._lock:
             offset, height, width, label = self._entries[number].tolist()
         if not height:
@@ -66,7 +64,7 @@ class PictureCache:
         return self._pixels[offset : offset + 3 * height * width].reshape(height, width, 3), label
 
     def put(self, number: int, pixels: Pixels, label: int) -> None:
-        """Keep a copy of the picture if there is room."""
+        """Keep a copy of the image if there is room."""
         with self._lock:
             offset = int(self._used[0])
             if self._entries[number, 1] or offset + pixels.size > self.capacity:
@@ -93,12 +91,12 @@ def _memory(size: int) -> Arena:
 
 
 def cache_for(
-    pictures: AnyPictures, reduction: Reduction, choice: CacheChoice, *, processes: int = 1
-) -> tuple[PictureCache | None, str | None]:
-    """A cache for the training pictures, or None, and what to tell the user about it.
+    images: AnyImages, reduction: Reduction, choice: CacheChoice, *, processes: int = 1
+) -> tuple[ImageCache | None, str | None]:
+    """A cache for the training images, or None, and what to tell the user about it.
 
     Args:
-        pictures: to be cached; a stream is not.
+        images: to be cached; a stream is not.
         reduction: at which they are decoded.
         choice: ``auto`` caches them if they fit into a quarter of the available memory.
         processes: that train on this machine, each with a cache of its own.
@@ -109,39 +107,39 @@ def cache_for(
     if choice == "false":
         return None, None
     cache, said = None, "a stream is not kept"
-    if not isinstance(pictures, StreamPictures):
-        cache, said = _sized(pictures, reduction, 1 if choice == "true" else SHARE, processes)
+    if not isinstance(images, StreamImages):
+        cache, said = _sized(images, reduction, 1 if choice == "true" else SHARE, processes)
     if cache is None and choice == "true":
         raise UlsamError(f"--cache true cannot be done: {said}; --cache auto goes on without")
     return cache, said if cache else f"off: {said}"
 
 
-def _sized(pictures: MapPictures, reduction: Reduction, parts: int, processes: int) -> tuple[PictureCache | None, str]:
-    """A cache for all the pictures if they fit into one of so many parts of the available memory; and what to say."""
+def _sized(images: MapImages, reduction: Reduction, parts: int, processes: int) -> tuple[ImageCache | None, str]:
+    """A cache for all the images if they fit into one of so many parts of the available memory; and what to say."""
     available = available_memory()
     if available is None:
         return None, "the system does not tell how much memory is available"
-    size = decoded_size(pictures, reduction)
+    size = decoded_size(images, reduction)
     room = available // parts // processes
-    said = f"{len(pictures)} pictures, {size / 1e6:.0f} MB"
+    said = f"{len(images)} images, {size / 1e6:.0f} MB"
     if size > room:
         return None, f"{said}, more than {room / 1e6:.0f} MB, 1/{parts * processes} of the memory that is available"
     try:
-        return PictureCache(len(pictures), min(room, size + size // 4)), f"{said}, in memory"
+        return ImageCache(len(images), min(room, size + size // 4)), f"{said}, in memory"
     except OSError as error:
         return None, f"{said}, which the system refuses ({error.strerror})"
 
 
-def decoded_size(pictures: MapPictures, reduction: Reduction) -> int:
-    """Bytes that the decoded pictures take: an estimate from `SAMPLE` of them, spread over all."""
-    numbers = sorted({round(place) for place in np.linspace(0, len(pictures) - 1, SAMPLE)})
+def decoded_size(images: MapImages, reduction: Reduction) -> int:
+    """Bytes that the decoded images take: an estimate from `SAMPLE` of them, spread over all."""
+    numbers = sorted({round(place) for place in np.linspace(0, len(images) - 1, SAMPLE)})
     sizes = []
     for number in numbers:
         try:
-            sizes.append(pictures.fetch(number, reduction)[0].size)
-        except UnreadablePicture:  # told when training meets it
+            sizes.append(images.fetch(number, reduction)[0].size)
+        except UnreadableImage:  # told when training meets it
             continue
-    return round(len(pictures) * float(np.mean(sizes))) if sizes else 0
+    return round(len(images) * float(np.mean(sizes))) if sizes else 0
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

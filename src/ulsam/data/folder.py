@@ -1,4 +1,4 @@
-"""Folders of pictures: which classes there are, which pictures, which split."""
+"""Folders of images: which classes there are, which images, which split."""
 
 import dataclasses
 import hashlib
@@ -6,19 +6,19 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ulsam.errors import UlsamError
+from ulsam.base.errors import UlsamError
 
 Sample = tuple[str, int]
-"""A picture's path and the index of its class."""
+"""An image's path and the index of its class."""
 
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k"),
 )
-"""File name endings (lower case) that mark a picture; what is inside decides how it is read."""
+"""File name endings (lower case) that mark an image; what is inside decides how it is read."""
 
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_LAYOUT = "expected one subfolder of pictures for each class, e.g. {root}/robin/1.jpg and {root}/wren/1.jpg"
+_LAYOUT = "expected one subfolder of images for each class, e.g. {root}/robin/1.jpg and {root}/wren/1.jpg"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Folder:
 
     Attributes:
         root: the folder that holds the class folders.
-        classes: class names, sorted; only those with at least one picture.
+        classes: class names, sorted; only those with at least one image.
         samples: (path, class index) by class, then by path within the class.
-        ignored: files that were passed over, because their name is no picture's name or they lie in no class folder.
-        empty: names of class folders without a picture.
+        ignored: files that were passed over, because their name is no image's name or they lie in no class folder.
+        empty: names of class folders without an image.
     """
 
     root: Path
@@ -41,18 +41,18 @@ class Folder:
 
 
 def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
-    """List the classes and pictures of an image folder, in an order that depends on names alone.
+    """List the classes and images of an image folder, in an order that depends on names alone.
 
-    Each direct subfolder is a class; its pictures lie at any depth below it. Names with a leading dot are hidden and
+    Each direct subfolder is a class; its images lie at any depth below it. Names with a leading dot are hidden and
     skipped. Links to files and class folders that are links are followed; linked folders further down are not, they
-    are listed in `ignored`. Nothing is opened: whether a picture can be read shows when it is read.
+    are listed in `ignored`. Nothing is opened: whether an image can be read shows when it is read.
 
     Args:
         root: the folder of class folders.
         min_classes: fewest classes that are accepted; 1 for a folder that is only measured on.
 
     Raises:
-        UlsamError: no such folder, no class folders, no pictures, fewer classes than `min_classes`, or a folder that
+        UlsamError: no such folder, no class folders, no images, fewer classes than `min_classes`, or a folder that
             may not be listed.
 
     >>> import tempfile
@@ -71,14 +71,14 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
     ignored = [str(root / name) for name in sorted(os.listdir(root)) if name not in names and not _hidden(name)]
     found = {}
     for name in names:
-        found[name], passed = pictures_below(root / name)
+        found[name], passed = images_below(root / name)
         ignored += passed
     classes = tuple(name for name in names if found[name])
     if not classes:
-        raise UlsamError(f"no picture in any of the {len(names)} class folders of {root}: {_LAYOUT.format(root=root)}")
+        raise UlsamError(f"no image in any of the {len(names)} class folders of {root}: {_LAYOUT.format(root=root)}")
     if len(classes) < min_classes:
         raise UlsamError(
-            f"{root} holds pictures of {len(classes)} class ({', '.join(classes)}), at least {min_classes} are needed:"
+            f"{root} holds images of {len(classes)} class ({', '.join(classes)}), at least {min_classes} are needed:"
             f" {_LAYOUT.format(root=root)}"
         )
     samples = tuple((path, index) for index, name in enumerate(classes) for path in found[name])
@@ -119,7 +119,7 @@ def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:
-    """The same pictures with the class indices of `classes`, e.g. a val folder with those of the train folder.
+    """The same images with the class indices of `classes`, e.g. a val folder with those of the train folder.
 
     `classes` may name classes that `folder` lacks: ``set(classes) - set(folder.classes)``.
 
@@ -144,8 +144,8 @@ def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Hold out a fraction of every class, the same one for the same samples, fraction and seed on any machine.
 
-    A class of two pictures or more keeps at least one and holds out at least one; a class of one keeps it. Which
-    pictures are held out depends on their position within the class, not on where the folder lies.
+    A class of two images or more keeps at least one and holds out at least one; a class of one keeps it. Which
+    images are held out depends on their position within the class, not on where the folder lies.
 
     Args:
         samples: (path, class index) pairs.
@@ -156,7 +156,7 @@ def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[
         (kept, held out), each in the order of `samples`.
 
     Raises:
-        UlsamError: `fraction` out of range, or no class has two pictures.
+        UlsamError: `fraction` out of range, or no class has two images.
 
     >>> kept, held_out = split([(f"{n}.jpg", n % 2) for n in range(10)], 0.4, seed=0)
     >>> len(kept), len(held_out), sorted(label for _, label in held_out)
@@ -173,13 +173,13 @@ def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[
         draws = [hashlib.sha256(f"{seed}/{label}/{position}".encode()).digest() for position in range(len(numbers))]
         chosen.update(number for _, number in sorted(zip(draws, numbers, strict=True))[:count])
     if not chosen:
-        raise UlsamError("nothing to hold out: no class has two pictures or more")
+        raise UlsamError("nothing to hold out: no class has two images or more")
     kept = tuple(sample for number, sample in enumerate(samples) if number not in chosen)
     return kept, tuple(sample for number, sample in enumerate(samples) if number in chosen)
 
 
 def class_counts(samples: Sequence[Sample], n_classes: int) -> list[int]:
-    """Pictures of each class, by class index.
+    """Images of each class, by class index.
 
     >>> class_counts([("a", 0), ("b", 2), ("c", 2)], 3)
     [1, 0, 2]
@@ -191,10 +191,10 @@ def class_counts(samples: Sequence[Sample], n_classes: int) -> list[int]:
 
 
 def imbalance_note(classes: Sequence[str], counts: Sequence[int]) -> str | None:
-    """One line if the largest class has at least 5 times the pictures of the smallest, else None.
+    """One line if the largest class has at least 5 times the images of the smallest, else None.
 
     >>> imbalance_note(["robin", "wren"], [12, 400])
-    'imbalanced: 12 (robin) to 400 (wren) pictures a class, ratio 33; consider --sampler balanced'
+    'imbalanced: 12 (robin) to 400 (wren) images a class, ratio 33; consider --sampler balanced'
     >>> imbalance_note(["robin", "wren"], [12, 40]) is None
     True
     """
@@ -203,7 +203,7 @@ def imbalance_note(classes: Sequence[str], counts: Sequence[int]) -> str | None:
         return None
     ratio = f", ratio {many / few:.0f}" if few else ""
     smallest, largest = classes[counts.index(few)], classes[counts.index(many)]
-    return f"imbalanced: {few} ({smallest}) to {many} ({largest}) pictures a class{ratio}; consider --sampler balanced"
+    return f"imbalanced: {few} ({smallest}) to {many} ({largest}) images a class{ratio}; consider --sampler balanced"
 
 
 def _hidden(name: str) -> bool:
@@ -227,8 +227,8 @@ def _subfolders(root: Path) -> list[str]:
         raise _cannot_list(error) from error
 
 
-def pictures_below(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """(pictures, files passed over) at any depth below a folder, each sorted by relative path; as :func:`scan`.
+def images_below(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
+    """(images, files passed over) at any depth below a folder, each sorted by relative path; as :func:`scan`.
 
     Raises:
         UlsamError: a folder that may not be listed.
@@ -237,41 +237,41 @@ def pictures_below(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]
     def stop(error: OSError) -> None:
         raise _cannot_list(error) from error
 
-    pictures, passed = [], []
+    images, passed = [], []
     for base, folders, files in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not _hidden(name)]
         passed += [path for name in folders if os.path.islink(path := os.path.join(base, name))]
         for name in files:
             path = os.path.join(base, name)
-            if _is_picture(path):
-                pictures.append(path)
+            if _is_image(path):
+                images.append(path)
             elif not _hidden(name):
                 passed.append(path)
-    return sorted(pictures, key=_order), sorted(passed, key=_order)
+    return sorted(images, key=_order), sorted(passed, key=_order)
 
 
-def picture_paths(names: Sequence[str]) -> list[str]:
-    """Picture files as they are named, and all pictures below each folder named.
+def image_paths(names: Sequence[str]) -> list[str]:
+    """Image files as they are named, and all images below each folder named.
 
     Raises:
-        UlsamError: a folder without a picture, or one that may not be listed.
+        UlsamError: a folder without an image, or one that may not be listed.
 
-    >>> picture_paths(["b.jpg", "a.jpg"])
+    >>> image_paths(["b.jpg", "a.jpg"])
     ['b.jpg', 'a.jpg']
     """
     paths: list[str] = []
     for name in names:
-        found = pictures_below(name)[0] if os.path.isdir(name) else [name]
+        found = images_below(name)[0] if os.path.isdir(name) else [name]
         if not found:
-            raise UlsamError(f"no pictures in the folder {name}")
+            raise UlsamError(f"no images in the folder {name}")
         paths += found
     return paths
 
 
-def _is_picture(path: str) -> bool:
+def _is_image(path: str) -> bool:
     """By its name; a dangling link counts, so that it is reported when read, a pipe or a device does not."""
     stem, suffix = os.path.splitext(os.path.basename(path))
-    if suffix.lower() not in PICTURE_SUFFIXES or _hidden(stem):
+    if suffix.lower() not in IMAGE_SUFFIXES or _hidden(stem):
         return False
     return os.path.isfile(path) or not os.path.exists(path)
 

@@ -1,6 +1,6 @@
-"""From pictures to batches, the same ones whatever the number of workers and restarts.
+"""From images to batches, the same ones whatever the number of workers and restarts.
 
-Every random choice is a function of (seed, epoch, position in the epoch), which seeds a generator for each picture.
+Every random choice is a function of (seed, epoch, position in the epoch), which seeds a generator for each image.
 So a run can go on in mid-epoch with nothing saved but its position.
 """
 
@@ -20,27 +20,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ulsam.base.errors import UlsamError
 from ulsam.data.augment import Box, EvalTransform, Normalise, Transform
-from ulsam.data.cache import PictureCache
-from ulsam.data.pictures import Pixels, UnreadablePicture
-from ulsam.data.sources import AnyPictures, MapPictures, StreamPictures
-from ulsam.errors import UlsamError
+from ulsam.data.cache import ImageCache
+from ulsam.data.images import Pixels, UnreadableImage
+from ulsam.data.sources import AnyImages, MapImages, StreamImages
 
 CPU = torch.device("cpu")
-Key = tuple[int, int, int]  # epoch, position in the epoch, picture
-Bad = list[tuple[str, str]]  # pictures that could not be read: name, reason
+Key = tuple[int, int, int]  # epoch, position in the epoch, image
+Bad = list[tuple[str, str]]  # images that could not be read: name, reason
 Item = tuple[Tensor | None, int, Box | None, Bad]  # uint8 [H, W, 3], label, what is to be erased
 
-#: An unreadable picture is replaced by the next readable one in training; after this many in a row training stops.
+#: An unreadable image is replaced by the next readable one in training; after this many in a row training stops.
 TRIES = 50
 
 
 @dataclass
 class Batch:
-    """Pictures, labels [B], and what could not be read (name, reason).
+    """Images, labels [B], and what could not be read (name, reason).
 
     The reading processes hand over bytes, uint8 [B, H, W, 3], a quarter of what floats would take; the :class:`Loader`
-    makes of them the net's input, float [B, 3, H, W] in channels_last.
+    makes of them the model's input, float [B, 3, H, W] in channels_last.
     """
 
     images: Tensor
@@ -49,30 +49,28 @@ class Batch:
     erased: list[tuple[int, Box]] = field(default_factory=list)  # number in the batch, rectangle
 
     def pin_memory(self) -> Self:
-        """PyTorch's loader calls this where the pictures go to a GPU."""
+        """PyTorch's loader calls this where the images go to a GPU."""
         self.images = self.images.pin_memory()
         return self
 
 
 class TrainSet(Dataset[Item]):
-    """Augmented training pictures by (epoch, position, picture); in place of an unreadable one comes the next."""
+    """Augmented training images by (epoch, position, image); in place of an unreadable one comes the next."""
 
-    def __init__(
-        self, pictures: MapPictures, transform: Transform, seed: int, cache: PictureCache | None = None
-    ) -> None:
-        self.pictures, self.transform, self.seed, self.cache = pictures, transform, seed, cache
+    def __init__(self, images: MapImages, transform: Transform, seed: int, cache: ImageCache | None = None) -> None:
+        self.images, self.transform, self.seed, self.cache = images, transform, seed, cache
 
     def __getitem__(self, key: Key) -> Item:
         epoch, position, index = key
         bad = []
-        for attempt in range(min(TRIES, len(self.pictures))):
-            number = (index + attempt) % len(self.pictures)
+        for attempt in range(min(TRIES, len(self.images))):
+            number = (index + attempt) % len(self.images)
             try:
                 pixels, label = self._fetch(number)
-            except UnreadablePicture as error:
-                bad.append((self.pictures.name(number), str(error)))
+            except UnreadableImage as error:
+                bad.append((self.images.name(number), str(error)))
                 continue
-            # by far cheaper than seeding Python's, NumPy's and PyTorch's own generators for each picture
+            # by far cheaper than seeding Python's, NumPy's and PyTorch's own generators for each image
             generator = random.Random(self.seed << 96 | epoch << 64 | position)
             image, erased = self.transform(pixels, generator)
             return image, label, erased, bad
@@ -82,44 +80,44 @@ class TrainSet(Dataset[Item]):
         found = self.cache and self.cache.get(number)
         if found:
             return found
-        pixels, label = self.pictures.fetch(number, self.transform.reduction)
+        pixels, label = self.images.fetch(number, self.transform.reduction)
         if self.cache:
             self.cache.put(number, pixels, label)
         return pixels, label
 
 
 class EvalSet(Dataset[Item]):
-    """Pictures for measuring; an unreadable one is left out and reported."""
+    """Images for measuring; an unreadable one is left out and reported."""
 
-    def __init__(self, pictures: MapPictures, transform: EvalTransform) -> None:
-        self.pictures, self.transform = pictures, transform
+    def __init__(self, images: MapImages, transform: EvalTransform) -> None:
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Item:
         try:
-            pixels, label = self.pictures.fetch(index, self.transform.reduction)
-        except UnreadablePicture as error:
-            return None, -1, None, [(self.pictures.name(index), str(error))]
+            pixels, label = self.images.fetch(index, self.transform.reduction)
+        except UnreadableImage as error:
+            return None, -1, None, [(self.images.name(index), str(error))]
         return self.transform.pixels(pixels), label, None, []
 
 
 class StreamTrainSet(IterableDataset[Item]):
-    """A stream's pictures, augmented, in its own order; for an unreadable one the last one before it stands in."""
+    """A stream's images, augmented, in its own order; for an unreadable one the last one before it stands in."""
 
-    def __init__(self, pictures: StreamPictures, transform: Transform) -> None:
-        self.pictures, self.transform = pictures, transform
+    def __init__(self, images: StreamImages, transform: Transform) -> None:
+        self.images, self.transform = images, transform
 
     def __iter__(self) -> Iterator[Item]:
         generator = random.Random(random.getrandbits(64))
         last: tuple[Pixels, int] | None = None
         owed, bad = 0, []  # at the start of the stream the first readable one stands in
-        for member in self.pictures.members():
+        for member in self.images.members():
             owed += 1
             try:
-                last = member.read(self.transform.reduction), self.pictures.label(member.number)
-            except UnreadablePicture as error:
+                last = member.read(self.transform.reduction), self.images.label(member.number)
+            except UnreadableImage as error:
                 bad.append((member.name, str(error)))
             while last and owed:
                 image, erased = self.transform(last[0], generator)
@@ -130,17 +128,17 @@ class StreamTrainSet(IterableDataset[Item]):
 
 
 class StreamEvalSet(IterableDataset[Item]):
-    """One process's share of a stream's pictures: every ``world``-th; an unreadable one is left out and reported."""
+    """One process's share of a stream's images: every ``world``-th; an unreadable one is left out and reported."""
 
-    def __init__(self, pictures: StreamPictures, transform: EvalTransform, rank: int, world: int) -> None:
-        self.pictures, self.transform, self.rank, self.world = pictures, transform, rank, world
+    def __init__(self, images: StreamImages, transform: EvalTransform, rank: int, world: int) -> None:
+        self.images, self.transform, self.rank, self.world = images, transform, rank, world
 
     def __iter__(self) -> Iterator[Item]:
-        for member in itertools.islice(self.pictures.members(), self.rank, None, self.world):
+        for member in itertools.islice(self.images.members(), self.rank, None, self.world):
             try:
                 pixels = member.read(self.transform.reduction)
-                yield self.transform.pixels(pixels), self.pictures.label(member.number), None, []
-            except UnreadablePicture as error:
+                yield self.transform.pixels(pixels), self.images.label(member.number), None, []
+            except UnreadableImage as error:
                 yield None, -1, None, [(member.name, str(error))]
 
 
@@ -153,7 +151,7 @@ class EpochOrder(Sampler[list[Key]]):
 
     def __init__(
         self,
-        pictures: MapPictures,
+        images: MapImages,
         batch_size: int,
         seed: int,
         *,
@@ -161,18 +159,18 @@ class EpochOrder(Sampler[list[Key]]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.n, self.batch_size, self.seed = len(pictures), batch_size, seed
+        self.n, self.batch_size, self.seed = len(images), batch_size, seed
         self.rank, self.world = rank, world
         self.epoch = self.start = 0
         self.weights: Tensor | None = None
         if balanced:
-            if pictures.labels is None:
+            if images.labels is None:
                 raise UlsamError("balanced sampling needs a data set that tells its labels; use --sampler shuffle")
-            labels = torch.as_tensor(pictures.labels)
+            labels = torch.as_tensor(images.labels)
             self.weights = 1.0 / torch.bincount(labels)[labels].double()
         if len(self) == 0:
             raise UlsamError(
-                f"{self.n} training pictures do not fill one batch of {batch_size} for {world} process(es): "
+                f"{self.n} training images do not fill one batch of {batch_size} for {world} process(es): "
                 f"use --batch-size {max(1, self.n // world)} or less"
             )
 
@@ -226,7 +224,7 @@ class Loader(DataLoader[Item]):
         return map(self._finish, _alive(batches))
 
     def _finish(self, batch: Batch) -> Batch:
-        """Bytes to the net's input."""
+        """Bytes to the model's input."""
         if len(batch.labels):
             batch.images = self.normalise(batch.images.to(self.target, non_blocking=True))
         for number, box in batch.erased:
@@ -243,29 +241,29 @@ def _alive(batches: Iterator[Any]) -> Iterator[Batch]:
             raised_there = str(error).startswith("Caught ")
             if raised_there or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
                 raise
-            raise UlsamError("a process that reads pictures was killed (memory full?): use fewer --workers") from error
+            raise UlsamError("a process that reads images was killed (memory full?): use fewer --workers") from error
         if batch is None:
             return
         yield batch
 
 
 def train_loader(
-    pictures: AnyPictures,
+    images: AnyImages,
     transform: Transform,
     order: EpochOrder | None,
     *,
     batch_size: int,
     seed: int,
     workers: int,
-    cache: PictureCache | None = None,
+    cache: ImageCache | None = None,
     device: torch.device = CPU,
 ) -> Loader:
-    """Batches of training pictures: in ``order``, or, for a stream (order None), in the stream's own."""
-    if isinstance(pictures, StreamPictures):  # new workers each epoch: their generators are seeded when they start
-        dataset = StreamTrainSet(pictures, transform)
+    """Batches of training images: in ``order``, or, for a stream (order None), in the stream's own."""
+    if isinstance(images, StreamImages):  # new workers each epoch: their generators are seeded when they start
+        dataset = StreamTrainSet(images, transform)
         return Loader(dataset, transform.normalise, device, workers, batch_size=batch_size, drop_last=True)
     return Loader(
-        TrainSet(pictures, transform, seed, cache),
+        TrainSet(images, transform, seed, cache),
         transform.normalise,
         device,
         workers,
@@ -275,7 +273,7 @@ def train_loader(
 
 
 def eval_loader(
-    pictures: AnyPictures,
+    images: AnyImages,
     transform: EvalTransform,
     *,
     batch_size: int,
@@ -284,12 +282,12 @@ def eval_loader(
     world: int = 1,
     device: torch.device = CPU,
 ) -> Loader:
-    """Batches of this process's share of the pictures: every picture is in exactly one process's share."""
-    if isinstance(pictures, StreamPictures):
-        stream = StreamEvalSet(pictures, transform, rank, world)
+    """Batches of this process's share of the images: every image is in exactly one process's share."""
+    if isinstance(images, StreamImages):
+        stream = StreamEvalSet(images, transform, rank, world)
         return Loader(stream, transform.normalise, device, workers, batch_size=batch_size)
-    share = range(rank, len(pictures), world)
-    dataset = EvalSet(pictures, transform)
+    share = range(rank, len(images), world)
+    dataset = EvalSet(images, transform)
     return Loader(dataset, transform.normalise, device, workers, batch_size=batch_size, sampler=share)
 
 
@@ -311,7 +309,7 @@ def check_labels(labels: Tensor, n_classes: int) -> None:
     wrong = labels[(labels < 0) | (labels >= n_classes)]
     if len(wrong):
         raise UlsamError(
-            f"a picture has the class number {int(wrong[0])}, but the {n_classes} classes are numbered from 0: "
+            f"an image has the class number {int(wrong[0])}, but the {n_classes} classes are numbered from 0: "
             "check --class-names"
         )
 

@@ -9,10 +9,10 @@ from typing import Any
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
+from ulsam.base.errors import UlsamError, a_few, first_line
+from ulsam.base.extras import extra
 from ulsam.data.folder import class_counts, find_splits, imbalance_note, index_like, scan, split
-from ulsam.data.sources import AnyPictures, FactoryPictures, FolderPictures, StreamPictures
-from ulsam.errors import UlsamError, a_few, first_line
-from ulsam.extras import extra
+from ulsam.data.sources import AnyImages, FactoryImages, FolderImages, StreamImages
 
 _FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
 
@@ -28,8 +28,8 @@ def open_data(
     batch_size: int = 32,
     seed: int = 0,
     split_seed: int | None = None,
-) -> tuple[AnyPictures, AnyPictures, list[str]]:
-    """Open the training and validation pictures of a data set.
+) -> tuple[AnyImages, AnyImages, list[str]]:
+    """Open the training and validation images of a data set.
 
     Args:
         data: an image folder (``train/`` with ``val/`` or ``test/``, or class folders alone), or a name of timm's
@@ -37,15 +37,15 @@ def open_data(
         data_dir: where a named data set lies.
         train_split, val_split: their names; the validation split is by default ``val``, else ``test``, else held out;
             of a named data set ``validation``.
-        val_fraction: hold this share of the training pictures out for validation, whatever splits there are; a folder
+        val_fraction: hold this share of the training images out for validation, whatever splits there are; a folder
             without splits holds out 0.2 by default.
         class_names: a text file with the class names, one a line, for a named data set that does not know them.
         batch_size: what a stream rounds its epochs to.
-        seed: of a stream's order, and, without ``split_seed``, of the choice of held-out pictures.
-        split_seed: of the choice of held-out pictures.
+        seed: of a stream's order, and, without ``split_seed``, of the choice of held-out images.
+        split_seed: of the choice of held-out images.
 
     Returns:
-        Training pictures, validation pictures, and one line for the user about each noteworthy thing.
+        Training images, validation images, and one line for the user about each noteworthy thing.
 
     Raises:
         UlsamError: no such data, or it has not the expected shape.
@@ -67,7 +67,7 @@ def open_data(
                 f"than to measure on ({a_few(val.classes)})"
             )
         notes = []
-        if isinstance(train, StreamPictures):
+        if isinstance(train, StreamImages):
             notes.append(
                 "a stream of shards: epochs are whole batches, and --resume goes back to the start of an epoch"
             )
@@ -92,37 +92,37 @@ def open_split(
     data_dir: str | None = None,
     class_names: str | None = None,
     by_number: bool = False,
-) -> AnyPictures:
-    """One split to measure on; of a folder without splits, all its pictures.
+) -> AnyImages:
+    """One split to measure on; of a folder without splits, all its images.
 
     Args:
         data, data_dir, class_names: as for :func:`open_data`.
         name: of the split.
-        classes: of the net, which number the labels; by default the data set's own.
-        by_number: whether the data's classes are the net's by their position, whatever their names.
+        classes: of the model, which number the labels; by default the data set's own.
+        by_number: whether the data's classes are the model's by their position, whatever their names.
 
     Raises:
-        UlsamError: no such split, classes that the net does not know, or, by number, not as many.
+        UlsamError: no such split, classes that the model does not know, or, by number, not as many.
     """
     if is_named(data):
-        pictures = _named(data, name, is_training=False, data_dir=data_dir, class_names=class_names)
+        images = _named(data, name, is_training=False, data_dir=data_dir, class_names=class_names)
         if classes is not None:
-            pictures.number_like(classes, by_number)
-        return pictures
+            images.number_like(classes, by_number)
+        return images
     splits = find_splits(data)
     if splits and name not in splits:
         raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
     folder = scan(splits.get(name, Path(data)), min_classes=1)
     if classes is not None and by_number and len(classes) != len(folder.classes):
-        raise UlsamError(f"{data} has {len(folder.classes)} classes, the net has {len(classes)}")
+        raise UlsamError(f"{data} has {len(folder.classes)} classes, the model has {len(classes)}")
     if classes is not None:
         folder = dataclasses.replace(folder, classes=classes) if by_number else index_like(folder, classes)
-    return FolderPictures(folder.samples, folder.classes, _words(name))
+    return FolderImages(folder.samples, folder.classes, _words(name))
 
 
 def _open_folder(
     data: str, train_split: str, val_split: str | None, val_fraction: float | None, seed: int
-) -> tuple[FolderPictures, FolderPictures, list[str]]:
+) -> tuple[FolderImages, FolderImages, list[str]]:
     splits = find_splits(data)
     for name in (train_split, val_split):
         if name is not None and splits and name not in splits:
@@ -132,32 +132,32 @@ def _open_folder(
     folder = scan(splits.get(train_split, Path(data)))
     classes, notes = folder.classes, []
     if folder.empty:
-        notes.append(f"{len(folder.empty)} class folders without a picture left out: {a_few(folder.empty)}")
+        notes.append(f"{len(folder.empty)} class folders without an image left out: {a_few(folder.empty)}")
     if folder.ignored:
-        notes.append(f"{len(folder.ignored)} files passed over, no pictures by name: {a_few(folder.ignored)}")
+        notes.append(f"{len(folder.ignored)} files passed over, no images by name: {a_few(folder.ignored)}")
     if val_fraction is None and val_split is None:
         val_split = next((name for name in ("val", "test") if name in splits), None)
     if val_split is not None and val_fraction is None:
         train_samples, val_samples = folder.samples, index_like(scan(splits[val_split], 1), classes).samples
         if val_split == "test":
-            notes.append("measured on test/: to choose settings, hold pictures out with --val-fraction")
+            notes.append("measured on test/: to choose settings, hold images out with --val-fraction")
         if val_split == train_split:
-            notes.append(f"measured on the pictures that are trained on, split {val_split}")
+            notes.append(f"measured on the images that are trained on, split {val_split}")
     else:
         val_split = "held-out"
         train_samples, val_samples = split(folder.samples, 0.2 if val_fraction is None else val_fraction, seed)
-        notes.append(f"{len(val_samples)} of {len(folder.samples)} training pictures held out for validation ({seed=})")
+        notes.append(f"{len(val_samples)} of {len(folder.samples)} training images held out for validation ({seed=})")
     if note := imbalance_note(classes, class_counts(train_samples, len(classes))):
         notes.append(note)
     counts = class_counts(val_samples, len(classes))
     if absent := [name for name, count in zip(classes, counts, strict=True) if not count]:
-        notes.append(f"{len(absent)} classes have no validation picture: {a_few(absent)}")
-    return FolderPictures(train_samples, classes), FolderPictures(val_samples, classes, _words(val_split)), notes
+        notes.append(f"{len(absent)} classes have no validation image: {a_few(absent)}")
+    return FolderImages(train_samples, classes), FolderImages(val_samples, classes, _words(val_split)), notes
 
 
 def _named(
     name: str, split_name: str, *, is_training: bool, data_dir: str | None, class_names: str | None, **options: Any
-) -> FactoryPictures | StreamPictures:
+) -> FactoryImages | StreamImages:
     if data_dir is None and name.partition("/")[0].lower() in ("torch", "wds"):
         raise UlsamError(f"{name} needs --data-dir, the folder where it lies")
     try:
@@ -175,8 +175,8 @@ def _named(
     if len(set(classes)) != len(classes):
         raise UlsamError(f"{name} has two classes of one name: give a text file of other names with --class-names")
     if isinstance(dataset, IterableDataset):
-        return StreamPictures(dataset, name, classes, split_name, is_training)
-    return FactoryPictures(dataset, name, classes, split_name)
+        return StreamImages(dataset, name, classes, split_name, is_training)
+    return FactoryImages(dataset, name, classes, split_name)
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:

@@ -19,12 +19,12 @@ from typing import BinaryIO, cast
 
 from tqdm import tqdm
 
-from ulsam.errors import UlsamError
-from ulsam.extras import extra
-from ulsam.files import check_empty
+from ulsam.base.errors import UlsamError
+from ulsam.base.extras import extra
+from ulsam.base.files import check_empty
 
 Split = dict[str, str]
-"""``CLASS/FILE`` of a picture to ``train`` or ``test``."""
+"""``CLASS/FILE`` of an image to ``train`` or ``test``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Official:
         title: the name people know it by.
         archives: the files to download.
         root: the folder that everything in the archive lies in, or ``""``.
-        pictures: where the class folders are, below `root`.
+        images: where the class folders are, below `root`.
         lists: the files that hold the split, below `root`.
         read: from the contents of `lists` to the split.
-        counts: official numbers of train pictures, test pictures and classes.
+        counts: official numbers of train images, test images and classes.
     """
 
     title: str
     archives: tuple[str, ...]
     root: str
-    pictures: str
+    images: str
     lists: tuple[str, ...]
     read: Callable[[Sequence[bytes]], Split]
     counts: dict[str, int]
@@ -82,7 +82,7 @@ OFFICIAL = {
         title="Food-101",
         archives=("food-101.tar.gz",),
         root="food-101",
-        pictures="images",
+        images="images",
         lists=("meta/train.txt", "meta/test.txt"),
         read=_read_food101,
         counts={"train": 75750, "test": 25250, "classes": 101},
@@ -91,7 +91,7 @@ OFFICIAL = {
         title="Stanford Dogs",
         archives=("images.tar", "lists.tar"),
         root="",
-        pictures="Images",
+        images="Images",
         lists=("train_list.mat", "test_list.mat"),
         read=_read_dogs,
         counts={"train": 12000, "test": 8580, "classes": 120},
@@ -100,7 +100,7 @@ OFFICIAL = {
         title="CUB-200-2011",
         archives=("CUB_200_2011.tgz",),
         root="CUB_200_2011",
-        pictures="images",
+        images="images",
         lists=("images.txt", "train_test_split.txt"),
         read=_read_cub200,
         counts={"train": 5994, "test": 5794, "classes": 200},
@@ -117,7 +117,7 @@ def prepare(
     """Write ``out/train/CLASS/FILE`` and ``out/test/CLASS/FILE`` by the official split of a data set.
 
     Class folders and files keep the names they have in the archive. The archive decides on no path: only regular files
-    at the one place where the data set keeps its pictures are read, links and all else are passed over. All is written
+    at the one place where the data set keeps its images are read, links and all else are passed over. All is written
     to a hidden folder beside `out`, which takes the name `out` when it is complete.
 
     Args:
@@ -127,10 +127,10 @@ def prepare(
         progress: show a bar, if the output is a terminal.
 
     Returns:
-        How many pictures and classes were written: ``{"train": ..., "test": ..., "classes": ...}``.
+        How many images and classes were written: ``{"train": ..., "test": ..., "classes": ...}``.
 
     Raises:
-        UlsamError: unknown name; an archive that is missing, damaged or another one; `out` is not empty; a picture of
+        UlsamError: unknown name; an archive that is missing, damaged or another one; `out` is not empty; an image of
             the split that is not in the archive (the first is named); no scipy to read the lists of ``dogs``; a disk
             that is full.
     """
@@ -165,14 +165,14 @@ def mismatch(name: str, counts: dict[str, int]) -> str | None:
     """One line if the counts that `prepare` returned are not the official ones of data set `name`, else None.
 
     >>> mismatch("cub200", {"train": 5994, "test": 5790, "classes": 200})
-    'CUB-200-2011 officially has 5994 train and 5794 test pictures of 200 classes: the archive is not the official one'
+    'CUB-200-2011 officially has 5994 train and 5794 test images of 200 classes: the archive is not the official one'
     >>> mismatch("cub200", {"train": 5994, "test": 5794, "classes": 200}) is None
     True
     """
     official = OFFICIAL[name]
     if counts == official.counts:
         return None
-    return "{} officially has {train} train and {test} test pictures of {classes} classes: {}".format(
+    return "{} officially has {train} train and {test} test images of {classes} classes: {}".format(
         official.title, "the archive is not the official one", **official.counts
     )
 
@@ -189,43 +189,43 @@ def _write(official: Official, sources: Sequence[Path], folder: Path, progress: 
         if wanted not in lists:
             raise UlsamError(f"no {wanted} in {_names(sources)}: {_expected(official)}")
     split = _read(official, [lists[wanted] for wanted in official.lists])
-    missing = [picture for picture in split if picture not in found]
+    missing = [image for image in split if image not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UlsamError(
             f"{missing[0]}{more} of the official split not found in {_names(sources)}, cut off or not the official"
             f" archive: {_expected(official)}"
         )
-    for picture, part in split.items():
-        target = folder / part / picture
+    for image, part in split.items():
+        target = folder / part / image
         target.parent.mkdir(parents=True, exist_ok=True)
-        (unsorted / picture).rename(target)
+        (unsorted / image).rename(target)
     shutil.rmtree(unsorted)
     parts = list(split.values())
-    classes = {picture.split("/")[0] for picture in split}
+    classes = {image.split("/")[0] for image in split}
     return {"train": parts.count("train"), "test": parts.count("test"), "classes": len(classes)}
 
 
 def _unpack(
     official: Official, sources: Sequence[Path], folder: Path, progress: bool
 ) -> tuple[set[str], dict[str, bytes]]:
-    """Copy every picture to ``folder/CLASS/FILE``; returns their ``CLASS/FILE`` and the contents of the lists."""
+    """Copy every image to ``folder/CLASS/FILE``; returns their ``CLASS/FILE`` and the contents of the lists."""
     found: set[str] = set()
     lists: dict[str, bytes] = {}
     total = official.counts["train"] + official.counts["test"]
-    with tqdm(total=total, unit=" pictures", desc=official.title, disable=None if progress else True) as bar:
+    with tqdm(total=total, unit=" images", desc=official.title, disable=None if progress else True) as bar:
         for source in sources:
             files = _folder_files if source.is_dir() else _archive_files
             try:
                 for path, file in files(official, source):
                     if wanted := next((name for name in official.lists if f"/{path}".endswith(f"/{name}")), None):
                         lists[wanted] = file.read()
-                    elif picture := _picture(official, path):
-                        target = folder / picture
+                    elif image := _image(official, path):
+                        target = folder / image
                         target.parent.mkdir(parents=True, exist_ok=True)
                         with open(target, "wb") as copy:
                             shutil.copyfileobj(file, copy)
-                        found.add(picture)
+                        found.add(image)
                         bar.update()
             except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
                 raise UlsamError(f"{source} is cut off, damaged or no tar archive: download it again") from error
@@ -235,7 +235,7 @@ def _unpack(
 def _folder_files(official: Official, folder: Path) -> Iterator[tuple[str, BinaryIO]]:
     """Files of an unpacked archive that may matter, open, by their path below `official.root`."""
     base = folder / official.root if (folder / official.root).is_dir() else folder
-    patterns = [f"{official.pictures}/*/*", *official.lists, *(f"*/{name}" for name in official.lists)]
+    patterns = [f"{official.images}/*/*", *official.lists, *(f"*/{name}" for name in official.lists)]
     for pattern in patterns:
         for path in sorted(base.glob(pattern)):
             if path.is_file():
@@ -254,9 +254,9 @@ def _archive_files(official: Official, archive: Path) -> Iterator[tuple[str, Bin
                 yield path.removeprefix(inside), cast(BinaryIO, file)
 
 
-def _picture(official: Official, path: str) -> str | None:
-    """``CLASS/FILE`` if the path is where the data set keeps its pictures and cannot lead anywhere else."""
-    inside = f"{official.pictures}/"
+def _image(official: Official, path: str) -> str | None:
+    """``CLASS/FILE`` if the path is where the data set keeps its images and cannot lead anywhere else."""
+    inside = f"{official.images}/"
     parts = path.removeprefix(inside).split("/")
     plain = all(part and not part.startswith(".") and Path(part).name == part for part in parts)
     return "/".join(parts) if path.startswith(inside) and len(parts) == 2 and plain else None
@@ -270,7 +270,7 @@ def _read(official: Official, lists: Sequence[bytes]) -> Split:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UlsamError(f"{' or '.join(official.lists)} is damaged ({reason}): {_expected(official)}") from error
     if not split:
-        raise UlsamError(f"{' and '.join(official.lists)} name no pictures: {_expected(official)}")
+        raise UlsamError(f"{' and '.join(official.lists)} name no images: {_expected(official)}")
     return split
 
 

@@ -1,4 +1,4 @@
-"""From a decoded picture to a net's input, by NumPy and Pillow alone: resize, centre crop, normalise."""
+"""From a decoded image to a model's input, by NumPy and Pillow alone: resize, centre crop, normalise."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,22 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ulsam.data.pictures import Pixels
-from ulsam.errors import UlsamError
+from ulsam.base.errors import UlsamError
+from ulsam.data.images import Pixels
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """timm's evaluation transform, pixel for pixel.
 
-    The shorter side is resized to the net's size over ``crop_pct``, and the centre is cut out; what lies beyond the
-    picture is black.
+    The shorter side is resized to the model's size over ``crop_pct``, and the centre is cut out; what lies beyond the
+    image is black.
 
     Args:
-        size: H, W of the net's input.
-        interpolation: by which pictures are resized, as timm names it.
-        crop_pct: share of the resized picture's side that the crop keeps.
-        mean, std: of red, green and blue, for pictures scaled to 0..1.
+        size: H, W of the model's input.
+        interpolation: by which images are resized, as timm names it.
+        crop_pct: share of the resized image's side that the crop keeps.
+        mean, std: of red, green and blue, for images scaled to 0..1.
 
     >>> look = Preprocessing((2, 2), "bilinear", 0.5, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     >>> pixels = np.repeat(np.uint8([0, 51, 255, 255])[:, None, None], 4, 1).repeat(3, 2)
@@ -42,26 +42,26 @@ class Preprocessing:
     def reduction(self, width: int, height: int) -> int:
         """By which of 1, 2, 4, 8 a JPEG may be reduced when it is decoded.
 
-        It is the most that leaves the picture twice the size it is resized to: below that, every pixel counts.
+        It is the most that leaves the image twice the size it is resized to: below that, every pixel counts.
         """
         return power_of_two(min(width, height) / (2 * max(self.size) / self.crop_pct))
 
     def crop(self, pixels: Pixels) -> Pixels:
-        """The picture [H, W, 3], of any size, at the net's size."""
-        picture = Image.fromarray(pixels)
+        """The image [H, W, 3], of any size, at the model's size."""
+        image = Image.fromarray(pixels)
         height, width = self.size
         # torchvision rounds these two cases, and the crop, each in its own way
         if height == width:
-            short, long = int(height / self.crop_pct), max(picture.size)
-            long = int(short * long / min(picture.size))
-            resized = (short, long) if picture.width <= picture.height else (long, short)
+            short, long = int(height / self.crop_pct), max(image.size)
+            long = int(short * long / min(image.size))
+            resized = (short, long) if image.width <= image.height else (long, short)
         else:
-            ratio = min(picture.height / int(height / self.crop_pct), picture.width / int(width / self.crop_pct))
-            resized = (round(picture.width / ratio), round(picture.height / ratio))
-        if resized != picture.size:
-            picture = picture.resize(resized, Image.Resampling[self.interpolation.upper()])
-        left, top = _margin(picture.width, width), _margin(picture.height, height)
-        return np.array(picture.crop((left, top, left + width, top + height)))
+            ratio = min(image.height / int(height / self.crop_pct), image.width / int(width / self.crop_pct))
+            resized = (round(image.width / ratio), round(image.height / ratio))
+        if resized != image.size:
+            image = image.resize(resized, Image.Resampling[self.interpolation.upper()])
+        left, top = _margin(image.width, width), _margin(image.height, height)
+        return np.array(image.crop((left, top, left + width, top + height)))
 
     def normalise(self, images: Pixels) -> NDArray[np.float32]:
         """Bytes [B, H, W, 3] to float [B, 3, H, W]: (bytes / 255 - mean) / std."""
@@ -93,7 +93,7 @@ class Preprocessing:
             if not sound or made.interpolation.upper() not in Image.Resampling.__members__:
                 raise ValueError(made)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UlsamError(f"no preprocessing of pictures: {type(error).__name__} {error}") from error
+            raise UlsamError(f"no preprocessing of images: {type(error).__name__} {error}") from error
         return made
 
 

@@ -1,4 +1,4 @@
-"""Where pictures come from: an image folder, or a data set of timm's factory; `ulsam.data.opening` opens them."""
+"""Where images come from: an image folder, or a data set of timm's factory; `ulsam.data.opening` opens them."""
 
 import functools
 import io
@@ -13,14 +13,14 @@ from PIL import Image
 from timm.data.readers.reader_wds import ReaderWds
 from torchvision.datasets import DatasetFolder
 
-from ulsam.data.folder import PICTURE_SUFFIXES, Sample
-from ulsam.data.pictures import Pixels, Reduction, UnreadablePicture, read_pixels, whole
-from ulsam.errors import UlsamError, a_few
+from ulsam.base.errors import UlsamError, a_few
+from ulsam.data.folder import IMAGE_SUFFIXES, Sample
+from ulsam.data.images import Pixels, Reduction, UnreadableImage, read_pixels, whole
 
 
 @dataclass(frozen=True)
-class FolderPictures:
-    """Pictures of an image folder."""
+class FolderImages:
+    """Images of an image folder."""
 
     samples: tuple[Sample, ...]
     classes: tuple[str, ...]
@@ -28,7 +28,7 @@ class FolderPictures:
 
     @property
     def labels(self) -> Sequence[int]:
-        """The class index of every picture."""
+        """The class index of every image."""
         return [label for _, label in self.samples]
 
     def __len__(self) -> int:
@@ -36,15 +36,15 @@ class FolderPictures:
 
     @property
     def names(self) -> Sequence[str]:
-        """What tells these pictures from others, wherever they lie."""
+        """What tells these images from others, wherever they lie."""
         return _relative(path for path, _ in self.samples)
 
     def name(self, index: int) -> str:
-        """What messages call the picture."""
+        """What messages call the image."""
         return self.samples[index][0]
 
     def fetch(self, index: int, reduction: Reduction = whole) -> tuple[Pixels, int]:
-        """The picture as of `read_pixels`, [H, W, 3], and its class index; raises `UnreadablePicture`."""
+        """The image as of `read_pixels`, [H, W, 3], and its class index; raises `UnreadableImage`."""
         path, label = self.samples[index]
         return read_pixels(path, reduction), label
 
@@ -64,7 +64,7 @@ class _Named:
         """
         unknown = [name for name in self.classes if name not in classes]
         if by_number and len(self.classes) != len(classes):
-            raise UlsamError(f"{self.title} has {len(self.classes)} classes, the net has {len(classes)}")
+            raise UlsamError(f"{self.title} has {len(self.classes)} classes, the model has {len(classes)}")
         if unknown and not by_number:
             raise UlsamError(
                 f"{self.title} has classes that were not trained on: {a_few(unknown)}; known are {a_few(classes)}. If"
@@ -79,18 +79,18 @@ class _Named:
         return number if self.numbers is None else self.numbers.get(number, -1)
 
 
-class FactoryPictures(_Named):
-    """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderPictures`."""
+class FactoryImages(_Named):
+    """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderImages`."""
 
     @property
     def labels(self) -> Sequence[int] | None:
-        """The class index of every picture, None where it is unknown without reading."""
+        """The class index of every image, None where it is unknown without reading."""
         targets = getattr(self.dataset, "targets", None)
         return None if targets is None else [self.label(int(number)) for number in targets]
 
     @property
     def names(self) -> Sequence[str]:
-        """As of :class:`FolderPictures`; without file names, the labels."""
+        """As of :class:`FolderImages`; without file names, the labels."""
         samples = getattr(self.dataset, "samples", None)
         return (
             _relative(str(sample[0]) for sample in samples) if samples else [str(label) for label in self.labels or ()]
@@ -100,12 +100,12 @@ class FactoryPictures(_Named):
         return len(self.dataset)
 
     def name(self, index: int) -> str:
-        """What messages call the picture."""
+        """What messages call the image."""
         samples = getattr(self.dataset, "samples", None)
-        return str(samples[index][0]) if samples else f"{self.title}, picture {index}"
+        return str(samples[index][0]) if samples else f"{self.title}, image {index}"
 
     def fetch(self, index: int, reduction: Reduction = whole) -> tuple[Pixels, int]:
-        """As of :class:`FolderPictures`."""
+        """As of :class:`FolderImages`."""
         if isinstance(self.dataset, DatasetFolder):
             path, number = self.dataset.samples[index]
             return read_pixels(path, reduction), self.label(number)
@@ -115,33 +115,33 @@ class FactoryPictures(_Named):
                 file.name = self.name(index)
             return read_pixels(file, reduction), self.label(int(number))
         try:
-            picture, number = self.dataset[index]
-            return np.array(picture.convert("RGB")), self.label(int(number))
+            image, number = self.dataset[index]
+            return np.array(image.convert("RGB")), self.label(int(number))
         except (OSError, SyntaxError) as error:
-            raise UnreadablePicture(f"{self.name(index)}: {error}") from error
+            raise UnreadableImage(f"{self.name(index)}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Member:
-    """One picture of a stream: the file that it was stored as, or the picture where the stream has opened it."""
+    """One image of a stream: the file that it was stored as, or the image where the stream has opened it."""
 
     name: str
     file: io.BytesIO | Image.Image | None  # None: something lacks
     number: int
 
     def read(self, reduction: Reduction = whole) -> Pixels:
-        """The picture as of `read_pixels`, [H, W, 3]; raises `UnreadablePicture`."""
+        """The image as of `read_pixels`, [H, W, 3]; raises `UnreadableImage`."""
         if self.file is None:
-            raise UnreadablePicture(f"{self.name}: no picture, or no class number (.cls), under this name")
+            raise UnreadableImage(f"{self.name}: no image, or no class number (.cls), under this name")
         if isinstance(self.file, Image.Image):
             return np.array(self.file.convert("RGB"))
         return read_pixels(self.file, reduction)
 
 
-class StreamPictures(_Named):
+class StreamImages(_Named):
     """An iterable data set of timm's factory (``wds/...``, ``tfds/...``, ``hfids/...``), read shard by shard.
 
-    Training pictures are shared out among the processes by timm's reader, in whole shards; other pictures pass every
+    Training images are shared out among the processes by timm's reader, in whole shards; other images pass every
     process whole.
     """
 
@@ -170,7 +170,7 @@ class StreamPictures(_Named):
         self.dataset.set_epoch(epoch)
 
     def members(self) -> Iterator[Member]:
-        """The pictures of this process, or of this worker of it, none of them opened yet where that can be had."""
+        """The images of this process, or of this worker of it, none of them opened yet where that can be had."""
         reader = self.dataset.reader
         fresh = isinstance(reader, ReaderWds) and reader.ds is None
         if fresh:
@@ -180,14 +180,14 @@ class StreamPictures(_Named):
             unopened = webdataset.map(functools.partial(_member, alt_label=reader.split_info.alt_label))
             reader.ds.pipeline[-2:] = [unopened]  # in place of timm's decoding, which ends in RGB and skips the rest
         for count, (found, number) in enumerate(self.dataset):
-            yield found if isinstance(found, Member) else Member(f"{self.title}, picture {count}", found, int(number))
+            yield found if isinstance(found, Member) else Member(f"{self.title}, image {count}", found, int(number))
 
 
 def _member(sample: dict[str, Any], alt_label: str) -> dict[str, Any] | None:
     """A sample of a shard as timm's reader passes it on: a :class:`Member`; None if it is to be left out."""
     try:
         number = int(json.loads(sample["json"])[alt_label] if alt_label else sample["cls"])
-        content = next(value for key, value in sample.items() if f".{key}" in PICTURE_SUFFIXES)
+        content = next(value for key, value in sample.items() if f".{key}" in IMAGE_SUFFIXES)
     except (LookupError, ValueError, TypeError, StopIteration):
         number, content = 0, None
     if alt_label and number < 0:  # how timm marks what has no class of this kind
@@ -199,8 +199,8 @@ def _member(sample: dict[str, Any], alt_label: str) -> dict[str, Any] | None:
     return {"image": member, "target": number}
 
 
-MapPictures = FolderPictures | FactoryPictures
-AnyPictures = MapPictures | StreamPictures
+MapImages = FolderImages | FactoryImages
+AnyImages = MapImages | StreamImages
 
 
 def _relative(paths: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a net looks at: its attention maps, its class activation maps, panels, a report, and numbers about all of it."""
+"""What a model looks at: attention maps, class activation maps, panels, a report, and numbers about all of it."""
 
 from ulsam.explanation.explainer import Explainer, Explanation, LayerMaps, explain
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ulsam.errors import UlsamError
-from ulsam.evaluate import eval_mode
+from ulsam.base.errors import UlsamError
+from ulsam.training.evaluate import eval_mode
 
 
 def grad_cam_plus_plus(features: Tensor, gradients: Tensor) -> Tensor:
@@ -22,11 +22,12 @@ def grad_cam_plus_plus(features: Tensor, gradients: Tensor) -> Tensor:
 
     TorchCAM 0.5.0 leaves out the division in alpha (it divides a copy), so its maps are others.
 
-    Features below 0, which the paper's nets do not have, are left out of the sum in alpha: it would pass through zero.
+    Features below 0, which the paper's models do not have, are left out of the sum in alpha: it would pass through
+    zero.
 
     Args:
         features: A, [B, K, h, w].
-        gradients: of each picture's score with respect to them, the same shape.
+        gradients: of each image's score with respect to them, the same shape.
 
     Returns:
         [B, h, w], each divided by its maximum; 0 everywhere where nothing speaks for the class.
@@ -48,17 +49,17 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
 
     It is found on one forward pass, in the order in which modules finish, so of nested modules it is the outer one:
     what the global pooling of any CNN takes in. Where more modules put out tokens [B, N, C] after it than maps up to
-    it, as in a vision transformer behind its patches, it would say little of the net.
+    it, as in a vision transformer behind its patches, it would say little of the model.
 
     Args:
         model: a classifier; run in eval mode, and left as it was.
         image: an input of it, [1, C, H, W].
 
     Raises:
-        UlsamError: nothing of that shape leads to the outputs, or the net works mostly on tokens.
+        UlsamError: nothing of that shape leads to the outputs, or the model works mostly on tokens.
 
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
-    >>> cam_layer(net, torch.zeros(1, 3, 9, 9))
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    >>> cam_layer(model, torch.zeros(1, 3, 9, 9))
     '1'
     """
     found: list[tuple[str, Tensor]] = []
@@ -92,7 +93,7 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
     if not leading or tokens > len(leading):
         raise UlsamError(
             f"this {type(model).__name__} has no feature map [B, C, H, W] of several positions before its outputs: "
-            "Grad-CAM++ is for CNNs, on pictures that are not too small for them"
+            "Grad-CAM++ is for CNNs, on images that are not too small for them"
         )
     return leading[-1]
 
@@ -108,7 +109,7 @@ def watched(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
     def cut(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         outputs.append(output.detach().requires_grad_())
-        return outputs[-1].clone()  # which the net may change in place
+        return outputs[-1].clone()  # which the model may change in place
 
     handle = model.get_submodule(name).register_forward_hook(cut)
     try:
@@ -123,7 +124,7 @@ def watched(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
 
 def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [B, h, w] at the size of the picture, [B, H, W], bilinearly.
+    """Maps [B, h, w] at the size of the image, [B, H, W], bilinearly.
 
     >>> upsampled(torch.ones(2, 3, 3), (12, 9)).shape
     torch.Size([2, 12, 9])
@@ -132,7 +133,7 @@ def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _is_map(output: Tensor, image: Tensor) -> bool:
-    """[B, C, h, w] of several positions, with the sides of the picture in proportion: [B, H, W, C] has not."""
+    """[B, C, h, w] of several positions, with the sides of the image in proportion: [B, H, W, C] has not."""
     if output.ndim != 4 or not output.is_floating_point():
         return False
     (height, width), (rows, columns) = image.shape[2:], output.shape[2:]

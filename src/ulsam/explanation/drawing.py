@@ -1,4 +1,4 @@
-"""What panels and the report draw with: one colour map, fonts, and maps laid over pictures."""
+"""What panels and the report draw with: one colour map, fonts, and maps laid over images."""
 
 from functools import cache
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
-from ulsam.data.pictures import Pixels
+from ulsam.data.images import Pixels
 
 COLOURS = "viridis"
 """Perceptually uniform, and readable without seeing colours."""
 
 STRENGTH = 0.64
-"""Share of a map's colour where it lies on a picture, whose greys make up the rest."""
+"""Share of a map's colour where it lies on an image, whose greys make up the rest."""
 
 Bytes = NDArray[np.uint8]
 
@@ -68,12 +68,12 @@ def gradient() -> str:
 
 
 def greyed(pixels: Pixels, width: int) -> Image.Image:
-    """The picture in grey and of that width, for maps to be laid over."""
+    """The image in grey and of that width, for maps to be laid over."""
     return resized(pixels, width).convert("L")
 
 
 def resized(pixels: Pixels, width: int) -> Image.Image:
-    """The picture at another width."""
+    """The image at another width."""
     height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -86,7 +86,7 @@ def coloured(values: NDArray[np.floating], size: tuple[int, int]) -> Bytes:
 
 
 def overlaid(grey: Image.Image, values: NDArray[np.floating]) -> Image.Image:
-    """A map of values from 0 to 1 on a picture of :func:`greyed`."""
+    """A map of values from 0 to 1 on an image of :func:`greyed`."""
     colours = Image.fromarray(coloured(values, grey.size))
     return Image.blend(grey.convert("RGB"), colours, STRENGTH)
 

@@ -1,4 +1,4 @@
-"""What a net says about a picture and what it looked at: probabilities, attention maps, a class activation map."""
+"""What a model says about an image and what it looked at: probabilities, attention maps, a class activation map."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ulsam.data.pictures import Pixels, read_pixels
-from ulsam.errors import UlsamError
-from ulsam.evaluate import NotFinite, eval_mode, recipe_transform
+from ulsam.base.errors import UlsamError
+from ulsam.base.extras import check_plots
+from ulsam.data.images import Pixels, read_pixels
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, watched
 from ulsam.explanation.measures import entropy_share, peak
-from ulsam.extras import check_plots
-from ulsam.folding import has_inference_tensors, plain_copy
-from ulsam.models import load
-from ulsam.module import ULSAM, Form
-from ulsam.places import paper_places
-from ulsam.recipe import Recipe
+from ulsam.layer.ulsam import ULSAM, Form
+from ulsam.model.build import load
+from ulsam.model.spec import ModelSpec
+from ulsam.surgery.fold import has_inference_tensors, plain_copy
+from ulsam.surgery.places import paper_places
+from ulsam.training.evaluate import NotFinite, eval_mode, spec_transform
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ Watch = Callable[[str, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """The attention maps of one ULSAM layer on one picture."""
+    """The attention maps of one ULSAM layer on one image."""
 
     name: str
     place: str | None  # in the paper's layer numbers: "17" replaced, "17:1" inserted behind it
@@ -55,13 +55,13 @@ class LayerMaps:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One picture as one net sees it."""
+    """One image as one model sees it."""
 
-    pixels: Pixels  # what the net was given, before normalisation: [H, W, 3]
+    pixels: Pixels  # what the model was given, before normalisation: [H, W, 3]
     classes: tuple[str, ...]
     probabilities: Floats  # [classes]
     target: int  # the class that the CAM is of
-    layers: tuple[LayerMaps, ...]  # in the order of the net's modules; empty for a net without ULSAM
+    layers: tuple[LayerMaps, ...]  # in the order of the model's modules; empty for a model without ULSAM
     cam: Floats  # Grad-CAM++, [h, w], 0..1
     cam_layer: str  # the module whose features it is of
 
@@ -71,60 +71,60 @@ class Explanation:
         return [(self.classes[index], float(self.probabilities[index])) for index in order]
 
     def figure(self) -> "Figure":
-        """The picture, its most probable classes, the CAM and all attention maps, as a new matplotlib figure."""
+        """The image, its most probable classes, the CAM and all attention maps, as a new matplotlib figure."""
         check_plots("Explanation.figure")
-        from ulsam.explanation.figure import draw
+        from ulsam.explanation.explain_figure import draw
 
         return draw(self)
 
 
 class Explainer:
-    """Explains pictures, a batch at a time: one forward pass, and a backward pass through the head alone.
+    """Explains images, a batch at a time: one forward pass, and a backward pass through the head alone.
 
     Args:
         model: a classifier of `ulsam.load` or `ulsam.build`, with or without ULSAM layers, folded or not. Autograd
             cannot use one that was made in inference mode: a copy of it is explained.
-        recipe: the net's, for the size of its pictures and the names of its classes.
+        spec: the model's, for the size of its images and the names of its classes.
         watch: called for each ULSAM layer in each forward pass.
 
     Raises:
-        UlsamError: the net takes other than RGB pictures, or has no feature map to lay a CAM on.
+        UlsamError: the model takes other than RGB images, or has no feature map to lay a CAM on.
 
-    >>> from ulsam.models import build
-    >>> from ulsam.recipe import Edit
-    >>> recipe = Recipe("mobilenetv2_035", ("cat", "dog"), (Edit("replace", "17"),), input_size=(3, 64, 64))
-    >>> explainer = Explainer(build(recipe)[0], recipe)
+    >>> from ulsam.model.build import build
+    >>> from ulsam.model.spec import Edit
+    >>> spec = ModelSpec("mobilenetv2_035", ("cat", "dog"), (Edit("replace", "17"),), input_size=(3, 64, 64))
+    >>> explainer = Explainer(build(spec)[0], spec)
     >>> (found,) = explainer([explainer.transform.pixels(np.zeros((80, 90, 3), np.uint8))])
     >>> found.cam_layer, found.cam.shape, [(layer.name, layer.maps.shape) for layer in found.layers]
     ('bn2', (2, 2), [('blocks.5.2', (4, 2, 2))])
     """
 
     @torch.inference_mode(False)
-    def __init__(self, model: nn.Module, recipe: Recipe, *, watch: Watch | None = None) -> None:
+    def __init__(self, model: nn.Module, spec: ModelSpec, *, watch: Watch | None = None) -> None:
         if has_inference_tensors(model):
             model = plain_copy(model)
-        self.model, self.recipe, self.watch = model, recipe, watch
-        self.transform = recipe_transform(recipe)
+        self.model, self.spec, self.watch = model, spec, watch
+        self.transform = spec_transform(spec)
         self.attention = {name: module for name, module in model.named_modules() if isinstance(module, ULSAM)}
         self.places = paper_places(model)
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
-        self.cam_layer = cam_layer(model, torch.zeros(1, *recipe.input_size, device=self.device, dtype=self.dtype))
+        self.cam_layer = cam_layer(model, torch.zeros(1, *spec.input_size, device=self.device, dtype=self.dtype))
 
     def images(self, pixels: Sequence[Tensor]) -> Tensor:
-        """The net's input [B, 3, H, W] of pictures [H, W, 3] in uint8, as ``transform.pixels`` makes them."""
+        """The model's input [B, 3, H, W] of images [H, W, 3] in uint8, as ``transform.pixels`` makes them."""
         return self.transform.normalise(torch.stack(list(pixels))).to(self.device, self.dtype)
 
     @torch.inference_mode(False)
     def __call__(self, pixels: Sequence[Tensor], targets: Sequence[int] | None = None) -> list[Explanation]:
-        """Explain pictures.
+        """Explain images.
 
         Args:
             pixels: [H, W, 3] in uint8 each, as ``transform.pixels`` makes them.
             targets: the class that each CAM is of; by default the most probable one.
 
         Raises:
-            NotFinite: the net's outputs are not finite.
+            NotFinite: the model's outputs are not finite.
         """
         maps: dict[str, Tensor] = {}
 
@@ -144,7 +144,7 @@ class Explainer:
                 stack.callback(layer.register_forward_pre_hook(look(name)).remove)
             logits = self.model(self.images(pixels))
             if not logits.isfinite().all():
-                raise NotFinite("the net puts out numbers that are not finite (NaN or infinity)")
+                raise NotFinite("the model puts out numbers that are not finite (NaN or infinity)")
             best = logits.argmax(1) if targets is None else torch.tensor(list(targets), device=self.device)
             (gradients,) = torch.autograd.grad(logits.gather(1, best[:, None]).sum(), outputs[-1])
         cams = grad_cam_plus_plus(outputs[-1].detach().float(), gradients.float()).cpu().numpy()
@@ -153,7 +153,7 @@ class Explainer:
         return [
             Explanation(
                 pixels=one.numpy(),
-                classes=self.recipe.classes,
+                classes=self.spec.classes,
                 probabilities=probabilities[number],
                 target=int(best[number]),
                 layers=tuple(
@@ -171,38 +171,38 @@ class Explainer:
 def explain(
     model: nn.Module | str | os.PathLike[str],
     image: str | os.PathLike[str] | Image.Image | Pixels,
-    recipe: Recipe | None = None,
+    spec: ModelSpec | None = None,
     *,
     target: str | None = None,
 ) -> Explanation:
-    """What a net says about one picture, and what it looked at.
+    """What a model says about one image, and what it looked at.
 
     Args:
-        model: a model file, or a net together with its ``recipe``, as `ulsam.load` gives them.
-        image: a picture file, a Pillow image, or an array [H, W, 3] in uint8; resized and cropped as for evaluation.
-        recipe: of the net; not with a model file, which holds its own.
+        model: a model file, or a model together with its ``spec``, as `ulsam.load` gives them.
+        image: an image file, a Pillow image, or an array [H, W, 3] in uint8; resized and cropped as for evaluation.
+        spec: of the model; not with a model file, which holds its own.
         target: the class that the CAM is of; by default the most probable one.
 
     Raises:
-        UlsamError: not a model file, a net without its recipe, a picture that cannot be read, or an unknown class.
+        UlsamError: not a model file, a model without its spec, an image that cannot be read, or an unknown class.
 
-    >>> from ulsam.models import build
-    >>> recipe = Recipe("mobilenetv2_035", ("cat", "dog"), input_size=(3, 64, 64))
-    >>> found = explain(build(recipe)[0], Image.new("RGB", (80, 70)), recipe, target="dog")
+    >>> from ulsam.model.build import build
+    >>> spec = ModelSpec("mobilenetv2_035", ("cat", "dog"), input_size=(3, 64, 64))
+    >>> found = explain(build(spec)[0], Image.new("RGB", (80, 70)), spec, target="dog")
     >>> found.pixels.shape, found.classes[found.target], found.layers
     ((64, 64, 3), 'dog', ())
     """
-    if isinstance(model, nn.Module) == (recipe is None):
-        raise UlsamError("pass a model file alone, or a net and its recipe: ulsam.load(file) gives both")
+    if isinstance(model, nn.Module) == (spec is None):
+        raise UlsamError("pass a model file alone, or a model and its spec: ulsam.load(file) gives both")
     if not isinstance(model, nn.Module):
-        model, recipe = load(model)
-    explainer = Explainer(model, cast(Recipe, recipe))
+        model, spec = load(model)
+    explainer = Explainer(model, cast(ModelSpec, spec))
     pixels = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
     if isinstance(pixels, str | os.PathLike):
         pixels = read_pixels(Path(pixels), explainer.transform.reduction)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise UlsamError(f"a picture as an array is uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
-    classes = explainer.recipe.classes
+        raise UlsamError(f"an image as an array is uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
+    classes = explainer.spec.classes
     if target is not None and target not in classes:
-        raise UlsamError(f"the net has no class {target!r}: it knows {', '.join(classes[:8])}")
+        raise UlsamError(f"the model has no class {target!r}: it knows {', '.join(classes[:8])}")
     return explainer([explainer.transform.pixels(pixels)], None if target is None else [classes.index(target)])[0]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ulsam.inspection import FLAT
+from ulsam.explanation.inspect_maps import FLAT
 
 Array = NDArray[np.floating]
 
@@ -90,7 +90,7 @@ def share_within(maps: Array, area: Array) -> Array:
 
 
 def radial_content(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The power of features over spatial frequency, summed over pictures; the constant part (frequency 0) left out.
+    """The power of features over spatial frequency, summed over images; the constant part (frequency 0) left out.
 
     Args:
         x: [B, C, H, W].

@@ -1,4 +1,4 @@
-"""One picture on one page: what it is, what the net says, and every map laid over it."""
+"""One image on one page: what it is, what the model says, and every map laid over it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ulsam.explanation import words
+from ulsam.explanation import captions as words
 from ulsam.explanation.drawing import fitting, font, greyed, overlaid, ramp, resized
 from ulsam.explanation.explainer import Explanation, LayerMaps
 
-MARGIN, PICTURE, GUTTER = 28, 264, 36
+MARGIN, IMAGE, GUTTER = 28, 264, 36
 TILE, GAP, CAPTION = 136, 10, 36
 HEAD, HEADING, ROW_GAP = 86, 24, 16
 SCALE = 66  # a colour scale with its labels
@@ -26,23 +26,23 @@ def panel(
     *,
     title: str = "",
     truth: str | None = None,
-    names: tuple[str, str] = ("this net", "base"),
+    names: tuple[str, str] = ("this model", "base"),
 ) -> Image.Image:
-    """A panel: the picture, the five most probable classes, the CAM, and the attention maps of every ULSAM layer.
+    """A panel: the image, the five most probable classes, the CAM, and the attention maps of every ULSAM layer.
 
     The maps of a layer share one colour scale, from 0 to its largest value and to twice a uniform map's at least, so
-    that maps that are nearly uniform look so. Maps lie on the picture in grey; what the picture shows is what the net
+    that maps that are nearly uniform look so. Maps lie on the image in grey; what the image shows is what the model
     was given.
 
     Args:
-        found: by one net.
-        base: of the same picture by another one, whose classes and CAM are shown beside.
+        found: by one model.
+        base: of the same image by another one, whose classes and CAM are shown beside.
         title: usually the name of the file.
         truth: the true class, if it is known.
-        names: what the two nets are called.
+        names: what the two models are called.
 
     Returns:
-        An RGB picture; its width depends on the largest number of maps of a layer, its height on all of them.
+        An RGB image; its width depends on the largest number of maps of a layer, its height on all of them.
 
     >>> maps = np.full((4, 7, 7), 1 / 49, np.float32)
     >>> layer = LayerMaps("blocks.5.2", "17", "equations", maps)
@@ -60,7 +60,7 @@ def panel(
 
 @dataclass(frozen=True)
 class _Tile:
-    """A map of values from 0 to 1 on a picture, and two lines below it."""
+    """A map of values from 0 to 1 on an image, and two lines below it."""
 
     values: NDArray[np.floating]
     grey: Image.Image
@@ -74,31 +74,31 @@ class _Page:
         self.found, self.base, self.names = found, base, names
         self.columns = 4 if all(len(layer.maps) <= 4 for layer in found.layers) else 8
         self.grey = greyed(found.pixels, TILE)
-        self.x = MARGIN + PICTURE + GUTTER
+        self.x = MARGIN + IMAGE + GUTTER
         self.width = self.x + self.columns * (TILE + GAP) - GAP + SCALE + MARGIN
         lines = 1 + sum(-(-len(layer.maps) // self.columns) for layer in found.layers)
         row = HEADING + self.grey.height + CAPTION + ROW_GAP
-        tall = HEAD + lines * row + 6 * PICTURE + resized(found.pixels, PICTURE).height
+        tall = HEAD + lines * row + 6 * IMAGE + resized(found.pixels, IMAGE).height
         self.canvas = Image.new("RGB", (self.width, tall), PAPER)
         self.draw = ImageDraw.Draw(self.canvas)
         self.bottom = 0
 
     def head(self, title: str, headline: str, verdict: str) -> None:
-        """The name of the picture and what was made of it."""
+        """The name of the image and what was made of it."""
         room = self.width - 2 * MARGIN
         self.text((MARGIN, 20), fitting(title, room, 20, "-Bold"), 20, weight="-Bold")
         colour = {"wrong": "#a3241b", "right": "#1d6b3a"}.get(verdict, QUIET)
         self.text((MARGIN, 50), fitting(headline, room, 14), 14, colour)
 
     def left(self, truth: str | None) -> None:
-        """The picture, and the classes below it."""
-        picture = resized(self.found.pixels, PICTURE)
-        self.canvas.paste(picture, (MARGIN, HEAD))
-        y = HEAD + picture.height + 20
+        """The image, and the classes below it."""
+        image = resized(self.found.pixels, IMAGE)
+        self.canvas.paste(image, (MARGIN, HEAD))
+        y = HEAD + image.height + 20
         for name, found in zip(self.names, (self.found, self.base), strict=True):
             if found is None:
                 continue
-            self.text((MARGIN, y), fitting(name, PICTURE, 13, "-Bold"), 13, weight="-Bold")
+            self.text((MARGIN, y), fitting(name, IMAGE, 13, "-Bold"), 13, weight="-Bold")
             y += HEADING
             for label, share in found.top():
                 self.bar(y, label, share, label == truth)
@@ -109,12 +109,12 @@ class _Page:
     def bar(self, y: int, label: str, share: float, true: bool) -> None:
         """A class, its probability as a bar below its name, and as a figure; the true class has a mark."""
         figure = words.percent(share)
-        room = PICTURE - font(12).getlength(figure) - 12
+        room = IMAGE - font(12).getlength(figure) - 12
         text = fitting(f"{label} (true)" if true else label, room, 12)
         self.text((MARGIN, y), text, 12)
-        self.text((MARGIN + PICTURE, y), figure, 12, INK, anchor="ra")
-        self.draw.rectangle((MARGIN, y + 16, MARGIN + PICTURE - 1, y + 18), fill=LINE)
-        if (length := round(share * PICTURE)) > 0:
+        self.text((MARGIN + IMAGE, y), figure, 12, INK, anchor="ra")
+        self.draw.rectangle((MARGIN, y + 16, MARGIN + IMAGE - 1, y + 18), fill=LINE)
+        if (length := round(share * IMAGE)) > 0:
             self.draw.rectangle((MARGIN, y + 16, MARGIN + length - 1, y + 18), fill=BAR)
 
     def right(self) -> None:

@@ -1,4 +1,4 @@
-"""How a net's confidence changes when what a map marks is taken away, or shown alone."""
+"""How a model's confidence changes when what a map marks is taken away, or shown alone."""
 
 from collections.abc import Callable
 
@@ -9,46 +9,46 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 STEPS = 10
-"""Equal parts of the picture that are deleted or inserted one after the other."""
+"""Equal parts of the image that are deleted or inserted one after the other."""
 
 BLUR = (11, 5.0)  # size in pixels and standard deviation, as the paper's authors take them
 Scores = Callable[[Tensor], Tensor]
-"""A net: its input [B, C, H, W] -> the probabilities of its classes [B, classes]."""
+"""A model: its input [B, C, H, W] -> the probabilities of its classes [B, classes]."""
 
 
 @torch.no_grad()
-def deletion_curves(net: Scores, images: Tensor, saliency: Tensor, targets: Tensor, steps: int = STEPS) -> Tensor:
+def deletion_curves(model: Scores, images: Tensor, saliency: Tensor, targets: Tensor, steps: int = STEPS) -> Tensor:
     """The target's probability while the most salient pixels are set to the mean colour, [B, steps + 1].
 
     Deletion of Petsiuk et al. (BMVC 2018, arXiv 1806.07421, section 4.1): the faster it falls, the better the map.
 
     Args:
-        net: gives probabilities.
+        model: gives probabilities.
         images: normalised, so that 0 is the mean colour, [B, C, H, W].
         saliency: [B, H, W]; of equal values the one further up, then further left comes first.
-        targets: the class of each picture, [B].
-        steps: the first column is the whole picture, the last one the mean colour alone.
+        targets: the class of each image, [B].
+        steps: the first column is the whole image, the last one the mean colour alone.
 
     >>> white, class_0 = torch.ones(1, 1, 2, 2), torch.tensor([0])
     >>> deletion_curves(lambda x: x.mean((2, 3)), white, white[0], class_0, steps=2).tolist()
     [[1.0, 0.5, 0.0]]
     """
-    return _curves(net, images, torch.zeros_like(images), saliency, targets, steps)
+    return _curves(model, images, torch.zeros_like(images), saliency, targets, steps)
 
 
 @torch.no_grad()
-def insertion_curves(net: Scores, images: Tensor, saliency: Tensor, targets: Tensor, steps: int = STEPS) -> Tensor:
-    """The target's probability while the most salient pixels come back into a blurred picture, [B, steps + 1].
+def insertion_curves(model: Scores, images: Tensor, saliency: Tensor, targets: Tensor, steps: int = STEPS) -> Tensor:
+    """The target's probability while the most salient pixels come back into a blurred image, [B, steps + 1].
 
     Insertion of Petsiuk et al., see :func:`deletion_curves`: the faster it rises, the better. The blur is theirs: 11
     pixels, standard deviation 5.
     """
     blurred = gaussian_blur(images, BLUR[0], BLUR[1])
-    return _curves(net, blurred, images, saliency, targets, steps)
+    return _curves(model, blurred, images, saliency, targets, steps)
 
 
 def area_under(curves: Tensor) -> NDArray[np.float64]:
-    """The area under curves [B, steps + 1] over shares of the picture from 0 to 1, by trapezoids, [B].
+    """The area under curves [B, steps + 1] over shares of the image from 0 to 1, by trapezoids, [B].
 
     >>> area_under(torch.tensor([[1.0, 0.5, 0.0]])).tolist()
     [0.5]
@@ -58,20 +58,20 @@ def area_under(curves: Tensor) -> NDArray[np.float64]:
 
 
 @torch.no_grad()
-def kept_confidence(net: Scores, images: Tensor, maps: Tensor, targets: Tensor) -> Tensor:
-    """The target's probability on the picture times its map, [B]; what the map leaves out has the mean colour.
+def kept_confidence(model: Scores, images: Tensor, maps: Tensor, targets: Tensor) -> Tensor:
+    """The target's probability on the image times its map, [B]; what the map leaves out has the mean colour.
 
     Args:
-        net, images, targets: as in :func:`deletion_curves`.
+        model, images, targets: as in :func:`deletion_curves`.
         maps: between 0 and 1, [B, H, W].
     """
-    return _of(net(images * maps[:, None]), targets)
+    return _of(model(images * maps[:, None]), targets)
 
 
 def average_drop(before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The share of the confidence that each picture loses; 0 where it loses none (Chattopadhay et al. 2018, 4.1).
+    """The share of the confidence that each image loses; 0 where it loses none (Chattopadhay et al. 2018, 4.1).
 
-    Average drop is its mean; increase in confidence the share of pictures with ``after`` above ``before``.
+    Average drop is its mean; increase in confidence the share of images with ``after`` above ``before``.
 
     >>> average_drop(np.array([0.5, 0.5]), np.array([0.25, 0.75])).tolist()
     [0.5, 0.0]
@@ -80,8 +80,8 @@ def average_drop(before: NDArray[np.floating], after: NDArray[np.floating]) -> N
     return lost
 
 
-def _curves(net: Scores, start: Tensor, end: Tensor, saliency: Tensor, targets: Tensor, steps: int) -> Tensor:
-    """From one picture to another one, the most salient pixels first."""
+def _curves(model: Scores, start: Tensor, end: Tensor, saliency: Tensor, targets: Tensor, steps: int) -> Tensor:
+    """From one image to another one, the most salient pixels first."""
     order = saliency.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
@@ -89,7 +89,7 @@ def _curves(net: Scores, start: Tensor, end: Tensor, saliency: Tensor, targets: 
     rank = rank.view_as(saliency)[:, None]
     count = order.shape[1]
     points = [
-        _of(net(torch.where(rank < round(step * count / steps), end, start)), targets) for step in range(steps + 1)
+        _of(model(torch.where(rank < round(step * count / steps), end, start)), targets) for step in range(steps + 1)
     ]
     return torch.stack(points, 1)
 

@@ -1,4 +1,4 @@
-"""Where the field marks of a drawn bird lie in what a net was given."""
+"""Where the field marks of a drawn bird lie in what a model was given."""
 
 import os
 
@@ -14,12 +14,13 @@ BIRD = "bird"
 """The box around all marks: from the tail to the bill."""
 
 
-def mark_areas(picture: str | os.PathLike[str], transform: EvalTransform) -> dict[str, NDArray[np.float32]] | None:
-    """The area of each field mark in the net's input, and of the whole bird; None for what `ulsam birds` did not draw.
+def mark_areas(image: str | os.PathLike[str], transform: EvalTransform) -> dict[str, NDArray[np.float32]] | None:
+    """The area of each field mark in the model's input, and of the whole bird; None for what `ulsam birds` did not
+    draw.
 
     Args:
-        picture: its path.
-        transform: that made the net's input of it; the boxes go the same way.
+        image: its path.
+        transform: that made the model's input of it; the boxes go the same way.
 
     Returns:
         The share of each pixel that belongs to it, [H, W], by the names of `ulsam.data.bird_drawing.Marks` and `BIRD`.
@@ -27,7 +28,7 @@ def mark_areas(picture: str | os.PathLike[str], transform: EvalTransform) -> dic
     Raises:
         UlsamError: the files that tell of the set are damaged.
     """
-    told = mark_boxes(picture)
+    told = mark_boxes(image)
     if told is None:
         return None
     size, boxes = told

@@ -20,7 +20,7 @@ class RegisterOnImport:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """timm's spec, whose loader imports `ulsam.presets` after timm; None for every other module."""
+        """timm's spec, whose loader imports `ulsam.model.presets` after timm; None for every other module."""
         if name != "timm" or not self._find("ulsam"):  # another environment's Python may have timm without ulsam
             return None
         spec = self._find("timm")
@@ -30,7 +30,7 @@ class RegisterOnImport:
 
         def load_and_register(module: ModuleType) -> None:
             load(module)
-            import ulsam.presets  # noqa: F401
+            import ulsam.model.presets  # noqa: F401
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec
@@ -43,7 +43,7 @@ class RegisterOnImport:
 def register_on_import() -> None:
     """Register our models as soon as timm is imported; at once if it is."""
     if "timm" in sys.modules:
-        import ulsam.presets  # noqa: F401
+        import ulsam.model.presets  # noqa: F401
     sys.meta_path.insert(0, RegisterOnImport())
 
 

@@ -1,0 +1,1 @@
+"""Programs that run until they are stopped: the HTTP service and the page of `ulsam explore`."""

@@ -1,0 +1,240 @@
+"""The HTTP interface: what may be asked, and what is refused, with which status.
+
+429 is not used: it would tell one client to slow down, and the service does not tell clients apart.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any
+
+from fastapi import Depends, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel, Field
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ulsam import __version__
+from ulsam.apps.service_body import FORM, UploadedFile, images_sent
+from ulsam.apps.service_engine import Engine
+from ulsam.apps.service_limits import Limits
+from ulsam.apps.service_metrics import Metrics
+from ulsam.data.images import UnreadableImage
+from ulsam.training.predict import NotFinite, ranked
+
+PREDICT = "/predict"
+LINGER = 2.0
+"""Seconds for which the rest of a refused body is read: a client that still sends would not see the answer."""
+
+AGAIN = {"Retry-After": "1"}
+"""Header of an answer with status 503: seconds after which to ask again."""
+
+
+class Class(BaseModel):
+    """A class and its probability."""
+
+    name: str
+    probability: float = Field(ge=0, le=1)
+
+
+class Prediction(BaseModel):
+    """What one image shows."""
+
+    image: str | None = Field(description="the file's name in the form")
+    classes: list[Class] = Field(description="the most probable ones, best first")
+    error: str | None = Field(description="why the image could not be read")
+
+
+class Answer(BaseModel):
+    """What the images show, in their order."""
+
+    predictions: list[Prediction]
+
+
+class Problem(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
+
+
+_BINARY = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
+_FORM = {
+    "schema": {
+        "type": "object",
+        "properties": {"images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}},
+        "required": ["images"],
+    }
+}
+_BODY = {
+    "description": "One image file, or a form of them; the names of the form's fields do not matter.",
+    "required": True,
+    "content": {"image/jpeg": _BINARY, "image/png": _BINARY, "application/octet-stream": _BINARY, FORM: _FORM},
+}
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        408: "The request did not arrive in time",
+        413: "More bytes or images than the limits allow",
+        415: "The body is neither an image nor a form",
+        422: "No image could be read, too many pixels included, or top is not valid",
+        503: "Too many requests at once, or no answer in time: any replica may be asked again",
+    }.items()
+}
+_LOCKED: dict[int | str, dict[str, Any]] = {401: {"model": Problem, "description": "No key, or another one"}}
+
+
+def create_app(engine: Engine, limits: Limits, api_key: str | None) -> "RequestLimit":
+    """The ASGI application of a service.
+
+    Args:
+        engine: that names images.
+        limits: what is refused.
+        api_key: required as a bearer token for predictions and metrics; None requires none.
+    """
+    metrics = engine.metrics
+    names = [name.encode(errors="replace").decode() for name in engine.model.classes]  # what JSON in UTF-8 can hold
+    app = FastAPIOffline(title="ulsam", version=__version__, description="Names what is in images.", redoc_url=None)
+    locked = [] if api_key is None else [Depends(_lock(api_key))]
+    refusals = {} if api_key is None else _LOCKED
+
+    async def named(sent: UploadedFile, top: int) -> Prediction:
+        try:
+            best = ranked(await engine.probabilities(sent.content), names, top)
+        except UnreadableImage as error:
+            metrics.images.labels("unreadable").inc()
+            return Prediction(image=sent.name, classes=[], error=str(error).removeprefix("<stream>: "))
+        metrics.images.labels("named").inc()
+        found = [Class(name=name, probability=round(share, 6)) for name, share in best]
+        return Prediction(image=sent.name, classes=found, error=None)
+
+    @app.post(
+        PREDICT,
+        summary="Name what is in images",
+        openapi_extra={"requestBody": _BODY},
+        responses={**_PROBLEMS, **refusals},
+        dependencies=locked,
+    )
+    async def predict(
+        request: Request, top: Annotated[int, Query(ge=1, le=1000, description="classes for each image")] = 3
+    ) -> Answer:
+        arrived = False
+        try:
+            async with asyncio.timeout(limits.timeout):
+                sent = await images_sent(request, limits)
+                arrived = True
+                found = await asyncio.gather(*(named(one, top) for one in sent))
+        except TimeoutError as error:
+            if arrived:
+                raise HTTPException(503, f"no answer within {limits.timeout:g} seconds", AGAIN) from error
+            raise HTTPException(408, f"the request did not arrive within {limits.timeout:g} seconds") from error
+        except ClientDisconnect as error:
+            raise HTTPException(408, "the client went away") from error
+        if not any(one.classes for one in found):
+            raise HTTPException(422, _reasons(found))
+        return Answer(predictions=found)
+
+    @app.get("/health", summary="Whether requests are taken")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get(
+        "/metrics",
+        summary="Counters for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **refusals},
+        dependencies=locked,
+    )
+    async def text() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        told = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
+        return JSONResponse({"detail": told}, 422)
+
+    @app.exception_handler(NotFinite)
+    async def not_finite(_: Request, error: NotFinite) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 500)
+
+    return RequestLimit(app, metrics, limits)
+
+
+class RequestLimit:
+    """Around the application: lets in as many requests at once as the limits allow, and counts them.
+
+    Attributes:
+        inside: requests to name images that are in progress.
+        answered: those that are not any more.
+        draining: whether the service is about to end, so that clients should send no further request on a connection.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, limits: Limits) -> None:
+        self.app, self.metrics, self.limits = app, metrics, limits
+        self.inside = self.answered = 0
+        self.draining = False
+        metrics.in_progress.set_function(lambda: self.inside)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI's entry, for HTTP alone."""
+        watched = _Request(receive, send, self)
+        if scope["path"] != PREDICT:
+            return await self.app(scope, watched.receive, watched.send)
+        start, most = time.perf_counter(), self.limits.requests
+        full = JSONResponse({"detail": f"{most} requests at once are the most"}, 503, AGAIN)
+        taken = self.inside < most
+        self.inside += taken
+        try:
+            await (self.app if taken else full)(scope, watched.receive, watched.send)
+        finally:
+            self.inside -= taken
+            self.answered += 1
+            self.metrics.requests.labels(str(watched.status)).inc()
+            self.metrics.seconds.observe(time.perf_counter() - start)
+
+
+class _Request:
+    """The two ends of one request: keeps the status, and reads the rest of a body before it is refused."""
+
+    def __init__(self, receive: Receive, send: Send, gate: RequestLimit) -> None:
+        self._receive, self._send, self._gate = receive, send, gate
+        self._arrived = False
+        self.status = 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._arrived = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER):
+                    while not self._arrived:
+                        await self.receive()
+            if self._gate.draining:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await self._send(message)
+
+
+def _lock(api_key: str) -> Callable[..., Awaitable[None]]:
+    """A dependency that raises unless the request has the key."""
+    scheme = HTTPBearer(auto_error=False, description="the service's key")
+
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
+        if given is None or not hmac.compare_digest(given.credentials.encode(), api_key.encode()):
+            raise HTTPException(401, "the header Authorization: Bearer KEY is required", {"WWW-Authenticate": "Bearer"})
+
+    return check
+
+
+def _reasons(found: Sequence[Prediction]) -> str:
+    """Why no image could be read."""
+    if len(found) == 1:
+        return str(found[0].error)
+    return "; ".join(f"{one.image or f'image {number}'}: {one.error}" for number, one in enumerate(found))

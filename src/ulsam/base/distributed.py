@@ -1,0 +1,106 @@
+"""One process or several under torchrun: who am I, and sums over all."""
+
+import datetime
+import os
+import shlex
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ulsam.base.errors import UlsamError, first_line
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ``rank`` of ``size``, on ``device``."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the one process that prints and writes files."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all processes; counts stay exact in integers and float64."""
+        if self.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's values, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def launch_line(words: Sequence[str]) -> str:
+    """How a person starts ``ulsam`` with these words in as many processes as there are now.
+
+    >>> launch_line(["train", "--resume", "my run"])
+    "ulsam train --resume 'my run'"
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size == 1:
+        return shlex.join(["ulsam", *words])
+    machines = ["--nnodes", str(size // here)] if size > here else []
+    return shlex.join(["torchrun", *machines, "--nproc-per-node", str(here), "-m", "ulsam", *words])
+
+
+@contextmanager
+def start(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started (its environment variables tell), or be the only one.
+
+    Args:
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``mps`` or what else torch knows.
+
+    Raises:
+        UlsamError: the device is not there.
+
+    >>> with start("cpu") as world:
+    ...     world.rank, world.size
+    (0, 1)
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and size > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UlsamError(f"no device {device!r} here: {first_line(error)}; use --device cpu") from error
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    try:
+        yield World(rank, size, place)
+    except UlsamError:
+        if rank:
+            time.sleep(5)  # what all have met the first one tells: torchrun then ends the others before they repeat it
+        raise
+    finally:
+        dist.destroy_process_group()

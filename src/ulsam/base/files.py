@@ -1,0 +1,128 @@
+"""Files that are never half-written."""
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+
+from ulsam.base.errors import UlsamError
+
+
+def check_readable(path: str | os.PathLike[str], kind: str) -> None:
+    """Raise unless there is such a file, and it may be read.
+
+    Raises:
+        UlsamError: otherwise; ``kind`` is what the message calls it.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FileNotFoundError
+        with open(path, "rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UlsamError(f"no {kind} {path}") from error
+    except OSError as error:
+        raise UlsamError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise unless a file of this name can probably be written: to ask before long work.
+
+    Raises:
+        UlsamError: it is a folder, or there is no such folder to write into, or none that may be written to.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        raise UlsamError(f"cannot write {path}: " + ("it is a folder" if os.path.isdir(path) else "no such folder"))
+    if not os.access(folder, os.W_OK):
+        raise UlsamError(f"cannot write {path}: permission denied")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        UlsamError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UlsamError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def check_empty(path: Path) -> None:
+    """Raise unless the folder is empty, or not there yet.
+
+    Raises:
+        UlsamError: something lies in it, it is a file, or it may not be listed.
+
+    >>> check_empty(Path(__file__).parent)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ulsam.base.errors.UlsamError: ... is not an empty folder: name one that does not exist yet, or empty it first
+    """
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise UlsamError(f"cannot list the folder {path}: {error.strerror}") from error
+    if taken:
+        raise UlsamError(f"{path} is not an empty folder: name one that does not exist yet, or empty it first")
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write ``data`` to a temporary file beside ``path``, flush it to disk, and move it into place in one step.
+
+    A reader sees the old file or the new one; a crash or a full disk leaves the old one.
+
+    Raises:
+        UlsamError: the disk is full or the folder cannot be written to.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomic(f"{folder}/a.txt", "x")
+    ...     os.listdir(folder)
+    ['a.txt']
+    """
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            _replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows opens no folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the move itself survives a power cut
+            finally:
+                os.close(folder)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; what was there before is whole: make room, then try again" if full else ""
+        raise UlsamError(f"cannot write {path}: {error.strerror}{advice}") from error
+
+
+def clear_parts(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that a killed process left in ``folder`` while it was in :func:`write_atomic`."""
+    for part in Path(folder).glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Move a file over another one. On Windows that fails for as long as another program reads the other one."""
+    end = time.monotonic() + (5.0 if sys.platform == "win32" else 0.0)
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)

@@ -1,0 +1,321 @@
+"""Any image file a person may have, as an upright 8-bit RGB image, or one line that says why not."""
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from ulsam.base.errors import UlsamError
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow gives the same values, only slower
+    simplejpeg = None
+
+MAX_PIXELS = 89_000_000
+"""Largest width * height that is read: 267 MB as RGB. More is refused from the header, before anything is decoded."""
+
+LONGEST = 100
+"""The longest side that is read, in multiples of the other one, refused likewise: images are resized by their shorter
+side, which would make gigabytes of a line one pixel wide."""
+
+Image.init()
+FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000"} & Image.OPEN.keys())
+"""Formats that are read, by Pillow's names (AVIF since Pillow 11.3); none that starts another program, as EPS does."""
+
+_DAMAGE = (
+    OSError,  # unidentified, truncated, decoder failed; and the file system's own errors
+    SyntaxError,  # broken PNG and TIFF structure
+    ValueError,  # bad sizes, unsupported modes, oversized text chunks
+    ArithmeticError,  # sizes and rationals out of range
+    LookupError,  # a tag or table entry that is not there
+    EOFError,
+    TypeError,  # a header tag of the wrong type
+    AttributeError,  # a decoder that was never set up because its header was broken
+    AssertionError,  # Pillow asserts on a few header fields
+    RuntimeError,  # NotImplementedError of exotic variants; AVIF and WebP decoders
+    MemoryError,  # a size that only claims to be small
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation (tag 0x0112, table in EXIF 2.3 section 4.6.4) -> the turn that makes the image upright."""
+
+
+Pixels = NDArray[np.uint8]
+"""A decoded image, [H, W, 3]."""
+
+Reduction = Callable[[int, int], int]
+"""By which of 1, 2, 4, 8 an image of this width and height is reduced when it is decoded."""
+
+
+class UnreadableImage(UlsamError):
+    """An image file that cannot be read; the message is one line, ``path: reason``."""
+
+
+def read_image(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """Read one image as upright 8-bit RGB.
+
+    The content decides on the format (one of `FORMATS`), the file's name does not. Of an animation the first frame is
+    read. EXIF rotation is undone; EXIF that cannot be parsed turns nothing. Transparency is laid over white. 16-bit
+    grey is divided by 256. Grey of 32-bit integers within 0..255 is taken as it is, otherwise its own range, from the
+    smallest value to the largest, becomes 0..255, because such files do not tell theirs. Float grey is taken as 0..1,
+    0..255 or 0..65535, the smallest of these that holds its largest value.
+
+    Args:
+        path: a file's path, or a seekable binary stream, read from its start and left open.
+
+    Returns:
+        A `PIL.Image.Image` of mode RGB with its pixels loaded; no file stays open.
+
+    Raises:
+        UnreadableImage: the file is missing, empty, truncated, corrupt, larger than `MAX_PIXELS`, longer than
+            `LONGEST` allows, or no image.
+
+    >>> import io
+    >>> stream = io.BytesIO()
+    >>> Image.new("CMYK", (4, 3)).save(stream, "jpeg")
+    >>> image = read_image(stream)
+    >>> image.mode, image.size
+    ('RGB', (4, 3))
+    """
+    try:
+        if isinstance(path, str | os.PathLike):
+            with open(path, "rb") as file:
+                return _read(file)
+        return _read(path)
+    except _DAMAGE as error:
+        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+
+
+def whole(width: int, height: int) -> int:
+    """The `Reduction` that leaves every image as it is."""
+    return 1
+
+
+def read_pixels(
+    path: str | os.PathLike[str] | BinaryIO, reduction: Reduction = whole, *, most: int = MAX_PIXELS
+) -> Pixels:
+    """Read one image as :func:`read_image` does, as an array, and faster where it is an ordinary JPEG.
+
+    Without the package simplejpeg, Pillow reads these too, to the same values. Only a damaged one, which simplejpeg
+    leaves to Pillow to be read at full size, is then read at the scale that was asked for.
+
+    Args:
+        path: as of :func:`read_image`.
+        reduction: asked for the scale of a JPEG (grey or RGB); all else is read at full size.
+        most: pixels, width * height, that are read; `MAX_PIXELS` at most.
+
+    Returns:
+        A uint8 array [H, W, 3], writable. At full size its values are those of :func:`read_image`.
+
+    Raises:
+        UnreadableImage: as of :func:`read_image`.
+
+    >>> stream = io.BytesIO()
+    >>> Image.new("RGB", (40, 30)).save(stream, "jpeg")
+    >>> read_pixels(stream).shape, read_pixels(stream, lambda width, height: 4).shape
+    ((30, 40, 3), (8, 10, 3))
+    """
+    try:
+        if isinstance(path, str | os.PathLike):
+            with open(path, "rb") as file:
+                return _pixels(file, reduction, most)
+        return _pixels(path, reduction, most)
+    except _DAMAGE as error:
+        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+
+
+def jpeg_of(pixels: Pixels, quality: int) -> bytes:
+    """An image as a JPEG file, with half the colours' resolution.
+
+    >>> jpeg_of(np.zeros((8, 8, 3), np.uint8), 85)[:2].hex()
+    'ffd8'
+    """
+    if simplejpeg is None:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "jpeg", quality=quality, subsampling="4:2:0")
+        return buffer.getvalue()
+    content: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "420")
+    return content
+
+
+def _pixels(file: BinaryIO, reduction: Reduction, most: int) -> Pixels:
+    """Decode; raises whatever Pillow raises."""
+    file.seek(0)
+    start = file.read(3)
+    if simplejpeg is None:
+        return np.array(_read(file, reduction, most))
+    found = _jpeg(start + file.read(), reduction, most) if start == b"\xff\xd8\xff" else None
+    return np.array(_read(file, most=most)) if found is None else found
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    """The image in a file, not yet decoded.
+
+    Where Ultralytics is imported, Pillow's `open` is its own, which looks for a reader of HEIF in what is no image.
+    """
+    try:
+        return Image.open(file, formats=FORMATS)
+    except ImportError as error:
+        raise UnidentifiedImageError("cannot identify the image") from error
+
+
+def _jpeg(content: bytes, reduction: Reduction, most: int) -> Pixels | None:
+    """An ordinary JPEG, upright; None for any other, and at the least doubt, to be read or refused by Pillow.
+
+    Pillow's decoder is the same library (libjpeg-turbo), so that the values are the same, but it decodes in small
+    pieces into four bytes a pixel.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        _check_size(width, height, most)
+        if colours not in ("YCbCr", "RGB", "Gray"):
+            return None
+        turn = _stored_turn(content) if _may_be_turned(content) else None
+        factor = reduction(width, height)
+        least = {"min_width": -(-width // factor), "min_height": -(-height // factor), "min_factor": factor}
+        pixels: Pixels = simplejpeg.decode_jpeg(content, **least)  # strict: any warning is an error
+    except _DAMAGE:
+        return None
+    return pixels if turn is None else np.ascontiguousarray(_TURNED[turn](pixels))
+
+
+def _may_be_turned(content: bytes) -> bool:
+    """Whether a JPEG's header holds metadata (APP1: EXIF, XMP), or anything that is not quite regular."""
+    place = 2
+    while content[place] == 0xFF and content[place + 1] in _SEGMENTS:
+        place += 2 + int.from_bytes(content[place + 2 : place + 4])
+    return content[place : place + 2] != b"\xff\xda"  # start of scan
+
+
+_SEGMENTS = frozenset([*range(0xC0, 0xD0), 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE])
+"""Second bytes of markers, APP1 aside, that a length follows (ITU-T T.81, table B.1)."""
+
+
+def _stored_turn(content: bytes) -> Image.Transpose | None:
+    """What makes the JPEG upright, by its metadata."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _TURNS.get(_orientation(Image.open(io.BytesIO(content), formats=("JPEG",))))
+
+
+_TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
+    Image.Transpose.FLIP_LEFT_RIGHT: lambda pixels: pixels[:, ::-1],
+    Image.Transpose.ROTATE_180: lambda pixels: pixels[::-1, ::-1],
+    Image.Transpose.FLIP_TOP_BOTTOM: lambda pixels: pixels[::-1],
+    Image.Transpose.TRANSPOSE: lambda pixels: pixels.swapaxes(0, 1),
+    Image.Transpose.ROTATE_270: lambda pixels: np.rot90(pixels, 3),
+    Image.Transpose.TRANSVERSE: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    Image.Transpose.ROTATE_90: lambda pixels: np.rot90(pixels),
+}
+
+
+def _read(file: BinaryIO, reduction: Reduction = whole, most: int = MAX_PIXELS) -> Image.Image:
+    """Decode, an ordinary JPEG at the scale asked for, turn upright and convert; raises whatever Pillow raises."""
+    file.seek(0)
+    if not file.read(1):
+        raise EOFError("empty file (zero bytes)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the image is read or it is not
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        stored = _opened(file)
+        _check_size(*stored.size, most)
+        if stored.format in ("JPEG", "MPO") and stored.mode in ("RGB", "L"):
+            factor = reduction(*stored.size)
+            stored.draft(None, (stored.width // factor, stored.height // factor))
+        stored.load()
+        turn = _TURNS.get(_orientation(stored))
+        image = _rgb(stored)
+    return image if turn is None else image.transpose(turn)
+
+
+def _check_size(width: int, height: int, most: int) -> None:
+    """Raise unless an image of this size is read."""
+    if width * height > most:
+        raise UnreadableImage(f"larger than {most} pixels, the most that is read")
+    if max(width, height) > LONGEST * min(width, height):
+        raise UnreadableImage(f"one side is more than {LONGEST} times as long as the other")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation 1..8; 1 where there is none or the EXIF block is broken."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except _DAMAGE:
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode as a new RGB image."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _grey(image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    over = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits (modes I;16*, I, F) as mode L; the rule is in `read_image`."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+        scale = next((s for top, s in ((1.0, 255.0), (255.0, 1.0)) if values.max() <= top), 1 / 256)
+        grey = np.rint(values * scale).clip(0, 255)
+    elif image.mode == "I" and image.format == "TIFF":  # Pillow opens a 16-bit PGM as mode I too
+        low, high = int(values.min()), int(values.max())
+        grey = values
+        if low < 0 or high > 255:
+            grey = np.rint((values - float(low)) * (255 / max(1, high - low)))
+    else:
+        grey = values >> 8
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey = np.where(values == key, 255, grey)
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _name(path: str | os.PathLike[str] | BinaryIO) -> str:
+    """How a message calls the file: its path, quoted where that would not print on one line."""
+    name = os.fspath(path) if isinstance(path, str | os.PathLike) else str(getattr(path, "name", "<stream>"))
+    return name if name.isprintable() else ascii(name)
+
+
+def _reason(error: BaseException) -> str:
+    """An exception of Pillow or the file system in a few words."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UnreadableImage):
+        return text
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a known format, or cut off within its header"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"larger than {MAX_PIXELS} pixels, the most that is read"
+    if isinstance(error, MemoryError):
+        return "too large for memory"
+    if "truncated" in text.lower() or (isinstance(error, EOFError) and "empty" not in text):
+        return "truncated"
+    if isinstance(error, EOFError):
+        return text
+    return f"corrupt ({text or type(error).__name__})"

@@ -1,0 +1,1 @@
+"""Export, its parity check, quantization and timing of deployed models."""

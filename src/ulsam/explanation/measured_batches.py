@@ -1,0 +1,102 @@
+"""Image files, a batch at a time, as several models see them; and the numbers over all of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from tqdm import tqdm
+
+from ulsam.base.errors import UlsamError
+from ulsam.explanation.explainer import Explainer, Explanation
+from ulsam.explanation.image_list import Image
+from ulsam.explanation.map_numbers import MapNumbers
+from ulsam.explanation.regions import mark_areas
+from ulsam.model.spec import ModelSpec
+from ulsam.training.evaluate import read_batch
+
+BATCH = 16
+
+
+class ExplainedImage(NamedTuple):
+    """An image, its number among all from 1 on, and what each model finds on it."""
+
+    number: int
+    image: Image
+    found: tuple[Explanation, ...]
+
+
+def explained(
+    images: Sequence[Image], explainers: Sequence[Explainer], unreadable: list[str]
+) -> Iterator[list[ExplainedImage]]:
+    """Explain images, up to `BATCH` at a time, behind a progress bar.
+
+    Args:
+        images: their files.
+        explainers: of the models.
+        unreadable: gets a line about each image that cannot be read and is passed over.
+    """
+    with tqdm(total=len(images), unit=" images", disable=None, leave=False) as bar:
+        for first in range(0, len(images), BATCH):
+            chunk = list(enumerate(images[first : first + BATCH], start=first + 1))
+            pixels, bad = read_batch([one.path for _, one in chunk], explainers[0].transform)
+            unreadable += bad.values()
+            good = [(number, one) for number, one in chunk if one.path not in bad]
+            if good:
+                found = []
+                for explainer in explainers:
+                    if look(explainer.spec) != look(explainers[0].spec):
+                        pixels, _ = read_batch([one.path for _, one in good], explainer.transform)
+                    found.append(explainer(pixels))
+                each = zip(*found, strict=True)
+                yield [
+                    ExplainedImage(number, one, all_models)
+                    for (number, one), all_models in zip(good, each, strict=True)
+                ]
+            bar.update(len(chunk))
+
+
+def add(tallies: Sequence[MapNumbers], seen: Sequence[ExplainedImage]) -> None:
+    """Add what was just seen to the numbers of each model, which are in the order of ``found``."""
+    for place, tally in enumerate(tallies):
+        areas = [mark_areas(one.image.path, tally.explainer.transform) for one in seen]
+        tally.add([one.found[place] for one in seen], [one.image.truth for one in seen], areas)
+
+
+def measure(
+    models: Mapping[str, tuple[nn.Module, ModelSpec]], images: Sequence[Image], *, curves: bool = True
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The numbers of several models over images, without panels.
+
+    Args:
+        models: as `ulsam.load` gives them, by name.
+        images: of :func:`ulsam.explanation.image_list.list_images`.
+        curves: as of :class:`MapNumbers`.
+
+    Returns:
+        The results by the models' names, and a line about each image that could not be read.
+
+    Raises:
+        UlsamError: no image can be read, or a model has no feature map to explain.
+    """
+    tallies = {name: MapNumbers(*model, curves=curves) for name, model in models.items()}
+    unreadable: list[str] = []
+    for seen in explained(images, [tally.explainer for tally in tallies.values()], unreadable):
+        add(list(tallies.values()), seen)
+    check_any(len(images) - len(unreadable), unreadable)
+    return {name: tally.result() for name, tally in tallies.items()}, unreadable
+
+
+def check_any(read: int, unreadable: Sequence[str]) -> None:
+    """Raise if no image could be read, with the reason of the first.
+
+    Raises:
+        UlsamError: then.
+    """
+    if not read:
+        others = len(unreadable) - 1
+        raise UlsamError(unreadable[0] + (f" (and {others} more that cannot be read)" if others else ""))
+
+
+def look(spec: ModelSpec) -> tuple[Any, ...]:
+    """What decides on an image before it is normalised: two models of the same look are given the same pixels."""
+    return spec.input_size, spec.interpolation, spec.crop_pct

@@ -1,0 +1,224 @@
+"""The CPU backend: calls the C kernels of `cpu.h` by pointer."""
+
+import ctypes
+import functools
+import os
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, empty_like, get_num_threads
+from torch.nn import Parameter
+
+from ulsam.base.errors import UlsamError
+from ulsam.layer.ops import stages
+
+DTYPES = (torch.float32, torch.bfloat16)
+ISA_NAMES = ("", "base", "AVX2", "AVX-512")
+
+OPENMP = (  # struct openmp of cpu.h
+    *("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel"),
+    *("__kmpc_global_thread_num", "__kmpc_push_num_threads", "__kmpc_fork_call"),
+)
+
+PLAIN = (Tensor, Parameter)  # other types of tensors may have no memory of their own
+
+_JOB = struct.Struct("24q")  # struct job of cpu.h
+
+# Inference at batch 1: in a model, what runs here has been evicted from the caches by the convolutions since its last
+# call, and then each lookup of a name in a module costs as much as a line of Python does in a loop.
+_pack = _JOB.pack
+_FLOAT32, _BFLOAT16, _CHANNELS_LAST = torch.float32, torch.bfloat16, torch.channels_last
+_LOGITS_MULTIPLY = stages.LOGITS | stages.MULTIPLY
+
+_forked = False
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's OpenMP threads, and libgomp would wait for them: it works with one."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The compiled kernels in a file, or None and the reason why there are none, in one line."""
+    if not path.exists():
+        note = path.with_name("kernels.txt")  # by setup.py
+        reason = note.read_text(encoding="utf-8").strip() if note.exists() else f"there is no file {path}"
+        return None, f"ulsam was installed without them: {reason}"
+    try:
+        library = ctypes.CDLL(str(path))
+        size = library.ulsam_job_size()
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded: {error}"
+    if size != _JOB.size:
+        return None, f"{path} is of another version: install ulsam again"
+    library.ulsam_run.argtypes = [ctypes.c_char_p]
+    return library, ""
+
+
+def openmp() -> list[int]:
+    """Where the functions named in `OPENMP` are in the OpenMP library that PyTorch runs on; all 0 without one.
+
+    With it the kernels share PyTorch's threads: those of a second library would fight with them for the cores. It is
+    looked up as PyTorch's own calls are: in what the whole process sees, such as a preloaded library, then in what
+    PyTorch has loaded.
+    """
+    if sys.platform == "win32":
+        places = [str(path) for path in Path(torch.__file__).with_name("lib").glob("libiomp5md.dll")]
+    else:
+        places = [None, torch._C.__file__]
+    for place in places:
+        library = ctypes.CDLL(place)
+        functions: Any = [getattr(library, name, None) for name in OPENMP]
+        found = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+        if all(found[:3]) or all(found[:2] + found[3:]):
+            return found
+    return [0] * len(OPENMP)
+
+
+LIBRARY, WHY_NONE = load(Path(__file__).with_name("kernels.dll" if sys.platform == "win32" else "kernels.so"))
+#: Whether the kernels run on several threads: PyTorch's.
+THREADED = False
+if LIBRARY is not None:
+    _addresses = openmp()
+    THREADED = any(_addresses)
+    LIBRARY.ulsam_use_openmp(struct.pack("6q", *_addresses))
+
+
+def _isa_asked() -> int:
+    name = os.environ.get("ULSAM_ISA", "")
+    if name not in ISA_NAMES:
+        raise UlsamError(f"ULSAM_ISA={name}: there is no such instruction set; valid: {', '.join(ISA_NAMES[1:])}")
+    return ISA_NAMES.index(name)
+
+
+#: The instruction set to use, as an index in `ISA_NAMES`; 0 is the processor's best. ``ULSAM_ISA`` sets it by name.
+isa = _isa_asked()
+
+
+def _run(
+    asked: int,
+    x: Tensor,
+    groups: int,
+    relu: bool,
+    *,
+    dy: Tensor | None = None,
+    y: Tensor | None = None,
+    dx: Tensor | None = None,
+    l: Tensor | None = None,  # noqa: E741
+    dl: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    q: Tensor | None = None,
+    r: Tensor | None = None,
+    dbias: Tensor | None = None,
+) -> None:
+    """Fill a `struct job` of cpu.h and run it."""
+    tensors = (x, dy, y, dx, l, dl, scale, shift, weight, bias, q, r, dbias)
+    job = _JOB.pack(
+        *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+        *x.shape,
+        groups,
+        asked,
+        relu,
+        not x.is_contiguous(),
+        x.dtype == torch.bfloat16,
+        1 if _forked else get_num_threads(),
+        isa,
+    )
+    assert LIBRARY is not None
+    if failed := LIBRARY.ulsam_run(job):
+        _raise(failed)
+
+
+def infer(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    relu: bool,
+    logits: Tensor | None = None,
+) -> Tensor | None:
+    """y of `subspace_attention`, written with as little Python as it takes; None for a less usual x or operands.
+
+    The logits, float32 [B, groups, H, W], are written where they are wanted.
+    """
+    batch, channels, height, width = x.shape
+    bf16 = x.dtype is _BFLOAT16
+    contiguous = x.is_contiguous()
+    if (
+        LIBRARY is None
+        or channels % groups
+        or not (bf16 or x.dtype is _FLOAT32)
+        or not (contiguous or x.is_contiguous(memory_format=_CHANNELS_LAST))
+        or not (_is_vector(scale, channels) and _is_vector(weight, channels))
+        or not (bias is None or _is_vector(bias, groups))
+        or not (_is_vector(shift, channels) if shift is not None else not relu)
+    ):
+        return None
+    y = empty_like(x)
+    failed = LIBRARY.ulsam_run(
+        _pack(
+            *(x.data_ptr(), 0, y.data_ptr(), 0, 0 if logits is None else logits.data_ptr(), 0),
+            *(scale.data_ptr(), 0 if shift is None else shift.data_ptr()),
+            *(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0),
+            *(batch, channels, height, width, groups, _LOGITS_MULTIPLY, relu, not contiguous, bf16),
+            *(1 if _forked else get_num_threads(), isa),
+        )
+    )
+    if failed:
+        _raise(failed)
+    return y
+
+
+def _is_vector(values: Tensor, size: int) -> bool:
+    """Whether these are ``size`` floats in a row in this memory."""
+    return (
+        type(values) in PLAIN
+        and values.numel() == size
+        and values.dtype is _FLOAT32
+        and values.is_cpu
+        and values.is_contiguous()
+        and not values.is_neg()
+    )
+
+
+def _raise(failed: int) -> NoReturn:
+    if failed == -1:
+        raise MemoryError("no memory for subspace attention's maps")
+    raise UlsamError(f"this processor has no {ISA_NAMES[isa]}, which ULSAM_ISA asks for")
+
+
+def forward(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norms: Sequence[Tensor],
+    groups: int,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `stages.forward`."""
+    if not norms:
+        logits = x.new_empty((x.shape[0], groups, *x.shape[2:]), dtype=torch.float32)
+        y = infer(x, scale, shift, weight, bias, groups, relu, logits)
+        if y is not None:
+            return y, logits, logits.new_empty(0)
+    return stages.forward(_run, x, scale, shift, weight, bias, norms, groups, relu, eps)
+
+
+backward = functools.partial(stages.backward, _run)

@@ -1,5 +1,0 @@
-"""One operator, `subspace_attention`: its definition in plain PyTorch, and backends as fast as the arithmetic."""
-
-from ulsam.ops.operator import Backend, infer, is_captured, subspace_attention, which_backend
-
-__all__ = ["Backend", "infer", "is_captured", "subspace_attention", "which_backend"]

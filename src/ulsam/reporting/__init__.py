@@ -1,1 +1,0 @@
-"""Training reports: one page about one or several runs of `ulsam train`."""

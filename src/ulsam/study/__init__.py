@@ -1,0 +1,1 @@
+"""Comparisons of many trained models, and the search for a smaller one."""

@@ -1,0 +1,178 @@
+"""Matched comparisons: many models under one recipe, several seeds, one table; see :func:`compare`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ulsam.base.errors import UlsamError
+from ulsam.base.extras import check_plots
+from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arms
+from ulsam.study.compare_report import measure_latency, summarise, write_reports
+from ulsam.study.grid import Grid
+from ulsam.study.identity import data_digest, file_digests, seen_before
+from ulsam.study.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
+from ulsam.study.paths import without_paths
+from ulsam.study.ray_launcher import RayLauncher, require_ray
+from ulsam.study.run_store import Store
+from ulsam.training.config import TrainConfig
+from ulsam.training.probe import SETTINGS, resolve_auto, undecided
+from ulsam.training.summary import command_line
+
+__all__ = ["compare", "report"]
+
+MARGIN = 0.005  # half a point of top-1
+
+
+def compare(
+    data: str | Path,
+    arms: Sequence[str],
+    out: str | Path,
+    *,
+    seeds: int = 5,
+    rates: Sequence[float] = (),
+    tried_epochs: Sequence[int] = (),
+    tried_seeds: int = 1,
+    choose_split: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    launcher: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    margin: float = MARGIN,
+    publish: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train every arm under one recipe with the same seeds, and compare their top-1, paired by seed and image.
+
+    With several ``rates`` or ``tried_epochs`` each arm first gets its own learning rate and epochs: those with the best
+    top-1 on a fifth of the training images that is held out, the same for all, or on ``choose_split``. Then each arm
+    is trained on all training images with each seed, and measured once. Runs that are finished are not repeated, and
+    those that were stopped go on: call it again with the same arguments.
+
+    Args:
+        data: an image folder, or a data-set name of timm's factory.
+        arms: texts such as ``"base"``, ``"replace 14,17 g=4"`` or ``"small: remove 14,17; size=96"``; see
+            `ulsam.study.arms.Arm`. Differences are to the first one.
+        out: folder of the comparison; see `ulsam.study.run_store`.
+        seeds: how many, from the settings' ``seed`` on.
+        rates, tried_epochs: what is tried; one value or none is no choice.
+        tried_seeds: how many seeds of each try, which hold out other images each; the best mean is chosen.
+        choose_split: the split of ``data`` to choose on, instead of held-out training images; the final runs are
+            measured on another one.
+        settings: of `ulsam.training.config.TrainConfig`, shared by all arms.
+        jobs: runs at a time; by default 1 on this machine, and what a Ray cluster has room for.
+        launcher: ``local`` processes, or ``ray`` tasks (`ulsam.study.ray_launcher`).
+        ray_address: of the Ray cluster.
+        margin: share of top-1 that an arm may lose and still "hold".
+        publish: as for :func:`report`.
+        say: gets a line for each run that ends.
+
+    Returns:
+        What ``compare.json`` holds; a run that failed is in it with its reason.
+
+    Raises:
+        UlsamError: an arm that cannot be built, settings or data that do not fit, a margin below 0, before any
+            training; or a folder with runs of other settings, on other images, or from another weight file or teacher
+            of the same name.
+        Interrupted: Ctrl-C or SIGTERM, after every run has saved (`ulsam.training.loop.Interrupted`).
+
+    >>> compare("birds", ["base"], "runs/x")
+    Traceback (most recent call last):
+    ulsam.base.errors.UlsamError: a comparison needs two arms or more, e.g. --arm base --arm 'replace 14,17 g=4'
+    """
+    refuse_torchrun()
+    _check_margin(margin)
+    _check_publish(out, publish)
+    check_plots("ulsam compare")
+    if launcher == "ray":
+        require_ray()
+    if jobs is not None and jobs < 1:
+        raise UlsamError(f"jobs must be 1 or more, not {jobs}")
+    parsed = parse_arms(arms)
+    shared = TrainConfig.from_mapping({**(settings or {}), "data": str(data)})
+    check_shared(shared)
+    shared = (
+        threads_of(shared, jobs or 1)
+        if launcher == "local"
+        else dataclasses.replace(shared, threads=shared.threads or 1)
+    )
+    grid = Grid(parsed, shared, tuple(map(float, rates)), tuple(tried_epochs), seeds, tried_seeds, choose_split)
+    if grid.choosing:
+        check_choosing(shared, choose_split)
+    check_arms(parsed, shared)
+    store, digest = Store(out), data_digest(shared, choose_split)
+    files = file_digests(arm.config(shared) for arm in parsed)
+    with store.locked():
+        grid = dataclasses.replace(grid, shared=_settled(grid, store, launcher == "ray"))
+        store.begin(grid, command_line(), digest, files)
+    for note in seen_before(run.config for run in grid.known(lambda run: None)):
+        say(f"note    {note}")
+    say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {store.root}")
+    place: Launcher = LocalLauncher(store, jobs or 1)
+    if launcher == "ray":
+        gpus = int(shared.device.startswith("cuda"))
+        place = RayLauncher(store, threads=shared.threads or 1, gpus=gpus, jobs=jobs or 0, address=ray_address)
+    run_all(grid, store, place, say, command_line())
+    measure_latency(grid, store)
+    result = _reported(grid, store, margin, command_line())
+    if publish is not None:
+        _publish(grid, store, result, publish)
+    return result
+
+
+def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | None = None) -> dict[str, Any]:
+    """Make the reports of a comparison again from the runs that are there, without training or timing anything.
+
+    Args:
+        out: the folder of a comparison, or one that was published.
+        margin: as for :func:`compare`.
+        publish: also copy reports and summaries there, without paths of this machine: what a repository should hold.
+
+    Raises:
+        UlsamError: no comparison in this folder, or one that is damaged, or a margin below 0.
+    """
+    _check_margin(margin)
+    _check_publish(out, publish)
+    check_plots("ulsam compare")
+    store = Store(out)
+    grid = store.grid()
+    result = _reported(grid, store, margin, store.read("grid.json").get("command"))
+    if publish is not None:
+        _publish(grid, store, result, publish)
+    return result
+
+
+def _check_margin(margin: float) -> None:
+    if not 0 <= margin < math.inf:
+        raise UlsamError(f"the margin is what an arm may lose and still hold, 0 points or more: not {100 * margin:g}")
+
+
+def _check_publish(out: str | Path, publish: str | Path | None) -> None:
+    if publish is not None and Path(publish).resolve() == Path(out).resolve():
+        raise UlsamError(f"cannot publish {out} into itself: name another folder")
+
+
+def _publish(grid: Grid, store: Store, result: Mapping[str, Any], folder: str | Path) -> None:
+    store.publish(folder, dataclasses.replace(grid, arms=(*grid.arms, *store.external_arms())))
+    write_reports(Store(folder), without_paths(result))
+
+
+def _reported(grid: Grid, store: Store, margin: float, command: str | None) -> dict[str, Any]:
+    result = summarise(grid, store, margin, command)
+    write_reports(store, result)
+    return result
+
+
+def _settled(grid: Grid, store: Store, elsewhere: bool) -> TrainConfig:
+    """The shared settings with nothing left at "auto": as they were settled here before, or by a probe of the base."""
+    shared = grid.shared
+    before = store.read_grid()
+    if before:
+        known = {name: getattr(before.shared, name) for name in SETTINGS if getattr(shared, name) == "auto"}
+        shared = dataclasses.replace(shared, **known)
+    if elsewhere and not undecided(shared):
+        return shared  # what this machine lacks, a GPU say, others may have
+    longest = grid.arms[0].config(shared, epochs=max([shared.epochs, *grid.epochs]))
+    settled = resolve_auto(longest)
+    return dataclasses.replace(shared, **{name: getattr(settled, name) for name in SETTINGS})

@@ -1,0 +1,196 @@
+"""What a comparison found, from the runs that are there."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from ulsam.base.files import write_atomic
+from ulsam.model.spec import ModelSpec
+from ulsam.study import compare_plot as plot
+from ulsam.study import compare_table as table
+from ulsam.study import latency
+from ulsam.study.arms import Arm
+from ulsam.study.grid import Failed, Grid, Try, at_the_edge, most_epochs
+from ulsam.study.run_store import Store
+from ulsam.study.statistics import Difference, check_paired, difference
+from ulsam.training.summary import command_line
+
+Runs = dict[int, Mapping[str, Any]]  # summaries by seed
+
+
+def summarise(grid: Grid, store: Store, margin: float, command: str | None = None) -> dict[str, Any]:
+    """Everything that a comparison found, as JSON; shares are 0..1, times in seconds.
+
+    Args:
+        grid: what was compared.
+        store: where its runs lie; arms that another program trained there are part of the result.
+        margin: share of top-1 that an arm may lose and still hold.
+        command: that made the runs; by default the one that is running.
+
+    Raises:
+        UlsamError: a run has other settings than the grid says, or the runs were measured on different images.
+    """
+    external = store.external_arms()
+    grid = dataclasses.replace(grid, arms=(*grid.arms, *external))
+    runs = {arm.name: _finals(grid, arm, store) for arm in grid.arms}
+    measured = [summary for found in runs.values() for summary in found.values()]
+    if measured:
+        check_paired(measured)
+    timed = store.read("latency.json")
+    times = dict(timed["arms"]) if timed else {}
+    told = {arm.name: store.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
+    times |= {name: one["latency"] for name, one in told.items() if "latency" in one}
+    arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
+    differences = []
+    for number, arm in enumerate(grid.arms):
+        for other in grid.arms[:number]:
+            if found := difference(runs[arm.name], runs[other.name]):
+                differences.append({"arm": arm.name, "minus": other.name, **_difference_entry(found, margin)})
+    base = grid.arms[0].name
+    for entry in arms:
+        minus = [found for found in differences if (found["arm"], found["minus"]) == (entry["name"], base)]
+        entry["minus_base"] = minus[0] if minus else None
+    return {
+        "what": "top-1 of models trained under one recipe, paired by seed and image",
+        "command": command or command_line(),
+        "margin": margin,
+        "seeds": grid.seeds,
+        "chosen_on": (grid.choose_split or "held-out") if grid.choosing else None,
+        "split": measured[0]["split"] if measured else None,
+        "images": measured[0]["scores"]["images"] if measured else None,
+        "finished": not grid.due(store.outcome),
+        "arms": arms,
+        "differences": differences,
+        "notes": _notes(grid, arms, differences, measured),
+        "versions": {
+            name: _values(measured, name) for name in sorted({key for run in measured for key in run["versions"]})
+        },
+        "processor": timed["where"]["processor"] if timed else None,  # that latencies were measured on
+        "threads": timed["where"]["threads"] if timed else None,  # of PyTorch, meanwhile
+    }
+
+
+def measure_latency(grid: Grid, store: Store) -> None:
+    """Time the arms' models beside each other, once: ``latency.json``; only arms that have a finished run."""
+    specs = {}
+    for arm in grid.arms:
+        if found := _finals(grid, arm, store):
+            entry = next(iter(found.values()))["spec"]
+            specs[arm.name] = ModelSpec.from_json(json.dumps(entry))
+    if len(specs) > 1 and grid.arms[0].name in specs:
+        store.write("latency.json", latency.entry(specs, store.read("latency.json")))
+
+
+def write_reports(store: Store, result: Mapping[str, Any]) -> None:
+    """Write ``compare.json``, ``.md``, ``.csv``, ``.png``, and ``rates.png`` where rates were tried."""
+    store.write("compare.json", result)
+    write_atomic(store.root / "compare.md", table.markdown(result))
+    write_atomic(store.root / "compare.csv", table.csv_text(result))
+    if any(arm["top1_mean"] is not None for arm in result["arms"]):
+        write_atomic(store.root / "compare.png", plot.draw(result))
+    if any(entry["top1"] is not None for arm in result["arms"] for entry in arm["tries"]):
+        write_atomic(store.root / "rates.png", plot.draw_rates(result))
+
+
+def _finals(grid: Grid, arm: Arm, store: Store) -> Runs:
+    found: Runs = {}
+    for run in grid.finals(arm, store.outcome):
+        summary = store.outcome(run)
+        if summary is not None and not isinstance(summary, Failed):
+            found[run.config.seed] = summary
+    return found
+
+
+def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[str, Any] | None) -> dict[str, Any]:
+    top1 = [summary["scores"]["top1"] for summary in runs.values()]
+    chosen = grid.chosen(arm, store.outcome)
+    tries = grid.tried(arm, store.outcome)
+    finals = grid.finals(arm, store.outcome)
+    # a rate that fails is a result of its own, but without any that works the arm has failed
+    counted = grid.tries(arm, store.outcome) if tries and all(entry.failed for entry in tries) else finals
+    failed = [
+        {"run": run.name, "reason": found.reason} for run in counted if isinstance(found := store.outcome(run), Failed)
+    ]
+    return {
+        "name": arm.name,
+        "folder": arm.slug,
+        "edits": list(arm.edits),
+        "settings": dict(arm.settings),
+        "lr": chosen[0] if chosen else None,
+        "epochs": chosen[1] if chosen else None,
+        "tries": [
+            {
+                "lr": entry.rate,
+                "epochs": entry.epochs,
+                "top1": entry.top1,
+                "each": list(entry.each),
+                "loss": entry.loss,
+                "failed": entry.failed,
+            }
+            for entry in tries
+        ],
+        "seeds": list(runs),
+        "top1": top1,
+        "top1_mean": statistics.mean(top1) if top1 else None,
+        "top1_sd": statistics.stdev(top1) if len(top1) > 1 else None,
+        "cost": dict(next(iter(runs.values()))["cost"]) if runs else {},
+        "latency": dict(times) if times else None,
+        "failed": failed,
+        "missing": grid.seeds - sum(store.outcome(run) is not None for run in finals),
+    }
+
+
+def _difference_entry(found: Difference, margin: float) -> dict[str, Any]:
+    entry = {**dataclasses.asdict(found), "verdict": list(found.words(margin))}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+
+
+def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[Mapping[str, Any]]) -> list[str]:
+    notes, longest = [], []
+    for entry in arms:
+        notes += [
+            f"{entry['name']}: rate {tried['lr']:g} ({tried['epochs']} epochs) failed: {tried['failed']}"
+            for tried in entry["tries"]
+            if tried["failed"]
+        ]
+        if entry["lr"] is not None:
+            notes += [f"{entry['name']}, {bad['run']} failed: {bad['reason']}" for bad in entry["failed"]]
+        tries = [
+            Try(found["lr"], found["epochs"], found["top1"], found["failed"], loss=found["loss"])
+            for found in entry["tries"]
+        ]
+        if edge := at_the_edge(tries):
+            side = "larger" if edge == "largest" else "smaller"
+            notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones, --rates")
+        if most_epochs(tries):
+            longest.append(entry["name"])
+        minus = entry["minus_base"]
+        if minus and not set(minus["seeds"]) == set(entry["seeds"]) == set(arms[0]["seeds"]):
+            notes.append(f"{entry['name']} minus base: over {len(minus['seeds'])} common seeds")
+    if longest:
+        whose = "every arm" if len(longest) == len(arms) else ", ".join(longest)
+        notes.append(f"{whose}: of the tried numbers of epochs the largest is best; more may change the order")
+    if not grid.choosing:
+        notes.append(
+            "learning rate and epochs were given, not chosen for each arm: a difference may be theirs (--rates, "
+            "--tried-epochs)"
+        )
+    if measured and measured[0]["split"] == "held-out":
+        notes.append("measured on held-out training images: good for screening, not for a headline")
+    over = {found["over"] for found in differences}
+    if "images" in over:
+        notes.append("one seed: these intervals are over images alone, and say nothing about other seeds")
+    if "seeds" in over:
+        notes.append("which images were right is not known of these runs: intervals are over seeds alone")
+    for name in ("torch", "timm", "device", "ulsam"):
+        used = _values(measured, name)
+        if len(used) > 1:
+            notes.append(f"the runs were not all made with the same {name}: {', '.join(used)}")
+    return notes
+
+
+def _values(measured: list[Mapping[str, Any]], name: str) -> list[str]:
+    """Every version of something that the runs were made with."""
+    return sorted({run["versions"][name] for run in measured if name in run["versions"]})

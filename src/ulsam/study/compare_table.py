@@ -1,0 +1,179 @@
+"""A comparison as text: for the terminal, as Markdown, as CSV."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ulsam.surgery.cost import aligned
+
+HEADS = ("arm", "parameters", "MACs", "latency", "lr, epochs", "top-1 (seeds)", "minus base", "verdict")
+NUMBERS = (1, 2, 3, 4, 5, 6)  # columns that are flush right
+
+
+def rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the main table, a line an arm; a failed arm says so.
+
+    Args:
+        result: what `ulsam.study.compare.compare` returns.
+    """
+    return [_row(arm, number == 0) for number, arm in enumerate(result["arms"])]
+
+
+def pairs(result: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the second table: the difference of every two arms of which neither is the base."""
+    base = result["arms"][0]["name"]
+    return [
+        [f"{pair['arm']} minus {pair['minus']}", points(pair), ", ".join(pair["verdict"])]
+        for pair in result["differences"]
+        if pair["minus"] != base
+    ]
+
+
+def tries(result: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of the table of tries, heads first: each arm's mean top-1 where rates are chosen, the best one in bold.
+
+    Empty where nothing was tried.
+    """
+    columns = sorted({(entry["lr"], entry["epochs"]) for arm in result["arms"] for entry in arm["tries"]}, key=_order)
+    if not columns:
+        return []
+    heads = [f"{result['chosen_on']} top-1 at lr, epochs", *(f"{lr:g}, {epochs}" for lr, epochs in columns)]
+    return [heads, *([arm["name"], *(_tried(arm, *column) for column in columns)] for arm in result["arms"])]
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """For the terminal."""
+    blocks = ["\n".join(aligned([list(HEADS), *rows(result)], right=NUMBERS))]
+    if others := pairs(result):
+        blocks.append("\n".join(aligned([["difference", "points", "verdict"], *others], right=(1,))))
+    blocks.append("\n".join([legend(result), *(f"note: {note}" for note in result["notes"])]))
+    return "\n\n".join(blocks)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """As Markdown, with the command."""
+    blocks = [_markdown_table([list(HEADS), *rows(result)])]
+    if others := pairs(result):
+        blocks.append(_markdown_table([["difference", "points", "verdict"], *others]))
+    blocks.append(legend(result))
+    if tried := tries(result):
+        blocks.append(_markdown_table(tried))
+    if result["notes"]:
+        blocks.append("\n".join(f"- {note}" for note in result["notes"]))
+    blocks.append(f"`{result['command']}`")
+    return "\n\n".join(blocks) + "\n"
+
+
+def csv_text(result: Mapping[str, Any]) -> str:
+    """As CSV, with plain numbers: shares 0..1, seconds; a cell is empty where nothing was measured."""
+    out = io.StringIO()
+    names = [
+        "arm",
+        "params",
+        "macs",
+        "latency_seconds",
+        "latency_ratio",
+        "lr",
+        "epochs",
+        "seeds",
+        "top1_mean",
+        "top1_sd",
+    ]
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow([*names, "minus_base", "minus_base_low", "minus_base_high", "verdict", "failed_runs"])
+    for arm in result["arms"]:
+        latency, minus = arm["latency"] or {}, arm["minus_base"] or {}
+        values = [arm["name"], arm["cost"].get("params"), arm["cost"].get("macs"), latency.get("seconds")]
+        values += [latency.get("ratio"), arm["lr"], arm["epochs"], len(arm["seeds"]), arm["top1_mean"], arm["top1_sd"]]
+        values += [minus.get("mean"), minus.get("low"), minus.get("high"), "; ".join(minus.get("verdict", ()))]
+        table.writerow([*values, len(arm["failed"])])
+    return out.getvalue()
+
+
+def points(found: Mapping[str, Any]) -> str:
+    """A difference in points of top-1, with its interval.
+
+    >>> points({"mean": 0.012, "low": -0.001, "high": 0.025})
+    '+1.20 [-0.10, +2.50]'
+    """
+    mean = f"{100 * found['mean']:+.2f}"
+    return mean if found["low"] is None else f"{mean} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
+
+
+def latency(arm: Mapping[str, Any], *, is_base: bool) -> str:
+    """The time of an image: the base's own, of another arm its ratio to that; empty where it was not measured.
+
+    Two models that were timed at different times have nothing in common but their ratios.
+
+    >>> latency({"latency": {"seconds": 0.0061, "ratio": 0.89}}, is_base=False)
+    'x 0.89'
+    """
+    found = arm["latency"]
+    if not found:
+        return ""
+    return f"{1e3 * found['seconds']:.1f} ms" if is_base else f"x {found['ratio']:.2f}"
+
+
+def legend(result: Mapping[str, Any]) -> str:
+    """What the columns are."""
+    told = [*result["differences"], *(arm["minus_base"] for arm in result["arms"] if arm["minus_base"])]
+    over = {pair["over"] for pair in told}
+    interval = f"95 % interval over {' / '.join(sorted(over))}" if over else "no interval"
+    paired = "seed" if "seeds" in over else "seed and image"
+    margin = 100 * result["margin"]
+    machine = f"{result['processor']}, threads: {result['threads']}" if result["processor"] else "CPU"
+    return (
+        f"Top-1 in %, mean ± standard deviation over seeds{_where(result)}. Minus base: points, paired by {paired}, "
+        f"{interval}. "
+        f"holds: its lower end is above -{margin:g}; gain, loss: it leaves 0 out. Latency: one image, folded model, "
+        f"{machine}; of others its ratio to the base's. MACs: multiply-adds."
+    )
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    return f", on {result['images']} {result['split']} images" if result["images"] else ""
+
+
+def _row(arm: Mapping[str, Any], is_base: bool) -> list[str]:
+    cost, minus = arm["cost"], arm["minus_base"]
+    spread = "" if arm["top1_sd"] is None else f" ± {100 * arm['top1_sd']:.2f}"
+    words = [*(minus["verdict"] if minus and not is_base else ()), *_lacks(arm)]
+    return [
+        arm["name"],
+        f"{cost['params'] / 1e6:.3f} M" if cost else "",
+        f"{cost['macs'] / 1e6:.1f} M" if cost else "",
+        latency(arm, is_base=is_base),
+        "" if arm["lr"] is None else f"{arm['lr']:g}, {arm['epochs']}",
+        "" if arm["top1_mean"] is None else f"{100 * arm['top1_mean']:.2f}{spread} ({len(arm['seeds'])})",
+        points(minus) if minus and not is_base else "",
+        ", ".join(words),
+    ]
+
+
+def _order(column: tuple[float, int]) -> tuple[int, float]:
+    """Fewer epochs first, then smaller rates."""
+    return column[1], column[0]
+
+
+def _tried(arm: Mapping[str, Any], lr: float, epochs: int) -> str:
+    """The cell of one try: empty where it was not tried or has not ended."""
+    found = [entry for entry in arm["tries"] if (entry["lr"], entry["epochs"]) == (lr, epochs)]
+    if not found or (found[0]["top1"] is None and not found[0]["failed"]):
+        return ""
+    if found[0]["failed"]:
+        return "failed"
+    top1 = f"{100 * found[0]['top1']:.1f}"
+    return f"**{top1}**" if (arm["lr"], arm["epochs"]) == (lr, epochs) else top1
+
+
+def _lacks(arm: Mapping[str, Any]) -> list[str]:
+    if not arm["seeds"] and arm["failed"]:
+        return ["failed"]
+    lacks = [f"{len(arm['failed'])} failed"] if arm["failed"] else []
+    return lacks + ([f"{arm['missing']} not run"] if arm["missing"] else [])
+
+
+def _markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rest])

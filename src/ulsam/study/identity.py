@@ -1,0 +1,98 @@
+"""Tell whether images and weight files are what they were, and whether a model has seen images before."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ulsam.base.errors import UlsamError
+from ulsam.data.sources import AnyImages, FolderImages, StreamImages
+from ulsam.model.trained import locate
+from ulsam.training import parts
+from ulsam.training.config import TrainConfig, config_beside
+
+
+def data_digest(config: TrainConfig, *others: str | None) -> str | None:
+    """SHA-256 of the classes and of the names and file sizes of all images, in hexadecimal; None for a stream.
+
+    Whatever is held out, and wherever the folder lies, it is the same; of a named data set the sizes are not known.
+
+    Args:
+        config: names the data, and the splits to train and to measure on.
+        others: further splits; None is none.
+
+    Raises:
+        UlsamError: the data is not usable.
+
+    >>> import tempfile
+    >>> from ulsam.data.birds import draw_birds
+    >>> one, two = (
+    ...     TrainConfig(str(draw_birds(tempfile.mkdtemp() + "/birds", classes=2, train=4, val=1, size=32)), seed=seed)
+    ...     for seed in range(2)
+    ... )
+    >>> data_digest(one) == data_digest(two)
+    True
+    """
+    train, val, _ = parts.open_images(config)
+    if isinstance(train, StreamImages):
+        return None
+    more = [parts.open_images(dataclasses.replace(config, val_split=name))[1] for name in others if name is not None]
+    found = {line for images in (train, val, *more) for line in _images(images, config.data)}
+    lines = [*sorted(found), *train.classes]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def file_digests(configs: Iterable[TrainConfig]) -> dict[str, str]:
+    """SHA-256, in hexadecimal, of each weight file and teacher that the settings name.
+
+    >>> file_digests([TrainConfig("birds")])
+    {}
+    """
+    files = sorted({name for config in configs for name in (config.weights, config.teacher) if name})
+    return {name: hashlib.sha256(locate(name).read_bytes()).hexdigest() for name in files}
+
+
+def seen_before(configs: Iterable[TrainConfig]) -> list[str]:
+    """A line about each weight file and teacher that was trained on images which a run holds out.
+
+    That is known of the model file in the folder of its run on the same split of the same image folder.
+
+    Args:
+        configs: the settings of runs.
+
+    Raises:
+        UlsamError: the data is not usable.
+
+    >>> seen_before([TrainConfig("birds")])
+    []
+    """
+    found = []
+    for config in configs:
+        for name in dict.fromkeys((config.weights, config.teacher)):
+            before = config_beside(locate(name)) if name else None
+            if before is None or before.train_split != config.train_split or not Path(config.data).is_dir():
+                continue
+            if Path(before.data).resolve() != Path(config.data).resolve():
+                continue
+            _, measured, _ = parts.open_images(config)
+            if measured.split != "held-out":
+                continue
+            try:
+                trained_on, _, _ = parts.open_images(before)
+            except UlsamError:  # what that run was measured on is gone since
+                continue
+            if seen := len(set(trained_on.names) & set(measured.names)):
+                found.append(
+                    f"{name} was trained on {seen} of the {len(measured)} images that are held out here: start from "
+                    "weights of before that, or measure on another split"
+                )
+    return list(dict.fromkeys(found))
+
+
+def _images(images: AnyImages, root: str) -> Iterator[str]:
+    if isinstance(images, FolderImages):
+        for path, _ in images.samples:
+            yield f"{os.path.relpath(path, root)} {os.stat(path).st_size}"
+    else:
+        yield from (f"{images.split} {name}" for name in images.names)

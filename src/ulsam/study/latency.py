@@ -1,0 +1,88 @@
+"""How long each arm's model takes for one image on this machine's CPU, measured side by side."""
+
+import functools
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ulsam.base.timing import times_in_turn
+from ulsam.model.build import build
+from ulsam.model.spec import ModelSpec
+from ulsam.surgery.fold import fold
+from ulsam.training.summary import versions
+
+MOST_TURNS = 200
+SECONDS = 20.0  # for all arms together; a slow model takes longer, for its least turns
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The time of one model; a turn runs every model once, so that what slows the machine slows them all."""
+
+    seconds: float  # median
+    ratio: float  # to the first model's time, median over turns
+    ratio_quartiles: tuple[float, float]
+    turns: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "ratio_quartiles": list(self.ratio_quartiles)}
+
+
+def measure(models: Mapping[str, tuple[nn.Module, Sequence[int]]]) -> dict[str, Latency]:
+    """Time models, folded (`ulsam.fold`), on one image each, in turn, in shuffled order.
+
+    Args:
+        models: each with its input size C, H, W, by name; the first one is what the others are held against.
+
+    >>> model = torch.nn.Conv2d(3, 8, 3)
+    >>> found = measure({"base": (model, (3, 32, 32)), "same": (model, (3, 32, 32))})
+    >>> found["base"].ratio, 0.2 < found["same"].ratio < 5
+    (1.0, True)
+    """
+    calls = {}
+    for name, (model, size) in models.items():
+        image = torch.randn(1, *size).contiguous(memory_format=torch.channels_last)
+        calls[name] = functools.partial(fold(model, size), image)
+    times = times_in_turn(calls, SECONDS, MOST_TURNS)
+    first = times[next(iter(calls))]
+    found = {}
+    for name, taken in times.items():
+        ratios = [mine / base for mine, base in zip(taken, first, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        found[name] = Latency(statistics.median(taken), middle, (low, high), len(taken))
+    return found
+
+
+def entry(specs: Mapping[str, ModelSpec], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Latencies as JSON, with machine and versions; ``before`` if it is of the same models on the same machine."""
+    where = {**versions(), "processor": processor()}
+    models = {name: spec.to_json() for name, spec in specs.items()}
+    if before and (before["models"], before["where"]) == (models, where):
+        return dict(before)
+    found = measure({name: (build(spec)[0], spec.input_size) for name, spec in specs.items()})
+    arms = {name: latency.to_json() for name, latency in found.items()}
+    return {
+        "what": "seconds of one image, folded model, CPU, float32, channels_last",
+        "arms": arms,
+        "models": models,
+        "where": where,
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it.
+
+    >>> bool(processor())
+    True
+    """
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,216 @@
+"""The folder of a comparison, and the smaller one to publish; both have the same layout.
+
+grid.json                     what is compared
+arms/ARM/RUN/summary.json     of each finished run; in the folder itself with all that training leaves
+arms/ARM/RUN.log, RUN.failed  what a run printed; why it failed
+arms/ARM/external_arm.json           of an arm that another program trains in here, with the grid's seeds, rates and
+epochs latency.json                  measured when all runs were finished compare.json, .md, .csv, .png, rates.png
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import make_folder, write_atomic
+from ulsam.study.arms import Arm
+from ulsam.study.grid import Failed, Grid, Run
+from ulsam.study.paths import without_paths
+from ulsam.training.config import read_config
+from ulsam.training.restore import check_begun
+
+
+class Store:
+    """A comparison's folder."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._read: dict[Path, dict[str, Any]] = {}
+
+    def folder(self, run: Run) -> Path:
+        """The folder of a run, which `ulsam.training.loop.train` makes."""
+        return self.root / "arms" / run.arm.slug / run.name
+
+    def outcome(self, run: Run) -> Mapping[str, Any] | Failed | None:
+        """The summary of a run, its failure, or None if it has not ended.
+
+        Raises:
+            UlsamError: the run in this folder had other settings: results of two recipes are never mixed.
+        """
+        folder = self.folder(run)
+        if folder not in self._read:
+            try:
+                text = (folder / "summary.json").read_text(encoding="utf-8")
+            except (FileNotFoundError, NotADirectoryError):
+                return self._failure(run)
+            summary = _json(text, folder / "summary.json")
+            check_begun(summary.get("config", {}), dataclasses.asdict(run.config), folder)
+            self._read[folder] = summary
+        return self._read[folder]
+
+    def check(self, run: Run) -> None:
+        """Raise unless what lies in the run's folder, finished or not, is that run.
+
+        Raises:
+            UlsamError: it had other settings.
+        """
+        self.outcome(run)
+        if (self.folder(run) / "config.yaml").is_file():
+            check_begun(read_config(self.folder(run) / "config.yaml"), dataclasses.asdict(run.config), self.folder(run))
+
+    def fail(self, run: Run, reason: str) -> None:
+        """Note why a run failed."""
+        write_atomic(self.folder(run).with_name(f"{run.name}.failed"), reason + "\n")
+
+    def begin(self, grid: Grid, command: str, data: str | None, files: Mapping[str, str]) -> None:
+        """Write down what is compared, and let failed runs be done again; but a try that diverged is a result.
+
+        Args:
+            grid: with nothing left at "auto".
+            command: that compares it.
+            data: the digest of its images, `ulsam.study.identity.data_digest`.
+            files: the digests of its weight files and teachers, `ulsam.study.identity.file_digests`.
+
+        Raises:
+            UlsamError: a folder holds a run of other settings, or the images or a weight file are not those of the
+                runs in it.
+        """
+        before = self.read_grid()
+        if before is not None and before.choosing and grid.choosing and before.choose_split != grid.choose_split:
+            on = before.choose_split or "held-out training images"
+            raise UlsamError(f"{self.root} chooses rates on {on}: go on with that, or name another --out")
+        known = self.check_identity(grid.shared.data, data, files)
+        for run in grid.known(self.outcome):
+            self.allow_retry(run)
+            self.check(run)
+        told = {"command": command, "data_sha256": data, "files_sha256": sorted({**known, **files}.items())}
+        self.write("grid.json", {**grid.to_json(), **told})
+
+    def check_identity(self, source: str, data: str | None, files: Mapping[str, str]) -> dict[str, str]:
+        """Raise unless images and weight files are those of the runs in here; the known digests of files.
+
+        Args:
+            source: of the images, for the message.
+            data, files: as for :meth:`begin`.
+
+        Raises:
+            UlsamError: they are not.
+        """
+        before = self.read("grid.json") or {}
+        if None not in (before.get("data_sha256"), data) and before["data_sha256"] != data:
+            raise UlsamError(f"{self.root} compares models on other images than {source} holds now: name another --out")
+        known = dict(before.get("files_sha256", []))
+        for name in known.keys() & files:
+            if known[name] != files[name]:
+                raise UlsamError(
+                    f"{name} is not the file that {self.root} began with: put it back, or name another --out"
+                )
+        return known
+
+    def allow_retry(self, run: Run) -> None:
+        """Let a run that failed be done again; not a try that diverged: that its rate is too high is a result."""
+        found = self.outcome(run)
+        if isinstance(found, Failed) and not (run.is_try and found.diverged):
+            self.clear_failure(run)
+
+    def clear_failure(self, run: Run) -> None:
+        """Forget why a run failed."""
+        self.folder(run).with_name(f"{run.name}.failed").unlink(missing_ok=True)
+
+    def read_grid(self) -> Grid | None:
+        """What was compared in this folder; None if it is new.
+
+        Raises:
+            UlsamError: the file is damaged.
+        """
+        path = self.root / "grid.json"
+        if not path.is_file():
+            return None
+        return Grid.from_json(_json(path.read_text(encoding="utf-8"), path))
+
+    def grid(self) -> Grid:
+        """What is compared in this folder.
+
+        Raises:
+            UlsamError: it is not the folder of a comparison, or the file is damaged.
+        """
+        found = self.read_grid()
+        if found is None:
+            raise UlsamError(f"{self.root} is not the folder of a comparison: there is no grid.json in it")
+        return found
+
+    def external_arms(self) -> tuple[Arm, ...]:
+        """The arms that another program trains in here: each folder's ``external_arm.json`` holds its name and
+        settings.
+
+        Raises:
+            UlsamError: such a file is damaged.
+        """
+        found = [
+            _json(path.read_text(encoding="utf-8"), path) for path in sorted(self.root.glob("arms/*/external_arm.json"))
+        ]
+        return tuple(Arm(one["name"], (), one["settings"]) for one in found)
+
+    def write(self, name: str, value: Any) -> None:
+        """Write JSON into the folder."""
+        write_atomic(self.root / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def read(self, name: str) -> Any:
+        """JSON from the folder, None if there is no such file."""
+        path = self.root / name
+        return _json(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it no other process is in here: one waits for the other."""
+        make_folder(self.root)
+        with FileLock(self.root / ".lock"):
+            yield
+
+    def publish(self, target: str | Path, grid: Grid) -> None:
+        """Copy what reports are made of: summaries, plan and latencies, without paths of this machine, and no weights.
+
+        Runs of a choice that holds no longer are copied too: what was measured stays on record.
+
+        Raises:
+            UlsamError: the folder cannot be written.
+        """
+        there = Store(target)
+        make_folder(there.root)
+        for run in grid.known(self.outcome):
+            found, folder = self.outcome(run), there.folder(run)
+            if isinstance(found, Failed):
+                make_folder(folder.parent)
+                there.fail(run, without_paths(found.reason))
+            elif found is not None:
+                there.clear_failure(run)
+        for path in sorted(self.root.glob("arms/*/*/summary.json")):
+            name = str(path.relative_to(self.root))
+            make_folder((there.root / name).parent)
+            there.write(name, without_paths(self.read(name)))
+        external = [f"arms/{arm.slug}/external_arm.json" for arm in self.external_arms()]
+        for name in ("grid.json", "latency.json", *external):
+            if (value := self.read(name)) is not None:
+                make_folder((there.root / name).parent)  # a one may have no finished run yet
+                there.write(name, without_paths(value))
+
+    def _failure(self, run: Run) -> Failed | None:
+        try:
+            return Failed(self.folder(run).with_name(f"{run.name}.failed").read_text(encoding="utf-8").strip())
+        except FileNotFoundError:
+            return None
+
+
+def _json(text: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UlsamError(f"{path} is damaged: it holds no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UlsamError(f"{path} is damaged: it holds no JSON object")
+    return value

@@ -1,0 +1,273 @@
+"""Slimming from a trained model to a smaller one: choose the blocks, then restore the accuracy by fine-tuning."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ulsam.base.distributed import start
+from ulsam.base.errors import UlsamError, printable
+from ulsam.base.files import write_atomic
+from ulsam.data.loading import eval_loader
+from ulsam.data.sources import AnyImages
+from ulsam.model.build import load
+from ulsam.model.spec import ModelSpec
+from ulsam.model.trained import locate
+from ulsam.study import slim_report as report
+from ulsam.study.slim_blocks import find_blocks
+from ulsam.study.slim_budget import Budget, budget
+from ulsam.study.slim_choose import BlockSearch
+from ulsam.study.slim_damage import score
+from ulsam.study.slim_latency import check_engine
+from ulsam.study.slim_store import Store, check_folder
+from ulsam.surgery.cost import cost
+from ulsam.surgery.places import match
+from ulsam.training import parts, restore
+from ulsam.training.config import TrainConfig, config_beside, read_config
+from ulsam.training.evaluate import evaluate, spec_transform
+from ulsam.training.loop import Interrupted, resume, train
+from ulsam.training.sample import draw_sample
+from ulsam.training.step import AMP_DTYPES, LAYOUTS
+from ulsam.training.summary import cost_entry, score_entry
+
+#: Settings of training that slimming decides.
+DECIDED = ("data", "model", "model_args", "edits", "pretrained", "weights", "teacher")
+
+
+def slim(
+    model: str | os.PathLike[str],
+    data: str,
+    out: str | os.PathLike[str],
+    *,
+    fine_tune: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Replace blocks of a trained model so that it fits a budget, with the least damage, and restore its accuracy.
+
+    The damage of a set of blocks is the increase of the mean cross-entropy on a sample of the training images when
+    they are replaced, without any training. The slimmed model is then fine-tuned with the original one as its teacher.
+
+    ``out/slim.json`` holds all figures and the choice, ``out/train.yaml`` the settings of the fine-tuning, ``out/run``
+    its run with the slimmed model, ``model.safetensors``. A second start with the same ``out`` goes on where it
+    stopped.
+
+    Args:
+        model: a trained model's model file.
+        data: an image folder, or timm's name of a data set; with the model's classes.
+        out: a new folder, or that of the same slimming.
+        fine_tune: whether to go on after the choice.
+        settings: of `ulsam.training.config.TrainConfig`, for the fine-tuning, but for `DECIDED`; how images are read
+            (``size``, ``mean``, ...) is by default as in the model file.
+        options: the budget, exactly one of ``macs``, ``params`` and ``latency``, the share of the model's own to keep;
+            and the other settings of `ulsam.study.slim_budget.Budget`.
+
+    Returns:
+        What ``slim.json`` holds.
+
+    Raises:
+        UlsamError: no model file, other classes, no block to replace, a budget that all blocks together do not reach,
+            a folder with something else in it, and what `ulsam.training.loop.train` raises.
+        Interrupted: Ctrl-C, or SIGTERM in training; everything that was done is kept.
+    """
+    asked, out = budget(**options), Path(out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UlsamError("slimming chooses in one process: use --no-train, then start the line it prints by torchrun")
+    check_engine(asked.engine)
+    original, spec = load(model)
+    config = fine_tuning(model, spec, data, settings or {})
+    with _told(out):
+        store = _choose(asked, out, original, spec, config, locate(model))
+        chosen = [*config.edits, asked.edit(store.data["chosen"]["blocks"])]
+        config = dataclasses.replace(config, edits=chosen)
+        if (out / "run" / "config.yaml").exists():
+            wanted = {name: value for name, value in dataclasses.asdict(config).items() if value != "auto"}
+            restore.check_begun(read_config(out / "run" / "config.yaml"), wanted, out / "run")
+        write_atomic(out / "train.yaml", config.to_yaml())
+        if not fine_tune:
+            command = ["ulsam", "train", "--config", str(out / "train.yaml"), "--out", str(out / "run")]
+            _say(f"next    {shlex.join(command)}")
+        else:
+            summary = _trained(config, out / "run")
+            if store.get("result") is None:
+                store.put("result", _result(original, config, summary))
+    for line in report.result_lines(store.data, out) if fine_tune else []:
+        _say(line)
+    return store.data
+
+
+def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, settings: Mapping[str, Any]) -> TrainConfig:
+    """The settings with which the slimmed model is trained, its new edit aside.
+
+    Where the model file lies in the folder of its run, the same images are held out as in that run, unless
+    ``val_fraction``, ``val_split`` or ``split_seed`` say otherwise: the model was trained on the others.
+
+    Raises:
+        UlsamError: a setting that slimming decides, an unknown one, or a model for images that are not square.
+
+    >>> fine_tuning("model.safetensors", ModelSpec("resnet18", ("a", "b")), "birds", {"epochs": 3}).teacher
+    'model.safetensors'
+    """
+    for name in DECIDED:
+        if name in settings:
+            raise UlsamError(f"slimming decides {name}: leave it out of the settings")
+    _, height, width = spec.input_size
+    if height != width and "size" not in settings:
+        raise UlsamError(f"this model's images are {height} x {width}, and training makes square ones: give a --size")
+    own = {
+        "data": data,
+        "model": spec.base,
+        "model_args": dict(spec.model_args),
+        "edits": [str(edit) for edit in spec.edits],
+        "size": height,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.crop_pct,
+        "weights": os.fspath(model),
+        "teacher": os.fspath(model),
+    }
+    return TrainConfig.from_mapping({**own, **_held_out(locate(model), data, settings), **settings})
+
+
+def _held_out(model: Path, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by which the run of this model file chose its held-out images; empty without such a run."""
+    before = config_beside(model)
+    if before is None or not Path(data).is_dir():
+        return {}
+    found = {"split_seed": before.seed if before.split_seed is None else before.split_seed}
+    return found if "val_split" in settings else {"val_fraction": before.val_fraction, **found}
+
+
+def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, config: TrainConfig, model: Path) -> Store:
+    """Choose the blocks, or take the choice that ``out`` holds, and tell it."""
+    with start(config.device) as world:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        images, measured, _ = parts.open_images(config)
+        if images.classes != spec.classes:
+            raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(images, spec)}")
+        seen = parts.spec_of(config, spec.classes)
+        # what cannot be trained or kept shows before anything is measured
+        check_folder(out)
+        if config.freeze:
+            match(original, config.freeze)
+        blocks, switched, notes = find_blocks(original, seen.input_size, dict(asked.layer), asked.at)
+        sample = draw_sample(images, seen, asked.images, world, workers=config.workers)
+        identity = {
+            **asked.entry(),
+            "reconstruct_images": config.reconstruct_images,
+            "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+            "sample_sha256": sample.names,
+            "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
+        }
+        store = Store(out, identity)
+        whole = cost(original, seen.input_size)
+        store.data["model"] = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(whole)}
+        store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+        store.data["images"] = {"sample": sample.count, "training": len(images)}
+        if measured.split == "held-out" and config.split_seed is None:
+            notes.append(
+                f"the held-out images may be ones that {model} was trained on: there is no config.yaml of its run "
+                "beside it; give that run's seed as --split-seed, and its --val-fraction"
+            )
+        for line in [*report.start_lines(store.data), *(f"note    {note}" for note in notes)]:
+            _say(line)
+        for _, reason in sample.unreadable:
+            _say(f"unreadable {reason}")
+        if store.get("chosen") is None:
+            original.to(world.device)
+
+            def reconstruct() -> None:
+                if config.reconstruct_images:
+                    shown = draw_sample(
+                        images, seen, config.reconstruct_images, world, apart_from=asked.images, workers=config.workers
+                    )
+                    store.put(
+                        "reconstructed", {found.name: found.explained for found in switched.reconstruct(shown.images)}
+                    )
+
+            BlockSearch(
+                asked,
+                blocks,
+                switched,
+                whole,
+                lambda names: score(switched, names, sample, spec.classes, world),
+                store,
+                reconstruct,
+            ).choose()
+        for line in report.choice_lines(store.data):
+            _say(line)
+    return store
+
+
+def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
+    """The summary of the fine-tuning's run: a new one, the one that is there, or its rest."""
+    if not (run / "config.yaml").exists():
+        return train(config, run)
+    if (run / "summary.json").exists():
+        summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        return summary
+    given = {name: getattr(config, name) for name in restore.HARMLESS}
+    return resume(run, {name: value for name, value in given.items() if value not in ("auto", None)})
+
+
+def _result(model: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The slimmed model beside the original one, both on the run's own images, in its precision and layout."""
+    ran = TrainConfig.from_mapping(summary["config"])
+    with start(config.device) as world:
+        _, images, _ = parts.open_images(config)
+        seen = parts.spec_of(config, summary["spec"]["classes"])
+        batches = eval_loader(
+            images,
+            spec_transform(seen),
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=world.device,
+        )
+        scores = evaluate(
+            model.to(world.device).to(memory_format=LAYOUTS[ran.layout]),
+            batches,
+            len(seen.classes),
+            world=world,
+            amp=AMP_DTYPES[ran.amp],
+            channels_last=ran.layout == "channels_last",
+            progress="original model",
+        )
+    return {
+        "split": summary["split"],
+        "original": score_entry(scores, seen.classes),
+        "slimmed": summary["scores"],
+        "cost": summary["cost"],
+    }
+
+
+def _other(images: AnyImages, spec: ModelSpec) -> str:
+    """How the classes differ."""
+    if len(images.classes) != len(spec.classes):
+        return f"{len(images.classes)}, not {len(spec.classes)}"
+    wrong, right = next(pair for pair in zip(images.classes, spec.classes, strict=True) if pair[0] != pair[1])
+    return f"{wrong!r} where the model has {right!r}"
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Turn an interruption into one that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        where = str(stop).partition(";")[0] or "stopped"
+        raise Interrupted(f"{where}; what was done is kept: go on with the same command and --out {out}") from None
+
+
+def _say(line: str) -> None:
+    tqdm.write(printable(line))

@@ -1,0 +1,93 @@
+"""What is asked of slimming: the budget, the blocks to choose from, and how to choose."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from ulsam.base.errors import UlsamError
+from ulsam.model.spec import Edit
+from ulsam.study.slim_latency import Engine
+
+Measure = Literal["macs", "params", "latency"]
+WORDS = {"macs": "MACs", "params": "parameters", "latency": "time"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The settings of the choice.
+
+    Args:
+        measure: what the budget limits.
+        share: of the model's own cost, that may be left; between 0 and 1.
+        layer: of the new layers, keyword arguments of :class:`ulsam.Edit`: ``layer``, ``width``, ``groups``, ``form``;
+            a narrow inverted residual where neither a layer nor what only ULSAM has is named.
+        at: names, globs or layer numbers of the blocks to choose from; None: all that can be replaced.
+        images: how many training images to measure the damage on.
+        most_sets: how many sets to measure after the greedy search.
+        engine, batch, threads: how time is taken; threads None: PyTorch's own number.
+        seconds: that taking it goes on for, of all blocks in turn, and of each set that is timed.
+
+    Raises:
+        UlsamError: a value out of range, or layer options that no edit takes.
+
+    >>> Budget("macs", 0.75).edit(["14", "17"]), Budget("macs", 0.75, layer={"groups": 8}).edit(["14", "17"])
+    ('replace 14,17 layer=inverted_residual width=32', 'replace 14,17 g=8')
+    """
+
+    measure: Measure
+    share: float
+    layer: Mapping[str, Any] = field(default_factory=dict)
+    at: str | None = None
+    images: int = 400
+    most_sets: int = 200
+    engine: Engine = "eager"
+    batch: int = 1
+    threads: int | None = None
+    seconds: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UlsamError(
+                f"--{self.measure} is the share of the model's own {WORDS[self.measure]} to keep, "
+                f"between 0 and 1, both excluded, e.g. 0.75: not {self.share}"
+            )
+        if self.engine not in get_args(Engine):
+            raise UlsamError(f"unknown engine {self.engine!r}; valid: {', '.join(get_args(Engine))}")
+        for name in ("images", "most_sets", "batch", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UlsamError(f"{name} must be 1 or more, not {value}")
+        if not 0 <= self.seconds < math.inf:
+            raise UlsamError(f"seconds must be 0 or more, not {self.seconds}")
+        if not self.layer.keys() & {"layer", "groups", "form"}:
+            object.__setattr__(self, "layer", {**self.layer, "layer": "inverted_residual"})
+        self.edit(["any"])
+
+    def edit(self, places: list[str]) -> str:
+        """The text of the edit that replaces these blocks."""
+        return str(Edit("replace", ",".join(places), **self.layer))
+
+    def entry(self) -> dict[str, Any]:
+        """As JSON; without what is about time where the budget is not."""
+        timing = ("engine", "batch", "threads", "seconds") if self.measure != "latency" else ()
+        return {name: value for name, value in asdict(self).items() if name not in timing}
+
+
+def budget(
+    macs: float | None = None, params: float | None = None, latency: float | None = None, **options: Any
+) -> Budget:
+    """A budget with exactly one of the three budgets; ``options`` are the other fields of :class:`Budget`.
+
+    Raises:
+        UlsamError: none of them, or more than one, or what :class:`Budget` refuses.
+
+    >>> budget(params=0.8).measure
+    'params'
+    """
+    budgets: dict[Measure, float | None] = {"macs": macs, "params": params, "latency": latency}
+    given = [(measure, share) for measure, share in budgets.items() if share is not None]
+    if len(given) != 1:
+        raise UlsamError("give exactly one budget: --macs, --params or --latency, a share such as 0.75")
+    measure, share = given[0]
+    return Budget(measure, share, **options)

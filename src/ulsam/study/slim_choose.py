@@ -1,0 +1,227 @@
+"""Choose the blocks: the damage of replacing them against what that saves, counted, or timed on this machine."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from ulsam.base.errors import UlsamError
+from ulsam.base.timing import Call
+from ulsam.study.slim_blocks import Block, SwitchableModel
+from ulsam.study.slim_budget import WORDS, Budget
+from ulsam.study.slim_damage import Score
+from ulsam.study.slim_latency import Timing, call_of, time_in_turn
+from ulsam.study.slim_search import Blocks, SearchResult, saved, search
+from ulsam.study.slim_store import Store
+from ulsam.surgery.cost import Cost
+
+STEP = 0.005  # share of the time by which more is asked for at least, where the sets that were found are too slow
+TIMED = 8  # sets of one search that are timed at most
+TOLD = 30.0  # seconds between lines about how far the search is, where the output is no terminal
+
+
+class _Progress:
+    """Tells how many sets were measured: by a bar on a terminal, elsewhere by a line now and then."""
+
+    def __init__(self, bar: "tqdm[Any]") -> None:
+        self.bar, self.sets, self.told = bar, 0, time.monotonic()
+
+    def count(self) -> None:
+        """One more set was measured."""
+        self.sets += 1
+        self.bar.update()
+        if self.bar.disable and time.monotonic() - self.told >= TOLD:
+            self.say(f"damage  sets measured so far: {self.sets}")
+
+    def say(self, line: str) -> None:
+        """Write a line, above the bar if there is one."""
+        self.told = time.monotonic()
+        self.bar.write(line)
+
+
+@dataclass(frozen=True)
+class BlockSearch:
+    """What the choice needs; every figure goes into ``store`` and is not taken again.
+
+    Args:
+        budget: the budget.
+        blocks: to choose from, in the order of the model.
+        switched: the model in which they are, on the device on which it is measured.
+        cost: of the model as it is, one image.
+        score: measures the model with the blocks of these names replaced.
+        store: where to keep figures.
+        prepare: called before the first block is replaced, once the budget is known to be reachable.
+    """
+
+    budget: Budget
+    blocks: Sequence[Block]
+    switched: SwitchableModel
+    cost: Cost
+    score: Callable[[Sequence[str]], Score]
+    store: Store
+    prepare: Callable[[], None]
+
+    def choose(self) -> None:
+        """Choose the blocks to replace; these, and how they were found, are in the store then, under "chosen".
+
+        Raises:
+            UlsamError: all blocks together do not reach the budget.
+        """
+        by_time = self.budget.measure == "latency"
+        bar: tqdm[Any] = tqdm(desc="damage", unit="set", disable=None, leave=False)
+        with bar, _threads(self.budget.threads if by_time else None):
+            progress = _Progress(bar)
+            savings, total = self._savings(progress)
+            useful = _useful(savings)
+            self._check_reachable(
+                useful, lambda: self._ratio(useful) if by_time else 1 - saved(savings, useful) / total
+            )
+            if by_time and (more := (1 - self._ratio(useful)) / saved(savings, useful)) > 1:
+                savings = [more * saving for saving in savings]  # together they save more than the sum
+            self.prepare()
+            self._damage(frozenset(), progress)
+            for number in sorted(useful):  # for the table, whatever the search asks for
+                self._damage(frozenset({number}), progress)
+            if by_time:
+                found = self._by_latency(savings, progress)
+            else:
+                found = self._search(savings, total * (1 - self.budget.share), progress)
+        places = self._places
+        self.store.put(
+            "chosen",
+            {
+                "blocks": places(found.blocks),
+                "how": found.how,
+                "greedy": places(found.greedy),
+                "rivals": [places(rival) for rival in found.rivals],
+            },
+        )
+
+    def _scored(self, blocks: Blocks, progress: _Progress) -> Score:
+        """The score with these blocks replaced; of none: of the model as it is."""
+        known = self.store.score(self._places(blocks))
+        if known is None:
+            known = self.score([self.blocks[number].name for number in sorted(blocks)])
+            self.store.add_score(self._places(blocks), known)
+            progress.count()
+        return known
+
+    def _damage(self, blocks: Blocks, progress: _Progress) -> float:
+        """How much the loss grows when these blocks are replaced."""
+        return self._scored(blocks, progress).loss - self._scored(frozenset(), progress).loss
+
+    def _savings(self, progress: _Progress) -> tuple[list[float], float]:
+        """What each block saves, counted or timed, and what there is in all; of time both are shares."""
+        if self.budget.measure != "latency":
+            return [getattr(block, self.budget.measure) for block in self.blocks], getattr(
+                self.cost, self.budget.measure
+            )
+        if self.store.get("timings") is None:
+            progress.say("time    of the model with each block replaced, in turn with the model as it is")
+            timed = self._time([frozenset({number}) for number in range(len(self.blocks))])
+            entries = [{"blocks": self._places(blocks), **asdict(timing)} for blocks, timing in timed.items()]
+            self.store.put("timings", entries)
+        ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.store.get("timings")}
+        return [1 - ratios[(block.place,)] for block in self.blocks], 1.0
+
+    def _search(self, savings: Sequence[float], least: float, progress: _Progress) -> SearchResult:
+        """Search among the blocks that save something."""
+        useful = sorted(_useful(savings))
+
+        def real(blocks: Blocks) -> Blocks:
+            return frozenset(useful[number] for number in blocks)
+
+        def damage(blocks: Blocks) -> float:
+            return self._damage(real(blocks), progress)
+
+        found = search([savings[number] for number in useful], least, damage, self.budget.most_sets)
+        return SearchResult(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
+
+    def _by_latency(self, savings: Sequence[float], progress: _Progress) -> SearchResult:
+        """Search with the time that each block is to save, and time what is found, the least damage first.
+
+        What some blocks save together is still not the sum of these savings. So the first set that is fast enough is
+        taken; where none of `TIMED` is, more is asked for.
+        """
+        useful = _useful(savings)
+        ratios: dict[Blocks, float] = {}  # of the sets that were timed
+
+        def found(blocks: Blocks, how: Literal["timed", "all"], greedy: Blocks) -> SearchResult:
+            others = sorted(ratios.keys() - {blocks}, key=lambda other: (self._damage(other, progress), sorted(other)))
+            return SearchResult(blocks, how, greedy, (blocks, *others))
+
+        least = 1 - self.budget.share
+        while saved(savings, useful) >= least:
+            best = self._search(savings, least, progress)
+            excess = []
+            for rival in [rival for rival in best.rivals if rival not in ratios][:TIMED]:
+                ratios[rival] = self._ratio(rival)
+                if ratios[rival] <= self.budget.share:
+                    return found(rival, "timed", best.greedy)
+                excess.append(ratios[rival] - self.budget.share)
+                progress.say(
+                    f"time    {', '.join(self._places(rival))}: {ratios[rival]:.3f} of the time; looking further"
+                )
+            least += max(min(excess, default=STEP), STEP)
+        self._damage(useful, progress)
+        return found(useful, "all", useful)
+
+    def _ratio(self, blocks: Blocks) -> float:
+        """The measured time of the model with these blocks replaced, as a share of the model's own.
+
+        Of many sets one is fast enough by chance: that is timed twice, and the slower reading counts.
+        """
+        places, timed = self._places(blocks), self.store.get("timed") or []
+        known = next((entry for entry in timed if entry["blocks"] == places), None)
+        if known is None:
+            found = self._time([blocks])[blocks]
+            if found.ratio <= self.budget.share:
+                found = max(found, self._time([blocks])[blocks], key=lambda timing: timing.ratio)
+            known = {"blocks": places, **asdict(found)}
+            self.store.put("timed", [*timed, known])
+        return float(known["ratio"])
+
+    def _time(self, sets: Sequence[Blocks]) -> dict[Blocks, Timing]:
+        """Time the model as it is (the empty set) and with these sets replaced, in turn."""
+        calls: dict[Blocks, Call] = {}
+        for blocks in (frozenset(), *sets):
+            with self.switched.replaced([self.blocks[number].name for number in blocks]) as model:
+                calls[blocks] = call_of(
+                    model, self.cost.input_size, self.budget.engine, self.budget.batch, torch.get_num_threads()
+                )
+        return time_in_turn(calls, self.budget.seconds)
+
+    def _places(self, blocks: Blocks) -> list[str]:
+        return [self.blocks[number].place for number in sorted(blocks)]
+
+    def _check_reachable(self, useful: Blocks, left: Callable[[], float]) -> None:
+        """Raise unless the budget is no less than what is left when all blocks are replaced that save something."""
+        word = WORDS[self.budget.measure]
+        if not useful:
+            raise UlsamError(f"none of the {len(self.blocks)} blocks saves {word} when it is replaced")
+        if (least := left()) > self.budget.share:
+            raise UlsamError(
+                f"all {len(useful)} blocks that save {word}, replaced, leave {math.ceil(1000 * least) / 1000:.3f} "
+                f"of the {word}: --{self.budget.measure} must be that or more, not {self.budget.share}"
+            )
+
+
+def _useful(savings: Sequence[float]) -> Blocks:
+    """The blocks that save something."""
+    return frozenset(number for number, saving in enumerate(savings) if saving > 0)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Within it PyTorch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,135 @@
+"""What slimming tells, from what ``slim.json`` holds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ulsam.study.slim_budget import WORDS
+from ulsam.surgery.cost import aligned
+
+SHOWN = 10  # sets of the search in the table; all are in slim.json
+
+Data = Mapping[str, Any]
+
+
+def start_lines(data: Data) -> list[str]:
+    """What is slimmed, and on what its damage is measured."""
+    model, images = data["model"], data["images"]
+    return [
+        f"model   {model['spec']}; edits: {'; '.join(model['edits']) or 'none'}; "
+        f"{model['params'] / 1e6:.3f} M parameters, {model['macs'] / 1e6:.1f} M MACs",
+        f"data    damage on {images['sample']} of {images['training']} training images",
+    ]
+
+
+def choice_lines(data: Data) -> list[str]:
+    """The blocks with what each saves and its damage, the sets that were tried, the chosen one, and why."""
+    base, chosen = _score(data, []), data["chosen"]
+    lines = [
+        f"base    loss {base['loss']:.4f}, top-1 {100 * base['top1']:.2f} % on these images",
+        "",
+        *_block_table(data),
+        "",
+        *_set_table(data),
+        "",
+        f"chosen  {', '.join(chosen['blocks'])}: {_reason(data)}",
+    ]
+    return lines
+
+
+def result_lines(data: Data, out: Path) -> list[str]:
+    """The slimmed model beside the original one."""
+    result, model = data["result"], data["model"]
+    original, slimmed, cost = result["original"], result["slimmed"], result["cost"]
+    changes = ", ".join(
+        f"{model[key] / 1e6:.3f} -> {cost[key] / 1e6:.3f} M {WORDS[key]} ({cost[key] / model[key] - 1:+.1%})"
+        for key in ("params", "macs")
+    )
+    return [
+        f"cost    {changes}",
+        f"result  top-1 {100 * original['top1']:.2f} % before, {100 * slimmed['top1']:.2f} % slimmed, on "
+        f"{slimmed['images']} {result['split']} images; {out / 'run' / 'model.safetensors'}",
+    ]
+
+
+def _block_table(data: Data) -> list[str]:
+    model, base = data["model"], _score(data, [])
+    timings = {tuple(entry["blocks"]): entry for entry in data.get("timings", [])}
+    cells = [["layer", "name", "type", "output", "params saved", "MACs saved", "loss change", "top-1 change"]]
+    reconstructed = data.get("reconstructed", {})
+    if timings:
+        cells[0].insert(6, "time saved")
+    if reconstructed:
+        cells[0].insert(-2, "explained")
+    for block in data["blocks"]:
+        found = _score(data, [block["place"]])
+        row = [
+            "" if block["number"] is None else str(block["number"]),
+            block["name"],
+            block["type"],
+            "x".join(map(str, block["shape"])),
+            f"{block['params'] / model['params']:.2%}",
+            f"{block['macs'] / model['macs']:.2%}",
+        ]
+        if timings:
+            row.append(f"{1 - timings[(block['place'],)]['ratio']:.2%}")
+        if reconstructed:
+            row.append(f"{reconstructed[block['name']]:.0%}" if block["name"] in reconstructed else "")
+        cells.append([*row, *(_damage(found, base) if found else ("not tried", ""))])
+    return aligned(cells, right=(0, *range(3, len(cells[0]))))
+
+
+def _set_table(data: Data) -> list[str]:
+    model, chosen = data["model"], data["chosen"]
+    blocks, base = {block["place"]: block for block in data["blocks"]}, _score(data, [])
+    timed = {tuple(entry["blocks"]): entry for entry in data.get("timed", [])}
+    by_time = chosen["how"] in ("timed", "all")
+    title = "sets of blocks that were timed" if by_time else "sets of blocks that reach the budget"
+    cells = [[title, "params left", "MACs left", *["time left"] * by_time, "loss change", "top-1 change"]]
+    for places in chosen["rivals"][:SHOWN]:
+        left = [f"{1 - sum(blocks[place][key] for place in places) / model[key]:.2%}" for key in ("params", "macs")]
+        time = [f"{timed[tuple(places)]['ratio']:.2%}"] if by_time else []
+        cells.append([", ".join(places), *left, *time, *_damage(_score(data, places), base)])
+    lines = aligned(cells, right=range(1, len(cells[0])))
+    if more := len(chosen["rivals"]) - SHOWN:
+        lines += [f"and {more} more, in slim.json"] if more > 0 else []
+    return lines
+
+
+def _reason(data: Data) -> str:
+    asked, chosen = data["budget"], data["chosen"]
+    budget = f"{asked['share']:g} of the {WORDS[asked['measure']]}"
+    number = len(chosen["rivals"])
+    if chosen["how"] == "exact":
+        told = "the only set" if number == 1 else f"the least damage of all {number} sets"
+        why = (
+            f"{told} that reach{'es' if number == 1 else ''} {budget} and need{'s' if number == 1 else ''} every block"
+        )
+    elif chosen["how"] == "timed":
+        why = (
+            f"the least damage of the sets whose blocks promise {budget}, and timed it reaches that"
+            if number == 1
+            else f"of {number} sets that were timed, by damage, the first that reaches {budget}; "
+            "the others are too slow, and one that was not timed may be better"
+        )
+    elif chosen["how"] == "all":
+        why = f"all blocks that save time reach {budget}; no smaller set was found"
+    elif number == 1:
+        why = f"the set that the greedy search ends with to reach {budget}"
+    else:
+        why = (
+            f"the least damage of {number} sets that reach {budget}: the greedy one and exchanges of its blocks; "
+            "there are too many for all to be measured, and a better one may exist"
+        )
+    if chosen["how"] in ("exact", "greedy") and chosen["greedy"] != chosen["blocks"]:
+        why += f"; greedy: {', '.join(chosen['greedy'])}"
+    return why
+
+
+def _score(data: Data, places: Sequence[str]) -> Any:
+    """The entry of this set; None if it was not measured."""
+    return next((entry for entry in data["measured"] if entry["blocks"] == list(places)), None)
+
+
+def _damage(found: Data, base: Data) -> tuple[str, str]:
+    return f"{found['loss'] - base['loss']:+.4f}", f"{100 * (found['top1'] - base['top1']):+.2f}"

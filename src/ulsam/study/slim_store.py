@@ -1,0 +1,97 @@
+"""``slim.json``: all that slimming measured and chose, written as it goes, so that a second start goes on from it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import clear_parts, make_folder, write_atomic
+from ulsam.study.slim_damage import Score
+from ulsam.training.summary import command_line, versions
+
+NAME = "slim.json"
+
+
+class Store:
+    """The file in ``out``; makes the folder at the first write.
+
+    Args:
+        out: the folder, a new one, or that of the same slimming.
+        budget: what is asked, as JSON; the figures in the file are taken only if they are of the same. Until the choice
+            is made the share may be another: no figure depends on it.
+
+    Raises:
+        UlsamError: the folder holds something else, or the slimming of something else.
+
+    >>> import tempfile
+    >>> out = Path(tempfile.mkdtemp()) / "new"
+    >>> Store(out, {"share": 0.75}).add_score(["14"], Score(loss=0.5, top1=0.9))
+    >>> Store(out, {"share": 0.75}).score(["14"])
+    Score(loss=0.5, top1=0.9)
+    """
+
+    def __init__(self, out: Path, budget: Mapping[str, Any]) -> None:
+        self.path = out / NAME
+        self.data: dict[str, Any] = {"command": command_line(), "versions": versions(), "budget": dict(budget)}
+        check_folder(out)
+        if not self.path.exists():
+            return
+        before = _read(self.path)
+        for name, value in budget.items():
+            free = name == "share" and "chosen" not in before
+            if before["budget"].get(name) != value and not free:
+                raise UlsamError(
+                    f"{out} holds a slimming with other settings: {name} was {before['budget'].get(name)!r} and is "
+                    f"{value!r} now; choose another --out"
+                )
+        self.data = {**before, "budget": dict(budget)}
+        clear_parts(out)
+
+    def get(self, key: str) -> Any:
+        """What is kept under this key; None if nothing."""
+        return self.data.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a JSON value, on the disk too."""
+        self.data[key] = value
+        self.write()
+
+    def score(self, blocks: list[str]) -> Score | None:
+        """The score with these blocks replaced, if it was measured."""
+        found = next((entry for entry in self.data.get("measured", []) if entry["blocks"] == blocks), None)
+        return found and Score(found["loss"], found["top1"])
+
+    def add_score(self, blocks: list[str], score: Score) -> None:
+        """Keep a score."""
+        self.data.setdefault("measured", []).append({"blocks": blocks, "loss": score.loss, "top1": score.top1})
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        make_folder(self.path.parent)
+        write_atomic(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_folder(out: Path) -> None:
+    """Raise unless it is a new folder, an empty one, or that of a slimming.
+
+    Raises:
+        UlsamError: it is something else.
+
+    >>> check_folder(Path("a folder that is not there"))
+    """
+    if (out / NAME).exists():
+        _read(out / NAME)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UlsamError(f"{out} is no new folder, and holds no {NAME} to go on from: choose another --out")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and isinstance(data.get("budget"), dict):
+            return data
+    except (OSError, ValueError) as error:
+        raise UlsamError(f"cannot read {path}: {error}") from error
+    raise UlsamError(f"{path} is not what slimming wrote: choose another --out")

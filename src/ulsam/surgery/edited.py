@@ -1,0 +1,231 @@
+"""What an edit leaves in a model, and how it is undone: a layer hung behind a module, or one in a module's place.
+
+The rules of who may be edited are in `ulsam.surgery.edit`.
+"""
+
+import copy
+import warnings
+from collections.abc import Collection
+from typing import Any, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ulsam.base.errors import UlsamError
+from ulsam.surgery.followed import Followed, check_unfollow, follow, unfollow
+from ulsam.surgery.places import original
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+_WEIGHTS = "ulsam_weights"  # attribute of a module that was put aside: see note_weights
+
+
+def edited(model: nn.Module) -> list[str]:
+    """The names of the modules that edits put in, and of those that an inserted layer follows.
+
+    >>> from ulsam import insert
+    >>> edited(insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), "0", input_size=(3, 16, 16)))
+    ['0']
+    """
+    return [name for name, module in model.named_modules() if is_edited(module)]
+
+
+def changes(model: nn.Module) -> tuple[set[str], dict[str, nn.Module]]:
+    """What edits did: the state-dict keys that they added, and the modules that they put aside, by name.
+
+    >>> from ulsam import replace
+    >>> model = replace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)), "1", input_size=(3, 16, 16))
+    >>> added, aside = changes(model)
+    >>> sorted(added), list(aside)
+    (['1.depthwise.weight', '1.pointwise.weight'], ['1'])
+    """
+    added = {f"{name}.{key}" for name, layer in added_layers(model).items() for key in layer.state_dict()}
+    modules = model.named_modules()
+    return added, {name: original(module) for name, module in modules if "replaced_module" in vars(module)}
+
+
+def added_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that edits put in, of any kind, by name.
+
+    >>> from ulsam import insert
+    >>> list(added_layers(insert(nn.Sequential(nn.Conv2d(3, 8, 3)), "0", layer="se", input_size=(3, 16, 16))))
+    ['0.ulsam']
+    """
+    names = []
+    for name, module in model.named_modules():
+        if "replaced_module" in vars(module):
+            names.append(f"{name}.0" if type(module) is nn.Sequential else name)
+        if is_followed(module):
+            names.append(f"{name}.ulsam")
+    found = {name: model.get_submodule(name) for name in names}
+    return {
+        name: layer for name, layer in found.items() if not isinstance(layer, nn.Identity)
+    }  # a removal puts none in
+
+
+def put_back(model: ModelT) -> ModelT:
+    """Put every module that has weights back where an edit replaced or removed it; inserted layers stay.
+
+    >>> from ulsam import remove, insert
+    >>> model = insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "0", groups=2, input_size=(3, 9, 9))
+    >>> [type(module).__name__ for module in put_back(remove(model, "1", input_size=(3, 9, 9)))], edited(model)
+    (['FollowedConv2d', 'Conv2d'], ['0'])
+    """
+    for name in edited_blocks(model):
+        swap_back(model, name)
+    return model
+
+
+def edited_blocks(model: nn.Module) -> list[str]:
+    """The names of removed and replaced blocks whose weights are known, so that they can return.
+
+    >>> from ulsam import remove
+    >>> edited_blocks(remove(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "1", input_size=(3, 9, 9)))
+    ['1']
+    """
+    return [name for name, old in changes(model)[1].items() if not lacks_weights(old)]
+
+
+def undo_edits(model: nn.Module, kept: Collection[nn.Module] = ()) -> None:
+    """Undo the edits, all of them or none: all but those that put in the modules in ``kept``."""
+    places = [(name, model.get_submodule(name)) for name in edited(model)]
+    inserted = [name for name, module in places if is_followed(module) and module.ulsam not in kept]
+    replaced = [name for name, module in places if "replaced_module" in vars(module) and module not in kept]
+    for name in inserted:
+        check_unfollow(model.get_submodule(name))
+    for name, _ in reversed(places):
+        if name in inserted:
+            detach(model, f"{name}.ulsam")
+        if name in replaced:
+            swap_back(model, name)
+    mark_yaml(model)
+
+
+def note_weights(old: nn.Module, filled: bool | None) -> None:
+    """Note of a module that was put aside where its weights are from, for :func:`lacks_weights`.
+
+    Args:
+        old: the module.
+        filled: None: it was just made; then whether a file that the model was filled from held weights of it. One that
+            a file did not hold keeps what it had from elsewhere.
+    """
+    if filled:
+        vars(old).pop(_WEIGHTS, None)
+    elif filled is None or _WEIGHTS in vars(old):
+        vars(old)[_WEIGHTS] = filled
+
+
+def lacks_weights(old: nn.Module) -> bool:
+    """Whether a module that was put aside is as it was made, while the model was filled from a file without it.
+
+    >>> block = nn.Conv2d(3, 8, 3)
+    >>> note_weights(block, None)
+    >>> note_weights(block, False)
+    >>> lacks_weights(block)
+    True
+    """
+    return vars(old).get(_WEIGHTS) is False
+
+
+def attach(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` behind its host, the module before ``.ulsam`` in ``name``."""
+    follow(model.get_submodule(name.removesuffix(".ulsam")), layer)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Undo :func:`attach`."""
+    unfollow(model.get_submodule(name.removesuffix(".ulsam")))
+
+
+def swap(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` at ``name``; it remembers what stood there, unseen by parameters() and state_dict()."""
+    original = model.get_submodule(name)
+    if type(original).forward is nn.Sequential.forward:
+        new = nn.Sequential(new)
+    keep_attributes(original, new)
+    _set(model, name, new.train(original.training))
+    like = reference_tensor(new, model)
+    vars(new)["replaced_module"] = (original, like.device, like.dtype)
+
+
+def swap_back(model: nn.Module, name: str) -> None:
+    """Put back what stood at ``name``, moved and switched as the model was meanwhile."""
+    new = model.get_submodule(name)
+    original, *was = cast(Any, new).replaced_module
+    like = reference_tensor(new, model)
+    if [like.device, like.dtype] != was:
+        original.to(like.device, like.dtype)
+    if original.training != new.training:
+        original.train(new.training)
+    _set(model, name, original)
+
+
+def reference_tensor(module: nn.Module, model: nn.Module) -> Tensor:
+    """A tensor with the device and dtype of ``module``, or, where it has no parameters, of ``model``."""
+    return next(module.parameters(), next(model.parameters(), torch.empty(0)))
+
+
+def is_followed(module: nn.Module) -> bool:
+    """Whether a layer was inserted behind this module."""
+    return isinstance(module, Followed) and "ulsam" in module._modules  # a slice of a Sequential may have none
+
+
+def is_edited(module: nn.Module) -> bool:
+    """Whether this module was put in by an edit, or is followed by one that was."""
+    return "replaced_module" in vars(module) or is_followed(module)
+
+
+def _set(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def keep_attributes(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the plain attributes of ``old`` that it lacks: the code around may read them, as Ultralytics does.
+
+    Plain are numbers, texts and other values without a tensor, a module or a function in them.
+
+    >>> old, new = nn.ReLU(), nn.Identity()
+    >>> old.i, old.type = 6, "block"
+    >>> keep_attributes(old, new)
+    >>> new.i, new.type
+    (6, 'block')
+    """
+    has = (set(dir(new)) - set(dir(nn.Module))) | set(vars(new))  # what nn.Module has may be covered, as it was in old
+    for key, value in vars(old).items():
+        plain = not any(isinstance(leaf, Tensor) or callable(leaf) for leaf in tree_leaves(value))
+        if plain and key not in has and not key.startswith("_") and key != "replaced_module":
+            setattr(new, key, value)
+
+
+class EditedYaml(dict[str, Any]):
+    """The ``yaml`` of an edited model: Ultralytics builds a model anew from it to train, and that one lacks the edits.
+
+    It begins with a copy of this dictionary by itself, which is refused; in copies of the whole model it is copied.
+
+    >>> copy.deepcopy(EditedYaml(nc=2))
+    Traceback (most recent call last):
+    ulsam.base.errors.UlsamError: a model built anew lacks the edits:
+    yolo.train(trainer=ulsam.ultralytics.trainer_for(yolo))
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if not memo:
+            raise UlsamError(
+                "a model built anew lacks the edits: yolo.train(trainer=ulsam.ultralytics.trainer_for(yolo))"
+            )
+        return type(self)(copy.deepcopy(dict(self), memo))
+
+
+def mark_yaml(model: nn.Module) -> None:
+    """Mark the ``yaml`` of a model that is built from one, or take the mark off where no edit is left."""
+    found = getattr(model, "yaml", None)
+    if isinstance(found, dict):
+        holds_edits = bool(edited(model))
+        if holds_edits and not isinstance(found, EditedYaml):
+            warnings.warn(
+                "yolo.train() would build this model anew, without the edits: pass it "
+                "trainer=ulsam.ultralytics.trainer_for(yolo)",
+                stacklevel=4,
+            )
+        model.yaml = EditedYaml(found) if holds_edits else dict(found)  # type: ignore[assignment]

@@ -1,0 +1,303 @@
+"""Reconstruct what an edit broke: train the layers behind it to put out what they put out in the whole model.
+
+Source: PRACTISE, "Practical Network Acceleration with Tiny Sets" (Wang and Wu, CVPR 2023, arXiv 2202.07861).
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import trange
+
+from ulsam.base.errors import UlsamError
+from ulsam.surgery.edited import edited_blocks, put_back
+from ulsam.surgery.reconstruct_layers import enough_memory, list_of_batches, passing, reconstruct_layer
+from ulsam.training.evaluate import NotFinite, eval_mode
+
+Scope = Literal["block", "joint"]
+STEPS, RATE = 500, 1e-3  # of Adam; its rate falls to 0 as a cosine
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """One reconstruction: which module was trained for which edits, and how far its output is from the whole model's.
+
+    ``before`` and ``after`` are relative errors, the sum of squared differences over the sum of squares, on the
+    images that it was trained on: 0 is perfect.
+    """
+
+    name: str
+    edits: tuple[str, ...]
+    before: float
+    after: float
+
+
+def reconstruct(
+    model: nn.Module, batches: Sequence[Tensor], *, scope: Scope = "block", steps: int = STEPS, rate: float = RATE
+) -> list[Reconstructed]:
+    """Train the layers behind each removed or replaced block towards the whole model's features, without labels.
+
+    The *whole model* is ``model`` with every removed or replaced block back. Places are taken in the order in which
+    the model calls them. New layers (attention, a narrow inverted residual) are trained together with the next kept
+    block behind them; where that would not lower the error, they stay as they were. Each place starts from the features
+    of the places before it, already reconstructed, and aims at the whole model's. BatchNorm statistics follow the new
+    features. Nothing is random: the same model and images give the same weights. An error or Ctrl-C leaves the layers
+    of the current place as they were.
+
+    Args:
+        model: an edited model whose blocks were trained before they were replaced; changed in place.
+        batches: images [B, C, H, W] as the model takes them, on its device; some sixteen batches of 32 do. With scope
+            ``"block"`` the features around one place, of all images, are in memory together.
+        scope: ``"block"`` trains up to the next kept block behind each place; ``"joint"`` trains everything behind the
+            first place, towards the model's last feature map, and runs the model in every step.
+        steps: of Adam for each place, with a batch each.
+        rate: peak learning rate.
+
+    Returns:
+        One entry a place; consecutive edits share one. Edits whose block has no weights (the model came from a file
+        without them) and removed blocks without a kept block behind them give none.
+
+    Raises:
+        UlsamError: no images, an unknown scope, NaN or infinity in the features, or not enough memory.
+
+    >>> import ulsam
+    >>> blocks = [nn.Sequential(nn.Conv2d(n, 8, 3, padding=1), nn.BatchNorm2d(8)) for n in (3, 8, 8)]
+    >>> model = ulsam.remove(nn.Sequential(*blocks), "1", input_size=(3, 9, 9))
+    >>> (found,) = reconstruct(model, [torch.randn(32, 3, 9, 9)], steps=100, rate=0.03)
+    >>> found.name, found.edits, found.after < found.before
+    ('2', ('1',), True)
+    """
+    if scope not in get_args(Scope):
+        raise UlsamError(f"unknown scope {scope!r}; valid: {', '.join(get_args(Scope))}")
+    batches = list_of_batches(batches)
+    if not edited_blocks(model):
+        return []
+    with torch.no_grad(), eval_mode(model), enough_memory():
+        whole = put_back(copy.deepcopy(model))
+        found = []
+        for places, following in _segments(model, batches[0]):
+            for name in places:
+                reconstruct_layer(model, whole, name, batches, steps=steps)
+            if scope == "block" and (trained := _one(model, whole, places, following, batches, steps, rate)):
+                found.append(trained)
+        if scope == "joint":
+            found.append(_jointly(model, whole, batches, steps, rate))
+    return found
+
+
+@dataclass
+class _Call:
+    """One call of a module: when it began and ended, and the tensors that went in and came out (None: not one map)."""
+
+    name: str
+    module: nn.Module
+    began: int
+    ended: int = -1
+    given: Tensor | None = None
+    output: Tensor | None = None
+
+
+def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
+    """Every call of a module on one image, in the order in which they begin."""
+    calls: list[_Call] = []
+    running: list[_Call] = []
+    clock = itertools.count()
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            running.append(_Call(name, module, next(clock), given=_map(args[0] if len(args) == 1 else None)))
+            calls.append(running[-1])
+
+        return hook
+
+    def leave(_: nn.Module, args: Any, output: Any) -> None:
+        call = running.pop()
+        call.ended, call.output = next(clock), _map(output)
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        model(batch[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _map(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) and value.ndim == 4 else None
+
+
+def _segments(model: nn.Module, batch: Tensor) -> Iterator[tuple[list[str], str | None]]:
+    """(edited places that follow each other, the kept block behind them), in the order of the calls."""
+    calls = _calls(model, batch)
+    edited = set(edited_blocks(model))
+    once = {call.name: call for call in calls if sum(call.name == other.name for other in calls) == 1}
+    places = [call for call in calls if call.name in edited and call.name in once]
+    segment: list[str] = []
+    for number, place in enumerate(places):
+        segment.append(place.name)
+        behind = [call for call in calls if call.began > place.ended]
+        following = next((call for call in behind if _is_kept_block(call, edited) and call.name in once), None)
+        later = places[number + 1] if number + 1 < len(places) else None
+        if later and (following is None or later.began < following.began):
+            continue
+        yield segment, following.name if following else None
+        segment = []
+
+
+def _is_kept_block(call: _Call, edited: set[str]) -> bool:
+    """A module with weight matrices from one map to one map, holding no edit: a block, not a stage of blocks."""
+    module = call.module
+    if call.given is None or call.output is None or not any(p.ndim > 1 for p in module.parameters()):
+        return False
+    names = f"{call.name}."
+    if any(f"{name}.".startswith(names) or names.startswith(f"{name}.") for name in edited):
+        return False
+    is_stage = any(len(list(child.children())) for child in module.children())
+    return not (type(module).forward is nn.Sequential.forward and is_stage)
+
+
+def _one(
+    model: nn.Module,
+    whole: nn.Module,
+    places: Sequence[str],
+    following: str | None,
+    batches: Sequence[Tensor],
+    steps: int,
+    rate: float,
+) -> Reconstructed | None:
+    """Reconstruct one segment: its new layers and the kept block behind them, or whichever of the two there is."""
+    calls = {call.name: call for call in _calls(model, batches[0])}
+    chain = [name for name in places if next(model.get_submodule(name).parameters(), None) is not None]
+    if following is not None:
+        chain.append(following)
+    for first, second in zip(list(chain), chain[1:], strict=False):
+        if calls[first].output is not calls[second].given:  # the model computes something between them
+            chain.remove(first)
+    if not chain:
+        return None
+    given = passing(model, chain[0], batches)[0]
+    wanted = passing(whole, chain[-1], batches)[1]
+    modules = [model.get_submodule(name) for name in chain]
+    trained = nn.Sequential(*map(_without_original, modules))
+    before, after = _train(trained, given, wanted, chain[-1], steps, rate)
+    if after < before:
+        for module, part in zip(modules, trained, strict=True):
+            module.load_state_dict(part.state_dict())
+    return Reconstructed(chain[-1], tuple(places), before, min(before, after))
+
+
+def _without_original(module: nn.Module) -> nn.Module:
+    """A copy to train, without the block that the edit put aside."""
+    original = vars(module).get("replaced_module")
+    return copy.deepcopy(module, {id(original): None})
+
+
+def _train(
+    trained: nn.Module, given: Sequence[Tensor], wanted: Sequence[Tensor], name: str, steps: int, rate: float
+) -> tuple[float, float]:
+    """Train a module to make ``wanted`` of ``given``; its relative error before and after."""
+    layout = torch.channels_last
+    pairs = [
+        (x.float().contiguous(memory_format=layout), y.float().contiguous(memory_format=layout))
+        for x, y in zip(given, wanted, strict=True)
+    ]
+    trained.eval().float().to(memory_format=layout).requires_grad_(True)
+    power = sum(float(y.square().sum()) for _, y in pairs)
+
+    def error() -> float:
+        return sum(float((y - trained(x)).square().sum()) for x, y in pairs) / power
+
+    if not math.isfinite(power):
+        raise NotFinite(f"the model puts out NaN or infinity at {name}: its weights are broken, or not for such images")
+    if not power:
+        return 0.0, 0.0
+    scale = sum(y.numel() for _, y in pairs) / power
+    before = error()
+    if not before:
+        return before, before
+    spread = [pair for pair in pairs if len(pair[0]) > 1] or pairs
+
+    def loss(step: int) -> Tensor:
+        x, y = spread[step % len(spread)]
+        return scale * F.mse_loss(trained(x), y)
+
+    _adam(trained.modules(), loss, name, steps, rate)
+    after = error()
+    if not math.isfinite(after):
+        raise NotFinite(f"reconstructing {name} diverged: lower the rate, or give other images")
+    return before, after
+
+
+def _adam(parts: Iterable[nn.Module], loss_of: Callable[[int], Tensor], name: str, steps: int, rate: float) -> None:
+    """Train the parameters that these modules hold themselves; in eval mode but for their BatchNorm statistics."""
+    parts = list(parts)
+    for module in parts:
+        module.training = isinstance(module, _BatchNorm)  # nothing random, such as dropout
+    optimizer = torch.optim.Adam([p for module in parts for p in module.parameters(recurse=False)], rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad():
+        for step in trange(steps, desc=f"reconstruct {name}", unit="step", disable=None, leave=False):
+            loss = loss_of(step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    for module in parts:
+        module.training = False
+
+
+def _jointly(model: nn.Module, whole: nn.Module, batches: Sequence[Tensor], steps: int, rate: float) -> Reconstructed:
+    """Train everything behind the first edited place, towards the last feature map."""
+    calls = _calls(model, batches[0])
+    edited = edited_blocks(model)
+    began = min(call.began for call in calls if call.name in edited)
+    maps = [call for call in calls if call.output is not None and next(call.module.parameters(), None) is not None]
+    last = max(maps, key=lambda call: call.ended).name
+    behind = {call.name for call in calls if call.began >= began and call.output is not None}
+    student = copy.deepcopy(model).float().requires_grad_(False)
+    parts = [module for name, module in student.named_modules() if name in behind]
+    for module in parts:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
+    wanted = [y.float() for y in passing(whole, last, batches)[1]]
+    power = sum(float(y.square().sum()) for y in wanted)
+    if not math.isfinite(power) or not power:
+        raise NotFinite(f"the model puts out nothing to learn from at {last}: its weights are broken")
+    scale = sum(y.numel() for y in wanted) / power
+
+    def output(step: int) -> Tensor:
+        return passing(student, last, [batches[step].float()])[1][0]
+
+    def error() -> float:
+        return sum(float((output(n) - y).square().sum()) for n, y in enumerate(wanted)) / power
+
+    before = error()
+    number = len(batches)
+    _adam(parts, lambda step: scale * F.mse_loss(output(step % number), wanted[step % number]), last, steps, rate)
+    after = error()
+    if not math.isfinite(after):
+        raise NotFinite(f"reconstructing up to {last} diverged: lower the rate, or give other images")
+    if after < before:
+        model.load_state_dict(student.state_dict())
+    return Reconstructed(last, tuple(edited), before, min(before, after))
+
+
+def describe(found: Reconstructed, images: int) -> str:
+    """One line for the user.
+
+    >>> describe(Reconstructed("blocks.5.0", ("blocks.4.1", "blocks.4.2"), 0.471, 0.132), 512)
+    'blocks.5.0 behind blocks.4.1, blocks.4.2: relative error 0.47 -> 0.13, on 512 training images'
+    """
+    where = f"{found.name} behind {', '.join(found.edits)}" if found.name not in found.edits else found.name
+    return f"{where}: relative error {found.before:.2f} -> {found.after:.2f}, on {images} training images"

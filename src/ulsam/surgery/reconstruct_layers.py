@@ -1,0 +1,213 @@
+"""Train each new inverted residual, without labels, to do what the block did that it replaced."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+from ulsam.base.errors import UlsamError, is_out_of_memory
+from ulsam.layer.inverted_residual import InvertedResidual
+from ulsam.surgery.edited import edited_blocks, put_back
+from ulsam.training.evaluate import NotFinite, eval_mode
+
+STEPS, RATE = 500, 0.01  # of Adam; its rate falls to 0 as a cosine
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructedLayer:
+    """A reconstructed layer, and the share of what its block added to its input (sum of squares) that it gives."""
+
+    name: str
+    width: int
+    explained: float
+
+
+@torch.no_grad()
+def reconstruct_layers(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> list[ReconstructedLayer]:
+    """Train each new :class:`ulsam.InvertedResidual` to put out what the block that it replaced put out.
+
+    The layer, with the attention before it if there is any, is trained alone, with Adam on the mean square of the
+    difference between the two outputs. Layers are reconstructed in the order in which the model calls them, each on
+    what the layers before it put out, towards what the model has there with all its blocks back; inserted layers stay.
+    Nothing is random: the same model and images give the same weights. An error or Ctrl-C leaves a layer as it was.
+
+    Args:
+        model: an edited model whose blocks were trained before they were replaced; is changed in place.
+        batches: images [B, C, H, W] as the model takes them, on its device; labels are not needed. A dozen batches of
+            32 do. What goes into one layer and what its block put out, of all of them, are in memory together.
+        steps: of training for each layer, with a batch each.
+
+    Returns:
+        One entry a layer; none for layers that were reconstructed or trained before, or whose blocks have no weights,
+        because they were not in the file that the model came from.
+
+    Raises:
+        UlsamError: no images, single ones whose map is one pixel at a layer, a model that puts out NaN or infinity, or
+            a full memory.
+
+    >>> import ulsam
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
+    >>> model = ulsam.replace(model, "1", layer="inverted_residual", width=8, input_size=(3, 9, 9))
+    >>> [found.name for found in reconstruct_layers(model, [torch.randn(32, 3, 9, 9)], steps=20)]
+    ['1']
+    >>> model[1].is_new
+    False
+    """
+    batches = list_of_batches(batches)
+    places = new_layers(model)
+    if not places:
+        return []
+    with eval_mode(model), enough_memory():
+        whole, found = put_back(copy.deepcopy(model)), []
+        for name in _called(model, places, batches[0]):
+            found += reconstruct_layer(model, whole, name, batches, steps=steps)
+    return found
+
+
+def reconstruct_layer(
+    model: nn.Module, whole: nn.Module, name: str, batches: Sequence[Tensor], *, steps: int = STEPS
+) -> list[ReconstructedLayer]:
+    """Reconstruct the layer at one place as :func:`reconstruct_layers` does, if it is new; ``whole`` has all blocks."""
+    layer = model.get_submodule(name)
+    if not _has_new(layer):
+        return []
+    given, wanted = passing(model, name, batches)[0], passing(whole, name, batches)[1]
+    return [ReconstructedLayer(name, _residual_of(layer).width, _regress(layer, name, given, wanted, steps))]
+
+
+@torch.no_grad()
+def reconstruct_each(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor], *, steps: int = STEPS
+) -> list[ReconstructedLayer]:
+    """Fit layers that are to replace blocks of ``model``, each as if it were the only one; ``model`` stays as it is.
+
+    Args:
+        model: whose blocks are trained, in eval mode.
+        layers: by the name of the block that each is to replace, in eval mode and on the device of ``model``; those
+            without a new :class:`ulsam.InvertedResidual` are left out.
+        batches, steps: as for :func:`reconstruct_layers`, and so are the result and the errors.
+    """
+    batches, found = list_of_batches(batches), []
+    with enough_memory():
+        for name, layer in layers.items():
+            if _has_new(layer):
+                explained = _regress(layer, name, *passing(model, name, batches), steps)
+                found.append(ReconstructedLayer(name, _residual_of(layer).width, explained))
+    return found
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Within it a full memory is an error that the user can fix."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UlsamError("the memory is full: reconstruct on fewer images (--reconstruct-images)") from error
+
+
+def list_of_batches(batches: Sequence[Tensor]) -> list[Tensor]:
+    """The batches as a list; raises where there are none."""
+    if isinstance(batches, Tensor):
+        raise UlsamError("batches is a list of images [B, C, H, W] each, not one tensor")
+    batches = list(batches)
+    if not batches:
+        raise UlsamError("no images to reconstruct the layers on")
+    return batches
+
+
+def _regress(layer: nn.Module, name: str, given: Sequence[Tensor], wanted: Sequence[Tensor], steps: int) -> float:
+    """Train ``layer`` to make ``wanted`` of ``given``, batches [B, C, H, W]; the share of the difference it gives.
+
+    It changes at the end alone: a copy is trained, in float32, whatever the layer's dtype and whether it is frozen.
+    """
+    pairs = [(x.float(), y.float()) for x, y in zip(given, wanted, strict=True)]
+    values = sum(x.numel() for x, _ in pairs)
+    added = float(sum((y - x).square().sum() for x, y in pairs)) / values
+    if not math.isfinite(added):
+        raise NotFinite(f"the model puts out NaN or infinity at {name}: its weights are broken, or not for such images")
+    if not added:
+        return 1.0
+    spread = [pair for pair in pairs if pair[0][:, 0].numel() > 1]  # BatchNorm takes no single value
+    if not spread:
+        raise UlsamError(
+            f"{name} cannot be reconstructed on one image at a time, whose map is one pixel there: give more"
+        )
+    copied = copy.deepcopy(layer).float().train().requires_grad_(True)
+    optimizer = torch.optim.Adam(copied.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad():
+        for step in trange(steps, desc=f"reconstruct {name}", unit="step", disable=None, leave=False):
+            x, y = spread[step % len(spread)]
+            loss = F.mse_loss(copied(x), y) / added
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    copied.eval()
+    left = float(sum((y - copied(x)).square().sum() for x, y in pairs)) / values
+    if not math.isfinite(left):
+        raise NotFinite(f"reconstructing the layer at {name} diverged: give other images")
+    layer.load_state_dict(copied.state_dict())
+    return 1 - left / added
+
+
+def new_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with a narrow inverted residual, still as made, that replaced a block which has weights; by place."""
+    places = {name: model.get_submodule(name) for name in edited_blocks(model)}
+    return {name: place for name, place in places.items() if _has_new(place)}
+
+
+def _has_new(layer: nn.Module) -> bool:
+    return any(isinstance(module, InvertedResidual) and module.is_new for module in layer.modules())
+
+
+def _residual_of(layer: nn.Module) -> InvertedResidual:
+    return next(module for module in layer.modules() if isinstance(module, InvertedResidual))
+
+
+def _called(model: nn.Module, places: Mapping[str, nn.Module], batch: Tensor) -> list[str]:
+    """The places in the order of their calls."""
+    order: list[str] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, layer in places.items()
+    ]
+    try:
+        model(batch[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def passing(model: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What goes into the module of this name and what it puts out, for each batch.
+
+    Both are copies, as later layers may change them in place. What comes behind the module is not computed.
+    """
+    given, wanted = [], []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        given.append(args[0].clone())
+        wanted.append(output.clone())
+        raise _Seen
+
+    handle = model.get_submodule(name).register_forward_hook(look)
+    try:
+        for batch in batches:
+            with suppress(_Seen):
+                model(batch)
+    finally:
+        handle.remove()
+    return given, wanted
+
+
+class _Seen(Exception):
+    """Ends a pass through a model whose rest is of no use."""

@@ -1,0 +1,213 @@
+"""One forward pass of a copy of a model: what flows through every module of it, and what that costs.
+
+Surgery finds channels and shapes here, `ulsam.surgery.cost` its counts. The copy is on the meta device, where nothing
+is computed and no weight is copied. A model that looks at values (a detector at its boxes) runs for real, on the CPU.
+"""
+
+import copy
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from ulsam.base.errors import UlsamError, first_line
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Flow:
+    """What one module did in the pass of one image.
+
+    ``macs`` are its multiply-accumulates in convolutions and matrix products (PyTorch's FLOP formulas, halved), with
+    those of the modules inside it; ``own_macs`` are without them. ``own_activations`` is the number of elements that
+    the latter put out.
+    """
+
+    calls: int = 0
+    input_shape: Shape | None = None  # None: not exactly one tensor in, in exactly one call
+    output_shape: Shape | None = None  # None: not exactly one tensor out, in exactly one call
+    macs: int = 0
+    own_macs: int = 0
+    own_activations: int = 0
+    norm_behind: str | None = None  # of a convolution: the BatchNorm that takes its output
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """C, H, W of one image for ``model``: what timm says of it, else 224 x 224 with its first convolution's channels.
+
+    >>> default_input_size(nn.Sequential(nn.Conv2d(1, 8, 3)))
+    (1, 224, 224)
+    """
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    told = getattr(model, "in_chans", None)  # timm's; a stem may rearrange the pixels in front of its convolution
+    config = getattr(model, "pretrained_cfg", None) or {}
+    _, height, width = config.get("input_size") or (3, 224, 224)
+    return told if type(told) is int else first, height, width
+
+
+def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str, Flow]:
+    """Send one image through a copy of ``model`` in eval mode; the flow of every module by name ("" = the model).
+
+    Args:
+        model: any module that takes one tensor [B, C, H, W]; it is not changed.
+        input_size: C, H, W; by default :func:`default_input_size`.
+
+    Raises:
+        UlsamError: the size is not three whole numbers, the model cannot be copied, or its forward pass fails at this
+            size.
+
+    >>> flow = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (3, 12, 12))
+    >>> flow["0"].input_shape, flow["0"].output_shape, flow["0"].macs
+    ((1, 3, 12, 12), (1, 8, 10, 10), 21600)
+    """
+    size = default_input_size(model) if input_size is None else input_size
+    if not isinstance(size, Sequence) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
+        raise UlsamError(f"input_size is C, H, W of one image, three whole numbers, not {size!r}")
+    ways: list[tuple[str, AbstractContextManager[Any]]] = [
+        ("meta", nullcontext()),
+        ("meta", torch.device("meta")),  # for models whose forward makes tensors of its own
+        ("cpu", torch.device("cpu")),  # for models whose forward looks at values
+    ]
+    if any(parameter.is_meta for parameter in model.parameters()):
+        del ways[2]  # there are no values
+    for device, where in ways:
+        try:
+            with where, torch.random.fork_rng(devices=[]):
+                return _pass(_copy(model, device), _image(model, size, device))
+        except Exception as error:  # whatever the model's own code raises at this size
+            failure = error
+    raise UlsamError(
+        f"{type(model).__name__} does not run on one image of {list(size)} (C, H, W): {first_line(failure)}"
+        + ("; pass input_size" if input_size is None else "")
+    ) from failure
+
+
+def _pass(shadow: nn.Module, image: Tensor) -> dict[str, Flow]:
+    flows = {module: Flow() for module in shadow.modules()}
+    running: list[nn.Module] = []  # outermost first
+
+    def book(macs: int, elements: int) -> None:
+        for module in set(running):
+            flows[module].macs += macs
+        flows[running[-1]].own_macs += macs
+        flows[running[-1]].own_activations += elements
+
+    names = {module: name for name, module in shadow.named_modules()}
+    readers: Counter[nn.Module] = Counter()  # how many operators take a convolution's output
+    convolved: dict[int, tuple[nn.Module, weakref.ref[Tensor]]] = {}  # what made a map, by its id
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, _BatchNorm) and args and id(args[0]) in convolved:
+            conv, output = convolved[id(args[0])]
+            if output() is args[0]:  # and not a later tensor with its id
+                flows[conv].norm_behind = names[module]
+        running.append(module)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        running.pop()
+        if isinstance(module, nn.Conv2d):
+            convolved[id(output)] = module, weakref.ref(output)
+        flow = flows[module]
+        flow.calls += 1
+        one_in = flow.calls == 1 and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        one_out = flow.calls == 1 and isinstance(output, Tensor)
+        flow.input_shape = tuple(args[0].shape) if one_in else None
+        flow.output_shape = tuple(output.shape) if one_out else None
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            for value in args:
+                if id(value) in convolved and convolved[id(value)][1]() is value:
+                    readers[convolved[id(value)][0]] += 1
+            out = _put_out(func, args, kwargs)
+            formula = flop_registry.get(func._overloadpacket)
+            if formula is not None:
+                flops = int(formula(*args, **kwargs, out_val=out))
+                book(flops // 2, (out if isinstance(out, Tensor) else out[0]).numel())
+            return out
+
+    counting: TorchDispatchMode = Count()  # type: ignore[no-untyped-call]
+    for module in flows:
+        module.register_forward_pre_hook(enter, prepend=True)
+        module.register_forward_hook(leave, with_kwargs=True)
+    with torch.no_grad(), counting:
+        shadow(image)
+    for conv, number in readers.items():
+        if number > 1:  # the two are not one: others take the output without the norm
+            flows[conv].norm_behind = None
+    return {name: flows[module] for name, module in shadow.named_modules(remove_duplicate=False)}
+
+
+def _put_out(func: OpOverload[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``func(*args, **kwargs)``, without the 2 ms that PyTorch takes to find what two kinds put out on the meta device.
+
+    These are BatchNorm in eval mode, and operators that change one map of floats in place, value by value. What a model
+    computes on tensors of its own, which have memory, is computed.
+    """
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if all(tensor.is_meta and tensor.is_floating_point() for tensor in tensors):
+        if func is torch.ops.aten.native_batch_norm.default and not args[5]:
+            return torch.empty_like(tensors[0]), tensors[0].new_empty(0), tensors[0].new_empty(0)
+        if torch.Tag.pointwise in func.tags and len(tensors) == 1 and _in_place(func):
+            return tensors[0]
+    return func(*args, **kwargs)
+
+
+def _in_place(func: OpOverload[Any, Any]) -> bool:
+    first = func._schema.arguments[0].alias_info
+    return first is not None and first.is_write
+
+
+def _image(model: nn.Module, size: Sequence[int], device: str) -> Tensor:
+    """Always the same noise, in the model's dtype; it seeds PyTorch's generator on the CPU."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    torch.default_generator.manual_seed(0)
+    return torch.rand(1, *size, device=device).to(dtype)
+
+
+def _copy(model: ModelT, device: str) -> ModelT:
+    """A copy of ``model`` in eval mode, its tensors on another device or with memory of their own."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if "replaced_module" in vars(module):  # what an edit put aside stays behind
+            memo[id(module.replaced_module)] = ()
+        for held in vars(module).values():
+            if type(held) in (dict, OrderedDict) and not held:  # as most of a module's hooks: half the time of a copy
+                memo[id(held)] = type(held)()
+                continue
+            for value in tree_leaves(held):  # parameters, buffers, and tensors in plain attributes
+                if isinstance(value, Tensor):
+                    moved = value.detach().to(device, copy=True)
+                    is_parameter = isinstance(value, nn.Parameter)
+                    memo[id(value)] = nn.Parameter(moved, value.requires_grad) if is_parameter else moved
+    shadow = copy.deepcopy(model, memo).eval()
+    for name, module in shadow.named_modules():
+        functions = {key: value for key, value in vars(module).items() if isinstance(value, FunctionType)}
+        for key, function in functions.items():  # which copies share
+            compiled = getattr(function, "_torchdynamo_orig_callable", None)
+            if compiled is not None:
+                vars(module)[key] = copy.deepcopy(compiled, memo)
+            elif (key == "forward" or device != "meta") and _runs_a_module(function):
+                raise UlsamError(
+                    f"{name}.{key}".lstrip(".") + " is a function that would run the model itself in a copy"
+                )
+    return shadow
+
+
+def _runs_a_module(function: FunctionType) -> bool:
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    return any(isinstance(getattr(value, "__self__", value), nn.Module) for value in held)

@@ -1,0 +1,257 @@
+"""Every setting of a training run, as one flat typed value that a YAML file holds and the command line fills."""
+
+# ruff: noqa: RUF009  (_option makes dataclass fields)
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ulsam.base.errors import UlsamError
+from ulsam.model.spec import Edit
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+_LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "val_every", "size", "threads"), 1),
+    **dict.fromkeys(("workers", "seed", "split_seed", "warmup_epochs", "weight_decay", "min_lr", "save_seconds"), 0),
+    **dict.fromkeys(("mixup", "cutmix", "color_jitter", "distill_features", "reconstruct_images"), 0),
+}
+_MOST_THREADS = 1024  # OpenMP ends the process where it cannot make as many as it is asked for
+_SHARES = ("smoothing", "hflip", "random_erasing", "drop_rate", "drop_path", "ema", "max_unreadable", "distill")
+_TAUGHT = {"distill": 0.5, "distill_temperature": 4.0, "distill_features": 0.0}  # where a teacher is given
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run; each field's help text is shown by ``ulsam train --help``.
+
+    >>> TrainConfig(data="birds", edits=["replace 14,17 g=4"]).epochs
+    10
+    """
+
+    # data
+    data: str = field(metadata={"help": "image folder (train/ with val/ or test/, or class folders), or a timm name"})
+    data_dir: str | None = _option(None, "where a named data set (torch/..., hfds/..., wds/...) lies")
+    train_split: str = _option("train", "name of the split to train on")
+    val_split: str | None = _option(None, "name of the split to measure on (default: val, else test, else held out)")
+    val_fraction: float | None = _option(None, "hold this share of the training images out and measure on it")
+    split_seed: int | None = _option(None, "of the choice of the images that are held out (default: seed)")
+    class_names: str | None = _option(None, "text file with the class names of a wds/ data set, one a line")
+    sampler: Literal["shuffle", "balanced"] = _option("shuffle", "balanced: every class equally often")
+    workers: int = _option(2, "processes that read and augment images")
+    cache: Literal["auto", "true", "false"] = _option(
+        "auto", "keep decoded training images in memory; auto: if they fit into a quarter of what is available"
+    )
+    max_unreadable: float = _option(0.1, "stop when more than this share (and more than 3) cannot be read")
+    # model
+    model: str = _option("mobilenetv2_100", "timm's name of the base model")
+    model_args: dict[str, Any] = _option({}, "JSON object of further arguments for timm's create_model")
+    edits: list[str] = _option([], "changes of the model, e.g. 'replace 14,17 g=4'")
+    pretrained: bool = _option(False, "start from timm's hub weights of the base model")
+    weights: str | None = _option(None, "start from this weight file (safetensors, or a PyTorch checkpoint)")
+    reconstruct: bool = _option(
+        True, "from weights: train the layers behind removed and replaced blocks towards the unedited model's features"
+    )
+    reconstruct_images: int = _option(512, "training images to reconstruct on; 0: none, and new layers start as made")
+    freeze: list[str] = _option([], "modules (names or globs) whose weights and BatchNorm statistics stay as they are")
+    # teacher
+    teacher: str | None = _option(None, "model file of a trained model to learn from too, on the same classes")
+    distill: float | None = _option(
+        None, "weight of the teacher's soft targets against the labels, 0..1 (default: 0.5)"
+    )
+    distill_temperature: float | None = _option(None, "temperature that softens the targets (default: 4)")
+    distill_features: float | None = _option(None, "weight of the difference of feature maps (default: 0, off)")
+    # image
+    size: int | None = _option(None, "height and width of the input in pixels (default: the model's own)")
+    mean: list[float] | None = _option(None, "of the input normalisation, a channel (default: the model's own)")
+    std: list[float] | None = _option(None, "of the input normalisation, a channel (default: the model's own)")
+    interpolation: str | None = _option(None, "bilinear or bicubic (default: the model's own)")
+    crop_pct: float | None = _option(None, "share of the image that the centre crop keeps when measuring")
+    crop_scale: list[float] = _option([0.25, 1.0], "least and largest area of the random crop in training")
+    hflip: float = _option(0.5, "probability of a horizontal flip")
+    color_jitter: float = _option(0.0, "strength of random brightness, contrast and saturation")
+    rand_augment: str | None = _option(None, "timm's RandAugment policy, e.g. rand-m7-n2-mstd0.5")
+    random_erasing: float = _option(0.0, "probability of erasing a rectangle")
+    mixup: float = _option(0.0, "alpha of mixup; 0 is off")
+    cutmix: float = _option(0.0, "alpha of cutmix; 0 is off")
+    # optimisation
+    epochs: int = _option(10, "passes over the training images")
+    batch_size: int = _option(32, "images a step and process")
+    accumulate: int = _option(1, "steps whose gradients are added up before an update")
+    opt: Literal["sgd", "adamw"] = _option("sgd", "sgd is with Nesterov momentum")
+    lr: float = _option(0.01, "peak learning rate")
+    ulsam_lr: float = _option(1.0, "the learning rate of ULSAM layers, as a multiple of that of the rest")
+    momentum: float = _option(0.9, "of sgd")
+    weight_decay: float = _option(1e-4, "not applied to norms, biases and ULSAM's weights")
+    warmup_epochs: float = _option(0.5, "epochs of linear warm-up from 0")
+    min_lr: float = _option(0.0, "learning rate at the end of the cosine")
+    clip_grad: float | None = _option(None, "largest norm of the gradient")
+    smoothing: float = _option(0.1, "label smoothing")
+    drop_rate: float = _option(0.0, "dropout before the classifier")
+    drop_path: float = _option(0.0, "stochastic depth, where the model has it")
+    ema: float = _option(0.0, "decay of the averaged weights, which are then measured and saved; 0 is off")
+    # machine
+    device: str = _option("auto", "auto, cpu, cuda or mps")
+    layout: Literal["auto", "contiguous", "channels_last"] = _option("auto", "of images and weights; auto: by a probe")
+    amp: Literal["auto", "none", "bf16", "fp16"] = _option("auto", "mixed precision; auto: by a probe")
+    compile: Literal["auto", "none", "inductor"] = _option(
+        "auto", "torch.compile; auto: by a probe, in long runs alone"
+    )
+    threads: int | None = _option(None, "CPU threads of training (default: PyTorch's, one a core)")
+    seed: int = _option(0, "of everything random")
+    # run
+    val_every: int = _option(1, "measure after every so many epochs, and after the last")
+    save_seconds: float = _option(120.0, "at least this long between two checkpoints within an epoch")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            checked = _checked(spec.name, value, _KINDS[spec.name])
+            object.__setattr__(self, spec.name, checked)
+        for name, default in _TAUGHT.items():
+            if self.teacher is not None and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            elif self.teacher is None and getattr(self, name) is not None:
+                raise UlsamError(f"{name} needs a teacher: name the model file of a trained model")
+        for text in self.edits:
+            Edit.parse(text)
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise UlsamError(f"{name} must be {least} or more, not {value}")
+        for name in _SHARES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UlsamError(f"{name} must lie between 0 and 1, not {value}")
+        for name in ("lr", "ulsam_lr", "clip_grad", "distill_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UlsamError(f"{name} must be above 0, not {value}")
+        if self.teacher is not None and not (self.distill or self.distill_features):
+            raise UlsamError("distill and distill_features are both 0: the teacher would teach nothing")
+        if self.min_lr > self.lr:
+            raise UlsamError(f"min_lr, where the cosine ends, is {self.min_lr}: above its peak lr, {self.lr}")
+        if self.warmup_epochs >= self.epochs:
+            raise UlsamError(f"warmup_epochs is {self.warmup_epochs}, which leaves nothing of {self.epochs} epochs")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise UlsamError(f"threads must be {_MOST_THREADS} or fewer, not {self.threads}")
+        if self.opt == "sgd" and not 0 < self.momentum < 1:
+            raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {self.momentum}")
+        if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1.5:
+            raise UlsamError(f"crop_pct must lie between 0.1 and 1.5, not {self.crop_pct}")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise UlsamError(f"crop_scale takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != 3 or not all(map(math.isfinite, value))):
+                raise UlsamError(f"{name} takes three numbers, one a colour channel, not {value}")
+        if self.std is not None and min(self.std) <= 0:
+            raise UlsamError(f"std must be above 0 in every channel, not {self.std}")
+        if self.interpolation not in (None, "bilinear", "bicubic"):
+            raise UlsamError(f"interpolation must be bilinear or bicubic, not {self.interpolation!r}")
+        if self.pretrained and self.weights:
+            raise UlsamError("pretrained and weights exclude each other: start from the hub or from a file")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UlsamError(f"mixup and cutmix need an even batch size, not {self.batch_size}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Settings by name; what is not given keeps its default.
+
+        Raises:
+            UlsamError: an unknown name, a value of the wrong type or out of range.
+
+        >>> TrainConfig.from_mapping({"data": "birds", "lr": 1}).lr
+        1.0
+        """
+        names = [spec.name for spec in fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1)
+                raise UlsamError(f"unknown setting {name!r}{'; did you mean ' + near[0] + '?' if near else ''}")
+        if "data" not in values:
+            raise UlsamError("no data given: name an image folder or a data set")
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """All settings, one a line; :func:`read_config` reads it back."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+_KINDS = get_type_hints(TrainConfig)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, unchecked; pass them to :meth:`TrainConfig.from_mapping`.
+
+    Raises:
+        UlsamError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UlsamError(f"cannot read the settings in {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UlsamError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UlsamError(f"{path} holds no settings; write lines such as 'epochs: 10'")
+    return values
+
+
+def config_beside(model: Path) -> TrainConfig | None:
+    """The settings of the run in whose folder a model file lies; None where it lies in no such folder.
+
+    >>> config_beside(Path("elsewhere/model.safetensors"))
+    """
+    beside = model.parent / "config.yaml"
+    if model.name != "model.safetensors" or not beside.is_file():
+        return None
+    try:
+        return TrainConfig.from_mapping(read_config(beside))
+    except UlsamError:  # of another program: both names are common
+        return None
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``; whole numbers pass for floats, and 1e-4, which YAML takes for text, for a number."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if isinstance(value, bool):  # YAML's true and false
+            value = str(value).lower()
+        if value not in choices:
+            raise UlsamError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _checked(name, value, choices[0])
+    if origin is list:
+        if not isinstance(value, list | tuple):
+            raise UlsamError(f"{name} must be a list, not {value!r}")
+        return [_checked(name, item, choices[0]) for item in value]
+    if origin is dict:
+        kind = dict
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise UlsamError(f"{name} must be a number, not {value!r}") from None
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a JSON object"}
+        raise UlsamError(f"{name} must be {words[kind]}, not {value!r}")
+    return value

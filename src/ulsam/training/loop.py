@@ -1,0 +1,423 @@
+"""The training loop, from settings to a model file.
+
+Nothing random is saved: every image and every step seeds the generators anew from (seed, epoch, position), so a run
+that was killed goes on from its last checkpoint to the same weights, bit for bit on the same machine and versions.
+"""
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ulsam.base.distributed import World, launch_line, start
+from ulsam.base.errors import UlsamError, printable
+from ulsam.base.extras import installed
+from ulsam.base.files import clear_parts, make_folder, write_atomic
+from ulsam.data import loading, sources
+from ulsam.model.build import build, save_model, sketch
+from ulsam.surgery.cost import cost
+from ulsam.training import distill, parts, restore
+from ulsam.training import summary as report
+from ulsam.training.checkpoint import Position, environment, read_checkpoint, write_checkpoint
+from ulsam.training.config import TrainConfig
+from ulsam.training.evaluate import NotFinite, Scores, Stopped, evaluate, outcomes, spec_transform
+from ulsam.training.machine import adapt_to_device
+from ulsam.training.probe import probe
+from ulsam.training.reconstruct_first import reconstruct_model
+from ulsam.training.step import TrainingStep
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on."""
+
+
+def train(config: TrainConfig, run: str | Path, *, model: nn.Module | None = None) -> dict[str, Any]:
+    """Train a model and write everything about it into the new folder ``run``.
+
+    The folder then holds ``config.yaml`` (repeats the run), ``metrics.csv``, ``curves.png``, ``checkpoint.pt``,
+    ``model.safetensors`` (the last epoch's weights, or their average; no epoch is picked by its score) and
+    ``summary.json``, whose content is returned. Under torchrun all processes call this, and the first one writes.
+
+    Args:
+        config: the settings.
+        run: a new folder, or an empty one.
+        model: a model that no spec builds, such as a channel-pruned one, to train as it is, with the weights it has,
+            in place of the settings' own. It changes in place. ``weights.safetensors``, a plain state dict, then stands
+            in for ``model.safetensors``, and the summary says ``"prepared": true``: of its spec, the classes and the
+            image are those of this model.
+
+    Raises:
+        UlsamError: the folder is not empty, the data or the model is not usable, the teacher is not for it, the loss is
+            no longer finite, too many images cannot be read, or the disk is full.
+        Interrupted: Ctrl-C or SIGTERM, after saving.
+    """
+    run = Path(run)
+    with start(config.device) as world:
+        config = adapt_to_device(config, world.device)
+        restore.check_free(run)
+        trainer = Trainer(config, run, world, model=model)  # before the folder is made: most mistakes show here
+        if world.writes:
+            make_folder(run)
+            if model is not None:
+                trainer.save()  # settings cannot make this model, so the run begins with a checkpoint
+            write_atomic(run / "config.yaml", trainer.config.to_yaml())
+        return trainer.fit()
+
+
+def resume(
+    run: str | Path, overrides: Mapping[str, Any] | None = None, *, model: nn.Module | None = None
+) -> dict[str, Any]:
+    """Go on with a run that was stopped or killed, to the end that it would have had.
+
+    Args:
+        run: its folder.
+        overrides: settings; only those in `restore.HARMLESS`, and the place of the teacher's file, may differ from the
+            run's own.
+        model: for a run that :func:`train` began with one, a model of the same shapes; its weights do not matter.
+
+    Raises:
+        UlsamError: not the folder of a run, a finished one, a setting, a teacher or a number of processes that would
+            change the result, or a checkpoint that is not this run's.
+    """
+    run = Path(run)
+    config = restore.resumed_config(run, overrides or {})
+    saved = read_checkpoint(run)
+    restore.check_prepared(run, saved, model is not None)
+    with start(config.device) as world:
+        trainer = Trainer(adapt_to_device(config, world.device), run, world, fresh=saved is None, model=model)
+        if saved is not None:
+            trainer.restore(saved)
+        if world.writes:
+            clear_parts(run)
+        return trainer.fit()
+
+
+class Trainer:
+    """One run in one process: the parts are built here, :meth:`fit` is the loop."""
+
+    def __init__(
+        self, config: TrainConfig, run: Path, world: World, fresh: bool = True, model: nn.Module | None = None
+    ) -> None:
+        self.run, self.world, self.prepared = run, world, model is not None
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        loading.seed_all(config.seed)
+
+        self.train_images, self.val_images, notes = parts.open_images(config)
+        self.classes = self.train_images.classes
+        names = hashlib.sha256("\0".join(self.train_images.names).encode(errors="surrogateescape")).hexdigest()
+        self.identity = f"{len(self.train_images)} (names {names[:8]})"
+        self.spec = parts.spec_of(config, self.classes)
+        start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
+        if model is None:
+            built, notes[len(notes) :] = build(self.spec, **start_weights)
+        else:
+            built = parts.prepared_model(model, config, self.spec)
+        self.loader, self.order, self.epoch_updates, cache_line = parts.batches_of(
+            config, self.spec, self.train_images, world
+        )
+        self.cost = cost(built, self.spec.input_size)
+        self.base_cost = cost(sketch(dataclasses.replace(self.spec, edits=())), self.spec.input_size)
+        n_train, n_val = len(self.train_images), len(self.val_images)
+        self._say(f"data    {n_train} training, {n_val} {self.val_images.split} images of {len(self.classes)} classes")
+        if cache_line:
+            self._say(f"cache   {cache_line}")
+        named = f"{config.model}; edits: {'; '.join(config.edits) or 'none'}"
+        self._say(f"model   {named if model is None else f'a prepared {type(model).__name__} for {config.model}'}")
+        self._say(f"cost    {report.cost_line(self.cost, self.base_cost)}")
+        self.teacher = distill.open_teacher(config, self.spec, built)
+        if self.teacher:
+            self._say(f"teacher {distill.describe(config, self.teacher)}")
+            notes += self.teacher.notes
+        if not installed("matplotlib"):
+            notes.append("no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'")
+        for note in notes:
+            self._say(f"note    {note}")
+        if fresh and model is None:
+            for line in reconstruct_model(config, self.spec, built, self.train_images, world):
+                self._say(f"reconstruct {line}")
+
+        self.config, choice = probe(
+            config, built, self.spec.input_size, self.epoch_updates, world, teacher=self.teacher
+        )
+        for line in choice:
+            self._say(line)
+        self.training_step = TrainingStep(self.config, built, self.epoch_updates, world, self.teacher)
+        self.model, self.layout = self.training_step.model, self.training_step.layout
+        self.optimizer = self.training_step.optimizer
+        self.mixing = parts.mixing_of(config, len(self.classes))
+        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.at = Position()
+        self.unreadable = {
+            "train": parts.Unreadable(len(self.train_images), config.max_unreadable, world.writes),
+            "val": parts.Unreadable(len(self.val_images), config.max_unreadable, world.writes),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint; says what is not as it was.
+
+        Raises:
+            UlsamError: the checkpoint is of another model, other classes, other settings or another number of
+                processes.
+        """
+        try:
+            restore.check_same(
+                saved,
+                processes=self.world.size,
+                classes=list(self.classes),
+                settings=restore.fixed_settings(self.config),
+                teacher=self.teacher.digest if self.teacher else None,
+                config_file=self.run / "config.yaml",
+            )
+            self.at = restore.position(saved["position"], self.config, self.epoch_updates)
+            self.model.load_state_dict(saved["model"])
+            restore.load_optimizer(self.optimizer, saved["optimizer"], self.config.opt)
+            self.training_step.scaler.load_state_dict(saved["scaler"])
+            if self.ema:
+                self.ema.module.load_state_dict(saved["ema"])
+            for split, names in self.unreadable.items():
+                names.reasons.update({str(name): str(reason) for name, reason in saved["unreadable"][split].items()})
+        except UlsamError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UlsamError(f"the checkpoint in {self.run} is not of this run: {reason}") from error
+        if self.at.epoch == self.config.epochs:
+            self._say("resume  after the last epoch")
+        else:
+            self._say(f"resume  in epoch {self.at.epoch + 1}, after {self.at.batch} of its batches")
+        for name, now in self._environment().items():
+            if now != saved["environment"].get(name):
+                change = f"{name}: {saved['environment'].get(name)} before, {now} now"
+                self._say(f"warning {change}; the weights will not be bit for bit those of an unbroken run")
+
+    def save(self) -> None:
+        """Write the checkpoint: all processes call this, the first one writes."""
+        if self.world.writes:
+            state = {
+                "environment": self._environment(),
+                "settings": restore.fixed_settings(self.config),
+                "prepared": self.prepared,
+                "teacher": self.teacher.digest if self.teacher else None,
+                "classes": list(self.classes),
+                "unreadable": {split: found.reasons for split, found in self.unreadable.items()},
+                "position": dataclasses.asdict(self.at),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.training_step.scaler.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema else None,
+            }
+            write_checkpoint(self.run, state)
+
+    def fit(self) -> dict[str, Any]:
+        """Run the epochs that are left, measure, and write the result."""
+        config, world = self.config, self.world
+        scores: Scores | None = None
+        update_images = config.accumulate * config.batch_size * world.size
+        bar = tqdm(
+            total=config.epochs * self.epoch_updates * update_images,
+            initial=self.at.updates * update_images,
+            unit="img",
+            disable=None if world.writes else True,
+        )
+        with bar, parts.clear_errors(), parts.stop_signals() as stopping:
+            saved_at = time.monotonic()
+            while self.at.epoch < config.epochs:
+                bar.set_description(f"epoch {self.at.epoch + 1}/{config.epochs}")
+                epoch_batches = self.epoch_updates * config.accumulate
+                batches = self._begin_epoch() if self.at.batch < epoch_batches else iter(())
+                while self.at.batch < epoch_batches:
+                    late = time.monotonic() - saved_at > config.save_seconds
+                    loss, stop, save = self._update(batches, stopping(), late)
+                    bar.update(update_images)
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    if (stop or save) and (self.order or self.at.batch == epoch_batches):
+                        self.save()
+                        saved_at = time.monotonic()
+                    if stop:
+                        raise self._stopped(f"epoch {self.at.epoch + 1}, step {self.at.batch // config.accumulate}")
+                epoch = self.at.epoch + 1
+                measured = epoch % config.val_every == 0 or epoch == config.epochs
+                if measured:
+                    self.save()  # what goes wrong in measuring loses no training
+                scores = self._measure(stopping) if measured else None
+                self._end_epoch(scores)
+                saved_at = time.monotonic()
+            scores = scores or self._measure(stopping)
+        return self._finish(scores)
+
+    def _begin_epoch(self) -> Iterator[loading.Batch]:
+        """Put everything in training mode; the batches of the epoch that are left."""
+        self.training_step.train()
+        loading.seed_all(self.config.seed, 3, self.at.epoch, self.world.rank)  # a stream's workers
+        if self.order:
+            self.order.epoch, self.order.start = self.at.epoch, self.at.batch
+        elif isinstance(self.train_images, sources.StreamImages):
+            self.train_images.set_epoch(self.at.epoch)
+        return iter(self.loader)
+
+    def _update(self, batches: Iterator[loading.Batch], stopping: bool, late: bool) -> tuple[float, bool, bool]:
+        """One optimizer update: its mean loss, and whether any process wants to stop, or the first one to save."""
+        config, at, world = self.config, self.at, self.world
+        began = time.monotonic()
+        self.training_step.schedule.step_update(at.updates + 1)
+        loss_sum, count = 0.0, 0
+        bad: list[tuple[str, str]] = []
+        for turn in range(config.accumulate):
+            batch = next(batches, None)
+            if batch is None:
+                raise UlsamError("the stream of shards has ended before its epoch: use no more --workers than shards")
+            bad += batch.unreadable
+            if len(batch.labels) < config.batch_size:
+                self.unreadable["train"].add(bad)
+                tried = min(loading.TRIES, len(self.train_images))
+                raise UlsamError(f"{tried} training images in a row cannot be read")
+            loading.seed_all(config.seed, 2, at.epoch, at.batch + turn, world.rank)  # dropout, mixup
+            images = batch.images.to(world.device, non_blocking=True, memory_format=self.layout)
+            loading.check_labels(batch.labels, len(self.classes))
+            labels: Tensor = batch.labels.to(world.device, non_blocking=True)
+            if self.mixing:
+                images, labels = self.mixing(images, labels)
+            smoothing = 0.0 if self.mixing else config.smoothing
+            last = turn + 1 == config.accumulate
+            loss_sum += self.training_step.add_gradients(images, labels, smoothing=smoothing, last=last) * len(images)
+            count += len(images)
+
+        shared = torch.tensor([loss_sum, count, stopping, world.writes and late, len(bad)], dtype=torch.float64)
+        loss_sum, count, stop, save, met = world.sum(shared).tolist()
+        if met:
+            self.unreadable["train"].add(pair for share in world.gather(bad) for pair in share)
+        if not math.isfinite(loss_sum):
+            raise self._diverged(f"the loss is {loss_sum / count}", at.batch // config.accumulate + 1)
+        self.training_step.update()
+        at.batch += config.accumulate
+        at.updates += 1
+        at.loss_sum += loss_sum
+        at.images += int(count)
+        at.seconds += time.monotonic() - began
+        if self.ema:
+            self.ema.update(self.model, step=at.updates)
+        return loss_sum / count, bool(stop), bool(save)
+
+    def _measure(self, stopping: Callable[[], bool]) -> Scores:
+        """Measure the model, or the average of its weights, on the validation images."""
+        model = self.ema.module if self.ema else self.model
+        self.world.agree(model.buffers())  # each process has BatchNorm statistics of its own; the first one's are saved
+        batches = loading.eval_loader(
+            self.val_images,
+            spec_transform(self.spec),
+            batch_size=self.config.batch_size,
+            workers=self.config.workers,
+            rank=self.world.rank,
+            world=self.world.size,
+            device=self.world.device,
+        )
+        try:
+            scores = evaluate(
+                model,
+                batches,
+                len(self.classes),
+                world=self.world,
+                amp=self.training_step.amp,
+                channels_last=self.config.layout == "channels_last",
+                progress=self.val_images.split if self.world.writes else None,
+                stop=stopping,
+            )
+        except Stopped:
+            epochs = self.at.epoch + (self.at.batch > 0)
+            raise self._stopped(f"the measurement of epoch {epochs}") from None
+        except NotFinite as error:
+            raise self._diverged(str(error), self.at.batch // self.config.accumulate) from error
+        self.unreadable["val"].add(scores.unreadable)
+        return scores
+
+    def _end_epoch(self, scores: Scores | None) -> None:
+        """Add the epoch to the books and save."""
+        at = self.at
+        row = {
+            "epoch": at.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": at.loss_sum / at.images,
+            "val_loss": scores and scores.loss,
+            "val_top1": scores and scores.top1,
+            "val_top5": scores and scores.top5,
+            "seconds": round(at.seconds, 2),
+            "images_per_second": round(at.images / at.seconds, 1),
+        }
+        self.at = Position(epoch=at.epoch + 1, updates=at.updates, rows=[*at.rows, row])
+        if self.world.writes:
+            report.write_metrics(self.run, self.at.rows)
+        self.save()
+        split = self.val_images.split
+        measured = f"{split} top-1 {100 * scores.top1:.2f} %, loss {scores.loss:.4f}" if scores else "not measured"
+        self._say(
+            f"epoch   {row['epoch']}/{self.config.epochs}: training loss {row['train_loss']:.4f}, {measured} "
+            f"({row['images_per_second']:.0f} img/s)"
+        )
+
+    def _finish(self, scores: Scores) -> dict[str, Any]:
+        """Write the model file, the curves and, last, the summary: with it the run is finished."""
+        bad = {split: sorted(found.reasons) for split, found in self.unreadable.items()}
+        summary = {
+            "command": report.command_line(),
+            "config": dataclasses.asdict(self.config),
+            "spec": report.spec_entry(self.spec),
+            "prepared": self.prepared,
+            "teacher": self.teacher and report.teacher_entry(self.teacher),
+            "images": {"train": len(self.train_images), "val": len(self.val_images)},
+            "split": self.val_images.split,
+            "scores": report.score_entry(scores, self.classes),
+            "outcomes": outcomes(scores, self.val_images),
+            "cost": report.cost_entry(self.cost),
+            "base_cost": report.cost_entry(self.base_cost),
+            "epochs": self.at.rows,
+            "unreadable": bad,
+            "versions": {**report.versions(), "device": self.world.device.type},
+        }
+        if self.world.writes:
+            model = self.ema.module if self.ema else self.model
+            if self.prepared:
+                report.write_weights(self.run, model)
+            else:
+                save_model(model, self.spec, self.run / "model.safetensors")
+            loss = "cross-entropy and distillation" if self.teacher else "cross-entropy (nats)"
+            if installed("matplotlib"):
+                report.draw_curves(self.run, self.at.rows, self.val_images.split, loss=loss)
+            report.write_summary(self.run, summary)
+        low, high = scores.interval
+        self._say(
+            f"result  top-1 {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
+            f"top-5 {100 * scores.top5:.2f} % on {scores.images} {self.val_images.split} images; {self.run}"
+        )
+        if self.prepared:
+            self._say("note    no spec builds this model: its weights alone are saved, in weights.safetensors")
+        if count := len(bad["train"]) + len(bad["val"]):
+            self._say(f"note    {count} images could not be read; they are named above and in summary.json")
+        return summary
+
+    def _diverged(self, what: str, step: int) -> UlsamError:
+        taught = ", or a lower --distill-features" if self.config.distill_features else ""
+        return UlsamError(
+            f"{what} in epoch {self.at.epoch + 1}, step {step}, at learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:.3g}: {parts.DIVERGED}{taught}"
+        )
+
+    def _stopped(self, where: str) -> Interrupted:
+        line = restore.prepared_call(self.run) if self.prepared else launch_line(["train", "--resume", str(self.run)])
+        return Interrupted(f"stopped in {where}; go on with: {line}")
+
+    def _environment(self) -> dict[str, str]:
+        """What must be as it was for a resumed run to end in the same weights."""
+        return {**environment(), "device": self.world.device.type, "training images": self.identity}
+
+    def _say(self, line: str) -> None:
+        if self.world.writes:
+            tqdm.write(printable(line))

@@ -1,0 +1,257 @@
+"""What a training run is made of: images, model, batches, optimizer, each built from the settings."""
+
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from tqdm import tqdm
+
+from ulsam.base.distributed import World
+from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
+from ulsam.base.processes import STOP_SIGNALS
+from ulsam.data import loading, opening, sources
+from ulsam.data.augment import TrainTransform
+from ulsam.data.cache import cache_for
+from ulsam.model.build import make_spec, ulsam_parameters
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.surgery.places import match
+from ulsam.surgery.trace import trace
+from ulsam.training.config import TrainConfig
+
+#: What to do about a loss that is no longer finite: part of the line that such a run ends with.
+DIVERGED = "try a lower --lr, --clip-grad 1, or --amp none"
+
+
+def open_images(config: TrainConfig) -> tuple[sources.AnyImages, sources.AnyImages, list[str]]:
+    """Training images, validation images and notes for the user; see `ulsam.data.opening.open_data`."""
+    return opening.open_data(
+        config.data,
+        data_dir=config.data_dir,
+        train_split=config.train_split,
+        val_split=config.val_split,
+        val_fraction=config.val_fraction,
+        class_names=config.class_names,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        split_seed=config.split_seed,
+    )
+
+
+def spec_of(config: TrainConfig, classes: Sequence[str]) -> ModelSpec:
+    """The spec that the settings describe, for these classes."""
+    given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
+    dropout = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
+    if config.model_args.get("in_chans", 3) != 3:
+        raise UlsamError("images are read as RGB: leave in_chans out of --model-args")
+    return make_spec(
+        config.model,
+        classes,
+        [Edit.parse(text) for text in config.edits],
+        size=config.size,
+        model_args={**config.model_args, **{name: rate for name, rate in dropout.items() if rate}},
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def prepared_model(model: nn.Module, config: TrainConfig, spec: ModelSpec) -> nn.Module:
+    """``model``, which is trained in place of the spec's, if it can be.
+
+    Raises:
+        UlsamError: a setting that would change the spec's model is given, the model does not run at the input size,
+            or its outputs are not the classes.
+    """
+    for name in ("edits", "pretrained", "weights", "drop_rate", "drop_path"):
+        if getattr(config, name):
+            raise UlsamError(f"a prepared model is trained as it is: leave {name} out of its settings")
+    shape = trace(model, spec.input_size)[""].output_shape
+    if shape != (1, len(spec.classes)):
+        raise UlsamError(
+            f"the prepared model puts out {list(shape or ())} for an image; {[1, len(spec.classes)]} is right here"
+        )
+    return model
+
+
+def batches_of(
+    config: TrainConfig, spec: ModelSpec, images: sources.AnyImages, world: World
+) -> tuple[loading.Loader, loading.EpochOrder | None, int, str | None]:
+    """The loader, its order (None for a stream), the optimizer updates in an epoch, and what to say of the cache."""
+    transform = TrainTransform(
+        spec.input_size,
+        mean=spec.mean,
+        std=spec.std,
+        interpolation=spec.interpolation,
+        crop_scale=(config.crop_scale[0], config.crop_scale[1]),
+        hflip=config.hflip,
+        color_jitter=config.color_jitter,
+        rand_augment=config.rand_augment,
+        random_erasing=config.random_erasing,
+    )
+    order = None
+    if isinstance(images, sources.StreamImages):
+        batches = images.batches(config.batch_size, config.workers)
+    else:
+        balanced = config.sampler == "balanced"
+        order = loading.EpochOrder(
+            images, config.batch_size, config.seed, balanced=balanced, rank=world.rank, world=world.size
+        )
+        batches = len(order)
+    if batches < config.accumulate:
+        raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
+    cache, cache_line = cache_for(images, transform.reduction, config.cache, processes=world.size)
+    loader = loading.train_loader(
+        images,
+        transform,
+        order,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+        cache=cache,
+        device=world.device,
+    )
+    return loader, order, batches // config.accumulate, cache_line
+
+
+def freeze(model: nn.Module, places: Sequence[str]) -> list[nn.Module]:
+    """Keep the weights of the modules at these places as they are; the modules.
+
+    Raises:
+        UlsamError: a place that no module matches.
+    """
+    frozen = [model.get_submodule(name) for name in (match(model, places) if places else [])]
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def optimizer_of(
+    config: TrainConfig, model: nn.Module, epoch_updates: int
+) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
+    """timm's optimizer and its warm-up + cosine schedule by updates; no decay on norms, biases and ULSAM's weights."""
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=ulsam_parameters(model))
+    if not groups:
+        raise UlsamError("every parameter is frozen: leave something to train out of --freeze")
+    if config.ulsam_lr != 1:
+        groups = _scaled_groups(groups, model, config.ulsam_lr)
+    momentum = {"momentum": config.momentum} if config.opt == "sgd" else {}
+    optimizer = create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=0.0, **momentum)
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=config.epochs * epoch_updates + 1,
+        lr_min=config.min_lr,
+        warmup_t=round(config.warmup_epochs * epoch_updates),
+        t_in_epochs=False,
+    )
+    return optimizer, schedule
+
+
+def _scaled_groups(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:
+    """The groups, with the parameters of ULSAM layers in one of their own behind them, at ``scale`` times the rate."""
+    ours = {id(model.get_parameter(name)) for name in ulsam_parameters(model)}
+    own = [parameter for group in groups for parameter in group["params"] if id(parameter) in ours]
+    if not own:
+        raise UlsamError("ulsam_lr has nothing to act on: this model has no ULSAM layer that is trained")
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in ours]} for group in groups]
+    return [
+        *(group for group in rest if group["params"]),
+        {"params": own, "weight_decay": 0.0, "lr_scale": scale},  # timm's schedules multiply by lr_scale
+    ]
+
+
+def mixing_of(config: TrainConfig, n_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, or None; the label smoothing is then its own."""
+    if not (config.mixup or config.cutmix):
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=n_classes)
+
+
+class Unreadable:
+    """Images that any process could not read: each is named once, and too many of them end the run."""
+
+    def __init__(self, total: int, largest_share: float, tells: bool = True) -> None:
+        self.limit = max(3, int(total * largest_share))
+        self.tells = tells
+        self.reasons: dict[str, str] = {}
+
+    def add(self, found: Iterable[tuple[str, str]]) -> None:
+        """Note what was met; all processes note the same, so that all end.
+
+        Raises:
+            UlsamError: more than the largest share of all images (and more than 3) cannot be read.
+        """
+        for name, reason in found:
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                if self.tells:
+                    tqdm.write(f"unreadable {reason}", file=sys.stderr)
+        if len(self.reasons) > self.limit:
+            raise UlsamError(f"more than {self.limit} images cannot be read (named above): see --max-unreadable")
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn what is no bug, but a limit of the machine or of the model, into one line.
+
+    Raises:
+        UlsamError: the memory is full, BatchNorm got one value a channel, or torch.compile failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UlsamError(f"torch.compile failed: {first_line(error)}; use --compile none") from error
+        if is_out_of_memory(error):
+            raise UlsamError("the memory is full: use a smaller --batch-size, and --accumulate instead") from error
+        raise
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UlsamError("BatchNorm cannot train on one image at a time here: use --batch-size 2 or more") from error
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within it, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one acts as ever.
+
+    Outside the main thread, where Python sets no handlers, signals act as ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+        signal.signal(number, before[number])
+        os.write(2, b"\nulsam: saving and stopping; once more stops at once\n")
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def same_generators(device: torch.device) -> Iterator[None]:
+    """Leave Python's, NumPy's and PyTorch's random generators as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,140 @@
+"""Name what is in images: the same reading and the same answers, whatever computes the model."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ulsam.base.errors import UlsamError
+from ulsam.data.images import Pixels, UnreadableImage, read_pixels
+from ulsam.data.preprocessing import Preprocessing
+
+Logits = NDArray[np.float32]
+"""What a model puts out, [B, classes]."""
+
+Image = str | os.PathLike[str] | BinaryIO | Pixels
+"""A file, a binary stream that holds one, or RGB bytes [H, W, 3]."""
+
+NOT_FINITE = "the model puts out numbers that are not finite (NaN or infinity)"
+
+
+class NotFinite(UlsamError):
+    """A model puts out NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's most probable classes, best first; or why it could not be read."""
+
+    path: str
+    classes: tuple[tuple[str, float], ...] = ()  # name, probability
+    error: str | None = None
+
+
+def predict(
+    images: Iterable[Image],
+    logits: Callable[[Pixels], Logits],
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    *,
+    top: int = 5,
+    batch: int = 32,
+) -> Iterator[Prediction]:
+    """Name what is in images, in their order; an unreadable one gives a prediction with an error.
+
+    Args:
+        images: of any size. What is no file is called ``<image N>``, counted from 0.
+        logits: of RGB bytes [B, H, W, 3] at the model's size.
+        preprocessing: that brings them to this size.
+        classes: names of the outputs.
+        top: classes to name for each image.
+        batch: images at once.
+
+    Raises:
+        NotFinite: the model's outputs are not finite.
+        UlsamError: ``top`` or ``batch`` is below 1, or what is given is no image at all.
+
+    >>> look = Preprocessing((1, 1), "bilinear", 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    >>> def redness(images):
+    ...     return images[:, 0, 0, :2].astype(np.float32)
+    >>> list(predict([np.uint8([[[250, 0, 0]]]), "missing.jpg"], redness, look, ["red", "green"], top=1))
+    [Prediction(path='<image 0>', classes=(('red', 1.0),), error=None), \
+Prediction(path='missing.jpg', classes=(), error='missing.jpg: no such file or directory')]
+    """
+    for what, value in (("top", top), ("batch", batch)):
+        if value < 1:
+            raise UlsamError(f"{what} must be 1 or more, not {value}")
+    if isinstance(images, str | bytes):
+        raise UlsamError("images are several: give a list, of one image too")
+    return _predictions(images, logits, preprocessing, classes, top, batch)
+
+
+def _predictions(
+    images: Iterable[Image],
+    logits: Callable[[Pixels], Logits],
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    top: int,
+    batch: int,
+) -> Iterator[Prediction]:
+    numbered = enumerate(images)
+    while chunk := list(itertools.islice(numbered, batch)):
+        names = [_name(image, number) for number, image in chunk]
+        inputs, errors = [], {}
+        for place, (_, image) in enumerate(chunk):
+            try:
+                inputs.append(preprocessing.crop(_pixels(image, preprocessing)))
+            except UnreadableImage as error:
+                errors[place] = str(error)
+        shares = iter(softmax(logits(np.stack(inputs))) if inputs else np.empty((0, len(classes)), np.float32))
+        for place, name in enumerate(names):
+            if place in errors:
+                yield Prediction(name, error=errors[place])
+            else:
+                yield Prediction(name, ranked(next(shares), classes, top))
+
+
+def ranked(shares: NDArray[np.float32], classes: Sequence[str], top: int) -> tuple[tuple[str, float], ...]:
+    """The ``top`` most probable classes of one image with their probabilities, best first.
+
+    >>> ranked(np.float32([0.25, 0.75]), ["cat", "dog"], 1)
+    (('dog', 0.75),)
+    """
+    best = np.argsort(-shares, kind="stable")[:top]
+    return tuple((classes[index], float(shares[index])) for index in best)
+
+
+def softmax(logits: Logits) -> Logits:
+    """Probabilities of the classes, [B, classes].
+
+    Raises:
+        NotFinite: a logit is not finite.
+
+    >>> softmax(np.float32([[0, 0], [1000, 0]])).tolist()
+    [[0.5, 0.5], [1.0, 0.0]]
+    """
+    if not np.isfinite(logits).all():
+        raise NotFinite(NOT_FINITE)
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)
+
+
+def _pixels(image: Image, preprocessing: Preprocessing) -> Pixels:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UlsamError(f"an image in memory is RGB bytes, uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        return image
+    if not isinstance(image, str | os.PathLike) and not hasattr(image, "read"):
+        raise UlsamError(
+            f"an image is a path, a binary stream or RGB bytes [H, W, 3], not {type(image).__name__}; "
+            "io.BytesIO(...) makes a stream of a file's content"
+        )
+    return read_pixels(image, preprocessing.reduction)
+
+
+def _name(image: Image, number: int) -> str:
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else f"<image {number}>"

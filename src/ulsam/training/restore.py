@@ -1,0 +1,159 @@
+"""What a run's folder must hold for the run to begin or go on, and its checkpoint taken apart."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ulsam.base.errors import UlsamError
+from ulsam.training import summary as report
+from ulsam.training.checkpoint import Position
+from ulsam.training.config import TrainConfig, read_config
+from ulsam.training.probe import undecided
+
+#: Settings that a resumed run may change: what is trained, and how, stays the same.
+HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds")
+#: The teacher's file may lie elsewhere: its content is checked.
+_MAY_CHANGE = (*HARMLESS, "teacher")
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a resumed run may not change."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _MAY_CHANGE}
+
+
+def resumed_config(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
+    """The settings of the run in this folder, to go on with.
+
+    Raises:
+        UlsamError: not the folder of a run, a finished one, or a setting that would change the result.
+    """
+    if not os.path.isfile(run / "config.yaml"):
+        raise UlsamError(f"{run} is not the folder of a run: there is no config.yaml in it")
+    if os.path.isfile(run / "summary.json"):
+        raise UlsamError(f"{run} is finished: its result is in {run / 'summary.json'}")
+    before = read_config(run / "config.yaml")
+    config = TrainConfig.from_mapping({**before, **overrides})
+    for name, value in dataclasses.asdict(TrainConfig.from_mapping(before)).items():
+        now = getattr(config, name)
+        if (name not in _MAY_CHANGE or (name == "teacher" and value is None)) and now != value:
+            raise UlsamError(f"--resume goes on with the run's own settings: {name} was {value} and cannot be changed")
+    if names := undecided(config):
+        raise UlsamError(f"{run / 'config.yaml'} was changed: {names[0]} is auto, but the run had chosen; put it back")
+    return config
+
+
+def check_begun(found: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) -> None:
+    """Raise unless the settings found in a run's folder are those wanted; how it is computed may differ (`HARMLESS`).
+
+    Raises:
+        UlsamError: one differs; the line names it.
+    """
+    before = dataclasses.asdict(TrainConfig.from_mapping(found))
+    for name, value in wanted.items():
+        if name not in HARMLESS and before[name] != value:
+            raise UlsamError(
+                f"{run} holds a run with {name} {before[name]}, not {value}: put that back, move it away, or name "
+                "another --out"
+            )
+
+
+def check_prepared(run: Path, saved: Mapping[str, Any] | None, given: bool) -> None:
+    """Raise unless a prepared model is given if and only if the run began with one.
+
+    Raises:
+        UlsamError: it is the other way round.
+    """
+    prepared = saved is not None and bool(saved.get("prepared"))
+    if prepared and not given:
+        raise UlsamError(f"{run} trains a prepared model: go on from Python, {prepared_call(run)}")
+    if given and not prepared:
+        raise UlsamError(f"{run} trains the model of its settings, not a prepared one: leave model out")
+
+
+def check_same(
+    saved: Mapping[str, Any],
+    *,
+    processes: int,
+    classes: list[str],
+    settings: Mapping[str, Any],
+    teacher: str | None,
+    config_file: Path,
+) -> None:
+    """Raise unless the run was started with these settings, classes, teacher (its digest) and as many processes.
+
+    Raises:
+        UlsamError: it was not; the line says what differs.
+    """
+    before = saved["environment"]["processes"]
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(TrainConfig)}
+    if before != str(processes):
+        raise UlsamError(f"this run has {before} process(es), not {processes}: start as many")
+    if saved["classes"] != classes:
+        raise UlsamError("the data has other classes than this run was started with")
+    if saved.get("teacher") != teacher:
+        raise UlsamError("the teacher's file is not the one that this run was started with: put that one back")
+    for name, now in settings.items():
+        if name not in saved["settings"] and now == defaults[name]:
+            continue  # a setting that a later version added
+        if saved["settings"][name] != now:
+            raise UlsamError(
+                f"{config_file} was changed: {name} was {saved['settings'][name]} and is {now} now; "
+                "put it back, or start a new run"
+            )
+
+
+def position(saved: dict[str, Any], config: TrainConfig, epoch_updates: int) -> Position:
+    """The position in a checkpoint; raises ValueError and what else a wrong one leads to."""
+    at = Position(**saved)
+    batches = epoch_updates * config.accumulate
+    for name, most in (("epoch", config.epochs), ("batch", batches), ("updates", None), ("images", None)):
+        value = saved.get(name, 0)
+        if type(value) is not int or value < 0 or (most is not None and value > most):
+            raise ValueError(f"{name} is {value!r}" + ("" if most is None else f", not 0 to {most}"))
+    if not (type(at.loss_sum) is type(at.seconds) is float and math.isfinite(at.loss_sum) and at.seconds >= 0):
+        raise ValueError(f"loss and seconds are {at.loss_sum!r}, {at.seconds!r}")
+    if at.batch % config.accumulate or (at.batch and not (at.images and at.seconds)):
+        raise ValueError(f"batch is {at.batch}, after {at.images} images in {at.seconds} s")
+    sound = all(
+        tuple(row) == report.COLUMNS and all(value is None or type(value) in (int, float) for value in row.values())
+        for row in at.rows
+    )
+    if len(at.rows) != at.epoch or not sound:
+        raise ValueError(f"{at.epoch} epochs, but its rows are not theirs")
+    return at
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], opt: str) -> None:
+    """Give the optimizer its state; raises ValueError and what else the state of another one leads to."""
+    new = optimizer.state_dict()["param_groups"]
+    for group, other in zip(new, saved["param_groups"], strict=True):
+        changed = [name for name in group.keys() | other.keys() if name != "lr" and group.get(name) != other.get(name)]
+        if changed:
+            raise ValueError(f"{min(changed)} of its optimizer is not that of {opt}")
+    optimizer.load_state_dict(saved)
+    kinds = {"momentum_buffer"} if opt == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
+    for parameter, state in optimizer.state.items():
+        fits = all(value.numel() == 1 or value.shape == parameter.shape for value in state.values())
+        if state.keys() != kinds or not fits:
+            raise ValueError(f"the state of its optimizer is not that of {opt}")
+
+
+def prepared_call(run: Path) -> str:
+    """How to go on with the run of a prepared model."""
+    return f"ulsam.training.loop.resume({str(run)!r}, model=...)"
+
+
+def check_free(run: Path) -> None:
+    """Raise unless there is no such folder, or an empty one."""
+    try:
+        taken = run.exists() and not (run.is_dir() and all(path.name.startswith(".") for path in run.iterdir()))
+    except OSError as error:
+        raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
+    if taken:
+        resume = f"go on with --resume {run}, or " if (run / "config.yaml").is_file() else ""
+        raise UlsamError(f"{run} exists: {resume}choose another --out")

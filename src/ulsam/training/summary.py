@@ -1,0 +1,132 @@
+"""What a run leaves for its reader: metrics.csv, curves.png, summary.json."""
+
+import csv
+import io
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import nn
+
+from ulsam import __version__
+from ulsam.base.files import write_atomic
+from ulsam.model.spec import ModelSpec
+from ulsam.surgery.cost import Cost
+from ulsam.training.checkpoint import environment
+from ulsam.training.distill import Teacher
+from ulsam.training.evaluate import Scores
+
+COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds", "images_per_second")
+
+
+def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``metrics.csv``: a row an epoch, shares 0..1, losses in nats; an epoch that was not measured has gaps."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomic(run / "metrics.csv", text.getvalue())
+
+
+def draw_curves(
+    run: Path, rows: Sequence[Mapping[str, Any]], split: str, *, loss: str = "cross-entropy (nats)"
+) -> None:
+    """Draw ``curves.png``: loss and top-1 against epochs; ``split`` is what was measured on, ``loss`` the axis's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    losses, accuracy = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    measured = [row for row in rows if row["val_top1"] is not None]
+    losses.plot(epochs, [row["train_loss"] for row in rows], "o-", ms=3, label="training")
+    losses.plot([row["epoch"] for row in measured], [row["val_loss"] for row in measured], "s--", ms=3, label=split)
+    losses.set(xlabel="epoch", ylabel=loss, title="Loss")
+    losses.legend(frameon=False)
+    accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top1"] for r in measured], "s--", ms=3, label="top-1")
+    accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top5"] for r in measured], "^:", ms=3, label="top-5")
+    accuracy.set(xlabel="epoch", ylabel=f"{split} accuracy (%)", title="Accuracy")
+    accuracy.legend(frameon=False)
+    for axes in (losses, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    write_atomic(run / "curves.png", buffer.getvalue())
+
+
+def score_entry(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
+    """Scores as JSON: shares 0..1, the 95 % interval of top-1 (Wilson's, over the choice of images), every class."""
+    return {
+        "images": scores.images,
+        "top1": scores.top1,
+        "top1_interval_95": list(scores.interval),
+        "top5": scores.top5,
+        "loss": scores.loss,
+        "unreadable": len(scores.unreadable),
+        "per_class": scores.per_class(classes),
+    }
+
+
+def cost_entry(cost: Cost) -> dict[str, Any]:
+    """A cost as JSON, with its counting rule."""
+    return {
+        "params": cost.params,
+        "macs": cost.macs,
+        "activations": cost.activations,
+        "input_size": list(cost.input_size),
+        "rule": cost.rule,
+    }
+
+
+def cost_line(edited: Cost, base: Cost) -> str:
+    """Parameters and MACs of a model, and the change against its base model."""
+
+    def change(now: int, before: int) -> str:
+        return "" if now == before else f" ({100 * (now / before - 1):+.1f} % against the base model)"
+
+    size = "x".join(map(str, edited.input_size))
+    return (
+        f"{edited.params / 1e6:.3f} M parameters{change(edited.params, base.params)}, "
+        f"{edited.macs / 1e6:.1f} M MACs{change(edited.macs, base.macs)} at {size}"
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions and the machine that a figure was taken with."""
+    return {"ulsam": __version__, **environment(), "machine": platform.machine(), "system": platform.system()}
+
+
+def command_line() -> str:
+    """The command that is running, as it would be typed."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["ulsam" if name in ("ulsam", "__main__.py") else name, *sys.argv[1:]])
+
+
+def write_weights(run: Path, model: nn.Module) -> None:
+    """Write ``weights.safetensors``: the state dict of a model that no spec builds."""
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    write_atomic(run / "weights.safetensors", save(state))
+
+
+def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json``."""
+    write_atomic(run / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def teacher_entry(teacher: Teacher) -> dict[str, Any]:
+    """A teacher as JSON: its spec, the SHA-256 of its file, and where its feature maps were compared."""
+    return {"spec": spec_entry(teacher.spec), "sha256": teacher.digest, "places": list(teacher.places)}
+
+
+def spec_entry(spec: ModelSpec) -> dict[str, Any]:
+    """A spec as JSON."""
+    entry: dict[str, Any] = json.loads(spec.to_json())
+    return entry
