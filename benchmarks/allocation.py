@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from ulsam.base.provenance import processor
 from ulsam.model.build import build, make_spec
-from ulsam.study.latency import processor
 from ulsam.training import probe, step
 from ulsam.training.config import TrainConfig
 

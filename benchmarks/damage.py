@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import write_atomic
+from ulsam.base.provenance import versions
 from ulsam.model.build import load
 from ulsam.study.paths import without_paths
 from ulsam.study.slim import fine_tuning
@@ -36,7 +37,6 @@ from ulsam.training import parts
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.evaluate import ALONE
 from ulsam.training.sample import draw_sample
-from ulsam.training.summary import versions
 
 ROOT = Path(__file__).parents[1]
 FITTED = 512  # images, as `ulsam slim` takes by default

@@ -27,6 +27,7 @@ import onnxruntime
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import write_atomic
+from ulsam.base.provenance import processor
 from ulsam.base.timing import times_in_turn
 from ulsam.data.images import Pixels
 from ulsam.data.loading import eval_loader
@@ -36,7 +37,6 @@ from ulsam.deploy.exported_module import load_exported
 from ulsam.deploy.quantize import quantize
 from ulsam.model.build import load
 from ulsam.study.grid import Run
-from ulsam.study.latency import processor
 from ulsam.study.paths import without_paths
 from ulsam.study.run_store import Store
 from ulsam.study.statistics import difference

@@ -19,11 +19,10 @@ import torch
 from PIL import Image
 
 from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.provenance import processor, versions
 from ulsam.data.birds import draw_birds
 from ulsam.model.build import build, make_spec, save_model
 from ulsam.model.spec import Edit
-from ulsam.study.latency import processor
-from ulsam.training.summary import versions
 
 SIDES = (512, 384)
 EDITS = {"ulsam": (Edit("replace", "14,17"),), "base": ()}

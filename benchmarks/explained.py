@@ -18,13 +18,13 @@ import guest
 import torch
 
 from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.provenance import processor, versions
 from ulsam.explanation.explain_table import table
 from ulsam.explanation.image_list import list_images
 from ulsam.explanation.measured_batches import measure
 from ulsam.explanation.perturb import STEPS
 from ulsam.model.build import load
-from ulsam.study.latency import processor
-from ulsam.training.summary import spec_entry, versions
+from ulsam.training.summary import spec_entry
 
 
 def main(argv: Sequence[str] | None = None) -> None:

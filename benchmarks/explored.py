@@ -25,9 +25,8 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.provenance import processor, versions
 from ulsam.data.birds import draw_birds
-from ulsam.study.latency import processor
-from ulsam.training.summary import versions
 
 SIZES = {"0.2 Mpx": (512, 384), "12 Mpx": (4000, 3000)}
 DECODED = "Promise.all([...document.images].filter((it) => it.src).map((it) => it.decode()))"

@@ -27,9 +27,9 @@ from network import CASES, build
 from torch import nn
 
 from ulsam import runtime
+from ulsam.base.provenance import processor
 from ulsam.base.timing import times_in_turn
 from ulsam.deploy.onnx_graph import onnx_graph
-from ulsam.study.latency import processor
 
 ROOT = Path(__file__).parents[1]
 PIXELS = 160

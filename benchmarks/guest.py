@@ -19,6 +19,7 @@ from torch import nn
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import make_folder
 from ulsam.base.locks import take_lock
+from ulsam.base.provenance import versions
 from ulsam.data import loading
 from ulsam.model.build import build
 from ulsam.model.spec import ModelSpec
@@ -164,5 +165,5 @@ def _shares(before: Cost, after: Cost) -> dict[str, Any]:
         "macs_share": after.macs / before.macs,
         "params_share": after.params / before.params,
         "cost": report.cost_entry(after),
-        "versions": report.versions(),
+        "versions": versions(),
     }

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import ulsam
+from ulsam.base.provenance import processor
 from ulsam.layer.ops import cpu
-from ulsam.study.latency import processor
 
 CALLS = 500
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from ulsam import ULSAM
+from ulsam.base.provenance import processor
 from ulsam.layer.ops import cpu, reference, which_backend
-from ulsam.study.latency import processor
 
 SWITCHES = ("ULSAM_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # with which one processor stands for another
 SHAPES = [(96, 14), (160, 7), (320, 7), (512, 14), (1024, 7)]

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 import ulsam
+from ulsam.base.provenance import processor
 from ulsam.base.timing import times_in_turn
-from ulsam.study.latency import processor
 
 MOST_TURNS = 20_000
 

@@ -33,6 +33,7 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from training import in_turn, ours
 
+from ulsam.base.provenance import processor
 from ulsam.data import loading
 from ulsam.data.augment import Normalise, TrainTransform, jittered
 from ulsam.data.birds import draw_birds
@@ -40,7 +41,6 @@ from ulsam.data.cache import ImageCache
 from ulsam.data.folder import scan
 from ulsam.data.images import read_image, read_pixels
 from ulsam.data.sources import FolderImages
-from ulsam.study.latency import processor
 from ulsam.training.config import TrainConfig
 from ulsam.training.machine import adapt_to_device
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ulsam.study.latency import processor
+from ulsam.base.provenance import processor
 from ulsam.training.config import TrainConfig
 from ulsam.training.loop import train
 

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from ulsam.apps.service_model import Model, open_model
+from ulsam.base.provenance import processor
 from ulsam.data.folder import image_paths
-from ulsam.study.latency import processor
 from ulsam.training.predict import predict
 
 BATCH = 32

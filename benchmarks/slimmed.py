@@ -36,12 +36,12 @@ from torch import nn
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import make_folder, write_atomic
+from ulsam.base.provenance import command_line, processor, versions
 from ulsam.data.loading import eval_loader
 from ulsam.model.build import load, read_spec, save_model
 from ulsam.model.spec import ModelSpec
 from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge
 from ulsam.study.latency import measure
-from ulsam.study.latency import processor as processor_name
 from ulsam.study.launch import lock_of
 from ulsam.study.paths import without_paths
 from ulsam.study.run_store import Store
@@ -52,7 +52,6 @@ from ulsam.training.config import read_config
 from ulsam.training.evaluate import ALONE, evaluate, spec_transform
 from ulsam.training.loop import resume, train
 from ulsam.training.restore import check_begun
-from ulsam.training.summary import command_line, versions
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ("macs", "params", "latency")
@@ -152,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "longer": _scores(longer),
         **{name: dataclasses.asdict(found) for name, found in compared.items() if found},
         "latency": {
-            "processor": processor_name(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "whole": times["whole"].to_json(),
             "slimmed": times[f"seed {first}"].to_json(),

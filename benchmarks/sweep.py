@@ -17,8 +17,8 @@ from layer import Loop, medians
 from torch import nn
 
 from ulsam import ULSAM
+from ulsam.base.provenance import processor
 from ulsam.layer.ops import reference
-from ulsam.study.latency import processor
 
 GROUPS = 4
 #: what varies, its values, and the shape at each

@@ -35,8 +35,8 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 
 from ulsam.base.distributed import World
+from ulsam.base.provenance import processor
 from ulsam.model.build import build
-from ulsam.study.latency import processor
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.loop import Trainer

@@ -39,8 +39,7 @@ from torch.utils._pytree import tree_leaves
 import ulsam
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.files import write_atomic
-from ulsam.study.latency import processor
-from ulsam.training.summary import versions
+from ulsam.base.provenance import processor, versions
 
 STEPS = ("candidates", "replace", "insert", "forward", "backward", "fold", "undo", "export")
 NEW: dict[str, Any] = {"weights": None}

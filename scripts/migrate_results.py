@@ -2,8 +2,8 @@
 
     python scripts/migrate_results.py results/compare_cub100 ...
 
-JSON, CSV, YAML and Markdown files below each folder, or files, are rewritten in place; what is in today's words stays as
-it is. Names of images and classes are not touched.
+JSON, CSV, YAML and Markdown files, given or below a given folder, are rewritten in place; what is in today's words
+stays as it is. Names of images and classes are not touched.
 """
 
 import json
@@ -24,7 +24,11 @@ KEYS = {
 }
 #: Values that are names from elsewhere.
 NAMES = {"classes", "names", "unreadable", "data", "weights", "teacher"}
-FOLDERS = [("removed", "remove"), ("ulsam-thin-", "ulsam-inverted-residual-"), ("unfitted-thin", "unfitted-inverted-residual")]
+FOLDERS = [
+    ("removed", "remove"),
+    ("ulsam-thin-", "ulsam-inverted-residual-"),
+    ("unfitted-thin", "unfitted-inverted-residual"),
+]
 
 
 def words(text: str) -> str:

@@ -21,23 +21,13 @@ from scipy.stats import binomtest
 from torch import nn
 
 from tiny import NET, draw, draw_splits
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import NotFinite, UlsamError
+from ulsam.base.eval_mode import eval_mode
 from ulsam.data.images import read_image
 from ulsam.data.loading import Batch, eval_loader
 from ulsam.data.opening import open_split
 from ulsam.model.build import build, make_spec
-from ulsam.training.evaluate import (
-    NotFinite,
-    Scores,
-    Stopped,
-    eval_mode,
-    evaluate,
-    logits_of,
-    outcomes,
-    predict,
-    spec_transform,
-    wilson,
-)
+from ulsam.training.evaluate import Scores, Stopped, evaluate, logits_of, outcomes, predict, spec_transform, wilson
 
 CLASSES = ("robin", "wren", "finch")
 RECIPE = make_spec(NET, CLASSES, size=32)

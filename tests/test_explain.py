@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ulsam
 from tiny import NET, draw
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.data.birds import draw_birds, mark_boxes
 from ulsam.explanation import Explainer, measures, perturb
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, upsampled
@@ -24,7 +24,7 @@ from ulsam.explanation.regions import BIRD, at_size, mark_areas
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import build, make_spec, save_model
 from ulsam.model.spec import Edit, ModelSpec
-from ulsam.training.evaluate import NotFinite, predict, spec_transform
+from ulsam.training.evaluate import predict, spec_transform
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

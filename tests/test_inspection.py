@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ulsam
 from tiny import NET, draw
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.cli import main
 from ulsam.data.folder import images_below
 from ulsam.data.images import read_image
@@ -22,7 +22,7 @@ from ulsam.explanation.inspect_maps import INERT, LayerStats, inspect, warnings
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import build, make_spec, save_model
 from ulsam.model.spec import Edit
-from ulsam.training.evaluate import NotFinite, spec_transform
+from ulsam.training.evaluate import spec_transform
 
 SIZE = (3, 9, 9)
 

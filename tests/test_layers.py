@@ -20,8 +20,9 @@ from ulsam.layer.choice import make_layer
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import build, load, load_weights, make_spec, save_model, ulsam_parameters
 from ulsam.model.spec import Edit
-from ulsam.surgery.edit import candidates, insert, remove, replace, undo
+from ulsam.surgery.edit import insert, remove, replace, undo
 from ulsam.surgery.edited import added_layers
+from ulsam.surgery.find import candidates
 from ulsam.surgery.followed import host_class
 
 SIZE = (3, 32, 32)

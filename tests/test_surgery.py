@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ulsam.base.errors import UlsamError
 from ulsam.layer.ulsam import ULSAM
 from ulsam.surgery.cost import cost
-from ulsam.surgery.edit import candidates, insert, remove, replace, undo
+from ulsam.surgery.edit import insert, remove, replace, undo
+from ulsam.surgery.find import candidates
 from ulsam.surgery.places import layer_names, match
 
 SIZE = (3, 32, 32)

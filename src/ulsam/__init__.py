@@ -13,7 +13,7 @@ _HOME = {
     "InvertedResidual": "ulsam.layer.inverted_residual",
     "reconstruct": "ulsam.surgery.reconstruct",
     "convert_released": "ulsam.layer.ulsam",
-    "candidates": "ulsam.surgery.edit",
+    "candidates": "ulsam.surgery.find",
     "insert": "ulsam.surgery.edit",
     "replace": "ulsam.surgery.edit",
     "remove": "ulsam.surgery.edit",

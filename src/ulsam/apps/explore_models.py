@@ -11,7 +11,8 @@ from torch import Tensor
 from ulsam.base.errors import printable
 from ulsam.data.images import read_pixels
 from ulsam.explanation.captions import model_name
-from ulsam.explanation.explainer import Explainer, Explanation
+from ulsam.explanation.explainer import Explainer
+from ulsam.explanation.explanation import Explanation
 from ulsam.explanation.measured_batches import look
 from ulsam.model.build import load
 

@@ -15,7 +15,7 @@ from ulsam.apps.explore_guard import Guard
 from ulsam.apps.explore_models import Model, explain_upload, grey_image
 from ulsam.apps.explore_views import about, panel_png, view
 from ulsam.base.errors import UlsamError, printable
-from ulsam.explanation.explainer import Explanation
+from ulsam.explanation.explanation import Explanation
 
 MEGABYTE = 10**6
 PLACES = 4

@@ -8,7 +8,7 @@ from ulsam.apps.explore_models import Model
 from ulsam.explanation import captions as words
 from ulsam.explanation.drawing import gradient
 from ulsam.explanation.explain_page import layer_view, map_uri, photo_uri, top_view
-from ulsam.explanation.explainer import Explanation
+from ulsam.explanation.explanation import NO_LAYER, Explanation
 from ulsam.explanation.panel import panel
 
 SIDE = 112
@@ -23,7 +23,7 @@ def about(models: Sequence[Model], max_bytes: int) -> dict[str, Any]:
         ],
         "max_bytes": max_bytes,
         "gradient": gradient(),
-        "no_layer": words.NO_LAYER,
+        "no_layer": NO_LAYER,
     }
 
 

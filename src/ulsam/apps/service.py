@@ -24,8 +24,9 @@ from ulsam.apps.service_body import FORM, UploadedFile, images_sent
 from ulsam.apps.service_engine import Engine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
+from ulsam.base.errors import NotFinite
 from ulsam.data.images import UnreadableImage
-from ulsam.training.predict import NotFinite, ranked
+from ulsam.training.predict import ranked
 
 PREDICT = "/predict"
 LINGER = 2.0

@@ -10,6 +10,10 @@ class UlsamError(ValueError):
     """
 
 
+class NotFinite(UlsamError):
+    """A model puts out NaN or infinity."""
+
+
 def printable(text: str) -> str:
     """``text`` with ? for what would not print on one line; a stranger's names can hold commands to a terminal.
 

@@ -6,7 +6,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.cli.common import add_model_arguments, spec_from
 from ulsam.model.build import sketch
 from ulsam.surgery.cost import aligned, cost
-from ulsam.surgery.edit import candidates
+from ulsam.surgery.find import candidates
 from ulsam.surgery.places import layer_names
 
 

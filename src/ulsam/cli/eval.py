@@ -9,6 +9,7 @@ from torch import nn
 from ulsam.base.distributed import start
 from ulsam.base.errors import UlsamError, printable
 from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.provenance import command_line, versions
 from ulsam.data.augment import EvalTransform
 from ulsam.data.folder import find_splits
 from ulsam.data.loading import eval_loader
@@ -18,7 +19,7 @@ from ulsam.model.build import load, sketch
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import cost
 from ulsam.training.evaluate import evaluate, spec_transform
-from ulsam.training.summary import command_line, cost_entry, score_entry, versions
+from ulsam.training.summary import cost_entry, score_entry
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

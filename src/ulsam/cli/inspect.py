@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from ulsam.base.errors import UlsamError, printable
 from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.provenance import command_line, versions
 from ulsam.data.folder import image_paths
 from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
 from ulsam.model.build import load
 from ulsam.training.evaluate import read_batch, spec_transform
-from ulsam.training.summary import command_line, versions
 
 BATCH = 32
 

@@ -15,6 +15,7 @@ import numpy as np
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
 from ulsam.base.files import check_writable, make_folder, write_atomic
+from ulsam.base.provenance import command_line, processor, versions
 from ulsam.base.timing import in_turn
 from ulsam.deploy import bench_report as report
 from ulsam.deploy.bench_models import BenchModel, check_backends, open_model
@@ -22,8 +23,6 @@ from ulsam.deploy.bench_process import Process
 from ulsam.deploy.bench_report import Row
 from ulsam.deploy.bench_worker import Backend, Case
 from ulsam.deploy.parity import parity_of
-from ulsam.study.latency import processor
-from ulsam.training.summary import command_line, versions
 
 MOST_TURNS = 2000
 Key = tuple[int, Backend]  # a model's number, and what runs it

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ulsam.base.plot_style import style
 from ulsam.deploy.bench_worker import Backend
-from ulsam.study.compare_plot import style
 from ulsam.surgery.cost import Cost, aligned
 from ulsam.training.summary import cost_entry
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ulsam.base.errors import UlsamError, first_line
+from ulsam.base.eval_mode import eval_mode
 from ulsam.data.bird_drawing import draw_bird
 from ulsam.data.birds import MAX_SIZE, MIN_SIZE, class_marks
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.preprocessing import Preprocessing
-from ulsam.training.evaluate import eval_mode
 from ulsam.training.predict import Logits
 
 TOLERANCE = 1e-3

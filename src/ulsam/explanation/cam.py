@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ulsam.base.errors import UlsamError
-from ulsam.training.evaluate import eval_mode
+from ulsam.base.eval_mode import eval_mode
 
 
 def grad_cam_plus_plus(features: Tensor, gradients: Tensor) -> Tensor:

@@ -1,41 +1,6 @@
 """What panels, the report and figures say, in the same words."""
 
-from ulsam.explanation.explainer import Explanation, LayerMaps
 from ulsam.model.spec import ModelSpec
-
-NO_LAYER = "This model has no ULSAM layer: there are no attention maps to show."
-
-
-def layer_heading(layer: LayerMaps) -> str:
-    """Which layer, and the size of its maps."""
-    groups, height, width = layer.maps.shape
-    place = f"layer {layer.place}, " if layer.place else ""
-    return f"{place}{layer.name}: {groups} map{'s' if groups > 1 else ''} of {height} × {width}"
-
-
-def map_captions(layer: LayerMaps) -> list[tuple[str, str]]:
-    """The number of each map, its entropy and its peak."""
-    pairs = zip(layer.entropy_share, layer.peak, strict=True)
-    return [
-        (f"{number}: entropy {_entropy(share)}", f"peak {_times(peak)}")
-        for number, (share, peak) in enumerate(pairs, start=1)
-    ]
-
-
-def layer_scale(layer: LayerMaps) -> float:
-    """The value at the top of the colour scale of all maps of a layer, in multiples of a uniform map's: 2 or more."""
-    return max(2.0, *layer.peak)
-
-
-def scale_text(top: float) -> str:
-    """The top of a colour scale, as :func:`layer_scale` gives it."""
-    return _times(top)
-
-
-def cam_caption(whose: str, found: Explanation) -> tuple[str, str]:
-    """Whose CAM it is, and of what."""
-    share = float(found.probabilities[found.target])
-    return f"{whose}, {percent(share)}", f"for {found.classes[found.target]}"
 
 
 def percent(share: float) -> str:
@@ -78,24 +43,3 @@ def verdict(truth: str | None, named: str) -> str:
     ('wrong', 'right', 'unknown')
     """
     return "unknown" if truth is None else "right" if truth == named else "wrong"
-
-
-def headline(truth: str | None, found: Explanation, base: Explanation | None, whose: str = "base") -> str:
-    """One sentence on what was predicted; ``whose`` is what the base model is called."""
-    (named, share), *_ = found.top(1)
-    told = {"wrong": f"✗ wrong: {truth}, taken for {named}", "right": f"✓ right: {named}"}
-    text = f"{told.get(verdict(truth, named), named)} ({percent(share)})"
-    if base is None:
-        return text
-    (other, share), *_ = base.top(1)
-    return f"{text}; {whose}: {other} ({percent(share)})"
-
-
-def _entropy(share: float) -> str:
-    if 0.9995 <= share < 1 - 1e-6:  # beyond what float32 makes of a uniform map
-        return "> 99.9 %"
-    return f"{100 * share:.0f} %" if share < 0.985 else f"{100 * share:.1f} %"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}×" if value < 10 else f"{value:.0f}×"

@@ -14,6 +14,7 @@ from PIL import Image
 from ulsam.base.errors import printable
 from ulsam.base.extras import check_plots
 from ulsam.base.files import check_empty, make_folder, write_atomic
+from ulsam.base.provenance import command_line, versions
 from ulsam.explanation.captions import model_name, other_classes
 from ulsam.explanation.explain_page import Card, card, page
 from ulsam.explanation.explain_table import table
@@ -24,7 +25,7 @@ from ulsam.explanation.measured_batches import add, check_any, explained
 from ulsam.explanation.panel import panel
 from ulsam.model.build import load
 from ulsam.model.spec import ModelSpec
-from ulsam.training.summary import command_line, spec_entry, versions
+from ulsam.training.summary import spec_entry
 
 
 @dataclass(frozen=True)

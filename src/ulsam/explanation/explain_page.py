@@ -15,7 +15,17 @@ from PIL import Image
 from ulsam.data.images import Pixels, jpeg_of
 from ulsam.explanation import captions as words
 from ulsam.explanation.drawing import coloured, gradient, resized
-from ulsam.explanation.explainer import Explanation, LayerMaps
+from ulsam.explanation.explanation import (
+    NO_LAYER,
+    Explanation,
+    LayerMaps,
+    cam_caption,
+    headline,
+    layer_heading,
+    layer_scale,
+    map_captions,
+    scale_text,
+)
 
 MOST_CARDS = 500
 """Images that the page shows in full, the first of the index; the others have their line there."""
@@ -55,8 +65,7 @@ class Card:
 def card(name: str, truth: str | None, found: Explanation, base: Explanation | None = None, *, panel: str = "") -> Card:
     """What the page shows of an image; ``panel`` is the name of its PNG file."""
     models = {"this model": found, **({"base": base} if base else {})}
-    headline = words.headline(truth, found, base)
-    return card_of_models(name, truth, models, headline, {"": found}, panel=panel)
+    return card_of_models(name, truth, models, headline(truth, found, base), {"": found}, panel=panel)
 
 
 def card_of_models(
@@ -93,7 +102,7 @@ def card_of_models(
     cams = [
         Tile(map_uri(one.cam), photo(one), caption, f"Grad-CAM++ of {', '.join(caption)}")
         for whose, one in models.items()
-        for caption in [words.cam_caption(whose, one)]
+        for caption in [cam_caption(whose, one)]
     ]
     layers = [_tiles(layer_view(layer), whose, photo(one)) for whose, one in attention.items() for layer in one.layers]
     return Card(
@@ -168,7 +177,7 @@ def environment(*folders: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    room.globals.update(no_layer=words.NO_LAYER, percent=words.percent, gradient=gradient())
+    room.globals.update(no_layer=NO_LAYER, percent=words.percent, gradient=gradient())
     return room
 
 
@@ -201,12 +210,12 @@ def layer_view(layer: LayerMaps, smallest: int = SMALLEST) -> dict[str, Any]:
     >>> view["heading"], view["top"], view["uniform"], view["maps"][0][0]
     ('layer 17, blocks.5.2: 1 map of 2 × 2', '2.00×', 50.0, ('1: entropy 100.0 %', 'peak 1.00×'))
     """
-    top = words.layer_scale(layer)
+    top = layer_scale(layer)
     values = layer.maps * (layer.maps[0].size / top)
-    captions = words.map_captions(layer)
+    captions = map_captions(layer)
     return {
-        "heading": words.layer_heading(layer),
-        "top": words.scale_text(top),
+        "heading": layer_heading(layer),
+        "top": scale_text(top),
         "uniform": 100 / top,
         "maps": [(captions[number], map_uri(one, smallest)) for number, one in enumerate(values)],
     }

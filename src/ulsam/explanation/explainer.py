@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,69 +12,24 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ulsam.base.errors import UlsamError
-from ulsam.base.extras import check_plots
+from ulsam.base.errors import NotFinite, UlsamError
+from ulsam.base.eval_mode import eval_mode
 from ulsam.data.images import Pixels, read_pixels
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, watched
-from ulsam.explanation.measures import entropy_share, peak
-from ulsam.layer.ulsam import ULSAM, Form
+from ulsam.explanation.explanation import Explanation, LayerMaps
+from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import load
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.fold import has_inference_tensors, plain_copy
 from ulsam.surgery.places import paper_places
-from ulsam.training.evaluate import NotFinite, eval_mode, spec_transform
+from ulsam.training.evaluate import spec_transform
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 Floats = NDArray[np.float32]
 Watch = Callable[[str, Tensor, Tensor], None]
 """Is given a ULSAM layer's name, its input [B, C, H, W] and its maps [B, g, H, W]."""
-
-
-@dataclass(frozen=True)
-class LayerMaps:
-    """The attention maps of one ULSAM layer on one image."""
-
-    name: str
-    place: str | None  # in the paper's layer numbers: "17" replaced, "17:1" inserted behind it
-    form: Form
-    maps: Floats  # [g, H, W], each sums to 1
-
-    @property
-    def entropy_share(self) -> list[float]:
-        """Of each map, as a share of a uniform map's."""
-        return [float(share) for share in entropy_share(self.maps)]
-
-    @property
-    def peak(self) -> list[float]:
-        """The largest value of each map, as a multiple of a uniform map's."""
-        return [float(largest) for largest in peak(self.maps)]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """One image as one model sees it."""
-
-    pixels: Pixels  # what the model was given, before normalisation: [H, W, 3]
-    classes: tuple[str, ...]
-    probabilities: Floats  # [classes]
-    target: int  # the class that the CAM is of
-    layers: tuple[LayerMaps, ...]  # in the order of the model's modules; empty for a model without ULSAM
-    cam: Floats  # Grad-CAM++, [h, w], 0..1
-    cam_layer: str  # the module whose features it is of
-
-    def top(self, number: int = 5) -> list[tuple[str, float]]:
-        """The most probable classes and their probabilities, best first."""
-        order = np.argsort(-self.probabilities, kind="stable")[:number]
-        return [(self.classes[index], float(self.probabilities[index])) for index in order]
-
-    def figure(self) -> "Figure":
-        """The image, its most probable classes, the CAM and all attention maps, as a new matplotlib figure."""
-        check_plots("Explanation.figure")
-        from ulsam.explanation.explain_figure import draw
-
-        return draw(self)
 
 
 class Explainer:

@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import NotFinite, UlsamError
+from ulsam.base.eval_mode import eval_mode
 from ulsam.layer.ulsam import ULSAM, Form
 from ulsam.surgery.cost import aligned
 from ulsam.surgery.places import paper_places
-from ulsam.training.evaluate import NotFinite, eval_mode
 
 #: Attention is called inert if replacing its maps by uniform ones changes the features by less than this share.
 INERT = 0.01

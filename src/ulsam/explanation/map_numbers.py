@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.eval_mode import eval_mode
 from ulsam.explanation import measures, perturb
 from ulsam.explanation.cam import upsampled
-from ulsam.explanation.explainer import Explainer, Explanation, LayerMaps
+from ulsam.explanation.explainer import Explainer
+from ulsam.explanation.explanation import Explanation, LayerMaps
 from ulsam.explanation.regions import at_size
 from ulsam.model.spec import ModelSpec
-from ulsam.training.evaluate import eval_mode
 
 Areas = Mapping[str, NDArray[np.float32]]
 CAM = "Grad-CAM++"

@@ -7,7 +7,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ulsam.base.errors import UlsamError
-from ulsam.explanation.explainer import Explainer, Explanation
+from ulsam.explanation.explainer import Explainer
+from ulsam.explanation.explanation import Explanation
 from ulsam.explanation.image_list import Image
 from ulsam.explanation.map_numbers import MapNumbers
 from ulsam.explanation.regions import mark_areas

@@ -9,7 +9,17 @@ from PIL import Image, ImageDraw
 
 from ulsam.explanation import captions as words
 from ulsam.explanation.drawing import fitting, font, greyed, overlaid, ramp, resized
-from ulsam.explanation.explainer import Explanation, LayerMaps
+from ulsam.explanation.explanation import (
+    NO_LAYER,
+    Explanation,
+    LayerMaps,
+    cam_caption,
+    headline,
+    layer_heading,
+    layer_scale,
+    map_captions,
+    scale_text,
+)
 
 MARGIN, IMAGE, GUTTER = 28, 264, 36
 TILE, GAP, CAPTION = 136, 10, 36
@@ -52,7 +62,7 @@ def panel(
     (996, 520)
     """
     page = _Page(found, base, names)
-    page.head(title, words.headline(truth, found, base, names[1]), words.verdict(truth, found.top(1)[0][0]))
+    page.head(title, headline(truth, found, base, names[1]), words.verdict(truth, found.top(1)[0][0]))
     page.left(truth)
     page.right()
     return page.cut()
@@ -120,27 +130,27 @@ class _Page:
     def right(self) -> None:
         """The CAMs, then the maps of each layer."""
         y = HEAD - 2
-        tiles = [_Tile(self.found.cam, self.grey, words.cam_caption(self.names[0], self.found))]
+        tiles = [_Tile(self.found.cam, self.grey, cam_caption(self.names[0], self.found))]
         if self.base is not None:
             grey = greyed(self.base.pixels, TILE)
-            tiles.append(_Tile(self.base.cam, grey, words.cam_caption(self.names[1], self.base)))
+            tiles.append(_Tile(self.base.cam, grey, cam_caption(self.names[1], self.base)))
         rows, columns = self.found.cam.shape
         heading = f"Grad-CAM++ of {self.found.cam_layer}, {rows} × {columns}"
         y = self.row(y, heading, tiles, [(1.0, "max"), (0.0, "0")])
         for layer in self.found.layers:
             y = self.layer(y, layer)
         if not self.found.layers:
-            self.text((self.x, y), words.NO_LAYER, 12, QUIET)
+            self.text((self.x, y), NO_LAYER, 12, QUIET)
             y += HEADING
         self.bottom = max(self.bottom, y - ROW_GAP)
 
     def layer(self, y: int, layer: LayerMaps) -> int:
-        top = words.layer_scale(layer)
+        top = layer_scale(layer)
         values = layer.maps * (layer.maps[0].size / top)
-        captions = words.map_captions(layer)
+        captions = map_captions(layer)
         tiles = [_Tile(one, self.grey, caption) for one, caption in zip(values, captions, strict=True)]
-        labels = [(1.0, words.scale_text(top)), (1 / top, "uniform"), (0.0, "0")]
-        return self.row(y, words.layer_heading(layer), tiles, labels)
+        labels = [(1.0, scale_text(top)), (1 / top, "uniform"), (0.0, "0")]
+        return self.row(y, layer_heading(layer), tiles, labels)
 
     def row(self, y: int, heading: str, tiles: list[_Tile], labels: list[tuple[float, str]]) -> int:
         """Tiles in as many lines as they need, with their colour scale; returns where the next row begins."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from ulsam.base.errors import UlsamError, printable
 from ulsam.base.extras import check_plots
 from ulsam.base.files import check_writable, make_folder, write_atomic
+from ulsam.base.provenance import command_line, versions
 from ulsam.explanation.run_latency import time_runs
 from ulsam.explanation.run_measured import Measured, measure_again
 from ulsam.explanation.run_page import page
 from ulsam.explanation.trained_runs import TrainedRun, read_runs
-from ulsam.training.summary import command_line, versions
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
+from ulsam.base.provenance import command_line
 from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arms
 from ulsam.study.compare_report import measure_latency, summarise, write_reports
 from ulsam.study.grid import Grid
@@ -18,7 +19,6 @@ from ulsam.study.ray_launcher import RayLauncher, require_ray
 from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
 from ulsam.training.probe import SETTINGS, resolve_auto, undecided
-from ulsam.training.summary import command_line
 
 __all__ = ["compare", "report"]
 

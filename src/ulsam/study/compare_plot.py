@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from ulsam.base.plot_style import style
 from ulsam.study import compare_table as table
 
 
@@ -89,15 +90,6 @@ def centre(arm: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     """
     minus = arm["minus_base"]
     return 100 * (base["top1_mean"] + minus["mean"] if minus else arm["top1_mean"])
-
-
-def style(number: int) -> dict[str, Any]:
-    """Colour and marker of an arm, or of a model, by its number, none like another's below 110; no line of its own.
-
-    >>> len({(shown["marker"], shown["color"]) for shown in map(style, range(110))})
-    110
-    """
-    return {"marker": "os^Dv<>pPX*"[number % 11], "color": f"C{number % 10}", "ls": "none"}
 
 
 def _bar(arm: Mapping[str, Any], is_base: bool) -> list[list[float]] | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ulsam.base.files import write_atomic
+from ulsam.base.provenance import command_line
 from ulsam.model.spec import ModelSpec
 from ulsam.study import compare_plot as plot
 from ulsam.study import compare_table as table
@@ -15,7 +16,6 @@ from ulsam.study.arms import Arm
 from ulsam.study.grid import Failed, Grid, Try, at_the_edge, most_epochs
 from ulsam.study.run_store import Store
 from ulsam.study.statistics import Difference, check_paired, difference
-from ulsam.training.summary import command_line
 
 Runs = dict[int, Mapping[str, Any]]  # summaries by seed
 

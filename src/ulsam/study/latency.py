@@ -1,7 +1,6 @@
 """How long each arm's model takes for one image on this machine's CPU, measured side by side."""
 
 import functools
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ulsam.base.provenance import processor, versions
 from ulsam.base.timing import times_in_turn
 from ulsam.model.build import build
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.fold import fold
-from ulsam.training.summary import versions
 
 MOST_TURNS = 200
 SECONDS = 20.0  # for all arms together; a slow model takes longer, for its least turns
@@ -73,16 +72,3 @@ def entry(specs: Mapping[str, ModelSpec], before: Mapping[str, Any] | None) -> d
         "models": models,
         "where": where,
     }
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it.
-
-    >>> bool(processor())
-    True
-    """
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

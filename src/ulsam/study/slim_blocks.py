@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ulsam.base.errors import UlsamError
 from ulsam.model.spec import Edit
 from ulsam.surgery.cost import cost
-from ulsam.surgery.edit import Candidate, candidates
+from ulsam.surgery.find import Candidate, candidates
 from ulsam.surgery.places import At, layer_names, match
 from ulsam.surgery.reconstruct_layers import ReconstructedLayer, reconstruct_each
 from ulsam.surgery.trace import trace

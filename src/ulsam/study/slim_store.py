@@ -7,8 +7,8 @@ from typing import Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import clear_parts, make_folder, write_atomic
+from ulsam.base.provenance import command_line, versions
 from ulsam.study.slim_damage import Score
-from ulsam.training.summary import command_line, versions
 
 NAME = "slim.json"
 

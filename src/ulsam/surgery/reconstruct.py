@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import trange
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import NotFinite, UlsamError
+from ulsam.base.eval_mode import eval_mode
 from ulsam.surgery.edited import edited_blocks, put_back
 from ulsam.surgery.reconstruct_layers import enough_memory, list_of_batches, passing, reconstruct_layer
-from ulsam.training.evaluate import NotFinite, eval_mode
 
 Scope = Literal["block", "joint"]
 STEPS, RATE = 500, 1e-3  # of Adam; its rate falls to 0 as a cosine

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from ulsam.base.errors import UlsamError, is_out_of_memory
+from ulsam.base.errors import NotFinite, UlsamError, is_out_of_memory
+from ulsam.base.eval_mode import eval_mode
 from ulsam.layer.inverted_residual import InvertedResidual
 from ulsam.surgery.edited import edited_blocks, put_back
-from ulsam.training.evaluate import NotFinite, eval_mode
 
 STEPS, RATE = 500, 0.01  # of Adam; its rate falls to 0 as a cosine
 

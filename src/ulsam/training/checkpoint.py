@@ -1,8 +1,6 @@
 """What a run leaves on disk to go on from: one checkpoint file, replaced whole."""
 
 import io
-import os
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.files import write_atomic
 
 CHECKPOINT = "checkpoint.pt"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass
@@ -57,19 +55,3 @@ def read_checkpoint(run: Path) -> dict[str, Any] | None:
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise UlsamError(f"{path} is no checkpoint of this version of ulsam")
     return state
-
-
-def environment() -> dict[str, str]:
-    """What bit-for-bit repeatability depends on."""
-    import timm
-    import torchvision
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # TorchVersion is a class, which a safe checkpoint may not hold
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "threads": str(torch.get_num_threads()),
-        "processes": os.environ.get("WORLD_SIZE", "1"),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError, printable
+from ulsam.base.eval_mode import eval_mode
 from ulsam.model.build import load
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import locate
@@ -24,7 +25,6 @@ from ulsam.surgery.edited import edited
 from ulsam.surgery.fold import fold
 from ulsam.surgery.trace import Flow, trace
 from ulsam.training.config import TrainConfig
-from ulsam.training.evaluate import eval_mode
 
 Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps at the places
 

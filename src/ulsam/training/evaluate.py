@@ -3,9 +3,7 @@
 import hashlib
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ulsam.base.distributed import World
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import NotFinite, UlsamError
+from ulsam.base.eval_mode import eval_mode
 from ulsam.data.augment import EvalTransform
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.loading import Batch, check_labels
@@ -24,7 +23,6 @@ from ulsam.data.sources import AnyImages, StreamImages
 from ulsam.model.spec import ModelSpec
 from ulsam.training import predict as prediction
 from ulsam.training.predict import NOT_FINITE, Logits
-from ulsam.training.predict import NotFinite as NotFinite
 from ulsam.training.predict import Prediction as Prediction
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -239,42 +237,6 @@ def read_batch(paths: Iterable[str], transform: EvalTransform) -> tuple[list[Ten
         except UnreadableImage as error:
             errors[path] = str(error)
     return images, errors
-
-
-_held: dict[nn.Module, tuple[int, bool]] = {}  # how many eval_mode hold a module, and whether it was in training mode
-_held_lock = threading.Lock()
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode; afterwards every module is in the mode that it was in.
-
-    Several threads may be in it at a time, and it may be nested, also for a part of the model: each module goes back to
-    its mode when the last one that holds it leaves.
-
-    >>> model = nn.Dropout()
-    >>> with eval_mode(model):
-    ...     model.training
-    False
-    >>> model.training
-    True
-    """
-    modules = list(model.modules())
-    with _held_lock:
-        for module in modules:
-            holders, training = _held.get(module, (0, module.training))
-            _held[module] = (holders + 1, training)
-    try:
-        model.eval()
-        yield
-    finally:
-        with _held_lock:
-            for module in modules:
-                holders, training = _held.pop(module)
-                if holders > 1:
-                    _held[module] = (holders - 1, training)
-                else:
-                    module.training = training
 
 
 def spec_transform(spec: ModelSpec) -> EvalTransform:

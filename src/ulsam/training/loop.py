@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ulsam.base.distributed import World, launch_line, start
-from ulsam.base.errors import UlsamError, printable
+from ulsam.base.errors import NotFinite, UlsamError, printable
 from ulsam.base.extras import installed
 from ulsam.base.files import clear_parts, make_folder, write_atomic
+from ulsam.base.provenance import command_line, environment, versions
 from ulsam.data import loading, sources
 from ulsam.model.build import build, save_model, sketch
 from ulsam.surgery.cost import cost
 from ulsam.training import distill, parts, restore
 from ulsam.training import summary as report
-from ulsam.training.checkpoint import Position, environment, read_checkpoint, write_checkpoint
+from ulsam.training.checkpoint import Position, read_checkpoint, write_checkpoint
 from ulsam.training.config import TrainConfig
-from ulsam.training.evaluate import NotFinite, Scores, Stopped, evaluate, outcomes, spec_transform
+from ulsam.training.evaluate import Scores, Stopped, evaluate, outcomes, spec_transform
 from ulsam.training.machine import adapt_to_device
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
@@ -367,7 +368,7 @@ class Trainer:
         """Write the model file, the curves and, last, the summary: with it the run is finished."""
         bad = {split: sorted(found.reasons) for split, found in self.unreadable.items()}
         summary = {
-            "command": report.command_line(),
+            "command": command_line(),
             "config": dataclasses.asdict(self.config),
             "spec": report.spec_entry(self.spec),
             "prepared": self.prepared,
@@ -380,7 +381,7 @@ class Trainer:
             "base_cost": report.cost_entry(self.base_cost),
             "epochs": self.at.rows,
             "unreadable": bad,
-            "versions": {**report.versions(), "device": self.world.device.type},
+            "versions": {**versions(), "device": self.world.device.type},
         }
         if self.world.writes:
             model = self.ema.module if self.ema else self.model

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.preprocessing import Preprocessing
 
@@ -20,10 +20,6 @@ Image = str | os.PathLike[str] | BinaryIO | Pixels
 """A file, a binary stream that holds one, or RGB bytes [H, W, 3]."""
 
 NOT_FINITE = "the model puts out numbers that are not finite (NaN or infinity)"
-
-
-class NotFinite(UlsamError):
-    """A model puts out NaN or infinity."""
 
 
 @dataclass(frozen=True)

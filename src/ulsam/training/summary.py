@@ -3,9 +3,6 @@
 import csv
 import io
 import json
-import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
-from ulsam import __version__
 from ulsam.base.files import write_atomic
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import Cost
-from ulsam.training.checkpoint import environment
 from ulsam.training.distill import Teacher
 from ulsam.training.evaluate import Scores
 
@@ -97,17 +92,6 @@ def cost_line(edited: Cost, base: Cost) -> str:
         f"{edited.params / 1e6:.3f} M parameters{change(edited.params, base.params)}, "
         f"{edited.macs / 1e6:.1f} M MACs{change(edited.macs, base.macs)} at {size}"
     )
-
-
-def versions() -> dict[str, str]:
-    """The versions and the machine that a figure was taken with."""
-    return {"ulsam": __version__, **environment(), "machine": platform.machine(), "system": platform.system()}
-
-
-def command_line() -> str:
-    """The command that is running, as it would be typed."""
-    name = Path(sys.argv[0]).name
-    return shlex.join(["ulsam" if name in ("ulsam", "__main__.py") else name, *sys.argv[1:]])
 
 
 def write_weights(run: Path, model: nn.Module) -> None:
