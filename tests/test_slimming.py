@@ -269,7 +269,8 @@ def test_calls_take_turns():
     assert all(sorted(timed[first : first + 3]) == list("abc") for first in range(0, 45, 3))
     assert len({tuple(timed[first : first + 3]) for first in range(0, 45, 3)}) > 1  # shuffled
     assert found["a"].ratio == 1
-    assert found["b"].ratio == found["b"].seconds / found["a"].seconds
+    low, high = found["b"].ratio_quartiles
+    assert low <= found["b"].ratio <= high
 
 
 def test_onnx_runtime_puts_out_what_the_model_does():
