@@ -459,13 +459,22 @@ INLINE void multiply_last(const struct unit *u, int bf16) {
     }
 }
 
+INLINE void mixed_products(const struct unit *u, int64_t p0, int64_t c, int lanes, int bf16) {
+    const struct job *job = u->job;
+    vf products[V];
+    for (int k = 0; k < V; k++) {
+        int64_t at = (u->b * u->pixels + p0 + k) * job->C + c;
+        products[k] = p0 + k < u->pixels ? load(job->dy, at, bf16, lanes) * load(job->x, at, bf16, lanes) : (vf){0};
+    }
+    gather(u, products, u->group + c - u->c0, lanes, u->dmaps, p0);
+}
 INLINE void maps_back_last(const struct unit *u, int bf16) {
     const struct job *job = u->job;
     const void *x = job->x, *dy = job->dy;
     int64_t C = job->C, start = u->b * u->pixels * C, G = C / job->g;
     int whole = by_group(job);
-    for (int n = 0; whole && n < u->n1 - u->n0; n++)
-        for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
+    for (int64_t p0 = 0; whole && p0 < u->pixels; p0 += V)
+        for (int n = 0; n < u->n1 - u->n0; n++) {
             vf block[V];
             for (int k = 0; k < V; k++) {
                 int64_t end = group_end(u, n), c = end - G, at = start + (p0 + k) * C;
@@ -480,16 +489,10 @@ INLINE void maps_back_last(const struct unit *u, int bf16) {
             }
             put(u->dmaps + n * u->ld + p0, sums(block));
         }
-    for (int64_t c = u->c0; !whole && c < u->c1; c += V) {
-        int lanes = lanes_at(c, u->c1);
-        for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
-            vf products[V];
-            for (int k = 0; k < V; k++) {
-                int64_t at = start + (p0 + k) * C + c;
-                products[k] = p0 + k < u->pixels ? load(dy, at, bf16, lanes) * load(x, at, bf16, lanes) : (vf){0};
-            }
-            gather(u, products, u->group + c - u->c0, lanes, u->dmaps, p0);
-        }
+    for (int64_t p0 = 0; !whole && p0 < u->pixels; p0 += V) {
+        int64_t c = u->c0;
+        for (; c + V <= u->c1; c += V) mixed_products(u, p0, c, V, bf16);
+        if (c < u->c1) mixed_products(u, p0, c, (int)(u->c1 - c), bf16);
     }
 }
 
@@ -606,15 +609,16 @@ INLINE void moments_last(const struct unit *u, int bf16) {
     for (; c < u->c1; c += V) moments_tile(u, c, 1, lanes_at(c, u->c1), bf16);
 }
 
+INLINE void add_lanes(const struct job *job, int64_t at, int64_t c, int lanes, int bf16) {
+    vf d = load(job->q, c, 0, lanes) + load(job->r, c, 0, lanes) * load(job->x, at + c, bf16, lanes);
+    store(job->dx, at + c, bf16, lanes, load(job->dx, at + c, bf16, lanes) + d);
+}
 INLINE void add_last(const struct unit *u, int bf16) {
-    const struct job *job = u->job;
-    for (int64_t p = 0; p < u->pixels; p++)
-        for (int64_t c = u->c0; c < u->c1; c += V) {
-            int lanes = lanes_at(c, u->c1);
-            int64_t at = (u->b * u->pixels + p) * job->C + c;
-            vf d = load(job->q, c, 0, lanes) + load(job->r, c, 0, lanes) * load(job->x, at, bf16, lanes);
-            store(job->dx, at, bf16, lanes, load(job->dx, at, bf16, lanes) + d);
-        }
+    for (int64_t p = 0; p < u->pixels; p++) {
+        int64_t at = (u->b * u->pixels + p) * u->job->C, c = u->c0;
+        for (; c + V <= u->c1; c += V) add_lanes(u->job, at, c, V, bf16);
+        if (c < u->c1) add_lanes(u->job, at, c, (int)(u->c1 - c), bf16);
+    }
 }
 
 /* contiguous */
@@ -695,8 +699,10 @@ INLINE void maps_back_planes(const struct unit *u, int bf16) {
     for (int64_t c = u->c0; c < u->c1; c++) {
         float *map = u->dmaps + (c - u->c0) / G * u->ld;
         int64_t at = (u->b * job->C + c) * u->pixels;
-        for (int64_t p = 0; p < u->pixels; p += V) {
-            int lanes = lanes_at(p, u->pixels);
+        int64_t p = 0;
+        for (; p + V <= u->pixels; p += V) add_to(map + p, load(job->dy, at + p, bf16, V) * load(job->x, at + p, bf16, V));
+        if (p < u->pixels) {
+            int lanes = (int)(u->pixels - p);
             add_to(map + p, load(job->dy, at + p, bf16, lanes) * load(job->x, at + p, bf16, lanes));
         }
     }
@@ -774,15 +780,15 @@ INLINE void moments_planes(const struct unit *u, int bf16) {
     }
 }
 
+INLINE void add_pixels(const struct job *job, int64_t at, vf q, vf r, int lanes, int bf16) {
+    store(job->dx, at, bf16, lanes, load(job->dx, at, bf16, lanes) + q + r * load(job->x, at, bf16, lanes));
+}
 INLINE void add_planes(const struct unit *u, int bf16) {
-    const struct job *job = u->job;
     for (int64_t c = u->c0; c < u->c1; c++) {
-        int64_t at = (u->b * job->C + c) * u->pixels;
-        for (int64_t p = 0; p < u->pixels; p += V) {
-            int lanes = lanes_at(p, u->pixels);
-            vf d = job->q[c] + job->r[c] * load(job->x, at + p, bf16, lanes);
-            store(job->dx, at + p, bf16, lanes, load(job->dx, at + p, bf16, lanes) + d);
-        }
+        vf q = splat(u->job->q[c]), r = splat(u->job->r[c]);
+        int64_t at = (u->b * u->job->C + c) * u->pixels, end = at + u->pixels;
+        for (; at + V <= end; at += V) add_pixels(u->job, at, q, r, V, bf16);
+        if (at < end) add_pixels(u->job, at, q, r, (int)(end - at), bf16);
     }
 }
 
