@@ -341,6 +341,8 @@ INLINE void row_maxima(
         at += C;
         UNROLL for (int t = 0; t < tile; t++) {
             vf right = load(x, at + t * V, bf16, lanes) * scale[t];
+            if (tile > 1 && t % (64 / (bf16 ? 2 : 4) / V) == 0) /* what the next tile reads: too far apart to be foreseen */
+                __builtin_prefetch((const char *)x + (at + (tile + t) * V) * (bf16 ? 2 : 4));
             nan[t] = see(nan[t], right);
             row[t] = vmax(vmax(left[t], here[t]), right);
             left[t] = here[t], here[t] = right;
@@ -511,12 +513,14 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
         scale[t] = get_param(job->scale, c + t * V, lanes), shift[t] = get_param(job->shift, c + t * V, lanes);
         slope[t] = scale[t] * get_param(job->weight, c + t * V, lanes), q[t] = r[t] = (vf){0};
     }
-    int64_t far = C >= 256 && job->B * C * H * W > 1 << 18 ? W : 0; /* then dx is in no cache, and in long strides */
+    int64_t far = C >= 256 && job->B * C * H * W > 1 << 18 ? W : 0; /* then these are in no cache, and in long strides */
     for (int64_t i = 0; i < H; i++) {
         int64_t at = start + i * W * C;
-        for (int64_t j = 0; j < far; j++) /* written last, and too far apart for the processor to foresee */
-            for (int64_t k = 0; k < tile * V; k += bf16 ? 32 : 16)
+        for (int64_t j = 0; j < far; j++) /* what comes last, too far apart for the processor to foresee */
+            for (int64_t k = 0; k < tile * V; k += bf16 ? 32 : 16) {
+                __builtin_prefetch((const char *)dy + (at + j * C + k) * (bf16 ? 2 : 4));
                 __builtin_prefetch((const char *)job->dx + (at + j * C + k) * (bf16 ? 2 : 4), 1);
+            }
         row_maxima(u, x, at, scale, rows + i * row, nan, tile, lanes, bf16);
     }
     for (int64_t k = 0; k < row; k++) { /* around the first and the last row; the other sums are begun by the row above */
