@@ -240,7 +240,7 @@ struct unit {
     vf *rows, *to_row;           /* of LOGITS three rows of TILE * V channels; of INPUT_BACK as sums, with room around */
     int planes;                  /* contiguous: so many at a time */
     int64_t apart;               /* from one vector's rows or one plane to the next */
-    float *plane[7];
+    float *plane[4];
     float *copy;                 /* a plane that is safe to read beyond its ends */
     int32_t *group, *place;      /* channels_last: of each channel, from n0 on; and its place for `spread` */
     int32_t *inside, *has_left, *has_right; /* -1 or 0 a pixel */
@@ -736,24 +736,24 @@ INLINE void input_back_planes(const struct unit *u, int bf16, int relu) {
             }
             job->r[u->b * job->C + k] = lanes_sum(r);
         }
-        for (int64_t k = c; k < end; k++) { /* to the pixel at the left, the same, the one at the right */
+        for (int64_t k = c; k < end; k++) { /* to the pixel at the left, the same, the one at the right; over what is read */
             int64_t at = (k - c) * u->apart;
-            const float *up = u->plane[1] + at, *same = u->plane[2] + at, *down = u->plane[3] + at;
+            float *rows = u->plane[0] + at, *up = u->plane[1] + at, *same = u->plane[2] + at, *down = u->plane[3] + at;
             const void *x = plane_of(u, job->x, k, bf16);
             float scale = job->scale[k];
             for (int64_t p = 0; p < u->pixels; p += V) {
-                vf m = get(u->plane[0] + at + p), d = get(up + p + W) + get(same + p) + get(down + p - W);
+                vf m = get(rows + p), d = get(up + p + W) + get(same + p) + get(down + p - W);
                 vi left = (load(x, p - 1, bf16, V) * scale == m) & get_ints(u->has_left + p);
                 vi here = load(x, p, bf16, V) * scale == m;
-                put(u->plane[4] + at + p, keep(left, d));
+                put(up + p, keep(left, d));
                 d = keep(~left, d);
-                put(u->plane[5] + at + p, keep(here, d));
-                put(u->plane[6] + at + p, keep(~here & get_ints(u->has_right + p), d));
+                put(rows + p, keep(here, d));
+                put(same + p, keep(~here & get_ints(u->has_right + p), d));
             }
         }
         for (int64_t k = c; k < end; k++) {
             int64_t at = (k - c) * u->apart, to = (u->b * job->C + k) * u->pixels;
-            const float *left = u->plane[4] + at, *same = u->plane[5] + at, *right = u->plane[6] + at;
+            const float *left = u->plane[1] + at, *same = u->plane[0] + at, *right = u->plane[2] + at;
             const float *map = u->maps + (k - u->c0) / G * u->ld;
             float slope = job->scale[k] * job->weight[k];
             vf q = {0};
@@ -883,13 +883,13 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
         u->rows = (vf *)take(&at, rows + 2 * around, sizeof(vf)) + around;
         u->to_row = (vf *)take(&at, back ? BACK_TILE * pixels + 2 * around : 0, sizeof(vf)) + around;
     } else {
-        int kinds = back ? 7 : pooling;
+        int kinds = back ? 4 : pooling;
         u->has_left = take(&at, u->ld, 4);
         u->has_right = take(&at, u->ld, 4);
         u->copy = take(&at, 2 * (u->ld + 3 * V), 4);
         /* several, so that what one writes has left the store buffer when it is read at another place; few, for the cache */
         u->apart = u->ld + 2 * room;
-        u->planes = kinds ? (int)(8192 / (kinds * u->apart)) : 0;
+        u->planes = kinds ? (int)((back ? 3072 : 8192) / (kinds * u->apart)) : 0;
         u->planes = u->planes < 1 ? 1 : u->planes > 16 ? 16 : u->planes;
         for (int k = 0; k < kinds; k++) u->plane[k] = (float *)take(&at, u->planes * u->apart, 4) + room;
     }
@@ -917,7 +917,7 @@ static void prepare(struct unit *u, int64_t groups) {
         u->has_left[p] = p < u->pixels && p % W ? -1 : 0;
         u->has_right[p] = p < u->pixels && (p + 1) % W ? -1 : 0;
     }
-    for (int kind = 0; kind < (back ? 7 : pooling); kind++)
+    for (int kind = 0; kind < (back ? 4 : pooling); kind++)
         for (int64_t k = 0; k < u->planes * u->apart; k++) u->plane[kind][k - room] = kind ? 0 : -INFINITY;
 }
 
