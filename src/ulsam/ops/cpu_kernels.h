@@ -243,7 +243,7 @@ struct unit {
     float *plane[4];
     float *copy;                 /* a plane that is safe to read beyond its ends */
     int32_t *group, *place;      /* channels_last: of each channel, from n0 on; and its place for `spread` */
-    int32_t *inside, *has_left, *has_right; /* -1 or 0 a pixel */
+    int32_t *inside, *no_left, *no_right; /* -1 or 0 a pixel */
     char *nan;                   /* a group: it holds one */
 };
 
@@ -637,16 +637,16 @@ INLINE const void *plane_of(const struct unit *u, const void *x, int64_t c, int 
 
 /* the maxima of each 3 pixels in a row, with -inf around them; which lanes hold a NaN */
 INLINE seen plane_row_maxima(const struct unit *u, const void *x, float scale, float *rows, int bf16) {
-    const int32_t *inside = u->inside, *has_left = u->has_left, *has_right = u->has_right;
+    const int32_t *inside = u->inside, *no_left = u->no_left, *no_right = u->no_right;
     int64_t pixels = u->pixels;
     vf least = splat(-INFINITY);
     seen nan = {0};
     for (int64_t p = 0; p < pixels; p += V) {
         vf here = load(x, p, bf16, V) * scale, left = load(x, p - 1, bf16, V) * scale, right = load(x, p + 1, bf16, V) * scale;
         nan = p + V <= pixels ? see(nan, here) : nan | among(see((seen){0}, here), get_ints(inside + p));
-        left = pick(get_ints(has_left + p), left, least);
-        right = pick(get_ints(has_right + p), right, least);
-        put(rows + p, vmax(vmax(left, here), right));
+        left = (vf)((vi)left | get_ints(no_left + p)); /* -1 is a NaN, which vmax passes over */
+        right = (vf)((vi)right | get_ints(no_right + p));
+        put(rows + p, vmax(right, vmax(left, here)));
     }
     put(rows + pixels, least);
     return nan;
@@ -743,12 +743,12 @@ INLINE void input_back_planes(const struct unit *u, int bf16, int relu) {
             float scale = job->scale[k];
             for (int64_t p = 0; p < u->pixels; p += V) {
                 vf m = get(rows + p), d = get(up + p + W) + get(same + p) + get(down + p - W);
-                vi left = (load(x, p - 1, bf16, V) * scale == m) & get_ints(u->has_left + p);
+                vi left = (load(x, p - 1, bf16, V) * scale == m) & ~get_ints(u->no_left + p);
                 vi here = load(x, p, bf16, V) * scale == m;
                 put(up + p, keep(left, d));
                 d = keep(~left, d);
                 put(rows + p, keep(here, d));
-                put(same + p, keep(~here & get_ints(u->has_right + p), d));
+                put(same + p, keep(~(here | get_ints(u->no_right + p)), d));
             }
         }
         for (int64_t k = c; k < end; k++) {
@@ -884,8 +884,8 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
         u->to_row = (vf *)take(&at, back ? BACK_TILE * pixels + 2 * around : 0, sizeof(vf)) + around;
     } else {
         int kinds = back ? 4 : pooling;
-        u->has_left = take(&at, u->ld, 4);
-        u->has_right = take(&at, u->ld, 4);
+        u->no_left = take(&at, u->ld, 4);
+        u->no_right = take(&at, u->ld, 4);
         u->copy = take(&at, 2 * (u->ld + 3 * V), 4);
         /* several, so that what one writes has left the store buffer when it is read at another place; few, for the cache */
         u->apart = u->ld + 2 * room;
@@ -914,8 +914,8 @@ static void prepare(struct unit *u, int64_t groups) {
         return;
     }
     for (int64_t p = 0; p < u->ld; p++) {
-        u->has_left[p] = p < u->pixels && p % W ? -1 : 0;
-        u->has_right[p] = p < u->pixels && (p + 1) % W ? -1 : 0;
+        u->no_left[p] = p < u->pixels && p % W ? 0 : -1;
+        u->no_right[p] = p < u->pixels && (p + 1) % W ? 0 : -1;
     }
     for (int kind = 0; kind < (back ? 4 : pooling); kind++)
         for (int64_t k = 0; k < u->planes * u->apart; k++) u->plane[kind][k - room] = kind ? 0 : -INFINITY;
