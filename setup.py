@@ -76,7 +76,9 @@ setup(
     ext_modules=[
         Extension(
             "ulsam.layer.ops.kernels",
-            sources=[f"src/ulsam/layer/ops/{name}.c" for name in ("cpu", "cpu_base", "cpu_avx2", "cpu_avx512")],
+            sources=[
+                f"src/ulsam/layer/ops/{name}.c" for name in ("cpu", "cpu_training", "cpu_base", "cpu_avx2", "cpu_avx512")
+            ],
             depends=["src/ulsam/layer/ops/cpu.h", "src/ulsam/layer/ops/cpu_kernels.h"],
             optional=True,
         )
