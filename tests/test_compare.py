@@ -354,7 +354,7 @@ def test_a_report_tells_of_the_machine_of_the_runs_not_of_its_own(
     out, result = finished
     report(out, publish=tmp_path)
     monkeypatch.setattr("ulsam.study.latency.processor", lambda: "another processor")
-    monkeypatch.setattr("ulsam.training.summary.__version__", "99")
+    monkeypatch.setattr("ulsam.base.provenance.__version__", "99")
     assert report(tmp_path) == without_paths(result)
     assert result["versions"]["ulsam"] == [summaries(out, "base")[0]["versions"]["ulsam"]]
     latencies = json.loads((tmp_path / "latency.json").read_text())

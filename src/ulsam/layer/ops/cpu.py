@@ -53,7 +53,8 @@ def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     if not path.exists():
         note = path.with_name("kernels.txt")  # by setup.py
         reason = note.read_text(encoding="utf-8").strip() if note.exists() else f"there is no file {path}"
-        return None, f"ulsam was installed without them: {reason}"
+        again = "pip install with --force-reinstall --no-deps --no-cache-dir then compiles them"
+        return None, f"ulsam was installed without them: {reason}; {again}"
     try:
         library = ctypes.CDLL(str(path))
         size = library.ulsam_training_size()
@@ -99,7 +100,11 @@ def _isa_asked() -> int:
     name = os.environ.get("ULSAM_ISA", "")
     if name not in ISA_NAMES:
         raise UlsamError(f"ULSAM_ISA={name}: there is no such instruction set; valid: {', '.join(ISA_NAMES[1:])}")
-    return ISA_NAMES.index(name)
+    asked = ISA_NAMES.index(name)
+    best = LIBRARY.ulsam_isa() if LIBRARY is not None else asked
+    if asked > best:
+        raise UlsamError(f"ULSAM_ISA={name}: this processor has none; valid: {', '.join(ISA_NAMES[1 : best + 1])}")
+    return asked
 
 
 #: The instruction set to use, as an index in `ISA_NAMES`; 0 is the processor's best. ``ULSAM_ISA`` sets it by name.
@@ -203,7 +208,7 @@ def _is_vector(values: Tensor, size: int) -> bool:
 def _raise(failed: int) -> NoReturn:
     if failed == -1:
         raise MemoryError("no memory for subspace attention's maps")
-    raise UlsamError(f"this processor has no {ISA_NAMES[isa]}, which ULSAM_ISA asks for")
+    raise UlsamError(f"this processor has no {ISA_NAMES[isa]}, which is asked for")
 
 
 def forward(

@@ -1,6 +1,7 @@
 """The operator `ulsam::subspace_attention` as PyTorch knows it, and the choice of the backend that computes it."""
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -83,8 +84,9 @@ def subspace_attention(
     """
     _check(x, scale, shift, weight, bias, norms, groups)
     chosen, _ = which_backend(x, backend)
-    if cpu.LIBRARY is None and not is_compiling():
-        _warn_of(x, wanted=backend or FORCED)
+    missed = cpu.LIBRARY is None and x.is_cpu and x.dtype in cpu.DTYPES and (backend or FORCED) != "reference"
+    if missed and not is_exporting():
+        _warn()
     others = (scale, shift, weight, bias, *norms)
     transformed = chosen == "reference" or _is_transformed() or is_captured()
     if not (transformed or chosen != "cpu" or _is_watched()) and all(map(_is_memory, (x, *others))):
@@ -97,15 +99,24 @@ def subspace_attention(
 
 
 _warned = False
+_INSIDE = ("ulsam", "torch", "torchvision", "timm")  # packages whose lines tell a user nothing
 
 
-def _warn_of(x: Tensor, wanted: str | None) -> None:
-    """Say once that the kernels for ``x`` are missing, unless the reference was asked for."""
+def _warn() -> None:
+    """Say once that the kernels are missing, at the user's line that led here."""
     global _warned
-    if not _warned and x.is_cpu and x.dtype in cpu.DTYPES and wanted != "reference":
-        _warned = True
-        message = f"ULSAM runs in plain PyTorch, several times slower than its C kernels: {cpu.WHY_NONE}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if _warned:
+        return
+    _warned = True
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    message = f"ULSAM runs in plain PyTorch, several times slower than its C kernels: {cpu.WHY_NONE}"
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+if cpu.LIBRARY is None:  # `torch.compile` then calls it while it compiles, rather than looking into it
+    _warn = torch.compiler.assume_constant_result(_warn)
 
 
 def infer(
