@@ -4,6 +4,7 @@ import copy
 import csv
 import dataclasses
 import json
+import logging
 import re
 import shutil
 import sys
@@ -80,7 +81,7 @@ def run_here(
     with store.locked():
         store.begin(grid, f"ulsam compare {data}", data_digest(shared, grid.choose_split), {})
     launcher = Here(store)
-    run_all(grid, store, launcher, lambda line: None, "ulsam compare")
+    run_all(grid, store, launcher, "ulsam compare")
     measure_latency(grid, store)
     return _reported(grid, store, 0.005, f"ulsam compare {data}"), launcher.started
 
@@ -532,15 +533,20 @@ def test_images_that_the_start_was_trained_on_are_no_held_out_ones(data: Path, t
     assert seen_before(tries) == []
 
 
-def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -> None:
+def test_a_locked_run_is_left_to_the_other_process(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What another process has in hand is waited for, said once, and taken over from it without training."""
     shared = TrainConfig.from_mapping({**SETTLED, "data": str(data)})
     grid, store = Grid(parse_arms(ARMS[:2]), shared, seeds=1), Store(tmp_path)
-    said: list[str] = []
+    caplog.set_level(logging.INFO, logger="ulsam")
+
+    def said() -> list[str]:
+        return [line.split()[0] for line in caplog.messages if line.startswith(("wait ", "run "))]
 
     class Locked(LocalLauncher):
         def start(self, run: Run) -> bool:
-            if len(said) == 2:  # both were told: the other process is done with one, then with the other
+            if len(said()) == 2:  # both were told: the other process is done with one, then with the other
                 for other in grid.known(self.store.outcome):
                     if self.store.outcome(other) is None:
                         train(other.config, self.store.folder(other))
@@ -551,6 +557,6 @@ def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -
     held = [take_lock(lock_of(store.folder(run))) for run in grid.known(store.outcome)]
     assert None not in held
     launcher = Locked(store, jobs=2)
-    run_all(grid, store, launcher, said.append, "again")
-    assert [line.split(":")[0].split()[0] for line in said] == ["wait", "wait"]
+    run_all(grid, store, launcher, "again")
+    assert said() == ["wait", "wait"]
     assert not any(isinstance(store.outcome(run), Failed | None) for run in grid.known(store.outcome))

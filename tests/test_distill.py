@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,12 @@ def test_feature_loss_depends_on_no_size() -> None:
     "settings", [{}, {"mixup": 0.4}, {"distill": 0.0}, {"distill": 1.0, "smoothing": 0.0}], ids=str
 )
 def test_the_step_is_that_of_the_formula(
-    settings: dict[str, Any], data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], data: Path, teacher: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     """Loss and gradients against those written out with plain models, on images that the teacher normalises anew."""
     chosen = config(data, teacher=str(teacher), distill_features=0.7, batch_size=12, edits=EDITS, **settings)
     trainer = Trainer(chosen, tmp_path, ALONE)
-    told = capsys.readouterr().out
+    told = logged()
     weight = chosen.distill
     assert weight is not None
     assert f"teacher {NET}; edits: none; soft targets weigh {weight:g}, at temperature 4; maps weigh 0.7, at " in told
@@ -372,7 +372,7 @@ def unbroken(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_stopped_run_goes_on_with_the_same_teacher_alone(
-    data: Path, teacher: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, teacher: Path, unbroken: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     run, mine = tmp_path / "run", Path(shutil.copy(teacher, tmp_path / "mine.safetensors"))
     with stop_after(5), pytest.raises(Interrupted, match="stopped in epoch 2, step 2"):
@@ -389,9 +389,9 @@ def test_a_stopped_run_goes_on_with_the_same_teacher_alone(
         resume(run, {"distill": 0.6})
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(whole)
-    capsys.readouterr()
+    logged()
     summary = resume(run, {"teacher": str(moved)})
-    assert "warning" not in capsys.readouterr().out
+    assert "warning" not in logged()
     assert (run / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
     assert summary["scores"] == json.loads((unbroken / "summary.json").read_text())["scores"]
 

@@ -394,9 +394,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_splits(tmp_path_factory.mktemp("data"))
 
 
-def test_training_starts_from_reconstructed_layers(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_starts_from_reconstructed_layers(data: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
     """From weights of the base model; not without weights or images, nor from weights of the edited one."""
 
     def start(name: str, **options: object) -> dict[str, Tensor]:
@@ -411,14 +409,14 @@ def test_training_starts_from_reconstructed_layers(
     torch.save(base.state_dict(), tmp_path / "base.pt")
     torch.manual_seed(5)
     reconstructed = start("reconstructed", weights=str(tmp_path / "base.pt"))
-    assert "reconstruct blocks.3.0.conv_pwl behind blocks.3.0.se: relative error" in capsys.readouterr().out
+    assert "reconstruct blocks.3.0.conv_pwl behind blocks.3.0.se: relative error" in logged()
     assert reconstructed["bn3.weight"].any()
     again = start("again", weights=str(tmp_path / "reconstructed" / "model.safetensors"))
     assert all(torch.equal(again[name], reconstructed[name]) for name in reconstructed)
     for name, options in [("off", {"weights": str(tmp_path / "base.pt"), "reconstruct_images": 0}), ("fresh", {})]:
-        capsys.readouterr()
+        logged()
         assert start(name, **options)["bn3.weight"].abs().max() < 1e-20  # all but the zeros of a new layer
-        assert "reconstruct " not in capsys.readouterr().out
+        assert "reconstruct " not in logged()
 
 
 def test_a_stream_cannot_be_fitted_on(data: Path, tmp_path: Path) -> None:

@@ -465,11 +465,11 @@ def wait_for(event: Any) -> None:
         time.sleep(0.01)
 
 
-def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, capsys):
+def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, logged):
     monkeypatch.setattr("ulsam.study.slim_choose.TOLD", 0.0)  # a line for each set
     for again in range(2):
         slim(model, str(data), tmp_path / "out", params=0.85, at=AT, fine_tune=False, settings=SETTINGS)
-        told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damage ")]
+        told = [line for line in logged().splitlines() if line.startswith("damage ")]
         sets = len(kept(tmp_path / "out")["measured"])
         assert told == ([] if again else [f"damage  sets measured so far: {number}" for number in range(1, sets + 1)])
 
@@ -498,7 +498,7 @@ def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, tmp
     assert models[0] == models[1]
 
 
-def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, capsys):
+def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, logged):
     """Class folders, where a run holds images out by its seed."""
     run = tmp_path / "run"
     run.mkdir()
@@ -509,7 +509,7 @@ def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, da
     options = {"at": AT, "macs": 0.9, "fine_tune": False}
     for number, (path, given) in enumerate([(beside, {}), (beside, {"seed": 7}), (alone, {})]):
         slim(path, before.data, tmp_path / f"out{number}", settings={**SETTINGS, **given}, **options)
-        said = "the held-out images may be ones that" in capsys.readouterr().out
+        said = "the held-out images may be ones that" in logged()
         config = TrainConfig.from_mapping(yaml.safe_load((tmp_path / f"out{number}" / "train.yaml").read_text()))
         measured = set(open_images(config)[1].names)
         assert said == bool(measured & trained_on) == (path == alone)

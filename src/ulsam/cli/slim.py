@@ -1,10 +1,14 @@
 """`ulsam slim MODEL DATA`: replace blocks of a trained model to fit a budget, and restore its accuracy."""
 
 import argparse
+from pathlib import Path
 
+from ulsam.base.errors import printable
 from ulsam.cli.common import add_layer_options, free_folder, layer_options
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.study.slim import DECIDED, slim
+from ulsam.study.slim_report import result_lines
+from ulsam.training.machine import keep_freed_memory
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +44,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Slim; the library prints what it does."""
-    slim(
+    """Slim, and print the slimmed model beside the original one."""
+    keep_freed_memory()
+    out = args.out or free_folder("slim")
+    data = slim(
         args.model_file,
         args.data,
-        args.out or free_folder("slim"),
+        out,
         fine_tune=not args.no_train,
         settings=given_settings(args),
         macs=args.macs,
@@ -59,3 +65,4 @@ def run(args: argparse.Namespace) -> None:
         threads=args.latency_threads,
         seconds=args.latency_seconds,
     )
+    print(*map(printable, result_lines(data, Path(out))), sep="\n")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_readable, check_writable, write_atomic
+from ulsam.base.logs import progress
 from ulsam.data.images import Pixels, UnreadableImage
 from ulsam.data.opening import open_data
 from ulsam.data.sources import AnyImages, MapImages, StreamImages
@@ -214,7 +214,7 @@ def map_statistics(content: bytes, images: Sequence[Pixels]) -> dict[str, MapSta
     names = [output.name for output in session.get_outputs()]
     extremes: dict[str, list[NDArray[Any]]] = {}
     means: dict[str, list[NDArray[Any]]] = {}
-    for start in tqdm(range(0, len(images), _BATCH), desc="ranges", disable=None, leave=False, unit="batch"):
+    for start in progress(range(0, len(images), _BATCH), desc="ranges", unit="batch"):
         feed = opened.feed(np.stack(images[start : start + _BATCH]))
         for name, values in (*feed.items(), *zip(names, session.run(names, feed), strict=True)):
             if values.dtype == np.float32 and values.ndim:
@@ -283,7 +283,7 @@ def _read(images: AnyImages, model: runtime.Model, most: int, title: str) -> Ite
     if unknown:
         raise UlsamError(f"the model knows no class {unknown[0]!r}; it has {', '.join(model.classes[:8])}, ...")
     number_of = [model.classes.index(name) for name in images.classes]
-    for number in tqdm(pick(len(images), most), desc=title, disable=None, leave=False, unit="image"):
+    for number in progress(pick(len(images), most), desc=title, unit="image"):
         try:
             pixels, label = _fetch(images, number, model)
         except UnreadableImage:

@@ -4,19 +4,18 @@ import dataclasses
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
 from ulsam.base.distributed import start
-from ulsam.base.errors import UlsamError, printable
+from ulsam.base.errors import UlsamError
 from ulsam.base.files import write_atomic
+from ulsam.base.logs import say
+from ulsam.base.threads import cpu_threads
 from ulsam.data.loading import eval_loader
 from ulsam.data.sources import AnyImages
 from ulsam.model.build import load
@@ -93,15 +92,10 @@ def slim(
             wanted = {name: value for name, value in dataclasses.asdict(config).items() if value != "auto"}
             restore.check_begun(read_config(out / "run" / "config.yaml"), wanted, out / "run")
         write_atomic(out / "train.yaml", config.to_yaml())
-        if not fine_tune:
-            command = ["ulsam", "train", "--config", str(out / "train.yaml"), "--out", str(out / "run")]
-            _say(f"next    {shlex.join(command)}")
-        else:
+        if fine_tune:
             summary = _trained(config, out / "run")
             if store.get("result") is None:
                 store.put("result", _result(original, config, summary))
-    for line in report.result_lines(store.data, out) if fine_tune else []:
-        _say(line)
     return store.data
 
 
@@ -150,9 +144,7 @@ def _held_out(model: Path, data: str, settings: Mapping[str, Any]) -> dict[str, 
 
 def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, config: TrainConfig, model: Path) -> Store:
     """Choose the blocks, or take the choice that ``out`` holds, and tell it."""
-    with start(config.device) as world:
-        if config.threads:
-            torch.set_num_threads(config.threads)
+    with start(config.device) as world, cpu_threads(config.threads):
         images, measured, _ = parts.open_images(config)
         if images.classes != spec.classes:
             raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(images, spec)}")
@@ -181,9 +173,9 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
                 "beside it; give that run's seed as --split-seed, and its --val-fraction"
             )
         for line in [*report.start_lines(store.data), *(f"note    {note}" for note in notes)]:
-            _say(line)
+            say(line)
         for _, reason in sample.unreadable:
-            _say(f"unreadable {reason}")
+            say(f"unreadable {reason}")
         if store.get("chosen") is None:
             original.to(world.device)
 
@@ -206,7 +198,7 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
                 reconstruct,
             ).choose()
         for line in report.choice_lines(store.data):
-            _say(line)
+            say(line)
     return store
 
 
@@ -224,7 +216,7 @@ def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
 def _result(model: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The slimmed model beside the original one, both on the run's own images, in its precision and layout."""
     ran = TrainConfig.from_mapping(summary["config"])
-    with start(config.device) as world:
+    with start(config.device) as world, cpu_threads(config.threads):
         _, images, _ = parts.open_images(config)
         seen = parts.spec_of(config, summary["spec"]["classes"])
         batches = eval_loader(
@@ -267,7 +259,3 @@ def _told(out: Path) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         where = str(stop).partition(";")[0] or "stopped"
         raise Interrupted(f"{where}; what was done is kept: go on with the same command and --out {out}") from None
-
-
-def _say(line: str) -> None:
-    tqdm.write(printable(line))

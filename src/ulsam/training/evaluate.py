@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ulsam.base import logs
 from ulsam.base.distributed import World
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
@@ -106,7 +106,7 @@ def evaluate(
     unreadable: list[tuple[str, str]] = []
     hit: list[bool] = []
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
+    bar = logs.progress(batches, desc=progress, shown=progress is not None, unit="batch")
     with bar, eval_mode(model):
         for batch in bar if stop is None else _until(stop, bar, world):
             unreadable += batch.unreadable

@@ -31,6 +31,8 @@ def adapt_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for good: training on a CPU is up to half as fast again.
 
+    There is no way back, so only programs whose process is all theirs call it: the commands that train do.
+
     A training step takes and frees the same large tensors again and again. By default glibc hands each of them back to
     the kernel, which then gives out empty pages anew. Peak memory stays about the same.
 

@@ -1,9 +1,9 @@
 """What a training run is made of: images, model, batches, optimizer, each built from the settings."""
 
+import logging
 import os
 import random
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from tqdm import tqdm
 
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
+from ulsam.base.logs import say
 from ulsam.base.processes import STOP_SIGNALS
 from ulsam.data import loading, opening, sources
 from ulsam.data.augment import TrainTransform
@@ -193,7 +193,7 @@ class Unreadable:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 if self.tells:
-                    tqdm.write(f"unreadable {reason}", file=sys.stderr)
+                    say(f"unreadable {reason}", level=logging.WARNING)
         if len(self.reasons) > self.limit:
             raise UlsamError(f"more than {self.limit} images cannot be read (named above): see --max-unreadable")
 

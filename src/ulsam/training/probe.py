@@ -16,6 +16,8 @@ from torch import nn
 
 from ulsam.base.distributed import World, start
 from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
+from ulsam.base.logs import say
+from ulsam.base.threads import cpu_threads
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Teacher
@@ -50,10 +52,9 @@ Measure = Callable[[Mapping[Setup, Step], int], dict[Setup, float]]
 
 
 def resolve_auto(config: TrainConfig) -> TrainConfig:
-    """The settings with nothing left at "auto", as :func:`ulsam.training.loop.train` would resolve_auto them; prints
-    how.
+    """The settings with nothing left at "auto", as :func:`ulsam.training.loop.train` would resolve them; logs how.
 
-    For runs that are compared: resolve_auto one, then replace what differs between them.
+    For runs that are compared: resolve one, then replace what differs between them.
 
     Raises:
         UlsamError: the data or the model is not usable, or not one candidate fits into the memory.
@@ -65,17 +66,13 @@ def resolve_auto(config: TrainConfig) -> TrainConfig:
         config = adapt_to_device(config, world.device)
         if not undecided(config):
             return config
-        threads = torch.get_num_threads()
-        torch.set_num_threads(config.threads or threads)
-        try:
-            with parts.same_generators(world.device):
-                images, _, _ = parts.open_images(config)
-                spec, model, teacher, updates = dry_run(config, images, world)
-                config, lines = probe(config, model, spec.input_size, updates, world, teacher=teacher)
-        finally:
-            torch.set_num_threads(threads)
+        with cpu_threads(config.threads), parts.same_generators(world.device):
+            images, _, _ = parts.open_images(config)
+            spec, model, teacher, updates = dry_run(config, images, world)
+            config, lines = probe(config, model, spec.input_size, updates, world, teacher=teacher)
         if world.writes:
-            print(*lines, sep="\n")
+            for line in lines:
+                say(line)
         return config
 
 

@@ -94,6 +94,21 @@ def cost_line(edited: Cost, base: Cost) -> str:
     )
 
 
+def result_lines(summary: Mapping[str, Any], run: Path) -> list[str]:
+    """What a run has come to, for its reader: top-1 with its interval, and what is noteworthy."""
+    scores = summary["scores"]
+    low, high = scores["top1_interval_95"]
+    lines = [
+        f"result  top-1 {100 * scores['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
+        f"top-5 {100 * scores['top5']:.2f} % on {scores['images']} {summary['split']} images; {run}"
+    ]
+    if summary["prepared"]:
+        lines.append("note    no spec builds this model: its weights alone are saved, in weights.safetensors")
+    if count := sum(map(len, summary["unreadable"].values())):
+        lines.append(f"note    {count} images could not be read; they are named above and in summary.json")
+    return lines
+
+
 def write_weights(run: Path, model: nn.Module) -> None:
     """Write ``weights.safetensors``: the state dict of a model that no spec builds."""
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
