@@ -204,7 +204,7 @@ def test_why_not(images: FolderImages, monkeypatch: pytest.MonkeyPatch, changed:
         monkeypatch.setattr(caching, name, value)
     cache, line = cache_for(images, whole, "auto")
     assert cache is None
-    with pytest.raises(UlsamError, match=f"--cache true cannot be done: {message}.*; --cache auto goes"):
+    with pytest.raises(UlsamError, match=f"`cache=true` cannot be done: {message}.*; `cache=auto` goes"):
         cache_for(images, whole, "true")
     assert str(line).startswith("off: ")
 

@@ -233,7 +233,7 @@ def test_data_that_changed_is_refused_before_training(what: str, tmp_path: Path)
     else:
         for split in ("train", "val"):
             (moved / split / "class1").rename(moved / split / "class9")
-    with pytest.raises(UlsamError, match=r"on other images than .*data holds now: name another --out$"):
+    with pytest.raises(UlsamError, match=r"on other images than .*data holds now: name another `out`$"):
         store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved))), {})
 
 
@@ -342,7 +342,7 @@ def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_pa
     assert tries[0]["images"]["train"] == finals[0]["images"]["train"]
     assert result["chosen_on"] == "val"
     assert "| val top-1 at lr, epochs | 0.02, 1 | 0.1, 1 |" in (out / "compare.md").read_text()
-    with pytest.raises(UlsamError, match="chooses rates on val: go on with that, or name another --out"):
+    with pytest.raises(UlsamError, match="chooses rates on val: go on with that, or name another `out`"):
         run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1)
     next((three / "val" / "class0").iterdir()).unlink()
     with pytest.raises(UlsamError, match="compares models on other images"):

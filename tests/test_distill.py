@@ -466,7 +466,7 @@ def test_a_run_without_a_teacher_gets_none_when_it_goes_on(teacher: Path, tmp_pa
 
 def test_a_diverged_run_is_told_of_the_weight_of_its_maps(data: Path, teacher: Path, tmp_path: Path) -> None:
     trainer = Trainer(config(data, teacher=str(teacher), distill_features=1e38, lr=1e3), tmp_path, ALONE)
-    with pytest.raises(UlsamError, match=r"or --amp none, or a lower --distill-features$"):
+    with pytest.raises(UlsamError, match=r"or `amp=none`, or a lower `distill_features`$"):
         trainer.fit()
 
 

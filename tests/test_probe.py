@@ -174,7 +174,7 @@ def test_what_does_not_fit_into_the_memory_is_left_out(model: nn.Module) -> None
     settled, lines = probe(config(amp="none"), model, SIZE, MANY, ALONE, Timer({LAST: 1e-3}))
     assert settled.layout == "channels_last"
     assert "contiguous float32 eager does not fit into the memory" in lines[0]
-    with pytest.raises(UlsamError, match=r"^the memory is full: use a smaller --batch-size"):
+    with pytest.raises(UlsamError, match=r"^the memory is full: use a smaller `batch_size`"):
         probe(config(), model, SIZE, MANY, ALONE, Timer({}))
 
     def full() -> None:
@@ -313,7 +313,7 @@ def test_bf16_without_hardware_is_allowed_and_told(model: nn.Module, monkeypatch
     be_a_machine(monkeypatch, bf16=False)
     settled, lines = probe(config(amp="bf16"), model, SIZE, 10, ALONE)
     assert settled.amp == "bf16"
-    assert lines[0] == "note    cpu has no bfloat16 in hardware here: --amp none may be faster than bf16"
+    assert lines[0] == "note    cpu has no bfloat16 in hardware here: `amp=none` may be faster than bf16"
 
 
 def test_compilation_without_a_compiler_is_one_line(

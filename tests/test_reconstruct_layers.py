@@ -426,7 +426,7 @@ def test_a_stream_cannot_be_fitted_on(data: Path, tmp_path: Path) -> None:
     draw_shards(shards, data / "train")
     settings = {**SETTINGS, "weights": str(tmp_path / "base.pt"), "edits": ["replace blocks.3.0.se width=3"]}
     stream = {"data": "wds/set", "data_dir": str(shards), "class_names": str(shards / "names.txt")}
-    with pytest.raises(UlsamError, match="a stream of shards has no images to reconstruct on: --reconstruct-images 0"):
+    with pytest.raises(UlsamError, match="a stream of shards has no images to reconstruct on: `reconstruct_images=0`"):
         train(TrainConfig.from_mapping({**settings, **stream, "val_split": "validation"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -121,7 +121,7 @@ def test_single_convolutions_are_replaced_where_they_are_named():
     (block,), _, _ = find_blocks(timm.create_model("resnet18"), SIZE, {}, "layer1.0.conv1")
     assert (block.place, block.params) == ("layer1.0.conv1", 9 * 64 * 64 - 2 * 64)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
-    with pytest.raises(UlsamError, match=r"H, W\] \(single convolutions: name them by --at\)$"):
+    with pytest.raises(UlsamError, match=r"H, W\] \(single convolutions: name them by `at`\)$"):
         find_blocks(plain, SIZE, {})
     assert [block.name for block in find_blocks(plain, SIZE, {}, "2")[0]] == ["2"]
 
@@ -488,7 +488,7 @@ def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, tmp
         code = ulsam_.kill(pid, signal.SIGINT)
         assert kept(out)["measured"][: len(measured)] == measured
         assert code == 130, log.read_text()
-        assert f"go on with the same command and --out {out}" in log.read_text()
+        assert f"go on with the same arguments and --out {out}" in log.read_text()
         assert ulsam_.run(argv, log) == 0
     mine, theirs = kept(out), kept(slimmed)
     assert mine["measured"] == theirs["measured"]

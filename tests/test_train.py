@@ -442,7 +442,7 @@ def test_training_goes_on_past_bad_images(
 
 
 def test_too_many_bad_images_stop_the_run(bad_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UlsamError, match=r"more than 3 images cannot be read \(named above\): see --max-unreadable"):
+    with pytest.raises(UlsamError, match=r"more than 3 images cannot be read \(named above\): see `max_unreadable`"):
         train(config(bad_data, max_unreadable=0.05, batch_size=2), tmp_path / "run")
 
 
@@ -490,7 +490,7 @@ def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "stopped"
     with (
         stop_after(5),
-        pytest.raises(Interrupted, match=r"stopped in epoch 2, step 2; go on with: ulsam train --resume"),
+        pytest.raises(Interrupted, match=r"stopped in epoch 2, step 2; go on with: ulsam.resume"),
     ):
         train(config(data, epochs=2, ema=0.5), run)
     return run
@@ -592,7 +592,7 @@ def test_a_stream_goes_on_from_the_start_of_an_epoch(data: Path, tmp_path: Path,
     assert summary["images"] == {"train": 44, "val": 14}
     assert summary["scores"]["images"] == 14
     (root / "names.txt").write_text("robin\nwren\n")
-    with pytest.raises(UlsamError, match="class number 2, but the 2 classes are numbered from 0: check --class-names"):
+    with pytest.raises(UlsamError, match="class number 2, but the 2 classes are numbered from 0: check `class_names`"):
         train(settings, tmp_path / "short")
 
 
@@ -601,7 +601,7 @@ def test_a_stream_with_fewer_shards_than_workers(data: Path, tmp_path: Path) -> 
     pytest.importorskip("webdataset")
     root = draw_shards(tmp_path, data / "train")
     stream = {"data_dir": str(root), "class_names": str(root / "names.txt"), "workers": 6}
-    with pytest.raises(UlsamError, match="has ended before its epoch: use no more --workers than shards"):
+    with pytest.raises(UlsamError, match="has ended before its epoch: use no more `workers` than shards"):
         train(config(Path("wds/birds"), **stream, batch_size=4), tmp_path / "run")
 
 
@@ -664,7 +664,7 @@ def test_stopped_in_measuring_it_measures_when_it_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_module, "check_labels", count)
-        where = r"stopped in the measurement of epoch [23]; go on with: ulsam train --resume "
+        where = r"stopped in the measurement of epoch [23]; go on with: ulsam.resume"
         with pytest.raises(Interrupted, match=where):
             train(settings, tmp_path / "run")
     assert measured == moment  # at once, not after the other batches
@@ -766,9 +766,9 @@ def test_a_hostile_or_damaged_checkpoint_is_refused(copied: Path, tmp_path: Path
 
 
 def test_the_folder_of_a_new_run(data: Path, trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UlsamError, match=r"trained exists: go on with --resume .*trained, or choose another --out"):
+    with pytest.raises(UlsamError, match=r"trained exists: go on with `ulsam.resume`, or choose another `out`"):
         train(config(data), trained)
-    with pytest.raises(UlsamError, match=r"data\d* exists: choose another --out"):
+    with pytest.raises(UlsamError, match=r"data\d* exists: choose another `out`"):
         train(config(data), data)
     (tmp_path / "file").touch()
     with pytest.raises(UlsamError, match=r"file exists: choose another"):

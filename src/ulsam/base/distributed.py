@@ -90,7 +90,7 @@ def start(device: str = "auto") -> Iterator[World]:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UlsamError(f"no device {device!r} here: {first_line(error)}; use --device cpu") from error
+        raise UlsamError(f"no device {device!r} here: {first_line(error)}; use `device=cpu`") from error
     with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
         yield from _joined(rank, size, place)
 

@@ -3,6 +3,7 @@
 import argparse
 
 from ulsam.cli.common import free_folder
+from ulsam.cli.train import resumable
 from ulsam.study.demo import CAUTION, run_demo, table
 from ulsam.training.machine import keep_freed_memory
 
@@ -15,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     keep_freed_memory()
     out = args.out or free_folder("demo")
-    summaries = run_demo(out, args.seed)
+    with resumable():
+        summaries = run_demo(out, args.seed)
     print(f"\n{table(summaries)}\n\nSeed {args.seed}. {CAUTION}")
     print(f"Image: {out}/comparison.png; the birds and both runs lie beside it.")

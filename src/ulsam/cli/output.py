@@ -23,7 +23,7 @@ def in_flags(message: str, parser: argparse.ArgumentParser) -> str:
     """A message of the library with the arguments that it marks as options of this command.
 
     The library writes ```batch_size```, ```amp=none``` or ```reconstruct=False```. What the command has no option for
-    stays as it is. A marked function, ```ulsam.export```, becomes the command of that name.
+    stays as it is. A marked function, ```ulsam.export```, becomes the command, or the option, of that name.
 
     >>> parser = argparse.ArgumentParser()
     >>> _ = parser.add_argument("data", metavar="DATA")
@@ -35,11 +35,9 @@ def in_flags(message: str, parser: argparse.ArgumentParser) -> str:
     actions = {action.dest: action for action in parser._actions}
 
     def flag(found: re.Match[str]) -> str:
-        if found["verb"]:
-            return f"ulsam {found['verb']}"
-        action, value = actions.get(found["name"]), found["value"]
+        action, value = actions.get(found["verb"] or found["name"]), found["value"]
         if action is None:
-            return found[0]
+            return f"ulsam {found['verb']}" if found["verb"] else found[0]
         if not action.option_strings:
             return str(action.metavar or action.dest)
         if value in ("True", "False") and action.nargs == 0:

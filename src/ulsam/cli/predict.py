@@ -19,8 +19,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.top < 1:
-        raise UlsamError(f"--top must be 1 or more, not {args.top}")
     paths = image_paths(args.images)
     failed = 0
     for prediction in _predictions(args.model, paths, args.top):

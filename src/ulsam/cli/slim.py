@@ -18,7 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the result; the same one goes on (default: runs/slim-N)"
     )
-    parser.add_argument("--no-train", action="store_true", help="stop after the choice, and print how to train")
+    parser.add_argument(
+        "--no-train", dest="fine_tune", action="store_false", help="stop after the choice, and print how to train"
+    )
     budget = parser.add_argument_group(
         "budget, exactly one", "The share of the model's own cost to keep, such as 0.75."
     )
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         args.model_file,
         args.data,
         out,
-        fine_tune=not args.no_train,
+        fine_tune=args.fine_tune,
         settings=given_settings(args),
         macs=args.macs,
         params=args.params,

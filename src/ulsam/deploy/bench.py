@@ -204,5 +204,5 @@ def _check(
         if min(numbers) < 1:
             raise UlsamError(f"--{what} must be 1 or more, not {min(numbers)}")
     if not 0 <= seconds < float("inf"):
-        raise UlsamError(f"--seconds must be 0 or more, not {seconds:g}")
+        raise UlsamError(f"`seconds` must be 0 or more, not {seconds:g}")
     check_backends(backends)

@@ -65,12 +65,12 @@ def check_backends(backends: Collection[str]) -> None:
     >>> check_backends(["eager"])
     """
     if "compile" in backends and (lack := why_not_compiled()):
-        raise UlsamError(f"--backends compile: {lack}; install it")
+        raise UlsamError(f"`backends=compile`: {lack}; install it")
     for backend in ("onnxruntime", "openvino"):
         if backend in backends:
-            check_installed(f"--backends {backend}")
+            check_installed(f"`backends={backend}`")
     if "openvino" in backends:
-        check_openvino("--backends openvino")
+        check_openvino("`backends=openvino`")
 
 
 def open_model(name: str, backends: Collection[Backend], folder: Path, size: int | None = None) -> BenchModel:
@@ -94,7 +94,7 @@ def _open_onnx(name: str, backends: Collection[Backend], size: int | None) -> Be
     spec = ModelSpec.from_json(text) if text else None
     if size is not None and look.size != (size, size):
         if not model.any_size:
-            raise UlsamError(f"--size {size}: {name} was exported for images of {'x'.join(map(str, look.size))}")
+            raise UlsamError(f"`size={size}`: {name} was exported for images of {'x'.join(map(str, look.size))}")
         look = dataclasses.replace(look, size=(size, size))
         spec = spec and dataclasses.replace(spec, input_size=(3, size, size))
     return BenchModel(

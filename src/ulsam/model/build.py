@@ -106,7 +106,7 @@ def spec_of(model: str, *, size: int | None = None, model_args: Mapping[str, Jso
     (1000, (3, 96, 96))
     """
     if size is not None and size < 1:
-        raise UlsamError(f"--size must be 1 pixel or more, not {size}")
+        raise UlsamError(f"`size` must be 1 pixel or more, not {size}")
     if model.endswith(".safetensors") or model in names():
         spec = read_spec(model)
     elif not timm.is_model(model) and (Path(model).suffix or Path(model).exists()):
@@ -154,7 +154,7 @@ def build(
         if pretrained:
             sketch(spec)  # raises unless it was the weights
             raise UlsamError(
-                f"no hub weights of {spec.base} to be had: {first_line(error)} Name a weight file by --weights"
+                f"no hub weights of {spec.base} to be had: {first_line(error)} Name a weight file by `weights`"
             ) from error
         raise UlsamError(f"timm cannot build {spec.base} with {dict(spec.model_args)}: {first_line(error)}") from error
     for edit in spec.edits:
@@ -313,7 +313,9 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
         metadata = file.metadata() or {}
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if _KEY not in metadata:
-        raise UlsamError(f"{path} holds weights without a spec; train with it by --weights, or pass a model file")
+        raise UlsamError(
+            f"{path} holds weights without a spec; start `ulsam.train` from it by `weights`, or pass a model file"
+        )
     try:
         spec = ModelSpec.from_json(metadata[_KEY])
     except UlsamError as error:

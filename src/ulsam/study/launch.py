@@ -119,7 +119,7 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, again: str) -> None:
     with stop_signals() as stopping, _stopped_at_the_end(launcher):
         while due or launcher.running():
             if stopping():
-                raise Interrupted(f"stopped, all runs are saved; go on with: {again}")
+                raise Interrupted("stopped, all runs are saved", f"go on with: {again}")
             busy = [str(run) for run in launcher.running()]
             for run in due:
                 if str(run) not in busy and launcher.room() and not launcher.start(run) and str(run) not in told:
@@ -255,5 +255,5 @@ def refuse_torchrun() -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UlsamError(
-            "a comparison starts its processes itself: leave torchrun out, and use --jobs or --launcher ray"
+            "a comparison starts its processes itself: leave torchrun out, and use `jobs` or `launcher=ray`"
         )

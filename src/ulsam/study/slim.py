@@ -80,7 +80,7 @@ def slim(
     """
     asked, out = budget(**options), Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UlsamError("slimming chooses in one process: use --no-train, then start the line it prints by torchrun")
+        raise UlsamError("slimming chooses in one process: use `fine_tune=False`, then train by torchrun")
     check_engine(asked.engine)
     original, spec = load(model)
     config = fine_tuning(model, spec, data, settings or {})
@@ -116,7 +116,7 @@ def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, setti
             raise UlsamError(f"slimming decides {name}: leave it out of the settings")
     _, height, width = spec.input_size
     if height != width and "size" not in settings:
-        raise UlsamError(f"this model's images are {height} x {width}, and training makes square ones: give a --size")
+        raise UlsamError(f"this model's images are {height} x {width}, and training makes square ones: give a `size`")
     own = {
         "data": data,
         "model": spec.base,
@@ -170,7 +170,7 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
         if measured.split == "held-out" and config.split_seed is None:
             notes.append(
                 f"the held-out images may be ones that {model} was trained on: there is no config.yaml of its run "
-                "beside it; give that run's seed as --split-seed, and its --val-fraction"
+                "beside it; give that run's seed as `split_seed`, and its `val_fraction`"
             )
         for line in [*report.start_lines(store.data), *(f"note    {note}" for note in notes)]:
             say(line)
@@ -257,5 +257,5 @@ def _told(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        where = str(stop).partition(";")[0] or "stopped"
-        raise Interrupted(f"{where}; what was done is kept: go on with the same command and --out {out}") from None
+        where = stop.where if isinstance(stop, Interrupted) else "stopped"
+        raise Interrupted(where, f"what was done is kept: go on with the same arguments and `out={out}`") from None

@@ -208,7 +208,7 @@ class BlockSearch:
         if (least := left()) > self.budget.share:
             raise UlsamError(
                 f"all {len(useful)} blocks that save {word}, replaced, leave {math.ceil(1000 * least) / 1000:.3f} "
-                f"of the {word}: --{self.budget.measure} must be that or more, not {self.budget.share}"
+                f"of the {word}: `{self.budget.measure}` must be that or more, not {self.budget.share}"
             )
 
 

@@ -110,7 +110,7 @@ def enough_memory() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UlsamError("the memory is full: reconstruct on fewer images (--reconstruct-images)") from error
+        raise UlsamError("the memory is full: reconstruct on fewer images (`reconstruct_images`)") from error
 
 
 def list_of_batches(batches: Sequence[Tensor]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ulsam.base import logs
-from ulsam.base.distributed import World, launch_line, start
+from ulsam.base.distributed import World, start
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.extras import installed
 from ulsam.base.files import clear_parts, make_folder, write_atomic
@@ -42,7 +42,16 @@ from ulsam.training.step import TrainingStep
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on."""
+    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on.
+
+    Attributes:
+        where: how far the work had come.
+        run: the folder that :func:`resume` takes; None for other work than a run.
+    """
+
+    def __init__(self, where: str, how: str, run: Path | None = None) -> None:
+        super().__init__(f"{where}; {how}")
+        self.where, self.run = where, run
 
 
 def train(
@@ -308,7 +317,7 @@ class Trainer:
         for turn in range(config.accumulate):
             batch = next(batches, None)
             if batch is None:
-                raise UlsamError("the stream of shards has ended before its epoch: use no more --workers than shards")
+                raise UlsamError("the stream of shards has ended before its epoch: use no more `workers` than shards")
             bad += batch.unreadable
             if len(batch.labels) < config.batch_size:
                 self.unreadable["train"].add(bad)
@@ -429,15 +438,15 @@ class Trainer:
         return summary
 
     def _diverged(self, what: str, step: int) -> UlsamError:
-        taught = ", or a lower --distill-features" if self.config.distill_features else ""
+        taught = ", or a lower `distill_features`" if self.config.distill_features else ""
         return UlsamError(
             f"{what} in epoch {self.at.epoch + 1}, step {step}, at learning rate "
             f"{self.optimizer.param_groups[0]['lr']:.3g}: {parts.DIVERGED}{taught}"
         )
 
     def _stopped(self, where: str) -> Interrupted:
-        line = restore.prepared_call(self.run) if self.prepared else launch_line(["train", "--resume", str(self.run)])
-        return Interrupted(f"stopped in {where}; go on with: {line}")
+        call = restore.resume_call(self.run, self.prepared)
+        return Interrupted(f"stopped in {where}", f"go on with: {call}", None if self.prepared else self.run)
 
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""

@@ -21,9 +21,9 @@ def adapt_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
         UlsamError: fp16 on a device without it, or compilation without what it needs.
     """
     if config.amp == "fp16" and device.type != "cuda":
-        raise UlsamError(f"--amp fp16 needs a CUDA GPU; on {device.type} use bf16 or none")
+        raise UlsamError(f"`amp=fp16` needs a CUDA GPU; on {device.type} use bf16 or none")
     if config.compile == "inductor" and (lack := why_not_compiled()):
-        raise UlsamError(f"--compile inductor: {lack}; install it, or use --compile none")
+        raise UlsamError(f"`compile=inductor`: {lack}; install it, or use `compile=none`")
     # all cores: reading an image takes a small part of what a step with it takes, so readers need no core of their own
     return dataclasses.replace(config, threads=config.threads or torch.get_num_threads())
 

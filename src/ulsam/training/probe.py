@@ -115,14 +115,14 @@ def probe(
     """
     notes = []
     if config.amp == "bf16" and not has_bf16(world.device):
-        notes = [f"note    {world.device.type} has no bfloat16 in hardware here: --amp none may be faster than bf16"]
+        notes = [f"note    {world.device.type} has no bfloat16 in hardware here: `amp=none` may be faster than bf16"]
     names = undecided(config)
     if not names:
         return config, notes
     given: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS if name not in names}
     tried = candidates(config, world.device)
     steps = config.epochs * epoch_updates * config.accumulate
-    options = " ".join(f"--{name}" for name in names)
+    options = " ".join(f"`{name}`" for name in names)
     lack = why_not_compiled() if "compile" in names else None
     if len(tried) == 1 and ("compile" not in names or lack):
         chosen = dataclasses.replace(tried[0], **given)
@@ -148,7 +148,7 @@ def probe(
         with parts.clear_errors(), parts.same_generators(world.device):
             times = (measure or time_in_turn)({setup: step(setup) for setup in tried}, steps)
             if not times:
-                raise UlsamError("the memory is full: use a smaller --batch-size, and --accumulate instead")
+                raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead")
             chosen = choose(times)
             others = [f"{setup} {1e3 * times[setup]:.0f} ms" for setup in times if setup != chosen]
             others += [f"{setup} does not fit into the memory" for setup in tried if setup not in times]

@@ -24,7 +24,7 @@ def to_reconstruct(config: TrainConfig, model: nn.Module, images: AnyImages) -> 
     if not (config.reconstruct_images and (config.weights or config.pretrained) and edited):
         return False
     if isinstance(images, StreamImages):
-        raise UlsamError("a stream of shards has no images to reconstruct on: --reconstruct-images 0 leaves that out")
+        raise UlsamError("a stream of shards has no images to reconstruct on: `reconstruct_images=0` leaves that out")
     return True
 
 
