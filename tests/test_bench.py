@@ -28,7 +28,7 @@ from ulsam.deploy.bench import MOST_TURNS, bench, start
 from ulsam.deploy.bench_models import open_model
 from ulsam.deploy.bench_report import COLUMNS, Row, csv_text, figures, text
 from ulsam.deploy.export import engine_of
-from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.build import build, load, make_spec, save
 from ulsam.model.spec import Edit
 from ulsam.surgery.cost import cost
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     spec = make_spec(NET, ("a", "b", "c"), [Edit("insert", "blocks.1.0", 4)], size=32)
     model, _ = build(spec)
     nn.init.normal_(model.get_submodule("classifier").weight)
-    save_model(model, spec, root / "model.safetensors")
+    save(model, spec, root / "model.safetensors")
     content = engine_of(model, spec).files[".onnx"]
     (root / "model.onnx").write_bytes(content)
     graph = onnx.load_from_string(content)

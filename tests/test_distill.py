@@ -24,7 +24,7 @@ from tiny import NET, SETTINGS, Warm, draw_splits, options, warm
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
 from ulsam.data import loading
-from ulsam.model.build import build, load, save_model
+from ulsam.model.build import build, load, save
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.surgery import edit as surgery
 from ulsam.surgery.trace import trace
@@ -71,7 +71,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settle_norms(model, torch.randn(32, *SIZE))
     nn.init.normal_(model.classifier.weight, std=0.2)
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_model(model, its, path)
+    save(model, its, path)
     return path
 
 
@@ -171,7 +171,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn(data: Path, tmp_path: P
     """In eval mode, where both compute the same, both distillation losses are 0 and so is their gradient."""
     its = spec()
     model, _ = build(its)
-    save_model(model, its, tmp_path / "teacher.safetensors")
+    save(model, its, tmp_path / "teacher.safetensors")
     chosen = config(data, teacher=str(tmp_path / "teacher.safetensors"), distill=1.0, distill_features=1.0)
     chosen = dataclasses.replace(chosen, layout="contiguous")
     training = TrainingStep(chosen, model.eval(), 1, ALONE, open_teacher(chosen, its, model))
@@ -338,7 +338,7 @@ def test_two_processes_are_taught_as_one(ulsam: Warm, data: Path, tmp_path: Path
     its = spec(base="test_convnext")  # without BatchNorm
     model, _ = build(its)
     nn.init.normal_(model.head.fc.weight, std=0.2)
-    save_model(model, its, tmp_path / "teacher.safetensors")
+    save(model, its, tmp_path / "teacher.safetensors")
     settings = {"model": "test_convnext", "batch_size": 4, "lr": 1e-8, "layout": "contiguous"}
     chosen = config(data, teacher=str(tmp_path / "teacher.safetensors"), distill_features=0.5, **settings)
     one = train(chosen, tmp_path / "one")
@@ -379,7 +379,7 @@ def test_a_stopped_run_goes_on_with_the_same_teacher_alone(
         train(config(data, teacher=str(mine), edits=EDITS, **FULL), run)
     whole = mine.read_bytes()
     its = spec(std=(0.2, 0.2, 0.2))
-    save_model(build(its)[0], its, mine)
+    save(build(its)[0], its, mine)
     with pytest.raises(UlsamError, match=r"^the teacher's file is not the one that this run was started with: put"):
         resume(run)
     mine.unlink()
@@ -487,7 +487,7 @@ def test_the_defaults_of_a_teacher_are_written_down(teacher: Path) -> None:
 )
 def test_a_teacher_of_other_classes(classes: tuple[str, ...], message: str, data: Path, tmp_path: Path) -> None:
     its = spec(classes=classes)
-    save_model(build(its)[0], its, tmp_path / "other.safetensors")
+    save(build(its)[0], its, tmp_path / "other.safetensors")
     with pytest.raises(UlsamError, match=rf"other\.safetensors cannot teach: {message}$"):
         train(config(data, teacher=str(tmp_path / "other.safetensors")), tmp_path / "run")
     assert not (tmp_path / "run").exists()

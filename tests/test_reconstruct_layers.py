@@ -19,7 +19,7 @@ from tiny import NET, SETTINGS, draw_shards, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.layer.choice import Layer, make_layer
 from ulsam.layer.inverted_residual import InvertedResidual
-from ulsam.model.build import build, load, load_weights, save_model
+from ulsam.model.build import build, load, load_weights, save
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.surgery.cost import cost
 from ulsam.surgery.reconstruct_layers import new_layers, reconstruct_each, reconstruct_layers
@@ -281,7 +281,7 @@ def test_a_model_from_a_file_is_fitted_to_what_the_file_holds(tmp_path: Path) ->
     before, _ = build(spec)
     for _ in range(2):
         before(torch.randn(16, *size))  # BatchNorm gets statistics
-    save_model(before, spec, tmp_path / "model.safetensors")
+    save(before, spec, tmp_path / "model.safetensors")
     shown = [torch.randn(8, *size)]
     maps: list[tuple[Tensor, Tensor]] = []
     before.eval().blocks[5][2].register_forward_hook(lambda _, args, output: maps.append((args[0], output)))
@@ -364,7 +364,7 @@ def test_edits_with_a_width(text: str, edit: Edit, children: list[str], tmp_path
     place = model.blocks[4][2]
     made = place if edit.kind == "replace" else place.ulsam
     assert [name for name, _ in made.named_children()] == children
-    save_model(model, spec, tmp_path / "model.safetensors")
+    save(model, spec, tmp_path / "model.safetensors")
     same, read = load(tmp_path / "model.safetensors")
     assert read == spec
     x = torch.randn(2, 3, 32, 32)

@@ -24,7 +24,7 @@ from ulsam.cli import main
 from ulsam.data.images import read_pixels
 from ulsam.data.loading import eval_loader
 from ulsam.data.opening import open_data
-from ulsam.model.build import build, load, make_spec, read_spec, save_model
+from ulsam.model.build import build, load, make_spec, read_spec, save
 from ulsam.model.spec import Edit
 from ulsam.study.slim import _result, fine_tuning, slim
 from ulsam.study.slim_blocks import Block, SwitchableModel, find_blocks
@@ -36,7 +36,7 @@ from ulsam.study.slim_report import choice_lines
 from ulsam.study.slim_store import Store
 from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig
-from ulsam.training.evaluate import ALONE, evaluate, spec_transform
+from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
 from ulsam.training.parts import open_images, spec_of
 from ulsam.training.sample import draw_sample
 
@@ -68,7 +68,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     spec = make_spec("mobilenetv2_035", CLASSES, size=32)
     torch.manual_seed(0)
-    save_model(build(spec)[0], spec, path)
+    save(build(spec)[0], spec, path)
     return path
 
 
@@ -182,7 +182,7 @@ def test_slimming_fits_on_the_images_of_the_fine_tuning_or_not_at_all(model, dat
     images, _, _ = open_data(str(data))
     removed = ulsam.remove(loaded, "17", input_size=SIZE)
     sample = draw_sample(images, spec, 400, ALONE)
-    scores = evaluate(removed, sample.batches, len(CLASSES), world=ALONE)
+    scores = evaluate_batches(removed, sample.batches, len(CLASSES), world=ALONE)
     assert losses[1] == pytest.approx(scores.loss, rel=1e-5)  # a new layer is the identity
 
 
@@ -412,7 +412,7 @@ def test_the_original_is_measured_in_the_precision_of_the_run(model, data, slimm
     loaded, seen = load(model)
     found = _result(loaded, TrainConfig.from_mapping({**summary["config"], "amp": "auto", "layout": "auto"}), summary)
     batches = eval_loader(open_data(str(data))[1], spec_transform(seen), batch_size=8, workers=0, device=ALONE.device)
-    scores = [evaluate(load(model)[0], batches, 3, amp=amp).loss for amp in (torch.bfloat16, None)]
+    scores = [evaluate_batches(load(model)[0], batches, 3, amp=amp).loss for amp in (torch.bfloat16, None)]
     assert found["original"]["loss"] == pytest.approx(scores[0], rel=1e-6) != scores[1]
 
 
@@ -442,7 +442,7 @@ def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data
 
 def test_a_model_with_edits_is_slimmed_further(data, tmp_path, capsys):
     spec = make_spec("mobilenetv2_035", CLASSES, [Edit("replace", "17", 2)], size=32)
-    save_model(build(spec)[0], spec, tmp_path / "model.safetensors")
+    save(build(spec)[0], spec, tmp_path / "model.safetensors")
     argv = ["slim", str(tmp_path / "model.safetensors"), str(data), "--macs", "0.97", "--layer", "eca", "--no-train"]
     out = tmp_path / "the out"
     assert main([*argv, "--at", "14,16", "--out", str(out), *options(SETTINGS)]) == 0
@@ -576,7 +576,7 @@ def test_settings_that_slimming_decides_are_refused(model, data, tmp_path):
 
 def test_a_model_without_a_place_is_refused(data, tmp_path, capsys):
     spec = make_spec("test_vit", CLASSES, model_args={"img_size": 32}, size=32)
-    save_model(build(spec)[0], spec, tmp_path / "vit.safetensors")
+    save(build(spec)[0], spec, tmp_path / "vit.safetensors")
     assert main(["slim", str(tmp_path / "vit.safetensors"), str(data), "--macs", "0.9", *options(SETTINGS)]) == 2
     assert (
         "has no block to replace that takes and puts out the same feature map [B, C, H, W]" in capsys.readouterr().err

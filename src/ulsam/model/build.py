@@ -14,7 +14,7 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save as to_safetensors
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -35,7 +35,7 @@ __all__ = [
     "make_spec",
     "read_spec",
     "read_weights",
-    "save_model",
+    "save",
     "sketch",
     "spec_of",
     "ulsam_parameters",
@@ -260,7 +260,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return state
 
 
-def save_model(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> None:
     """Write a self-describing model file: safetensors, with the spec in its metadata.
 
     Raises:
@@ -269,14 +269,14 @@ def save_model(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) 
     >>> import tempfile
     >>> spec = ModelSpec("mobilenetv2_100", ("cat", "dog"), (Edit("insert", "17"),))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_model(build(spec)[0], spec, f"{folder}/model.safetensors")
+    ...     save(build(spec)[0], spec, f"{folder}/model.safetensors")
     ...     model, same = load(f"{folder}/model.safetensors")
     >>> same == spec, model.training
     (True, False)
     """
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     _check_fit(spec, {name: tuple(value.shape) for name, value in state.items()}, "the model")
-    write_atomic(path, save(state, metadata={_KEY: spec.to_json()}))
+    write_atomic(path, to_safetensors(state, metadata={_KEY: spec.to_json()}))
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[nn.Module, ModelSpec]:

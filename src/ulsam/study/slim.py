@@ -32,7 +32,7 @@ from ulsam.surgery.cost import cost
 from ulsam.surgery.places import match
 from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, config_beside, read_config
-from ulsam.training.evaluate import evaluate, spec_transform
+from ulsam.training.evaluate import evaluate_batches, spec_transform
 from ulsam.training.loop import Interrupted, resume, train
 from ulsam.training.sample import draw_sample
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
@@ -226,7 +226,7 @@ def _result(model: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -
             workers=config.workers,
             device=world.device,
         )
-        scores = evaluate(
+        scores = evaluate_batches(
             model.to(world.device).to(memory_format=LAYOUTS[ran.layout]),
             batches,
             len(seen.classes),

@@ -28,13 +28,13 @@ from ulsam.base.files import clear_parts, make_folder, write_atomic
 from ulsam.base.provenance import command_line, environment, versions
 from ulsam.base.threads import cpu_threads
 from ulsam.data import loading, sources
-from ulsam.model.build import build, save_model, sketch
+from ulsam.model.build import build, save, sketch
 from ulsam.surgery.cost import cost
 from ulsam.training import distill, parts, restore
 from ulsam.training import summary as report
 from ulsam.training.checkpoint import Position, read_checkpoint, write_checkpoint
 from ulsam.training.config import TrainConfig, config_of
-from ulsam.training.evaluate import Scores, Stopped, evaluate, outcomes, spec_transform
+from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, outcomes, spec_transform
 from ulsam.training.machine import adapt_to_device
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
@@ -364,7 +364,7 @@ class Trainer:
             device=self.world.device,
         )
         try:
-            scores = evaluate(
+            scores = evaluate_batches(
                 model,
                 batches,
                 len(self.classes),
@@ -430,7 +430,7 @@ class Trainer:
             if self.prepared:
                 report.write_weights(self.run, model)
             else:
-                save_model(model, self.spec, self.run / "model.safetensors")
+                save(model, self.spec, self.run / "model.safetensors")
             loss = "cross-entropy and distillation" if self.teacher else "cross-entropy (nats)"
             if installed("matplotlib"):
                 report.draw_curves(self.run, self.at.rows, self.val_images.split, loss=loss)
