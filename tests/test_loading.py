@@ -460,7 +460,7 @@ def test_torch_imagenet(tmp_path: Path) -> None:
         ("wds/birds", {"data_dir": None}, "needs `data_dir`"),
         ("torch/nonsense", {}, "Unknown torchvision dataset nonsense"),
         ("torch/imagenet", {}, "ILSVRC2012_devkit_t12.tar.gz is not present"),
-        ("torch/image_folder", {"val_fraction": 0.2}, "--val-fraction works on image folders"),
+        ("torch/image_folder", {"val_fraction": 0.2}, "`val_fraction` works on image folders"),
         ("torch/image_folder", {"data_dir": "nowhere"}, "No such file or directory: 'nowhere'"),
     ],
 )
