@@ -1,9 +1,10 @@
 """What holds for every test and every process that a test starts."""
 
 import gc
+import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -54,3 +55,16 @@ def interpreter() -> Iterator[Warm]:
     """Starts the command line without the seconds that importing torch takes."""
     with warm() as one:
         yield one
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """What the library has logged since the last call, a line each."""
+    caplog.set_level(logging.INFO, logger="ulsam")
+
+    def lines() -> str:
+        text = "".join(f"{message}\n" for message in caplog.messages)
+        caplog.clear()
+        return text
+
+    return lines
