@@ -3,23 +3,19 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from ulsam.base.distributed import start
 from ulsam.base.errors import UlsamError, printable
-from ulsam.base.files import check_writable, write_atomic
-from ulsam.base.provenance import command_line, versions
-from ulsam.data.augment import EvalTransform
+from ulsam.cli.common import print_json
 from ulsam.data.folder import find_splits
-from ulsam.data.loading import eval_loader
-from ulsam.data.opening import is_named, open_split
-from ulsam.deploy.exported_module import load_exported
-from ulsam.model.build import load, sketch
-from ulsam.model.spec import ModelSpec
-from ulsam.surgery.cost import cost
-from ulsam.training.evaluate import evaluate, spec_transform
-from ulsam.training.summary import cost_entry, score_entry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ulsam.data.augment import EvalTransform
+    from ulsam.model.spec import ModelSpec
+
+EXAMPLE = "ulsam eval runs/mine/model.safetensors images --split test"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,26 +23,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="a model file, a trained model of the package, or NAME.onnx of ulsam export"
     )
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
-    parser.add_argument("--split", help="split to measure on (default: test, else val, else the whole folder)")
-    parser.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")
-    parser.add_argument("--class-names", metavar="FILE", help="class names of a named data set, one a line")
-    parser.add_argument(
+    data = parser.add_argument_group("data")
+    data.add_argument("--split", help="split to measure on (default: test, else val, else the whole folder)")
+    data.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")
+    data.add_argument("--class-names", metavar="FILE", help="class names of a named data set, one a line")
+    data.add_argument(
         "--classes-by-number",
         action="store_true",
         help="take the data's classes for the model's by their position, whatever their names",
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write all scores, every class's too, to this file")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="images a step (default: 64)")
+    machine.add_argument(
+        "-j", "--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)"
+    )
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
 
 
 def run(args: argparse.Namespace) -> None:
+    from ulsam.base.distributed import start
+    from ulsam.base.provenance import command_line, versions
+    from ulsam.data.loading import eval_loader
+    from ulsam.data.opening import open_split
+    from ulsam.deploy.exported_module import load_exported
+    from ulsam.model.build import sketch
+    from ulsam.surgery.cost import cost
+    from ulsam.training.evaluate import evaluate
+    from ulsam.training.summary import cost_entry, score_entry
+
     if args.batch_size < 1 or args.workers < 0:
         name, least, value = ("batch-size", 1, args.batch_size) if args.batch_size < 1 else ("workers", 0, args.workers)
         raise UlsamError(f"--{name} must be {least} or more, not {value}")
-    if args.json:
-        check_writable(args.json)
     split = args.split or _default_split(args.data)
     exported = args.model.endswith(".onnx")
     if exported and args.device not in ("auto", "cpu"):
@@ -81,6 +88,20 @@ def run(args: argparse.Namespace) -> None:
         )
     if not world.writes:
         return
+    if args.json:
+        print_json(
+            {
+                "command": command_line(),
+                "model": Path(args.model).name,
+                "split": split,
+                "scores": score_entry(scores, spec.classes),
+                "unreadable": dict(scores.unreadable),
+                "cost": cost_entry(cost(sketch(spec) if exported else model, spec.input_size)),
+                "spec": json.loads(spec.to_json()),
+                "versions": versions(),
+            }
+        )
+        return
     for _, reason in scores.unreadable:
         print(f"unreadable {reason}")
     worst = sorted(
@@ -101,26 +122,20 @@ def run(args: argparse.Namespace) -> None:
             "note    measured on all images of the folder, those trained on included: a fair score is that on the"
             " held-out ones in the summary.json of the run, or on a folder of other images"
         )
-    if args.json:
-        entry = {
-            "command": command_line(),
-            "model": Path(args.model).name,
-            "split": split,
-            "scores": score_entry(scores, spec.classes),
-            "cost": cost_entry(cost(sketch(spec) if exported else model, spec.input_size)),
-            "spec": json.loads(spec.to_json()),
-            "versions": versions(),
-        }
-        write_atomic(args.json, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
 
 
-def _load(model: str) -> tuple[nn.Module, ModelSpec, EvalTransform]:
+def _load(model: str) -> "tuple[nn.Module, ModelSpec, EvalTransform]":
+    from ulsam.model.build import load
+    from ulsam.training.evaluate import spec_transform
+
     loaded, spec = load(model)
     return loaded, spec, spec_transform(spec)
 
 
 def _default_split(data: str) -> str:
     """test, else val, of an image folder; timm's "validation" of a named data set."""
+    from ulsam.data.opening import is_named
+
     if is_named(data):
         return "validation"
     splits = find_splits(data)

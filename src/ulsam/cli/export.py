@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from ulsam.cli.common import beside
+from ulsam.cli.common import beside, print_json
 from ulsam.data.folder import image_paths
-from ulsam.deploy.export import SUFFIXES, export
-from ulsam.model.build import load
+
+EXAMPLE = "ulsam export runs/mine/model.safetensors --to onnx --images images/test"
+FORMATS = ("onnx", "openvino", "executorch")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a .safetensors model file of ulsam train, or a trained model of the package"
     )
-    parser.add_argument("--to", default="onnx", metavar="FORMAT", help="onnx (default), openvino or executorch")
+    parser.add_argument(
+        "--to", choices=FORMATS, default="onnx", metavar="FORMAT", help="onnx (default), openvino or executorch"
+    )
     parser.add_argument("--out", metavar="FILE", help="file to write (default: MODEL's name with the format's suffix)")
     parser.add_argument("--dynamic-size", action="store_true", help="leave height and width of the input open")
     parser.add_argument(
@@ -30,9 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export, and print how the result compares with the model."""
+    from ulsam.deploy.export import SUFFIXES, export
+    from ulsam.model.build import load
+
     images = image_paths(args.images or [])
     model, spec = load(args.model)
-    out = args.out or beside(args.model, SUFFIXES.get(args.to, ""))
+    out = args.out or beside(args.model, SUFFIXES[args.to])
     parity = export(
         model,
         spec,
@@ -42,5 +48,8 @@ def run(args: argparse.Namespace) -> None:
         preprocessing=args.preprocessing,
         images=images,
     )
+    if args.json:
+        print_json({"file": out, "format": args.to, "bytes": Path(out).stat().st_size, "parity": vars(parity)})
+        return
     print(f"wrote     {out}, {Path(out).stat().st_size:,} bytes")
     print(f"compared  {parity}")

@@ -1,12 +1,17 @@
 """`ulsam predict MODEL IMAGES...`: name what is in images."""
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from ulsam.base.errors import UlsamError, printable
+from ulsam.cli.common import print_json
 from ulsam.data.folder import image_paths
-from ulsam.training.predict import Prediction
+
+if TYPE_CHECKING:
+    from ulsam.training.predict import Prediction
+
+EXAMPLE = "ulsam predict runs/mine/model.safetensors images/test --top 1"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +20,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each image (default: 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,9 +31,7 @@ def run(args: argparse.Namespace) -> None:
         failed += prediction.error is not None
         if args.json:
             named = {name: round(share, 6) for name, share in prediction.classes}
-            print(
-                json.dumps({"path": prediction.path, "classes": named, "error": prediction.error}, ensure_ascii=False)
-            )
+            print_json({"path": prediction.path, "classes": named, "error": prediction.error})
         elif prediction.error:
             print(f"unreadable {prediction.error}")
         else:
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         raise UlsamError(f"{failed} of {len(paths)} images could not be read; they are named above")
 
 
-def _predictions(model: str, paths: Sequence[str], top: int) -> Iterable[Prediction]:
+def _predictions(model: str, paths: Sequence[str], top: int) -> "Iterable[Prediction]":
     """By ONNX Runtime for an exported model, which needs no PyTorch: neither may be imported for the other."""
     if model.endswith(".onnx"):
         from ulsam import runtime
