@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from ulsam import __version__
 from ulsam.base.extras import installed
+from ulsam.base.text_table import text_table
 from ulsam.cli.common import print_json
 
 EXAMPLE = "ulsam doctor"
@@ -20,7 +21,6 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ulsam.layer.ops import cpu, which_backend
-    from ulsam.surgery.cost import aligned
 
     chosen = [
         (device, str(dtype).removeprefix("torch."), *which_backend(torch.empty(1, 8, 7, 7, device=device, dtype=dtype)))
@@ -57,4 +57,4 @@ def run(args: argparse.Namespace) -> None:
         print("jpeg    Pillow; simplejpeg reads the same values faster: pip install 'ulsam[train]'")
     drawn = f"matplotlib {found['matplotlib']}" if found["matplotlib"] else "none: pip install 'ulsam[plots]'"
     print(f"plots   {drawn}\ncuda    {found['cuda'] or 'none'}")
-    print("\n".join(aligned([("device", "dtype", "backend", "why"), *chosen], right=())))
+    print("\n".join(text_table([("device", "dtype", "backend", "why"), *chosen], right=())))
