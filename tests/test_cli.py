@@ -172,7 +172,6 @@ KEYS = {
     "export MODEL --out ROOT/m.onnx": {"file", "format", "bytes", "parity"},
     "birds ROOT/birds --classes 2 --train 1 --val 1": {"folder", "classes", "train", "val", "size", "seed"},
     "doctor": {"torch", "threads", "backends"},
-    "paper": {"name", "scores"},
 }
 
 
