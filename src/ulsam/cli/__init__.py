@@ -8,9 +8,12 @@ import importlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from ulsam.base.errors import UlsamError, printable
+from ulsam.base.processes import is_first_process
+from ulsam.cli.output import in_flags, shown
 from ulsam.cli.parser import COMMANDS, GUIDE, parse
 
 __all__ = ["COMMANDS", "main", "parse"]
@@ -21,19 +24,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log says at any time how far a run is
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if not words:
-            print(GUIDE)
-            return 0
-        args = parse(words)
-        importlib.import_module(f"ulsam.cli.{args.command}").run(args)
+    if not words:
+        print(GUIDE)
         return 0
+    try:
+        args = parse(words)
     except UlsamError as error:
         print(f"ulsam: error: {printable(str(error))}", file=sys.stderr)
         return 2
+    try:
+        with shown(args, args.parser):
+            importlib.import_module(f"ulsam.cli.{args.command}").run(args)
+        return 0
+    except UlsamError as error:
+        if args.verbose:
+            traceback.print_exc()
+        print(f"ulsam: error: {printable(in_flags(str(error), args.parser))}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, which all stop, the first one tells
-            print(f"ulsam: {str(stop) or 'interrupted'}", file=sys.stderr)
+        if is_first_process():  # of several processes, which all stop, the first one tells
+            print(f"ulsam: {in_flags(str(stop), args.parser) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,7 +2,6 @@
 
 import argparse
 
-from ulsam.base.errors import printable
 from ulsam.cli.common import free_folder, numbers, only_json, print_json
 
 EXAMPLE = "ulsam bench mobilenetv2_100 runs/mine/model.safetensors --batch 1,8 --threads 1,2"
@@ -58,7 +57,6 @@ def run(args: argparse.Namespace) -> None:
             seconds=args.seconds,
             size=args.size,
             fold=args.fold,
-            say=lambda line: print(printable(line), flush=True),
         )
     if args.json:
         for row in rows:

@@ -22,18 +22,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
+    from ulsam.base.logs import progress
     from ulsam.data.birds import draw_birds
 
     counts = {split: getattr(args, split) for split in ("train", "val", "test")}
     classes = args.classes if isinstance(args.classes, int) else len(args.classes)
-    with tqdm(total=classes * sum(counts.values()), unit=" birds", disable=None, leave=False) as bar:
+    with progress(total=classes * sum(counts.values()), unit=" birds") as bar:
 
-        def progress(done: int, _: int) -> None:
+        def count(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
-        draw_birds(args.out, args.classes, **counts, size=args.size, seed=args.seed, progress=progress)
+        draw_birds(args.out, args.classes, **counts, size=args.size, seed=args.seed, progress=count)
     if args.json:
         print_json({"folder": args.out, "classes": classes, **counts, "size": args.size, "seed": args.seed})
         return

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ulsam.base.errors import UlsamError, printable
+from ulsam.base.errors import UlsamError
 from ulsam.cli.common import numbers, only_json, print_json
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.training.config import read_config
@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> None:
     """Exits with status 1 if a run failed."""
     from ulsam.study.compare import compare, report
     from ulsam.study.compare_table import text
+    from ulsam.training.machine import keep_freed_memory
+
+    keep_freed_memory()
 
     margin = {} if args.margin is None else {"margin": args.margin / 100}
     plan = {name: value for name in PLAN if (value := getattr(args, name)) is not None}
@@ -67,7 +70,6 @@ def run(args: argparse.Namespace) -> None:
                 arms=args.arms or (),
                 out=args.out,
                 publish=args.publish,
-                say=lambda line: print(printable(line), flush=True),
                 **margin,
                 **plan,
                 **_data_and_settings(args),

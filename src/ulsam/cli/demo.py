@@ -3,6 +3,7 @@
 import argparse
 
 from ulsam.cli.common import free_folder, only_json, print_json
+from ulsam.cli.train import resumable
 
 EXAMPLE = "ulsam demo --out runs/demo"
 
@@ -16,9 +17,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ulsam.study.demo import CAUTION, run_demo, table
+    from ulsam.training.machine import keep_freed_memory
+
+    keep_freed_memory()
 
     out = args.out or free_folder("demo")
-    with only_json(args):
+    with only_json(args), resumable():
         summaries = run_demo(out, args.seed)
     if args.json:
         for name, summary in summaries.items():

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if cpu.LIBRARY is None:
         print(f"cpu     no C kernels: {cpu.WHY_NONE}")
     else:
-        used, best = cpu.ISA_NAMES[cpu.isa or cpu.LIBRARY.ulsam_isa()], cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
+        used, best = cpu.ISA_NAMES[cpu.chosen_isa() or cpu.LIBRARY.ulsam_isa()], cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
         names = used if used == best else f"{used}, which ULSAM_ISA asks for: the processor has {best}"
         print(f"cpu     {found['threads']} threads, C kernels for {names} ({found['kernels']})")
         if not cpu.THREADED:

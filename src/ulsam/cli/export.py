@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from ulsam.cli.common import beside, print_json
-from ulsam.data.folder import image_paths
 
 EXAMPLE = "ulsam export runs/mine/model.safetensors --to onnx --images images/test"
 FORMATS = ("onnx", "openvino", "executorch")
@@ -34,19 +33,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Export, and print how the result compares with the model."""
     from ulsam.deploy.export import SUFFIXES, export
-    from ulsam.model.build import load
 
-    images = image_paths(args.images or [])
-    model, spec = load(args.model)
     out = args.out or beside(args.model, SUFFIXES[args.to])
     parity = export(
-        model,
-        spec,
+        args.model,
         out,
         args.to,
         dynamic_size=args.dynamic_size,
         preprocessing=args.preprocessing,
-        images=images,
+        images=args.images or (),
     )
     if args.json:
         print_json({"file": out, "format": args.to, "bytes": Path(out).stat().st_size, "parity": vars(parity)})

@@ -30,8 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a table with a line a map, what its columns mean, and a warning for each layer that does nothing."""
     import torch
-    from tqdm import tqdm
 
+    from ulsam.base.logs import progress
     from ulsam.base.provenance import command_line, versions
     from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
     from ulsam.model.build import load
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     unreadable: dict[str, str] = {}
 
     def batches() -> "Iterator[Tensor]":
-        with tqdm(total=number, unit=" images", disable=None, leave=False) as bar:
+        with progress(total=number, unit=" images") as bar:
             for first in range(0, number, BATCH):
                 images, errors = read_batch(paths[first : first + BATCH], transform)
                 unreadable.update(errors)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from ulsam import __version__
 from ulsam.base.errors import UlsamError
+from ulsam.cli.output import add_output_options
 
 COMMANDS = {
     "demo": "draw birds, train a model without and with ULSAM, show both",
@@ -141,6 +142,8 @@ def parser(verbs: Iterable[str]) -> Parser:
             module.configure(one)
             if name != "completion":
                 one.add_argument("--json", action="store_true", help=_JSON)
+            add_output_options(one)
+            one.set_defaults(parser=one)
             one.epilog = "example:\n" + textwrap.indent(module.EXAMPLE, "  ")
     return whole
 

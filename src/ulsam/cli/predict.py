@@ -1,15 +1,9 @@
 """`ulsam predict MODEL IMAGES...`: name what is in images."""
 
 import argparse
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from ulsam.base.errors import UlsamError, printable
 from ulsam.cli.common import print_json
-from ulsam.data.folder import image_paths
-
-if TYPE_CHECKING:
-    from ulsam.training.predict import Prediction
 
 EXAMPLE = "ulsam predict runs/mine/model.safetensors images/test --top 1"
 
@@ -23,11 +17,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.top < 1:
-        raise UlsamError(f"--top must be 1 or more, not {args.top}")
-    paths = image_paths(args.images)
-    failed = 0
-    for prediction in _predictions(args.model, paths, args.top):
+    """Print a line an image; fails in the end if one of them cannot be read."""
+    from ulsam.deploy.predict import predict
+
+    failed = total = 0
+    for prediction in predict(args.model, args.images, top=args.top):
+        total += 1
         failed += prediction.error is not None
         if args.json:
             named = {name: round(share, 6) for name, share in prediction.classes}
@@ -38,16 +33,4 @@ def run(args: argparse.Namespace) -> None:
             named_text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prediction.classes)
             print(printable(f"{prediction.path}: {named_text}"))
     if failed:
-        raise UlsamError(f"{failed} of {len(paths)} images could not be read; they are named above")
-
-
-def _predictions(model: str, paths: Sequence[str], top: int) -> "Iterable[Prediction]":
-    """By ONNX Runtime for an exported model, which needs no PyTorch: neither may be imported for the other."""
-    if model.endswith(".onnx"):
-        from ulsam import runtime
-
-        return runtime.load(model).predict(paths, top=top)
-    from ulsam.model.build import load
-    from ulsam.training.evaluate import predict
-
-    return predict(*load(model), paths, top=top)
+        raise UlsamError(f"{failed} of {total} images could not be read; they are named above")

@@ -1,7 +1,9 @@
 """`ulsam slim MODEL DATA`: replace blocks of a trained model to fit a budget, and restore its accuracy."""
 
 import argparse
+from pathlib import Path
 
+from ulsam.base.errors import printable
 from ulsam.cli.common import add_layer_options, free_folder, layer_options, only_json, print_json
 from ulsam.cli.settings import add_settings, given_settings
 
@@ -18,7 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the result; the same one goes on (default: runs/slim-N)"
     )
-    parser.add_argument("--no-train", action="store_true", help="stop after the choice, and print how to train")
+    parser.add_argument(
+        "--no-train", dest="fine_tune", action="store_false", help="stop after the choice, and print how to train"
+    )
     budget = parser.add_argument_group(
         "budget, exactly one", "The share of the model's own cost to keep, such as 0.75."
     )
@@ -46,15 +50,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Slim; the library says what it does."""
+    """Slim, and print the slimmed model beside the original one."""
     from ulsam.study.slim import slim
+    from ulsam.study.slim_report import result_lines
+    from ulsam.training.machine import keep_freed_memory
 
+    keep_freed_memory()
+    out = args.out or free_folder("slim")
     with only_json(args):
         result = slim(
             args.model_file,
             args.data,
-            args.out or free_folder("slim"),
-            fine_tune=not args.no_train,
+            out,
+            fine_tune=args.fine_tune,
             settings=given_settings(args),
             macs=args.macs,
             params=args.params,
@@ -70,3 +78,5 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.json:
         print_json(result)
+    else:
+        print(*map(printable, result_lines(result, Path(out))), sep="\n")

@@ -1,10 +1,13 @@
 """`ulsam train DATA`: train a model on a folder of images, or resume a run."""
 
 import argparse
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import UlsamError, printable
+from ulsam.base.processes import is_first_process
 from ulsam.cli.common import add_edit_options, edits_from, free_folder, only_json, preset_arguments, print_json
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.training.config import TrainConfig, read_config
@@ -28,20 +31,42 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ulsam.training.loop import resume, train
+    from ulsam.training.machine import keep_freed_memory
+    from ulsam.training.summary import result_lines
 
+    keep_freed_memory()
     if args.resume:
         if args.out or args.config:
             raise UlsamError("--resume goes on in its own folder with its own settings: leave --out and --config out")
-        with only_json(args):
+        out = args.resume
+        with only_json(args), resumable():
             summary = resume(args.resume, {**_given(args), **_layers(args, {})})
     else:
         config = config_from(args)
-        with only_json(args):
-            if not (config.pretrained or config.weights) and os.environ.get("RANK", "0") == "0":
+        out = args.out or free_folder(config.model)
+        with only_json(args), resumable():
+            if not (config.pretrained or config.weights or args.quiet) and is_first_process():
                 print(FROM_RANDOM)
-            summary = train(config, args.out or free_folder(config.model))
+            summary = train(config, out)
     if args.json:
         print_json(summary)
+    elif is_first_process():
+        print(*map(printable, result_lines(summary, Path(out))), sep="\n")
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Within it a run that is interrupted names the command that goes on with it."""
+    from ulsam.base.distributed import launch_line
+    from ulsam.training.loop import Interrupted
+
+    try:
+        yield
+    except Interrupted as stop:
+        if stop.run is None:
+            raise
+        command = launch_line(["train", "--resume", str(stop.run)])
+        raise KeyboardInterrupt(f"{stop.where}; go on with: {command}") from None
 
 
 def config_from(args: argparse.Namespace) -> TrainConfig:

@@ -102,8 +102,16 @@ def _isa_asked() -> int:
     return ISA_NAMES.index(name)
 
 
-#: The instruction set to use, as an index in `ISA_NAMES`; 0 is the processor's best. ``ULSAM_ISA`` sets it by name.
-isa = _isa_asked()
+#: The instruction set to use, as an index in `ISA_NAMES`; 0 is the processor's best, -1 not known yet.
+isa = -1
+
+
+def chosen_isa() -> int:
+    """`isa`; the first call reads it from ``ULSAM_ISA``, which sets it by name."""
+    global isa
+    if isa < 0:
+        isa = _isa_asked()
+    return isa
 
 
 def _run(
@@ -138,7 +146,7 @@ def _job(tensors: Sequence[Tensor | None], x: Tensor, groups: int, asked: int, r
         *_addresses_of(tensors),
         *x.shape,
         *(groups, asked, relu, not x.is_contiguous(), x.dtype is _BFLOAT16),
-        *(1 if _forked else get_num_threads(), isa),
+        *(1 if _forked else get_num_threads(), chosen_isa()),
     )
 
 
@@ -180,7 +188,7 @@ def infer(
             *(scale.data_ptr(), 0 if shift is None else shift.data_ptr()),
             *(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0),
             *(batch, channels, height, width, groups, _LOGITS_MULTIPLY, relu, not contiguous, bf16),
-            *(1 if _forked else get_num_threads(), isa),
+            *(1 if _forked else get_num_threads(), isa if isa >= 0 else chosen_isa()),
         )
     )
     if failed:

@@ -20,7 +20,6 @@ from ulsam.layer.ops import cpu, reference
 Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = get_args(Backend)
 _CPU = (None, "cpu")
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton takes tensors of the CPU too
 
 
 def _from_environment() -> Backend | None:
@@ -30,7 +29,26 @@ def _from_environment() -> Backend | None:
     return name
 
 
-FORCED = _from_environment()
+_forced: Any = "unread"  # what ULSAM_BACKEND names, or None; "unread" keeps `infer` away until it is known
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def forced() -> Backend | None:
+    """The backend that ``ULSAM_BACKEND`` names; it is read once, when it is first needed.
+
+    Raises:
+        UlsamError: no such backend.
+    """
+    global _forced
+    if _forced == "unread":
+        _forced = _from_environment()
+    return _forced
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _interpreted() -> bool:
+    """Whether Triton takes tensors of the CPU too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def subspace_attention(
@@ -84,7 +102,7 @@ def subspace_attention(
     _check(x, scale, shift, weight, bias, norms, groups)
     chosen, _ = which_backend(x, backend)
     if cpu.LIBRARY is None and not is_compiling():
-        _warn_of(x, wanted=backend or FORCED)
+        _warn_of(x, wanted=backend or forced())
     others = (scale, shift, weight, bias, *norms)
     transformed = chosen == "reference" or _is_transformed() or is_captured()
     if not (transformed or chosen != "cpu" or _is_watched()) and all(map(_is_memory, (x, *others))):
@@ -116,7 +134,7 @@ def infer(
     What the operands may be is told there; the kernels check their sizes. For a small map the dispatcher takes longer
     than all the rest.
     """
-    if is_grad_enabled() or FORCED not in _CPU or not _is_plain(x) or x.ndim != 4:
+    if is_grad_enabled() or _forced not in _CPU or not _is_plain(x) or x.ndim != 4:
         return None
     return cpu.infer(x, scale, shift, weight, bias, groups, relu)
 
@@ -187,7 +205,7 @@ def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
     >>> which_backend(torch.ones(1, 8, 4, 4, dtype=torch.float64))
     ('reference', 'the cpu backend takes float32 and bfloat16, not float64')
     """
-    wanted: Any = backend or FORCED
+    wanted: Any = backend or forced()
     if wanted not in (None, *BACKENDS):
         raise UlsamError(f"there is no backend {wanted!r}; valid: {', '.join(BACKENDS)}")
     if wanted == "reference":
@@ -208,7 +226,7 @@ def _why_not_cpu(x: Tensor) -> str | None:
 
 
 def _why_not_triton(x: Tensor) -> str | None:
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and _INTERPRETED):
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and _interpreted()):
         return f"the triton backend does not run on {x.device.type}"
     kernels = _triton()
     return kernels if isinstance(kernels, str) else _why_not_dtype("triton", kernels.DTYPES, x)
