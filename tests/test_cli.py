@@ -140,7 +140,7 @@ def test_train_prints_its_summary_as_json_and_its_progress_to_stderr(trained: tu
     root, summary, progress = trained
     assert summary == json.loads((root / "run" / "summary.json").read_text())
     words = [line.split()[0] for line in progress.splitlines() if line[:1].isalpha()]
-    assert words[0] == "start" and {"data", "model", "epoch", "result"} <= set(words)
+    assert words[0] == "start" and {"data", "model", "epoch"} <= set(words)
 
 
 def test_training_from_random_weights_says_so_first(
