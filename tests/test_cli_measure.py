@@ -48,18 +48,18 @@ def world(tmp_path_factory):
 
 def test_eval_reports_what_the_model_says(world, capsys):
     root, said = world
-    target = root / "scores.json"
-    arguments = ["eval", str(root / "model.safetensors"), str(root / "data"), "--workers", "0", "--json", str(target)]
+    arguments = ["eval", str(root / "model.safetensors"), str(root / "data"), "--workers", "0"]
     assert main(arguments) == 0
     right = [CLASSES[int(p.argmax())] == path.split("/")[-2] for path, p in said.items() if "/test/" in path]
     out = capsys.readouterr().out
     assert f"top-1   {100 * sum(right) / 9:.2f} %" in out
     assert "9 images, split test" in out
-    entry = json.loads(target.read_text())
+    assert main([*arguments, "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)
     assert entry["scores"]["top1"] == pytest.approx(sum(right) / 9)
     assert sum(one["images"] for one in entry["scores"]["per_class"].values()) == 9
     assert entry["cost"]["input_size"] == [3, 32, 32]
-    assert main([*arguments[:3], "--workers", "0", "--split", "val"]) == 0
+    assert main([*arguments, "--split", "val"]) == 0
     assert "3 images, split val" in capsys.readouterr().out
 
 
@@ -115,8 +115,6 @@ def test_a_line_of_a_image_is_told_and_left_out(world, capsys, tmp_path):
         (["eval", "NET", "ROOT/data", "--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
         (["eval", "NET", "ROOT/data", "--batch-size", "-3"], "--batch-size must be 1 or more, not -3"),
         (["eval", "NET", "ROOT/data", "--workers", "-1"], "--workers must be 0 or more, not -1"),
-        (["eval", "nowhere", "nowhere", "--json", "ROOT/no/x.json"], "cannot write .*x.json: no such folder"),
-        (["eval", "nowhere", "nowhere", "--json", "ROOT"], "cannot write .*: it is a folder"),
     ],
 )
 def test_mistakes_get_one_line(world, capsys, words, message):

@@ -274,7 +274,7 @@ def test_images_to_compare_on_are_spread_over_all(tmp_path):
     ("words", "told"),
     [
         ("{folder}", "no model file {folder}"),
-        ("{model} --to tensorrt", "unknown format 'tensorrt'; valid: onnx, openvino, executorch"),
+        ("{model} --to tensorrt", "--to: 'tensorrt' is not one of onnx, openvino, executorch"),
         ("{model} --out {folder}/none/model.onnx", "cannot write {folder}/none/model.onnx: no such folder"),
         ("{model} --out {folder}/model.pt", "a file for onnx is called NAME.onnx, not {folder}/model.pt"),
         ("{model} --images {folder}/empty", "no images in the folder {folder}/empty"),

@@ -279,7 +279,7 @@ def test_profile_takes_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([V2, "--replace", "17", "--layer", "bam"], "unknown layer 'bam'; valid: ulsam, inverted_residual, se, eca"),
+        ([V2, "--replace", "17", "--layer", "bam"], "--layer: 'bam' is not one of ulsam, inverted_residual, se, eca"),
         (
             [V2, "--replace", "17", "--layer", "se", "--groups", "4"],
             "groups and form are for ULSAM alone: the layer se",

@@ -129,6 +129,6 @@ def test_the_command_prints_the_report_or_json(capsys):
     assert main(["paper"]) == 0
     assert capsys.readouterr().out == report() + "\n"
     assert main(["paper", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["name"] for row in data] == [row.name for row in rows()]
     assert data[0]["scores"][0] == {"data": "ImageNet-1K", "groups": None, "top1": 70.65, "top5": 89.76}

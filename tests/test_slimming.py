@@ -541,7 +541,7 @@ def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, da
         ("--macs 0.9 --at blocks.77", "no module is named 'blocks.77'"),
         ("--macs 0.9 --layer se --groups 2", "groups and form are for ULSAM alone"),
         ("--macs 0.9 --images 0", "images must be 1 or more, not 0"),
-        ("--latency 0.9 --engine tensorrt", "unknown engine 'tensorrt'; valid: eager, onnxruntime"),
+        ("--latency 0.9 --engine tensorrt", "--engine: 'tensorrt' is not one of eager, onnxruntime"),
         ("--macs 0.9 --lr 0", "lr must be above 0"),
         ("--macs 0.9 --freeze layer9", "no module is named 'layer9'"),
         ("--macs 0.9 --out full", "full is no new folder, and holds no slim.json to go on from: choose another --out"),

@@ -166,11 +166,7 @@ def session(pid: int) -> list[int]:
 
 
 def _serve() -> None:
-    import ulsam.cli.eval
-    import ulsam.cli.slim
-    import ulsam.cli.train  # noqa: F401
-
-    for module in ("matplotlib.backends.backend_agg", "torch._dynamo"):
+    for module in ("ulsam.cli", "ulsam.study.slim", "matplotlib.backends.backend_agg", "torch._dynamo"):
         importlib.import_module(module)
     gc.freeze()  # for children that collect garbage
     for line in sys.stdin:

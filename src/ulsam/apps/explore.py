@@ -15,7 +15,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8765,
     max_mb: int = 20,
-    say: Callable[[str], None],
+    ready: Callable[[str, bool], object],
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -24,7 +24,7 @@ def serve(
         host: name or address to listen on; 0.0.0.0 is reached from other machines, too.
         port: 0 takes any free one.
         max_mb: largest image file, in megabytes.
-        say: is given lines: where the page is.
+        ready: is called with the page's address, and whether other machines reach it, once it is served.
 
     Raises:
         UlsamError: not a model file, a model without a feature map to explain, an address that cannot be listened on,
@@ -48,8 +48,6 @@ def serve(
             limit_concurrency=64,
             timeout_graceful_shutdown=5,
         )
-        say(f"{url(server_socket)}  (Ctrl-C ends it)")
-        if not is_loopback(server_socket):
-            say("Everyone who can reach this machine can use the page: it asks for no password.")
+        ready(url(server_socket), not is_loopback(server_socket))
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends its work, and then raises it
             uvicorn.Server(config).run(sockets=[server_socket])

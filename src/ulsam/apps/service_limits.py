@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields
 
 from ulsam.base.errors import UlsamError
-from ulsam.data.images import MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Limits:
     idle: int = 15
 
     def __post_init__(self) -> None:
+        from ulsam.data.images import MAX_PIXELS  # it imports numpy, which the help of these limits does without
+
         for field in fields(self):
             least = {"batch": 2, "timeout": 0.1}.get(field.name, 1)
             value = getattr(self, field.name)

@@ -2,9 +2,9 @@
 
 import argparse
 
-from ulsam.cli.common import free_folder, numbers
-from ulsam.deploy.bench import bench
-from ulsam.deploy.bench_report import text
+from ulsam.cli.common import free_folder, numbers, only_json, print_json
+
+EXAMPLE = "ulsam bench mobilenetv2_100 runs/mine/model.safetensors --batch 1,8 --threads 1,2"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="MODEL",
         help="a timm name (random weights), a .safetensors model file, or NAME.onnx of ulsam export or quantize; "
-        "the first one is what the others are held against",
+        "the others are compared with the first one",
     )
     parser.add_argument(
         "--backends",
@@ -43,15 +43,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print the table."""
+    from ulsam.deploy.bench import bench
+    from ulsam.deploy.bench_report import text, to_json
+
     out = args.out or free_folder("bench")
-    rows = bench(
-        args.models,
-        out,
-        backends=args.backends,
-        batches=args.batch,
-        threads=args.threads,
-        seconds=args.seconds,
-        size=args.size,
-        fold=args.fold,
-    )
-    print(f"\n{text(rows)}\n\nwrote   {out}/bench.csv, bench.png and bench.json")
+    with only_json(args):
+        rows = bench(
+            args.models,
+            out,
+            backends=args.backends,
+            batches=args.batch,
+            threads=args.threads,
+            seconds=args.seconds,
+            size=args.size,
+            fold=args.fold,
+        )
+    if args.json:
+        for row in rows:
+            print_json(to_json(row))
+    else:
+        print(f"\n{text(rows)}\n\nwrote   {out}/bench.csv, bench.png and bench.json")

@@ -3,8 +3,9 @@
 import argparse
 import re
 
-from ulsam.base.logs import progress
-from ulsam.data.birds import draw_birds
+from ulsam.cli.common import print_json
+
+EXAMPLE = "ulsam birds birds --classes 4 --train 100 --val 20"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,10 +18,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
             f"--{split}", type=int, default=number, metavar="N", help=f"images a class (default: {number})"
         )
     parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of the images (default: 96)")
-    parser.add_argument("--seed", type=int, default=0, help="of every drawing (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every drawing (default: 0)")
 
 
 def run(args: argparse.Namespace) -> None:
+    from ulsam.base.logs import progress
+    from ulsam.data.birds import draw_birds
+
     counts = {split: getattr(args, split) for split in ("train", "val", "test")}
     classes = args.classes if isinstance(args.classes, int) else len(args.classes)
     with progress(total=classes * sum(counts.values()), unit=" birds") as bar:
@@ -29,6 +33,9 @@ def run(args: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         draw_birds(args.out, args.classes, **counts, size=args.size, seed=args.seed, progress=count)
+    if args.json:
+        print_json({"folder": args.out, "classes": classes, **counts, "size": args.size, "seed": args.seed})
+        return
     drawn = ", ".join(f"{number} {split}" for split, number in counts.items() if number)
     print(f"{args.out}: {classes} classes, {drawn} images a class of {args.size} px, seed {args.seed}")
     print(f"{args.out}/birds.json tells the field marks of each class, boxes.json where they lie in each image")

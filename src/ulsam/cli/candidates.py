@@ -4,11 +4,9 @@ import argparse
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.text_table import text_table
-from ulsam.cli.common import add_model_arguments, spec_from
-from ulsam.model.build import sketch
-from ulsam.surgery.cost import cost
-from ulsam.surgery.find import candidates
-from ulsam.surgery.places import layer_names
+from ulsam.cli.common import add_model_arguments, print_json, spec_from
+
+EXAMPLE = "ulsam candidates mobilenetv2_100 --size 160"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,20 +17,39 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print one line a candidate, outermost first."""
+    from ulsam.model.build import sketch
+    from ulsam.surgery.cost import cost
+    from ulsam.surgery.find import candidates
+    from ulsam.surgery.places import layer_names
+
     spec = spec_from(args)
     model = sketch(spec)
     found = candidates(model, spec.input_size, leaves=args.leaves)
     if not found:
         raise UlsamError(f"{args.model} has no block that takes and puts out the same feature map [B, C, H, W]")
     whole = cost(model, spec.input_size)
-    numbers = {name: str(number) for number, name in layer_names(model).items()}
+    numbers = {name: number for number, name in layer_names(model).items()}
+    if args.json:
+        for block in found:
+            print_json(
+                {
+                    "layer": numbers.get(block.name),
+                    "name": block.name,
+                    "type": block.type,
+                    "shape": block.shape,
+                    "params_saved": block.params,
+                    "macs_saved": block.macs,
+                    "groups": block.groups,
+                }
+            )
+        return
     cells = [["layer", "name", "type", "output", "params saved", "", "MACs saved", "", "groups"]]
     for block in found:
         shape = "x".join(map(str, block.shape))
         params = [f"{block.params:,}", f"{block.params / whole.params:.2%}"]
         macs = [f"{block.macs:,}", f"{block.macs / whole.macs:.2%}"]
         groups = ",".join(map(str, block.groups))
-        cells.append([numbers.get(block.name, ""), block.name, block.type, shape, *params, *macs, groups])
+        cells.append([str(numbers.get(block.name, "")), block.name, block.type, shape, *params, *macs, groups])
     print("\n".join(text_table(cells, right=(0, 3, 4, 5, 6, 7))))
     size = "x".join(map(str, spec.input_size))
     print(f"One {size} image; per cent of the whole model's {whole.params:,} parameters and {whole.macs:,} MACs.")

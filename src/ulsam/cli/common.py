@@ -1,14 +1,22 @@
-"""Arguments that several commands share: a model by name or file, and the edits to make on it."""
+"""What several commands share: a model by name or file, the edits to make on it, and results as JSON."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError
-from ulsam.model.build import PLACEMENTS, spec_of
-from ulsam.model.spec import Edit, ModelSpec
 from ulsam.model.trained import names
+
+if TYPE_CHECKING:
+    from ulsam.model.spec import Edit, ModelSpec
+
+LAYERS = ("ulsam", "inverted_residual", "se", "eca", "cbam", "coord")
+FORMS = ("equations", "released")
 
 
 class _AddEdit(argparse.Action):
@@ -30,8 +38,8 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
     replace 14,17 g=8
     remove 16
     """
-    place = "module names, globs, or the paper's layer numbers for MobileNet-V1 and V2"
-    edits = parser.add_argument_group("edits, done in the order given", f"AT: {place}; several with commas.")
+    place = "AT: module names, globs, or the paper's layer numbers for MobileNet-V1 and V2;\nseveral with commas."
+    edits = parser.add_argument_group("edits, done in the order given", place)
     for kind, text in [
         ("replace", "put an attention layer in the place of these blocks"),
         ("insert", "put an attention layer behind these blocks"),
@@ -44,7 +52,7 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
 def add_layer_options(group: "argparse._ArgumentGroup", default: str = "ulsam") -> None:
     """Add ``--layer``, ``--groups``, ``--width`` and ``--form``; :func:`layer_options` reads them."""
     layers = f"ulsam, inverted_residual, or timm's se, eca, cbam or coord (default: {default})"
-    group.add_argument("--layer", metavar="LAYER", help=layers)
+    group.add_argument("--layer", choices=LAYERS, metavar="LAYER", help=layers)
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
     group.add_argument(
         "--width",
@@ -52,16 +60,18 @@ def add_layer_options(group: "argparse._ArgumentGroup", default: str = "ulsam") 
         metavar="W",
         help="of a narrow inverted residual: of --layer inverted_residual, or behind another layer",
     )
-    group.add_argument("--form", metavar="FORM", help="of ULSAM: equations (default) or released")
+    group.add_argument("--form", choices=FORMS, metavar="FORM", help="of ULSAM: equations (default) or released")
 
 
-def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit, ...]:
+def edits_from(args: argparse.Namespace, model: str | None = None) -> "tuple[Edit, ...]":
     """The edits of :func:`add_edit_options`, in the order given; see there.
 
     Raises:
         UlsamError: an unknown form or layer, ``--groups`` or ``--form`` beside another layer than ULSAM, or options
             with nothing to act on: no new layer, and ``model`` is no preset.
     """
+    from ulsam.model.spec import Edit
+
     options = layer_options(args)
     if options and not _makes_layers(args) and not preset_arguments(args, model):
         raise UlsamError(f"--{next(iter(options))} has nothing to act on: add --replace AT or --insert AT")
@@ -71,8 +81,11 @@ def edits_from(args: argparse.Namespace, model: str | None = None) -> tuple[Edit
 def preset_arguments(args: argparse.Namespace, model: str | None) -> dict[str, Any]:
     """``--groups`` and ``--form`` as arguments of a preset, which has its layers already; empty for other models."""
     options = layer_options(args)
-    takes = model in PLACEMENTS and not _makes_layers(args) and not options.keys() & {"layer", "width"}
-    return options if takes else {}
+    if not options or _makes_layers(args) or options.keys() & {"layer", "width"}:
+        return {}
+    from ulsam.model.build import PLACEMENTS
+
+    return options if model in PLACEMENTS else {}
 
 
 def layer_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +105,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: the model's own)")
 
 
-def spec_from(args: argparse.Namespace) -> ModelSpec:
+def spec_from(args: argparse.Namespace) -> "ModelSpec":
     """The spec that MODEL and ``--size`` mean, with a preset's ``--groups`` and ``--form``:
     `ulsam.model.build.spec_of`.
 
@@ -100,6 +113,8 @@ def spec_from(args: argparse.Namespace) -> ModelSpec:
     >>> len(spec.classes), spec.input_size
     (1000, (3, 96, 96))
     """
+    from ulsam.model.build import spec_of
+
     return spec_of(args.model, size=args.size, model_args=preset_arguments(args, args.model))
 
 
@@ -117,6 +132,23 @@ def numbers(kind: type[Any]) -> Callable[[str], tuple[Any, ...]]:
             raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2") from None
 
     return read
+
+
+def print_json(entry: Mapping[str, Any]) -> None:
+    """Print a result of ``--json``: one line, in ASCII, so that it can be read whatever the terminal's encoding.
+
+    Under torchrun the first process prints it.
+
+    >>> print_json({"class": "Zaunkönig", "share": 0.5})
+    {"class": "Zaunk\\u00f6nig", "share": 0.5}
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(entry, default=os.fspath), flush=True)
+
+
+def only_json(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    """Within it, with ``--json``, what work says about its progress goes to stderr: stdout has the result alone."""
+    return contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
 
 
 def free_folder(name: str) -> Path:

@@ -2,21 +2,31 @@
 
 import argparse
 
-from ulsam.cli.common import free_folder
+from ulsam.cli.common import free_folder, only_json, print_json
 from ulsam.cli.train import resumable
-from ulsam.study.demo import CAUTION, run_demo, table
-from ulsam.training.machine import keep_freed_memory
+
+EXAMPLE = "ulsam demo --out runs/demo"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder for everything, a new one (default: runs/demo-N)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawings and of both trainings (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the drawings and of both trainings (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
+    from ulsam.study.demo import CAUTION, run_demo, table
+    from ulsam.training.machine import keep_freed_memory
+
     keep_freed_memory()
+
     out = args.out or free_folder("demo")
-    with resumable():
+    with only_json(args), resumable():
         summaries = run_demo(out, args.seed)
+    if args.json:
+        for name, summary in summaries.items():
+            print_json({"run": f"{out}/{name}", **summary})
+        return
     print(f"\n{table(summaries)}\n\nSeed {args.seed}. {CAUTION}")
     print(f"Image: {out}/comparison.png; the birds and both runs lie beside it.")

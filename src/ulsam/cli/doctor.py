@@ -4,12 +4,12 @@ import argparse
 import platform
 from importlib.metadata import version
 
-import torch
-
 from ulsam import __version__
 from ulsam.base.extras import installed
 from ulsam.base.text_table import text_table
-from ulsam.layer.ops import cpu, which_backend
+from ulsam.cli.common import print_json
+
+EXAMPLE = "ulsam doctor"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,30 +18,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the versions, the processors, and the backend for each device and dtype."""
-    print(f"ulsam {__version__}, Python {platform.python_version()}, torch {torch.__version__}, timm {version('timm')}")
+    import torch
+
+    from ulsam.layer.ops import cpu, which_backend
+
+    chosen = [
+        (device, str(dtype).removeprefix("torch."), *which_backend(torch.empty(1, 8, 7, 7, device=device, dtype=dtype)))
+        for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    ]
+    found = {
+        "ulsam": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": version("timm"),
+        "kernels": None if cpu.LIBRARY is None else cpu.LIBRARY._name,
+        "threads": torch.get_num_threads(),
+        "simplejpeg": version("simplejpeg") if installed("simplejpeg") else None,
+        "matplotlib": version("matplotlib") if installed("matplotlib") else None,
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    if args.json:
+        backends = [dict(zip(("device", "dtype", "backend", "why"), one, strict=True)) for one in chosen]
+        print_json({**found, "backends": backends})
+        return
+    print(f"ulsam {__version__}, Python {found['python']}, torch {found['torch']}, timm {found['timm']}")
     if cpu.LIBRARY is None:
         print(f"cpu     no C kernels: {cpu.WHY_NONE}")
     else:
         used, best = cpu.ISA_NAMES[cpu.chosen_isa() or cpu.LIBRARY.ulsam_isa()], cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
         names = used if used == best else f"{used}, which ULSAM_ISA asks for: the processor has {best}"
-        print(f"cpu     {torch.get_num_threads()} threads, C kernels for {names} ({cpu.LIBRARY._name})")
+        print(f"cpu     {found['threads']} threads, C kernels for {names} ({found['kernels']})")
         if not cpu.THREADED:
             print("cpu     the kernels run on one thread: PyTorch has loaded no OpenMP library that they know")
-    if installed("simplejpeg"):
-        print(f"jpeg    simplejpeg {version('simplejpeg')}")
+    if found["simplejpeg"]:
+        print(f"jpeg    simplejpeg {found['simplejpeg']}")
     else:
         print("jpeg    Pillow; simplejpeg reads the same values faster: pip install 'ulsam[train]'")
-    drawn = f"matplotlib {version('matplotlib')}" if installed("matplotlib") else "none: pip install 'ulsam[plots]'"
-    print(f"plots   {drawn}")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-        print(f"cuda    {torch.cuda.get_device_name()}")
-    else:
-        print("cuda    none")
-    cells = [["device", "dtype", "backend", "why"]]
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            chosen, why = which_backend(torch.empty(1, 8, 7, 7, device=device, dtype=dtype))
-            cells.append([device, str(dtype).removeprefix("torch."), chosen, why])
-    print("\n".join(text_table(cells, right=())))
+    drawn = f"matplotlib {found['matplotlib']}" if found["matplotlib"] else "none: pip install 'ulsam[plots]'"
+    print(f"plots   {drawn}\ncuda    {found['cuda'] or 'none'}")
+    print("\n".join(text_table([("device", "dtype", "backend", "why"), *chosen], right=())))

@@ -1,9 +1,10 @@
 """`ulsam explore MODEL...`: a local web page to ask models about images."""
 
 import argparse
-import functools
 
-from ulsam.apps.explore import serve
+from ulsam.cli.common import print_json
+
+EXAMPLE = "ulsam explore runs/mine/model.safetensors runs/base/model.safetensors"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,5 +23,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
-    say = functools.partial(print, flush=True)
-    serve(args.models, host=args.host, port=args.port, max_mb=args.max_mb, say=say)
+    from ulsam.apps.explore import serve
+
+    def ready(url: str, public: bool) -> None:
+        if args.json:
+            print_json({"url": url, "public": public})
+            return
+        print(f"{url}  (Ctrl-C ends it)", flush=True)
+        if public:
+            print("Everyone who can reach this machine can use the page: it asks for no password.", flush=True)
+
+    serve(args.models, host=args.host, port=args.port, max_mb=args.max_mb, ready=ready)

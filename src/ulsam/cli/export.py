@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
-from ulsam.cli.common import beside
-from ulsam.deploy.export import SUFFIXES, export
+from ulsam.cli.common import beside, print_json
+
+EXAMPLE = "ulsam export runs/mine/model.safetensors --to onnx --images images/test"
+FORMATS = ("onnx", "openvino", "executorch")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +14,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a .safetensors model file of ulsam train, or a trained model of the package"
     )
-    parser.add_argument("--to", default="onnx", metavar="FORMAT", help="onnx (default), openvino or executorch")
+    parser.add_argument(
+        "--to", choices=FORMATS, default="onnx", metavar="FORMAT", help="onnx (default), openvino or executorch"
+    )
     parser.add_argument("--out", metavar="FILE", help="file to write (default: MODEL's name with the format's suffix)")
     parser.add_argument("--dynamic-size", action="store_true", help="leave height and width of the input open")
     parser.add_argument(
@@ -28,7 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export, and print how the result compares with the model."""
-    out = args.out or beside(args.model, SUFFIXES.get(args.to, ""))
+    from ulsam.deploy.export import SUFFIXES, export
+
+    out = args.out or beside(args.model, SUFFIXES[args.to])
     parity = export(
         args.model,
         out,
@@ -37,5 +43,8 @@ def run(args: argparse.Namespace) -> None:
         preprocessing=args.preprocessing,
         images=args.images or (),
     )
+    if args.json:
+        print_json({"file": out, "format": args.to, "bytes": Path(out).stat().st_size, "parity": vars(parity)})
+        return
     print(f"wrote     {out}, {Path(out).stat().st_size:,} bytes")
     print(f"compared  {parity}")

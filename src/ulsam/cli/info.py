@@ -1,11 +1,13 @@
 """`ulsam info`: what a model file holds."""
 
 import argparse
+import json
 from collections import Counter
 
-from ulsam.model.build import load, read_weights
+from ulsam.cli.common import print_json
 from ulsam.model.trained import card, locate, names
-from ulsam.surgery.cost import cost
+
+EXAMPLE = "ulsam info runs/mine/model.safetensors"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,11 +17,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Rebuild the model and print its spec, size, number formats and cost."""
+    from ulsam.model.build import load, read_weights
+    from ulsam.surgery.cost import cost
+    from ulsam.training.summary import cost_entry
+
     model, spec = load(args.file)
     found = cost(model, spec.input_size)
     formats: Counter[str] = Counter()
     for value in read_weights(args.file).values():
         formats[str(value.dtype).removeprefix("torch.")] += value.numel()
+    if args.json:
+        bytes_ = locate(args.file).stat().st_size
+        entry = {"spec": json.loads(spec.to_json()), "cost": cost_entry(found), "numbers": formats, "bytes": bytes_}
+        print_json(entry)
+        return
     size = "x".join(map(str, found.input_size))
     print(spec)
     print(f"parameters  {found.params:,}")

@@ -5,19 +5,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.base.files import check_writable, write_atomic
-from ulsam.base.logs import progress
-from ulsam.base.provenance import command_line, versions
+from ulsam.cli.common import only_json, print_json
 from ulsam.data.folder import image_paths
-from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
-from ulsam.model.build import load
-from ulsam.training.evaluate import read_batch, spec_transform
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXAMPLE = "ulsam inspect runs/mine/model.safetensors images/test --images 64"
 BATCH = 32
 
 
@@ -28,15 +25,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=int, default=256, metavar="N", help="at most so many, spread evenly (default: 256)"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the statistics to this file")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a table with a line a map, what its columns mean, and a warning for each layer that does nothing."""
+    import torch
+
+    from ulsam.base.logs import progress
+    from ulsam.base.provenance import command_line, versions
+    from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
+    from ulsam.model.build import load
+    from ulsam.training.evaluate import read_batch, spec_transform
+
     if args.images < 1:
         raise UlsamError(f"--images must be 1 or more, not {args.images}")
-    if args.json:
-        check_writable(args.json)
     found = image_paths(args.paths)
     number = min(args.images, len(found))
     paths = [found[n * len(found) // number] for n in range(number)]
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     transform = spec_transform(spec)
     unreadable: dict[str, str] = {}
 
-    def batches() -> Iterator[Tensor]:
+    def batches() -> "Iterator[Tensor]":
         with progress(total=number, unit=" images") as bar:
             for first in range(0, number, BATCH):
                 images, errors = read_batch(paths[first : first + BATCH], transform)
@@ -55,19 +57,22 @@ def run(args: argparse.Namespace) -> None:
                     yield transform.normalise(torch.stack(images))
                 bar.update(len(images) + len(errors))
 
-    layers = inspect(model, batches())
+    with only_json(args):
+        layers = inspect(model, batches())
+    if args.json:
+        print_json(
+            {
+                "command": command_line(),
+                "model": Path(args.model).name,
+                "layers": [{**asdict(layer), "inert": layer.inert} for layer in layers],
+                "inert_below": INERT,
+                "unreadable": unreadable,
+                "spec": json.loads(spec.to_json()),
+                "versions": versions(),
+            }
+        )
+        return
     print(table(layers))
     print(f"{layers[0].images} of {len(found)} images. {LEGEND}")
     for line in warnings(layers):
         print(f"warning {line}")
-    if args.json:
-        entry = {
-            "command": command_line(),
-            "model": Path(args.model).name,
-            "layers": [{**asdict(layer), "inert": layer.inert} for layer in layers],
-            "inert_below": INERT,
-            "unreadable": unreadable,
-            "spec": json.loads(spec.to_json()),
-            "versions": versions(),
-        }
-        write_atomic(args.json, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")

@@ -1,10 +1,11 @@
 """`ulsam predict MODEL IMAGES...`: name what is in images."""
 
 import argparse
-import json
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.deploy.predict import predict
+from ulsam.cli.common import print_json
+
+EXAMPLE = "ulsam predict runs/mine/model.safetensors images/test --top 1"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -13,20 +14,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each image (default: 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a line an image; fails in the end if one of them cannot be read."""
+    from ulsam.deploy.predict import predict
+
     failed = total = 0
     for prediction in predict(args.model, args.images, top=args.top):
         total += 1
         failed += prediction.error is not None
         if args.json:
             named = {name: round(share, 6) for name, share in prediction.classes}
-            print(
-                json.dumps({"path": prediction.path, "classes": named, "error": prediction.error}, ensure_ascii=False)
-            )
+            print_json({"path": prediction.path, "classes": named, "error": prediction.error})
         elif prediction.error:
             print(f"unreadable {prediction.error}")
         else:

@@ -4,30 +4,49 @@ import argparse
 import csv
 import dataclasses
 import io
+from typing import TYPE_CHECKING
 
 from ulsam.base.files import write_atomic
-from ulsam.cli.common import add_edit_options, add_model_arguments, edits_from, spec_from
-from ulsam.model.build import sketch
-from ulsam.surgery.cost import Cost, cost
+from ulsam.cli.common import add_edit_options, add_model_arguments, edits_from, print_json, spec_from
+
+if TYPE_CHECKING:
+    from ulsam.surgery.cost import Cost
+
+EXAMPLE = "ulsam profile mobilenetv2_100 --replace 14,17 --groups 8"
+RULES = ("exact", "paper")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add_model_arguments(parser)
     add_edit_options(parser)
-    parser.add_argument("--rule", default="exact", help="exact (default), or paper: without BatchNorm's parameters")
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        default="exact",
+        metavar="RULE",
+        help="exact (default), or paper: without BatchNorm's parameters",
+    )
     parser.add_argument("--csv", metavar="FILE", help="also write the rows to this file")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, with edits also base against edited."""
+    from ulsam.model.build import sketch
+    from ulsam.surgery.cost import cost
+    from ulsam.training.summary import cost_entry
+
     spec = spec_from(args)
     edits = edits_from(args, args.model)
     edited = dataclasses.replace(spec, edits=(*spec.edits, *edits))
     found = cost(sketch(edited), spec.input_size, args.rule)
-    print(found)
-    if edits:
-        base = cost(sketch(spec), spec.input_size, args.rule)
+    base = cost(sketch(spec), spec.input_size, args.rule) if edits else None
+    if args.json:
+        blocks = [dataclasses.asdict(row) for row in found.rows]
+        print_json({**cost_entry(found), "base": base and cost_entry(base), "blocks": blocks})
+    else:
+        print(found)
+    if base and not args.json:
         changes = [
             f"{name} {before:,} -> {after:,} ({(after - before) / before:+.2%})"
             for name, before, after in [
@@ -41,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         write_atomic(args.csv, _csv(found))
 
 
-def _csv(found: Cost) -> str:
+def _csv(found: "Cost") -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["block", "type", "channels", "height", "width", "params", "macs", "activations"])

@@ -2,8 +2,9 @@
 
 import argparse
 
-from ulsam.cli.common import beside
-from ulsam.deploy.quantize import quantize
+from ulsam.cli.common import beside, print_json
+
+EXAMPLE = "ulsam quantize runs/mine/model.safetensors images --calibrate 256"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Quantise, and print how the result compares with the model."""
+    from ulsam.deploy.quantize import quantize
+
     out = args.out or beside(args.model, "-int8.onnx")
     found = quantize(args.model, args.data, out, calibrate=args.calibrate, measure=args.measure)
+    if args.json:
+        print_json({"file": out, **vars(found)})
+        return
     print(f"wrote     {out}, {found.bytes:,} bytes, {100 * found.bytes / found.bytes_before:.0f} % of float32")
     print(f"measured  {found}")

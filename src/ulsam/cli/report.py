@@ -4,13 +4,16 @@ import argparse
 from pathlib import Path
 
 from ulsam.base.errors import printable
-from ulsam.cli.common import free_folder
-from ulsam.explanation.run_report import report_runs
+from ulsam.cli.common import free_folder, print_json
+
+EXAMPLE = "ulsam report runs/base runs/mine --out runs/report.html"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of ulsam train; the first is compared with")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folders of ulsam train; the others are compared with the first"
+    )
     parser.add_argument("--out", metavar="FILE", help="the page (default: runs/report-N/report.html)")
     parser.add_argument("--data", metavar="DATA", help="where the images lie now (default: where the runs say)")
     parser.add_argument(
@@ -24,8 +27,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the page, and say where it is."""
+    from ulsam.explanation.run_report import report_runs
+
     out = Path(args.out) if args.out else free_folder("report") / "report.html"
     written = report_runs(args.runs, out, data=args.data, images=args.images, time=args.time)
+    if args.json:
+        runs = [{"key": one.key, "folder": one.folder, "line": one.line} for one in written.runs]
+        print_json({"page": written.page, "runs": runs, "notes": written.notes})
+        return
     for one in written.runs:
         print(f"{one.key}       {printable(one.line)}")
     for note in written.notes:

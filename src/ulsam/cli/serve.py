@@ -6,7 +6,9 @@ from dataclasses import fields
 
 from ulsam.apps.service_limits import Limits
 from ulsam.base.extras import extra
+from ulsam.cli.common import print_json
 
+EXAMPLE = "ulsam serve runs/mine/model.safetensors --port 8000 --max-images 8"
 TEXTS = {
     "batch": "images that the model computes at once",
     "images": "images in one request",
@@ -46,6 +48,13 @@ def run(args: argparse.Namespace) -> None:
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     with extra("serve", "ulsam serve needs"):
         from ulsam.apps.serve import KEY, serve
+
+    def ready(url: str) -> None:
+        if args.json:
+            print_json({"model": args.model, "url": url})
+        else:
+            print(f"serving {args.model} at {url}, with a page at {url}/docs", flush=True)
+
     answered = serve(
         args.model,
         host=args.host,
@@ -53,6 +62,9 @@ def run(args: argparse.Namespace) -> None:
         api_key=os.environ.get(KEY),
         threads=args.threads,
         limits=limits,
-        ready=lambda url: print(f"serving {args.model} at {url}, with a page at {url}/docs", flush=True),
+        ready=ready,
     )
-    print(f"stopped: {answered} requests answered")
+    if args.json:
+        print_json({"answered": answered})
+    else:
+        print(f"stopped: {answered} requests answered")

@@ -10,6 +10,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ulsam.training.config import TrainConfig
 
 _NO_OPTIONS = ("data", "edits")  # the one is DATA, the others have options of their own
+_SHORT = {"batch_size": "-b", "workers": "-j"}  # as in timm's scripts
+_GROUPS = {  # the first setting of each group of options
+    "data_dir": "data",
+    "model": "model and the weights it starts from",
+    "teacher": "distillation",
+    "size": "image size and augmentation",
+    "epochs": "optimization",
+    "device": "machine",
+    "val_every": "measuring and saving",
+}
+_METAVARS = {"int": "N", "float": "X", "data_dir": "DIR", "class_names": "FILE", "weights": "FILE", "teacher": "FILE"}
 
 
 def add_settings(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> None:
@@ -23,12 +34,15 @@ def add_settings(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> 
     >>> given_settings(parser.parse_args(["--lr", "0.02"]))
     {'lr': 0.02}
     """
-    settings = parser.add_argument_group("settings")
+    group: argparse._ActionsContainer = parser
     hints = get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
+        if field.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[field.name])
         if field.name not in (*_NO_OPTIONS, *but):
-            option = "--" + field.name.replace("_", "-")
-            settings.add_argument(option, dest=field.name, default=None, **_argument(field, hints[field.name]))
+            options = [_SHORT[field.name]] if field.name in _SHORT else []
+            options.append("--" + field.name.replace("_", "-"))
+            group.add_argument(*options, dest=field.name, default=None, **_argument(field, hints[field.name]))
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,11 +60,15 @@ def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         return {**keywords, "choices": get_args(kind)}
-    if get_origin(kind) is list:
-        return {**keywords, "nargs": "+", "type": get_args(kind)[0], "metavar": field.name.upper()}
     if kind is bool:
         return {**keywords, "action": argparse.BooleanOptionalAction}
-    return {**keywords, "type": _json_object if get_origin(kind) is dict else kind, "metavar": field.name.upper()}
+    if get_origin(kind) is dict:
+        return {**keywords, "type": _json_object, "metavar": "JSON"}
+    if get_origin(kind) is list:
+        kind = get_args(kind)[0]
+        keywords["nargs"] = "+"
+    metavar = _METAVARS.get(kind.__name__) or _METAVARS.get(field.name) or field.name.upper()
+    return {**keywords, "type": kind, "metavar": metavar}
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -64,4 +82,6 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 
 from ulsam.base.errors import printable
-from ulsam.cli.common import add_layer_options, free_folder, layer_options
+from ulsam.cli.common import add_layer_options, free_folder, layer_options, only_json, print_json
 from ulsam.cli.settings import add_settings, given_settings
-from ulsam.study.slim import DECIDED, slim
-from ulsam.study.slim_report import result_lines
-from ulsam.training.machine import keep_freed_memory
+
+EXAMPLE = "ulsam slim runs/mine/model.safetensors images --macs 0.75 --epochs 30 --out runs/slimmer"
+ENGINES = ("eager", "onnxruntime")
+#: The settings of training that slimming decides itself.
+DECIDED = ("model", "model_args", "pretrained", "weights", "teacher")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--most-sets", type=int, default=200, metavar="N", help="sets to measure after the greedy search (default: 200)"
     )
     time = parser.add_argument_group("how time is taken for --latency")
-    time.add_argument("--engine", default="eager", metavar="ENGINE", help="eager (default) or onnxruntime")
+    time.add_argument(
+        "--engine", choices=ENGINES, default="eager", metavar="ENGINE", help="eager (default) or onnxruntime"
+    )
     time.add_argument("--latency-batch", type=int, default=1, metavar="N", help="images at once (default: 1)")
     time.add_argument("--latency-threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, one a core)")
     time.add_argument(
@@ -47,24 +51,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Slim, and print the slimmed model beside the original one."""
+    from ulsam.study.slim import slim
+    from ulsam.study.slim_report import result_lines
+    from ulsam.training.machine import keep_freed_memory
+
     keep_freed_memory()
     out = args.out or free_folder("slim")
-    data = slim(
-        args.model_file,
-        args.data,
-        out,
-        fine_tune=args.fine_tune,
-        settings=given_settings(args),
-        macs=args.macs,
-        params=args.params,
-        latency=args.latency,
-        layer=layer_options(args),
-        at=args.at,
-        images=args.images,
-        most_sets=args.most_sets,
-        engine=args.engine,
-        batch=args.latency_batch,
-        threads=args.latency_threads,
-        seconds=args.latency_seconds,
-    )
-    print(*map(printable, result_lines(data, Path(out))), sep="\n")
+    with only_json(args):
+        result = slim(
+            args.model_file,
+            args.data,
+            out,
+            fine_tune=args.fine_tune,
+            settings=given_settings(args),
+            macs=args.macs,
+            params=args.params,
+            latency=args.latency,
+            layer=layer_options(args),
+            at=args.at,
+            images=args.images,
+            most_sets=args.most_sets,
+            engine=args.engine,
+            batch=args.latency_batch,
+            threads=args.latency_threads,
+            seconds=args.latency_seconds,
+        )
+    if args.json:
+        print_json(result)
+    else:
+        print(*map(printable, result_lines(result, Path(out))), sep="\n")

@@ -15,7 +15,6 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 import yaml
 
 from ulsam.base.errors import UlsamError
-from ulsam.model.spec import Edit
 
 
 def _option(default: Any, help: str) -> Any:
@@ -129,8 +128,11 @@ class TrainConfig:
                 object.__setattr__(self, name, default)
             elif self.teacher is None and getattr(self, name) is not None:
                 raise UlsamError(f"{name} needs a teacher: name the model file of a trained model")
-        for text in self.edits:
-            Edit.parse(text)
+        if self.edits:
+            from ulsam.model.spec import Edit  # it imports PyTorch, which the help of these settings does without
+
+            for text in self.edits:
+                Edit.parse(text)
         self._check_ranges()
 
     def _check_ranges(self) -> None:
