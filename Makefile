@@ -1,6 +1,7 @@
 # make demo    draw birds, train a model without and with ULSAM, show both
 # make test    lint, types and the tests that take seconds; those of the page of `ulsam explore` in Chromium, if there is one
 # make results  whether README.md and docs/ say what the JSON files under results/ say
+# make docs    the documentation site in build/site, with warnings as errors
 # make bench   the attention layer against a loop over groups and a copy, in 3 minutes
 # Either makes .venv on its first run; a later run installs again only if pyproject.toml, constraints.txt or the C kernels changed.
 
@@ -11,7 +12,7 @@ INSTALLED := .venv/.installed
 # one thread a test worker: two workers with a thread pool each would fight for the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow results bench lint format wheel-test clean
+.PHONY: demo test test-slow results docs bench lint format wheel-test clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/ulsam/layer/ops/*.[ch])
@@ -41,6 +42,10 @@ format: $(INSTALLED)
 
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/tables.py --check
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/layer.py

@@ -72,7 +72,8 @@ def export(
     names of the classes, the preprocessing, the spec and ulsam's version (`ulsam.runtime` names the keys).
 
     Args:
-        model, spec: as of `ulsam.load`.
+        model: as of `ulsam.load`.
+        spec: as of `ulsam.load`.
         path: to write; its suffix is that of the format, `SUFFIXES`. OpenVINO's weights go beside it, ``.bin``.
         to: the format. ExecuTorch's files take one image at a time.
         dynamic_size: whether H and W are free too; not for ExecuTorch.

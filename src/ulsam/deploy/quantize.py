@@ -93,7 +93,8 @@ def quantize(
         data: image folder or data set as for training, with classes of the model. Ranges are taken from its training
             images, accuracy from the others.
         out: the file to write, NAME.onnx.
-        calibrate, measure: images for the one and the other, at most; the same ones each time.
+        calibrate: images to calibrate on, at most; the same ones each time.
+        measure: images to measure on, likewise.
 
     Raises:
         UlsamError: top-1 falls by more than `MOST_LOST`, beyond what the choice of images explains at 95 %; the model
