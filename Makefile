@@ -45,6 +45,7 @@ results: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m doctest scripts/api_docstrings.py
 	$(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)

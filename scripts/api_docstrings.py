@@ -12,13 +12,8 @@ import griffe
 def markdown(docstring: str) -> str:
     """A docstring as Markdown.
 
-    >>> print(markdown("See :func:`ulsam.load`.\\n\\n>>> 1 + 1\\n2"))
-    See `ulsam.load`.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> markdown("See :func:`ulsam.load`.\\n\\n>>> 1 + 1\\n2").splitlines()
+    ['See `ulsam.load`.', '', '```pycon', '>>> 1 + 1', '2', '```']
     """
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", docstring)
     return re.sub(r"(?m)^>>> (?:.+\n?)+", lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", text).rstrip()
