@@ -1,6 +1,6 @@
 # make demo    draw birds, train a model without and with ULSAM, show both
 # make test    lint, types and the tests that take seconds; those of the page of `ulsam explore` in Chromium, if there is one
-# make results  whether README.md and docs/ say what the JSON files under results/ say
+# make results  whether README.md and docs/ say what the files under results/ say
 # make docs    the documentation site in build/site, with warnings as errors
 # make bench   the attention layer against a loop over groups and a copy, in 3 minutes
 # Either makes .venv on its first run; a later run installs again only if pyproject.toml, constraints.txt or the C kernels changed.

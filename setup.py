@@ -18,6 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 WINDOWS = sys.platform == "win32"
+OPS = "src/ulsam/layer/ops"
 FLAGS = ["-std=gnu11", "-O3", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
@@ -34,7 +35,7 @@ class BuildKernels(build_ext):
         if reason and os.environ.get("ULSAM_KERNELS") == "required":
             raise SystemExit(f"the C kernels are required, but {reason}")
         in_place = self.inplace or getattr(self, "editable_mode", False)
-        note = Path("src/ulsam/layer/ops" if in_place else library.parent, "kernels.txt")
+        note = Path(OPS if in_place else library.parent, "kernels.txt")
         note.unlink(missing_ok=True)
         if reason:
             self.warn(f"no C kernels: {reason}")
@@ -76,8 +77,8 @@ setup(
     ext_modules=[
         Extension(
             "ulsam.layer.ops.kernels",
-            sources=[f"src/ulsam/layer/ops/{name}.c" for name in ("cpu", "cpu_base", "cpu_avx2", "cpu_avx512")],
-            depends=["src/ulsam/layer/ops/cpu.h", "src/ulsam/layer/ops/cpu_kernels.h"],
+            sources=[f"{OPS}/{name}.c" for name in ("cpu", "cpu_training", "cpu_base", "cpu_avx2", "cpu_avx512")],
+            depends=[f"{OPS}/cpu.h", f"{OPS}/cpu_kernels.h"],
             optional=True,
         )
     ],

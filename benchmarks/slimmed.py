@@ -10,8 +10,8 @@ convolutions
    and classifier in half precision; it is measured once more. It is known by its name once there is a card, NAME.md,
    beside it.
 
-results/slimmed_NAME.json holds every figure, results/slimmed_NAME/ what was chosen with each seed and the summaries of
-the runs. What is done is not done again.
+results/slimmed_NAME.json holds every figure, results/slimmed_NAME.jsonl.gz what was chosen with each seed and the
+summaries of the runs. What is done is not done again.
 
     python benchmarks/slimmed.py runs/cub100 cub100_macs75 --macs 0.75 --jobs 2
     python benchmarks/slimmed.py runs/grocery81 grocery81_macs75 --macs 0.75 --package mobilenetv2_100.grocery81_slim75
@@ -36,6 +36,7 @@ from torch import nn
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import make_folder, write_atomic
+from ulsam.base.packed import SUFFIX, write_packed
 from ulsam.base.provenance import command_line, processor, versions
 from ulsam.data.loading import eval_loader
 from ulsam.model.build import load, read_spec, save_model
@@ -119,12 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "longer": [each["out"] for each in on],
     }
     runs = {name: dict(zip(seeds, map(_summary, found), strict=True)) for name, found in folders.items()}
-    published = ROOT / "results" / f"slimmed_{args.name}"
-    for seed, chosen in zip(seeds, done, strict=True):
-        kept = {"slim": chosen, **{name: found[seed] for name, found in runs.items()}}
-        make_folder(published / f"seed-{seed}")
-        for name, value in kept.items():
-            write_atomic(published / f"seed-{seed}" / f"{name}.json", json.dumps(without_paths(value), indent=1) + "\n")
+    kept = {f"seed-{seed}/slim.json": chosen for seed, chosen in zip(seeds, done, strict=True)}
+    kept |= {f"seed-{seed}/{name}.json": found[seed] for name, found in runs.items() for seed in seeds}
+    write_packed(ROOT / "results" / f"slimmed_{args.name}{SUFFIX}", without_paths(kept))
     before, after, longer = runs["whole"], runs["slimmed"], runs["longer"]
     compared = {"minus_whole": difference(after, before), "minus_longer": difference(after, longer)}
     models = [load(folder / "model.safetensors") for folder in (folders["whole"][0], *folders["slimmed"])]
@@ -162,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions(),
     }
     if args.package:
-        file = ROOT / "src" / "ulsam" / "trained" / f"{args.package}.safetensors"
+        file = ROOT / "src" / "ulsam" / "model" / "weights" / f"{args.package}.safetensors"
         pack(model, spec, file)
         packed = {"name": args.package, "seed": first, "top1": measured(load(file)[0], finals[0])}
         told["packed"] = {**packed, "bytes": file.stat().st_size}

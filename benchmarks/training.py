@@ -102,6 +102,7 @@ def steps(seconds: float) -> list[dict[str, Any]]:
 def ours(config: TrainConfig, run: str) -> Callable[[], Any]:
     """A step of `ulsam train`."""
     trainer = Trainer(config, Path(run), World(0, 1, CPU))
+    trainer.prepare()
 
     def endless() -> Iterator[Any]:
         while True:

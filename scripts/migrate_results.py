@@ -26,8 +26,9 @@ KEYS = {
 NAMES = {"classes", "names", "unreadable", "data", "weights", "teacher"}
 FOLDERS = [
     ("removed", "remove"),
-    ("ulsam-thin-", "ulsam-inverted-residual-"),
+    ("ulsam-thin", "ulsam-inverted-residual"),
     ("unfitted-thin", "unfitted-inverted-residual"),
+    ("thin", "inverted-residual"),
 ]
 
 
@@ -41,6 +42,7 @@ def words(text: str) -> str:
     text = re.sub(r"\bthin block", "narrow inverted residual", text)
     text = re.sub(r"^removed(?= |$)|(?<=minus )removed\b|(?<=--arm ')removed\b", "remove", text)
     text = text.replace("--fit-pictures", "--reconstruct-images").replace("guest.json", "external_arm.json")
+    text = re.sub(r"\bfit_(pictures|images)\b", "reconstruct_images", text)
     for old, new in (("picture", "image"), ("Picture", "Image"), ("PICTURE", "IMAGE")):
         text = text.replace(old, new)
     text = re.sub(r"(?<![A-Za-z0-9])([Nn]et|NET)(s?)(?![A-Za-z0-9])", lambda found: _cased(found[1]) + found[2], text)

@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import gzip
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from tiny import SETTINGS, draw_splits, options
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import make_folder
 from ulsam.base.locks import take_lock
+from ulsam.base.packed import read_packed, write_packed
 from ulsam.cli import main
 from ulsam.study import compare_plot as plot
 from ulsam.study.arms import Arm, parse_arms
@@ -277,53 +279,91 @@ def test_other_images_are_refused(finished: tuple[Path, dict[str, Any]], tmp_pat
         report(out)
 
 
-def test_a_published_folder_gives_the_same_tables(
-    finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_published_file_gives_the_same_tables(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, result = finished
-    there = tmp_path / "published"
-    assert main(["compare", "--report-only", "--out", str(out), "--publish", str(there)]) == 0
+    file, again = tmp_path / "published.jsonl.gz", tmp_path / "again"
+    assert main(["compare", "--report-only", "--out", str(out), "--publish", str(file)]) == 0
     printed = capsys.readouterr().out
-    files = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
-    assert {path for path in files if path.startswith("arms/")} == {
-        path.relative_to(out).as_posix() for path in out.glob("arms/*/*/summary.json")
-    }
-    assert main(["compare", "--report-only", "--out", str(there)]) == 0
+    runs = {path.relative_to(out).as_posix() for path in out.glob("arms/*/*/summary.json")}
+    assert read_packed(file).keys() == {"grid.json", "latency.json", *runs}
+    assert main(["compare", "--report-only", "--from", str(file), "--out", str(again)]) == 0
     assert capsys.readouterr().out == printed
-    assert json.loads((there / "compare.json").read_text()) == without_paths(result)
+    assert json.loads((again / "compare.json").read_text()) == without_paths(result)
+    before = file.read_bytes()
+    report(again, publish=file)
+    assert file.read_bytes() == before
 
 
 def test_a_guest_without_a_finished_run_is_published(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    out, there = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published"
+    out, file = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published.jsonl.gz"
     (out / "arms" / "begun").mkdir()
     Store(out).write(
         "arms/begun/external_arm.json", {"name": "begun", "settings": {}, "what": "its first run goes on", "cost": {}}
     )
-    begun = report(out, publish=there)["arms"][-1]
+    begun = report(out, publish=file)["arms"][-1]
     assert (begun["name"], begun["seeds"]) == ("begun", [])
-    assert json.loads((there / "arms" / "begun" / "external_arm.json").read_text())["name"] == "begun"
+    assert read_packed(file)["arms/begun/external_arm.json"]["name"] == "begun"
 
 
-def test_a_published_comparison_can_be_gone_on_with(
+def test_a_published_comparison_is_extended_by_an_arm(
     finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, result = finished
-    copied = tmp_path / "copied"
-    report(out, publish=copied)
+    file, new = tmp_path / "published.jsonl.gz", tmp_path / "new"
+    report(out, publish=file)
     (tmp_path / data.name).symlink_to(data)  # the name that stands in what was published
     monkeypatch.chdir(tmp_path)
-    more, started = run_here(copied, Path(data.name), [*ARMS, "size=28"], rates=(0.02, 0.1), seeds=2)
+    Store(new).start_from(file)
+    more, started = run_here(new, Path(data.name), [*ARMS, "size=28"], rates=(0.02, 0.1), seeds=2)
     assert started and all(run.startswith("size=28,") for run in started)
     assert more["arms"][1]["minus_base"] == result["arms"][1]["minus_base"]
     assert len(more["arms"][2]["seeds"]) == 2
+    report(new, publish=file)
+    assert len([name for name in read_packed(file) if name.endswith("summary.json")]) == 8 + 4
+    with pytest.raises(UlsamError, match=r"holds 4 runs that .*out lacks, such as arms/size-28/.*: start from it"):
+        report(out, publish=file)
+    old = shutil.copytree(out, tmp_path / "old")
+    assert report(old, start_from=file, publish=file)["arms"] == result["arms"]  # its own plan stays, all runs are kept
+    assert len(summaries(old, "size-28")) == 2
+
+
+def test_a_published_comparison_is_resumed_by_the_command(
+    finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, new = tmp_path / "published.jsonl.gz", tmp_path / "new"
+    report(finished[0], publish=file)
+    (tmp_path / data.name).symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    arms = [word for arm in ARMS for word in ("--arm", arm)]
+    line = ["compare", data.name, *arms, "--rates", "0.02,0.1", "--seeds", "2", *options(SETTLED)]
+    for _ in range(2):  # typed again, it goes on in the folder
+        assert main([*line, "--from", str(file), "--out", str(new)]) == 0
+        assert json.loads((new / "compare.json").read_text())["arms"] == finished[1]["arms"]
+    assert not [*new.rglob("*.safetensors")]  # nothing was trained
+
+
+def test_other_runs_than_those_of_the_folder_are_not_taken_over(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "published.jsonl.gz", shutil.copytree(finished[0], tmp_path / "out")
+    report(out, publish=file)
+    grid = json.loads((out / "grid.json").read_text())
+    Store(out).write("grid.json", {**grid, "data_sha256": "0" * 64})
+    with pytest.raises(UlsamError, match=r"compares models on other images than .*published"):
+        report(out, start_from=file)
+    write_packed(file, {"a.json": {}})
+    with pytest.raises(UlsamError, match=r"is no published comparison: it lacks grid\.json"):
+        report(tmp_path / "new", start_from=file)
 
 
 def test_a_run_of_an_earlier_choice_stays_on_record(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    out, there = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published"
+    out, file = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published.jsonl.gz"
     earlier = shutil.copytree(final(out, "slim", 1), out / "arms" / "slim" / "seed-1-0.5-9")
-    result = report(out, publish=there)
+    result = report(out, publish=file)
     assert result["arms"] == finished[1]["arms"]
-    published = json.loads((there / earlier.relative_to(out) / "summary.json").read_text())
+    published = read_packed(file)["arms/slim/seed-1-0.5-9/summary.json"]
     assert published["scores"] == json.loads((earlier / "summary.json").read_text())["scores"]
 
 
@@ -349,30 +389,35 @@ def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_pa
 
 
 def test_a_report_tells_of_the_machine_of_the_runs_not_of_its_own(
-    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     out, result = finished
-    report(out, publish=tmp_path)
-    monkeypatch.setattr("ulsam.study.latency.processor", lambda: "another processor")
-    monkeypatch.setattr("ulsam.training.summary.__version__", "99")
-    assert report(tmp_path) == without_paths(result)
-    assert result["versions"]["ulsam"] == [summaries(out, "base")[0]["versions"]["ulsam"]]
-    latencies = json.loads((tmp_path / "latency.json").read_text())
-    assert result["processor"] == latencies["where"]["processor"]
+    file = tmp_path / "published.jsonl.gz"
+    report(out, publish=file)
+    runs = read_packed(file)
+    runs["latency.json"]["where"]["processor"] = "another processor"
+    for name, run in runs.items():
+        if name.endswith("summary.json"):
+            run["versions"]["ulsam"] = "99"
+    write_packed(file, runs)
+    found = report(tmp_path / "again", start_from=file)
+    assert (found["processor"], found["versions"]["ulsam"]) == ("another processor", ["99"])
+    kept = {"processor": result["processor"], "versions": result["versions"]}
+    assert {**found, **kept} == without_paths(result)
 
 
 def test_no_published_text_holds_a_path(finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
-    out, there = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published"
+    out, file = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published.jsonl.gz"
     lost = final(out, "slim", 1)
     shutil.rmtree(lost)
     lost.with_name(f"{lost.name}.failed").write_text(f"cannot read {data}/train/class0/000.png: gone\n")
-    report(out, publish=there)
-    texts = [path for path in there.rglob("*") if path.is_file() and path.suffix != ".png"]
-    assert {"compare.md", "compare.csv", "grid.json", f"{lost.name}.failed"} <= {path.name for path in texts}
-    for path in texts:
-        assert str(data.parent) not in path.read_text() and str(tmp_path.parent) not in path.read_text()
-    assert "cannot read 000.png: gone" in (there / "compare.md").read_text()
-    assert (there / "compare.md").read_text().endswith(f"`ulsam compare {data.name}`\n")
+    report(out, publish=file)
+    text = gzip.decompress(file.read_bytes()).decode()
+    assert str(data.parent) not in text and str(tmp_path.parent) not in text
+    assert read_packed(file)[f"arms/slim/{lost.name}.failed"] == "cannot read 000.png: gone\n"
+    (entry,) = report(tmp_path / "again", start_from=file)["arms"][1]["failed"]
+    assert entry["reason"] == "cannot read 000.png: gone"
+    assert (tmp_path / "again" / "compare.md").read_text().endswith(f"`ulsam compare {data.name}`\n")
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(
@@ -467,11 +512,11 @@ def test_runs_that_were_not_started_are_missing(finished: tuple[Path, dict[str, 
         (["DATA", "--arm", "base", "--arm", "size=24", "--margin", "nan"], "0 points or more: not nan"),
         (["--report-only", "--margin", "-1"], "0 points or more: not -1"),
         (["--report-only"], "is not the folder of a comparison"),
-        (["--report-only", "DATA"], "leave all but --margin and --publish out"),
-        (["--report-only", "--seeds", "5"], "leave all but --margin and --publish out"),
-        (["--report-only", "--rates", "0.1"], "leave all but --margin and --publish out"),
-        (["--report-only", "--launcher", "local"], "leave all but --margin and --publish out"),
-        (["DATA", "--arm", "base", "--arm", "size=24", "--publish", "OUT"], "cannot publish .* into itself"),
+        (["--report-only", "DATA"], "leave all but --margin, --from and --publish out"),
+        (["--report-only", "--seeds", "5"], "leave all but --margin, --from and --publish out"),
+        (["--report-only", "--rates", "0.1"], "leave all but --margin, --from and --publish out"),
+        (["--report-only", "--launcher", "local"], "leave all but --margin, --from and --publish out"),
+        (["DATA", "--arm", "base", "--arm", "size=24", "--publish", "x"], "x must end in .jsonl.gz: x.jsonl.gz"),
         (["DATA", "--arm", "base", "--arm", "size=24", "--launcher", "ray"], r"pip install 'ulsam\[ray\]'"),
     ],
 )

@@ -364,6 +364,7 @@ def test_all_arms_see_the_same_batches_and_mixtures(
     for arm, seed in itertools.product(arms, (0, 1)):
         config = arm.config(shared(data, **settings), seed=seed, compile="none")
         trainer = Trainer(config, tmp_path, World(0, 1, torch.device("cpu")))
+        trainer.prepare()
         add = trainer.training_step.add_gradients
         batches = seen.setdefault((arm.name, seed), [])
 

@@ -20,7 +20,7 @@ def answers(right: list[int], size: int) -> dict[str, object]:
     return {"split": None, "scores": scores, "outcomes": told, "bytes": size}
 
 
-def test_int8_is_paired_with_its_own_model_and_told_in_the_table(deployed, tmp_path, monkeypatch):
+def test_int8_is_paired_with_its_own_model_and_told_in_the_table(deployed, tmp_path):
     right = [1] * 80 + [0] * 20
     worse = [1] * 78 + [0] * 22
     one = {"pytorch": answers(right, 0), "float32": answers(right, 4_000_000), "int8": answers(worse, 1_000_000)}
@@ -30,9 +30,8 @@ def test_int8_is_paired_with_its_own_model_and_told_in_the_table(deployed, tmp_p
     assert arm["int8"]["minus_float32"]["of_seeds"] == pytest.approx((-0.02, 0.0))
     assert (arm["int8"]["seeds"], arm["int8"]["top1"], arm["int8"]["bytes"]) == ([0, 1], [0.78, 0.78], 1_000_000)
 
-    tables = load_benchmark("tables")
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    assert "Not measured yet: `python benchmarks/deployed.py runs/x x`" in tables.deployed_table("x")
+    tables = load_benchmark("tables_deploy")
+    assert "Not measured yet: `python benchmarks/deployed.py runs/x x`" in tables.deployed_table(tmp_path, "x")
     models = {"base": {"float32": {"seconds": 0.004, "ratio": 1.0}, "int8": {"seconds": 0.002}, "times_faster": 2.0}}
     result = {
         "arms": {"base": arm},
@@ -40,9 +39,8 @@ def test_int8_is_paired_with_its_own_model_and_told_in_the_table(deployed, tmp_p
         "machine": {"processor": "A processor"},
         "versions": {"onnxruntime": "1.0"},
     }
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "deployed_x.json").write_text(json.dumps(result))
-    *_, whole, small = tables.deployed_table("x").splitlines()
+    (tmp_path / "deployed_x.json").write_text(json.dumps(result))
+    *_, whole, small = tables.deployed_table(tmp_path, "x").splitlines()
     assert whole == "| base | 4.00 MB | 79.00 ± 1.41 (2) |  | 4.0 ms, x 1.00 |"
     assert small.startswith("| base, int8 | 1.00 MB (25%) | 78.00 ± 0.00 (2) | -1.00 [")
     assert small.endswith("] | 2.0 ms, 2.00 x faster |")

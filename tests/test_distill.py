@@ -128,6 +128,7 @@ def test_the_step_is_that_of_the_formula(
     """Loss and gradients against those written out with plain models, on images that the teacher normalises anew."""
     chosen = config(data, teacher=str(teacher), distill_features=0.7, batch_size=12, edits=EDITS, **settings)
     trainer = Trainer(chosen, tmp_path, ALONE)
+    trainer.prepare()
     told = capsys.readouterr().out
     weight = chosen.distill
     assert weight is not None
@@ -285,6 +286,7 @@ def test_the_teacher_is_left_alone(data: Path, teacher: Path, tmp_path: Path) ->
     before = teacher.read_bytes()
     chosen = config(data, teacher=str(teacher), distill_features=1.0, ema=0.5, edits=EDITS, lr=0.01)
     trainer = Trainer(chosen, tmp_path, ALONE)
+    trainer.prepare()
     assert trainer.teacher is not None
     assert trainer.training_step.distiller is not None
     working = trainer.training_step.distiller.teacher
@@ -466,6 +468,7 @@ def test_a_run_without_a_teacher_gets_none_when_it_goes_on(teacher: Path, tmp_pa
 
 def test_a_diverged_run_is_told_of_the_weight_of_its_maps(data: Path, teacher: Path, tmp_path: Path) -> None:
     trainer = Trainer(config(data, teacher=str(teacher), distill_features=1e38, lr=1e3), tmp_path, ALONE)
+    trainer.prepare()
     with pytest.raises(UlsamError, match=r"or --amp none, or a lower --distill-features$"):
         trainer.fit()
 
@@ -503,6 +506,7 @@ def test_ulsam_layers_move_at_their_own_rate(opt: str, data: Path, tmp_path: Pat
     for scale in (1.0, 3.0):
         chosen = config(data, opt=opt, lr=0.1, ulsam_lr=scale, edits=EDITS, weight_decay=0.0)
         trainer = Trainer(chosen, tmp_path / f"{opt}{scale}", ALONE)
+        trainer.prepare()
         before = copy.deepcopy(dict(trainer.model.named_parameters()))
         batches = trainer._begin_epoch()
         trainer._update(batches, False, False)
@@ -519,5 +523,5 @@ def test_ulsam_layers_move_at_their_own_rate(opt: str, data: Path, tmp_path: Pat
 def test_a_rate_for_layers_that_are_not_there(data: Path, tmp_path: Path) -> None:
     for settings in ({}, {"edits": ["insert blocks.3"], "freeze": ["blocks.3"]}, {"edits": ["remove blocks.4.0.se"]}):
         with pytest.raises(UlsamError, match=r"^ulsam_lr has nothing to act on: this model has no ULSAM layer"):
-            Trainer(config(data, ulsam_lr=2.0, **settings), tmp_path, ALONE)
+            Trainer(config(data, ulsam_lr=2.0, **settings), tmp_path, ALONE).prepare()
     assert os.listdir(tmp_path) == []

@@ -30,7 +30,7 @@ from ulsam.model.build import build, make_spec
 from ulsam.training.evaluate import Scores, Stopped, evaluate, logits_of, outcomes, predict, spec_transform, wilson
 
 CLASSES = ("robin", "wren", "finch")
-RECIPE = make_spec(NET, CLASSES, size=32)
+SPEC = make_spec(NET, CLASSES, size=32)
 
 
 class Given(nn.Module):
@@ -110,9 +110,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_unreadable_images_are_left_out_and_named(folder: Path) -> None:
-    model, _ = build(RECIPE)
+    model, _ = build(SPEC)
     images = open_split(str(folder), "val")
-    scores = evaluate(model, eval_loader(images, spec_transform(RECIPE), batch_size=3, workers=0), 3)
+    scores = evaluate(model, eval_loader(images, spec_transform(SPEC), batch_size=3, workers=0), 3)
     assert scores.images == 10
     assert [entry["images"] for entry in scores.per_class(CLASSES).values()] == [4, 3, 3]
     assert [Path(name).parts[-2:] for name, _ in scores.unreadable] == [("class1", "002.png"), ("class2", "000.png")]
@@ -123,21 +123,21 @@ def test_nothing_to_measure(tmp_path: Path) -> None:
     draw(tmp_path, 1)
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"")
-    batches = eval_loader(open_split(str(tmp_path), "all"), spec_transform(RECIPE), batch_size=2, workers=0)
+    batches = eval_loader(open_split(str(tmp_path), "all"), spec_transform(SPEC), batch_size=2, workers=0)
     with pytest.raises(UlsamError, match="none of the 3 images could be read"):
-        evaluate(build(RECIPE)[0], batches, 3)
+        evaluate(build(SPEC)[0], batches, 3)
 
 
 def test_every_module_keeps_its_mode(folder: Path) -> None:
-    model, _ = build(RECIPE)
+    model, _ = build(SPEC)
     frozen: Any = model.get_submodule("blocks.0")
     frozen.eval()
     before = [module.training for module in model.modules()]
     assert set(before) == {True, False}
     statistics = {name: value.clone() for name, value in model.named_buffers()}
-    batches = eval_loader(open_split(str(folder), "val"), spec_transform(RECIPE), batch_size=4, workers=0)
+    batches = eval_loader(open_split(str(folder), "val"), spec_transform(SPEC), batch_size=4, workers=0)
     evaluate(model, batches, 3)
-    list(predict(model, RECIPE, [folder / "val" / "class0" / "000.png"]))
+    list(predict(model, SPEC, [folder / "val" / "class0" / "000.png"]))
     with pytest.raises(UlsamError):
         evaluate(model, batches, 7)
     assert [module.training for module in model.modules()] == before
@@ -151,11 +151,11 @@ def test_outputs_that_are_not_finite_are_refused(value: float, folder: Path) -> 
     logits[4, 1] = value
     with pytest.raises(NotFinite, match="not finite"):
         evaluate(Given(), given_batches(logits, torch.ones(6, dtype=torch.long)), 3)
-    model, _ = build(RECIPE)
+    model, _ = build(SPEC)
     with torch.no_grad():
         model.get_submodule("classifier").bias[1] = value  # type: ignore[index,operator]
     with pytest.raises(NotFinite, match="not finite"):
-        list(predict(model, RECIPE, [folder / "val" / "class0" / "000.png"]))
+        list(predict(model, SPEC, [folder / "val" / "class0" / "000.png"]))
 
 
 @pytest.mark.parametrize(("classes", "label", "message"), [(4, 0, "3 outputs, .* 4 classes"), (3, 3, "class number 3")])
@@ -166,11 +166,11 @@ def test_model_and_images_differ_in_classes(classes: int, label: int, message: s
 
 
 def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
-    model, _ = build(RECIPE)
+    model, _ = build(SPEC)
     good = sorted(path for path in (folder / "val").rglob("*.png") if path.stat().st_size > 20)
     bad = folder / "val" / "class1" / "002.png"
     paths = [good[0], bad, *good[1:], "missing.jpg", good[0]]
-    found = list(predict(model, RECIPE, paths, top=9, batch_size=3))
+    found = list(predict(model, SPEC, paths, top=9, batch_size=3))
     assert [one.path for one in found] == [str(path) for path in paths]
     assert [index for index, one in enumerate(found) if one.error] == [1, len(paths) - 2]
     assert found[1].error == f"{bad}: empty file (zero bytes)"
@@ -184,12 +184,12 @@ def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
         assert list(shares.values()) == sorted(shares.values(), reverse=True)
         assert sum(shares.values()) == pytest.approx(1, abs=1e-6)
         with torch.no_grad():
-            outputs = model(spec_transform(RECIPE)(read_image(one.path))[None]).softmax(1)[0]
+            outputs = model(spec_transform(SPEC)(read_image(one.path))[None]).softmax(1)[0]
         assert [shares[name] for name in CLASSES] == pytest.approx(outputs.tolist(), abs=1e-5)
     assert dict(found[0].classes) == pytest.approx(dict(found[-1].classes), abs=1e-5)
-    two = predict(model, RECIPE, paths, top=2, batch_size=3)
+    two = predict(model, SPEC, paths, top=2, batch_size=3)
     assert [one.classes for one in two] == [one.classes[:2] for one in found]
-    assert list(predict(model, RECIPE, [])) == []
+    assert list(predict(model, SPEC, [])) == []
 
 
 def test_outcomes_tell_each_image_whatever_the_processes(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_outcomes_tell_each_image_whatever_the_processes(tmp_path: Path) -> None
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # the class is the strongest colour
 
     def share(rank: int, world: int) -> Scores:
-        batches = eval_loader(images, spec_transform(RECIPE), batch_size=4, workers=0, rank=rank, world=world)
+        batches = eval_loader(images, spec_transform(SPEC), batch_size=4, workers=0, rank=rank, world=world)
         return evaluate(model, batches, 3)
 
     whole = share(0, 1)
@@ -212,7 +212,7 @@ def test_outcomes_tell_each_image_whatever_the_processes(tmp_path: Path) -> None
     naive = []
     for path, label in images.samples:  # type: ignore[union-attr]
         if path != str(unreadable):
-            image = spec_transform(RECIPE)(read_image(path))
+            image = spec_transform(SPEC)(read_image(path))
             naive.append(int(model(image[None]).argmax()) == label)
     assert bits.tolist() == naive
     assert sum(naive) == 17
@@ -224,11 +224,11 @@ def test_outcomes_tell_each_image_whatever_the_processes(tmp_path: Path) -> None
 
     unreadable.unlink()
     fewer = open_split(str(tmp_path), "all")
-    batches = eval_loader(fewer, spec_transform(RECIPE), batch_size=4, workers=0)
+    batches = eval_loader(fewer, spec_transform(SPEC), batch_size=4, workers=0)
     assert outcomes(evaluate(model, batches, 3), fewer) == entry  # the same images were measured
     (tmp_path / "class0" / "000.png").rename(tmp_path / "class0" / "00x.png")
     other = open_split(str(tmp_path), "all")
-    batches = eval_loader(other, spec_transform(RECIPE), batch_size=4, workers=0)
+    batches = eval_loader(other, spec_transform(SPEC), batch_size=4, workers=0)
     renamed = outcomes(evaluate(model, batches, 3), other)
     assert renamed is not None and renamed["names"] != entry["names"]
 

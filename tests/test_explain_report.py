@@ -285,7 +285,7 @@ def test_the_benchmark_writes_numbers_and_no_path(root: Path, capsys: pytest.Cap
 
 
 def test_tables_say_what_was_measured(root: Path, tmp_path: Path) -> None:
-    tables = load_benchmark("explained_tables")
+    tables = load_benchmark("tables_explain")
     birds = draw_birds(tmp_path / "birds", classes=2, train=1, val=2, size=64)
     model, plain = (str(root / f"{name}.safetensors") for name in ("model", "plain"))
     out = tmp_path / "explained_birds.json"
@@ -323,7 +323,7 @@ def test_the_speed_of_reports_is_measured(tmp_path: Path) -> None:
     told = json.loads(out.read_text())
     assert [case["images"] for case in told["cases"]] == [4, 4, 1]
     assert all(case["images_per_second"] * case["seconds"] == case["images"] for case in told["cases"])
-    rows = load_benchmark("explained_tables").waiting_table(tmp_path).splitlines()
+    rows = load_benchmark("tables_explain").waiting_table(tmp_path).splitlines()
     assert len(rows) == 7 and f"{told['cases'][1]['images_per_second']:.1f} images a second" in rows[5]
 
 

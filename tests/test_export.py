@@ -25,7 +25,7 @@ from ulsam.model.spec import Edit, ModelSpec
 from ulsam.training.evaluate import spec_transform
 
 CLASSES = ("wren", "Zaunkönig", "finch")
-RECIPE = make_spec(NET, CLASSES, size=48)
+SPEC = make_spec(NET, CLASSES, size=48)
 GROUPS = (1, 4, 16, 32)
 
 
@@ -183,12 +183,12 @@ def test_the_file_is_the_model_and_says_what_it_is(model, images, capsys):
 
 
 def test_height_and_width_may_be_left_open(small, tmp_path):
-    parity = export(small, RECIPE, tmp_path / "open.onnx", dynamic_size=True)
+    parity = export(small, SPEC, tmp_path / "open.onnx", dynamic_size=True)
     assert (parity.images, parity.same, parity.drawn) == (20, 20, True)  # 4 of them at another size
     model = runtime.load(tmp_path / "open.onnx")
     for size in [(48, 48), (33, 80), (129, 64)]:
         images = noise(2, *size)
-        np.testing.assert_allclose(model.logits(images), outputs(small, RECIPE, images), atol=1e-4)
+        np.testing.assert_allclose(model.logits(images), outputs(small, SPEC, images), atol=1e-4)
 
 
 def test_a_map_of_one_pixel_may_grow(tmp_path):
@@ -209,17 +209,17 @@ def test_a_model_for_one_size_cannot_leave_it_open(tmp_path):
     with pytest.raises(
         UlsamError, match=r"free batch, height, width: .* for one size\? then leave that fixed"
     ) as caught:
-        export(model, RECIPE, tmp_path / "model.onnx", dynamic_size=True)
+        export(model, SPEC, tmp_path / "model.onnx", dynamic_size=True)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_normalised_images_may_be_the_input(small, tmp_path):
-    export(small, RECIPE, tmp_path / "plain.onnx", preprocessing=False)
+    export(small, SPEC, tmp_path / "plain.onnx", preprocessing=False)
     made = onnx.load(tmp_path / "plain.onnx")
     assert [dim.dim_value for dim in made.graph.input[0].type.tensor_type.shape.dim] == [0, 3, 48, 48]
     images, model = noise(3, 48, 48), runtime.load(tmp_path / "plain.onnx")
-    np.testing.assert_allclose(model.logits(images), outputs(small, RECIPE, images), atol=1e-4)
+    np.testing.assert_allclose(model.logits(images), outputs(small, SPEC, images), atol=1e-4)
 
 
 class Sly(nn.Module):
@@ -235,7 +235,7 @@ class Sly(nn.Module):
 
 def test_another_output_is_refused_and_leaves_no_file(small, tmp_path):
     with pytest.raises(UlsamError, match="the model for onnx puts out something else than the model: 16 drawn birds"):
-        export(Sly(small, 0.5), RECIPE, tmp_path / "sly.onnx")
+        export(Sly(small, 0.5), SPEC, tmp_path / "sly.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -244,7 +244,7 @@ def test_an_engine_that_fails_is_told_in_one_line(small):
         raise RuntimeError("out of luck\nat line 3")
 
     with pytest.raises(UlsamError) as caught:
-        compared(small, run, spec_transform(RECIPE).preprocessing, list(noise(2, 48, 48)))
+        compared(small, run, spec_transform(SPEC).preprocessing, list(noise(2, 48, 48)))
     assert str(caught.value) == "the exported model fails on images of 48x48: out of luck; nothing was written"
 
 
@@ -294,12 +294,12 @@ def test_mistakes_are_told_in_one_line(model, tmp_path, capsys, words, told):
 def test_openvino_runs_the_file(small, tmp_path):
     openvino = pytest.importorskip("openvino")
     out = tmp_path / "model.xml"
-    assert export(small, RECIPE, out, "openvino", dynamic_size=True).same == 20
+    assert export(small, SPEC, out, "openvino", dynamic_size=True).same == 20
     read = openvino.Core().read_model(out)
     assert json.loads(read.get_rt_info(["ulsam", "classes"]).value) == list(CLASSES)
     compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for images in (noise(1, 48, 48), noise(3, 64, 40)):
-        np.testing.assert_allclose(compiled(images)[0], outputs(small, RECIPE, images), atol=1e-4)
+        np.testing.assert_allclose(compiled(images)[0], outputs(small, SPEC, images), atol=1e-4)
 
 
 def test_executorch_runs_the_file(small, tmp_path):
@@ -307,11 +307,11 @@ def test_executorch_runs_the_file(small, tmp_path):
     from executorch.runtime import Runtime
 
     out = tmp_path / "model.pte"
-    assert export(small, RECIPE, out, "executorch").same == 16
+    assert export(small, SPEC, out, "executorch").same == 16
     program = Runtime.get().load_program(out)
     images = noise(1, 48, 48)
     (found,) = program.load_method("forward").execute([torch.from_numpy(images)])
-    np.testing.assert_allclose(found.numpy(), outputs(small, RECIPE, images), atol=1e-4)
+    np.testing.assert_allclose(found.numpy(), outputs(small, SPEC, images), atol=1e-4)
     assert json.loads(program.load_method("classes").execute([])[0]) == list(CLASSES)
     with pytest.raises(UlsamError, match="for one size"):
-        export(small, RECIPE, out, "executorch", dynamic_size=True)
+        export(small, SPEC, out, "executorch", dynamic_size=True)

@@ -286,6 +286,7 @@ def test_a_resumed_run_does_not_probe(
     run = tmp_path / "run"
     run.mkdir()
     trainer = Trainer(config(data), run, ALONE)
+    trainer.prepare()
     (run / "config.yaml").write_text(trainer.config.to_yaml())
     trainer.save()
     assert "auto" not in read_checkpoint(run)["settings"].values()  # type: ignore[index]
@@ -298,6 +299,7 @@ def test_a_run_does_not_change_its_choice(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     trainer = Trainer(config(data), run, ALONE)
+    trainer.prepare()
     (run / "config.yaml").write_text(trainer.config.to_yaml().replace("layout: channels_last", "layout: auto"))
     with pytest.raises(UlsamError, match=r"config.yaml was changed: layout is auto, but the run had chosen; put it"):
         resume(run)

@@ -209,7 +209,7 @@ def test_its_runs(
         )
     assert " of those tried: give more --rates" in capsys.readouterr().out
 
-    result = report(store.root, publish=tmp_path / "published")
+    result = report(store.root, publish=tmp_path / "published.jsonl.gz")
     assert [arm["name"] for arm in result["arms"]] == ["base", "pruned-uniform-params-0.95"]
     _, guest = result["arms"]
     assert guest["cost"]["params"] == pruned["cost"]["params"]
@@ -217,7 +217,7 @@ def test_its_runs(
     assert guest["minus_base"]["over"] == "images"
     assert [entry["lr"] for entry in guest["tries"]] == [0.01, 0.02]
     assert result["finished"]
-    assert report(tmp_path / "published")["arms"] == result["arms"]
+    assert report(tmp_path / "again", start_from=tmp_path / "published.jsonl.gz")["arms"] == result["arms"]
 
     held = take_lock(lock_of(arm / runs[-1]))
     (arm / runs[-1] / "summary.json").rename(tmp_path / "summary.json")

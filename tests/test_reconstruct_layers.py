@@ -415,25 +415,36 @@ def test_training_starts_from_reconstructed_layers(
     assert reconstructed["bn3.weight"].any()
     again = start("again", weights=str(tmp_path / "reconstructed" / "model.safetensors"))
     assert all(torch.equal(again[name], reconstructed[name]) for name in reconstructed)
+    shown = {"weights": str(tmp_path / "base.pt"), "images_for_reconstruction": str(data / "val" / "class0")}
+    other = start("unlabelled", **shown)  # type: ignore[arg-type]
+    assert f"images of {data / 'val' / 'class0'}" in capsys.readouterr().out
+    assert not torch.equal(other["bn3.weight"], reconstructed["bn3.weight"])
+    for wrong, message in [
+        ({**shown, "images_for_reconstruction": "missing"}, "no folder missing"),
+        ({**shown, "reconstruct_images": 0}, "images_for_reconstruction has nothing to reconstruct"),
+        ({"images_for_reconstruction": str(data)}, "images_for_reconstruction has nothing to reconstruct"),
+    ]:
+        with pytest.raises(UlsamError, match=message):
+            start("wrong", **wrong)  # type: ignore[arg-type]
     for name, options in [("off", {"weights": str(tmp_path / "base.pt"), "reconstruct_images": 0}), ("fresh", {})]:
         capsys.readouterr()
         assert start(name, **options)["bn3.weight"].abs().max() < 1e-20  # all but the zeros of a new layer
         assert "reconstruct " not in capsys.readouterr().out
 
 
-def test_a_stream_cannot_be_fitted_on(data: Path, tmp_path: Path) -> None:
+def test_a_stream_cannot_be_reconstructed_on(data: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model(NET, num_classes=3).state_dict(), tmp_path / "base.pt")
     shards = tmp_path / "shards"
     shards.mkdir()
     draw_shards(shards, data / "train")
     settings = {**SETTINGS, "weights": str(tmp_path / "base.pt"), "edits": ["replace blocks.3.0.se width=3"]}
     stream = {"data": "wds/set", "data_dir": str(shards), "class_names": str(shards / "names.txt")}
-    with pytest.raises(UlsamError, match="a stream of shards has no images to reconstruct on: --reconstruct-images 0"):
+    with pytest.raises(UlsamError, match="a stream of shards has no images to reconstruct on: name a folder"):
         train(TrainConfig.from_mapping({**settings, **stream, "val_split": "validation"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_fitting_moves_no_random_generator(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconstruction_moves_no_random_generator(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run goes on with the same numbers, whether it reconstructed or not."""
     seen = []
 

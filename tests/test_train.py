@@ -73,7 +73,9 @@ def config(data: Path, **settings: Any) -> TrainConfig:
 
 def trainer_of(data: Path, run: Path, **settings: Any) -> Trainer:
     run.mkdir()
-    return Trainer(config(data, amp="none", **settings), run, ALONE)
+    trainer = Trainer(config(data, amp="none", **settings), run, ALONE)
+    trainer.prepare()
+    return trainer
 
 
 def weights(run: Path) -> dict[str, Tensor]:

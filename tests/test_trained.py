@@ -11,6 +11,7 @@ import torch
 from scripts import BENCHMARKS
 from tiny import SETTINGS, draw_splits
 from ulsam.base.errors import UlsamError
+from ulsam.base.packed import read_packed
 from ulsam.model import trained
 from ulsam.model.build import load
 from ulsam.study.arms import Arm
@@ -70,17 +71,17 @@ def test_the_script_slims_what_a_comparison_trained(
     store.root.mkdir()
     store.write("grid.json", grid.to_json())
     monkeypatch.setattr(script, "ROOT", tmp_path)
-    (tmp_path / "src" / "ulsam" / "trained").mkdir(parents=True)
+    (tmp_path / "src" / "ulsam" / "model" / "weights").mkdir(parents=True)
     (tmp_path / "results").mkdir()
     words = f"{store.root} birds --package model --macs 0.9 --width 4 --rates 0.01 0.02 --epochs 1".split()
     with pytest.raises(UlsamError, match="has not chosen a learning rate for its base model: go on with ulsam compare"):
         script.main(words)
-    while due := grid.due(store.look):
+    while due := grid.due(store.outcome):
         train(due[0].config, store.folder(due[0]))
     script.main([*words, "--seeds", "1"])
     assert json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())["slimmed"]["seeds"] == [0]
     script.main(words)
-    made = tmp_path / "src" / "ulsam" / "trained" / "model.safetensors"
+    made = tmp_path / "src" / "ulsam" / "model" / "weights" / "model.safetensors"
     told = json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())
     model, spec = load(made)
     slimmed, _ = load(store.root / "slimmed" / "birds" / "seed-0" / "run" / "model.safetensors")
@@ -98,8 +99,8 @@ def test_the_script_slims_what_a_comparison_trained(
         json.loads((store.root / "slimmed" / "birds" / f"choose{lr}" / "slim.json").read_text()) for lr in ("", "-0.02")
     ]
     assert sets[0]["measured"] == sets[1]["measured"]  # they differ in nothing that chooses blocks
-    published = tmp_path / "results" / "slimmed_birds" / "seed-1"
-    runs = {name: json.loads((published / f"{name}.json").read_text()) for name in ("whole", "slimmed", "longer")}
+    published = read_packed(tmp_path / "results" / "slimmed_birds.jsonl.gz")
+    runs = {name: published[f"seed-1/{name}.json"] for name in ("whole", "slimmed", "longer")}
     assert [told[name]["top1"][1] for name in runs] == [run["scores"]["top1"] for run in runs.values()]
     assert (runs["slimmed"]["config"]["edits"], runs["longer"]["config"]["edits"]) == (
         [f"replace {','.join(told['blocks'][1])} layer=inverted_residual width=4"],

@@ -17,7 +17,7 @@ from ulsam.training.predict import Image, Logits, Prediction, predict
 # ONNX Runtime reads this when it is imported; otherwise it reports to its makers, and writes an identifier to disk
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-CLASSES, PREPROCESSING, RECIPE, VERSION = "classes", "preprocessing", "spec", "ulsam_version"
+CLASSES, PREPROCESSING, SPEC, VERSION = "classes", "preprocessing", "spec", "ulsam_version"
 """Keys of an exported file's metadata; each value is text: JSON, but for the version."""
 
 

@@ -2,8 +2,10 @@
 
 import functools
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,36 @@ Call = Callable[[], Any]
 
 WARM_UP = 3  # calls of each that are not timed
 LEAST_TURNS = 15
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one call; a turn makes every call once, so that what slows the machine slows them all."""
+
+    seconds: float  # median
+    ratio: float  # to the first call's time, median over the turns
+    ratio_quartiles: tuple[float, float]
+    turns: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "ratio_quartiles": list(self.ratio_quartiles)}
+
+
+def time_in_turn(calls: Mapping[NameT, Call], seconds: float, most_turns: int) -> dict[NameT, Timing]:
+    """Time calls in turns as :func:`times_in_turn`, and compare each with the first one.
+
+    >>> found = time_in_turn({"short": lambda: sum(range(100)), "long": lambda: sum(range(100_000))}, 0.1, 100)
+    >>> found["short"].ratio, found["long"].ratio > 2
+    (1.0, True)
+    """
+    times = times_in_turn(calls, seconds, most_turns)
+    first = times[next(iter(calls))]
+    found = {}
+    for name, taken in times.items():
+        low, middle, high = statistics.quantiles((mine / base for mine, base in zip(taken, first, strict=True)), n=4)
+        found[name] = Timing(statistics.median(taken), middle, (low, high), len(taken))
+    return found
 
 
 @torch.inference_mode()

@@ -3,9 +3,10 @@
 import argparse
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.text_table import text_table
 from ulsam.cli.common import add_model_arguments, spec_from
 from ulsam.model.build import sketch
-from ulsam.surgery.cost import aligned, cost
+from ulsam.surgery.cost import cost
 from ulsam.surgery.find import candidates
 from ulsam.surgery.places import layer_names
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         macs = [f"{block.macs:,}", f"{block.macs / whole.macs:.2%}"]
         groups = ",".join(map(str, block.groups))
         cells.append([numbers.get(block.name, ""), block.name, block.type, shape, *params, *macs, groups])
-    print("\n".join(aligned(cells, right=(0, 3, 4, 5, 6, 7))))
+    print("\n".join(text_table(cells, right=(0, 3, 4, 5, 6, 7))))
     size = "x".join(map(str, spec.input_size))
     print(f"One {size} image; per cent of the whole model's {whole.params:,} parameters and {whole.macs:,} MACs.")
     if not numbers:

@@ -48,7 +48,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="an arm holds if it loses less than this (default: %(default)g)",
     )
     parser.add_argument("--report-only", action="store_true", help="train nothing: the tables of what is in --out")
-    parser.add_argument("--publish", metavar="FOLDER", help="copy summaries and tables there, without machine paths")
+    parser.add_argument(
+        "--from", dest="start_from", metavar="FILE", help="published comparison whose runs are put into --out first"
+    )
+    parser.add_argument(
+        "--publish", metavar="FILE", help="pack all summaries into this .jsonl.gz file, without machine paths"
+    )
     add_settings(parser, but=("split_seed", "val_every"))
 
 
@@ -58,13 +63,14 @@ def run(args: argparse.Namespace) -> None:
     plan = {name: value for name in PLAN if (value := getattr(args, name)) is not None}
     if args.report_only:
         if args.data or args.arms or args.config or plan or given_settings(args):
-            raise UlsamError("--report-only takes everything from --out: leave all but --margin and --publish out")
-        result = report(args.out, margin=margin, publish=args.publish)
+            raise UlsamError("--report-only trains nothing: leave all but --margin, --from and --publish out")
+        result = report(args.out, margin=margin, start_from=args.start_from, publish=args.publish)
     else:
         result = compare(
             arms=args.arms or (),
             out=args.out,
             margin=margin,
+            start_from=args.start_from,
             publish=args.publish,
             say=lambda line: print(printable(line), flush=True),
             **plan,

@@ -8,8 +8,8 @@ import torch
 
 from ulsam import __version__
 from ulsam.base.extras import installed
+from ulsam.base.text_table import text_table
 from ulsam.layer.ops import cpu, which_backend
-from ulsam.surgery.cost import aligned
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,4 +44,4 @@ def run(args: argparse.Namespace) -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             chosen, why = which_backend(torch.empty(1, 8, 7, 7, device=device, dtype=dtype))
             cells.append([device, str(dtype).removeprefix("torch."), chosen, why])
-    print("\n".join(aligned(cells, right=())))
+    print("\n".join(text_table(cells, right=())))

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.extras import extra
-from ulsam.data.folder import class_counts, find_splits, imbalance_note, index_like, scan, split
+from ulsam.data.folder import class_counts, find_splits, images_below, imbalance_note, index_like, scan, split
 from ulsam.data.sources import AnyImages, FactoryImages, FolderImages, StreamImages
 
 _FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
@@ -77,6 +77,24 @@ def open_data(
                 notes.append(note)
         return train, val, notes
     return _open_folder(data, train_split, val_split, val_fraction, seed if split_seed is None else split_seed)
+
+
+def unlabelled(folder: str | os.PathLike[str]) -> FolderImages:
+    """All images at any depth below a folder, as of one class.
+
+    Raises:
+        UlsamError: there is no such folder, or no image in it.
+
+    >>> unlabelled("missing")
+    Traceback (most recent call last):
+    ulsam.base.errors.UlsamError: no folder missing
+    """
+    if not os.path.isdir(folder):
+        raise UlsamError(f"no folder {os.fspath(folder)}")
+    images, _ = images_below(folder)
+    if not images:
+        raise UlsamError(f"there is no image in {os.fspath(folder)}")
+    return FolderImages(tuple((path, 0) for path in images), ("unlabelled",), "unlabelled")
 
 
 def is_named(data: str) -> bool:

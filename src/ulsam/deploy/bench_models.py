@@ -90,7 +90,7 @@ def open_model(name: str, backends: Collection[Backend], folder: Path, size: int
 
 def _open_onnx(name: str, backends: Collection[Backend], size: int | None) -> BenchModel:
     model = runtime.load(name)
-    look, text = model.preprocessing, model.metadata.get(runtime.RECIPE)
+    look, text = model.preprocessing, model.metadata.get(runtime.SPEC)
     spec = ModelSpec.from_json(text) if text else None
     if size is not None and look.size != (size, size):
         if not model.any_size:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulsam.base.plot_style import style
+from ulsam.base.text_table import text_table
 from ulsam.deploy.bench_worker import Backend
-from ulsam.surgery.cost import Cost, aligned
+from ulsam.surgery.cost import Cost
 from ulsam.training.summary import cost_entry
 
 RESAMPLES = 1000
@@ -128,7 +129,7 @@ def ratio_interval(times: NDArray[Any], first: NDArray[Any]) -> tuple[float, flo
 
 def text(rows: Sequence[Row]) -> str:
     """For the terminal."""
-    lines = aligned([list(HEADS), *map(_cells, rows)], right=range(2, len(HEADS)))
+    lines = text_table([list(HEADS), *map(_cells, rows)], right=range(2, len(HEADS)))
     return "\n".join([*lines, "", LEGEND])
 
 

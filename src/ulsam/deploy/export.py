@@ -15,7 +15,7 @@ from ulsam.data.augment import Normalise
 from ulsam.deploy.engines import Engine, executorch_engine, onnx_engine, openvino_engine
 from ulsam.deploy.parity import Parity, compared, drawn_images, read_images
 from ulsam.model.spec import ModelSpec
-from ulsam.runtime import CLASSES, PREPROCESSING, RECIPE, VERSION
+from ulsam.runtime import CLASSES, PREPROCESSING, SPEC, VERSION
 from ulsam.surgery.fold import fold
 from ulsam.training.evaluate import spec_transform
 
@@ -138,6 +138,6 @@ def engine_of(
         VERSION: __version__,
         CLASSES: json.dumps(spec.classes, ensure_ascii=False),
         PREPROCESSING: look.to_json(),
-        RECIPE: spec.to_json(),
+        SPEC: spec.to_json(),
     }
     return _ENGINES[to](folded, example, free, metadata)

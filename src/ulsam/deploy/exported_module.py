@@ -40,9 +40,9 @@ def load_exported(path: str | os.PathLike[str]) -> tuple[Exported, ModelSpec, Ev
         UlsamError: as of `ulsam.runtime.load`, or the file holds no spec.
     """
     model = runtime.load(path)
-    if runtime.RECIPE not in model.metadata:
+    if runtime.SPEC not in model.metadata:
         raise UlsamError(f"{path} holds no spec: write it by ulsam export MODEL --to onnx")
-    spec = ModelSpec.from_json(model.metadata[runtime.RECIPE])
+    spec = ModelSpec.from_json(model.metadata[runtime.SPEC])
     transform = spec_transform(spec)
     transform.normalise = Bytes()
     return Exported(model), spec, transform

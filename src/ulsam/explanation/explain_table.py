@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ulsam.base.text_table import text_table
 from ulsam.explanation.map_numbers import CAM
-from ulsam.surgery.cost import aligned
 
 _CAM_COLUMNS = {
     "deletion": "deletion",
@@ -41,7 +41,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     if cams:
         cells = [["CAM of", *_CAM_COLUMNS.values()]]
         cells += [[name, *(_value(result["cam"][key], 3) for key in _CAM_COLUMNS)] for name, result in cams.items()]
-        parts += [*aligned(cells, right=range(1, 7)), _CAM_LEGEND, ""]
+        parts += [*text_table(cells, right=range(1, 7)), _CAM_LEGEND, ""]
     for name, result in results.items():
         if result["layers"]:
             parts += [f"attention of {name}", *_layers(result["layers"]), ""]
@@ -74,7 +74,7 @@ def _layers(layers: list[dict[str, Any]]) -> list[str]:
             apart = f"{100 * layer['frequency']['before']['random_groups_as_far_apart']:.1f} %"
             agreement = [_value(layer["correlation"], 2), _value(layer["divergence_bits"], 4)]
             cells.append([*head, "all", "", "", "", "", *agreement, apart])
-    return aligned(cells, right=range(3, len(cells[0])))
+    return text_table(cells, right=range(3, len(cells[0])))
 
 
 def _marks(marks: Mapping[str, Any], layers: list[str]) -> list[str]:
@@ -84,7 +84,7 @@ def _marks(marks: Mapping[str, Any], layers: list[str]) -> list[str]:
         if whose in (CAM, *layers):
             found = [f"{100 * shares[name]['mean']:.1f} % ({shares[name]['times_area']:.2f}x)" for name in areas]
             cells.append([CAM if whose == CAM else f"maps of {whose}", *found])
-    return aligned(cells, right=range(1, len(cells[0])))
+    return text_table(cells, right=range(1, len(cells[0])))
 
 
 def _value(value: Mapping[str, float | None] | None, digits: int) -> str:

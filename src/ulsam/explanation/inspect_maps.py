@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
+from ulsam.base.text_table import text_table
 from ulsam.layer.ulsam import ULSAM, Form
-from ulsam.surgery.cost import aligned
 from ulsam.surgery.places import paper_places
 
 #: Attention is called inert if replacing its maps by uniform ones changes the features by less than this share.
@@ -148,7 +148,7 @@ def table(layers: Sequence[LayerStats]) -> str:
         if len(layer.subspaces) > 1:
             agreement = "" if layer.agreement is None else f"{layer.agreement:.2f}"
             cells.append([*head, "all", *[""] * 5, _percent(layer.change), _percent(layer.effect), agreement])
-    return "\n".join(aligned(cells, right=range(3, len(cells[0]))))
+    return "\n".join(text_table(cells, right=range(3, len(cells[0]))))
 
 
 def _percent(share: float) -> str:

@@ -236,9 +236,11 @@ class ULSAM(nn.Module):
     def _track(self, moments: Tensor, count: int) -> None:
         """Move the running statistics towards those of a batch of ``count`` values a channel."""
         mean, variance, mean2, variance2 = moments.split([self.channels, self.channels, self.groups, self.groups])
-        scale, shift, bias = self.depthwise.weight.flatten(), self.depthwise.bias, self.pointwise.bias
-        _move(self.depthwise_norm, scale * mean + cast(Tensor, shift), scale.square() * variance, count)
-        _move(self.pointwise_norm, mean2 + cast(Tensor, bias), variance2, count)
+        parts: Any = self._modules  # see _infer
+        conv, conv2 = parts["depthwise"], parts["pointwise"]
+        scale, unbiased = conv.weight.flatten(), count / (count - 1)
+        _move(parts["depthwise_norm"], scale * mean + conv.bias, scale.square().mul_(variance).mul_(unbiased))
+        _move(parts["pointwise_norm"], mean2 + conv2.bias, variance2 * unbiased)
 
     @torch.no_grad()
     def fold(self) -> "ULSAM":
@@ -281,13 +283,14 @@ def _folded(norm: nn.BatchNorm2d, scale: Tensor, shift: Tensor) -> tuple[Tensor,
     return scale * factor, (shift - mean) * factor + norm.bias
 
 
-def _move(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Move running statistics by the momentum, as `nn.BatchNorm2d` does, to a mean and a biased variance."""
-    batches = cast(Tensor, norm.num_batches_tracked)
+def _move(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """Move running statistics by the momentum, as `nn.BatchNorm2d` does, to a mean and an unbiased variance."""
+    running: Any = norm._buffers
+    batches = running["num_batches_tracked"]
     batches += 1
     momentum = 1.0 / float(batches) if norm.momentum is None else norm.momentum
-    for running, value in [(norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))]:
-        cast(Tensor, running).lerp_(value.to(cast(Tensor, running).dtype), momentum)
+    for name, value in (("running_mean", mean), ("running_var", variance)):
+        running[name].lerp_(value.to(running[name].dtype), momentum)
 
 
 _RELEASED = {

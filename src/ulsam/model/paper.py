@@ -15,9 +15,10 @@ from functools import cache
 import timm
 import torch
 
+from ulsam.base.text_table import text_table
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.presets import PLACEMENTS
-from ulsam.surgery.cost import Cost, Rule, aligned, cost
+from ulsam.surgery.cost import Cost, Rule, cost
 
 _UNITS = {"K": 1_000, "M": 1_000_000}
 
@@ -290,5 +291,5 @@ def _table(title: str, found: list[Row]) -> str:
             cells[-1] += [figure.printed, f"{figure.counted:{sign},}", figure.gives, verdict]
     remarks = [*(f"[{n}] {note}." for n, note in enumerate(notes, 1)), f"Rule: {TABLES[title]}"]
     return "\n".join(
-        [title, *aligned(cells, right=(3, 4, 5, 7, 8, 9)), *(textwrap.fill(remark, 120) for remark in remarks)]
+        [title, *text_table(cells, right=(3, 4, 5, 7, 8, 9)), *(textwrap.fill(remark, 120) for remark in remarks)]
     )

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
+from ulsam.base.packed import check_packed_name
 from ulsam.base.provenance import command_line
 from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arms
 from ulsam.study.compare_report import measure_latency, summarise, write_reports
 from ulsam.study.grid import Grid
 from ulsam.study.identity import data_digest, file_digests, seen_before
 from ulsam.study.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
-from ulsam.study.paths import without_paths
 from ulsam.study.ray_launcher import RayLauncher, require_ray
 from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
@@ -40,6 +40,7 @@ def compare(
     launcher: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     margin: float = MARGIN,
+    start_from: str | Path | None = None,
     publish: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def compare(
         launcher: ``local`` processes, or ``ray`` tasks (`ulsam.study.ray_launcher`).
         ray_address: of the Ray cluster.
         margin: share of top-1 that an arm may lose and still "hold".
+        start_from: a published comparison whose runs are put into ``out`` first, where they are not trained again.
         publish: as for :func:`report`.
         say: gets a line for each run that ends.
 
@@ -84,7 +86,7 @@ def compare(
     """
     refuse_torchrun()
     _check_margin(margin)
-    _check_publish(out, publish)
+    _check_packed(publish)
     check_plots("ulsam compare")
     if launcher == "ray":
         require_ray()
@@ -105,6 +107,8 @@ def compare(
     store, digest = Store(out), data_digest(shared, choose_split)
     files = file_digests(arm.config(shared) for arm in parsed)
     with store.locked():
+        if start_from is not None:
+            store.start_from(start_from)
         grid = dataclasses.replace(grid, shared=_settled(grid, store, launcher == "ray"))
         store.begin(grid, command_line(), digest, files)
     for note in seen_before(run.config for run in grid.known(lambda run: None)):
@@ -118,29 +122,40 @@ def compare(
     measure_latency(grid, store)
     result = _reported(grid, store, margin, command_line())
     if publish is not None:
-        _publish(grid, store, result, publish)
+        _publish(grid, store, publish)
     return result
 
 
-def report(out: str | Path, *, margin: float = MARGIN, publish: str | Path | None = None) -> dict[str, Any]:
+def report(
+    out: str | Path,
+    *,
+    margin: float = MARGIN,
+    start_from: str | Path | None = None,
+    publish: str | Path | None = None,
+) -> dict[str, Any]:
     """Make the reports of a comparison again from the runs that are there, without training or timing anything.
 
     Args:
-        out: the folder of a comparison, or one that was published.
-        margin: as for :func:`compare`.
-        publish: also copy reports and summaries there, without paths of this machine: what a repository should hold.
+        out: the folder of a comparison.
+        margin, start_from: as for :func:`compare`.
+        publish: also pack plan, summaries and latencies into this file, ``NAME.jsonl.gz``, without paths of this
+            machine: what a repository should hold.
 
     Raises:
-        UlsamError: no comparison in this folder, or one that is damaged, or a margin below 0.
+        UlsamError: no comparison in this folder, or one that is damaged, or a margin below 0; or runs in the file
+            ``publish`` that are not in this folder.
     """
     _check_margin(margin)
-    _check_publish(out, publish)
+    _check_packed(publish)
     check_plots("ulsam compare")
     store = Store(out)
+    if start_from is not None:
+        with store.locked():
+            store.start_from(start_from)
     grid = store.grid()
     result = _reported(grid, store, margin, store.read("grid.json").get("command"))
     if publish is not None:
-        _publish(grid, store, result, publish)
+        _publish(grid, store, publish)
     return result
 
 
@@ -149,14 +164,13 @@ def _check_margin(margin: float) -> None:
         raise UlsamError(f"the margin is what an arm may lose and still hold, 0 points or more: not {100 * margin:g}")
 
 
-def _check_publish(out: str | Path, publish: str | Path | None) -> None:
-    if publish is not None and Path(publish).resolve() == Path(out).resolve():
-        raise UlsamError(f"cannot publish {out} into itself: name another folder")
+def _check_packed(publish: str | Path | None) -> None:
+    if publish is not None:
+        check_packed_name(publish)
 
 
-def _publish(grid: Grid, store: Store, result: Mapping[str, Any], folder: str | Path) -> None:
-    store.publish(folder, dataclasses.replace(grid, arms=(*grid.arms, *store.external_arms())))
-    write_reports(Store(folder), without_paths(result))
+def _publish(grid: Grid, store: Store, file: str | Path) -> None:
+    store.publish(file, dataclasses.replace(grid, arms=(*grid.arms, *store.external_arms())))
 
 
 def _reported(grid: Grid, store: Store, margin: float, command: str | None) -> dict[str, Any]:

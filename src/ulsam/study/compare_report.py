@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from ulsam.study import latency
 from ulsam.study.arms import Arm
 from ulsam.study.grid import Failed, Grid, Try, at_the_edge, most_epochs
 from ulsam.study.run_store import Store
-from ulsam.study.statistics import Difference, check_paired, difference
+from ulsam.study.statistics import Difference, check_paired, difference, pooled_seed_variance
 
 Runs = dict[int, Mapping[str, Any]]  # summaries by seed
 
@@ -43,10 +44,13 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
     told = {arm.name: store.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
     times |= {name: one["latency"] for name, one in told.items() if "latency" in one}
     arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
+    pooled = pooled_seed_variance(
+        {seed: summary["scores"]["top1"] for seed, summary in found.items()} for found in runs.values()
+    )
     differences = []
     for number, arm in enumerate(grid.arms):
         for other in grid.arms[:number]:
-            if found := difference(runs[arm.name], runs[other.name]):
+            if found := difference(runs[arm.name], runs[other.name], pooled):
                 differences.append({"arm": arm.name, "minus": other.name, **_difference_entry(found, margin)})
     base = grid.arms[0].name
     for entry in arms:
@@ -62,6 +66,7 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
         "images": measured[0]["scores"]["images"] if measured else None,
         "finished": not grid.due(store.outcome),
         "arms": arms,
+        "seed_sd": math.sqrt(pooled.variance) if pooled else None,  # of a model's top-1, pooled over the arms
         "differences": differences,
         "notes": _notes(grid, arms, differences, measured),
         "versions": {

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ulsam.surgery.cost import aligned
+from ulsam.base.text_table import text_table
 
 HEADS = ("arm", "parameters", "MACs", "latency", "lr, epochs", "top-1 (seeds)", "minus base", "verdict")
 NUMBERS = (1, 2, 3, 4, 5, 6)  # columns that are flush right
@@ -44,9 +44,9 @@ def tries(result: Mapping[str, Any]) -> list[list[str]]:
 
 def text(result: Mapping[str, Any]) -> str:
     """For the terminal."""
-    blocks = ["\n".join(aligned([list(HEADS), *rows(result)], right=NUMBERS))]
+    blocks = ["\n".join(text_table([list(HEADS), *rows(result)], right=NUMBERS))]
     if others := pairs(result):
-        blocks.append("\n".join(aligned([["difference", "points", "verdict"], *others], right=(1,))))
+        blocks.append("\n".join(text_table([["difference", "points", "verdict"], *others], right=(1,))))
     blocks.append("\n".join([legend(result), *(f"note: {note}" for note in result["notes"])]))
     return "\n\n".join(blocks)
 

@@ -1,16 +1,14 @@
 """How long each arm's model takes for one image on this machine's CPU, measured side by side."""
 
 import functools
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ulsam.base.provenance import processor, versions
-from ulsam.base.timing import times_in_turn
+from ulsam.base.timing import Timing, time_in_turn
 from ulsam.model.build import build
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.fold import fold
@@ -19,21 +17,7 @@ MOST_TURNS = 200
 SECONDS = 20.0  # for all arms together; a slow model takes longer, for its least turns
 
 
-@dataclass(frozen=True)
-class Latency:
-    """The time of one model; a turn runs every model once, so that what slows the machine slows them all."""
-
-    seconds: float  # median
-    ratio: float  # to the first model's time, median over turns
-    ratio_quartiles: tuple[float, float]
-    turns: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return {**asdict(self), "ratio_quartiles": list(self.ratio_quartiles)}
-
-
-def measure(models: Mapping[str, tuple[nn.Module, Sequence[int]]]) -> dict[str, Latency]:
+def measure(models: Mapping[str, tuple[nn.Module, Sequence[int]]]) -> dict[str, Timing]:
     """Time models, folded (`ulsam.fold`), on one image each, in turn, in shuffled order.
 
     Args:
@@ -48,14 +32,7 @@ def measure(models: Mapping[str, tuple[nn.Module, Sequence[int]]]) -> dict[str, 
     for name, (model, size) in models.items():
         image = torch.randn(1, *size).contiguous(memory_format=torch.channels_last)
         calls[name] = functools.partial(fold(model, size), image)
-    times = times_in_turn(calls, SECONDS, MOST_TURNS)
-    first = times[next(iter(calls))]
-    found = {}
-    for name, taken in times.items():
-        ratios = [mine / base for mine, base in zip(taken, first, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        found[name] = Latency(statistics.median(taken), middle, (low, high), len(taken))
-    return found
+    return time_in_turn(calls, SECONDS, MOST_TURNS)
 
 
 def entry(specs: Mapping[str, ModelSpec], before: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""The folder of a comparison, and the smaller one to publish; both have the same layout.
+"""The folder of a comparison, and the packed file to publish, which holds a part of it (`ulsam.base.packed`).
 
 grid.json                     what is compared
-arms/ARM/RUN/summary.json     of each finished run; in the folder itself with all that training leaves
+arms/ARM/RUN/summary.json     of each finished run, with all that training leaves
 arms/ARM/RUN.log, RUN.failed  what a run printed; why it failed
-arms/ARM/external_arm.json           of an arm that another program trains in here, with the grid's seeds, rates and
-epochs latency.json                  measured when all runs were finished compare.json, .md, .csv, .png, rates.png
+arms/ARM/external_arm.json    of an arm that another program trains in here, with the grid's seeds, rates and epochs
+latency.json                  measured when all runs were finished
+compare.json, .md, .csv, .png, rates.png
+
+A packed file holds all but the last line, and of a run its summary or failure alone.
 """
 
 import contextlib
@@ -18,6 +21,7 @@ from filelock import FileLock
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import make_folder, write_atomic
+from ulsam.base.packed import read_packed, unpack, write_packed
 from ulsam.study.arms import Arm
 from ulsam.study.grid import Failed, Grid, Run
 from ulsam.study.paths import without_paths
@@ -173,31 +177,43 @@ class Store:
             yield
 
     def publish(self, target: str | Path, grid: Grid) -> None:
-        """Copy what reports are made of: summaries, plan and latencies, without paths of this machine, and no weights.
+        """Pack what reports are made of: summaries, plan and latencies, without paths of this machine, and no weights.
 
-        Runs of a choice that holds no longer are copied too: what was measured stays on record.
+        Runs of an earlier choice are packed too: what was measured stays on record.
+
+        Args:
+            target: the packed file, which ends in ``.jsonl.gz``.
+            grid: with the arms that another program trains in here.
 
         Raises:
-            UlsamError: the folder cannot be written.
+            UlsamError: the file cannot be written, or it holds runs that are not in this folder.
         """
-        there = Store(target)
-        make_folder(there.root)
+        names = ["grid.json", "latency.json", *(f"arms/{arm.slug}/external_arm.json" for arm in self.external_arms())]
+        names += [path.relative_to(self.root).as_posix() for path in sorted(self.root.glob("arms/*/*/summary.json"))]
+        files = {name: value for name in names if (value := self.read(name)) is not None}
         for run in grid.known(self.outcome):
-            found, folder = self.outcome(run), there.folder(run)
-            if isinstance(found, Failed):
-                make_folder(folder.parent)
-                there.fail(run, without_paths(found.reason))
-            elif found is not None:
-                there.clear_failure(run)
-        for path in sorted(self.root.glob("arms/*/*/summary.json")):
-            name = str(path.relative_to(self.root))
-            make_folder((there.root / name).parent)
-            there.write(name, without_paths(self.read(name)))
-        external = [f"arms/{arm.slug}/external_arm.json" for arm in self.external_arms()]
-        for name in ("grid.json", "latency.json", *external):
-            if (value := self.read(name)) is not None:
-                make_folder((there.root / name).parent)  # a one may have no finished run yet
-                there.write(name, without_paths(value))
+            if isinstance(found := self.outcome(run), Failed):
+                files[f"arms/{run.arm.slug}/{run.name}.failed"] = found.reason + "\n"
+        if Path(target).exists():
+            lost = [name for name in read_packed(target) if name.endswith("summary.json") and name not in files]
+            if lost:
+                raise UlsamError(
+                    f"{target} holds {len(lost)} runs that {self.root} lacks, such as {lost[0]}: start from it, or "
+                    "publish under another name"
+                )
+        write_packed(target, without_paths(files))
+
+    def start_from(self, packed: str | Path) -> None:
+        """Take over the runs of a published comparison, and its plan and latencies where this folder has none yet.
+
+        Raises:
+            UlsamError: the file is missing or damaged, or its images or weight files are not those of this folder.
+        """
+        plan = read_packed(packed).get("grid.json")
+        if plan is None:
+            raise UlsamError(f"{packed} is no published comparison: it lacks grid.json")
+        self.check_identity(str(packed), plan.get("data_sha256"), dict(plan.get("files_sha256", [])))
+        unpack(packed, self.root)
 
     def _failure(self, run: Run) -> Failed | None:
         try:

@@ -11,16 +11,17 @@ import torch
 from tqdm import tqdm
 
 from ulsam.base.errors import UlsamError
-from ulsam.base.timing import Call
+from ulsam.base.timing import Call, Timing, time_in_turn
 from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import WORDS, Budget
 from ulsam.study.slim_damage import Score
-from ulsam.study.slim_latency import Timing, call_of, time_in_turn
+from ulsam.study.slim_latency import call_of
 from ulsam.study.slim_search import Blocks, SearchResult, saved, search
 from ulsam.study.slim_store import Store
 from ulsam.surgery.cost import Cost
 
 STEP = 0.005  # share of the time by which more is asked for at least, where the sets that were found are too slow
+MOST_TURNS = 2000  # of timing
 TIMED = 8  # sets of one search that are timed at most
 TOLD = 30.0  # seconds between lines about how far the search is, where the output is no terminal
 
@@ -194,7 +195,7 @@ class BlockSearch:
                 calls[blocks] = call_of(
                     model, self.cost.input_size, self.budget.engine, self.budget.batch, torch.get_num_threads()
                 )
-        return time_in_turn(calls, self.budget.seconds)
+        return time_in_turn(calls, self.budget.seconds, MOST_TURNS)
 
     def _places(self, blocks: Blocks) -> list[str]:
         return [self.blocks[number].place for number in sorted(blocks)]

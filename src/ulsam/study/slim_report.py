@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ulsam.base.text_table import text_table
 from ulsam.study.slim_budget import WORDS
-from ulsam.surgery.cost import aligned
 
 SHOWN = 10  # sets of the search in the table; all are in slim.json
 
@@ -76,7 +76,7 @@ def _block_table(data: Data) -> list[str]:
         if reconstructed:
             row.append(f"{reconstructed[block['name']]:.0%}" if block["name"] in reconstructed else "")
         cells.append([*row, *(_damage(found, base) if found else ("not tried", ""))])
-    return aligned(cells, right=(0, *range(3, len(cells[0]))))
+    return text_table(cells, right=(0, *range(3, len(cells[0]))))
 
 
 def _set_table(data: Data) -> list[str]:
@@ -90,7 +90,7 @@ def _set_table(data: Data) -> list[str]:
         left = [f"{1 - sum(blocks[place][key] for place in places) / model[key]:.2%}" for key in ("params", "macs")]
         time = [f"{timed[tuple(places)]['ratio']:.2%}"] if by_time else []
         cells.append([", ".join(places), *left, *time, *_damage(_score(data, places), base)])
-    lines = aligned(cells, right=range(1, len(cells[0])))
+    lines = text_table(cells, right=range(1, len(cells[0])))
     if more := len(chosen["rivals"]) - SHOWN:
         lines += [f"and {more} more, in slim.json"] if more > 0 else []
     return lines

@@ -9,7 +9,7 @@ Satterthwaite (1946, https://doi.org/10.2307/3002019).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,7 +58,42 @@ class Difference:
         return tuple(word for word, holds in true.items() if holds) or ("not resolved",)
 
 
-def crossed_interval(differences: NDArray[Any], level: float = 0.95) -> tuple[float, float, float]:
+@dataclass(frozen=True)
+class SeedVariance:
+    """The variance of a model's top-1 over seeds, pooled over the arms of a comparison, and its degrees of freedom."""
+
+    variance: float
+    freedom: int
+
+
+def pooled_seed_variance(top1: Iterable[Mapping[int, float]]) -> SeedVariance | None:
+    """The variance over seeds that is left when each arm's mean and what a seed does to all arms are taken off.
+
+    A handful of seeds tells little of the variance of one difference: intervals from it alone hold the truth as often
+    as they should, but some are far too wide and others far too narrow. With two arms it is that of their difference.
+
+    Args:
+        top1: of each arm, by seed; arms without the seeds that the others have are left out.
+
+    Returns:
+        None with fewer than two arms or seeds.
+
+    >>> pooled_seed_variance([{0: 0.5, 1: 0.6}, {0: 0.7, 1: 0.7}, {0: 0.9}])
+    SeedVariance(variance=0.0025, freedom=1)
+    """
+    arms = list(top1)
+    seeds = max((sorted(arm) for arm in arms), key=len, default=[])
+    values = np.array([[arm[seed] for seed in seeds] for arm in arms if arm.keys() == set(seeds)])
+    freedom = (len(values) - 1) * (len(seeds) - 1)
+    if freedom < 1:
+        return None
+    rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    return SeedVariance(round(float((rest**2).sum()) / freedom, 15), freedom)
+
+
+def crossed_interval(
+    differences: NDArray[Any], level: float = 0.95, pooled: SeedVariance | None = None
+) -> tuple[float, float, float]:
     """The mean of a matrix of differences and its confidence interval, over both rows and columns.
 
     With mean squares MS of rows, columns and residual, the variance of the mean is (MS_rows + MS_columns -
@@ -68,6 +103,7 @@ def crossed_interval(differences: NDArray[Any], level: float = 0.95) -> tuple[fl
     Args:
         differences: [seeds, images], two images or more.
         level: of confidence.
+        pooled: gives the mean square of the rows, in place of these rows' own.
 
     Returns:
         mean, low, high.
@@ -83,26 +119,30 @@ def crossed_interval(differences: NDArray[Any], level: float = 0.95) -> tuple[fl
     ms_columns = rows * float(((of_columns - mean) ** 2).sum()) / (columns - 1)
     terms = [(ms_columns, columns - 1)]  # mean square, degrees of freedom
     if rows > 1:
-        ms_rows = columns * float(((of_rows - mean) ** 2).sum()) / (rows - 1)
+        ms_rows, freedom_rows = columns * float(((of_rows - mean) ** 2).sum()) / (rows - 1), rows - 1
+        if pooled is not None:  # a difference has the variance of two models
+            ms_rows, freedom_rows = columns * 2 * pooled.variance, pooled.freedom
         residual = values - of_rows[:, None] - of_columns + mean
         ms_residual = float((residual**2).sum()) / ((rows - 1) * (columns - 1))
-        terms.append((ms_rows, rows - 1))
+        terms.append((ms_rows, freedom_rows))
         both = ms_rows + ms_columns - ms_residual
         if both > max(ms_rows, ms_columns):
-            squares = (
-                ms_rows**2 / (rows - 1) + ms_columns**2 / (columns - 1) + ms_residual**2 / ((rows - 1) * (columns - 1))
-            )
+            squares = ms_rows**2 / freedom_rows + ms_columns**2 / (columns - 1)
+            squares += ms_residual**2 / ((rows - 1) * (columns - 1))
             terms = [(both, both**2 / squares)]
     square, freedom = max(terms)
     half = t_quantile((1 - level) / 2, freedom) * math.sqrt(square / (rows * columns))
     return mean, mean - half, mean + half
 
 
-def difference(runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> Difference | None:
+def difference(
+    runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]], pooled: SeedVariance | None = None
+) -> Difference | None:
     """One model's runs minus another's, paired by seed and, where the runs tell it, by image.
 
     Args:
         runs, base: the summaries of `ulsam.training.loop.train`, by seed.
+        pooled: the variance over seeds of all arms that are compared; by default that of this difference.
 
     Returns:
         The difference over the seeds that both have; None without one.
@@ -126,12 +166,12 @@ def difference(runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping
     differ: int | None = None
     if told and runs[seeds[0]]["outcomes"]["images"] > 1:
         matrix = np.stack([right(runs[seed]).astype(np.int8) - right(base[seed]).astype(np.int8) for seed in seeds])
-        mean, low, high = crossed_interval(matrix)
+        mean, low, high = crossed_interval(matrix, pooled=pooled)
         differ = int(matrix.any(axis=0).sum())
         over: Over = "seeds and images" if len(seeds) > 1 else "images"
     elif len(seeds) > 1:
-        spread = float(np.std(of_seeds, ddof=1)) / math.sqrt(len(seeds))
-        half = t_quantile(0.025, len(seeds) - 1) * spread
+        spread = pooled or SeedVariance(float(np.var(of_seeds, ddof=1)) / 2, len(seeds) - 1)
+        half = t_quantile(0.025, spread.freedom) * math.sqrt(2 * spread.variance / len(seeds))
         low, high, over = mean - half, mean + half, "seeds"
     else:
         low, high, over = None, None, "nothing"

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.text_table import text_table
 from ulsam.layer.ulsam import ULSAM
 from ulsam.surgery.edited import added_layers
 from ulsam.surgery.followed import host_class
@@ -56,30 +57,10 @@ class Cost:
         for row in [*self.rows, Row("total", "", None, self.params, self.macs, self.activations)]:
             shape = "x".join(map(str, row.output_shape[1:])) if row.output_shape else ""
             cells.append([row.name, row.type, shape, f"{row.params:,}", f"{row.macs:,}", f"{row.activations:,}"])
-        lines = aligned(cells, right=(2, 3, 4, 5))
+        lines = text_table(cells, right=(2, 3, 4, 5))
         lines.insert(-1, lines[1])
         size = "x".join(map(str, self.input_size))
         return "\n".join([*lines, f"One {size} image. Counting rule {self.rule!r}: {_RULE_TEXT[self.rule]}."])
-
-
-def aligned(cells: Sequence[Sequence[str]], right: Collection[int]) -> list[str]:
-    """The lines of a text table: a heading, a rule, and the rest, each column as wide as its widest cell.
-
-    Args:
-        cells: a line each, the heading first.
-        right: the columns that are flush right.
-
-    >>> print("\\n".join(aligned([["name", "n"], ["a", "10"]], right=[1])))
-    name   n
-    --------
-    a     10
-    """
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        pairs = enumerate(zip(line, widths, strict=True))
-        lines.append("  ".join(cell.rjust(w) if n in right else cell.ljust(w) for n, (cell, w) in pairs).rstrip())
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def cost(model: nn.Module, input_size: Sequence[int] | None = None, rule: Rule = "exact") -> Cost:

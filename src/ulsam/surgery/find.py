@@ -170,8 +170,6 @@ def _why_not_map(module: nn.Module, flow: Flow, image: Shape | None) -> str | No
 
 
 #: Methods by which a block becomes another one for inference, in whose place an edit inside it would be lost.
-
-
 _FUSERS = ("forward_fuse", "fuse_convs", "reparameterize", "switch_to_deploy")
 
 

@@ -293,11 +293,11 @@ def _jointly(model: nn.Module, whole: nn.Module, batches: Sequence[Tensor], step
     return Reconstructed(last, tuple(edited), before, min(before, after))
 
 
-def describe(found: Reconstructed, images: int) -> str:
+def describe(found: Reconstructed, images: int, source: str = "training images") -> str:
     """One line for the user.
 
     >>> describe(Reconstructed("blocks.5.0", ("blocks.4.1", "blocks.4.2"), 0.471, 0.132), 512)
     'blocks.5.0 behind blocks.4.1, blocks.4.2: relative error 0.47 -> 0.13, on 512 training images'
     """
     where = f"{found.name} behind {', '.join(found.edits)}" if found.name not in found.edits else found.name
-    return f"{where}: relative error {found.before:.2f} -> {found.after:.2f}, on {images} training images"
+    return f"{where}: relative error {found.before:.2f} -> {found.after:.2f}, on {images} {source}"

@@ -44,6 +44,11 @@ class Flow:
     own_activations: int = 0
     norm_behind: str | None = None  # of a convolution: the BatchNorm that takes its output
 
+    @property
+    def is_map(self) -> bool:
+        """Whether it puts out one tensor of the form [1, C, H, W]."""
+        return self.output_shape is not None and len(self.output_shape) == 4
+
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """C, H, W of one image for ``model``: what timm says of it, else 224 x 224 with its first convolution's channels.

@@ -64,7 +64,10 @@ class TrainConfig:
     reconstruct: bool = _option(
         True, "from weights: train the layers behind removed and replaced blocks towards the unedited model's features"
     )
-    reconstruct_images: int = _option(512, "training images to reconstruct on; 0: none, and new layers start as made")
+    reconstruct_images: int = _option(512, "images to reconstruct on; 0: none, and new layers start as made")
+    images_for_reconstruction: str | None = _option(
+        None, "folder of images to reconstruct on; labels are not needed (default: the training images)"
+    )
     freeze: list[str] = _option([], "modules (names or globs) whose weights and BatchNorm statistics stay as they are")
     # teacher
     teacher: str | None = _option(None, "model file of a trained model to learn from too, on the same classes")

@@ -115,7 +115,7 @@ def shared_places(student: nn.Module, teacher: Mapping[str, Flow], input_size: S
     ['blocks.4.2', 'blocks.5.2', 'bn2']
     """
     flows = trace(student, input_size)
-    maps = [name for name in flows if name and _is_map(flows[name])]
+    maps = [name for name in flows if name and flows[name].is_map]
     outermost = [name for name in maps if not any(name.startswith(f"{other}.") for other in maps)]
     pools = [
         number for number, name in enumerate(outermost) if "Adaptive" in type(student.get_submodule(name)).__name__
@@ -125,7 +125,7 @@ def shared_places(student: nn.Module, teacher: Mapping[str, Flow], input_size: S
     found = [
         name
         for name in wanted
-        if name in teacher and _is_map(teacher[name]) and teacher[name].output_shape == flows[name].output_shape
+        if name in teacher and teacher[name].is_map and teacher[name].output_shape == flows[name].output_shape
     ]
     if found and found[-1:] == last and _is_repeated(student, found, input_size):
         del found[-1]
@@ -280,11 +280,6 @@ def describe(config: TrainConfig, teacher: Teacher) -> str:
         f"{teacher.spec.base}; edits: {edits}; soft targets weigh {config.distill:g}, "
         f"at temperature {config.distill_temperature:g}{maps}"
     )
-
-
-def _is_map(flow: Flow) -> bool:
-    """Whether it is a feature map [1, C, H, W]."""
-    return flow.output_shape is not None and len(flow.output_shape) == 4
 
 
 @torch.no_grad()

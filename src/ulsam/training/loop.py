@@ -23,13 +23,13 @@ from ulsam.base.extras import installed
 from ulsam.base.files import clear_parts, make_folder, write_atomic
 from ulsam.base.provenance import command_line, environment, versions
 from ulsam.data import loading, sources
-from ulsam.model.build import build, save_model, sketch
+from ulsam.model.build import build, sketch
 from ulsam.surgery.cost import cost
 from ulsam.training import distill, parts, restore
 from ulsam.training import summary as report
 from ulsam.training.checkpoint import Position, read_checkpoint, write_checkpoint
 from ulsam.training.config import TrainConfig
-from ulsam.training.evaluate import Scores, Stopped, evaluate, outcomes, spec_transform
+from ulsam.training.evaluate import Scores, Stopped, evaluate, outcomes
 from ulsam.training.machine import adapt_to_device
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
@@ -64,7 +64,8 @@ def train(config: TrainConfig, run: str | Path, *, model: nn.Module | None = Non
     with start(config.device) as world:
         config = adapt_to_device(config, world.device)
         restore.check_free(run)
-        trainer = Trainer(config, run, world, model=model)  # before the folder is made: most mistakes show here
+        trainer = Trainer(config, run, world, model=model)
+        trainer.prepare()  # before the folder is made: most mistakes show here
         if world.writes:
             make_folder(run)
             if model is not None:
@@ -94,6 +95,7 @@ def resume(
     restore.check_prepared(run, saved, model is not None)
     with start(config.device) as world:
         trainer = Trainer(adapt_to_device(config, world.device), run, world, fresh=saved is None, model=model)
+        trainer.prepare()
         if saved is not None:
             trainer.restore(saved)
         if world.writes:
@@ -102,30 +104,32 @@ def resume(
 
 
 class Trainer:
-    """One run in one process: the parts are built here, :meth:`fit` is the loop."""
+    """One run in one process: the parts are built here; :meth:`prepare` readies them, :meth:`fit` is the loop.
+
+    ``fresh`` is False for a run that goes on from a checkpoint; ``model`` is trained in place of the settings' own.
+    """
 
     def __init__(
         self, config: TrainConfig, run: Path, world: World, fresh: bool = True, model: nn.Module | None = None
     ) -> None:
-        self.run, self.world, self.prepared = run, world, model is not None
+        self.config, self.run, self.world = config, run, world
+        self.fresh, self.prepared = fresh, model is not None
         if config.threads:
             torch.set_num_threads(config.threads)
         loading.seed_all(config.seed)
 
         self.train_images, self.val_images, notes = parts.open_images(config)
         self.classes = self.train_images.classes
-        names = hashlib.sha256("\0".join(self.train_images.names).encode(errors="surrogateescape")).hexdigest()
-        self.identity = f"{len(self.train_images)} (names {names[:8]})"
         self.spec = parts.spec_of(config, self.classes)
         start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
         if model is None:
-            built, notes[len(notes) :] = build(self.spec, **start_weights)
+            self.model, notes[len(notes) :] = build(self.spec, **start_weights)
         else:
-            built = parts.prepared_model(model, config, self.spec)
+            self.model = parts.prepared_model(model, config, self.spec)
         self.loader, self.order, self.epoch_updates, cache_line = parts.batches_of(
             config, self.spec, self.train_images, world
         )
-        self.cost = cost(built, self.spec.input_size)
+        self.cost = cost(self.model, self.spec.input_size)
         self.base_cost = cost(sketch(dataclasses.replace(self.spec, edits=())), self.spec.input_size)
         n_train, n_val = len(self.train_images), len(self.val_images)
         self._say(f"data    {n_train} training, {n_val} {self.val_images.split} images of {len(self.classes)} classes")
@@ -134,7 +138,7 @@ class Trainer:
         named = f"{config.model}; edits: {'; '.join(config.edits) or 'none'}"
         self._say(f"model   {named if model is None else f'a prepared {type(model).__name__} for {config.model}'}")
         self._say(f"cost    {report.cost_line(self.cost, self.base_cost)}")
-        self.teacher = distill.open_teacher(config, self.spec, built)
+        self.teacher = distill.open_teacher(config, self.spec, self.model)
         if self.teacher:
             self._say(f"teacher {distill.describe(config, self.teacher)}")
             notes += self.teacher.notes
@@ -142,25 +146,27 @@ class Trainer:
             notes.append("no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'")
         for note in notes:
             self._say(f"note    {note}")
-        if fresh and model is None:
-            for line in reconstruct_model(config, self.spec, built, self.train_images, world):
-                self._say(f"reconstruct {line}")
-
-        self.config, choice = probe(
-            config, built, self.spec.input_size, self.epoch_updates, world, teacher=self.teacher
-        )
-        for line in choice:
-            self._say(line)
-        self.training_step = TrainingStep(self.config, built, self.epoch_updates, world, self.teacher)
-        self.model, self.layout = self.training_step.model, self.training_step.layout
-        self.optimizer = self.training_step.optimizer
-        self.mixing = parts.mixing_of(config, len(self.classes))
-        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.at = Position()
         self.unreadable = {
             "train": parts.Unreadable(len(self.train_images), config.max_unreadable, world.writes),
             "val": parts.Unreadable(len(self.val_images), config.max_unreadable, world.writes),
         }
+
+    def prepare(self) -> None:
+        """Reconstruct the edited model, choose what the settings leave at "auto", and make the optimizer."""
+        if self.fresh and not self.prepared:
+            for line in reconstruct_model(self.config, self.spec, self.model, self.train_images, self.world):
+                self._say(f"reconstruct {line}")
+        self.config, choice = probe(
+            self.config, self.model, self.spec.input_size, self.epoch_updates, self.world, teacher=self.teacher
+        )
+        for line in choice:
+            self._say(line)
+        self.training_step = TrainingStep(self.config, self.model, self.epoch_updates, self.world, self.teacher)
+        self.model, self.layout = self.training_step.model, self.training_step.layout
+        self.optimizer = self.training_step.optimizer
+        self.mixing = parts.mixing_of(self.config, len(self.classes))
+        self.ema = ModelEmaV3(self.model, decay=self.config.ema, use_warmup=True) if self.config.ema else None
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint; says what is not as it was.
@@ -170,14 +176,7 @@ class Trainer:
                 processes.
         """
         try:
-            restore.check_same(
-                saved,
-                processes=self.world.size,
-                classes=list(self.classes),
-                settings=restore.fixed_settings(self.config),
-                teacher=self.teacher.digest if self.teacher else None,
-                config_file=self.run / "config.yaml",
-            )
+            restore.check_same(saved, self.config, self.classes, self.teacher, self.world.size, self.run)
             self.at = restore.position(saved["position"], self.config, self.epoch_updates)
             self.model.load_state_dict(saved["model"])
             restore.load_optimizer(self.optimizer, saved["optimizer"], self.config.opt)
@@ -312,15 +311,7 @@ class Trainer:
         """Measure the model, or the average of its weights, on the validation images."""
         model = self.ema.module if self.ema else self.model
         self.world.agree(model.buffers())  # each process has BatchNorm statistics of its own; the first one's are saved
-        batches = loading.eval_loader(
-            self.val_images,
-            spec_transform(self.spec),
-            batch_size=self.config.batch_size,
-            workers=self.config.workers,
-            rank=self.world.rank,
-            world=self.world.size,
-            device=self.world.device,
-        )
+        batches = parts.val_batches_of(self.config, self.spec, self.val_images, self.world)
         try:
             scores = evaluate(
                 model,
@@ -343,16 +334,7 @@ class Trainer:
     def _end_epoch(self, scores: Scores | None) -> None:
         """Add the epoch to the books and save."""
         at = self.at
-        row = {
-            "epoch": at.epoch + 1,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss": at.loss_sum / at.images,
-            "val_loss": scores and scores.loss,
-            "val_top1": scores and scores.top1,
-            "val_top5": scores and scores.top5,
-            "seconds": round(at.seconds, 2),
-            "images_per_second": round(at.images / at.seconds, 1),
-        }
+        row = report.epoch_row(at, self.optimizer.param_groups[0]["lr"], scores)
         self.at = Position(epoch=at.epoch + 1, updates=at.updates, rows=[*at.rows, row])
         if self.world.writes:
             report.write_metrics(self.run, self.at.rows)
@@ -385,14 +367,7 @@ class Trainer:
         }
         if self.world.writes:
             model = self.ema.module if self.ema else self.model
-            if self.prepared:
-                report.write_weights(self.run, model)
-            else:
-                save_model(model, self.spec, self.run / "model.safetensors")
-            loss = "cross-entropy and distillation" if self.teacher else "cross-entropy (nats)"
-            if installed("matplotlib"):
-                report.draw_curves(self.run, self.at.rows, self.val_images.split, loss=loss)
-            report.write_summary(self.run, summary)
+            report.write_result(self.run, summary, model, None if self.prepared else self.spec)
         low, high = scores.interval
         self._say(
             f"result  top-1 {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
@@ -417,7 +392,9 @@ class Trainer:
 
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""
-        return {**environment(), "device": self.world.device.type, "training images": self.identity}
+        names = hashlib.sha256("\0".join(self.train_images.names).encode(errors="surrogateescape")).hexdigest()
+        images = f"{len(self.train_images)} (names {names[:8]})"
+        return {**environment(), "device": self.world.device.type, "training images": images}
 
     def _say(self, line: str) -> None:
         if self.world.writes:

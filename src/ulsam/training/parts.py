@@ -28,6 +28,7 @@ from ulsam.model.spec import Edit, ModelSpec
 from ulsam.surgery.places import match
 from ulsam.surgery.trace import trace
 from ulsam.training.config import TrainConfig
+from ulsam.training.evaluate import spec_transform
 
 #: What to do about a loss that is no longer finite: part of the line that such a run ends with.
 DIVERGED = "try a lower --lr, --clip-grad 1, or --amp none"
@@ -120,6 +121,21 @@ def batches_of(
         device=world.device,
     )
     return loader, order, batches // config.accumulate, cache_line
+
+
+def val_batches_of(
+    config: TrainConfig, spec: ModelSpec, images: sources.AnyImages, world: World
+) -> Iterable[loading.Batch]:
+    """The loader of the validation images, this process's share of them."""
+    return loading.eval_loader(
+        images,
+        spec_transform(spec),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        rank=world.rank,
+        world=world.size,
+        device=world.device,
+    )
 
 
 def freeze(model: nn.Module, places: Sequence[str]) -> list[nn.Module]:

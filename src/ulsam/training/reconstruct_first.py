@@ -4,6 +4,7 @@ from torch import nn
 
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
+from ulsam.data.opening import unlabelled
 from ulsam.data.sources import AnyImages, StreamImages
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery import reconstruct as reconstruction
@@ -18,13 +19,21 @@ def to_reconstruct(config: TrainConfig, model: nn.Module, images: AnyImages) -> 
     """Whether the run reconstructs ``model``, or fits new layers of it, before its first step.
 
     Raises:
-        UlsamError: it should, and the images are a stream.
+        UlsamError: it should, and the images are a stream; or it should not, and images for it are named.
     """
     edited = edited_blocks(model) if config.reconstruct else new_layers(model)
     if not (config.reconstruct_images and (config.weights or config.pretrained) and edited):
+        if config.images_for_reconstruction:
+            raise UlsamError(
+                "images_for_reconstruction has nothing to reconstruct: it needs edits, the base model's weights and "
+                "reconstruct_images above 0"
+            )
         return False
-    if isinstance(images, StreamImages):
-        raise UlsamError("a stream of shards has no images to reconstruct on: --reconstruct-images 0 leaves that out")
+    if isinstance(images, StreamImages) and not config.images_for_reconstruction:
+        raise UlsamError(
+            "a stream of shards has no images to reconstruct on: name a folder by --images-for-reconstruction, or "
+            "leave reconstruction out by --reconstruct-images 0"
+        )
     return True
 
 
@@ -42,14 +51,17 @@ def reconstruct_model(
     """
     if not to_reconstruct(config, model, images):
         return []
+    source = "training images"
+    if folder := config.images_for_reconstruction:
+        images, source = unlabelled(folder), f"images of {folder}"
     with parts.same_generators(world.device):
         sample = draw_sample(images, spec, config.reconstruct_images, world, workers=config.workers)
     model.to(world.device)
     if config.reconstruct:
         found = reconstruction.reconstruct(model, sample.images)
-        return [reconstruction.describe(entry, sample.count) for entry in found]
+        return [reconstruction.describe(entry, sample.count, source) for entry in found]
     return [
         f"{layer.name}: width {layer.width} gives {100 * layer.explained:.0f} % of what the block added, "
-        f"on {sample.count} training images"
+        f"on {sample.count} {source}"
         for layer in reconstruct_layers(model, sample.images)
     ]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.training import summary as report
 from ulsam.training.checkpoint import Position
 from ulsam.training.config import TrainConfig, read_config
+from ulsam.training.distill import Teacher
 from ulsam.training.probe import undecided
 
 #: Settings that a resumed run may change: what is trained, and how, stays the same.
@@ -77,14 +78,13 @@ def check_prepared(run: Path, saved: Mapping[str, Any] | None, given: bool) -> N
 
 def check_same(
     saved: Mapping[str, Any],
-    *,
+    config: TrainConfig,
+    classes: Sequence[str],
+    teacher: Teacher | None,
     processes: int,
-    classes: list[str],
-    settings: Mapping[str, Any],
-    teacher: str | None,
-    config_file: Path,
+    run: Path,
 ) -> None:
-    """Raise unless the run was started with these settings, classes, teacher (its digest) and as many processes.
+    """Raise unless the run was started with these settings, classes, teacher and as many processes.
 
     Raises:
         UlsamError: it was not; the line says what differs.
@@ -93,16 +93,16 @@ def check_same(
     defaults = {spec.name: spec.default for spec in dataclasses.fields(TrainConfig)}
     if before != str(processes):
         raise UlsamError(f"this run has {before} process(es), not {processes}: start as many")
-    if saved["classes"] != classes:
+    if saved["classes"] != list(classes):
         raise UlsamError("the data has other classes than this run was started with")
-    if saved.get("teacher") != teacher:
+    if saved.get("teacher") != (teacher and teacher.digest):
         raise UlsamError("the teacher's file is not the one that this run was started with: put that one back")
-    for name, now in settings.items():
+    for name, now in fixed_settings(config).items():
         if name not in saved["settings"] and now == defaults[name]:
             continue  # a setting that a later version added
         if saved["settings"][name] != now:
             raise UlsamError(
-                f"{config_file} was changed: {name} was {saved['settings'][name]} and is {now} now; "
+                f"{run / 'config.yaml'} was changed: {name} was {saved['settings'][name]} and is {now} now; "
                 "put it back, or start a new run"
             )
 

@@ -10,13 +10,30 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
+from ulsam.base.extras import installed
 from ulsam.base.files import write_atomic
+from ulsam.model.build import save_model
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import Cost
+from ulsam.training.checkpoint import Position
 from ulsam.training.distill import Teacher
 from ulsam.training.evaluate import Scores
 
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds", "images_per_second")
+
+
+def epoch_row(at: Position, rate: float, scores: Scores | None) -> dict[str, Any]:
+    """What ``metrics.csv`` says of the epoch that ends at this position; ``scores`` is None if it was not measured."""
+    return {
+        "epoch": at.epoch + 1,
+        "lr": rate,
+        "train_loss": at.loss_sum / at.images,
+        "val_loss": scores and scores.loss,
+        "val_top1": scores and scores.top1,
+        "val_top5": scores and scores.top5,
+        "seconds": round(at.seconds, 2),
+        "images_per_second": round(at.images / at.seconds, 1),
+    }
 
 
 def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -94,14 +111,19 @@ def cost_line(edited: Cost, base: Cost) -> str:
     )
 
 
-def write_weights(run: Path, model: nn.Module) -> None:
-    """Write ``weights.safetensors``: the state dict of a model that no spec builds."""
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    write_atomic(run / "weights.safetensors", save(state))
+def write_result(run: Path, summary: Mapping[str, Any], model: nn.Module, spec: ModelSpec | None) -> None:
+    """Write the model file, the curves and, last, ``summary.json``: with it the run is finished.
 
-
-def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
-    """Write ``summary.json``."""
+    Without a spec the weights alone are kept, in ``weights.safetensors``: nothing could build the model.
+    """
+    if spec is not None:
+        save_model(model, spec, run / "model.safetensors")
+    else:
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+        write_atomic(run / "weights.safetensors", save(state))
+    if installed("matplotlib"):
+        loss = "cross-entropy and distillation" if summary["teacher"] else "cross-entropy (nats)"
+        draw_curves(run, summary["epochs"], summary["split"], loss=loss)
     write_atomic(run / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 

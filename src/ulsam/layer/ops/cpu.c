@@ -89,7 +89,7 @@ void ulsam_parallel(void (*work)(void *, int, int), void *task, int threads) {
 
 /* the choice */
 
-int ulsam_job_size(void) { return (int)sizeof(struct job); }
+int ulsam_training_size(void) { return (int)sizeof(struct training); }
 
 int ulsam_isa(void) {
 #if defined(__x86_64__) && defined(_WIN32) /* where clang has no library for __builtin_cpu_supports */

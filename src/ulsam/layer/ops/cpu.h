@@ -28,6 +28,18 @@ struct job {
     int64_t isa; /* 0: the best that the processor has; 1: base, 2: AVX2, 3: AVX-512 */
 };
 
+/* A layer's forward or backward pass as a whole. Its job's scale is that before norm1, w, its l the logits before norm2;
+   bias, dl, q, r, dbias are not read. */
+struct training {
+    struct job job;
+    const float *gamma, *beta, *gamma2, *beta2;         /* norm1's [C], norm2's [g]: of this batch's statistics; or 0 */
+    float *moments;                                     /* [2 C + 2 g]: mean and variance of x's channels, of the logits' */
+    float *dscale, *dshift, *dweight, *dbias;           /* [C], [C], [C], [g] */
+    float *dgamma, *dbeta, *dgamma2, *dbeta2;           /* as gamma and so on */
+    float *memory;                                      /* scratch: floats, as many as cpu.py takes */
+    double eps;
+};
+
 /* OpenMP's functions, by their names in the libraries: GNU's and LLVM's have both kinds, except LLVM's on Windows, which
    has its own alone. Zeros: one thread. */
 struct llvm_place {
@@ -50,10 +62,13 @@ struct openmp {
 
 /* 0, or -1 when there is no memory, or -2 when the processor lacks the instruction set. */
 EXPORT int ulsam_run(const struct job *job);
+/* The same of training: forward is for norms alone, as without these it is LOGITS | MULTIPLY. */
+EXPORT int ulsam_forward(const struct training *training);
+EXPORT int ulsam_backward(const struct training *training);
 /* The best instruction set here, as in job.isa. */
 EXPORT int ulsam_isa(void);
-/* The size of a job, for the caller to compare with its own. */
-EXPORT int ulsam_job_size(void);
+/* The size of a struct training, for the caller to compare with its own. */
+EXPORT int ulsam_training_size(void);
 /* The OpenMP to use from now on. */
 EXPORT void ulsam_use_openmp(const struct openmp *functions);
 

@@ -1,7 +1,6 @@
 """The CPU backend: calls the C kernels of `cpu.h` by pointer."""
 
 import ctypes
-import functools
 import os
 import struct
 import sys
@@ -15,6 +14,7 @@ from torch.nn import Parameter
 
 from ulsam.base.errors import UlsamError
 from ulsam.layer.ops import stages
+from ulsam.layer.ops.reference import dense
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISA_NAMES = ("", "base", "AVX2", "AVX-512")
@@ -27,6 +27,7 @@ OPENMP = (  # struct openmp of cpu.h
 PLAIN = (Tensor, Parameter)  # other types of tensors may have no memory of their own
 
 _JOB = struct.Struct("24q")  # struct job of cpu.h
+_TRAINING = struct.Struct("38qd")  # struct training
 
 # Inference at batch 1: in a model, what runs here has been evicted from the caches by the convolutions since its last
 # call, and then each lookup of a name in a module costs as much as a line of Python does in a loop.
@@ -55,12 +56,13 @@ def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, f"ulsam was installed without them: {reason}"
     try:
         library = ctypes.CDLL(str(path))
-        size = library.ulsam_job_size()
+        size = library.ulsam_training_size()
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"
-    if size != _JOB.size:
+    if size != _TRAINING.size:
         return None, f"{path} is of another version: install ulsam again"
-    library.ulsam_run.argtypes = [ctypes.c_char_p]
+    for function in (library.ulsam_run, library.ulsam_forward, library.ulsam_backward):
+        function.argtypes = [ctypes.c_char_p]
     return library, ""
 
 
@@ -125,20 +127,23 @@ def _run(
 ) -> None:
     """Fill a `struct job` of cpu.h and run it."""
     tensors = (x, dy, y, dx, l, dl, scale, shift, weight, bias, q, r, dbias)
-    job = _JOB.pack(
-        *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
-        *x.shape,
-        groups,
-        asked,
-        relu,
-        not x.is_contiguous(),
-        x.dtype == torch.bfloat16,
-        1 if _forked else get_num_threads(),
-        isa,
-    )
     assert LIBRARY is not None
-    if failed := LIBRARY.ulsam_run(job):
+    if failed := LIBRARY.ulsam_run(_pack(*_job(tensors, x, groups, asked, relu))):
         _raise(failed)
+
+
+def _job(tensors: Sequence[Tensor | None], x: Tensor, groups: int, asked: int, relu: bool) -> tuple[int, ...]:
+    """The values of a `struct job`; the tensors are those at its head, in its order."""
+    return (
+        *_addresses_of(tensors),
+        *x.shape,
+        *(groups, asked, relu, not x.is_contiguous(), x.dtype is _BFLOAT16),
+        *(1 if _forked else get_num_threads(), isa),
+    )
+
+
+def _addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def infer(
@@ -213,12 +218,55 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `stages.forward`."""
+    batch, channels, height, width = x.shape
+    logits = x.new_empty((batch, groups, height, width), dtype=torch.float32)
     if not norms:
-        logits = x.new_empty((x.shape[0], groups, *x.shape[2:]), dtype=torch.float32)
         y = infer(x, scale, shift, weight, bias, groups, relu, logits)
         if y is not None:
             return y, logits, logits.new_empty(0)
-    return stages.forward(_run, x, scale, shift, weight, bias, norms, groups, relu, eps)
+        return stages.forward(_run, x, scale, shift, weight, bias, norms, groups, relu, eps)
+    x = dense(x)
+    y = empty_like(x)
+    moments = logits.new_empty(2 * (channels + groups))
+    memory = logits.new_empty(2 * channels + groups + batch * max(2 * channels, groups * max(2, height * width)))
+    scale, weight, *vectors = [stages.vector(value) for value in (scale, weight, *norms)]
+    job = (x, None, y, None, logits, None, scale, None, weight, None, None, None, None)
+    _train("ulsam_forward", _job(job, x, groups, 0, relu), (*vectors, moments, *[None] * 8, memory), eps)
+    return y, logits, moments
 
 
-backward = functools.partial(stages.backward, _run)
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norms: Sequence[Tensor],
+    logits: Tensor,
+    moments: Tensor,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """See `stages.backward`."""
+    x = dense(x)
+    dy = dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+    batch, channels, groups = x.shape[0], x.shape[1], logits.shape[1]
+    dx = empty_like(x)
+    scale, weight, *vectors = [stages.vector(value) for value in (scale, weight, *norms)]
+    shift = None if norms else stages.shift_of(shift, scale, relu)
+    dscale, dshift, dweight = [logits.new_empty(channels) for _ in range(3)]
+    dbias = logits.new_empty(groups)
+    dnorms = [empty_like(vector) for vector in vectors]
+    memory = logits.new_empty(batch * (2 * channels + groups) + 2 * channels + (2 * logits.numel() if norms else 0))
+    absent = [] if norms else [None] * 4
+    job = (x, dy, None, dx, logits, None, scale, shift, weight, None, None, None, None)
+    others = (*vectors, *absent, moments, dscale, dshift, dweight, dbias, *dnorms, *absent, memory)
+    _train("ulsam_backward", _job(job, x, groups, 0, relu), others, eps)
+    return dx, dscale, dshift, dweight, dbias, dnorms
+
+
+def _train(function: str, job: Sequence[int], others: Sequence[Tensor | None], eps: float) -> None:
+    """Fill a `struct training` of cpu.h and run it."""
+    if failed := getattr(LIBRARY, function)(_TRAINING.pack(*job, *_addresses_of(others), eps)):
+        _raise(failed)

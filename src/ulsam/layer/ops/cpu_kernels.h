@@ -240,10 +240,10 @@ struct unit {
     vf *rows, *to_row;           /* of LOGITS three rows of TILE * V channels; of INPUT_BACK as sums, with room around */
     int planes;                  /* contiguous: so many at a time */
     int64_t apart;               /* from one vector's rows or one plane to the next */
-    float *plane[7];
+    float *plane[4];
     float *copy;                 /* a plane that is safe to read beyond its ends */
     int32_t *group, *place;      /* channels_last: of each channel, from n0 on; and its place for `spread` */
-    int32_t *inside, *has_left, *has_right; /* -1 or 0 a pixel */
+    int32_t *inside, *no_left, *no_right; /* -1 or 0 a pixel */
     char *nan;                   /* a group: it holds one */
 };
 
@@ -341,6 +341,8 @@ INLINE void row_maxima(
         at += C;
         UNROLL for (int t = 0; t < tile; t++) {
             vf right = load(x, at + t * V, bf16, lanes) * scale[t];
+            if (tile > 1 && t % (64 / (bf16 ? 2 : 4) / V) == 0) /* what the next tile reads: too far apart to be foreseen */
+                __builtin_prefetch((const char *)x + (at + (tile + t) * V) * (bf16 ? 2 : 4));
             nan[t] = see(nan[t], right);
             row[t] = vmax(vmax(left[t], here[t]), right);
             left[t] = here[t], here[t] = right;
@@ -459,13 +461,22 @@ INLINE void multiply_last(const struct unit *u, int bf16) {
     }
 }
 
+INLINE void mixed_products(const struct unit *u, int64_t p0, int64_t c, int lanes, int bf16) {
+    const struct job *job = u->job;
+    vf products[V];
+    for (int k = 0; k < V; k++) {
+        int64_t at = (u->b * u->pixels + p0 + k) * job->C + c;
+        products[k] = p0 + k < u->pixels ? load(job->dy, at, bf16, lanes) * load(job->x, at, bf16, lanes) : (vf){0};
+    }
+    gather(u, products, u->group + c - u->c0, lanes, u->dmaps, p0);
+}
 INLINE void maps_back_last(const struct unit *u, int bf16) {
     const struct job *job = u->job;
     const void *x = job->x, *dy = job->dy;
     int64_t C = job->C, start = u->b * u->pixels * C, G = C / job->g;
     int whole = by_group(job);
-    for (int n = 0; whole && n < u->n1 - u->n0; n++)
-        for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
+    for (int64_t p0 = 0; whole && p0 < u->pixels; p0 += V)
+        for (int n = 0; n < u->n1 - u->n0; n++) {
             vf block[V];
             for (int k = 0; k < V; k++) {
                 int64_t end = group_end(u, n), c = end - G, at = start + (p0 + k) * C;
@@ -480,16 +491,10 @@ INLINE void maps_back_last(const struct unit *u, int bf16) {
             }
             put(u->dmaps + n * u->ld + p0, sums(block));
         }
-    for (int64_t c = u->c0; !whole && c < u->c1; c += V) {
-        int lanes = lanes_at(c, u->c1);
-        for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
-            vf products[V];
-            for (int k = 0; k < V; k++) {
-                int64_t at = start + (p0 + k) * C + c;
-                products[k] = p0 + k < u->pixels ? load(dy, at, bf16, lanes) * load(x, at, bf16, lanes) : (vf){0};
-            }
-            gather(u, products, u->group + c - u->c0, lanes, u->dmaps, p0);
-        }
+    for (int64_t p0 = 0; !whole && p0 < u->pixels; p0 += V) {
+        int64_t c = u->c0;
+        for (; c + V <= u->c1; c += V) mixed_products(u, p0, c, V, bf16);
+        if (c < u->c1) mixed_products(u, p0, c, (int)(u->c1 - c), bf16);
     }
 }
 
@@ -508,12 +513,14 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
         scale[t] = get_param(job->scale, c + t * V, lanes), shift[t] = get_param(job->shift, c + t * V, lanes);
         slope[t] = scale[t] * get_param(job->weight, c + t * V, lanes), q[t] = r[t] = (vf){0};
     }
-    int64_t far = C >= 256 && job->B * C * H * W > 1 << 18 ? W : 0; /* then dx is in no cache, and in long strides */
+    int64_t far = C >= 256 && job->B * C * H * W > 1 << 18 ? W : 0; /* then these are in no cache, and in long strides */
     for (int64_t i = 0; i < H; i++) {
         int64_t at = start + i * W * C;
-        for (int64_t j = 0; j < far; j++) /* written last, and too far apart for the processor to foresee */
-            for (int64_t k = 0; k < tile * V; k += bf16 ? 32 : 16)
+        for (int64_t j = 0; j < far; j++) /* what comes last, too far apart for the processor to foresee */
+            for (int64_t k = 0; k < tile * V; k += bf16 ? 32 : 16) {
+                __builtin_prefetch((const char *)dy + (at + j * C + k) * (bf16 ? 2 : 4));
                 __builtin_prefetch((const char *)job->dx + (at + j * C + k) * (bf16 ? 2 : 4), 1);
+            }
         row_maxima(u, x, at, scale, rows + i * row, nan, tile, lanes, bf16);
     }
     for (int64_t k = 0; k < row; k++) { /* around the first and the last row; the other sums are begun by the row above */
@@ -606,15 +613,16 @@ INLINE void moments_last(const struct unit *u, int bf16) {
     for (; c < u->c1; c += V) moments_tile(u, c, 1, lanes_at(c, u->c1), bf16);
 }
 
+INLINE void add_lanes(const struct job *job, int64_t at, int64_t c, int lanes, int bf16) {
+    vf d = load(job->q, c, 0, lanes) + load(job->r, c, 0, lanes) * load(job->x, at + c, bf16, lanes);
+    store(job->dx, at + c, bf16, lanes, load(job->dx, at + c, bf16, lanes) + d);
+}
 INLINE void add_last(const struct unit *u, int bf16) {
-    const struct job *job = u->job;
-    for (int64_t p = 0; p < u->pixels; p++)
-        for (int64_t c = u->c0; c < u->c1; c += V) {
-            int lanes = lanes_at(c, u->c1);
-            int64_t at = (u->b * u->pixels + p) * job->C + c;
-            vf d = load(job->q, c, 0, lanes) + load(job->r, c, 0, lanes) * load(job->x, at, bf16, lanes);
-            store(job->dx, at, bf16, lanes, load(job->dx, at, bf16, lanes) + d);
-        }
+    for (int64_t p = 0; p < u->pixels; p++) {
+        int64_t at = (u->b * u->pixels + p) * u->job->C, c = u->c0;
+        for (; c + V <= u->c1; c += V) add_lanes(u->job, at, c, V, bf16);
+        if (c < u->c1) add_lanes(u->job, at, c, (int)(u->c1 - c), bf16);
+    }
 }
 
 /* contiguous */
@@ -629,16 +637,16 @@ INLINE const void *plane_of(const struct unit *u, const void *x, int64_t c, int 
 
 /* the maxima of each 3 pixels in a row, with -inf around them; which lanes hold a NaN */
 INLINE seen plane_row_maxima(const struct unit *u, const void *x, float scale, float *rows, int bf16) {
-    const int32_t *inside = u->inside, *has_left = u->has_left, *has_right = u->has_right;
+    const int32_t *inside = u->inside, *no_left = u->no_left, *no_right = u->no_right;
     int64_t pixels = u->pixels;
     vf least = splat(-INFINITY);
     seen nan = {0};
     for (int64_t p = 0; p < pixels; p += V) {
         vf here = load(x, p, bf16, V) * scale, left = load(x, p - 1, bf16, V) * scale, right = load(x, p + 1, bf16, V) * scale;
         nan = p + V <= pixels ? see(nan, here) : nan | among(see((seen){0}, here), get_ints(inside + p));
-        left = pick(get_ints(has_left + p), left, least);
-        right = pick(get_ints(has_right + p), right, least);
-        put(rows + p, vmax(vmax(left, here), right));
+        left = (vf)((vi)left | get_ints(no_left + p)); /* -1 is a NaN, which vmax passes over */
+        right = (vf)((vi)right | get_ints(no_right + p));
+        put(rows + p, vmax(right, vmax(left, here)));
     }
     put(rows + pixels, least);
     return nan;
@@ -695,8 +703,10 @@ INLINE void maps_back_planes(const struct unit *u, int bf16) {
     for (int64_t c = u->c0; c < u->c1; c++) {
         float *map = u->dmaps + (c - u->c0) / G * u->ld;
         int64_t at = (u->b * job->C + c) * u->pixels;
-        for (int64_t p = 0; p < u->pixels; p += V) {
-            int lanes = lanes_at(p, u->pixels);
+        int64_t p = 0;
+        for (; p + V <= u->pixels; p += V) add_to(map + p, load(job->dy, at + p, bf16, V) * load(job->x, at + p, bf16, V));
+        if (p < u->pixels) {
+            int lanes = (int)(u->pixels - p);
             add_to(map + p, load(job->dy, at + p, bf16, lanes) * load(job->x, at + p, bf16, lanes));
         }
     }
@@ -726,24 +736,24 @@ INLINE void input_back_planes(const struct unit *u, int bf16, int relu) {
             }
             job->r[u->b * job->C + k] = lanes_sum(r);
         }
-        for (int64_t k = c; k < end; k++) { /* to the pixel at the left, the same, the one at the right */
+        for (int64_t k = c; k < end; k++) { /* to the pixel at the left, the same, the one at the right; over what is read */
             int64_t at = (k - c) * u->apart;
-            const float *up = u->plane[1] + at, *same = u->plane[2] + at, *down = u->plane[3] + at;
+            float *rows = u->plane[0] + at, *up = u->plane[1] + at, *same = u->plane[2] + at, *down = u->plane[3] + at;
             const void *x = plane_of(u, job->x, k, bf16);
             float scale = job->scale[k];
             for (int64_t p = 0; p < u->pixels; p += V) {
-                vf m = get(u->plane[0] + at + p), d = get(up + p + W) + get(same + p) + get(down + p - W);
-                vi left = (load(x, p - 1, bf16, V) * scale == m) & get_ints(u->has_left + p);
+                vf m = get(rows + p), d = get(up + p + W) + get(same + p) + get(down + p - W);
+                vi left = (load(x, p - 1, bf16, V) * scale == m) & ~get_ints(u->no_left + p);
                 vi here = load(x, p, bf16, V) * scale == m;
-                put(u->plane[4] + at + p, keep(left, d));
+                put(up + p, keep(left, d));
                 d = keep(~left, d);
-                put(u->plane[5] + at + p, keep(here, d));
-                put(u->plane[6] + at + p, keep(~here & get_ints(u->has_right + p), d));
+                put(rows + p, keep(here, d));
+                put(same + p, keep(~(here | get_ints(u->no_right + p)), d));
             }
         }
         for (int64_t k = c; k < end; k++) {
             int64_t at = (k - c) * u->apart, to = (u->b * job->C + k) * u->pixels;
-            const float *left = u->plane[4] + at, *same = u->plane[5] + at, *right = u->plane[6] + at;
+            const float *left = u->plane[1] + at, *same = u->plane[0] + at, *right = u->plane[2] + at;
             const float *map = u->maps + (k - u->c0) / G * u->ld;
             float slope = job->scale[k] * job->weight[k];
             vf q = {0};
@@ -774,15 +784,15 @@ INLINE void moments_planes(const struct unit *u, int bf16) {
     }
 }
 
+INLINE void add_pixels(const struct job *job, int64_t at, vf q, vf r, int lanes, int bf16) {
+    store(job->dx, at, bf16, lanes, load(job->dx, at, bf16, lanes) + q + r * load(job->x, at, bf16, lanes));
+}
 INLINE void add_planes(const struct unit *u, int bf16) {
-    const struct job *job = u->job;
     for (int64_t c = u->c0; c < u->c1; c++) {
-        int64_t at = (u->b * job->C + c) * u->pixels;
-        for (int64_t p = 0; p < u->pixels; p += V) {
-            int lanes = lanes_at(p, u->pixels);
-            vf d = job->q[c] + job->r[c] * load(job->x, at + p, bf16, lanes);
-            store(job->dx, at + p, bf16, lanes, load(job->dx, at + p, bf16, lanes) + d);
-        }
+        vf q = splat(u->job->q[c]), r = splat(u->job->r[c]);
+        int64_t at = (u->b * u->job->C + c) * u->pixels, end = at + u->pixels;
+        for (; at + V <= end; at += V) add_pixels(u->job, at, q, r, V, bf16);
+        if (at < end) add_pixels(u->job, at, q, r, (int)(end - at), bf16);
     }
 }
 
@@ -873,13 +883,13 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
         u->rows = (vf *)take(&at, rows + 2 * around, sizeof(vf)) + around;
         u->to_row = (vf *)take(&at, back ? BACK_TILE * pixels + 2 * around : 0, sizeof(vf)) + around;
     } else {
-        int kinds = back ? 7 : pooling;
-        u->has_left = take(&at, u->ld, 4);
-        u->has_right = take(&at, u->ld, 4);
+        int kinds = back ? 4 : pooling;
+        u->no_left = take(&at, u->ld, 4);
+        u->no_right = take(&at, u->ld, 4);
         u->copy = take(&at, 2 * (u->ld + 3 * V), 4);
         /* several, so that what one writes has left the store buffer when it is read at another place; few, for the cache */
         u->apart = u->ld + 2 * room;
-        u->planes = kinds ? (int)(8192 / (kinds * u->apart)) : 0;
+        u->planes = kinds ? (int)((back ? 3072 : 8192) / (kinds * u->apart)) : 0;
         u->planes = u->planes < 1 ? 1 : u->planes > 16 ? 16 : u->planes;
         for (int k = 0; k < kinds; k++) u->plane[k] = (float *)take(&at, u->planes * u->apart, 4) + room;
     }
@@ -904,10 +914,10 @@ static void prepare(struct unit *u, int64_t groups) {
         return;
     }
     for (int64_t p = 0; p < u->ld; p++) {
-        u->has_left[p] = p < u->pixels && p % W ? -1 : 0;
-        u->has_right[p] = p < u->pixels && (p + 1) % W ? -1 : 0;
+        u->no_left[p] = p < u->pixels && p % W ? 0 : -1;
+        u->no_right[p] = p < u->pixels && (p + 1) % W ? 0 : -1;
     }
-    for (int kind = 0; kind < (back ? 7 : pooling); kind++)
+    for (int kind = 0; kind < (back ? 4 : pooling); kind++)
         for (int64_t k = 0; k < u->planes * u->apart; k++) u->plane[kind][k - room] = kind ? 0 : -INFINITY;
 }
 

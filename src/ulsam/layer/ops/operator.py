@@ -87,7 +87,7 @@ def subspace_attention(
         _warn_of(x, wanted=backend or FORCED)
     others = (scale, shift, weight, bias, *norms)
     transformed = chosen == "reference" or _is_transformed() or is_captured()
-    if not transformed and chosen == "cpu" and all(value is None or _is_plain(value) for value in (x, *others)):
+    if not (transformed or chosen != "cpu" or _is_watched()) and all(map(_is_memory, (x, *others))):
         return _Direct.apply(x, scale, shift, weight, bias, groups, relu, eps, *norms)
     operands = (x, scale.flatten(), shift, weight.flatten(), bias, list(norms), groups, relu, eps)
     if transformed:
@@ -131,14 +131,20 @@ def is_captured() -> bool:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing looks on: no compiler, tracer, profiler, mode or subclass that has to see an operator."""
-    return (
-        type(x) in cpu.PLAIN
-        and x.is_cpu
-        and not (is_compiling() or _get_tracing_state())
-        and not (_len_torch_dispatch_stack() or _len_torch_function_stack())
-        and not (peek_interpreter_stack() or _profiler_enabled() or forward_ad._current_level >= 0)
-        and not x.is_neg()  # a view whose values are still to be negated
+    return not _is_watched() and _is_memory(x)  # a compiler cannot look into the latter
+
+
+def _is_watched() -> bool:
+    return bool(
+        (is_compiling() or _get_tracing_state())
+        or (_len_torch_dispatch_stack() or _len_torch_function_stack())
+        or (peek_interpreter_stack() or _profiler_enabled() or forward_ad._current_level >= 0)
     )
+
+
+def _is_memory(x: Tensor | None) -> bool:
+    """Whether the values of ``x``, if there is one, are in this memory as they are, not still to be negated."""
+    return x is None or (type(x) in cpu.PLAIN and x.is_cpu and not x.is_neg())
 
 
 def _check(

@@ -1,7 +1,8 @@
 """What the compiled backends have in common: the order of the passes over x, and all that is done between them.
 
 A backend is one function, `Run`, that makes passes over tensors of x's size. What is left, batch statistics and the
-gradients of parameters, is done here on vectors of C or g values and on the logits.
+gradients of parameters, is done here on vectors of C or g values and on the logits; for the CPU, where one call of
+PyTorch takes as long as a small map, in cpu_training.c.
 """
 
 from collections.abc import Sequence
@@ -71,13 +72,13 @@ def forward(
     batch, _, height, width = x.shape
     y = torch.empty_like(x)
     logits = x.new_empty((batch, groups, height, width), dtype=torch.float32)
-    scale, weight = _vector(scale), _vector(weight)
+    scale, weight = vector(scale), vector(weight)
     if not norms:
-        shift, bias = _shift(shift, scale, relu), None if bias is None else _vector(bias)
+        shift, bias = shift_of(shift, scale, relu), None if bias is None else vector(bias)
         run(LOGITS | MULTIPLY, x, groups, relu, y=y, l=logits, scale=scale, shift=shift, weight=weight, bias=bias)
         return y, logits, logits.new_empty(0)
     mean, variance = _moments(run, x, groups)
-    gamma, beta, gamma2, beta2 = map(_vector, norms)
+    gamma, beta, gamma2, beta2 = map(vector, norms)
     scale = _inverse(scale, variance, eps).mul_(scale).mul_(gamma)
     shift = torch.addcmul(beta, scale, mean, value=-1)
     bias = None if relu else (weight * shift).view(groups, -1).sum(1)  # the moments do show the shift
@@ -113,10 +114,10 @@ def backward(
     groups = logits.shape[1]
     dx = torch.empty_like(x)
     q, r = logits.new_empty(2, batch, channels)
-    w, weight = _vector(scale), _vector(weight)
+    w, weight = vector(scale), vector(weight)
     if not norms:
         dbias, stages = logits.new_empty(batch, groups), MAPS_BACK | INPUT_BACK
-        shift = _shift(shift, w, relu)
+        shift = shift_of(shift, w, relu)
         run(stages, x, groups, relu, dy=dy, dx=dx, l=logits, scale=w, shift=shift, weight=weight, q=q, r=r, dbias=dbias)
         q, r = q.sum(0), r.sum(0)
         dweight = w * q if shift is None else w * q + shift * r
@@ -124,7 +125,7 @@ def backward(
 
     count = batch * height * width
     mean, variance, mean2, variance2 = moments.split([channels, channels, groups, groups])
-    gamma, beta, gamma2, beta2 = map(_vector, norms)
+    gamma, beta, gamma2, beta2 = map(vector, norms)
     # norm1(w * x) = scale * x + shift: scale = gamma * standard, standard = w * inverse, shift = beta - scale * mean
     inverse = _inverse(w, variance, eps)
     standard = w * inverse
@@ -152,17 +153,17 @@ def backward(
     return dx, dw, none, dweight, none2, [dgamma, dbeta, dgamma2, dbeta2]
 
 
-def _vector(values: Tensor) -> Tensor:
+def vector(values: Tensor) -> Tensor:
     if values.dtype is not torch.float32 or not values.is_contiguous():
         values = values.detach().float().contiguous()
     return values if values.ndim == 1 else values.view(-1)
 
 
-def _shift(shift: Tensor | None, scale: Tensor, relu: bool) -> Tensor | None:
+def shift_of(shift: Tensor | None, scale: Tensor, relu: bool) -> Tensor | None:
     """The shift where there is one or the ReLU takes one."""
     if shift is None:
         return torch.zeros_like(scale) if relu else None
-    return _vector(shift)
+    return vector(shift)
 
 
 def _moments(run: Run, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,83 @@
+"""The tables and figures of comparisons in docs/results.md, computed from every run's summary."""
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ulsam.base.packed import SUFFIX, read_packed, unpack
+from ulsam.study import compare_plot as plot
+from ulsam.study import compare_table as table
+from ulsam.study.compare import MARGIN
+from ulsam.study.compare_report import summarise
+from ulsam.study.run_store import Store
+
+
+@functools.cache
+def comparison(results: Path, name: str) -> dict[str, Any]:
+    """What a published comparison found, computed from its runs.
+
+    Raises:
+        UlsamError: it is missing or damaged.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(results / f"{name}{SUFFIX}", folder)
+        store = Store(folder)
+        return summarise(store.grid(), store, MARGIN, store.read("grid.json")["command"])
+
+
+def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> str:
+    """The tables of a comparison, with its notes and command; of the differences those at equal cost.
+
+    Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways. Where arms are many,
+    only the differences to the arms named in ``against``.
+    """
+    found = comparison(results, name)
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    matched = []
+    for pair in found["differences"]:
+        ours, other = arms[pair["arm"]], arms[pair["minus"]]
+        if against and other["name"] not in against:
+            continue
+        if alike(ours, other, "macs") or alike(ours, other, "params"):
+            matched.append(pair)
+    out = found["command"].rpartition("--out ")[2]
+    packed = read_packed(results / f"{name}{SUFFIX}")
+    guests = [content for file, content in packed.items() if file.endswith("/external_arm.json")]
+    commands = [f"`{guest_command(guest, out)}`" for guest in guests]
+    return "\n\n".join([table.markdown({**found, "differences": matched}).strip(), *commands])
+
+
+def guest_command(guest: dict[str, Any], out: str) -> str:
+    """The command that trained an arm which joined a comparison.
+
+    >>> guest_command({"name": "pruned-uniform-macs-0.758", "wanted": {"macs": 0.758}}, "runs/cub100")
+    'python benchmarks/pruning.py runs/cub100 --uniform --macs 0.758'
+    >>> guest_command({"name": "gated 14,17", "kind": "gated", "at": "14,17", "groups": 4}, "runs/cub100")
+    'python benchmarks/variants.py runs/cub100 gated 14,17'
+    """
+    if is_pruned(guest["name"]):
+        ((measure, share),) = guest["wanted"].items()
+        uniform = "--uniform " if "-uniform-" in guest["name"] else ""
+        return f"python benchmarks/pruning.py {out} {uniform}--{measure} {share:g}"
+    groups = f" --groups {guest['groups']}" if guest["groups"] != 4 else ""
+    return f"python benchmarks/variants.py {out} {guest['kind']} {guest['at']}{groups}"
+
+
+def write_figures(results: Path, name: str, target: Path) -> None:
+    """Draw a comparison for its page: accuracy against cost in TARGET.png, the tried rates in TARGET_rates.png."""
+    found = comparison(results, name)
+    target.parent.mkdir(exist_ok=True)
+    target.with_name(f"{target.name}.png").write_bytes(plot.draw(found))
+    target.with_name(f"{target.name}_rates.png").write_bytes(plot.draw_rates(found))
+
+
+def is_pruned(name: str) -> bool:
+    """Whether the arm is one of benchmarks/pruning.py."""
+    return name.startswith("pruned-")
+
+
+def alike(arm: dict[str, Any], other: dict[str, Any], measure: str) -> bool:
+    """Whether two arms cost the same, to 2 %: as a block does that is replaced in several ways."""
+    return bool(abs(arm["cost"][measure] / other["cost"][measure] - 1) <= 0.02)
