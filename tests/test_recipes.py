@@ -1,4 +1,4 @@
-"""The files under recipes/ build the models that they name, and the commands in docs/datasets.md get as far as the data."""
+"""The files under recipes/ build their models, and the commands in docs/datasets.md get as far as the data."""
 
 import dataclasses
 import re
