@@ -468,10 +468,10 @@ def test_an_arm_of_which_every_try_fails_has_failed(data: Path, tmp_path: Path) 
 
 
 def test_the_second_table_has_every_other_pair() -> None:
-    pair = {"mean": 0.01, "low": 0.002, "high": 0.018, "verdict": ["gain", "holds"]}
+    pair = {"mean": 0.01, "low": 0.002, "high": 0.018, "verdict": ["gain", "non-inferior"]}
     names = [("b", "a"), ("c", "a"), ("c", "b")]
     result = {"arms": [{"name": "a"}], "differences": [{"arm": one, "minus": other, **pair} for one, other in names]}
-    assert pairs(result) == [["c minus b", "+1.00 [+0.20, +1.80]", "gain, holds"]]
+    assert pairs(result) == [["c minus b", "+1.00 [+0.20, +1.80]", "gain, non-inferior"]]
 
 
 def test_the_legend_tells_the_interval_where_only_the_base_is_held_against(

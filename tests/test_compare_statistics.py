@@ -136,7 +136,7 @@ def test_what_is_missing_narrows_what_the_interval_is_over() -> None:
     assert difference(runs, base).over == "images"  # type: ignore[union-attr]
     streams = [{**run[0], "outcomes": None} for run in (runs, base)]
     alone = difference({0: streams[0]}, {0: streams[1]})
-    assert alone is not None and (alone.over, alone.low, alone.words()) == ("nothing", None, ("not resolved",))
+    assert alone is not None and (alone.over, alone.low, alone.words()) == ("nothing", None, ("inconclusive",))
     both = difference({0: streams[0], 1: streams[1]}, {0: streams[1], 1: streams[1]})
     assert both is not None and both.over == "seeds"
     expected = student.interval(0.95, 1, 0.125, np.std([0.25, 0.0], ddof=1) / math.sqrt(2))
@@ -160,11 +160,11 @@ def test_different_images_are_not_paired(other: dict[str, Any], word: str) -> No
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (0.001, 0.02, ("gain", "holds")),
-        (0.0, 0.02, ("holds",)),
-        (-0.004, 0.02, ("holds",)),
-        (-0.004, -0.001, ("loss", "holds")),
-        (-0.005, 0.02, ("not resolved",)),
+        (0.001, 0.02, ("gain", "non-inferior")),
+        (0.0, 0.02, ("non-inferior",)),
+        (-0.004, 0.02, ("non-inferior",)),
+        (-0.004, -0.001, ("loss", "non-inferior")),
+        (-0.005, 0.02, ("inconclusive",)),
         (-0.02, -0.001, ("loss",)),
     ],
 )
@@ -174,13 +174,13 @@ def test_verdicts(low: float, high: float, words: tuple[str, ...]) -> None:
     assert found.words() == words
     one = Difference(middle, low, high, "images", (0,), (middle,), 10)
     assert one.words() == tuple(f"{word} (one seed)" if word in ("gain", "loss") else word for word in words)
-    assert ("holds" in found.words(margin=0.03)) is True
+    assert ("non-inferior" in found.words(margin=0.03)) is True
 
 
 def test_no_verdict_from_a_handful_of_images() -> None:
     """9 images of 1000 that one model alone gets right, with both seeds, are a tight interval above 0: no verdict."""
     base = {seed: summary([0] * 1000) for seed in range(2)}
-    for count, words in ((9, ("not resolved",)), (10, ("gain", "holds"))):
+    for count, words in ((9, ("inconclusive",)), (10, ("gain", "non-inferior"))):
         found = difference({seed: summary([1] * count + [0] * (1000 - count)) for seed in range(2)}, base)
         assert found is not None and found.low is not None
         assert (found.differ, found.low > 0, found.words()) == (count, True, words)

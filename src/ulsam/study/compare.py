@@ -66,7 +66,7 @@ def compare(
         jobs: runs at a time; by default 1 on this machine, and what a Ray cluster has room for.
         launcher: ``local`` processes, or ``ray`` tasks (`ulsam.study.ray_launcher`).
         ray_address: of the Ray cluster.
-        margin: share of top-1 that an arm may lose and still "hold".
+        margin: share of top-1 that an arm may lose and still be non-inferior.
         start_from: a published comparison whose runs are put into ``out`` first, where they are not trained again.
         publish: as for :func:`report`.
         say: gets a line for each run that ends.
@@ -161,7 +161,7 @@ def report(
 
 def _check_margin(margin: float) -> None:
     if not 0 <= margin < math.inf:
-        raise UlsamError(f"the margin is what an arm may lose and still hold, 0 points or more: not {100 * margin:g}")
+        raise UlsamError(f"the margin is what a non-inferior arm may lose, 0 points or more: not {100 * margin:g}")
 
 
 def _check_packed(publish: str | Path | None) -> None:

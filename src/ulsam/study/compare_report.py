@@ -27,7 +27,7 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
     Args:
         grid: what was compared.
         store: where its runs lie; arms that another program trained there are part of the result.
-        margin: share of top-1 that an arm may lose and still hold.
+        margin: share of top-1 that an arm may lose and still be non-inferior.
         command: that made the runs; by default the one that is running.
 
     Raises:

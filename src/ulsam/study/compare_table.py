@@ -126,8 +126,8 @@ def legend(result: Mapping[str, Any]) -> str:
     return (
         f"Top-1 in %, mean ± standard deviation over seeds{_where(result)}. Minus base: points, paired by {paired}, "
         f"{interval}. "
-        f"holds: its lower end is above -{margin:g}; gain, loss: it leaves 0 out. Latency: one image, folded model, "
-        f"{machine}; of others its ratio to the base's. MACs: multiply-adds."
+        f"non-inferior: its lower end is above -{margin:g}; gain, loss: it leaves 0 out; inconclusive: neither. "
+        f"Latency: one image, folded model, {machine}; of others its ratio to the base's. MACs: multiply-adds."
     )
 
 

@@ -20,7 +20,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.study.student_t import t_quantile
 
 Over = Literal["seeds and images", "images", "seeds", "nothing"]
-Word = Literal["gain", "gain (one seed)", "holds", "loss", "loss (one seed)", "not resolved"]
+Word = Literal["gain", "gain (one seed)", "non-inferior", "loss", "loss (one seed)", "inconclusive"]
 
 LEAST_IMAGES = 10  # on which two models must differ for a verdict: an interval from fewer is no good one
 
@@ -38,24 +38,24 @@ class Difference:
     differ: int | None = None  # images that one model got right and the other wrong, with any seed
 
     def words(self, margin: float = 0.005) -> tuple[Word, ...]:
-        """The verdict: ``holds`` where the lower bound is above -``margin``; ``gain`` or ``loss`` where 0 is outside.
+        """The verdict: ``gain`` or ``loss`` where 0 is outside, ``non-inferior`` where the low end is above -``margin``.
 
-        It is ``not resolved`` where the models differ on fewer than 10 images.
+        It is ``inconclusive`` where none of them is true, or the models differ on fewer than 10 images.
 
         >>> Difference(0.02, 0.01, 0.03, "seeds and images", (0, 1), (0.02, 0.02), 45).words()
-        ('gain', 'holds')
+        ('gain', 'non-inferior')
         >>> Difference(0.02, 0.01, 0.03, "images", (0,), (0.02,), 45).words()
-        ('gain (one seed)', 'holds')
+        ('gain (one seed)', 'non-inferior')
         >>> Difference(0.02, 0.01, 0.03, "images", (0,), (0.02,), 9).words()
-        ('not resolved',)
+        ('inconclusive',)
         """
         few = self.differ is not None and self.differ < LEAST_IMAGES
         if self.low is None or self.high is None or few:
-            return ("not resolved",)
+            return ("inconclusive",)
         gain: Word = "gain" if len(self.seeds) > 1 else "gain (one seed)"
         loss: Word = "loss" if len(self.seeds) > 1 else "loss (one seed)"
-        true: dict[Word, bool] = {gain: self.low > 0, loss: self.high < 0, "holds": self.low > -margin}
-        return tuple(word for word, holds in true.items() if holds) or ("not resolved",)
+        true: dict[Word, bool] = {gain: self.low > 0, loss: self.high < 0, "non-inferior": self.low > -margin}
+        return tuple(word for word, is_true in true.items() if is_true) or ("inconclusive",)
 
 
 @dataclass(frozen=True)
