@@ -20,16 +20,17 @@ import torch
 
 from ulsam.base.provenance import processor
 from ulsam.model.build import build, make_spec
-from ulsam.training import probe, step
+from ulsam.training import probe
 from ulsam.training.config import TrainConfig
+from ulsam.training.machine import keep_freed_memory
 
 ROUNDS, SKIPPED, TIMED = 3, 2, 10
 CASES = [(amp, compiled) for amp in ("none", "bf16") for compiled in ("none", "inductor")]
 
 
 def measure(kept: bool, amp: Any, compiled: Any) -> dict[str, float]:
-    if not kept:
-        step.keep_freed_memory = lambda: False
+    if kept:
+        keep_freed_memory()
     torch.set_num_threads(1)
     model, _ = build(make_spec("mobilenetv2_100", [str(n) for n in range(100)], size=160))
     config = TrainConfig("none", size=160, batch_size=32, layout="channels_last", amp=amp, compile=compiled, threads=1)

@@ -41,7 +41,7 @@ from ulsam.study.paths import without_paths
 from ulsam.study.run_store import Store
 from ulsam.study.statistics import difference
 from ulsam.training import parts
-from ulsam.training.evaluate import ALONE, evaluate, outcomes
+from ulsam.training.evaluate import ALONE, evaluate_batches, outcomes
 
 ROOT = Path(__file__).parents[1]
 MOST_TURNS = 20_000
@@ -111,7 +111,7 @@ def shipped(run: Run, store: Store, stem: Path) -> dict[str, dict[str, Any]]:
     _, images, _ = parts.open_images(run.config)
     model, spec = load(store.folder(run) / "model.safetensors")
     paths = [path for path, _ in images.samples]  # type: ignore[union-attr]  # of an image folder
-    export(model, spec, files["float32"], images=paths)
+    export(model, files["float32"], spec=spec, images=paths)
     quantize(files["float32"], run.config.data, files["int8"], measure=300)
     found = {precision: {"file": file, **answers(file, images)} for precision, file in files.items()}
     return {**found, "pytorch": dict(store.outcome(run) or {})}
@@ -121,7 +121,7 @@ def answers(file: Path, images: Any) -> dict[str, Any]:
     """Top-1 of an exported model, and which images it gets right."""
     model, spec, transform = load_exported(file)
     batches = eval_loader(images, transform, batch_size=32, workers=0, device=ALONE.device)
-    scores = evaluate(model, batches, len(spec.classes), world=ALONE, channels_last=False, progress=file.stem)
+    scores = evaluate_batches(model, batches, len(spec.classes), world=ALONE, channels_last=False, progress=file.stem)
     told = {"top1": scores.top1, "images": scores.images}
     return {"split": None, "scores": told, "outcomes": outcomes(scores, images), "bytes": file.stat().st_size}
 

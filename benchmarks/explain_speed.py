@@ -21,7 +21,7 @@ from PIL import Image
 from ulsam.base.files import check_writable, write_atomic
 from ulsam.base.provenance import processor, versions
 from ulsam.data.birds import draw_birds
-from ulsam.model.build import build, make_spec, save_model
+from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit
 
 SIDES = (512, 384)
@@ -65,7 +65,7 @@ def make_models(folder: Path, size: int) -> list[Path]:
     for name, edits in EDITS.items():
         spec = make_spec("mobilenetv2_100", [f"class {number}" for number in range(100)], edits, size=size)
         paths.append(folder / f"{name}.safetensors")
-        save_model(build(spec)[0], spec, paths[-1])
+        save(build(spec)[0], spec, paths[-1])
     return paths
 
 

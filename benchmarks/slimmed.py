@@ -39,7 +39,7 @@ from ulsam.base.files import make_folder, write_atomic
 from ulsam.base.packed import SUFFIX, write_packed
 from ulsam.base.provenance import command_line, processor, versions
 from ulsam.data.loading import eval_loader
-from ulsam.model.build import load, read_spec, save_model
+from ulsam.model.build import load, read_spec, save
 from ulsam.model.spec import ModelSpec
 from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge
 from ulsam.study.latency import measure
@@ -50,7 +50,7 @@ from ulsam.study.slim import DECIDED, fine_tuning, slim
 from ulsam.study.statistics import difference
 from ulsam.training import parts
 from ulsam.training.config import read_config
-from ulsam.training.evaluate import ALONE, evaluate, spec_transform
+from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
 from ulsam.training.loop import resume, train
 from ulsam.training.restore import check_begun
 
@@ -193,7 +193,7 @@ def pack(model: nn.Module, spec: ModelSpec, target: Path) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.half()
-    save_model(model, spec, target)
+    save(model, spec, target)
 
 
 def measured(model: nn.Module, run: Run) -> float:
@@ -201,7 +201,7 @@ def measured(model: nn.Module, run: Run) -> float:
     _, images, _ = parts.open_images(run.config)
     spec = parts.spec_of(run.config, images.classes)
     batches = eval_loader(images, spec_transform(spec), batch_size=32, workers=0, device=ALONE.device)
-    return evaluate(model, batches, len(images.classes), world=ALONE).top1
+    return evaluate_batches(model, batches, len(images.classes), world=ALONE).top1
 
 
 def _decide(jobs: Sequence[dict[str, Any]]) -> None:

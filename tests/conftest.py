@@ -1,9 +1,12 @@
 """What holds for every test and every process that a test starts."""
 
 import gc
+import logging
 import os
 import signal
+from collections.abc import Callable
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A user's choice of the backend is none of the tests': they choose themselves.
@@ -35,3 +38,16 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Or extensions complain at the end that their objects are left."""
     gc.unfreeze()
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """What the library has logged since the last call, a line each."""
+    caplog.set_level(logging.INFO, logger="ulsam")
+
+    def lines() -> str:
+        text = "".join(f"{message}\n" for message in caplog.messages)
+        caplog.clear()
+        return text
+
+    return lines

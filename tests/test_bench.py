@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import random
 import signal
@@ -20,13 +21,14 @@ from torch import nn
 
 from tiny import NET
 from ulsam.base.errors import UlsamError
+from ulsam.base.logs import LOGGER
 from ulsam.base.timing import WARM_UP, in_turn
 from ulsam.cli import main
 from ulsam.deploy.bench import MOST_TURNS, bench, start
 from ulsam.deploy.bench_models import open_model
 from ulsam.deploy.bench_report import COLUMNS, Row, csv_text, figures, text
 from ulsam.deploy.export import engine_of
-from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.build import build, load, make_spec, save
 from ulsam.model.spec import Edit
 from ulsam.surgery.cost import cost
 
@@ -41,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     spec = make_spec(NET, ("a", "b", "c"), [Edit("insert", "blocks.1.0", 4)], size=32)
     model, _ = build(spec)
     nn.init.normal_(model.get_submodule("classifier").weight)
-    save_model(model, spec, root / "model.safetensors")
+    save(model, spec, root / "model.safetensors")
     content = engine_of(model, spec).files[".onnx"]
     (root / "model.onnx").write_bytes(content)
     graph = onnx.load_from_string(content)
@@ -218,22 +220,22 @@ def test_other_answers_are_refused_before_timing(folder, tmp_path):
     assert children() == before
 
 
-def test_what_was_measured_is_kept_on_ctrl_c(folder, tmp_path):
-    said: list[str] = []
-
-    def say(line: str) -> None:
-        said.append(line)
-        if line.startswith("time"):  # then only Ctrl-C ends it
-            threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+def test_what_was_measured_is_kept_on_ctrl_c(folder, tmp_path, logged, request):
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("time"):  # then only Ctrl-C ends it
+                threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
 
     before = children()
     out = tmp_path / "out"
+    LOGGER.addHandler(listener := Listener())
+    request.addfinalizer(lambda: LOGGER.removeHandler(listener))
     with pytest.raises(KeyboardInterrupt, match=r"what was measured is in .*out"):
-        bench([str(folder / "model.onnx")], out, backends=["onnxruntime"], batches=[64, 1], seconds=600, say=say)
+        bench([str(folder / "model.onnx")], out, backends=["onnxruntime"], batches=[64, 1], seconds=600)
     assert children() == before
     (row,) = csv.DictReader((out / "bench.csv").open())
     assert (row["infer_batch_size"], 0 < int(row["turns"]) < MOST_TURNS) == ("64", True)
-    assert [line for line in said if line.startswith("start")] == ["start   batch 64, threads 1"]
+    assert [line for line in logged().splitlines() if line.startswith("start")] == ["start   batch 64, threads 1"]
 
 
 def test_a_process_that_dies_is_told(folder, tmp_path):

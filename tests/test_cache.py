@@ -1,7 +1,7 @@
 """Decoded images in memory: the same batches with and without, filled by all that read, as far as memory goes."""
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def test_why_not(images: FolderImages, monkeypatch: pytest.MonkeyPatch, changed:
         monkeypatch.setattr(caching, name, value)
     cache, line = cache_for(images, whole, "auto")
     assert cache is None
-    with pytest.raises(UlsamError, match=f"--cache true cannot be done: {message}.*; --cache auto goes"):
+    with pytest.raises(UlsamError, match=f"`cache=true` cannot be done: {message}.*; `cache=auto` goes"):
         cache_for(images, whole, "true")
     assert str(line).startswith("off: ")
 
@@ -255,7 +255,7 @@ def test_available_memory_within_control_groups_of_version_1(tmp_path: Path) -> 
 
 
 def test_training_says_whether_it_caches_and_ends_in_the_same_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     data = draw_splits(tmp_path / "data", train=6, val=2)
     losses = []
@@ -264,6 +264,6 @@ def test_training_says_whether_it_caches_and_ends_in_the_same_weights(
         assert config.cache == str(choice).lower()
         summary = train(config, tmp_path / str(choice))
         losses.append(summary["epochs"][0]["train_loss"])
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache")]
+        lines = [line for line in logged().splitlines() if line.startswith("cache")]
         assert lines == ([said] if said else [])
     assert losses[0] == losses[1]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ulsam.cli import main
-from ulsam.model.build import build, make_spec, save_model
+from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.training.evaluate import spec_transform
 
@@ -29,7 +29,7 @@ def world(tmp_path_factory):
     for module in model.eval().modules():  # spread the outputs, so that the images get different answers
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight)
-    save_model(model, spec, root / "model.safetensors")
+    save(model, spec, root / "model.safetensors")
     said = {}
     for split, count in (("val", 1), ("test", 3)):
         for label, name in enumerate(CLASSES):
@@ -42,7 +42,7 @@ def world(tmp_path_factory):
                 said[str(folder / f"{number}.png")] = model(image[None]).softmax(1)[0]
     (root / "data" / "train").mkdir()
     grey = make_spec("mobilenetv2_035", CLASSES, size=32, model_args={"in_chans": 1})
-    save_model(build(grey)[0], grey, root / "grey.safetensors")
+    save(build(grey)[0], grey, root / "grey.safetensors")
     return root, said
 
 
@@ -140,7 +140,7 @@ def test_predict_skips_what_is_hidden(world, capsys, tmp_path):
 
 def test_names_do_not_command_the_terminal(capsys, tmp_path):
     spec = ModelSpec("mobilenetv2_035", ("a\x1b[2J", "b\nc"), input_size=(3, 32, 32))
-    save_model(build(spec)[0], spec, tmp_path / "model.safetensors")
+    save(build(spec)[0], spec, tmp_path / "model.safetensors")
     folder = tmp_path / "data"
     for name in spec.classes:
         (folder / name).mkdir(parents=True)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import ulsam
 from ulsam.cli import main
-from ulsam.model.build import build, make_spec, save_model, sketch
+from ulsam.model.build import build, make_spec, save, sketch
 from ulsam.model.spec import Edit
 from ulsam.surgery.cost import cost
 
@@ -20,7 +20,7 @@ NET = "mobilenetv2_050"
 def file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("models") / "wrens.safetensors"
     spec = make_spec(NET, ["Zaunkönig", "wren"], [Edit("replace", "14,17", 8)], size=64)
-    save_model(build(spec)[0], spec, path)
+    save(build(spec)[0], spec, path)
     return path
 
 

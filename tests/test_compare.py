@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import logging
 import re
 import shutil
 import sys
@@ -82,7 +83,7 @@ def run_here(
     with store.locked():
         store.begin(grid, f"ulsam compare {data}", data_digest(shared, grid.choose_split), {})
     launcher = Here(store)
-    run_all(grid, store, launcher, lambda line: None, "ulsam compare")
+    run_all(grid, store, launcher, "ulsam compare")
     measure_latency(grid, store)
     return _reported(grid, store, 0.005, f"ulsam compare {data}"), launcher.started
 
@@ -234,7 +235,7 @@ def test_data_that_changed_is_refused_before_training(what: str, tmp_path: Path)
     else:
         for split in ("train", "val"):
             (moved / split / "class1").rename(moved / split / "class9")
-    with pytest.raises(UlsamError, match=r"on other images than .*data holds now: name another --out$"):
+    with pytest.raises(UlsamError, match=r"on other images than .*data holds now: name another `out`$"):
         store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved))), {})
 
 
@@ -381,7 +382,7 @@ def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_pa
     assert tries[0]["images"]["train"] == finals[0]["images"]["train"]
     assert result["chosen_on"] == "val"
     assert "| val top-1 at lr, epochs | 0.02, 1 | 0.1, 1 |" in (out / "compare.md").read_text()
-    with pytest.raises(UlsamError, match="chooses rates on val: go on with that, or name another --out"):
+    with pytest.raises(UlsamError, match="chooses rates on val: go on with that, or name another `out`"):
         run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1)
     next((three / "val" / "class0").iterdir()).unlink()
     with pytest.raises(UlsamError, match="compares models on other images"):
@@ -577,15 +578,20 @@ def test_images_that_the_start_was_trained_on_are_no_held_out_ones(data: Path, t
     assert seen_before(tries) == []
 
 
-def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -> None:
+def test_a_locked_run_is_left_to_the_other_process(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What another process has in hand is waited for, said once, and taken over from it without training."""
     shared = TrainConfig.from_mapping({**SETTLED, "data": str(data)})
     grid, store = Grid(parse_arms(ARMS[:2]), shared, seeds=1), Store(tmp_path)
-    said: list[str] = []
+    caplog.set_level(logging.INFO, logger="ulsam")
+
+    def said() -> list[str]:
+        return [line.split()[0] for line in caplog.messages if line.startswith(("wait ", "run "))]
 
     class Locked(LocalLauncher):
         def start(self, run: Run) -> bool:
-            if len(said) == 2:  # both were told: the other process is done with one, then with the other
+            if len(said()) == 2:  # both were told: the other process is done with one, then with the other
                 for other in grid.known(self.store.outcome):
                     if self.store.outcome(other) is None:
                         train(other.config, self.store.folder(other))
@@ -596,6 +602,6 @@ def test_a_locked_run_is_left_to_the_other_process(data: Path, tmp_path: Path) -
     held = [take_lock(lock_of(store.folder(run))) for run in grid.known(store.outcome)]
     assert None not in held
     launcher = Locked(store, jobs=2)
-    run_all(grid, store, launcher, said.append, "again")
-    assert [line.split(":")[0].split()[0] for line in said] == ["wait", "wait"]
+    run_all(grid, store, launcher, "again")
+    assert said() == ["wait", "wait"]
     assert not any(isinstance(store.outcome(run), Failed | None) for run in grid.known(store.outcome))

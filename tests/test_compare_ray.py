@@ -75,7 +75,6 @@ def test_a_node_lost_on_the_way_costs_only_its_runs(
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     lost = cluster.add_node(num_cpus=1)
     out = tmp_path / "out"
-    said: list[str] = []
     stamps: dict[str, float] = {}
 
     def lose() -> None:
@@ -101,7 +100,6 @@ def test_a_node_lost_on_the_way_costs_only_its_runs(
             settings=settings,
             launcher="ray",
             ray_address=cluster.address,
-            say=said.append,
         )
     finally:
         watcher.join()

@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tiny import NET, SETTINGS, Warm, draw_splits, options, warm
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
 from ulsam.data import loading
-from ulsam.model.build import build, load, save_model
+from ulsam.model.build import build, load, save
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.surgery import edit as surgery
 from ulsam.surgery.trace import trace
@@ -71,7 +71,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settle_norms(model, torch.randn(32, *SIZE))
     nn.init.normal_(model.classifier.weight, std=0.2)
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_model(model, its, path)
+    save(model, its, path)
     return path
 
 
@@ -123,13 +123,13 @@ def test_feature_loss_depends_on_no_size() -> None:
     "settings", [{}, {"mixup": 0.4}, {"distill": 0.0}, {"distill": 1.0, "smoothing": 0.0}], ids=str
 )
 def test_the_step_is_that_of_the_formula(
-    settings: dict[str, Any], data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], data: Path, teacher: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     """Loss and gradients against those written out with plain models, on images that the teacher normalises anew."""
     chosen = config(data, teacher=str(teacher), distill_features=0.7, batch_size=12, edits=EDITS, **settings)
     trainer = Trainer(chosen, tmp_path, ALONE)
     trainer.prepare()
-    told = capsys.readouterr().out
+    told = logged()
     weight = chosen.distill
     assert weight is not None
     assert f"teacher {NET}; edits: none; soft targets weigh {weight:g}, at temperature 4; maps weigh 0.7, at " in told
@@ -172,7 +172,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn(data: Path, tmp_path: P
     """In eval mode, where both compute the same, both distillation losses are 0 and so is their gradient."""
     its = spec()
     model, _ = build(its)
-    save_model(model, its, tmp_path / "teacher.safetensors")
+    save(model, its, tmp_path / "teacher.safetensors")
     chosen = config(data, teacher=str(tmp_path / "teacher.safetensors"), distill=1.0, distill_features=1.0)
     chosen = dataclasses.replace(chosen, layout="contiguous")
     training = TrainingStep(chosen, model.eval(), 1, ALONE, open_teacher(chosen, its, model))
@@ -340,7 +340,7 @@ def test_two_processes_are_taught_as_one(ulsam: Warm, data: Path, tmp_path: Path
     its = spec(base="test_convnext")  # without BatchNorm
     model, _ = build(its)
     nn.init.normal_(model.head.fc.weight, std=0.2)
-    save_model(model, its, tmp_path / "teacher.safetensors")
+    save(model, its, tmp_path / "teacher.safetensors")
     settings = {"model": "test_convnext", "batch_size": 4, "lr": 1e-8, "layout": "contiguous"}
     chosen = config(data, teacher=str(tmp_path / "teacher.safetensors"), distill_features=0.5, **settings)
     one = train(chosen, tmp_path / "one")
@@ -374,14 +374,14 @@ def unbroken(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_stopped_run_goes_on_with_the_same_teacher_alone(
-    data: Path, teacher: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, teacher: Path, unbroken: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     run, mine = tmp_path / "run", Path(shutil.copy(teacher, tmp_path / "mine.safetensors"))
     with stop_after(5), pytest.raises(Interrupted, match="stopped in epoch 2, step 2"):
         train(config(data, teacher=str(mine), edits=EDITS, **FULL), run)
     whole = mine.read_bytes()
     its = spec(std=(0.2, 0.2, 0.2))
-    save_model(build(its)[0], its, mine)
+    save(build(its)[0], its, mine)
     with pytest.raises(UlsamError, match=r"^the teacher's file is not the one that this run was started with: put"):
         resume(run)
     mine.unlink()
@@ -391,9 +391,9 @@ def test_a_stopped_run_goes_on_with_the_same_teacher_alone(
         resume(run, {"distill": 0.6})
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(whole)
-    capsys.readouterr()
+    logged()
     summary = resume(run, {"teacher": str(moved)})
-    assert "warning" not in capsys.readouterr().out
+    assert "warning" not in logged()
     assert (run / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
     assert summary["scores"] == json.loads((unbroken / "summary.json").read_text())["scores"]
 
@@ -469,7 +469,7 @@ def test_a_run_without_a_teacher_gets_none_when_it_goes_on(teacher: Path, tmp_pa
 def test_a_diverged_run_is_told_of_the_weight_of_its_maps(data: Path, teacher: Path, tmp_path: Path) -> None:
     trainer = Trainer(config(data, teacher=str(teacher), distill_features=1e38, lr=1e3), tmp_path, ALONE)
     trainer.prepare()
-    with pytest.raises(UlsamError, match=r"or --amp none, or a lower --distill-features$"):
+    with pytest.raises(UlsamError, match=r"or `amp=none`, or a lower `distill_features`$"):
         trainer.fit()
 
 
@@ -490,7 +490,7 @@ def test_the_defaults_of_a_teacher_are_written_down(teacher: Path) -> None:
 )
 def test_a_teacher_of_other_classes(classes: tuple[str, ...], message: str, data: Path, tmp_path: Path) -> None:
     its = spec(classes=classes)
-    save_model(build(its)[0], its, tmp_path / "other.safetensors")
+    save(build(its)[0], its, tmp_path / "other.safetensors")
     with pytest.raises(UlsamError, match=rf"other\.safetensors cannot teach: {message}$"):
         train(config(data, teacher=str(tmp_path / "other.safetensors")), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -26,8 +26,9 @@ from ulsam.base.eval_mode import eval_mode
 from ulsam.data.images import read_image
 from ulsam.data.loading import Batch, eval_loader
 from ulsam.data.opening import open_split
+from ulsam.deploy.predict import predict
 from ulsam.model.build import build, make_spec
-from ulsam.training.evaluate import Scores, Stopped, evaluate, logits_of, outcomes, predict, spec_transform, wilson
+from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, logits_of, outcomes, spec_transform, wilson
 
 CLASSES = ("robin", "wren", "finch")
 SPEC = make_spec(NET, CLASSES, size=32)
@@ -51,7 +52,7 @@ def test_scores_equal_a_naive_loop(n: int, classes: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, classes, generator=random) * 3
     labels = torch.randint(classes, (n,), generator=random)
-    scores = evaluate(Given(), given_batches(logits, labels), classes)
+    scores = evaluate_batches(Given(), given_batches(logits, labels), classes)
 
     right = among_five = 0
     loss = 0.0
@@ -86,13 +87,13 @@ def test_measuring_is_given_up_at_once() -> None:
     answers = iter([False, False, True])
     with pytest.raises(Stopped):
         batches = given_batches(torch.zeros(40, 3), torch.zeros(40, dtype=torch.long))
-        evaluate(Given(), batches, 3, stop=lambda: next(answers))
+        evaluate_batches(Given(), batches, 3, stop=lambda: next(answers))
 
 
 def test_measuring_100_000_classes_takes_little_memory() -> None:
     logits = torch.zeros(2, 100_000)
     logits[:, 99_999] = 1
-    scores = evaluate(Given(), given_batches(logits, torch.tensor([99_999, 7])), 100_000)  # squared: 80 GB
+    scores = evaluate_batches(Given(), given_batches(logits, torch.tensor([99_999, 7])), 100_000)  # squared: 80 GB
     assert (scores.class_images[7], scores.class_images[99_999], sum(scores.class_images)) == (1, 1, 2)
     assert (scores.class_right[7], scores.class_right[99_999], sum(scores.class_right)) == (0, 1, 1)
 
@@ -112,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_unreadable_images_are_left_out_and_named(folder: Path) -> None:
     model, _ = build(SPEC)
     images = open_split(str(folder), "val")
-    scores = evaluate(model, eval_loader(images, spec_transform(SPEC), batch_size=3, workers=0), 3)
+    scores = evaluate_batches(model, eval_loader(images, spec_transform(SPEC), batch_size=3, workers=0), 3)
     assert scores.images == 10
     assert [entry["images"] for entry in scores.per_class(CLASSES).values()] == [4, 3, 3]
     assert [Path(name).parts[-2:] for name, _ in scores.unreadable] == [("class1", "002.png"), ("class2", "000.png")]
@@ -125,7 +126,7 @@ def test_nothing_to_measure(tmp_path: Path) -> None:
         path.write_bytes(b"")
     batches = eval_loader(open_split(str(tmp_path), "all"), spec_transform(SPEC), batch_size=2, workers=0)
     with pytest.raises(UlsamError, match="none of the 3 images could be read"):
-        evaluate(build(SPEC)[0], batches, 3)
+        evaluate_batches(build(SPEC)[0], batches, 3)
 
 
 def test_every_module_keeps_its_mode(folder: Path) -> None:
@@ -136,10 +137,10 @@ def test_every_module_keeps_its_mode(folder: Path) -> None:
     assert set(before) == {True, False}
     statistics = {name: value.clone() for name, value in model.named_buffers()}
     batches = eval_loader(open_split(str(folder), "val"), spec_transform(SPEC), batch_size=4, workers=0)
-    evaluate(model, batches, 3)
-    list(predict(model, SPEC, [folder / "val" / "class0" / "000.png"]))
+    evaluate_batches(model, batches, 3)
+    list(predict(model, [folder / "val" / "class0" / "000.png"], spec=SPEC))
     with pytest.raises(UlsamError):
-        evaluate(model, batches, 7)
+        evaluate_batches(model, batches, 7)
     assert [module.training for module in model.modules()] == before
     assert all(torch.equal(value, statistics[name]) for name, value in model.named_buffers())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -150,19 +151,19 @@ def test_outputs_that_are_not_finite_are_refused(value: float, folder: Path) -> 
     logits = torch.zeros(6, 3)
     logits[4, 1] = value
     with pytest.raises(NotFinite, match="not finite"):
-        evaluate(Given(), given_batches(logits, torch.ones(6, dtype=torch.long)), 3)
+        evaluate_batches(Given(), given_batches(logits, torch.ones(6, dtype=torch.long)), 3)
     model, _ = build(SPEC)
     with torch.no_grad():
         model.get_submodule("classifier").bias[1] = value  # type: ignore[index,operator]
     with pytest.raises(NotFinite, match="not finite"):
-        list(predict(model, SPEC, [folder / "val" / "class0" / "000.png"]))
+        list(predict(model, [folder / "val" / "class0" / "000.png"], spec=SPEC))
 
 
 @pytest.mark.parametrize(("classes", "label", "message"), [(4, 0, "3 outputs, .* 4 classes"), (3, 3, "class number 3")])
 def test_model_and_images_differ_in_classes(classes: int, label: int, message: str) -> None:
     batches = given_batches(torch.zeros(2, 3), torch.tensor([label, label]))
     with pytest.raises(UlsamError, match=message):
-        evaluate(Given(), batches, classes)
+        evaluate_batches(Given(), batches, classes)
 
 
 def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
@@ -170,7 +171,7 @@ def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
     good = sorted(path for path in (folder / "val").rglob("*.png") if path.stat().st_size > 20)
     bad = folder / "val" / "class1" / "002.png"
     paths = [good[0], bad, *good[1:], "missing.jpg", good[0]]
-    found = list(predict(model, SPEC, paths, top=9, batch_size=3))
+    found = list(predict(model, paths, spec=SPEC, top=9, batch_size=3))
     assert [one.path for one in found] == [str(path) for path in paths]
     assert [index for index, one in enumerate(found) if one.error] == [1, len(paths) - 2]
     assert found[1].error == f"{bad}: empty file (zero bytes)"
@@ -187,9 +188,9 @@ def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
             outputs = model(spec_transform(SPEC)(read_image(one.path))[None]).softmax(1)[0]
         assert [shares[name] for name in CLASSES] == pytest.approx(outputs.tolist(), abs=1e-5)
     assert dict(found[0].classes) == pytest.approx(dict(found[-1].classes), abs=1e-5)
-    two = predict(model, SPEC, paths, top=2, batch_size=3)
+    two = predict(model, paths, spec=SPEC, top=2, batch_size=3)
     assert [one.classes for one in two] == [one.classes[:2] for one in found]
-    assert list(predict(model, SPEC, [])) == []
+    assert list(predict(model, [], spec=SPEC)) == []
 
 
 def test_outcomes_tell_each_image_whatever_the_processes(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_outcomes_tell_each_image_whatever_the_processes(tmp_path: Path) -> None
 
     def share(rank: int, world: int) -> Scores:
         batches = eval_loader(images, spec_transform(SPEC), batch_size=4, workers=0, rank=rank, world=world)
-        return evaluate(model, batches, 3)
+        return evaluate_batches(model, batches, 3)
 
     whole = share(0, 1)
     entry = outcomes(whole, images)
@@ -225,11 +226,11 @@ def test_outcomes_tell_each_image_whatever_the_processes(tmp_path: Path) -> None
     unreadable.unlink()
     fewer = open_split(str(tmp_path), "all")
     batches = eval_loader(fewer, spec_transform(SPEC), batch_size=4, workers=0)
-    assert outcomes(evaluate(model, batches, 3), fewer) == entry  # the same images were measured
+    assert outcomes(evaluate_batches(model, batches, 3), fewer) == entry  # the same images were measured
     (tmp_path / "class0" / "000.png").rename(tmp_path / "class0" / "00x.png")
     other = open_split(str(tmp_path), "all")
     batches = eval_loader(other, spec_transform(SPEC), batch_size=4, workers=0)
-    renamed = outcomes(evaluate(model, batches, 3), other)
+    renamed = outcomes(evaluate_batches(model, batches, 3), other)
     assert renamed is not None and renamed["names"] != entry["names"]
 
 

@@ -16,15 +16,16 @@ import ulsam
 from tiny import NET, draw
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.data.birds import draw_birds, mark_boxes
+from ulsam.deploy.predict import predict
 from ulsam.explanation import Explainer, measures, perturb
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, upsampled
 from ulsam.explanation.explainer import LayerMaps
 from ulsam.explanation.map_numbers import CAM, MapNumbers
 from ulsam.explanation.regions import BIRD, at_size, mark_areas
 from ulsam.layer.ulsam import ULSAM
-from ulsam.model.build import build, make_spec, save_model
+from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit, ModelSpec
-from ulsam.training.evaluate import predict, spec_transform
+from ulsam.training.evaluate import spec_transform
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -139,7 +140,7 @@ def test_an_explanation_holds_what_the_model_and_its_layers_say(tmp_path: Path) 
     model, spec = tiny_model(Edit("insert", "blocks.2", 2, form="released"), Edit("insert", "blocks.3", 4, width=8))
     draw(tmp_path, 1)
     paths = sorted(map(str, tmp_path.rglob("*.png")))
-    expected = list(predict(model, spec, paths))
+    expected = list(predict(model, paths, spec=spec))
     inputs: dict[str, Tensor] = {}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ULSAM)}
     assert list(layers) == ["blocks.2.0.ulsam", "blocks.3.0.ulsam.0"]
@@ -193,7 +194,7 @@ def test_a_folded_model_is_explained_as_the_model_itself() -> None:
 
 def test_explain_takes_a_model_file_and_names_mistakes(tmp_path: Path) -> None:
     model, spec = tiny_model()
-    save_model(model, spec, tmp_path / "model.safetensors")
+    save(model, spec, tmp_path / "model.safetensors")
     image = Image.new("RGB", (70, 90), (200, 30, 30))
     found = ulsam.explain(tmp_path / "model.safetensors", image, target="b")
     assert (found.classes[found.target], found.layers) == ("b", ())

@@ -22,7 +22,7 @@ from ulsam.explanation.explain_images import panel_name
 from ulsam.explanation.explain_page import MOST_CARDS, card, page
 from ulsam.explanation.image_list import list_images, urgency
 from ulsam.explanation.panel import HEAD, IMAGE, MARGIN, TILE, panel
-from ulsam.model.build import build, make_spec, save_model
+from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit
 
 CLASSES = ["class0", "class1", "class2"]
@@ -189,7 +189,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         spec = make_spec(NET, CLASSES, edits, size=size)
         model, _ = build(spec)
         torch.nn.init.normal_(model.classifier.weight)
-        save_model(model, spec, folder / f"{name}.safetensors")
+        save(model, spec, folder / f"{name}.safetensors")
     return folder
 
 
@@ -238,7 +238,7 @@ def test_a_model_alone_and_images_of_unknown_class(root: Path, capsys: pytest.Ca
 
 def test_models_of_different_classes_do_not_compare(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = make_spec(NET, ["class0", "class1", "wren"], [], size=64)
-    save_model(build(spec)[0], spec, root / "other.safetensors")
+    save(build(spec)[0], spec, root / "other.safetensors")
     words = ["explain", str(root / "model.safetensors"), str(root / "there")]
     assert main([*words, "--against", str(root / "other.safetensors"), "--out", str(root / "odd")]) == 0
     warning = "the models know different classes: only one has 'class2'"

@@ -31,7 +31,7 @@ from ulsam.cli import main
 from ulsam.explanation import Explanation
 from ulsam.explanation.drawing import coloured
 from ulsam.explanation.panel import panel
-from ulsam.model.build import save_model
+from ulsam.model.build import save
 
 LIMIT = 300_000
 
@@ -287,7 +287,7 @@ def test_no_file_is_written(port: int, tmp_path: Path, monkeypatch: pytest.Monke
 def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     explainer = two()[0].explainer
-    save_model(explainer.model, explainer.spec, path)
+    save(explainer.model, explainer.spec, path)
     return str(path)
 
 

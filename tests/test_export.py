@@ -20,7 +20,7 @@ from ulsam.deploy.export import export
 from ulsam.deploy.onnx_graph import ATTENTION, onnx_graph
 from ulsam.deploy.parity import Parity, compared, read_images
 from ulsam.layer.ops.reference import subspace_attention
-from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.build import build, load, make_spec, save
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.training.evaluate import spec_transform
 
@@ -123,7 +123,7 @@ def model(tmp_path_factory) -> Path:
             module.running_var.uniform_(0.5, 2)
     nn.init.normal_(built.get_submodule("classifier").weight)
     path = tmp_path_factory.mktemp("models") / "model.safetensors"
-    save_model(built, spec, path)
+    save(built, spec, path)
     return path
 
 
@@ -183,7 +183,7 @@ def test_the_file_is_the_model_and_says_what_it_is(model, images, capsys):
 
 
 def test_height_and_width_may_be_left_open(small, tmp_path):
-    parity = export(small, SPEC, tmp_path / "open.onnx", dynamic_size=True)
+    parity = export(small, tmp_path / "open.onnx", spec=SPEC, dynamic_size=True)
     assert (parity.images, parity.same, parity.drawn) == (20, 20, True)  # 4 of them at another size
     model = runtime.load(tmp_path / "open.onnx")
     for size in [(48, 48), (33, 80), (129, 64)]:
@@ -196,7 +196,7 @@ def test_a_map_of_one_pixel_may_grow(tmp_path):
     torch.manual_seed(0)
     spec = make_spec(NET, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=32)
     model = build(spec)[0].eval()
-    export(model, spec, tmp_path / "open.onnx", dynamic_size=True)
+    export(model, tmp_path / "open.onnx", spec=spec, dynamic_size=True)
     exported = runtime.load(tmp_path / "open.onnx")
     assert exported.any_size
     for size in [(32, 32), (33, 70), (96, 64)]:
@@ -209,13 +209,13 @@ def test_a_model_for_one_size_cannot_leave_it_open(tmp_path):
     with pytest.raises(
         UlsamError, match=r"free batch, height, width: .* for one size\? then leave that fixed"
     ) as caught:
-        export(model, SPEC, tmp_path / "model.onnx", dynamic_size=True)
+        export(model, tmp_path / "model.onnx", spec=SPEC, dynamic_size=True)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_normalised_images_may_be_the_input(small, tmp_path):
-    export(small, SPEC, tmp_path / "plain.onnx", preprocessing=False)
+    export(small, tmp_path / "plain.onnx", spec=SPEC, preprocessing=False)
     made = onnx.load(tmp_path / "plain.onnx")
     assert [dim.dim_value for dim in made.graph.input[0].type.tensor_type.shape.dim] == [0, 3, 48, 48]
     images, model = noise(3, 48, 48), runtime.load(tmp_path / "plain.onnx")
@@ -235,7 +235,7 @@ class Sly(nn.Module):
 
 def test_another_output_is_refused_and_leaves_no_file(small, tmp_path):
     with pytest.raises(UlsamError, match="the model for onnx puts out something else than the model: 16 drawn birds"):
-        export(Sly(small, 0.5), SPEC, tmp_path / "sly.onnx")
+        export(Sly(small, 0.5), tmp_path / "sly.onnx", spec=SPEC)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -294,7 +294,7 @@ def test_mistakes_are_told_in_one_line(model, tmp_path, capsys, words, told):
 def test_openvino_runs_the_file(small, tmp_path):
     openvino = pytest.importorskip("openvino")
     out = tmp_path / "model.xml"
-    assert export(small, SPEC, out, "openvino", dynamic_size=True).same == 20
+    assert export(small, out, "openvino", spec=SPEC, dynamic_size=True).same == 20
     read = openvino.Core().read_model(out)
     assert json.loads(read.get_rt_info(["ulsam", "classes"]).value) == list(CLASSES)
     compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -307,11 +307,11 @@ def test_executorch_runs_the_file(small, tmp_path):
     from executorch.runtime import Runtime
 
     out = tmp_path / "model.pte"
-    assert export(small, SPEC, out, "executorch").same == 16
+    assert export(small, out, "executorch", spec=SPEC).same == 16
     program = Runtime.get().load_program(out)
     images = noise(1, 48, 48)
     (found,) = program.load_method("forward").execute([torch.from_numpy(images)])
     np.testing.assert_allclose(found.numpy(), outputs(small, SPEC, images), atol=1e-4)
     assert json.loads(program.load_method("classes").execute([])[0]) == list(CLASSES)
     with pytest.raises(UlsamError, match="for one size"):
-        export(small, SPEC, out, "executorch", dynamic_size=True)
+        export(small, out, "executorch", spec=SPEC, dynamic_size=True)

@@ -206,10 +206,10 @@ def test_split_refuses() -> None:
 def test_imbalance_note() -> None:
     classes = ["owl", "robin", "wren"]
     assert imbalance_note(classes, [100, 12, 60]) == (
-        "imbalanced: 12 (robin) to 100 (owl) images a class, ratio 8; consider --sampler balanced"
+        "imbalanced: 12 (robin) to 100 (owl) images a class, ratio 8; consider `sampler=balanced`"
     )
     assert imbalance_note(classes, [50, 10, 11]) is not None
     assert imbalance_note(classes, [49, 10, 11]) is None
     assert imbalance_note(classes, [5, 0, 5]) == (
-        "imbalanced: 0 (robin) to 5 (owl) images a class; consider --sampler balanced"
+        "imbalanced: 0 (robin) to 5 (owl) images a class; consider `sampler=balanced`"
     )

@@ -514,7 +514,7 @@ def test_exporting_in_inference_mode(tmp_path: Path) -> None:
     spec = ModelSpec(NET, ("cat", "dog"), input_size=(3, 32, 32))
     with torch.inference_mode():
         model = lively(build(spec)[0])
-        assert ulsam.export(model, spec, tmp_path / "model.onnx").images == 16
+        assert ulsam.export(model, tmp_path / "model.onnx", spec=spec).images == 16
 
 
 class InPlace(nn.Module):

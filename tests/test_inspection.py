@@ -20,7 +20,7 @@ from ulsam.data.folder import images_below
 from ulsam.data.images import read_image
 from ulsam.explanation.inspect_maps import INERT, LayerStats, inspect, warnings
 from ulsam.layer.ulsam import ULSAM
-from ulsam.model.build import build, make_spec, save_model
+from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit
 from ulsam.training.evaluate import spec_transform
 
@@ -216,9 +216,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.get_submodule("blocks.2.0.ulsam").pointwise.weight.zero_()
         model.get_submodule("blocks.3.0.ulsam").pointwise.weight.fill_(50)
         model.get_submodule("blocks.3.0.ulsam").depthwise.weight.fill_(50)
-    save_model(model, spec, folder / "model.safetensors")
+    save(model, spec, folder / "model.safetensors")
     plain = make_spec(NET, ["a", "b"], [Edit("insert", "blocks.2", layer="se")], size=64)
-    save_model(build(plain)[0], plain, folder / "plain.safetensors")
+    save(build(plain)[0], plain, folder / "plain.safetensors")
     return folder
 
 

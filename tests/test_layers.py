@@ -18,7 +18,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.layer.choice import make_layer
 from ulsam.layer.ulsam import ULSAM
-from ulsam.model.build import build, load, load_weights, make_spec, save_model, ulsam_parameters
+from ulsam.model.build import build, load, load_weights, make_spec, save, ulsam_parameters
 from ulsam.model.spec import Edit
 from ulsam.surgery.edit import insert, remove, replace, undo
 from ulsam.surgery.edited import added_layers
@@ -100,7 +100,7 @@ def test_undone_bit_for_bit_with_every_name_kept(layer: str, kind: str) -> None:
 def test_a_model_file_brings_the_model_back(layer: str, kind: str, tmp_path: Path) -> None:
     spec = make_spec(NET, ["a", "b"], [Edit.parse(f"{kind} blocks.3.0.se layer={layer}")], size=32)
     model, _ = build(spec)
-    save_model(model, spec, tmp_path / "model.safetensors")
+    save(model, spec, tmp_path / "model.safetensors")
     again, same = load(tmp_path / "model.safetensors")
     assert same == spec and str(same.edits[0]) == f"{kind} blocks.3.0.se layer={layer}"
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_ulsam_on_top_of_se(base: str, texts: list[str], place: str, tmp_path: P
     model(images()).sum().backward()
     assert order == ["below", "ulsam"]
     assert layer.depthwise.weight.grad is not None and all(p.grad is not None for p in below.parameters())
-    save_model(model, spec, tmp_path / "model.safetensors")
+    save(model, spec, tmp_path / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "model.safetensors")[0](images()), model(images()))
     undo(model)

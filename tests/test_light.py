@@ -27,7 +27,7 @@ ulsam.replace(model, "14", groups=4)
 ulsam.cost(model, (3, 32, 32))
 edits = tuple(map(ulsam.Edit.parse, ulsam.edits_of(model)))
 spec = ulsam.ModelSpec("mobilenetv2_050", ("a", "b"), input_size=(3, 32, 32), edits=edits)
-ulsam.save_model(model, spec, "model.safetensors")
+ulsam.save(model, spec, "model.safetensors")
 ulsam.load("model.safetensors")
 
 found = []

@@ -98,7 +98,7 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 def test_ranks_take_turns_in_one_order(n: int, batch: int, world: int, epoch: int, seed: int) -> None:
     images: Any = Numbers(n)
     if n < batch * world:
-        with pytest.raises(UlsamError, match=rf"--batch-size {max(1, n // world)} or less"):
+        with pytest.raises(UlsamError, match=rf"`batch_size={max(1, n // world)}` or less"):
             EpochOrder(images, batch, seed, world=world)
         return
     shares = []
@@ -250,7 +250,7 @@ def test_augmentation_differs_between_images_and_epochs(folder: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["nonsense", "rand-q9"])
 def test_unknown_augmentation(policy: str) -> None:
-    with pytest.raises(UlsamError, match=f"unknown policy --rand-augment {policy}"):
+    with pytest.raises(UlsamError, match=f"unknown policy `rand_augment={policy}`"):
         augmented(policy)
 
 
@@ -314,7 +314,7 @@ def test_measuring_leaves_unreadable_images_out(workers: int, world: int) -> Non
 def test_labels_out_of_range(labels: list[int]) -> None:
     loading.check_labels(torch.tensor([0, 2]), 3)
     loading.check_labels(torch.tensor([], dtype=torch.long), 3)
-    with pytest.raises(UlsamError, match=r"class number (3|-1), but the 3 classes .* --class-names"):
+    with pytest.raises(UlsamError, match=r"class number (3|-1), but the 3 classes .* `class_names`"):
         loading.check_labels(torch.tensor(labels), 3)
 
 
@@ -400,7 +400,7 @@ def test_splits_that_are_not_there(folder: Path, options: dict[str, Any], messag
 
 
 def test_a_flat_folder_has_no_named_split(folder: Path) -> None:
-    with pytest.raises(UlsamError, match="one folder of classes; leave --val-split out"):
+    with pytest.raises(UlsamError, match="one folder of classes; leave `val_split` out"):
         open_data(str(folder / "train"), val_split="test")
 
 
@@ -455,12 +455,12 @@ def test_torch_imagenet(tmp_path: Path) -> None:
     [
         ("torch/cifar10", {}, "cannot open torch/cifar10, split 'train', in .*: Dataset not found or corrupted"),
         ("torch/mnist", {}, "cannot open torch/mnist, split 'train', in .*: Dataset not found"),
-        ("torch/cifar10", {"data_dir": None}, "torch/cifar10 needs --data-dir"),
-        ("torch/image_folder", {"data_dir": None}, "needs --data-dir"),
-        ("wds/birds", {"data_dir": None}, "needs --data-dir"),
+        ("torch/cifar10", {"data_dir": None}, "torch/cifar10 needs `data_dir`"),
+        ("torch/image_folder", {"data_dir": None}, "needs `data_dir`"),
+        ("wds/birds", {"data_dir": None}, "needs `data_dir`"),
         ("torch/nonsense", {}, "Unknown torchvision dataset nonsense"),
         ("torch/imagenet", {}, "ILSVRC2012_devkit_t12.tar.gz is not present"),
-        ("torch/image_folder", {"val_fraction": 0.2}, "--val-fraction works on image folders"),
+        ("torch/image_folder", {"val_fraction": 0.2}, "`val_fraction` works on image folders"),
         ("torch/image_folder", {"data_dir": "nowhere"}, "No such file or directory: 'nowhere'"),
     ],
 )
@@ -491,7 +491,7 @@ def test_classes_of_a_named_data_set_are_taken_by_name(folder: Path, shards: Pat
     turned = open_split("torch/image_folder", "train", ("class2", "class1", "class0"), data_dir=str(folder))
     assert turned.fetch(0)[1] == turned.labels[0] == 2  # type: ignore[union-attr,index]
     assert labels_of(open_split(str(folder), "val", ("a", "b", "c"), by_number=True)) == {0: 5, 1: 5, 2: 5}
-    with pytest.raises(UlsamError, match=r"not trained on: wren, finch; known are .* --classes-by-number takes them"):
+    with pytest.raises(UlsamError, match=r"not trained on: wren, finch; .* `classes_by_number=True` takes them"):
         open_split("wds/birds", "validation", ("robin", "b", "c"), **stream)
     for data, options in (("wds/birds", stream), (str(folder), {})):
         with pytest.raises(UlsamError, match="has 3 classes, the model has 2"):

@@ -23,7 +23,7 @@ from ulsam.model.build import (
     make_spec,
     read_spec,
     read_weights,
-    save_model,
+    save,
     sketch,
     ulsam_parameters,
 )
@@ -398,7 +398,7 @@ def test_truncated_checkpoints_are_refused(folder, tmp_path):
 def test_a_model_file_round_trip_is_exact(spec, tmp_path):
     model, _ = build(spec)
     seeded(model)
-    save_model(model, spec, tmp_path / "model.safetensors")
+    save(model, spec, tmp_path / "model.safetensors")
     again, same = load(tmp_path / "model.safetensors")
     assert same == spec == read_spec(tmp_path / "model.safetensors")
     assert not any(module.training for module in again.modules())
@@ -416,17 +416,17 @@ def test_a_model_that_is_not_its_specs_is_not_saved(tmp_path):
     with pytest.raises(
         UlsamError, match=r"the model is not what its spec builds: blocks\.5\.2\.ulsam.* expected nothing"
     ):
-        save_model(other, spec, tmp_path / "model.safetensors")
+        save(other, spec, tmp_path / "model.safetensors")
     assert os.listdir(tmp_path) == []
     with pytest.raises(UlsamError, match="cannot write"):
-        save_model(build(spec)[0], spec, tmp_path / "no" / "model.safetensors")
+        save(build(spec)[0], spec, tmp_path / "no" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("file") / "model.safetensors"
     spec = make_spec(SMALL, ["a", "b"], [Edit("replace", "17")], size=64)
-    save_model(build(spec)[0], spec, path)
+    save(build(spec)[0], spec, path)
     return path
 
 

@@ -69,7 +69,7 @@ def stopped(data: Path, tmp_path: Path) -> Path:
 
     handle = register_optimizer_step_post_hook(note)
     try:
-        call = re.escape(f"; go on with: ulsam.training.loop.resume({str(tmp_path / 'run')!r}, model=...)")
+        call = re.escape(f"; go on with: ulsam.resume({str(tmp_path / 'run')!r}, model=...)")
         with pytest.raises(Interrupted, match=rf"stopped in epoch 1, step 2{call}"):
             train(config(data, ema=0.5), tmp_path / "run", model=narrow())
     finally:
@@ -142,7 +142,7 @@ def test_what_cannot_be_resumed(stopped: Path, data: Path, tmp_path: Path, capsy
     assert main(["train", "--resume", str(stopped)]) == 2
     assert capsys.readouterr().err == (
         f"ulsam: error: {stopped} trains a prepared model: go on from Python, "
-        f"ulsam.training.loop.resume({str(stopped)!r}, model=...)\n"
+        f"ulsam.resume({str(stopped)!r}, model=...)\n"
     )
     plain = tmp_path / "plain"
     plain.mkdir()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def test_what_does_not_fit_into_the_memory_is_left_out(model: nn.Module) -> None
     settled, lines = probe(config(amp="none"), model, SIZE, MANY, ALONE, Timer({LAST: 1e-3}))
     assert settled.layout == "channels_last"
     assert "contiguous float32 eager does not fit into the memory" in lines[0]
-    with pytest.raises(UlsamError, match=r"^the memory is full: use a smaller --batch-size"):
+    with pytest.raises(UlsamError, match=r"^the memory is full: use a smaller `batch_size`"):
         probe(config(), model, SIZE, MANY, ALONE, Timer({}))
 
     def full() -> None:
@@ -238,16 +238,16 @@ def eager_to_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_probed_run_ends_in_the_weights_of_one_with_given_settings(
-    data: Path, tmp_path: Path, eager_to_probe: None, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, eager_to_probe: None, logged: Callable[[], str]
 ) -> None:
     probed = train(config(data, drop_rate=0.2, ema=0.5), tmp_path / "probed")
-    assert capsys.readouterr().out.count("probe   ") == 2
+    assert logged().count("probe   ") == 2
     chosen = {name: probed["config"][name] for name in ("layout", "amp", "compile")}
     assert "auto" not in chosen.values()
     given = train(config(data, drop_rate=0.2, ema=0.5, **chosen), tmp_path / "given")
     repeated = ["train", "--config", str(tmp_path / "probed" / "config.yaml"), "--out", str(tmp_path / "repeated")]
     assert main(repeated) == 0
-    assert "probe " not in capsys.readouterr().out
+    assert "probe " not in logged()
     assert given["config"] == probed["config"] == read_config(tmp_path / "repeated" / "config.yaml")
     first, second, third = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("probed", "given", "repeated")
@@ -265,14 +265,14 @@ def test_a_candidate_that_runs_out_of_memory_late_is_left_out() -> None:
     assert list(time_in_turn({Setup("contiguous"): greedy, Setup(): lambda: None}, 1000)) == [Setup()]
 
 
-def test_one_probe_serves_a_comparison(data: Path, eager_to_probe: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_probe_serves_a_comparison(data: Path, eager_to_probe: None, logged: Callable[[], str]) -> None:
     torch.manual_seed(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     settled = resolve_auto(config(data))
-    assert capsys.readouterr().out.count("probe   ") == 2
+    assert logged().count("probe   ") == 2
     assert "auto" not in (settled.layout, settled.amp, settled.compile)
     assert resolve_auto(settled) == settled
-    assert capsys.readouterr().out == ""
+    assert logged() == ""
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
@@ -281,7 +281,7 @@ def test_one_probe_serves_a_comparison(data: Path, eager_to_probe: None, capsys:
 
 
 def test_a_resumed_run_does_not_probe(
-    data: Path, tmp_path: Path, eager_to_probe: None, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, eager_to_probe: None, logged: Callable[[], str]
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -290,9 +290,9 @@ def test_a_resumed_run_does_not_probe(
     (run / "config.yaml").write_text(trainer.config.to_yaml())
     trainer.save()
     assert "auto" not in read_checkpoint(run)["settings"].values()  # type: ignore[index]
-    assert capsys.readouterr().out.count("probe   ") == 2
+    assert logged().count("probe   ") == 2
     assert resume(run)["config"] == dataclasses.asdict(trainer.config)
-    assert "probe " not in capsys.readouterr().out
+    assert "probe " not in logged()
 
 
 def test_a_run_does_not_change_its_choice(data: Path, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_bf16_without_hardware_is_allowed_and_told(model: nn.Module, monkeypatch
     be_a_machine(monkeypatch, bf16=False)
     settled, lines = probe(config(amp="bf16"), model, SIZE, 10, ALONE)
     assert settled.amp == "bf16"
-    assert lines[0] == "note    cpu has no bfloat16 in hardware here: --amp none may be faster than bf16"
+    assert lines[0] == "note    cpu has no bfloat16 in hardware here: `amp=none` may be faster than bf16"
 
 
 def test_compilation_without_a_compiler_is_one_line(

@@ -18,10 +18,10 @@ from ulsam.data.birds import draw_birds
 from ulsam.data.images import read_image
 from ulsam.deploy.export import export
 from ulsam.deploy.onnx_graph import ATTENTION
+from ulsam.deploy.predict import predict
 from ulsam.deploy.quantize import COVERED, map_statistics, quantize, quantize_graph
-from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.build import build, load, make_spec, save
 from ulsam.model.spec import Edit
-from ulsam.training.evaluate import predict
 
 EDIT = "insert blocks.1.0 g=4"
 
@@ -47,7 +47,7 @@ def test_round_trip_from_images_to_int8(birds, tmp_path, capsys):
 
     paths = sorted(map(str, (birds / "val").rglob("*.jpg")))
     answers = {path.name: list(runtime.load(path).predict(paths)) for path in (whole, small)}
-    for exported, own in zip(answers[whole.name], predict(*load(model), paths), strict=True):
+    for exported, own in zip(answers[whole.name], predict(model, paths), strict=True):
         assert [name for name, _ in exported.classes] == [name for name, _ in own.classes]
         np.testing.assert_allclose(*([share for _, share in one.classes] for one in (exported, own)), atol=1e-5)
     with service(str(small), "--max-images", "40", folder=tmp_path / "service") as served:
@@ -75,7 +75,7 @@ def exported(birds, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     spec = make_spec(NET, sorted(path.name for path in (birds / "val").iterdir()), [Edit.parse(EDIT)], size=32)
     path = tmp_path_factory.mktemp("models") / "model.onnx"
-    save_model(build(spec)[0], spec, path.with_suffix(".safetensors"))
+    save(build(spec)[0], spec, path.with_suffix(".safetensors"))
     assert main(["export", str(path.with_suffix(".safetensors"))]) == 0
     return path
 
@@ -132,7 +132,7 @@ def test_biases_take_up_what_rounding_the_weights_loses(birds, tmp_path, monkeyp
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.bias, -1, 1)
-    export(model.eval(), spec, tmp_path / "model.onnx")
+    export(model.eval(), tmp_path / "model.onnx", spec=spec)
     opened, content = runtime.load(tmp_path / "model.onnx"), (tmp_path / "model.onnx").read_bytes()
     paths = sorted((birds / "train").rglob("*.jpg"))[:16]
     images = [opened.preprocessing.crop(np.asarray(read_image(path))) for path in paths]
@@ -199,9 +199,9 @@ def test_a_model_that_8_bits_ruin_is_refused(birds, exported, tmp_path):
         norm.bias[0] = 1e6
         head.weight.normal_()
         head.weight[:, 0] = 0
-    save_model(model, spec, tmp_path / "model.safetensors")
+    save(model, spec, tmp_path / "model.safetensors")
     paths = sorted(map(str, birds.rglob("*.jpg")))
-    for path, said in zip(paths, list(predict(model, spec, paths)), strict=True):  # the truth is what the model says
+    for path, said in zip(paths, list(predict(model, paths, spec=spec)), strict=True):  # what it says is the truth
         folder = tmp_path / "data" / Path(path).parts[-3] / said.classes[0][0]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{len(list(folder.iterdir()))}.jpg").write_bytes(Path(path).read_bytes())

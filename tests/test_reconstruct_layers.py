@@ -19,7 +19,7 @@ from tiny import NET, SETTINGS, draw_shards, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.layer.choice import Layer, make_layer
 from ulsam.layer.inverted_residual import InvertedResidual
-from ulsam.model.build import build, load, load_weights, save_model
+from ulsam.model.build import build, load, load_weights, save
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.surgery.cost import cost
 from ulsam.surgery.reconstruct_layers import new_layers, reconstruct_each, reconstruct_layers
@@ -281,7 +281,7 @@ def test_a_model_from_a_file_is_fitted_to_what_the_file_holds(tmp_path: Path) ->
     before, _ = build(spec)
     for _ in range(2):
         before(torch.randn(16, *size))  # BatchNorm gets statistics
-    save_model(before, spec, tmp_path / "model.safetensors")
+    save(before, spec, tmp_path / "model.safetensors")
     shown = [torch.randn(8, *size)]
     maps: list[tuple[Tensor, Tensor]] = []
     before.eval().blocks[5][2].register_forward_hook(lambda _, args, output: maps.append((args[0], output)))
@@ -364,7 +364,7 @@ def test_edits_with_a_width(text: str, edit: Edit, children: list[str], tmp_path
     place = model.blocks[4][2]
     made = place if edit.kind == "replace" else place.ulsam
     assert [name for name, _ in made.named_children()] == children
-    save_model(model, spec, tmp_path / "model.safetensors")
+    save(model, spec, tmp_path / "model.safetensors")
     same, read = load(tmp_path / "model.safetensors")
     assert read == spec
     x = torch.randn(2, 3, 32, 32)
@@ -394,9 +394,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_splits(tmp_path_factory.mktemp("data"))
 
 
-def test_training_starts_from_reconstructed_layers(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_starts_from_reconstructed_layers(data: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
     """From weights of the base model; not without weights or images, nor from weights of the edited one."""
 
     def start(name: str, **options: object) -> dict[str, Tensor]:
@@ -411,13 +409,13 @@ def test_training_starts_from_reconstructed_layers(
     torch.save(base.state_dict(), tmp_path / "base.pt")
     torch.manual_seed(5)
     reconstructed = start("reconstructed", weights=str(tmp_path / "base.pt"))
-    assert "reconstruct blocks.3.0.conv_pwl behind blocks.3.0.se: relative error" in capsys.readouterr().out
+    assert "reconstruct blocks.3.0.conv_pwl behind blocks.3.0.se: relative error" in logged()
     assert reconstructed["bn3.weight"].any()
     again = start("again", weights=str(tmp_path / "reconstructed" / "model.safetensors"))
     assert all(torch.equal(again[name], reconstructed[name]) for name in reconstructed)
     shown = {"weights": str(tmp_path / "base.pt"), "images_for_reconstruction": str(data / "val" / "class0")}
     other = start("unlabelled", **shown)  # type: ignore[arg-type]
-    assert f"images of {data / 'val' / 'class0'}" in capsys.readouterr().out
+    assert f"images of {data / 'val' / 'class0'}" in logged()
     assert not torch.equal(other["bn3.weight"], reconstructed["bn3.weight"])
     for wrong, message in [
         ({**shown, "images_for_reconstruction": "missing"}, "no folder missing"),
@@ -427,9 +425,9 @@ def test_training_starts_from_reconstructed_layers(
         with pytest.raises(UlsamError, match=message):
             start("wrong", **wrong)  # type: ignore[arg-type]
     for name, options in [("off", {"weights": str(tmp_path / "base.pt"), "reconstruct_images": 0}), ("fresh", {})]:
-        capsys.readouterr()
+        logged()
         assert start(name, **options)["bn3.weight"].abs().max() < 1e-20  # all but the zeros of a new layer
-        assert "reconstruct " not in capsys.readouterr().out
+        assert "reconstruct " not in logged()
 
 
 def test_a_stream_cannot_be_reconstructed_on(data: Path, tmp_path: Path) -> None:

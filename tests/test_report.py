@@ -15,6 +15,7 @@ import pytest
 
 from tiny import SETTINGS, draw_splits
 from ulsam.cli import main
+from ulsam.deploy.predict import predict
 from ulsam.explanation.confusions import choose_samples, class_rows, confusion, most_confused
 from ulsam.explanation.run_differences import differences
 from ulsam.explanation.run_latency import time_runs
@@ -22,9 +23,7 @@ from ulsam.explanation.run_measured import Measured, RunPrediction
 from ulsam.explanation.run_page import change, quantity
 from ulsam.explanation.svg_charts import BOTTOM, HEIGHT, LABEL, LEFT, RIGHT, TOP, WIDTH, Line, chart
 from ulsam.explanation.trained_runs import Result, TrainedRun, read_runs
-from ulsam.model.build import load
 from ulsam.training.config import TrainConfig
-from ulsam.training.evaluate import predict
 from ulsam.training.loop import train
 
 EVIL = '<img src=x onerror="alert(1)">'
@@ -121,7 +120,7 @@ def test_figures_are_those_of_the_runs(root: Path, tmp_path: Path, capsys: pytes
 def guesses_of(root: Path, name: str) -> dict[str, tuple[str, str]]:
     """The true and the named class of every validation image, the plain way."""
     paths = sorted((root / "data" / "val").rglob("*.png"))
-    found = predict(*load(root / name / "model.safetensors"), [str(path) for path in paths], top=1)
+    found = predict(root / name / "model.safetensors", [str(path) for path in paths], top=1)
     return {path.as_posix(): (path.parent.name, one.classes[0][0]) for path, one in zip(paths, found, strict=True)}
 
 

@@ -27,9 +27,9 @@ from ulsam.data import images as images_room
 from ulsam.data.images import read_pixels
 from ulsam.data.preprocessing import Preprocessing
 from ulsam.deploy.export import export
-from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.deploy.predict import predict
+from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit
-from ulsam.training.evaluate import predict
 
 CLASSES = ("class0", "class1", "class2")
 
@@ -42,8 +42,8 @@ def world(tmp_path_factory):
     model, _ = build(spec)
     nn.init.normal_(model.get_submodule("classifier").weight)
     root = tmp_path_factory.mktemp("runtime")
-    save_model(model, spec, root / "model.safetensors")
-    export(model, spec, root / "model.onnx")
+    save(model, spec, root / "model.safetensors")
+    export(model, root / "model.onnx", spec=spec)
     data = draw_splits(root / "data", train=1, val=4, size=70)
     Image.open(data / "val" / "class0" / "000.png").resize((300, 410)).save(data / "val" / "class0" / "large.jpg")
     (data / "val" / "class1" / "002.png").write_bytes(b"no image")
@@ -97,7 +97,7 @@ def test_pillow_alone_reads_the_same_pixels(monkeypatch, mode, factor):
 
 def test_predictions_are_the_models(world):
     paths = sorted(map(str, (world / "data" / "val").rglob("*.*")))
-    expected = list(predict(*load(world / "model.safetensors"), paths))
+    expected = list(predict(world / "model.safetensors", paths))
     model = runtime.load(world / "model.onnx", threads=1)
     for batch in (1, 5, 32):
         found = list(model.predict(paths, batch=batch))

@@ -35,7 +35,7 @@ from ulsam.apps.service_metrics import Metrics
 from ulsam.cli import main
 from ulsam.data.preprocessing import Preprocessing
 from ulsam.deploy.export import export
-from ulsam.model.build import build, load, make_spec, save_model
+from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit
 
 CHROMIUM = os.environ.get("ULSAM_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -49,8 +49,8 @@ def world(tmp_path_factory):
     model, _ = build(spec)
     nn.init.normal_(model.get_submodule("classifier").weight, std=5)
     root = tmp_path_factory.mktemp("serve")
-    save_model(model, spec, root / "model.safetensors")
-    export(model, spec, root / "model.onnx")
+    save(model, spec, root / "model.safetensors")
+    export(model, root / "model.onnx", spec=spec)
     draw(root / "images", 8, size=70)
     photograph = np.random.default_rng(0).integers(0, 256, (800, 900, 3), dtype=np.uint8)  # above 1 MB
     Image.fromarray(photograph).save(root / "images" / "class0" / "large.jpg", quality=98)
@@ -395,10 +395,10 @@ def test_a_request_that_comes_as_its_connection_is_closed_is_answered_or_not_beg
 
 
 def test_a_model_file_is_served_folded_and_ctrl_c_ends_it(world):
-    from ulsam.training.evaluate import predict
+    from ulsam.deploy.predict import predict
 
     path = paths(world)[3]
-    (expected,) = predict(*load(world / "model.safetensors"), [path])
+    (expected,) = predict(world / "model.safetensors", [path])
     with service(str(world / "model.safetensors"), "--threads", "1", folder=world / "torch") as one:
         found = one.ask("/predict", path.read_bytes())
         assert shares(found.body["predictions"][0]) == pytest.approx(dict(expected.classes), abs=2e-5)

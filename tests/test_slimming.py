@@ -25,7 +25,7 @@ from ulsam.cli import main
 from ulsam.data.images import read_pixels
 from ulsam.data.loading import eval_loader
 from ulsam.data.opening import open_data
-from ulsam.model.build import build, load, make_spec, read_spec, save_model
+from ulsam.model.build import build, load, make_spec, read_spec, save
 from ulsam.model.spec import Edit
 from ulsam.study.slim import _result, fine_tuning, slim
 from ulsam.study.slim_blocks import Block, SwitchableModel, find_blocks
@@ -37,7 +37,7 @@ from ulsam.study.slim_report import choice_lines
 from ulsam.study.slim_store import Store
 from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig
-from ulsam.training.evaluate import ALONE, evaluate, spec_transform
+from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
 from ulsam.training.parts import open_images, spec_of
 from ulsam.training.sample import draw_sample
 
@@ -69,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     spec = make_spec("mobilenetv2_035", CLASSES, size=32)
     torch.manual_seed(0)
-    save_model(build(spec)[0], spec, path)
+    save(build(spec)[0], spec, path)
     return path
 
 
@@ -122,7 +122,7 @@ def test_single_convolutions_are_replaced_where_they_are_named():
     (block,), _, _ = find_blocks(timm.create_model("resnet18"), SIZE, {}, "layer1.0.conv1")
     assert (block.place, block.params) == ("layer1.0.conv1", 9 * 64 * 64 - 2 * 64)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
-    with pytest.raises(UlsamError, match=r"H, W\] \(single convolutions: name them by --at\)$"):
+    with pytest.raises(UlsamError, match=r"H, W\] \(single convolutions: name them by `at`\)$"):
         find_blocks(plain, SIZE, {})
     assert [block.name for block in find_blocks(plain, SIZE, {}, "2")[0]] == ["2"]
 
@@ -183,7 +183,7 @@ def test_slimming_fits_on_the_images_of_the_fine_tuning_or_not_at_all(model, dat
     images, _, _ = open_data(str(data))
     removed = ulsam.remove(loaded, "17", input_size=SIZE)
     sample = draw_sample(images, spec, 400, ALONE)
-    scores = evaluate(removed, sample.batches, len(CLASSES), world=ALONE)
+    scores = evaluate_batches(removed, sample.batches, len(CLASSES), world=ALONE)
     assert losses[1] == pytest.approx(scores.loss, rel=1e-5)  # a new layer is the identity
 
 
@@ -414,7 +414,7 @@ def test_the_original_is_measured_in_the_precision_of_the_run(model, data, slimm
     loaded, seen = load(model)
     found = _result(loaded, TrainConfig.from_mapping({**summary["config"], "amp": "auto", "layout": "auto"}), summary)
     batches = eval_loader(open_data(str(data))[1], spec_transform(seen), batch_size=8, workers=0, device=ALONE.device)
-    scores = [evaluate(load(model)[0], batches, 3, amp=amp).loss for amp in (torch.bfloat16, None)]
+    scores = [evaluate_batches(load(model)[0], batches, 3, amp=amp).loss for amp in (torch.bfloat16, None)]
     assert found["original"]["loss"] == pytest.approx(scores[0], rel=1e-6) != scores[1]
 
 
@@ -444,7 +444,7 @@ def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data
 
 def test_a_model_with_edits_is_slimmed_further(data, tmp_path, capsys):
     spec = make_spec("mobilenetv2_035", CLASSES, [Edit("replace", "17", 2)], size=32)
-    save_model(build(spec)[0], spec, tmp_path / "model.safetensors")
+    save(build(spec)[0], spec, tmp_path / "model.safetensors")
     argv = ["slim", str(tmp_path / "model.safetensors"), str(data), "--macs", "0.97", "--layer", "eca", "--no-train"]
     out = tmp_path / "the out"
     assert main([*argv, "--at", "14,16", "--out", str(out), *options(SETTINGS)]) == 0
@@ -467,11 +467,11 @@ def wait_for(event: Any) -> None:
         time.sleep(0.01)
 
 
-def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, capsys):
+def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, logged):
     monkeypatch.setattr("ulsam.study.slim_choose.TOLD", 0.0)  # a line for each set
     for again in range(2):
         slim(model, str(data), tmp_path / "out", params=0.85, at=AT, fine_tune=False, settings=SETTINGS)
-        told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damage ")]
+        told = [line for line in logged().splitlines() if line.startswith("damage ")]
         sets = len(kept(tmp_path / "out")["measured"])
         assert told == ([] if again else [f"damage  sets measured so far: {number}" for number in range(1, sets + 1)])
 
@@ -490,7 +490,7 @@ def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, tmp
         code = ulsam_.kill(pid, signal.SIGINT)
         assert kept(out)["measured"][: len(measured)] == measured
         assert code == 130, log.read_text()
-        assert f"go on with the same command and --out {out}" in log.read_text()
+        assert f"go on with the same arguments and --out {out}" in log.read_text()
         assert ulsam_.run(argv, log) == 0
     mine, theirs = kept(out), kept(slimmed)
     assert mine["measured"] == theirs["measured"]
@@ -500,7 +500,7 @@ def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, tmp
     assert models[0] == models[1]
 
 
-def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, capsys):
+def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, logged):
     """Class folders, where a run holds images out by its seed."""
     run = tmp_path / "run"
     run.mkdir()
@@ -511,7 +511,7 @@ def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, da
     options = {"at": AT, "macs": 0.9, "fine_tune": False}
     for number, (path, given) in enumerate([(beside, {}), (beside, {"seed": 7}), (alone, {})]):
         slim(path, before.data, tmp_path / f"out{number}", settings={**SETTINGS, **given}, **options)
-        said = "the held-out images may be ones that" in capsys.readouterr().out
+        said = "the held-out images may be ones that" in logged()
         config = TrainConfig.from_mapping(yaml.safe_load((tmp_path / f"out{number}" / "train.yaml").read_text()))
         measured = set(open_images(config)[1].names)
         assert said == bool(measured & trained_on) == (path == alone)
@@ -578,7 +578,7 @@ def test_settings_that_slimming_decides_are_refused(model, data, tmp_path):
 
 def test_a_model_without_a_place_is_refused(data, tmp_path, capsys):
     spec = make_spec("test_vit", CLASSES, model_args={"img_size": 32}, size=32)
-    save_model(build(spec)[0], spec, tmp_path / "vit.safetensors")
+    save(build(spec)[0], spec, tmp_path / "vit.safetensors")
     assert main(["slim", str(tmp_path / "vit.safetensors"), str(data), "--macs", "0.9", *options(SETTINGS)]) == 2
     assert (
         "has no block to replace that takes and puts out the same feature map [B, C, H, W]" in capsys.readouterr().err

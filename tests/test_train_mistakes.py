@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny import NET, SETTINGS, draw_splits, options
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.model.build import build, save_model
+from ulsam.model.build import build, save
 from ulsam.model.spec import ModelSpec
 from ulsam.training.config import TrainConfig
 
@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "latin.yaml").write_bytes("data: Zaunkönig".encode("latin-1"))
     save_file({"conv.weight": torch.zeros(2)}, root / "other.safetensors")
     two = ModelSpec(NET, ("robin", "wren"))
-    save_model(build(two)[0], two, root / "teacher.safetensors")
+    save(build(two)[0], two, root / "teacher.safetensors")
     return root
 
 

@@ -1,6 +1,7 @@
 """ULSAM: ultra-lightweight subspace attention for compact CNNs.
 
-Importing this package imports nothing heavy: each public name is loaded when first used (PEP 562).
+Importing this package imports nothing heavy: each public name is loaded when first used (PEP 562). Their types are in
+``__init__.pyi``.
 """
 
 import importlib
@@ -9,32 +10,47 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    # the layers
     "ULSAM": "ulsam.layer.ulsam",
     "InvertedResidual": "ulsam.layer.inverted_residual",
-    "reconstruct": "ulsam.surgery.reconstruct",
     "convert_released": "ulsam.layer.ulsam",
+    # surgery
     "candidates": "ulsam.surgery.find",
-    "insert": "ulsam.surgery.edit",
     "replace": "ulsam.surgery.edit",
+    "insert": "ulsam.surgery.edit",
     "remove": "ulsam.surgery.edit",
     "undo": "ulsam.surgery.edit",
+    "reconstruct": "ulsam.surgery.reconstruct",
     "cost": "ulsam.surgery.cost",
-    "inspect": "ulsam.explanation.inspect_maps",
-    "explain": "ulsam.explanation",
     "fold": "ulsam.surgery.fold",
+    # models
+    "Edit": "ulsam.model.spec",
+    "ModelSpec": "ulsam.model.spec",
+    "apply": "ulsam.model.spec",
+    "edits_of": "ulsam.model.spec",
+    "make_spec": "ulsam.model.build",
+    "build": "ulsam.model.build",
+    "load": "ulsam.model.build",
+    "save": "ulsam.model.build",
+    # training and studies
+    "TrainConfig": "ulsam.training.config",
+    "train": "ulsam.training.loop",
+    "resume": "ulsam.training.loop",
+    "compare": "ulsam.study.compare",
+    "slim": "ulsam.study.slim",
+    # what a trained model does
+    "evaluate": "ulsam.deploy.evaluate",
+    "predict": "ulsam.deploy.predict",
+    "explain": "ulsam.explanation.explainer",
+    "inspect": "ulsam.explanation.inspect_maps",
+    # deployment
     "export": "ulsam.deploy.export",
     "quantize": "ulsam.deploy.quantize",
     "bench": "ulsam.deploy.bench",
-    "compare": "ulsam.study.compare",
-    "slim": "ulsam.study.slim",
-    "Edit": "ulsam.model.spec",
-    "apply": "ulsam.model.spec",
-    "edits_of": "ulsam.model.spec",
-    "ModelSpec": "ulsam.model.spec",
-    "build": "ulsam.model.build",
-    "load": "ulsam.model.build",
-    "save_model": "ulsam.model.build",
+    # errors and progress
     "UlsamError": "ulsam.base.errors",
+    "Interrupted": "ulsam.training.loop",
+    "show_progress": "ulsam.base.logs",
 }
 
 

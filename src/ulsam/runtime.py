@@ -110,7 +110,7 @@ def open_model(model: str | bytes, name: str, threads: int | None = None) -> Mod
     if missing:
         raise UlsamError(
             f"{name} was not exported by ulsam: its metadata has no {' and no '.join(missing)};"
-            " write it by ulsam export MODEL --to onnx"
+            " write it by `ulsam.export`"
         )
     try:
         return Model(session, metadata)

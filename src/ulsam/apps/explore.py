@@ -38,7 +38,7 @@ def serve(
     from ulsam.apps.explore_models import open_models
 
     if max_mb < 1:
-        raise UlsamError(f"--max-mb must be 1 or more, not {max_mb}")
+        raise UlsamError(f"`max_mb` must be 1 or more, not {max_mb}")
     with listen(host, port) as server_socket:
         config = uvicorn.Config(
             create_app(open_models(models), host=host, max_bytes=max_mb * MEGABYTE),

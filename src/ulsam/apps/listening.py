@@ -22,17 +22,17 @@ def listen(host: str, port: int) -> socket.socket:
     ulsam.base.errors.UlsamError: cannot listen on port ... of 127.0.0.1: address already in use; ...
     """
     if not 0 <= port <= 65535:
-        raise UlsamError(f"--port must be 0 to 65535, not {port}")
+        raise UlsamError(f"`port` must be 0 to 65535, not {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.create_server(address, family=family)
     except UnicodeError as error:
-        raise UlsamError(f"cannot listen on {host}: no name of a host; see --host") from error
+        raise UlsamError(f"cannot listen on {host}: no name of a host; see `host`") from error
     except socket.gaierror as error:
-        raise UlsamError(f"cannot listen on {host}: {str(error.strerror).lower()}; see --host") from error
+        raise UlsamError(f"cannot listen on {host}: {str(error.strerror).lower()}; see `host`") from error
     except OSError as error:
         reason = str(error.strerror).partition(" (while attempting")[0].lower()  # to bind, and the address once more
-        hint = "name another --port, or --port 0 for any free one"
+        hint = "name another `port`, or `port=0` for any free one"
         raise UlsamError(f"cannot listen on port {port} of {host}: {reason}; {hint}") from error
     # for its connections, which asyncio leaves as they are: else a body waits up to 40 ms for the header's receipt
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

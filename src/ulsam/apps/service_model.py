@@ -34,7 +34,7 @@ def open_model(model: str, threads: int | None = None) -> Model:
     ulsam.base.errors.UlsamError: no exported model birds.onnx
     """
     if threads is not None and threads < 1:
-        raise UlsamError(f"--threads must be 1 or more, not {threads}")
+        raise UlsamError(f"`threads` must be 1 or more, not {threads}")
     if model.endswith(".onnx"):
         exported = runtime.load(model, threads=threads)
         return Model(exported.classes, exported.preprocessing, exported.logits)

@@ -1,11 +1,11 @@
 """One process or several under torchrun: who am I, and sums over all."""
 
+import contextlib
 import datetime
 import os
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +65,11 @@ def launch_line(words: Sequence[str]) -> str:
     return shlex.join(["torchrun", *machines, "--nproc-per-node", str(here), "-m", "ulsam", *words])
 
 
-@contextmanager
+@contextlib.contextmanager
 def start(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started (its environment variables tell), or be the only one.
+
+    Afterwards PyTorch's current CUDA device is the one that it was.
 
     Args:
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``mps`` or what else torch knows.
@@ -88,9 +90,12 @@ def start(device: str = "auto") -> Iterator[World]:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UlsamError(f"no device {device!r} here: {first_line(error)}; use --device cpu") from error
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+        raise UlsamError(f"no device {device!r} here: {first_line(error)}; use `device=cpu`") from error
+    with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+        yield from _joined(rank, size, place)
+
+
+def _joined(rank: int, size: int, place: torch.device) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, place)
         return

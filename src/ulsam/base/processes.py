@@ -6,6 +6,16 @@ import subprocess
 import sys
 from typing import Any
 
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started: the one that prints.
+
+    >>> is_first_process()
+    True
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
 STOP_SIGNALS: tuple[int, ...] = (int(signal.SIGINT), int(signal.SIGTERM))
 """What asks a program to end: Ctrl-C, kill(1), a container's stop; on Windows Ctrl-Break, too."""
 if sys.platform == "win32":

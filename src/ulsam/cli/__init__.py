@@ -9,11 +9,14 @@ import importlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ulsam import __version__
 from ulsam.base.errors import UlsamError, printable
+from ulsam.base.processes import is_first_process
+from ulsam.cli.output import add_output_options, in_flags, shown
 
 COMMANDS = {
     "demo": "draw birds, train a model without and with ULSAM, show both",
@@ -62,6 +65,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if argv and argv[0] == name:
             importlib.import_module(f"ulsam.cli.{name}").configure(sub)
+            add_output_options(sub)
+            sub.set_defaults(parser=sub)
     return parser.parse_args(argv)
 
 
@@ -71,14 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(line_buffering=True)  # a log says at any time how far a run is
     try:
         args = parse(list(sys.argv[1:] if argv is None else argv))
-        importlib.import_module(f"ulsam.cli.{args.command}").run(args)
+        with shown(args, args.parser):
+            importlib.import_module(f"ulsam.cli.{args.command}").run(args)
         return 0
     except UlsamError as error:
-        print(f"ulsam: error: {printable(str(error))}", file=sys.stderr)
+        if args.verbose:
+            traceback.print_exc()
+        print(f"ulsam: error: {printable(in_flags(str(error), args.parser))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, which all stop, the first one tells
-            print(f"ulsam: {str(stop) or 'interrupted'}", file=sys.stderr)
+        if is_first_process():  # of several processes, which all stop, the first one tells
+            print(f"ulsam: {in_flags(str(stop), args.parser) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

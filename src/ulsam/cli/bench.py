@@ -2,7 +2,6 @@
 
 import argparse
 
-from ulsam.base.errors import printable
 from ulsam.cli.common import free_folder, numbers
 from ulsam.deploy.bench import bench
 from ulsam.deploy.bench_report import text
@@ -54,6 +53,5 @@ def run(args: argparse.Namespace) -> None:
         seconds=args.seconds,
         size=args.size,
         fold=args.fold,
-        say=lambda line: print(printable(line), flush=True),
     )
     print(f"\n{text(rows)}\n\nwrote   {out}/bench.csv, bench.png and bench.json")

@@ -3,8 +3,7 @@
 import argparse
 import re
 
-from tqdm import tqdm
-
+from ulsam.base.logs import progress
 from ulsam.data.birds import draw_birds
 
 
@@ -24,12 +23,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     counts = {split: getattr(args, split) for split in ("train", "val", "test")}
     classes = args.classes if isinstance(args.classes, int) else len(args.classes)
-    with tqdm(total=classes * sum(counts.values()), unit=" birds", disable=None, leave=False) as bar:
+    with progress(total=classes * sum(counts.values()), unit=" birds") as bar:
 
-        def progress(done: int, _: int) -> None:
+        def count(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
-        draw_birds(args.out, args.classes, **counts, size=args.size, seed=args.seed, progress=progress)
+        draw_birds(args.out, args.classes, **counts, size=args.size, seed=args.seed, progress=count)
     drawn = ", ".join(f"{number} {split}" for split, number in counts.items() if number)
     print(f"{args.out}: {classes} classes, {drawn} images a class of {args.size} px, seed {args.seed}")
     print(f"{args.out}/birds.json tells the field marks of each class, boxes.json where they lie in each image")

@@ -3,12 +3,13 @@
 import argparse
 from typing import Any
 
-from ulsam.base.errors import UlsamError, printable
+from ulsam.base.errors import UlsamError
 from ulsam.cli.common import numbers
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.study.compare import MARGIN, compare, report
 from ulsam.study.compare_table import text
 from ulsam.training.config import read_config
+from ulsam.training.machine import keep_freed_memory
 
 #: What is handed to `ulsam.compare` where it is given; the defaults are those there.
 PLAN = ("seeds", "rates", "tried_epochs", "tried_seeds", "choose_split", "jobs", "launcher", "ray_address")
@@ -59,6 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Exits with status 1 if a run failed."""
+    keep_freed_memory()
     margin = args.margin / 100
     plan = {name: value for name in PLAN if (value := getattr(args, name)) is not None}
     if args.report_only:
@@ -72,7 +74,6 @@ def run(args: argparse.Namespace) -> None:
             margin=margin,
             start_from=args.start_from,
             publish=args.publish,
-            say=lambda line: print(printable(line), flush=True),
             **plan,
             **_data_and_settings(args),
         )

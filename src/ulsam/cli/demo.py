@@ -3,7 +3,9 @@
 import argparse
 
 from ulsam.cli.common import free_folder
+from ulsam.cli.train import resumable
 from ulsam.study.demo import CAUTION, run_demo, table
+from ulsam.training.machine import keep_freed_memory
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +14,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     out = args.out or free_folder("demo")
-    summaries = run_demo(out, args.seed)
+    with resumable():
+        summaries = run_demo(out, args.seed)
     print(f"\n{table(summaries)}\n\nSeed {args.seed}. {CAUTION}")
     print(f"Image: {out}/comparison.png; the birds and both runs lie beside it.")

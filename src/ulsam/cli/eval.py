@@ -4,22 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
-from torch import nn
-
-from ulsam.base.distributed import start
-from ulsam.base.errors import UlsamError, printable
 from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.processes import is_first_process
 from ulsam.base.provenance import command_line, versions
-from ulsam.data.augment import EvalTransform
-from ulsam.data.folder import find_splits
-from ulsam.data.loading import eval_loader
-from ulsam.data.opening import is_named, open_split
-from ulsam.deploy.exported_module import load_exported
-from ulsam.model.build import load, sketch
-from ulsam.model.spec import ModelSpec
-from ulsam.surgery.cost import cost
-from ulsam.training.evaluate import evaluate, spec_transform
-from ulsam.training.summary import cost_entry, score_entry
+from ulsam.deploy.evaluate import evaluate
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,90 +30,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.batch_size < 1 or args.workers < 0:
-        name, least, value = ("batch-size", 1, args.batch_size) if args.batch_size < 1 else ("workers", 0, args.workers)
-        raise UlsamError(f"--{name} must be {least} or more, not {value}")
+    """Measure, and print the scores; only the first of several processes prints."""
     if args.json:
         check_writable(args.json)
-    split = args.split or _default_split(args.data)
-    exported = args.model.endswith(".onnx")
-    if exported and args.device not in ("auto", "cpu"):
-        raise UlsamError(f"--device {args.device}: an exported model runs on the CPU here")
-    with start("cpu" if exported else args.device) as world:
-        model, spec, transform = load_exported(args.model) if exported else _load(args.model)
-        images = open_split(
-            args.data,
-            split,
-            spec.classes,
-            data_dir=args.data_dir,
-            class_names=args.class_names,
-            by_number=args.classes_by_number,
-        )
-        batches = eval_loader(
-            images,
-            transform,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            rank=world.rank,
-            world=world.size,
-            device=world.device,
-        )
-        progress = split if world.writes else None
-        scores = evaluate(
-            model.to(world.device),
-            batches,
-            len(spec.classes),
-            world=world,
-            channels_last=not exported,
-            progress=progress,
-        )
-    if not world.writes:
+    found = evaluate(
+        args.model,
+        args.data,
+        split=args.split,
+        data_dir=args.data_dir,
+        class_names=args.class_names,
+        classes_by_number=args.classes_by_number,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=args.device,
+    )
+    if not is_first_process():
         return
-    for _, reason in scores.unreadable:
+    for _, reason in found.scores.unreadable:
         print(f"unreadable {reason}")
-    worst = sorted(
-        (
-            (entry["top1"], name, entry["images"])
-            for name, entry in scores.per_class(spec.classes).items()
-            if entry["images"]
-        )
-    )[:5]
-    low, high = scores.interval
-    print(f"top-1   {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})")
-    print(f"top-5   {100 * scores.top5:.2f} %")
-    print(f"loss    {scores.loss:.4f}")
-    print(f"on      {scores.images} images, split {split}" + _left_out(len(scores.unreadable)))
-    print("lowest  " + "; ".join(f"{printable(name)} {100 * top1:.0f} % of {n}" for top1, name, n in worst))
-    if split == "all":
-        print(
-            "note    measured on all images of the folder, those trained on included: a fair score is that on the"
-            " held-out ones in the summary.json of the run, or on a folder of other images"
-        )
+    print(found)
     if args.json:
         entry = {
             "command": command_line(),
             "model": Path(args.model).name,
-            "split": split,
-            "scores": score_entry(scores, spec.classes),
-            "cost": cost_entry(cost(sketch(spec) if exported else model, spec.input_size)),
-            "spec": json.loads(spec.to_json()),
+            **found.entry(),
             "versions": versions(),
         }
         write_atomic(args.json, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
-
-
-def _load(model: str) -> tuple[nn.Module, ModelSpec, EvalTransform]:
-    loaded, spec = load(model)
-    return loaded, spec, spec_transform(spec)
-
-
-def _default_split(data: str) -> str:
-    """test, else val, of an image folder; timm's "validation" of a named data set."""
-    if is_named(data):
-        return "validation"
-    splits = find_splits(data)
-    return next((name for name in ("test", "val") if name in splits), "all")
-
-
-def _left_out(count: int) -> str:
-    return f"; {count} unreadable ones left out" if count else ""

@@ -4,9 +4,7 @@ import argparse
 from pathlib import Path
 
 from ulsam.cli.common import beside
-from ulsam.data.folder import image_paths
 from ulsam.deploy.export import SUFFIXES, export
-from ulsam.model.build import load
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,17 +28,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export, and print how the result compares with the model."""
-    images = image_paths(args.images or [])
-    model, spec = load(args.model)
     out = args.out or beside(args.model, SUFFIXES.get(args.to, ""))
     parity = export(
-        model,
-        spec,
+        args.model,
         out,
         args.to,
         dynamic_size=args.dynamic_size,
         preprocessing=args.preprocessing,
-        images=images,
+        images=args.images or (),
     )
     print(f"wrote     {out}, {Path(out).stat().st_size:,} bytes")
     print(f"compared  {parity}")

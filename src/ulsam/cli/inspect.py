@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ulsam.base.errors import UlsamError, printable
 from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.logs import progress
 from ulsam.base.provenance import command_line, versions
 from ulsam.data.folder import image_paths
 from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     unreadable: dict[str, str] = {}
 
     def batches() -> Iterator[Tensor]:
-        with tqdm(total=number, unit=" images", disable=None, leave=False) as bar:
+        with progress(total=number, unit=" images") as bar:
             for first in range(0, number, BATCH):
                 images, errors = read_batch(paths[first : first + BATCH], transform)
                 unreadable.update(errors)

@@ -2,11 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.data.folder import image_paths
-from ulsam.training.predict import Prediction
+from ulsam.deploy.predict import predict
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,11 +17,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.top < 1:
-        raise UlsamError(f"--top must be 1 or more, not {args.top}")
-    paths = image_paths(args.images)
-    failed = 0
-    for prediction in _predictions(args.model, paths, args.top):
+    """Print a line an image; fails in the end if one of them cannot be read."""
+    failed = total = 0
+    for prediction in predict(args.model, args.images, top=args.top):
+        total += 1
         failed += prediction.error is not None
         if args.json:
             named = {name: round(share, 6) for name, share in prediction.classes}
@@ -36,16 +33,4 @@ def run(args: argparse.Namespace) -> None:
             named_text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prediction.classes)
             print(printable(f"{prediction.path}: {named_text}"))
     if failed:
-        raise UlsamError(f"{failed} of {len(paths)} images could not be read; they are named above")
-
-
-def _predictions(model: str, paths: Sequence[str], top: int) -> Iterable[Prediction]:
-    """By ONNX Runtime for an exported model, which needs no PyTorch: neither may be imported for the other."""
-    if model.endswith(".onnx"):
-        from ulsam import runtime
-
-        return runtime.load(model).predict(paths, top=top)
-    from ulsam.model.build import load
-    from ulsam.training.evaluate import predict
-
-    return predict(*load(model), paths, top=top)
+        raise UlsamError(f"{failed} of {total} images could not be read; they are named above")

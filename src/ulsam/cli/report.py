@@ -14,7 +14,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="the page (default: runs/report-N/report.html)")
     parser.add_argument("--data", metavar="DATA", help="where the images lie now (default: where the runs say)")
     parser.add_argument(
-        "--no-images", action="store_true", help="run no model: figures and curves alone, without confusions"
+        "--no-images",
+        dest="images",
+        action="store_false",
+        help="run no model: figures and curves alone, without confusions",
     )
     parser.add_argument("--time", action="store_true", help="time the models, too, on a machine without other work")
 
@@ -22,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the page, and say where it is."""
     out = Path(args.out) if args.out else free_folder("report") / "report.html"
-    written = report_runs(args.runs, out, data=args.data, images=not args.no_images, time=args.time)
+    written = report_runs(args.runs, out, data=args.data, images=args.images, time=args.time)
     for one in written.runs:
         print(f"{one.key}       {printable(one.line)}")
     for note in written.notes:

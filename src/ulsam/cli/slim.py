@@ -1,10 +1,14 @@
 """`ulsam slim MODEL DATA`: replace blocks of a trained model to fit a budget, and restore its accuracy."""
 
 import argparse
+from pathlib import Path
 
+from ulsam.base.errors import printable
 from ulsam.cli.common import add_layer_options, free_folder, layer_options
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.study.slim import DECIDED, slim
+from ulsam.study.slim_report import result_lines
+from ulsam.training.machine import keep_freed_memory
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the result; the same one goes on (default: runs/slim-N)"
     )
-    parser.add_argument("--no-train", action="store_true", help="stop after the choice, and print how to train")
+    parser.add_argument(
+        "--no-train", dest="fine_tune", action="store_false", help="stop after the choice, and print how to train"
+    )
     budget = parser.add_argument_group(
         "budget, exactly one", "The share of the model's own cost to keep, such as 0.75."
     )
@@ -40,12 +46,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Slim; the library prints what it does."""
-    slim(
+    """Slim, and print the slimmed model beside the original one."""
+    keep_freed_memory()
+    out = args.out or free_folder("slim")
+    data = slim(
         args.model_file,
         args.data,
-        args.out or free_folder("slim"),
-        fine_tune=not args.no_train,
+        out,
+        fine_tune=args.fine_tune,
         settings=given_settings(args),
         macs=args.macs,
         params=args.params,
@@ -59,3 +67,4 @@ def run(args: argparse.Namespace) -> None:
         threads=args.latency_threads,
         seconds=args.latency_seconds,
     )
+    print(*map(printable, result_lines(data, Path(out))), sep="\n")

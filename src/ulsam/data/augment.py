@@ -240,5 +240,5 @@ def _policy(input_size: tuple[int, int, int], name: str, look: dict[str, Any]) -
             input_size, is_training=True, auto_augment=name, color_jitter=None, separate=True, **look
         )[1]
     except (AssertionError, ValueError, KeyError) as error:
-        raise UlsamError(f"unknown policy --rand-augment {name}; write e.g. rand-m7-n2-mstd0.5") from error
+        raise UlsamError(f"unknown policy `rand_augment={name}`; write e.g. rand-m7-n2-mstd0.5") from error
     return policy

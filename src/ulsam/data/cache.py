@@ -110,7 +110,7 @@ def cache_for(
     if not isinstance(images, StreamImages):
         cache, said = _sized(images, reduction, 1 if choice == "true" else SHARE, processes)
     if cache is None and choice == "true":
-        raise UlsamError(f"--cache true cannot be done: {said}; --cache auto goes on without")
+        raise UlsamError(f"`cache=true` cannot be done: {said}; `cache=auto` goes on without")
     return cache, said if cache else f"off: {said}"
 
 

@@ -194,7 +194,7 @@ def imbalance_note(classes: Sequence[str], counts: Sequence[int]) -> str | None:
     """One line if the largest class has at least 5 times the images of the smallest, else None.
 
     >>> imbalance_note(["robin", "wren"], [12, 400])
-    'imbalanced: 12 (robin) to 400 (wren) images a class, ratio 33; consider --sampler balanced'
+    'imbalanced: 12 (robin) to 400 (wren) images a class, ratio 33; consider `sampler=balanced`'
     >>> imbalance_note(["robin", "wren"], [12, 40]) is None
     True
     """
@@ -203,7 +203,7 @@ def imbalance_note(classes: Sequence[str], counts: Sequence[int]) -> str | None:
         return None
     ratio = f", ratio {many / few:.0f}" if few else ""
     smallest, largest = classes[counts.index(few)], classes[counts.index(many)]
-    return f"imbalanced: {few} ({smallest}) to {many} ({largest}) images a class{ratio}; consider --sampler balanced"
+    return f"imbalanced: {few} ({smallest}) to {many} ({largest}) images a class{ratio}; consider `sampler=balanced`"
 
 
 def _hidden(name: str) -> bool:

@@ -165,13 +165,13 @@ class EpochOrder(Sampler[list[Key]]):
         self.weights: Tensor | None = None
         if balanced:
             if images.labels is None:
-                raise UlsamError("balanced sampling needs a data set that tells its labels; use --sampler shuffle")
+                raise UlsamError("balanced sampling needs a data set that tells its labels; use `sampler=shuffle`")
             labels = torch.as_tensor(images.labels)
             self.weights = 1.0 / torch.bincount(labels)[labels].double()
         if len(self) == 0:
             raise UlsamError(
                 f"{self.n} training images do not fill one batch of {batch_size} for {world} process(es): "
-                f"use --batch-size {max(1, self.n // world)} or less"
+                f"use `batch_size={max(1, self.n // world)}` or less"
             )
 
     def __len__(self) -> int:
@@ -241,7 +241,7 @@ def _alive(batches: Iterator[Any]) -> Iterator[Batch]:
             raised_there = str(error).startswith("Caught ")
             if raised_there or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
                 raise
-            raise UlsamError("a process that reads images was killed (memory full?): use fewer --workers") from error
+            raise UlsamError("a process that reads images was killed (memory full?): use fewer `workers`") from error
         if batch is None:
             return
         yield batch
@@ -310,7 +310,7 @@ def check_labels(labels: Tensor, n_classes: int) -> None:
     if len(wrong):
         raise UlsamError(
             f"an image has the class number {int(wrong[0])}, but the {n_classes} classes are numbered from 0: "
-            "check --class-names"
+            "check `class_names`"
         )
 
 

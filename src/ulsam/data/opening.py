@@ -52,7 +52,7 @@ def open_data(
     """
     if is_named(data):
         if val_fraction is not None:
-            raise UlsamError("--val-fraction works on image folders; name a split of this data set with --val-split")
+            raise UlsamError("`val_fraction` works on image folders; name a split of this data set with `val_split`")
         options: dict[str, Any] = {
             "data_dir": data_dir,
             "class_names": class_names,
@@ -69,7 +69,7 @@ def open_data(
         notes = []
         if isinstance(train, StreamImages):
             notes.append(
-                "a stream of shards: epochs are whole batches, and --resume goes back to the start of an epoch"
+                "a stream of shards: epochs are whole batches, and a resumed run goes back to the start of an epoch"
             )
         elif train.labels is not None:
             counts = Counter(train.labels)
@@ -146,7 +146,7 @@ def _open_folder(
         if name is not None and splits and name not in splits:
             raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
     if val_split is not None and not splits:
-        raise UlsamError(f"{data} has no split {val_split!r}: it is one folder of classes; leave --val-split out")
+        raise UlsamError(f"{data} has no split {val_split!r}: it is one folder of classes; leave `val_split` out")
     folder = scan(splits.get(train_split, Path(data)))
     classes, notes = folder.classes, []
     if folder.empty:
@@ -158,7 +158,7 @@ def _open_folder(
     if val_split is not None and val_fraction is None:
         train_samples, val_samples = folder.samples, index_like(scan(splits[val_split], 1), classes).samples
         if val_split == "test":
-            notes.append("measured on test/: to choose settings, hold images out with --val-fraction")
+            notes.append("measured on test/: to choose settings, hold images out with `val_fraction`")
         if val_split == train_split:
             notes.append(f"measured on the images that are trained on, split {val_split}")
     else:
@@ -177,7 +177,7 @@ def _named(
     name: str, split_name: str, *, is_training: bool, data_dir: str | None, class_names: str | None, **options: Any
 ) -> FactoryImages | StreamImages:
     if data_dir is None and name.partition("/")[0].lower() in ("torch", "wds"):
-        raise UlsamError(f"{name} needs --data-dir, the folder where it lies")
+        raise UlsamError(f"{name} needs `data_dir`, the folder where it lies")
     try:
         with extra("datasets", f"{name} needs"):
             dataset = create_dataset(name, root=data_dir, split=split_name, is_training=is_training, **options)
@@ -185,13 +185,13 @@ def _named(
         raise
     except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
         reason = first_line(error).partition(" You can use download")[0]
-        where = f"in {data_dir}" if data_dir else "(no --data-dir given)"
+        where = f"in {data_dir}" if data_dir else "(no `data_dir` given)"
         raise UlsamError(f"cannot open {name}, split {split_name!r}, {where}: {reason}") from error
     classes = _read_names(class_names) if class_names else _class_names(dataset)
     if not classes:
-        raise UlsamError(f"{name} does not tell its classes: give a text file of their names with --class-names")
+        raise UlsamError(f"{name} does not tell its classes: give a text file of their names with `class_names`")
     if len(set(classes)) != len(classes):
-        raise UlsamError(f"{name} has two classes of one name: give a text file of other names with --class-names")
+        raise UlsamError(f"{name} has two classes of one name: give a text file of other names with `class_names`")
     if isinstance(dataset, IterableDataset):
         return StreamImages(dataset, name, classes, split_name, is_training)
     return FactoryImages(dataset, name, classes, split_name)

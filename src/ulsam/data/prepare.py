@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from tqdm import tqdm
-
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import extra
 from ulsam.base.files import check_empty
+from ulsam.base.logs import progress
 
 Split = dict[str, str]
 """``CLASS/FILE`` of an image to ``train`` or ``test``."""
@@ -112,7 +111,6 @@ def prepare(
     name: str,
     archives: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
-    progress: bool = True,
 ) -> dict[str, int]:
     """Write ``out/train/CLASS/FILE`` and ``out/test/CLASS/FILE`` by the official split of a data set.
 
@@ -124,7 +122,6 @@ def prepare(
         name: ``food101``, ``dogs`` or ``cub200``.
         archives: the official archives, or the folders they were unpacked to.
         out: the folder to make; it may exist if it is empty.
-        progress: show a bar, if the output is a terminal.
 
     Returns:
         How many images and classes were written: ``{"train": ..., "test": ..., "classes": ...}``.
@@ -150,7 +147,7 @@ def prepare(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        counts = _write(official, sources, partial, progress)
+        counts = _write(official, sources, partial)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -181,10 +178,10 @@ def _expected(official: Official) -> str:
     return f"{official.title} is made from {' and '.join(official.archives)}, or the folders they unpack to"
 
 
-def _write(official: Official, sources: Sequence[Path], folder: Path, progress: bool) -> dict[str, int]:
+def _write(official: Official, sources: Sequence[Path], folder: Path) -> dict[str, int]:
     """Unpack to ``folder/train`` and ``folder/test``; an archive may end with its lists, so sorting comes second."""
     unsorted = folder / "unsorted"
-    found, lists = _unpack(official, sources, unsorted, progress)
+    found, lists = _unpack(official, sources, unsorted)
     for wanted in official.lists:
         if wanted not in lists:
             raise UlsamError(f"no {wanted} in {_names(sources)}: {_expected(official)}")
@@ -206,14 +203,12 @@ def _write(official: Official, sources: Sequence[Path], folder: Path, progress: 
     return {"train": parts.count("train"), "test": parts.count("test"), "classes": len(classes)}
 
 
-def _unpack(
-    official: Official, sources: Sequence[Path], folder: Path, progress: bool
-) -> tuple[set[str], dict[str, bytes]]:
+def _unpack(official: Official, sources: Sequence[Path], folder: Path) -> tuple[set[str], dict[str, bytes]]:
     """Copy every image to ``folder/CLASS/FILE``; returns their ``CLASS/FILE`` and the contents of the lists."""
     found: set[str] = set()
     lists: dict[str, bytes] = {}
     total = official.counts["train"] + official.counts["test"]
-    with tqdm(total=total, unit=" images", desc=official.title, disable=None if progress else True) as bar:
+    with progress(total=total, unit=" images", desc=official.title, leave=True) as bar:
         for source in sources:
             files = _folder_files if source.is_dir() else _archive_files
             try:

@@ -68,7 +68,7 @@ class _Named:
         if unknown and not by_number:
             raise UlsamError(
                 f"{self.title} has classes that were not trained on: {a_few(unknown)}; known are {a_few(classes)}. If"
-                " they are the same ones under other names, --classes-by-number takes them by their position"
+                " they are the same ones under other names, `classes_by_number=True` takes them by their position"
             )
         if not by_number:
             self.numbers = {number: classes.index(name) for number, name in enumerate(self.classes)}

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_args
@@ -15,6 +15,7 @@ import numpy as np
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
 from ulsam.base.files import check_writable, make_folder, write_atomic
+from ulsam.base.logs import say
 from ulsam.base.provenance import command_line, processor, versions
 from ulsam.base.timing import in_turn
 from ulsam.deploy import bench_report as report
@@ -38,7 +39,6 @@ def bench(
     seconds: float = 30.0,
     size: int | None = None,
     fold: bool = True,
-    say: Callable[[str], object] = print,
 ) -> list[Row]:
     """Measure models in several backends on this machine's CPU, and write ``bench.csv``, ``.png`` and ``.json``.
 
@@ -57,7 +57,6 @@ def bench(
         seconds: for each batch size and number of threads, for all models together; 15 turns at least, 2000 at most.
         size: height and width of the images in place of each model's own.
         fold: False for models as they were trained in PyTorch's backends; what is exported is always folded.
-        say: is told what happens.
 
     Returns:
         A row for each model, backend, batch size and number of threads.
@@ -205,5 +204,5 @@ def _check(
         if min(numbers) < 1:
             raise UlsamError(f"--{what} must be 1 or more, not {min(numbers)}")
     if not 0 <= seconds < float("inf"):
-        raise UlsamError(f"--seconds must be 0 or more, not {seconds:g}")
+        raise UlsamError(f"`seconds` must be 0 or more, not {seconds:g}")
     check_backends(backends)

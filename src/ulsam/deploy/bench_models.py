@@ -17,7 +17,7 @@ from ulsam.deploy.export import engine_of
 from ulsam.deploy.onnx_graph import check_installed
 from ulsam.deploy.parity import TOLERANCE, drawn_images
 from ulsam.deploy.quantize import QUANTIZATION
-from ulsam.model.build import build, load, save_model, sketch, spec_of
+from ulsam.model.build import build, load, save, sketch, spec_of
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import names
 from ulsam.surgery.cost import Cost, cost
@@ -65,12 +65,12 @@ def check_backends(backends: Collection[str]) -> None:
     >>> check_backends(["eager"])
     """
     if "compile" in backends and (lack := why_not_compiled()):
-        raise UlsamError(f"--backends compile: {lack}; install it")
+        raise UlsamError(f"`backends=compile`: {lack}; install it")
     for backend in ("onnxruntime", "openvino"):
         if backend in backends:
-            check_installed(f"--backends {backend}")
+            check_installed(f"`backends={backend}`")
     if "openvino" in backends:
-        check_openvino("--backends openvino")
+        check_openvino("`backends=openvino`")
 
 
 def open_model(name: str, backends: Collection[Backend], folder: Path, size: int | None = None) -> BenchModel:
@@ -94,7 +94,7 @@ def _open_onnx(name: str, backends: Collection[Backend], size: int | None) -> Be
     spec = ModelSpec.from_json(text) if text else None
     if size is not None and look.size != (size, size):
         if not model.any_size:
-            raise UlsamError(f"--size {size}: {name} was exported for images of {'x'.join(map(str, look.size))}")
+            raise UlsamError(f"`size={size}`: {name} was exported for images of {'x'.join(map(str, look.size))}")
         look = dataclasses.replace(look, size=(size, size))
         spec = spec and dataclasses.replace(spec, input_size=(3, size, size))
     return BenchModel(
@@ -113,7 +113,7 @@ def _open_torch(name: str, backends: Collection[Backend], folder: Path, size: in
     is_file = name.endswith(".safetensors") or name in names()
     model = load(name)[0] if is_file else build(spec)[0].eval()
     model_file, onnx_file = folder / "model.safetensors", folder / "model.onnx"
-    save_model(model, spec, model_file)
+    save(model, spec, model_file)
     if {"onnxruntime", "openvino"} & set(backends):
         write_atomic(onnx_file, engine_of(model, spec).files[".onnx"])
     files = {backend: str(model_file if backend in ("eager", "compile") else onnx_file) for backend in backends}

@@ -65,7 +65,7 @@ def openvino_engine(model: nn.Module, example: Tensor, free: Mapping[int, str], 
     It is compared in float32: by itself OpenVINO computes in bfloat16 where the processor can. The metadata is its
     runtime information, under ``ulsam``.
     """
-    check_openvino("--to openvino")
+    check_openvino("`to=openvino`")
     import openvino
 
     core = openvino.Core()
@@ -102,8 +102,8 @@ def executorch_engine(
         UlsamError: also for a free size, whose memory could not be planned.
     """
     if len(free) > 1:
-        raise UlsamError("--dynamic-size: ExecuTorch plans its memory ahead, for one size; leave it out")
-    with extra("executorch", "--to executorch needs"), warnings.catch_warnings():
+        raise UlsamError("`dynamic_size=True`: ExecuTorch plans its memory ahead, for one size; leave it out")
+    with extra("executorch", "`to=executorch` needs"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower

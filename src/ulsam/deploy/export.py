@@ -12,8 +12,10 @@ from ulsam import __version__
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_writable, write_atomic
 from ulsam.data.augment import Normalise
+from ulsam.data.folder import image_paths
 from ulsam.deploy.engines import Engine, executorch_engine, onnx_engine, openvino_engine
 from ulsam.deploy.parity import Parity, compared, drawn_images, read_images
+from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
 from ulsam.runtime import CLASSES, PREPROCESSING, SPEC, VERSION
 from ulsam.surgery.fold import fold
@@ -55,11 +57,11 @@ class FromPixels(nn.Module):
 
 @torch.inference_mode(False)
 def export(
-    model: nn.Module,
-    spec: ModelSpec,
-    path: str | os.PathLike[str],
+    model: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
     to: Format = "onnx",
     *,
+    spec: ModelSpec | None = None,
     dynamic_size: bool = False,
     preprocessing: bool = True,
     images: Sequence[str | os.PathLike[str]] = (),
@@ -72,13 +74,13 @@ def export(
     names of the classes, the preprocessing, the spec and ulsam's version (`ulsam.runtime` names the keys).
 
     Args:
-        model: as of `ulsam.load`.
-        spec: as of `ulsam.load`.
-        path: to write; its suffix is that of the format, `SUFFIXES`. OpenVINO's weights go beside it, ``.bin``.
+        model: a model file, the name of a trained model of the package, or a model in memory.
+        out: the file to write; its suffix is that of the format, `SUFFIXES`. OpenVINO's weights go beside it, ``.bin``.
         to: the format. ExecuTorch's files take one image at a time.
+        spec: of a model in memory, as of `ulsam.load`.
         dynamic_size: whether H and W are free too; not for ExecuTorch.
         preprocessing: False for an input ``x``, float [batch, 3, H, W], which is normalised already.
-        images: files to compare on, 64 of them at most; by default 16 drawn birds.
+        images: files, or folders of them, to compare on, 64 of them at most; by default 16 drawn birds.
 
     Returns:
         How far the file's outputs are from the model's.
@@ -89,18 +91,20 @@ def export(
 
     >>> from ulsam.model.build import build, make_spec
     >>> spec = make_spec("mobilenetv2_050", ["cat", "dog"], size=32)
-    >>> export(build(spec)[0], spec, "cats.pt")
+    >>> export(build(spec)[0], "cats.pt", spec=spec)
     Traceback (most recent call last):
     ulsam.base.errors.UlsamError: a file for onnx is called NAME.onnx, not cats.pt
     """
     if to not in get_args(Format):
         raise UlsamError(f"unknown format {to!r}; valid: {', '.join(get_args(Format))}")
-    path = os.fspath(path)
+    path = os.fspath(out)
     if not path.endswith(SUFFIXES[to]):
         raise UlsamError(f"a file for {to} is called NAME{SUFFIXES[to]}, not {path}")
     check_writable(path)
+    model, spec = model_and_spec(model, spec)
     look = spec_transform(spec).preprocessing
-    wanted = read_images(images, look) if images else drawn_images(look)
+    files = image_paths([os.fspath(image) for image in images])
+    wanted = read_images(files, look) if images else drawn_images(look)
     engine = engine_of(model, spec, to, dynamic_size=dynamic_size, preprocessing=preprocessing)
     parity = compared(model, engine.run, look, wanted, pixels=preprocessing, one_by_one=engine.one_by_one)
     if dynamic_size:  # another size too, with another shape

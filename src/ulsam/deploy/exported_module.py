@@ -41,7 +41,7 @@ def load_exported(path: str | os.PathLike[str]) -> tuple[Exported, ModelSpec, Ev
     """
     model = runtime.load(path)
     if runtime.SPEC not in model.metadata:
-        raise UlsamError(f"{path} holds no spec: write it by ulsam export MODEL --to onnx")
+        raise UlsamError(f"{path} holds no spec: write it by `ulsam.export`")
     spec = ModelSpec.from_json(model.metadata[runtime.SPEC])
     transform = spec_transform(spec)
     transform.normalise = Bytes()

@@ -9,17 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
+from torch import nn
 
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_readable, check_writable, write_atomic
+from ulsam.base.logs import progress
 from ulsam.data.images import Pixels, UnreadableImage
 from ulsam.data.opening import open_data
 from ulsam.data.sources import AnyImages, MapImages, StreamImages
 from ulsam.deploy.export import engine_of
 from ulsam.deploy.onnx_graph import ATTENTION, check_installed, drop_unused
-from ulsam.model.build import load
+from ulsam.model.given import model_and_spec
+from ulsam.model.spec import ModelSpec
 from ulsam.training.sample import pick
 
 QUANTIZATION = "quantization"
@@ -74,10 +76,11 @@ class Quantized:
 
 
 def quantize(
-    model: str | os.PathLike[str],
-    data: str,
+    model: nn.Module | str | os.PathLike[str],
+    data: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    spec: ModelSpec | None = None,
     calibrate: int = 256,
     measure: int = 1000,
 ) -> Quantized:
@@ -89,10 +92,11 @@ def quantize(
     what rounding the weights changes on average.
 
     Args:
-        model: a ``.onnx`` file of `ulsam.export`, or a model file, which is exported first.
+        model: a ``.onnx`` file of `ulsam.export`; or a model file or a model in memory, which is exported first.
         data: image folder or data set as for training, with classes of the model. Ranges are taken from its training
             images, accuracy from the others.
         out: the file to write, NAME.onnx.
+        spec: of a model in memory, as of `ulsam.load`.
         calibrate: images to calibrate on, at most; the same ones each time.
         measure: images to measure on, likewise.
 
@@ -112,13 +116,14 @@ def quantize(
     if not out.endswith(".onnx"):
         raise UlsamError(f"a quantised model is a file called NAME.onnx, not {out}")
     check_writable(out)
-    if os.path.realpath(out) == os.path.realpath(model):
+    name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
+    if os.path.realpath(out) == os.path.realpath(name):
         raise UlsamError(f"{out} is the model in float32, and would be lost: name another file to write")
-    content = _content(model)
-    whole = runtime.open_model(content, os.fspath(model))
+    content = _content(model, spec)
+    whole = runtime.open_model(content, name)
     if QUANTIZATION in whole.metadata:
-        raise UlsamError(f"{model} is quantised already: name the file in float32, or the model file")
-    train, others, _ = open_data(data)
+        raise UlsamError(f"{name} is quantised already: name the file in float32, or the model file")
+    train, others, _ = open_data(os.fspath(data))
     seen = [image for image, _ in _read(train, whole, calibrate, "calibrate")]
     if not seen:
         raise UlsamError(f"none of the images of {data} to calibrate on could be read")
@@ -215,7 +220,7 @@ def map_statistics(content: bytes, images: Sequence[Pixels]) -> dict[str, MapSta
     names = [output.name for output in session.get_outputs()]
     extremes: dict[str, list[NDArray[Any]]] = {}
     means: dict[str, list[NDArray[Any]]] = {}
-    for start in tqdm(range(0, len(images), _BATCH), desc="ranges", disable=None, leave=False, unit="batch"):
+    for start in progress(range(0, len(images), _BATCH), desc="ranges", unit="batch"):
         feed = opened.feed(np.stack(images[start : start + _BATCH]))
         for name, values in (*feed.items(), *zip(names, session.run(names, feed), strict=True)):
             if values.dtype == np.float32 and values.ndim:
@@ -268,12 +273,12 @@ def _is_others(node: Any) -> bool:
     return node.op_type == "Mul" and ATTENTION not in node.name
 
 
-def _content(model: str | os.PathLike[str]) -> bytes:
-    """What an exported file holds, or would hold for a model file."""
-    if os.fspath(model).endswith(".onnx"):
+def _content(model: nn.Module | str | os.PathLike[str], spec: ModelSpec | None) -> bytes:
+    """What an exported file holds, or would hold for a model."""
+    if not isinstance(model, nn.Module) and os.fspath(model).endswith(".onnx"):
         check_readable(model, "exported model")
         return Path(model).read_bytes()
-    return engine_of(*load(model)).files[".onnx"]
+    return engine_of(*model_and_spec(model, spec)).files[".onnx"]
 
 
 def _read(images: AnyImages, model: runtime.Model, most: int, title: str) -> Iterator[tuple[Pixels, int]]:
@@ -284,7 +289,7 @@ def _read(images: AnyImages, model: runtime.Model, most: int, title: str) -> Ite
     if unknown:
         raise UlsamError(f"the model knows no class {unknown[0]!r}; it has {', '.join(model.classes[:8])}, ...")
     number_of = [model.classes.index(name) for name in images.classes]
-    for number in tqdm(pick(len(images), most), desc=title, disable=None, leave=False, unit="image"):
+    for number in progress(pick(len(images), most), desc=title, unit="image"):
         try:
             pixels, label = _fetch(images, number, model)
         except UnreadableImage:

@@ -18,7 +18,7 @@ from ulsam.data.images import Pixels, read_pixels
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, watched
 from ulsam.explanation.explanation import Explanation, LayerMaps
 from ulsam.layer.ulsam import ULSAM
-from ulsam.model.build import load
+from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.fold import has_inference_tensors, plain_copy
 from ulsam.surgery.places import paper_places
@@ -146,11 +146,7 @@ def explain(
     >>> found.pixels.shape, found.classes[found.target], found.layers
     ((64, 64, 3), 'dog', ())
     """
-    if isinstance(model, nn.Module) == (spec is None):
-        raise UlsamError("pass a model file alone, or a model and its spec: ulsam.load(file) gives both")
-    if not isinstance(model, nn.Module):
-        model, spec = load(model)
-    explainer = Explainer(model, cast(ModelSpec, spec))
+    explainer = Explainer(*model_and_spec(model, spec))
     pixels = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
     if isinstance(pixels, str | os.PathLike):
         pixels = read_pixels(Path(pixels), explainer.transform.reduction)

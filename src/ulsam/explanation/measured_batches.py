@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
-from tqdm import tqdm
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.logs import progress
 from ulsam.explanation.explainer import Explainer
 from ulsam.explanation.explanation import Explanation
 from ulsam.explanation.image_list import Image
@@ -36,7 +36,7 @@ def explained(
         explainers: of the models.
         unreadable: gets a line about each image that cannot be read and is passed over.
     """
-    with tqdm(total=len(images), unit=" images", disable=None, leave=False) as bar:
+    with progress(total=len(images), unit=" images") as bar:
         for first in range(0, len(images), BATCH):
             chunk = list(enumerate(images[first : first + BATCH], start=first + 1))
             pixels, bad = read_batch([one.path for _, one in chunk], explainers[0].transform)

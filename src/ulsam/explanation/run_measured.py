@@ -16,7 +16,7 @@ from ulsam.data.sources import FactoryImages, FolderImages, MapImages
 from ulsam.explanation.trained_runs import TrainedRun
 from ulsam.model.build import load
 from ulsam.study.statistics import right
-from ulsam.training.evaluate import evaluate, outcomes, spec_transform
+from ulsam.training.evaluate import evaluate_batches, outcomes, spec_transform
 from ulsam.training.parts import open_images
 
 
@@ -89,7 +89,7 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
         batches = eval_loader(
             images, transform, batch_size=config.batch_size, workers=config.workers, device=world.device
         )
-        scores = evaluate(model, batches, len(spec.classes), world=world, progress=run.key, seen=keep)
+        scores = evaluate_batches(model, batches, len(spec.classes), world=world, progress=run.key, seen=keep)
     bad = {name for name, _ in scores.unreadable}
     read = [number for number in range(len(images)) if images.name(number) not in bad]
     paths = [os.path.abspath(images.name(number)) for number in range(len(images))]

@@ -68,7 +68,7 @@ def report_runs(
         whose = f" of {', '.join(keys)}" if len(runs) > 1 else ""
         notes.append(f"no confusions and no images{whose}: {reason}")
     if not images:
-        notes.append("no confusions and no images: --no-images")
+        notes.append("no confusions and no images: `images=False`")
     times = time_runs(runs) if time else None
     machine = ", ".join(f"{name} {value}" for name, value in versions().items())
     text = page(runs, measured, notes, times=times, command=printable(command_line()), versions=machine)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save as to_safetensors
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -35,7 +35,7 @@ __all__ = [
     "make_spec",
     "read_spec",
     "read_weights",
-    "save_model",
+    "save",
     "sketch",
     "spec_of",
     "ulsam_parameters",
@@ -106,7 +106,7 @@ def spec_of(model: str, *, size: int | None = None, model_args: Mapping[str, Jso
     (1000, (3, 96, 96))
     """
     if size is not None and size < 1:
-        raise UlsamError(f"--size must be 1 pixel or more, not {size}")
+        raise UlsamError(f"`size` must be 1 pixel or more, not {size}")
     if model.endswith(".safetensors") or model in names():
         spec = read_spec(model)
     elif not timm.is_model(model) and (Path(model).suffix or Path(model).exists()):
@@ -154,7 +154,7 @@ def build(
         if pretrained:
             sketch(spec)  # raises unless it was the weights
             raise UlsamError(
-                f"no hub weights of {spec.base} to be had: {first_line(error)} Name a weight file by --weights"
+                f"no hub weights of {spec.base} to be had: {first_line(error)} Name a weight file by `weights`"
             ) from error
         raise UlsamError(f"timm cannot build {spec.base} with {dict(spec.model_args)}: {first_line(error)}") from error
     for edit in spec.edits:
@@ -260,7 +260,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return state
 
 
-def save_model(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> None:
     """Write a self-describing model file: safetensors, with the spec in its metadata.
 
     Raises:
@@ -269,14 +269,14 @@ def save_model(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) 
     >>> import tempfile
     >>> spec = ModelSpec("mobilenetv2_100", ("cat", "dog"), (Edit("insert", "17"),))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_model(build(spec)[0], spec, f"{folder}/model.safetensors")
+    ...     save(build(spec)[0], spec, f"{folder}/model.safetensors")
     ...     model, same = load(f"{folder}/model.safetensors")
     >>> same == spec, model.training
     (True, False)
     """
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     _check_fit(spec, {name: tuple(value.shape) for name, value in state.items()}, "the model")
-    write_atomic(path, save(state, metadata={_KEY: spec.to_json()}))
+    write_atomic(path, to_safetensors(state, metadata={_KEY: spec.to_json()}))
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[nn.Module, ModelSpec]:
@@ -313,7 +313,9 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
         metadata = file.metadata() or {}
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if _KEY not in metadata:
-        raise UlsamError(f"{path} holds weights without a spec; train with it by --weights, or pass a model file")
+        raise UlsamError(
+            f"{path} holds weights without a spec; start `ulsam.train` from it by `weights`, or pass a model file"
+        )
     try:
         spec = ModelSpec.from_json(metadata[_KEY])
     except UlsamError as error:

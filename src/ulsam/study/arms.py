@@ -123,7 +123,7 @@ def parse_arms(texts: Sequence[str]) -> tuple[Arm, ...]:
     """
     arms = tuple(Arm.parse(text) for text in texts)
     if len(arms) < 2:
-        raise UlsamError("a comparison needs two arms or more, e.g. --arm base --arm 'replace 14,17 g=4'")
+        raise UlsamError("a comparison needs two `arms` or more, such as base and 'replace 14,17 g=4'")
     slugs = [arm.slug for arm in arms]
     for number, arm in enumerate(arms):
         if arm.slug in slugs[:number]:
@@ -142,7 +142,7 @@ def check_shared(shared: TrainConfig) -> None:
     ulsam.base.errors.UlsamError: every run is measured once, after its last epoch: leave val_every out of the settings
     """
     if shared.edits:
-        raise UlsamError("edits in the shared settings would change every arm, base too: give edits with --arm")
+        raise UlsamError("edits in the shared settings would change every arm, base too: give edits with `arms`")
     if shared.val_every != 1:
         raise UlsamError("every run is measured once, after its last epoch: leave val_every out of the settings")
     if shared.split_seed is not None:
@@ -199,7 +199,7 @@ def check_choosing(shared: TrainConfig, choose_split: str | None = None) -> None
     if choose_split in (final, shared.train_split):
         use = "the final runs are measured on" if choose_split == final else "is trained on"
         raise UlsamError(
-            f"rates cannot be chosen on {choose_split}, which {use}: name another split, or another --val-split"
+            f"rates cannot be chosen on {choose_split}, which {use}: name another split, or another `val_split`"
         )
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
+from ulsam.base.logs import say
 from ulsam.base.packed import check_packed_name
 from ulsam.base.provenance import command_line
 from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arms
@@ -42,7 +43,6 @@ def compare(
     margin: float = MARGIN,
     start_from: str | Path | None = None,
     publish: str | Path | None = None,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train every arm under one recipe with the same seeds, and compare their top-1, paired by seed and image.
 
@@ -69,7 +69,6 @@ def compare(
         margin: share of top-1 that an arm may lose and still be non-inferior.
         start_from: a published comparison whose runs are put into ``out`` first, where they are not trained again.
         publish: as for :func:`report`.
-        say: gets a line for each run that ends.
 
     Returns:
         What ``compare.json`` holds; a run that failed is in it with its reason.
@@ -82,7 +81,7 @@ def compare(
 
     >>> compare("birds", ["base"], "runs/x")
     Traceback (most recent call last):
-    ulsam.base.errors.UlsamError: a comparison needs two arms or more, e.g. --arm base --arm 'replace 14,17 g=4'
+    ulsam.base.errors.UlsamError: a comparison needs two `arms` or more, such as base and 'replace 14,17 g=4'
     """
     refuse_torchrun()
     _check_margin(margin)
@@ -118,7 +117,7 @@ def compare(
     if launcher == "ray":
         gpus = int(shared.device.startswith("cuda"))
         place = RayLauncher(store, threads=shared.threads or 1, gpus=gpus, jobs=jobs or 0, address=ray_address)
-    run_all(grid, store, place, say, command_line())
+    run_all(grid, store, place, command_line())
     measure_latency(grid, store)
     result = _reported(grid, store, margin, command_line())
     if publish is not None:

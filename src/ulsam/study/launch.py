@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -16,6 +18,7 @@ from filelock import FileLock
 from ulsam.base.errors import UlsamError, printable
 from ulsam.base.files import make_folder, write_atomic
 from ulsam.base.locks import take_lock
+from ulsam.base.logs import say
 from ulsam.base.processes import GROUP
 from ulsam.study.grid import Failed, Grid, Run
 from ulsam.study.run_store import Store
@@ -98,14 +101,13 @@ class LocalLauncher:
         self.processes = []
 
 
-def run_all(grid: Grid, store: Store, launcher: Launcher, say: Callable[[str], None], again: str) -> None:
+def run_all(grid: Grid, store: Store, launcher: Launcher, again: str) -> None:
     """Run what the grid asks for until nothing is due; a run that fails does not stop the others.
 
     Args:
         grid: what is compared.
         store: its folder.
         launcher: where runs are started.
-        say: gets a line for each run that ends.
         again: the command that goes on, to be told when this is interrupted.
 
     Raises:
@@ -117,7 +119,7 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, say: Callable[[str], N
     with stop_signals() as stopping, _stopped_at_the_end(launcher):
         while due or launcher.running():
             if stopping():
-                raise Interrupted(f"stopped, all runs are saved; go on with: {again}")
+                raise Interrupted("stopped, all runs are saved", f"go on with: {again}")
             busy = [str(run) for run in launcher.running()]
             for run in due:
                 if str(run) not in busy and launcher.room() and not launcher.start(run) and str(run) not in told:
@@ -150,6 +152,7 @@ def start_process(folder: Path, config: TrainConfig, cwd: str | None = None) -> 
         settings = folder.with_name(f"{folder.name}.yaml")
         write_atomic(settings, config.to_yaml())
         words = ["train", "--config", str(settings), "--out", str(folder)]
+    say(f"start   ulsam {shlex.join(words)}", level=logging.DEBUG)
     with open(folder.with_name(f"{folder.name}.log"), "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "ulsam.attached", str(_running_lock_of(folder).absolute()), *words],
@@ -252,5 +255,5 @@ def refuse_torchrun() -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UlsamError(
-            "a comparison starts its processes itself: leave torchrun out, and use --jobs or --launcher ray"
+            "a comparison starts its processes itself: leave torchrun out, and use `jobs` or `launcher=ray`"
         )

@@ -106,7 +106,7 @@ def require_ray() -> None:
     Raises:
         UlsamError: it is not.
     """
-    with extra("ray", "--launcher ray needs"):
+    with extra("ray", "`launcher=ray` needs"):
         import ray  # noqa: F401
 
 

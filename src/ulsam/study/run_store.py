@@ -87,7 +87,7 @@ class Store:
         before = self.read_grid()
         if before is not None and before.choosing and grid.choosing and before.choose_split != grid.choose_split:
             on = before.choose_split or "held-out training images"
-            raise UlsamError(f"{self.root} chooses rates on {on}: go on with that, or name another --out")
+            raise UlsamError(f"{self.root} chooses rates on {on}: go on with that, or name another `out`")
         known = self.check_identity(grid.shared.data, data, files)
         for run in grid.known(self.outcome):
             self.allow_retry(run)
@@ -107,12 +107,12 @@ class Store:
         """
         before = self.read("grid.json") or {}
         if None not in (before.get("data_sha256"), data) and before["data_sha256"] != data:
-            raise UlsamError(f"{self.root} compares models on other images than {source} holds now: name another --out")
+            raise UlsamError(f"{self.root} compares models on other images than {source} holds now: name another `out`")
         known = dict(before.get("files_sha256", []))
         for name in known.keys() & files:
             if known[name] != files[name]:
                 raise UlsamError(
-                    f"{name} is not the file that {self.root} began with: put it back, or name another --out"
+                    f"{name} is not the file that {self.root} began with: put it back, or name another `out`"
                 )
         return known
 

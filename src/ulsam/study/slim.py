@@ -4,19 +4,18 @@ import dataclasses
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
 from ulsam.base.distributed import start
-from ulsam.base.errors import UlsamError, printable
+from ulsam.base.errors import UlsamError
 from ulsam.base.files import write_atomic
+from ulsam.base.logs import say
+from ulsam.base.threads import cpu_threads
 from ulsam.data.loading import eval_loader
 from ulsam.data.sources import AnyImages
 from ulsam.model.build import load
@@ -33,7 +32,7 @@ from ulsam.surgery.cost import cost
 from ulsam.surgery.places import match
 from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, config_beside, read_config
-from ulsam.training.evaluate import evaluate, spec_transform
+from ulsam.training.evaluate import evaluate_batches, spec_transform
 from ulsam.training.loop import Interrupted, resume, train
 from ulsam.training.sample import draw_sample
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
@@ -81,7 +80,7 @@ def slim(
     """
     asked, out = budget(**options), Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UlsamError("slimming chooses in one process: use --no-train, then start the line it prints by torchrun")
+        raise UlsamError("slimming chooses in one process: use `fine_tune=False`, then train by torchrun")
     check_engine(asked.engine)
     original, spec = load(model)
     config = fine_tuning(model, spec, data, settings or {})
@@ -93,15 +92,10 @@ def slim(
             wanted = {name: value for name, value in dataclasses.asdict(config).items() if value != "auto"}
             restore.check_begun(read_config(out / "run" / "config.yaml"), wanted, out / "run")
         write_atomic(out / "train.yaml", config.to_yaml())
-        if not fine_tune:
-            command = ["ulsam", "train", "--config", str(out / "train.yaml"), "--out", str(out / "run")]
-            _say(f"next    {shlex.join(command)}")
-        else:
+        if fine_tune:
             summary = _trained(config, out / "run")
             if store.get("result") is None:
                 store.put("result", _result(original, config, summary))
-    for line in report.result_lines(store.data, out) if fine_tune else []:
-        _say(line)
     return store.data
 
 
@@ -122,7 +116,7 @@ def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, setti
             raise UlsamError(f"slimming decides {name}: leave it out of the settings")
     _, height, width = spec.input_size
     if height != width and "size" not in settings:
-        raise UlsamError(f"this model's images are {height} x {width}, and training makes square ones: give a --size")
+        raise UlsamError(f"this model's images are {height} x {width}, and training makes square ones: give a `size`")
     own = {
         "data": data,
         "model": spec.base,
@@ -150,9 +144,7 @@ def _held_out(model: Path, data: str, settings: Mapping[str, Any]) -> dict[str, 
 
 def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, config: TrainConfig, model: Path) -> Store:
     """Choose the blocks, or take the choice that ``out`` holds, and tell it."""
-    with start(config.device) as world:
-        if config.threads:
-            torch.set_num_threads(config.threads)
+    with start(config.device) as world, cpu_threads(config.threads):
         images, measured, _ = parts.open_images(config)
         if images.classes != spec.classes:
             raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(images, spec)}")
@@ -178,12 +170,12 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
         if measured.split == "held-out" and config.split_seed is None:
             notes.append(
                 f"the held-out images may be ones that {model} was trained on: there is no config.yaml of its run "
-                "beside it; give that run's seed as --split-seed, and its --val-fraction"
+                "beside it; give that run's seed as `split_seed`, and its `val_fraction`"
             )
         for line in [*report.start_lines(store.data), *(f"note    {note}" for note in notes)]:
-            _say(line)
+            say(line)
         for _, reason in sample.unreadable:
-            _say(f"unreadable {reason}")
+            say(f"unreadable {reason}")
         if store.get("chosen") is None:
             original.to(world.device)
 
@@ -206,7 +198,7 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
                 reconstruct,
             ).choose()
         for line in report.choice_lines(store.data):
-            _say(line)
+            say(line)
     return store
 
 
@@ -224,7 +216,7 @@ def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
 def _result(model: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The slimmed model beside the original one, both on the run's own images, in its precision and layout."""
     ran = TrainConfig.from_mapping(summary["config"])
-    with start(config.device) as world:
+    with start(config.device) as world, cpu_threads(config.threads):
         _, images, _ = parts.open_images(config)
         seen = parts.spec_of(config, summary["spec"]["classes"])
         batches = eval_loader(
@@ -234,7 +226,7 @@ def _result(model: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -
             workers=config.workers,
             device=world.device,
         )
-        scores = evaluate(
+        scores = evaluate_batches(
             model.to(world.device).to(memory_format=LAYOUTS[ran.layout]),
             batches,
             len(seen.classes),
@@ -265,9 +257,5 @@ def _told(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        where = str(stop).partition(";")[0] or "stopped"
-        raise Interrupted(f"{where}; what was done is kept: go on with the same command and --out {out}") from None
-
-
-def _say(line: str) -> None:
-    tqdm.write(printable(line))
+        where = stop.where if isinstance(stop, Interrupted) else "stopped"
+        raise Interrupted(where, f"what was done is kept: go on with the same arguments and `out={out}`") from None

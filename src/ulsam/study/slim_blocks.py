@@ -136,7 +136,7 @@ def find_blocks(
     if not fitting:
         why = f": {notes[0]}" if notes else " that takes and puts out the same feature map [B, C, H, W]"
         if not notes and candidates(model, input_size, leaves=True):
-            why += " (single convolutions: name them by --at)"
+            why += " (single convolutions: name them by `at`)"
         raise UlsamError(f"this {type(model).__name__} has no block to replace{why}")
     switched = SwitchableModel(model, fitting, layer, input_size, seed)
     numbers = {name: number for number, name in layer_names(model).items()}

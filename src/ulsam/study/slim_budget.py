@@ -88,6 +88,6 @@ def budget(
     budgets: dict[Measure, float | None] = {"macs": macs, "params": params, "latency": latency}
     given = [(measure, share) for measure, share in budgets.items() if share is not None]
     if len(given) != 1:
-        raise UlsamError("give exactly one budget: --macs, --params or --latency, a share such as 0.75")
+        raise UlsamError("give exactly one budget: `macs`, `params` or `latency`, a share such as 0.75")
     measure, share = given[0]
     return Budget(measure, share, **options)

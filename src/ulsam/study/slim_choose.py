@@ -2,15 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
+from ulsam.base import logs
 from ulsam.base.errors import UlsamError
+from ulsam.base.threads import cpu_threads
 from ulsam.base.timing import Call, Timing, time_in_turn
 from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import WORDS, Budget
@@ -40,9 +41,9 @@ class _Progress:
             self.say(f"damage  sets measured so far: {self.sets}")
 
     def say(self, line: str) -> None:
-        """Write a line, above the bar if there is one."""
+        """Log a line."""
         self.told = time.monotonic()
-        self.bar.write(line)
+        logs.say(line)
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class BlockSearch:
             UlsamError: all blocks together do not reach the budget.
         """
         by_time = self.budget.measure == "latency"
-        bar: tqdm[Any] = tqdm(desc="damage", unit="set", disable=None, leave=False)
-        with bar, _threads(self.budget.threads if by_time else None):
+        bar: tqdm[Any] = logs.progress(desc="damage", unit="set")
+        with bar, cpu_threads(self.budget.threads if by_time else None):
             progress = _Progress(bar)
             savings, total = self._savings(progress)
             useful = _useful(savings)
@@ -208,21 +209,10 @@ class BlockSearch:
         if (least := left()) > self.budget.share:
             raise UlsamError(
                 f"all {len(useful)} blocks that save {word}, replaced, leave {math.ceil(1000 * least) / 1000:.3f} "
-                f"of the {word}: --{self.budget.measure} must be that or more, not {self.budget.share}"
+                f"of the {word}: `{self.budget.measure}` must be that or more, not {self.budget.share}"
             )
 
 
 def _useful(savings: Sequence[float]) -> Blocks:
     """The blocks that save something."""
     return frozenset(number for number, saving in enumerate(savings) if saving > 0)
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Within it PyTorch computes with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

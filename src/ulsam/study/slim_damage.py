@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ulsam.base.distributed import World
 from ulsam.study.slim_blocks import SwitchableModel
-from ulsam.training.evaluate import evaluate
+from ulsam.training.evaluate import evaluate_batches
 from ulsam.training.sample import Sample
 
 
@@ -26,5 +26,5 @@ def score(
         UlsamError: not one image could be read, or what the model puts out is not finite.
     """
     with switched.replaced(blocks) as model:
-        found = evaluate(model.to(world.device), sample.batches, len(classes), world=world)
+        found = evaluate_batches(model.to(world.device), sample.batches, len(classes), world=world)
     return Score(found.loss, found.top1)

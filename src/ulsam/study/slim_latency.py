@@ -48,4 +48,4 @@ def check_engine(engine: Engine) -> None:
     >>> check_engine("eager")
     """
     if engine == "onnxruntime":
-        check_installed("--engine onnxruntime")
+        check_installed("`engine=onnxruntime`")

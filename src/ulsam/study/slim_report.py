@@ -1,5 +1,6 @@
 """What slimming tells, from what ``slim.json`` holds."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ def choice_lines(data: Data) -> list[str]:
 
 
 def result_lines(data: Data, out: Path) -> list[str]:
-    """The slimmed model beside the original one."""
+    """The slimmed model beside the original one; without a result, how to train it."""
+    if "result" not in data:
+        command = ["ulsam", "train", "--config", str(out / "train.yaml"), "--out", str(out / "run")]
+        return [f"next    {shlex.join(command)}"]
     result, model = data["result"], data["model"]
     original, slimmed, cost = result["original"], result["slimmed"], result["cost"]
     changes = ", ".join(

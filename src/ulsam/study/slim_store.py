@@ -43,7 +43,7 @@ class Store:
             if before["budget"].get(name) != value and not free:
                 raise UlsamError(
                     f"{out} holds a slimming with other settings: {name} was {before['budget'].get(name)!r} and is "
-                    f"{value!r} now; choose another --out"
+                    f"{value!r} now; choose another `out`"
                 )
         self.data = {**before, "budget": dict(budget)}
         clear_parts(out)
@@ -84,7 +84,7 @@ def check_folder(out: Path) -> None:
     if (out / NAME).exists():
         _read(out / NAME)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UlsamError(f"{out} is no new folder, and holds no {NAME} to go on from: choose another --out")
+        raise UlsamError(f"{out} is no new folder, and holds no {NAME} to go on from: choose another `out`")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -94,4 +94,4 @@ def _read(path: Path) -> dict[str, Any]:
             return data
     except (OSError, ValueError) as error:
         raise UlsamError(f"cannot read {path}: {error}") from error
-    raise UlsamError(f"{path} is not what slimming wrote: choose another --out")
+    raise UlsamError(f"{path} is not what slimming wrote: choose another `out`")

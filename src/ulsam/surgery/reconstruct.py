@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import trange
 
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
+from ulsam.base.logs import progress
 from ulsam.surgery.edited import edited_blocks, put_back
 from ulsam.surgery.reconstruct_layers import enough_memory, list_of_batches, passing, reconstruct_layer
 
@@ -247,7 +247,7 @@ def _adam(parts: Iterable[nn.Module], loss_of: Callable[[int], Tensor], name: st
     optimizer = torch.optim.Adam([p for module in parts for p in module.parameters(recurse=False)], rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with torch.enable_grad():
-        for step in trange(steps, desc=f"reconstruct {name}", unit="step", disable=None, leave=False):
+        for step in progress(range(steps), desc=f"reconstruct {name}", unit="step"):
             loss = loss_of(step)
             optimizer.zero_grad()
             loss.backward()

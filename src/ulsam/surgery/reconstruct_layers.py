@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import trange
 
 from ulsam.base.errors import NotFinite, UlsamError, is_out_of_memory
 from ulsam.base.eval_mode import eval_mode
+from ulsam.base.logs import progress
 from ulsam.layer.inverted_residual import InvertedResidual
 from ulsam.surgery.edited import edited_blocks, put_back
 
@@ -110,7 +110,7 @@ def enough_memory() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UlsamError("the memory is full: reconstruct on fewer images (--reconstruct-images)") from error
+        raise UlsamError("the memory is full: reconstruct on fewer images (`reconstruct_images`)") from error
 
 
 def list_of_batches(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -144,7 +144,7 @@ def _regress(layer: nn.Module, name: str, given: Sequence[Tensor], wanted: Seque
     optimizer = torch.optim.Adam(copied.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with torch.enable_grad():
-        for step in trange(steps, desc=f"reconstruct {name}", unit="step", disable=None, leave=False):
+        for step in progress(range(steps), desc=f"reconstruct {name}", unit="step"):
             x, y = spread[step % len(spread)]
             loss = F.mse_loss(copied(x), y) / added
             optimizer.zero_grad()

@@ -5,6 +5,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -214,6 +215,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UlsamError(f"{path} holds no settings; write lines such as 'epochs: 10'")
     return values
+
+
+def config_of(data: "TrainConfig | str | os.PathLike[str]", settings: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a run on some data; or settings, of which some are replaced.
+
+    Raises:
+        UlsamError: as of :meth:`TrainConfig.from_mapping`.
+
+    >>> config_of(config_of("birds", {"epochs": 3}), {"lr": 0.1}).epochs
+    3
+    """
+    if isinstance(data, TrainConfig):
+        return TrainConfig.from_mapping({**dataclasses.asdict(data), **settings}) if settings else data
+    return TrainConfig.from_mapping({"data": os.fspath(data), **settings})
 
 
 def config_beside(model: Path) -> TrainConfig | None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ulsam.base import logs
 from ulsam.base.distributed import World
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
@@ -21,9 +20,7 @@ from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.loading import Batch, check_labels
 from ulsam.data.sources import AnyImages, StreamImages
 from ulsam.model.spec import ModelSpec
-from ulsam.training import predict as prediction
 from ulsam.training.predict import NOT_FINITE, Logits
-from ulsam.training.predict import Prediction as Prediction
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -73,7 +70,7 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_batches(
     model: nn.Module,
     batches: Iterable[Batch],
     n_classes: int,
@@ -106,7 +103,7 @@ def evaluate(
     unreadable: list[tuple[str, str]] = []
     hit: list[bool] = []
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
+    bar = logs.progress(batches, desc=progress, shown=progress is not None, unit="batch")
     with bar, eval_mode(model):
         for batch in bar if stop is None else _until(stop, bar, world):
             unreadable += batch.unreadable
@@ -144,7 +141,7 @@ def outcomes(scores: Scores, images: AnyImages) -> dict[str, Any] | None:
     """Which images were right, for pairing this measurement with another one of the same images; JSON.
 
     Args:
-        scores: of :func:`evaluate` on the batches of `ulsam.data.loading.eval_loader`.
+        scores: of :func:`evaluate_batches` on the batches of `ulsam.data.loading.eval_loader`.
         images: that were measured.
 
     Returns:
@@ -181,25 +178,6 @@ def _until(stop: Callable[[], bool], batches: Iterable[Batch], world: World) -> 
             return
         if batch is not None:
             yield batch
-
-
-def predict(
-    model: nn.Module, spec: ModelSpec, paths: Sequence[str | os.PathLike[str]], *, top: int = 5, batch_size: int = 32
-) -> Iterator[Prediction]:
-    """Name what is in image files, in their order; an unreadable one gives a prediction with an error.
-
-    Raises:
-        NotFinite: the model's outputs are not finite.
-        UlsamError: the spec's model is not for RGB images.
-
-    >>> from ulsam.model.build import build
-    >>> spec = ModelSpec("mobilenetv2_100", ("cat", "dog"))
-    >>> [p.error for p in predict(build(spec)[0], spec, ["missing.jpg"])]
-    ['missing.jpg: no such file or directory']
-    """
-    transform = spec_transform(spec)
-    logits = logits_of(model, transform)
-    return prediction.predict(paths, logits, transform.preprocessing, spec.classes, top=top, batch=batch_size)
 
 
 def logits_of(model: nn.Module, transform: EvalTransform) -> Callable[[Pixels], Logits]:

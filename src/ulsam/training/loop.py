@@ -7,8 +7,11 @@ that was killed goes on from its last checkpoint to the same weights, bit for bi
 import dataclasses
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,21 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ulsam.base.distributed import World, launch_line, start
-from ulsam.base.errors import NotFinite, UlsamError, printable
+from ulsam.base import logs
+from ulsam.base.distributed import World, start
+from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.extras import installed
 from ulsam.base.files import clear_parts, make_folder, write_atomic
 from ulsam.base.provenance import command_line, environment, versions
+from ulsam.base.threads import cpu_threads
 from ulsam.data import loading, sources
 from ulsam.model.build import build, sketch
 from ulsam.surgery.cost import cost
 from ulsam.training import distill, parts, restore
 from ulsam.training import summary as report
 from ulsam.training.checkpoint import Position, read_checkpoint, write_checkpoint
-from ulsam.training.config import TrainConfig
-from ulsam.training.evaluate import Scores, Stopped, evaluate, outcomes
+from ulsam.training.config import TrainConfig, config_of
+from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, outcomes
 from ulsam.training.machine import adapt_to_device
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
@@ -37,38 +42,67 @@ from ulsam.training.step import TrainingStep
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on."""
+    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on.
+
+    Attributes:
+        where: how far the work had come.
+        run: the folder that :func:`resume` takes; None for other work than a run.
+    """
+
+    def __init__(self, where: str, how: str, run: Path | None = None) -> None:
+        super().__init__(f"{where}; {how}")
+        self.where, self.run = where, run
 
 
-def train(config: TrainConfig, run: str | Path, *, model: nn.Module | None = None) -> dict[str, Any]:
-    """Train a model and write everything about it into the new folder ``run``.
+def train(
+    data: str | os.PathLike[str] | TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    model: nn.Module | str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train a model and write everything about it into the new folder ``out``.
 
     The folder then holds ``config.yaml`` (repeats the run), ``metrics.csv``, ``curves.png``, ``checkpoint.pt``,
     ``model.safetensors`` (the last epoch's weights, or their average; no epoch is picked by its score) and
     ``summary.json``, whose content is returned. Under torchrun all processes call this, and the first one writes.
 
+    Random generators and PyTorch's number of threads are afterwards as they were. On a CPU a training step is up to
+    half as fast again after `ulsam.training.machine.keep_freed_memory`, which the command line calls: it changes the
+    whole process for good, so this function does not.
+
     Args:
-        config: the settings.
-        run: a new folder, or an empty one.
-        model: a model that no spec builds, such as a channel-pruned one, to train as it is, with the weights it has,
-            in place of the settings' own. It changes in place. ``weights.safetensors``, a plain state dict, then stands
-            in for ``model.safetensors``, and the summary says ``"prepared": true``: of its spec, the classes and the
-            image are those of this model.
+        data: an image folder, or timm's name of a data set; or all settings, as `ulsam.TrainConfig`.
+        out: a new folder, or an empty one.
+        model: timm's name of the base model; or a model that no spec builds, such as a channel-pruned one, to train as
+            it is, with the weights it has. It changes in place. ``weights.safetensors``, a plain state dict, then
+            stands in for ``model.safetensors``, and the summary says ``"prepared": true``: of its spec, the classes and
+            the image are those of this model.
+        settings: fields of `ulsam.TrainConfig`, such as ``edits`` or ``epochs``.
 
     Raises:
         UlsamError: the folder is not empty, the data or the model is not usable, the teacher is not for it, the loss is
             no longer finite, too many images cannot be read, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, after saving.
+
+    >>> import tempfile
+    >>> from ulsam.data.birds import draw_birds
+    >>> folder = tempfile.mkdtemp()
+    >>> birds = draw_birds(f"{folder}/birds", classes=2, train=8, val=4, size=32)
+    >>> small = {"model": "test_efficientnet", "size": 32, "batch_size": 8, "epochs": 1, "workers": 0}
+    >>> summary = train(birds, f"{folder}/run", edits=["insert blocks.1 g=4"], **small)
+    >>> summary["scores"]["images"], summary["spec"]["edits"]
+    (8, ['insert blocks.1 g=4'])
     """
-    run = Path(run)
-    with start(config.device) as world:
-        config = adapt_to_device(config, world.device)
+    run, prepared = Path(out), model if isinstance(model, nn.Module) else None
+    config = config_of(data, settings if prepared or model is None else {**settings, "model": model})
+    with _session(config) as (config, world):
         restore.check_free(run)
-        trainer = Trainer(config, run, world, model=model)
+        trainer = Trainer(config, run, world, model=prepared)
         trainer.prepare()  # before the folder is made: most mistakes show here
         if world.writes:
             make_folder(run)
-            if model is not None:
+            if prepared is not None:
                 trainer.save()  # settings cannot make this model, so the run begins with a checkpoint
             write_atomic(run / "config.yaml", trainer.config.to_yaml())
         return trainer.fit()
@@ -93,14 +127,23 @@ def resume(
     config = restore.resumed_config(run, overrides or {})
     saved = read_checkpoint(run)
     restore.check_prepared(run, saved, model is not None)
-    with start(config.device) as world:
-        trainer = Trainer(adapt_to_device(config, world.device), run, world, fresh=saved is None, model=model)
+    with _session(config) as (config, world):
+        trainer = Trainer(config, run, world, fresh=saved is None, model=model)
         trainer.prepare()
         if saved is not None:
             trainer.restore(saved)
         if world.writes:
             clear_parts(run)
         return trainer.fit()
+
+
+@contextmanager
+def _session(config: TrainConfig) -> Iterator[tuple[TrainConfig, World]]:
+    """The settings as this machine keeps to them, and the processes; what the run sets is afterwards as it was."""
+    with start(config.device) as world:
+        config = adapt_to_device(config, world.device)
+        with cpu_threads(config.threads), parts.same_generators(world.device):
+            yield config, world
 
 
 class Trainer:
@@ -114,8 +157,6 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.world = config, run, world
         self.fresh, self.prepared = fresh, model is not None
-        if config.threads:
-            torch.set_num_threads(config.threads)
         loading.seed_all(config.seed)
 
         self.train_images, self.val_images, notes = parts.open_images(config)
@@ -197,7 +238,7 @@ class Trainer:
         for name, now in self._environment().items():
             if now != saved["environment"].get(name):
                 change = f"{name}: {saved['environment'].get(name)} before, {now} now"
-                self._say(f"warning {change}; the weights will not be bit for bit those of an unbroken run")
+                self._say(f"warning {change}; the weights will not be bit for bit those of an unbroken run", WARNING)
 
     def save(self) -> None:
         """Write the checkpoint: all processes call this, the first one writes."""
@@ -222,11 +263,12 @@ class Trainer:
         config, world = self.config, self.world
         scores: Scores | None = None
         update_images = config.accumulate * config.batch_size * world.size
-        bar = tqdm(
+        bar: tqdm[Any] = logs.progress(
             total=config.epochs * self.epoch_updates * update_images,
             initial=self.at.updates * update_images,
             unit="img",
-            disable=None if world.writes else True,
+            leave=True,
+            shown=world.writes,
         )
         with bar, parts.clear_errors(), parts.stop_signals() as stopping:
             saved_at = time.monotonic()
@@ -274,7 +316,7 @@ class Trainer:
         for turn in range(config.accumulate):
             batch = next(batches, None)
             if batch is None:
-                raise UlsamError("the stream of shards has ended before its epoch: use no more --workers than shards")
+                raise UlsamError("the stream of shards has ended before its epoch: use no more `workers` than shards")
             bad += batch.unreadable
             if len(batch.labels) < config.batch_size:
                 self.unreadable["train"].add(bad)
@@ -313,7 +355,7 @@ class Trainer:
         self.world.agree(model.buffers())  # each process has BatchNorm statistics of its own; the first one's are saved
         batches = parts.val_batches_of(self.config, self.spec, self.val_images, self.world)
         try:
-            scores = evaluate(
+            scores = evaluate_batches(
                 model,
                 batches,
                 len(self.classes),
@@ -368,27 +410,18 @@ class Trainer:
         if self.world.writes:
             model = self.ema.module if self.ema else self.model
             report.write_result(self.run, summary, model, None if self.prepared else self.spec)
-        low, high = scores.interval
-        self._say(
-            f"result  top-1 {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
-            f"top-5 {100 * scores.top5:.2f} % on {scores.images} {self.val_images.split} images; {self.run}"
-        )
-        if self.prepared:
-            self._say("note    no spec builds this model: its weights alone are saved, in weights.safetensors")
-        if count := len(bad["train"]) + len(bad["val"]):
-            self._say(f"note    {count} images could not be read; they are named above and in summary.json")
         return summary
 
     def _diverged(self, what: str, step: int) -> UlsamError:
-        taught = ", or a lower --distill-features" if self.config.distill_features else ""
+        taught = ", or a lower `distill_features`" if self.config.distill_features else ""
         return UlsamError(
             f"{what} in epoch {self.at.epoch + 1}, step {step}, at learning rate "
             f"{self.optimizer.param_groups[0]['lr']:.3g}: {parts.DIVERGED}{taught}"
         )
 
     def _stopped(self, where: str) -> Interrupted:
-        line = restore.prepared_call(self.run) if self.prepared else launch_line(["train", "--resume", str(self.run)])
-        return Interrupted(f"stopped in {where}; go on with: {line}")
+        call = restore.resume_call(self.run, self.prepared)
+        return Interrupted(f"stopped in {where}", f"go on with: {call}", None if self.prepared else self.run)
 
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""
@@ -396,6 +429,6 @@ class Trainer:
         images = f"{len(self.train_images)} (names {names[:8]})"
         return {**environment(), "device": self.world.device.type, "training images": images}
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, level: int = INFO) -> None:
         if self.world.writes:
-            tqdm.write(printable(line))
+            logs.say(line, level=level)

@@ -21,15 +21,17 @@ def adapt_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
         UlsamError: fp16 on a device without it, or compilation without what it needs.
     """
     if config.amp == "fp16" and device.type != "cuda":
-        raise UlsamError(f"--amp fp16 needs a CUDA GPU; on {device.type} use bf16 or none")
+        raise UlsamError(f"`amp=fp16` needs a CUDA GPU; on {device.type} use bf16 or none")
     if config.compile == "inductor" and (lack := why_not_compiled()):
-        raise UlsamError(f"--compile inductor: {lack}; install it, or use --compile none")
+        raise UlsamError(f"`compile=inductor`: {lack}; install it, or use `compile=none`")
     # all cores: reading an image takes a small part of what a step with it takes, so readers need no core of their own
     return dataclasses.replace(config, threads=config.threads or torch.get_num_threads())
 
 
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for good: training on a CPU is up to half as fast again.
+
+    There is no way back, so only programs whose process is all theirs call it: the commands that train do.
 
     A training step takes and frees the same large tensors again and again. By default glibc hands each of them back to
     the kernel, which then gives out empty pages anew. Peak memory stays about the same.

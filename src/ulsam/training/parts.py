@@ -1,9 +1,9 @@
 """What a training run is made of: images, model, batches, optimizer, each built from the settings."""
 
+import logging
 import os
 import random
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from tqdm import tqdm
 
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
+from ulsam.base.logs import say
 from ulsam.base.processes import STOP_SIGNALS
 from ulsam.data import loading, opening, sources
 from ulsam.data.augment import TrainTransform
@@ -31,7 +31,7 @@ from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import spec_transform
 
 #: What to do about a loss that is no longer finite: part of the line that such a run ends with.
-DIVERGED = "try a lower --lr, --clip-grad 1, or --amp none"
+DIVERGED = "try a lower `lr`, `clip_grad=1`, or `amp=none`"
 
 
 def open_images(config: TrainConfig) -> tuple[sources.AnyImages, sources.AnyImages, list[str]]:
@@ -54,7 +54,7 @@ def spec_of(config: TrainConfig, classes: Sequence[str]) -> ModelSpec:
     given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     dropout = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
     if config.model_args.get("in_chans", 3) != 3:
-        raise UlsamError("images are read as RGB: leave in_chans out of --model-args")
+        raise UlsamError("images are read as RGB: leave in_chans out of `model_args`")
     return make_spec(
         config.model,
         classes,
@@ -108,7 +108,7 @@ def batches_of(
         )
         batches = len(order)
     if batches < config.accumulate:
-        raise UlsamError(f"an epoch has {batches} batches, fewer than --accumulate {config.accumulate}")
+        raise UlsamError(f"an epoch has {batches} batches, fewer than `accumulate={config.accumulate}`")
     cache, cache_line = cache_for(images, transform.reduction, config.cache, processes=world.size)
     loader = loading.train_loader(
         images,
@@ -156,7 +156,7 @@ def optimizer_of(
     """timm's optimizer and its warm-up + cosine schedule by updates; no decay on norms, biases and ULSAM's weights."""
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=ulsam_parameters(model))
     if not groups:
-        raise UlsamError("every parameter is frozen: leave something to train out of --freeze")
+        raise UlsamError("every parameter is frozen: leave something to train out of `freeze`")
     if config.ulsam_lr != 1:
         groups = _scaled_groups(groups, model, config.ulsam_lr)
     momentum = {"momentum": config.momentum} if config.opt == "sgd" else {}
@@ -209,9 +209,9 @@ class Unreadable:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 if self.tells:
-                    tqdm.write(f"unreadable {reason}", file=sys.stderr)
+                    say(f"unreadable {reason}", level=logging.WARNING)
         if len(self.reasons) > self.limit:
-            raise UlsamError(f"more than {self.limit} images cannot be read (named above): see --max-unreadable")
+            raise UlsamError(f"more than {self.limit} images cannot be read (named above): see `max_unreadable`")
 
 
 @contextmanager
@@ -225,14 +225,14 @@ def clear_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise UlsamError(f"torch.compile failed: {first_line(error)}; use --compile none") from error
+            raise UlsamError(f"torch.compile failed: {first_line(error)}; use `compile=none`") from error
         if is_out_of_memory(error):
-            raise UlsamError("the memory is full: use a smaller --batch-size, and --accumulate instead") from error
+            raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead") from error
         raise
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise UlsamError("BatchNorm cannot train on one image at a time here: use --batch-size 2 or more") from error
+        raise UlsamError("BatchNorm cannot train on one image at a time here: use `batch_size=2` or more") from error
 
 
 @contextmanager

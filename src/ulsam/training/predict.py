@@ -63,7 +63,7 @@ Prediction(path='missing.jpg', classes=(), error='missing.jpg: no such file or d
     """
     for what, value in (("top", top), ("batch", batch)):
         if value < 1:
-            raise UlsamError(f"{what} must be 1 or more, not {value}")
+            raise UlsamError(f"`{what}` must be 1 or more, not {value}")
     if isinstance(images, str | bytes):
         raise UlsamError("images are several: give a list, of one image too")
     return _predictions(images, logits, preprocessing, classes, top, batch)

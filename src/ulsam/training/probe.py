@@ -16,6 +16,8 @@ from torch import nn
 
 from ulsam.base.distributed import World, start
 from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
+from ulsam.base.logs import say
+from ulsam.base.threads import cpu_threads
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Teacher
@@ -50,10 +52,9 @@ Measure = Callable[[Mapping[Setup, Step], int], dict[Setup, float]]
 
 
 def resolve_auto(config: TrainConfig) -> TrainConfig:
-    """The settings with nothing left at "auto", as :func:`ulsam.training.loop.train` would resolve_auto them; prints
-    how.
+    """The settings with nothing left at "auto", as :func:`ulsam.training.loop.train` would resolve them; logs how.
 
-    For runs that are compared: resolve_auto one, then replace what differs between them.
+    For runs that are compared: resolve one, then replace what differs between them.
 
     Raises:
         UlsamError: the data or the model is not usable, or not one candidate fits into the memory.
@@ -65,17 +66,13 @@ def resolve_auto(config: TrainConfig) -> TrainConfig:
         config = adapt_to_device(config, world.device)
         if not undecided(config):
             return config
-        threads = torch.get_num_threads()
-        torch.set_num_threads(config.threads or threads)
-        try:
-            with parts.same_generators(world.device):
-                images, _, _ = parts.open_images(config)
-                spec, model, teacher, updates = dry_run(config, images, world)
-                config, lines = probe(config, model, spec.input_size, updates, world, teacher=teacher)
-        finally:
-            torch.set_num_threads(threads)
+        with cpu_threads(config.threads), parts.same_generators(world.device):
+            images, _, _ = parts.open_images(config)
+            spec, model, teacher, updates = dry_run(config, images, world)
+            config, lines = probe(config, model, spec.input_size, updates, world, teacher=teacher)
         if world.writes:
-            print(*lines, sep="\n")
+            for line in lines:
+                say(line)
         return config
 
 
@@ -118,14 +115,14 @@ def probe(
     """
     notes = []
     if config.amp == "bf16" and not has_bf16(world.device):
-        notes = [f"note    {world.device.type} has no bfloat16 in hardware here: --amp none may be faster than bf16"]
+        notes = [f"note    {world.device.type} has no bfloat16 in hardware here: `amp=none` may be faster than bf16"]
     names = undecided(config)
     if not names:
         return config, notes
     given: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS if name not in names}
     tried = candidates(config, world.device)
     steps = config.epochs * epoch_updates * config.accumulate
-    options = " ".join(f"--{name}" for name in names)
+    options = " ".join(f"`{name}`" for name in names)
     lack = why_not_compiled() if "compile" in names else None
     if len(tried) == 1 and ("compile" not in names or lack):
         chosen = dataclasses.replace(tried[0], **given)
@@ -151,7 +148,7 @@ def probe(
         with parts.clear_errors(), parts.same_generators(world.device):
             times = (measure or time_in_turn)({setup: step(setup) for setup in tried}, steps)
             if not times:
-                raise UlsamError("the memory is full: use a smaller --batch-size, and --accumulate instead")
+                raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead")
             chosen = choose(times)
             others = [f"{setup} {1e3 * times[setup]:.0f} ms" for setup in times if setup != chosen]
             others += [f"{setup} does not fit into the memory" for setup in tried if setup not in times]

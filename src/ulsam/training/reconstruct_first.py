@@ -31,8 +31,8 @@ def to_reconstruct(config: TrainConfig, model: nn.Module, images: AnyImages) -> 
         return False
     if isinstance(images, StreamImages) and not config.images_for_reconstruction:
         raise UlsamError(
-            "a stream of shards has no images to reconstruct on: name a folder by --images-for-reconstruction, or "
-            "leave reconstruction out by --reconstruct-images 0"
+            "a stream of shards has no images to reconstruct on: name a folder by `images_for_reconstruction`, or "
+            "leave reconstruction out by `reconstruct_images=0`"
         )
     return True
 

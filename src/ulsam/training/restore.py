@@ -42,7 +42,7 @@ def resumed_config(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
     for name, value in dataclasses.asdict(TrainConfig.from_mapping(before)).items():
         now = getattr(config, name)
         if (name not in _MAY_CHANGE or (name == "teacher" and value is None)) and now != value:
-            raise UlsamError(f"--resume goes on with the run's own settings: {name} was {value} and cannot be changed")
+            raise UlsamError(f"a run goes on with its own settings: {name} was {value} and cannot be changed")
     if names := undecided(config):
         raise UlsamError(f"{run / 'config.yaml'} was changed: {names[0]} is auto, but the run had chosen; put it back")
     return config
@@ -59,7 +59,7 @@ def check_begun(found: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) 
         if name not in HARMLESS and before[name] != value:
             raise UlsamError(
                 f"{run} holds a run with {name} {before[name]}, not {value}: put that back, move it away, or name "
-                "another --out"
+                "another `out`"
             )
 
 
@@ -71,7 +71,7 @@ def check_prepared(run: Path, saved: Mapping[str, Any] | None, given: bool) -> N
     """
     prepared = saved is not None and bool(saved.get("prepared"))
     if prepared and not given:
-        raise UlsamError(f"{run} trains a prepared model: go on from Python, {prepared_call(run)}")
+        raise UlsamError(f"{run} trains a prepared model: go on from Python, {resume_call(run, True)}")
     if given and not prepared:
         raise UlsamError(f"{run} trains the model of its settings, not a prepared one: leave model out")
 
@@ -143,9 +143,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], opt:
             raise ValueError(f"the state of its optimizer is not that of {opt}")
 
 
-def prepared_call(run: Path) -> str:
-    """How to go on with the run of a prepared model."""
-    return f"ulsam.training.loop.resume({str(run)!r}, model=...)"
+def resume_call(run: Path, prepared: bool) -> str:
+    """How to go on with a run, of a prepared model or not.
+
+    >>> resume_call(Path("my-run"), prepared=True)
+    "ulsam.resume('my-run', model=...)"
+    """
+    return f"ulsam.resume({str(run)!r}{', model=...' if prepared else ''})"
 
 
 def check_free(run: Path) -> None:
@@ -155,5 +159,5 @@ def check_free(run: Path) -> None:
     except OSError as error:
         raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
     if taken:
-        resume = f"go on with --resume {run}, or " if (run / "config.yaml").is_file() else ""
-        raise UlsamError(f"{run} exists: {resume}choose another --out")
+        resume = "go on with `ulsam.resume`, or " if (run / "config.yaml").is_file() else ""
+        raise UlsamError(f"{run} exists: {resume}choose another `out`")

@@ -11,7 +11,6 @@ from ulsam.base.distributed import World
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Distiller, Teacher
-from ulsam.training.machine import keep_freed_memory
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -33,8 +32,6 @@ class TrainingStep:
         teacher: Teacher | None = None,
     ) -> None:
         self.config, self.device = config, world.device
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.layout = LAYOUTS[config.layout]
         self.model = model.to(world.device).to(memory_format=self.layout)
         self.frozen = parts.freeze(model, config.freeze)

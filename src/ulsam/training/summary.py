@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from ulsam.base.extras import installed
 from ulsam.base.files import write_atomic
-from ulsam.model.build import save_model
+from ulsam.model.build import save
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import Cost
 from ulsam.training.checkpoint import Position
@@ -111,16 +111,31 @@ def cost_line(edited: Cost, base: Cost) -> str:
     )
 
 
+def result_lines(summary: Mapping[str, Any], run: Path) -> list[str]:
+    """What a run has come to, for its reader: top-1 with its interval, and what is noteworthy."""
+    scores = summary["scores"]
+    low, high = scores["top1_interval_95"]
+    lines = [
+        f"result  top-1 {100 * scores['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
+        f"top-5 {100 * scores['top5']:.2f} % on {scores['images']} {summary['split']} images; {run}"
+    ]
+    if summary["prepared"]:
+        lines.append("note    no spec builds this model: its weights alone are saved, in weights.safetensors")
+    if count := sum(map(len, summary["unreadable"].values())):
+        lines.append(f"note    {count} images could not be read; they are named above and in summary.json")
+    return lines
+
+
 def write_result(run: Path, summary: Mapping[str, Any], model: nn.Module, spec: ModelSpec | None) -> None:
     """Write the model file, the curves and, last, ``summary.json``: with it the run is finished.
 
     Without a spec the weights alone are kept, in ``weights.safetensors``: nothing could build the model.
     """
     if spec is not None:
-        save_model(model, spec, run / "model.safetensors")
+        save(model, spec, run / "model.safetensors")
     else:
         state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-        write_atomic(run / "weights.safetensors", save(state))
+        write_atomic(run / "weights.safetensors", to_safetensors(state))
     if installed("matplotlib"):
         loss = "cross-entropy and distillation" if summary["teacher"] else "cross-entropy (nats)"
         draw_curves(run, summary["epochs"], summary["split"], loss=loss)

@@ -1,0 +1,154 @@
+"""Measure a trained model on images, whatever runs it: PyTorch, or ONNX Runtime for an exported file."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ulsam.base.distributed import start
+from ulsam.base.errors import UlsamError, printable
+from ulsam.data.folder import find_splits
+from ulsam.data.loading import eval_loader
+from ulsam.data.opening import is_named, open_split
+from ulsam.deploy.exported_module import load_exported
+from ulsam.model.build import sketch
+from ulsam.model.given import model_and_spec
+from ulsam.model.spec import ModelSpec
+from ulsam.surgery.cost import cost
+from ulsam.training.evaluate import Scores, evaluate_batches, spec_transform
+from ulsam.training.summary import cost_entry, score_entry
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on one split of a data set; ``print`` shows it.
+
+    Attributes:
+        scores: accuracy, loss and counts, of each class too.
+        split: that was measured; "all" for a folder without splits.
+        spec: of the model.
+    """
+
+    scores: Scores
+    split: str
+    spec: ModelSpec
+
+    def __str__(self) -> str:
+        scores = self.scores
+        low, high = scores.interval
+        left_out = f"; {len(scores.unreadable)} unreadable ones left out" if scores.unreadable else ""
+        found = scores.per_class(self.spec.classes).items()
+        worst = sorted((entry["top1"], name, entry["images"]) for name, entry in found if entry["images"])[:5]
+        lines = [
+            f"top-1   {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})",
+            f"top-5   {100 * scores.top5:.2f} %",
+            f"loss    {scores.loss:.4f}",
+            f"on      {scores.images} images, split {self.split}{left_out}",
+            "lowest  " + "; ".join(f"{printable(name)} {100 * top1:.0f} % of {n}" for top1, name, n in worst),
+        ]
+        if self.split == "all":
+            lines.append(
+                "note    measured on all images of the folder, those trained on included: a fair score is that on the"
+                " held-out ones in the summary.json of the run, or on a folder of other images"
+            )
+        return "\n".join(lines)
+
+    def entry(self) -> dict[str, Any]:
+        """All of it as JSON, with the model's cost."""
+        return {
+            "split": self.split,
+            "scores": score_entry(self.scores, self.spec.classes),
+            "cost": cost_entry(cost(sketch(self.spec), self.spec.input_size)),
+            "spec": json.loads(self.spec.to_json()),
+        }
+
+
+def evaluate(
+    model: nn.Module | str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    spec: ModelSpec | None = None,
+    split: str | None = None,
+    data_dir: str | None = None,
+    class_names: str | None = None,
+    classes_by_number: bool = False,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str = "auto",
+) -> Evaluation:
+    """Measure a trained model: top-1, top-5 and loss, with a confidence interval, and each class.
+
+    Under torchrun each process measures its share of the images, and all get the sum.
+
+    Args:
+        model: a model file, the name of a trained model of the package, NAME.onnx of `ulsam.export`; or a model in
+            memory, which is moved to the device.
+        data: an image folder, or timm's name of a data set.
+        spec: of a model in memory, as of `ulsam.load`.
+        split: of the data; by default test, else val, else the whole folder; "validation" of a named data set.
+        data_dir: where a named data set lies.
+        class_names: a text file with the class names of a named data set, one a line.
+        classes_by_number: take the data's classes for the model's by their position, whatever their names.
+        batch_size: images at once.
+        workers: processes that read images.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; an exported file runs on the CPU.
+
+    Raises:
+        UlsamError: no such model, data, split or device; classes that the model does not know; no readable image; or
+            ``batch_size`` or ``workers`` out of range.
+        NotFinite: the model's outputs are not finite.
+
+    >>> import tempfile
+    >>> import ulsam
+    >>> from ulsam.data.birds import draw_birds
+    >>> birds = draw_birds(tempfile.mkdtemp() + "/birds", classes=2, train=1, val=3, size=32)
+    >>> spec = ulsam.make_spec("test_efficientnet", sorted(path.name for path in (birds / "val").iterdir()), size=32)
+    >>> evaluate(ulsam.build(spec)[0], birds, spec=spec, workers=0).scores.images
+    6
+    """
+    for name, least, value in (("batch_size", 1, batch_size), ("workers", 0, workers)):
+        if value < least:
+            raise UlsamError(f"`{name}` must be {least} or more, not {value}")
+    data = os.fspath(data)
+    split = split or _default_split(data)
+    exported = not isinstance(model, nn.Module) and os.fspath(model).endswith(".onnx")
+    if exported and device not in ("auto", "cpu"):
+        raise UlsamError(f"`device={device}`: an exported model runs on the CPU here")
+    module: nn.Module
+    with start("cpu" if exported else device) as world:
+        if not isinstance(model, nn.Module) and exported:
+            module, spec, transform = load_exported(model)
+        else:
+            module, spec = model_and_spec(model, spec)
+            transform = spec_transform(spec)
+        images = open_split(
+            data, split, spec.classes, data_dir=data_dir, class_names=class_names, by_number=classes_by_number
+        )
+        batches = eval_loader(
+            images,
+            transform,
+            batch_size=batch_size,
+            workers=workers,
+            rank=world.rank,
+            world=world.size,
+            device=world.device,
+        )
+        scores = evaluate_batches(
+            module.to(world.device),
+            batches,
+            len(spec.classes),
+            world=world,
+            channels_last=not exported,
+            progress=split if world.writes else None,
+        )
+    return Evaluation(scores, split, spec)
+
+
+def _default_split(data: str) -> str:
+    """test, else val, of an image folder; timm's "validation" of a named data set."""
+    if is_named(data):
+        return "validation"
+    splits = find_splits(data)
+    return next((name for name in ("test", "val") if name in splits), "all")

@@ -1,0 +1,66 @@
+"""Name what is in images, whatever runs the model: PyTorch, or ONNX Runtime alone for an exported file."""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Union
+
+from ulsam import runtime
+from ulsam.data.folder import image_paths
+from ulsam.training.predict import Image, Prediction
+from ulsam.training.predict import predict as predict_images
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ulsam.model.spec import ModelSpec
+
+
+def predict(
+    model: Union["nn.Module", str, os.PathLike[str]],
+    images: Iterable[Image],
+    *,
+    spec: "ModelSpec | None" = None,
+    top: int = 5,
+    batch_size: int = 32,
+) -> Iterator[Prediction]:
+    """Name what is in images, in their order; an unreadable one gives a prediction with an error.
+
+    PyTorch is not imported for an exported file.
+
+    Args:
+        model: a model file, the name of a trained model of the package, NAME.onnx of `ulsam.export`; or a model in
+            memory, on any device.
+        images: files, folders of them, binary streams, or RGB bytes [H, W, 3] of any size; read as they are needed.
+        spec: of a model in memory, as of `ulsam.load`.
+        top: classes to name for each image.
+        batch_size: images at once.
+
+    Raises:
+        UlsamError: no such model, a folder without images, what is no image at all, or ``top`` or ``batch_size``
+            below 1.
+        NotFinite: the model's outputs are not finite.
+
+    >>> import ulsam
+    >>> spec = ulsam.make_spec("test_efficientnet", ["cat", "dog"])
+    >>> [found.error for found in predict(ulsam.build(spec)[0], ["missing.jpg"], spec=spec)]
+    ['missing.jpg: no such file or directory']
+    """
+    files = images if isinstance(images, str | bytes) else _files(images)
+    if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".onnx"):
+        return runtime.load(model).predict(files, top=top, batch=batch_size)
+    from ulsam.model.given import model_and_spec
+    from ulsam.training.evaluate import logits_of, spec_transform
+
+    module, spec = model_and_spec(model, spec)
+    transform = spec_transform(spec)
+    logits = logits_of(module, transform)
+    return predict_images(files, logits, transform.preprocessing, spec.classes, top=top, batch=batch_size)
+
+
+def _files(images: Iterable[Image]) -> Iterator[Image]:
+    """The images, with those in a folder in its place."""
+    for image in images:
+        if isinstance(image, str | os.PathLike) and os.path.isdir(image):
+            yield from image_paths([os.fspath(image)])
+        else:
+            yield image
