@@ -1,6 +1,7 @@
 # make demo    draw birds, train a model without and with ULSAM, show both
 # make test    lint, types and the tests that take seconds; those of the page of `ulsam explore` in Chromium, if there is one
 # make results  whether README.md and docs/ say what the files under results/ say
+# make docs    the documentation site in build/site, with warnings as errors
 # make bench   the attention layer against a loop over groups and a copy, in 3 minutes
 # Either makes .venv on its first run; a later run installs again only if pyproject.toml, constraints.txt or the C kernels changed,
 # or if the kernels are not there although there is a compiler now.
@@ -19,7 +20,7 @@ AGAIN := again
 endif
 endif
 
-.PHONY: again demo test test-slow results bench lint format wheel-test clean
+.PHONY: again demo test test-slow results docs bench lint format wheel-test clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/ulsam/layer/ops/*.[ch]) $(AGAIN)
@@ -49,6 +50,11 @@ format: $(INSTALLED)
 
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/tables.py --check
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m doctest scripts/api_docstrings.py
+	$(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/layer.py

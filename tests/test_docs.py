@@ -1,24 +1,81 @@
-"""What README and docs show is true: Python examples run, commands parse, links lead somewhere."""
+"""What README and docs show is true: examples do what they promise, commands parse, links lead somewhere."""
 
+import ast
 import json
 import re
 import shlex
 import shutil
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import ulsam
 from scripts import load_benchmark
 from ulsam.base.errors import UlsamError
 from ulsam.base.packed import read_packed, write_packed
-from ulsam.cli import parse
+from ulsam.cli import COMMANDS, parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 IDS = [page.name for page in PAGES]
 # Their examples train or compile models.
 SLOW = ("compare.md", "slim.md", "detectors.md", "surgery.md", "works_with.md")
 NEEDED = {"detectors.md": ("ultralytics", "segmentation_models_pytorch", "transformers")}
+# Of a page with Python: what must be true of its names, and of what it printed, after its last example.
+Promise = Callable[[dict[str, Any], str], bool]
+PROMISES: dict[str, Promise] = {
+    "README.md": lambda names, out: (
+        _places(names["model"]) == ["blocks.4.2", "blocks.5.2"] and "One 3x224x224 image" in out
+    ),
+    "index.md": lambda names, out: (
+        _places(names["model"]) == ["blocks.4.2", "blocks.5.2"] and "One 3x224x224 image" in out
+    ),
+    "surgery.md": lambda names, out: (
+        names["y"].shape == names["x"].shape
+        and torch.allclose(names["maps"].sum((2, 3)), torch.ones(2, 4))
+        and _places(names["model"]) == ["blocks.4.2", "blocks.5.2"]
+        and not any(isinstance(part, torch.nn.BatchNorm2d) for part in names["fast"].modules())
+    ),
+    "training.md": lambda names, out: (
+        names["summary"]["prepared"]
+        and Path("runs/tiny/model.safetensors").exists()
+        and len(names["arms"]) == 2
+        and 0 <= names["scores"].top1 <= 1
+        and "broadbar" in out
+    ),
+    "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14"],
+    "slim.md": lambda names, out: (
+        len(names["spec"].edits) == 1
+        and names["spec"].edits[0].at == ",".join(names["found"]["chosen"]["blocks"])
+        and 0 <= names["found"]["result"]["slimmed"]["top1"] <= 1
+    ),
+    "explain.md": lambda names, out: (
+        names["found"].layers[0].maps.shape[0] == 4
+        and Path("bird.png").stat().st_size > 10_000
+        and "blocks.5.2 17" in out
+    ),
+    "deploy.md": lambda names, out: (
+        "16 drawn birds" in out and "a.jpg" in out and {name for name, _ in names["found"].classes} == {"robin", "wren"}
+    ),
+    "detectors.md": lambda names, out: _places(names["again"]) == ["mobilenet_v2.layer.3"] and "[1, 3]" in out,
+    "performance.md": lambda names, out: (
+        not any(isinstance(part, torch.nn.BatchNorm2d) for part in names["fast"].modules())
+    ),
+    "works_with.md": lambda names, out: (
+        ulsam.edits_of(names["twin"]) == []
+        and ulsam.edits_of(names["inference"]) == ulsam.edits_of(names["repvit"])
+        and all(Path(name).stat().st_size > 100_000 for name in ("model.pt2", "model.onnx"))
+    ),
+}
+
+
+def _places(model: torch.nn.Module) -> list[str]:
+    return [name for name, part in model.named_modules() if isinstance(part, ulsam.ULSAM)]
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -26,37 +83,120 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [text for language, text in found if language in languages]
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (page.name in SLOW)) for page in PAGES],
-)
-def test_python_examples_run(page, tmp_path, monkeypatch):
-    code = "\n".join(blocks(page, "python"))
-    if not code:
-        pytest.skip("no Python on this page")
-    for library in NEEDED.get(page.name, ()):
+def test_every_page_with_python_promises_something():
+    assert {page.name for page in PAGES if blocks(page, "python")} == set(PROMISES)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PROMISES])
+def test_python_examples_do_what_they_promise(name, tmp_path, monkeypatch, capsys):
+    page = next(page for page in PAGES if page.name == name)
+    for library in NEEDED.get(name, ()):
         pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(compile(code, page.name, "exec"), names)
-    assert names
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(blocks(page, "python")), name, "exec"), names)
+    assert PROMISES[name](names, capsys.readouterr().out)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each ulsam command, from its verb on."""
+    for text in blocks(page, "sh", ""):
+        for line in text.replace("\\\n", " ").splitlines():
+            if re.match(r"(torchrun .*-m )?ulsam ", line.strip()):
+                words = shlex.split(line, comments=True)
+                yield words[words.index("ulsam") + 1 :]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_commands_parse(page):
-    lines = [line.strip() for text in blocks(page, "sh", "") for line in text.replace("\\\n", " ").splitlines()]
-    commands = [line for line in lines if re.match(r"(torchrun .*-m )?ulsam ", line)]
-    assert commands, f"{page.name} shows no command"
-    for line in commands:
-        words = shlex.split(line, comments=True)
-        words = words[words.index("ulsam") + 1 :]
+    for words in commands(page):
         assert parse(words).command == words[0]
+
+
+def test_every_verb_is_shown_somewhere():
+    shown = {words[0] for page in PAGES for words in commands(page)}
+    assert shown >= set(COMMANDS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_links_and_images_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists() or (page.parent / f"{target}.md").exists(), target
+        assert (page.parent / target).exists(), target
+
+
+def test_the_site_shows_every_page():
+    assert set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text())) == {
+        page.name for page in DOCS.glob("*.md")
+    }
+
+
+def test_make_targets_that_the_pages_name_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)}
+    assert named - targets == set()
+
+
+def test_files_that_the_page_about_the_inside_names_exist():
+    text = (DOCS / "inside.md").read_text()
+    names = re.findall(r"`((?:layer|surgery|model|training|study|explanation|deploy|benchmarks)/[\w./]*)`", text)
+    assert len(names) > 20
+    assert [name for name in names if not any((root / name).exists() for root in (ROOT / "src/ulsam", ROOT))] == []
+
+
+def test_messages_that_troubleshooting_explains_exist():
+    said = "\n".join(
+        node.value
+        for path in (ROOT / "src/ulsam").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    rows = re.findall(r"^\| `(.+?)` \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    parts = [part.strip() for row in rows for part in row.split("...")]
+    assert len(rows) > 50
+    assert [part for part in parts if part not in said] == []
+
+
+def sentences(text: str) -> Iterator[int]:
+    """The words of each sentence of a page: no tables, code, headings or generated parts."""
+    text = re.sub(rf"{GENERATED}|^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", text))
+    for part in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text):
+        if not part.strip().startswith(("#", "|", "-" * 3)):
+            for sentence in re.split(r"(?<=[.!?:])\**\s+(?=[A-Z`*\"(])", " ".join(part.split())):
+                if words := [word for word in sentence.split() if re.search(r"\w", word)]:
+                    yield len(words)
+
+
+GENERATED = r"<!-- (\w+) -->.*?<!-- /\1 -->"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_intervals_in_sentences_stand_in_a_table(name):
+    """An interval "(+0.98 to +2.21)" is one of the tables', in points, or that of the opposite difference."""
+    text = (ROOT / name).read_text()
+    tables = "".join(found[0] for found in re.finditer(GENERATED, text, re.DOTALL))
+    said = re.findall(r"\(([+-][\d.]+)\s+to\s+([+-][\d.]+)\)", re.sub(GENERATED, "", text, flags=re.DOTALL))
+    assert said
+    for low, high in said:
+        assert f"[{low}, {high}]" in tables or f"[{-float(high):+.2f}, {-float(low):+.2f}]" in tables, (low, high)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=[*IDS, "CHANGELOG.md"])
+def test_sentences_are_short(page):
+    lengths = list(sentences(page.read_text()))
+    assert statistics.mean(lengths) <= 20
+    assert max(lengths) <= 45
+
+
+def test_the_readme_is_read_in_five_minutes():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert len([line for line in lines if re.match(r"\| .*\] \|$|\| base ", line)]) <= 5
+
+
+def test_versions_agree():
+    assert f"\nversion: {ulsam.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{ulsam.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_measured_tables_are_what_the_results_say(capsys):

@@ -97,7 +97,8 @@ def quantize(
             images, accuracy from the others.
         out: the file to write, NAME.onnx.
         spec: of a model in memory, as of `ulsam.load`.
-        calibrate, measure: images for the one and the other, at most; the same ones each time.
+        calibrate: images to calibrate on, at most; the same ones each time.
+        measure: images to measure on, likewise.
 
     Raises:
         UlsamError: top-1 falls by more than `MOST_LOST`, beyond what the choice of images explains at 95 %; the model

@@ -136,7 +136,8 @@ class ModelSpec:
         input_size: C, H, W.
         interpolation: of the resize before the crop, as timm names it.
         crop_pct: share of the resized image's side that the centre crop keeps.
-        mean, std: a channel, for images scaled to 0..1.
+        mean: of each channel, for images scaled to 0..1.
+        std: of each channel, likewise.
 
     Raises:
         UlsamError: two classes of one name, a size that is no whole number from 1 to 8192, an interpolation that timm

@@ -57,7 +57,8 @@ def compare(
             `ulsam.study.arms.Arm`. Differences are to the first one.
         out: folder of the comparison; see `ulsam.study.run_store`.
         seeds: how many, from the settings' ``seed`` on.
-        rates, tried_epochs: what is tried; one value or none is no choice.
+        rates: learning rates to try; one or none is no choice.
+        tried_epochs: numbers of epochs to try, likewise.
         tried_seeds: how many seeds of each try, which hold out other images each; the best mean is chosen.
         choose_split: the split of ``data`` to choose on, instead of held-out training images; the final runs are
             measured on another one.

@@ -62,7 +62,8 @@ def replace(
             paper's layer numbers (1 = stem, then one a block): ``"14,17"``, ``[14, 17]``, ``"blocks.4.2"``.
         groups: subspaces of each new ULSAM layer, by default 4.
         layer: what to put there; see :func:`ulsam.layer.choice.make_layer`.
-        form, momentum: as in :class:`ulsam.ULSAM`; like ``groups`` refused for other layers.
+        form: as in :class:`ulsam.ULSAM`; like ``groups`` refused for other layers.
+        momentum: as ``form``.
         width: of the :class:`ulsam.InvertedResidual` that ``layer="inverted_residual"`` is; behind another layer, put
             one of this width. :func:`ulsam.reconstruct` trains the new layer to do what the block did.
         input_size: C, H, W for the tracing that finds the channels; any size the model accepts will do.
