@@ -3,19 +3,27 @@
 # make results  whether README.md and docs/ say what the files under results/ say
 # make docs    the documentation site in build/site, with warnings as errors
 # make bench   the attention layer against a loop over groups and a copy, in 3 minutes
-# Either makes .venv on its first run; a later run installs again only if pyproject.toml, constraints.txt or the C kernels changed.
+# Either makes .venv on its first run; a later run installs again only if pyproject.toml, constraints.txt or the C kernels changed,
+# or if the kernels are not there although there is a compiler now.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 # one thread a test worker: two workers with a thread pool each would fight for the cores
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow results docs bench lint format wheel-test clean
+# installed without kernels, and now there is a compiler
+ifeq ($(wildcard src/ulsam/layer/ops/kernels.so),)
+ifneq ($(shell for one in "$${CC%% *}" cc gcc clang; do command -v "$$one"; done; true),)
+AGAIN := again
+endif
+endif
+
+.PHONY: again demo test test-slow results docs bench lint format wheel-test clean
 .DEFAULT_GOAL := test
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/ulsam/layer/ops/*.[ch])
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard src/ulsam/layer/ops/*.[ch]) $(AGAIN)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "ulsam needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1): try 'make PYTHON=python3.12'" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv

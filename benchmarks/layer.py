@@ -204,7 +204,7 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "instructions": cpu.ISA_NAMES[cpu.isa or cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None,
+        "instructions": cpu.ISA_NAMES[cpu.chosen_isa() or cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None,
         "told": told,
         "summary": summary,
         "cases": rows,

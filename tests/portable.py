@@ -36,11 +36,11 @@ def steps(root: Path) -> dict[str, Any]:
     data = draw_splits(root / "data")
     config = TrainConfig(**{**RECIPE, "data": str(data)})
 
-    elsewhere = root / "arms" / "base" / "seed-0"  # a run of a comparison, in a process of its own, which spawns others
+    elsewhere = root / "arms" / "base" / "seed-0"  # a run of a comparison, in a process of its own
     elsewhere.parent.mkdir(parents=True)
     lock = lock_run(elsewhere)
     assert lock is not None
-    process = start_process(elsewhere, dataclasses.replace(config, workers=1, cache="true"))
+    process = start_process(elsewhere, dataclasses.replace(config, cache="true"))
 
     layer = ulsam.ULSAM(16, groups=4)
     assert layer(torch.randn(2, 16, 7, 9)).shape == (2, 16, 7, 9)
@@ -55,7 +55,7 @@ def steps(root: Path) -> dict[str, Any]:
         found["stopped"] = True
     found["top1"] = resume(run)["scores"]["top1"]
     model, exported = str(run / "model.safetensors"), str(root / "model.onnx")
-    found["eval"] = main(["eval", model, str(data), "--workers", "0"])
+    found["eval"] = main(["eval", model, str(data), "--workers", "1"])  # a reading process, which is spawned
     found["predict"] = main(["predict", model, str(data / "val" / "class0")])
     found["export"] = main(["export", model, "--out", exported])
     found["onnx"] = main(["predict", exported, str(data / "val" / "class0")])

@@ -40,7 +40,7 @@ def build(source: Path, command: str, **environment: str) -> subprocess.Complete
     }
     return subprocess.run(
         [sys.executable, "setup.py", "-q", *command.split()],
-        cwd=source, env={**kept, **environment}, capture_output=True, text=True, timeout=300,
+        cwd=source, env={**kept, **environment}, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
 
 
@@ -69,6 +69,56 @@ def test_without_a_compiler_the_wheel_is_of_no_platform_and_keeps_the_reason(
     required = build(source, "bdist_wheel", ULSAM_KERNELS="required", **environment)
     assert required.returncode != 0
     assert f"the C kernels are required, but {reason}" in required.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names compilers of other systems")
+def test_each_compiler_is_tried_and_an_older_library_is_not_kept(source: Path, tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+
+    def put(name: str, *lines: str) -> None:
+        (programs / name).write_text("\n".join((f"#!{sys.executable}", "import pathlib, sys", *lines)))
+        (programs / name).chmod(0o755)
+
+    put("cc", "sys.exit('error: no headers')")
+    put("clang", "pathlib.Path(sys.argv[-1]).write_text('by clang')")
+    library, note = (source / "src/ulsam/layer/ops" / name for name in ("kernels.so", "kernels.txt"))
+    assert build(source, "build_ext --inplace", PATH=str(programs)).returncode == 0
+    assert library.read_text() == "by clang" and not note.exists()
+
+    put("clang", "sys.exit('error: no linker')")
+    assert build(source, "build_ext --inplace", PATH=str(programs)).returncode == 0
+    assert note.read_text() == "cc failed: error: no headers; clang failed: error: no linker\n"
+    assert not library.exists()
+
+
+def test_an_unknown_choice_of_the_kernels_is_refused(source: Path) -> None:
+    done = build(source, "bdist_wheel", ULSAM_KERNELS="none")
+    assert done.returncode != 0
+    assert "ULSAM_KERNELS=none: there is no such choice; valid: required, or nothing" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_installs_again_once_there_is_a_compiler(source: Path, tmp_path: Path) -> None:
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, source)
+    (source / ".venv").mkdir()
+    (source / ".venv/.installed").touch()
+    library = source / "src/ulsam/layer/ops/kernels.so"
+    make, shell = str(shutil.which("make")), str(shutil.which("sh"))
+
+    def is_due(path: str) -> bool:
+        words = [make, f"SHELL={shell}", "--question", ".venv/.installed"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "CC"))}
+        done = subprocess.run(words, cwd=source, env={**environment, "PATH": path}, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stderr
+        return done.returncode == 1
+
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert not is_due("/nowhere")  # no kernels, no compiler
+    assert is_due(str(tmp_path))
+    library.touch()
+    assert not is_due(str(tmp_path))
 
 
 CHECK = """
@@ -113,6 +163,6 @@ def test_each_compilers_kernels_equal_the_reference_in_a_wheel_for_every_python(
     assert not wheel.name.endswith("any.whl")
     with zipfile.ZipFile(wheel) as files:
         library = files.extract("ulsam/layer/ops/kernels.so", tmp_path)
-    done = subprocess.run([sys.executable, "-c", CHECK, library], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", CHECK, library], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "base"

@@ -1,11 +1,13 @@
 """Decoded images in memory: the same batches with and without, filled by all that read, as far as memory goes."""
 
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -217,20 +219,27 @@ def test_a_stream_is_not_kept() -> None:
 # memory
 
 
-def machine(root: Path, available: int, files: dict[str, str], groups: str) -> Path:
-    for name, content in {
-        "proc/meminfo": f"MemTotal: 999999 kB\nMemAvailable: {available} kB\n",
-        "proc/self/cgroup": groups,
-        **files,
-    }.items():
+def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
+    for name, content in {"proc/self/cgroup": groups, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(content)
     return root
 
 
-def test_available_memory_without_limits(tmp_path: Path) -> None:
-    assert available_memory(machine(tmp_path, 5000, {}, "0::/\n")) == 5000 * 1024
-    assert available_memory(tmp_path / "nowhere") is None
+def test_available_memory_of_a_system_without_control_groups(tmp_path: Path) -> None:
+    found = available_memory(tmp_path)
+    assert found is not None and 0 < found <= psutil.virtual_memory().total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil reads no files")
+def test_available_memory_is_what_linux_says_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "MemTotal: 9999 kB\nMemFree: 1000 kB\nMemAvailable: 5000 kB\n"
+    root = machine(tmp_path, "0::/\n", {"proc/meminfo": told})
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(root / "proc"))
+    with pytest.warns(RuntimeWarning, match="couldn't be determined"):
+        assert available_memory(root) == 5000 * 1024
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "nowhere"))
+    assert available_memory(root) is None
 
 
 def test_available_memory_within_control_groups_of_version_2(tmp_path: Path) -> None:
@@ -239,16 +248,16 @@ def test_available_memory_within_control_groups_of_version_2(tmp_path: Path) -> 
         return {f"sys/fs/cgroup/{folder}memory.{name}": value for name, value in values.items()}
 
     files = {**group("user/job/", "max", 10, 0), **group("user/", "3000000", 2000000, 500000)}
-    assert available_memory(machine(tmp_path, 5000, files, "0::/user/job\n")) == 1500000
+    assert available_memory(machine(tmp_path, "0::/user/job\n", files)) == 1500000
     files = group("", "2000000", 2500000, 0)
-    assert available_memory(machine(tmp_path / "at the root", 5000, files, "0::/\n")) == 0
+    assert available_memory(machine(tmp_path / "at the root", "0::/\n", files)) == 0
 
 
 def test_available_memory_within_control_groups_of_version_1(tmp_path: Path) -> None:
     values = {"limit_in_bytes": "3000000", "usage_in_bytes": "1000000", "stat": "cache 1\ntotal_inactive_file 7\n"}
     files = {f"sys/fs/cgroup/memory/job/memory.{name}": value for name, value in values.items()}
     groups = "5:cpu:/else\n4:memory:/job\n0::/\n"
-    assert available_memory(machine(tmp_path, 5000, files, groups)) == 2000007
+    assert available_memory(machine(tmp_path, groups, files)) == 2000007
 
 
 # training

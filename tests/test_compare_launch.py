@@ -3,25 +3,19 @@
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tiny import SETTINGS, Warm, draw_splits, options, warm
+from tiny import SETTINGS, Warm, draw_splits, options
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux tells them")
 
 LONG = {**SETTINGS, "epochs": 400, "layout": "contiguous", "amp": "none", "compile": "none", "save_seconds": 0}
 SHORT = {**LONG, "epochs": 1}
 PATIENCE = 120.0  # seconds; what is waited for comes much sooner
-
-
-@pytest.fixture(scope="module")
-def ulsam() -> Iterator[Warm]:
-    with warm() as interpreter:
-        yield interpreter
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +58,14 @@ def checkpoints(out: Path) -> int:
     "number",
     [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGTERM, id="stopped", marks=pytest.mark.slow)],
 )
-def test_no_run_outlives_the_comparison_and_none_is_lost(number: int, ulsam: Warm, data: Path, tmp_path: Path) -> None:
+def test_no_run_outlives_the_comparison_and_none_is_lost(
+    number: int, interpreter: Warm, data: Path, tmp_path: Path
+) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    pid = ulsam.start([*words(data, out, LONG), "--jobs", "2"], log)
+    pid = interpreter.start([*words(data, out, LONG), "--jobs", "2"], log)
     wait_for(lambda: checkpoints(out) == 2)
     assert len(runs_of(out)) == 2
-    status = ulsam.kill(pid, number)
+    status = interpreter.kill(pid, number)
     wait_for(lambda: not runs_of(out))
     assert checkpoints(out) == 2
     for run in out.glob("arms/*/*/"):
@@ -82,10 +78,10 @@ def test_no_run_outlives_the_comparison_and_none_is_lost(number: int, ulsam: War
 
 
 @pytest.mark.slow
-def test_two_comparisons_in_one_folder_share_the_runs(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+def test_two_comparisons_in_one_folder_share_the_runs(interpreter: Warm, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pids = [ulsam.start(words(data, out, SHORT, seeds=2), tmp_path / f"log{number}") for number in range(2)]
-    assert [ulsam.ask(wait=pid) for pid in pids] == [0, 0]
+    pids = [interpreter.start(words(data, out, SHORT, seeds=2), tmp_path / f"log{number}") for number in range(2)]
+    assert [interpreter.ask(wait=pid) for pid in pids] == [0, 0]
     logs = [(tmp_path / f"log{number}").read_text() for number in range(2)]
     trained = [
         line.split("] ")[1].split(":")[0] for log in logs for line in log.splitlines() if line.startswith("run ")
@@ -96,15 +92,17 @@ def test_two_comparisons_in_one_folder_share_the_runs(ulsam: Warm, data: Path, t
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_ends_in_the_weights_of_an_unbroken_one(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+def test_a_killed_comparison_ends_in_the_weights_of_an_unbroken_one(
+    interpreter: Warm, data: Path, tmp_path: Path
+) -> None:
     settings = {**LONG, "epochs": 12}
-    assert ulsam.run(words(data, tmp_path / "whole", settings), tmp_path / "log") == 0
+    assert interpreter.run(words(data, tmp_path / "whole", settings), tmp_path / "log") == 0
     out = tmp_path / "broken"
-    pid = ulsam.start([*words(data, out, settings), "--jobs", "2"], tmp_path / "log1")
+    pid = interpreter.start([*words(data, out, settings), "--jobs", "2"], tmp_path / "log1")
     wait_for(lambda: checkpoints(out) == 2)
-    ulsam.kill(pid)
+    interpreter.kill(pid)
     wait_for(lambda: not runs_of(out))
-    assert ulsam.run([*words(data, out, settings), "--threads", "1"], tmp_path / "log2") == 0
+    assert interpreter.run([*words(data, out, settings), "--threads", "1"], tmp_path / "log2") == 0
     for run in ("base/seed-0", "size-24/seed-0"):
         files = [folder / "arms" / run / "model.safetensors" for folder in (tmp_path / "whole", out)]
         assert files[0].read_bytes() == files[1].read_bytes()

@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from stopping import stop_after
-from tiny import NET, SETTINGS, Warm, draw_splits, options, warm
+from tiny import NET, SETTINGS, Warm, draw_splits, options
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
 from ulsam.data import loading
@@ -335,7 +335,7 @@ def test_a_compiled_run_is_taught_the_same(data: Path, teacher: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_two_processes_are_taught_as_one(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+def test_two_processes_are_taught_as_one(interpreter: Warm, data: Path, tmp_path: Path) -> None:
     """At a learning rate of nothing both see the mean loss of the same images, but for the batches' own scales."""
     its = spec(base="test_convnext")  # without BatchNorm
     model, _ = build(its)
@@ -350,10 +350,10 @@ def test_two_processes_are_taught_as_one(ulsam: Warm, data: Path, tmp_path: Path
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     words = ["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "two")]
     pids = [
-        ulsam.start(words, tmp_path / f"log{rank}", env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        interpreter.start(words, tmp_path / f"log{rank}", env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
-    assert [ulsam.ask(wait=pid) for pid in pids] == [0, 0], (tmp_path / "log0").read_text()
+    assert [interpreter.ask(wait=pid) for pid in pids] == [0, 0], (tmp_path / "log0").read_text()
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert two["versions"]["processes"] == "2"
     assert two["epochs"][0]["train_loss"] == pytest.approx(one["epochs"][0]["train_loss"], rel=0.02)
@@ -398,28 +398,22 @@ def test_a_stopped_run_goes_on_with_the_same_teacher_alone(
     assert summary["scores"] == json.loads((unbroken / "summary.json").read_text())["scores"]
 
 
-@pytest.fixture(scope="module")
-def ulsam() -> Iterator[Warm]:
-    with warm() as interpreter:
-        yield interpreter
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux tells them")
 def test_a_killed_run_goes_on_to_the_same_weights(
-    ulsam: Warm, data: Path, teacher: Path, unbroken: Path, tmp_path: Path
+    interpreter: Warm, data: Path, teacher: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**SETTINGS, "size": 64, "amp": "none", "compile": "none", **FULL, "save_seconds": 0}
     edits = ["--insert", "blocks.3", "--replace", "blocks.4.0.se"]
-    pid = ulsam.start(
+    pid = interpreter.start(
         ["train", str(data), "--teacher", str(teacher), *edits, "--out", str(run), *options(settings)], log
     )
     end = time.monotonic() + 60
     while not (run / "checkpoint.pt").exists():
         assert time.monotonic() < end, log.read_text()
-    assert ulsam.kill(pid) == -signal.SIGKILL, log.read_text()
+    assert interpreter.kill(pid) == -signal.SIGKILL, log.read_text()
     assert not (run / "summary.json").exists()
-    assert ulsam.run(["train", "--resume", str(run)], log) == 0, log.read_text()
+    assert interpreter.run(["train", "--resume", str(run)], log) == 0, log.read_text()
     assert (run / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 

@@ -1,8 +1,9 @@
 """A file is the old one or the new one, never half of one: after a kill, a full disk, a missing folder."""
 
+import importlib.util
 import os
 import random
-import signal
+import re
 import subprocess
 import sys
 import time
@@ -58,12 +59,12 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
     for _ in range(16):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
         assert writer.stdout is not None
-        assert writer.stdout.readline() == b"ready\n"
+        assert writer.stdout.readline().strip() == b"ready"
         end = time.monotonic() + 20
         while not any(name.endswith(".part") for name in os.listdir(tmp_path)):
             assert time.monotonic() < end
         time.sleep(draws.choice((0, draws.uniform(0, 0.01))))
-        writer.send_signal(signal.SIGKILL)
+        writer.kill()
         writer.wait()
         writer.stdout.close()
         assert path.read_bytes() in (OLD, NEW)
@@ -74,6 +75,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
     assert hits >= 3  # so many came in the middle of a write
 
 
+@pytest.mark.skipif(importlib.util.find_spec("resource") is None, reason="this system limits no file's size")
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(OLD)
@@ -91,7 +93,9 @@ def test_a_place_that_cannot_be_written(place: str, tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     (tmp_path / "folder").mkdir()
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(UlsamError, match=rf"cannot write .*{place}: (No such file|Not a dir|Is a dir)[a-z ]+$"):
+    # Windows has two errors for the three
+    reasons = "No such file or directory|Not a directory|Is a directory|Permission denied|Access is denied"
+    with pytest.raises(UlsamError, match=rf"cannot write {re.escape(str(tmp_path / place))}: ({reasons})$"):
         write_atomic(tmp_path / place, OLD)
     assert sorted(os.listdir(tmp_path)) == before
     assert os.listdir(tmp_path / "folder") == []

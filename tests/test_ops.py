@@ -3,15 +3,15 @@
 import copy
 import ctypes.util
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.layer.ops import cpu, operator, reference, subspace_attention, which_backend
+from ulsam.layer.ops import cpu, subspace_attention, which_backend
 from ulsam.layer.ulsam import ULSAM
 
 OPERATOR = torch.ops.ulsam.subspace_attention.default
@@ -413,6 +413,7 @@ def test_several_python_threads_at_once() -> None:
 
 
 @compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_works_where_its_parent_has_threads() -> None:
     code = """
 import os, torch
@@ -492,15 +493,14 @@ def test_compile_trains_as_eager_does() -> None:
 
 
 @pytest.mark.parametrize("form", ["equations", "released"])
-def test_ddp(form: str) -> None:
-    with tempfile.NamedTemporaryFile() as file:
-        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
-        try:
-            model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8, 2, form=form)))
-            for _ in range(2):  # parameters without a gradient would stop the second step
-                model(torch.randn(2, 3, 5, 5)).square().sum().backward()
-        finally:
-            dist.destroy_process_group()
+def test_ddp(form: str, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8, 2, form=form)))
+        for _ in range(2):  # parameters without a gradient would stop the second step
+            model(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -607,7 +607,7 @@ def test_a_thread_that_ends_frees_its_memory() -> None:
             thread = threading.Thread(target=work)
             thread.start()
             thread.join()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return float(psutil.Process().memory_info().rss / 2**20)
 
     first = megabytes()
     assert megabytes() - first < 20  # 4 MB a thread would make 80
@@ -615,9 +615,12 @@ def test_a_thread_that_ends_frees_its_memory() -> None:
 
 def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "kernels.so"
-    assert cpu.load(path) == (None, f"ulsam was installed without them: there is no file {path}")
+    assert cpu.load(path)[1].startswith(f"ulsam was installed without them: there is no file {path}; ")
     path.with_name("kernels.txt").write_text("no C compiler was found: install gcc or clang, or set CC\n")
-    assert cpu.load(path)[1].endswith("without them: no C compiler was found: install gcc or clang, or set CC")
+    assert cpu.load(path)[1] == (
+        "ulsam was installed without them: no C compiler was found: install gcc or clang, or set CC; "
+        "pip install with --force-reinstall --no-deps --no-cache-dir then compiles them"
+    )
     path.write_bytes(b"no library")
     library, reason = cpu.load(path)
     assert library is None
@@ -722,37 +725,74 @@ def test_the_environment_forces_a_backend(name: str) -> None:
         assert done.stdout.strip() == ("reference" if cpu.LIBRARY is None else name or "cpu")
 
 
-def test_without_kernels_the_reference_does_it_and_one_warning_says_so(
-    monkeypatch: pytest.MonkeyPatch, plain: Tensor
-) -> None:
-    expected = ULSAM(8, 2).requires_grad_(False)
-    with_kernels = expected(plain)
-    monkeypatch.setattr(cpu, "LIBRARY", None)
-    monkeypatch.setattr(cpu, "WHY_NONE", "no C compiler was found")
-    monkeypatch.setattr(operator, "_warned", False)
-    assert which_backend(plain) == ("reference", "the C kernels are not there: no C compiler was found")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        subspace_attention(plain, torch.ones(8), torch.ones(8), 2, backend="reference")
-        subspace_attention(plain.double(), torch.ones(8), torch.ones(8), 2)
-        assert not said
-        for _ in range(2):
-            torch.testing.assert_close(expected(plain), with_kernels)
-    message = "ULSAM runs in plain PyTorch, several times slower than its C kernels: no C compiler was found"
-    assert [str(warning.message) for warning in said] == [message]
-    given = (plain, torch.ones(8), None, torch.ones(8), None, [], 2, False, 0.0)
-    torch.testing.assert_close(OPERATOR(*given, "")[0], reference.subspace_attention(*given)[0])
+WITHOUT = """
+import sys, warnings, torch
+from ulsam.layer.ops import cpu, operator, reference, subspace_attention, which_backend
+from ulsam.layer.ulsam import ULSAM
+
+x, layer = torch.randn(1, 8, 4, 4), ULSAM(8, 2).requires_grad_(False)
+reason = "the C kernels are not there: " + cpu.WHY_NONE
+assert which_backend(x) == ("reference", reason) and "there is no file" in reason, which_backend(x)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    subspace_attention(x, torch.ones(8), torch.ones(8), 2, backend="reference")
+    subspace_attention(x.double(), torch.ones(8), torch.ones(8), 2)
+    torch.export.export(layer, (x,), strict=True)
+    assert not said, said
+    if "compiled" in sys.argv:
+        layer = torch.compile(layer, fullgraph=True, backend="eager")
+    for _ in range(2):
+        layer(x)  # this line
+message = "ULSAM runs in plain PyTorch, several times slower than its C kernels: " + cpu.WHY_NONE
+assert [str(warning.message) for warning in said] == [message], said
+with open(__file__, encoding="utf-8") as script:
+    assert "this line" in script.readlines()[said[0].lineno - 1] and said[0].filename == __file__, said
+given = (x, torch.ones(8), None, torch.ones(8), None, [], 2, False, 0.0)
+found = torch.ops.ulsam.subspace_attention.default(*given, "")[0]
+torch.testing.assert_close(found, reference.subspace_attention(*given)[0])
+"""
 
 
-@pytest.mark.parametrize("name", ["base", "AVX2", "AVX-512", "SSE9"])
+@pytest.fixture(scope="module")
+def without_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the layer as it is where nothing could be compiled, and what is tried there."""
+    folder, package = tmp_path_factory.mktemp("without"), Path(cpu.__file__).parents[2]
+    for room in ("base", "layer"):
+        shutil.copytree(package / room, folder / "ulsam" / room, ignore=shutil.ignore_patterns("kernels.*", "__pyc*"))
+    shutil.copy(package / "__init__.py", folder / "ulsam")
+    (folder / "tried.py").write_text(WITHOUT)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_without_kernels_the_reference_does_it_and_one_warning_says_so(how: str, without_kernels: Path) -> None:
+    path = os.pathsep.join([str(without_kernels), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": ""}
+    words = [sys.executable, str(without_kernels / "tried.py"), how]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def with_isa(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ULSAM_ISA": name}
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", [cpu.ISA_NAMES[isa] for isa in ISAS])
 def test_the_environment_chooses_the_instruction_set(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ulsam", "doctor"], env={**os.environ, "ULSAM_ISA": name}, capture_output=True, text=True
-    )
-    if name == "SSE9":
-        assert "ULSAM_ISA=SSE9: there is no such instruction set; valid: base, AVX2, AVX-512" in done.stderr
-    elif cpu.LIBRARY is not None and cpu.ISA_NAMES.index(name) <= ISAS[-1]:
-        assert f"C kernels for {name}" in done.stdout
+    done = with_isa(name, "-c", "from ulsam.layer.ops import cpu; print(cpu.ISA_NAMES[cpu.isa])")
+    assert done.stdout == f"{name}\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["SSE9", *(name for name in cpu.ISA_NAMES[ISAS[-1] + 1 :] if cpu.LIBRARY)])
+def test_an_instruction_set_that_is_not_there_is_refused(name: str) -> None:
+    """The second kind runs where the processor lacks one."""
+    done = with_isa(name, "-m", "ulsam", "doctor")
+    known, here = cpu.ISA_NAMES[1:], [cpu.ISA_NAMES[isa] for isa in ISAS]
+    why = f"this processor has none; valid: {', '.join(here)}"
+    if name not in known:
+        why = f"there is no such instruction set; valid: {', '.join(known)}"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"ulsam: error: ULSAM_ISA={name}: {why}\n")
 
 
 @pytest.mark.parametrize("missing", [False, True])

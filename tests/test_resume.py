@@ -8,7 +8,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny import SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session, warm
+from tiny import SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session
 from ulsam.cli import main
 from ulsam.model.build import load
 from ulsam.training.checkpoint import read_checkpoint
@@ -45,22 +45,16 @@ PATIENCE = 120.0  # seconds; what is waited for comes much sooner
 
 
 @pytest.fixture(scope="module")
-def ulsam() -> Iterator[Warm]:
-    with warm() as interpreter:
-        yield interpreter
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """240 training images: 15 updates an epoch with `FULL`; 15 validation images."""
     return draw_splits(tmp_path_factory.mktemp("data"), train=80, val=5)
 
 
 @pytest.fixture(scope="module")
-def unbroken(ulsam: Warm, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(interpreter: Warm, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of `FULL` that nothing happens to."""
     run = tmp_path_factory.mktemp("runs") / "unbroken"
-    assert ulsam.run(["train", str(data), "--out", str(run), *options(FULL)], run.with_name("log")) == 0
+    assert interpreter.run(["train", str(data), "--out", str(run), *options(FULL)], run.with_name("log")) == 0
     return run
 
 
@@ -131,7 +125,7 @@ def assert_same_end(run: Path, other: Path) -> None:
 # killed
 
 
-def kill_often(ulsam: Warm, data: Path, run: Path, log: Path, seed: int, kills: int, write_hits: int) -> None:
+def kill_often(interpreter: Warm, data: Path, run: Path, log: Path, seed: int, kills: int, write_hits: int) -> None:
     """Train with `FULL` and go on after each SIGKILL.
 
     The kills: before the first checkpoint, at so many random moments, in so many checkpoint writes, and between the
@@ -142,10 +136,10 @@ def kill_often(ulsam: Warm, data: Path, run: Path, log: Path, seed: int, kills: 
 
     def start() -> int:
         new = ["train", str(data), "--out", str(run), *options(FULL)]
-        return ulsam.start(["train", "--resume", str(run)] if (run / "config.yaml").exists() else new, log)
+        return interpreter.start(["train", "--resume", str(run)] if (run / "config.yaml").exists() else new, log)
 
     def kill(pid: int) -> None:
-        assert ulsam.kill(pid) == -signal.SIGKILL, log.read_text()
+        assert interpreter.kill(pid) == -signal.SIGKILL, log.read_text()
         check_whole(run)
 
     pid = start()
@@ -170,15 +164,15 @@ def kill_often(ulsam: Warm, data: Path, run: Path, log: Path, seed: int, kills: 
     wait_for(lambda: (run / "model.safetensors").exists(), 0.001)
     kill(pid)
     assert not (run / "summary.json").exists()
-    assert ulsam.ask(wait=start()) == 0
+    assert interpreter.ask(wait=start()) == 0
     wait_for(lambda: not session(pid), 0.1)  # the reading processes of those killed have ended too
 
 
 def test_killed_at_any_moment_it_ends_in_the_same_weights(
-    ulsam: Warm, data: Path, unbroken: Path, tmp_path: Path
+    interpreter: Warm, data: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    kill_often(ulsam, data, run, log, seed=1, kills=2, write_hits=1)
+    kill_often(interpreter, data, run, log, seed=1, kills=2, write_hits=1)
     assert_same_end(run, unbroken)
     told = log.read_text()
     assert told.count("resume  in epoch") >= 3
@@ -188,24 +182,24 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 8))
-def test_killed_more_often(seed: int, ulsam: Warm, data: Path, unbroken: Path, tmp_path: Path) -> None:
-    kill_often(ulsam, data, tmp_path / "run", tmp_path / "log", seed, kills=5, write_hits=2)
+def test_killed_more_often(seed: int, interpreter: Warm, data: Path, unbroken: Path, tmp_path: Path) -> None:
+    kill_often(interpreter, data, tmp_path / "run", tmp_path / "log", seed, kills=5, write_hits=2)
     assert_same_end(tmp_path / "run", unbroken)
 
 
-def test_killed_after_its_probe_it_does_not_probe_again(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+def test_killed_after_its_probe_it_does_not_probe_again(interpreter: Warm, data: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**SETTINGS, "epochs": 100, "save_seconds": 0}  # 3000 steps: enough for a probe
-    pid = ulsam.start(["train", str(data), "--out", str(run), *options(settings)], log)
+    pid = interpreter.start(["train", str(data), "--out", str(run), *options(settings)], log)
     wait_for(changed(run / "checkpoint.pt", 2))
-    assert ulsam.kill(pid) == -signal.SIGKILL, log.read_text()
+    assert interpreter.kill(pid) == -signal.SIGKILL, log.read_text()
     chosen = (run / "config.yaml").read_bytes()
     assert not undecided(TrainConfig(**yaml.safe_load(chosen)))
     assert " ms a step" in log.read_text()
     told = log.read_text().count("probe ")
-    pid = ulsam.start(["train", "--resume", str(run)], log)
+    pid = interpreter.start(["train", "--resume", str(run)], log)
     wait_for(changed(run / "checkpoint.pt", 2))
-    assert ulsam.kill(pid) == -signal.SIGKILL, log.read_text()
+    assert interpreter.kill(pid) == -signal.SIGKILL, log.read_text()
     assert "resume  in epoch" in log.read_text()
     assert log.read_text().count("probe ") == told
     assert (run / "config.yaml").read_bytes() == chosen
@@ -221,7 +215,7 @@ def test_killed_after_its_probe_it_does_not_probe_again(ulsam: Warm, data: Path,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_saves_and_says_how_to_go_on(
-    number: int, ulsam: Warm, data: Path, unbroken: Path, tmp_path: Path
+    number: int, interpreter: Warm, data: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "a run", tmp_path / "log"
     settings = {**FULL, "save_seconds": 1000}
@@ -234,9 +228,9 @@ def test_stopped_it_saves_and_says_how_to_go_on(
         _, err = process.communicate(timeout=PATIENCE)
         pid, code = process.pid, process.returncode
     else:
-        pid = ulsam.start(words, log)
+        pid = interpreter.start(words, log)
         wait_for(lambda: log.exists() and "\nepoch   1/2: " in log.read_text(), 0.001)
-        code = ulsam.kill(pid, number, group=True)
+        code = interpreter.kill(pid, number, group=True)
         err = "\n" + log.read_text().partition("\n\n")[2]
     assert code == 130
     wait_for(lambda: session(pid) == [], 0.05)  # a fork server notices a moment later
@@ -249,25 +243,25 @@ def test_stopped_it_saves_and_says_how_to_go_on(
     state = read_checkpoint(run)
     assert state is not None
     assert state["position"]["batch"] > 0  # saved in mid-epoch
-    assert ulsam.run(["train", "--resume", str(run)], log) == 0
+    assert interpreter.run(["train", "--resume", str(run)], log) == 0
     assert_same_end(run, unbroken)
 
 
-def test_a_mistake_in_mid_run_ends_the_reading_processes(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_mid_run_ends_the_reading_processes(interpreter: Warm, data: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**FULL, "lr": 1e30, "warmup_epochs": 0}
-    pid = ulsam.start(["train", str(data), "--out", str(run), *options(settings)], log)
-    assert ulsam.ask(wait=pid) == 2
+    pid = interpreter.start(["train", str(data), "--out", str(run), *options(settings)], log)
+    assert interpreter.ask(wait=pid) == 2
     wait_for(lambda: session(pid) == [], 0.05)  # a fork server notices a moment later
     assert log.read_text().splitlines()[-1].startswith("ulsam: error: the loss is ")
 
 
-def test_a_killed_reading_process_is_one_line(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+def test_a_killed_reading_process_is_one_line(interpreter: Warm, data: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    pid = ulsam.start(["train", str(data), "--out", str(run), *options({**FULL, "epochs": 50})], log)
+    pid = interpreter.start(["train", str(data), "--out", str(run), *options({**FULL, "epochs": 50})], log)
     wait_for(changed(run / "checkpoint.pt", 2))
     os.kill(max(set(session(pid)) - {pid}), signal.SIGKILL)
-    assert ulsam.ask(wait=pid) == 2
+    assert interpreter.ask(wait=pid) == 2
     assert log.read_text().splitlines()[-1].startswith("ulsam: error: a process that reads images was killed")
     check_whole(run)
     wait_for(lambda: not session(pid), 0.1)
@@ -276,20 +270,20 @@ def test_a_killed_reading_process_is_one_line(ulsam: Warm, data: Path, tmp_path:
 # the disk
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(ulsam: Warm, data: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(interpreter: Warm, data: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**SETTINGS, "save_seconds": 0}  # no workers: their shared memory is files too
-    pid = ulsam.start(["train", str(data), "--out", str(run), *options(settings)], log)
+    pid = interpreter.start(["train", str(data), "--out", str(run), *options(settings)], log)
     wait_for(changed(run / "checkpoint.pt", 2))
-    ulsam.kill(pid)
+    interpreter.kill(pid)
     before = (run / "checkpoint.pt").read_bytes()
-    assert ulsam.run(["train", "--resume", str(run)], log, file_size=len(before) // 2) == 2
+    assert interpreter.run(["train", "--resume", str(run)], log, file_size=len(before) // 2) == 2
     last = log.read_text().splitlines()[-1]
     assert last.startswith(f"ulsam: error: cannot write {run}/checkpoint.pt: File too large; what was there before is")
     assert (run / "checkpoint.pt").read_bytes() == before
     assert parts(run) == []
     check_whole(run)
-    assert ulsam.run(["train", "--resume", str(run)], log) == 0
+    assert interpreter.run(["train", "--resume", str(run)], log) == 0
     check_whole(run)
     assert (run / "summary.json").exists()
 
@@ -319,11 +313,11 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start_pair(ulsam: Warm, words: list[str], log: Path) -> list[int]:
+def start_pair(interpreter: Warm, words: list[str], log: Path) -> list[int]:
     """Two processes as torchrun starts them."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     env = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [ulsam.start(words, Path(f"{log}{rank}"), env=env[rank]) for rank in range(2)]
+    return [interpreter.start(words, Path(f"{log}{rank}"), env=env[rank]) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -368,35 +362,37 @@ def test_torchrun_counts_every_image_once(
 
 @pytest.mark.slow
 def test_two_processes_resume_to_the_same_weights(
-    ulsam: Warm, pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path
+    interpreter: Warm, pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    pids = start_pair(ulsam, ["train", str(odd_data), "--out", str(run), *options({**PAIR, "save_seconds": 0})], log)
+    pids = start_pair(
+        interpreter, ["train", str(odd_data), "--out", str(run), *options({**PAIR, "save_seconds": 0})], log
+    )
     wait_for(changed(run / "checkpoint.pt", 1))
     for pid in pids:
-        ulsam.kill(pid)
+        interpreter.kill(pid)
     check_whole(run)
-    pids = start_pair(ulsam, ["train", "--resume", str(run)], log)
+    pids = start_pair(interpreter, ["train", "--resume", str(run)], log)
     wait_for(changed(run / "checkpoint.pt", 1))
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
-    assert [ulsam.ask(wait=pid) for pid in pids] == [130, 130]
+    assert [interpreter.ask(wait=pid) for pid in pids] == [130, 130]
     assert f"go on with: torchrun --nproc-per-node 2 -m ulsam train --resume {run}\n" in Path(f"{log}0").read_text()
     assert "go on with" not in Path(f"{log}1").read_text()
-    assert ulsam.run(["train", "--resume", str(run)], log) == 2  # alone
+    assert interpreter.run(["train", "--resume", str(run)], log) == 2  # alone
     assert "this run has 2 process(es), not 1: start as many" in log.read_text()
-    pids = start_pair(ulsam, ["train", "--resume", str(run)], log)
-    assert [ulsam.ask(wait=pid) for pid in pids] == [0, 0]
+    pids = start_pair(interpreter, ["train", "--resume", str(run)], log)
+    assert [interpreter.ask(wait=pid) for pid in pids] == [0, 0]
     assert_same_end(run, pair[0])
 
 
-def test_two_processes_take_one_choice(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:
+def test_two_processes_take_one_choice(interpreter: Warm, odd_data: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**PAIR, "epochs": 200, "save_seconds": 0}
-    pids = start_pair(ulsam, ["train", str(odd_data), "--out", str(run), *options(settings)], log)
+    pids = start_pair(interpreter, ["train", str(odd_data), "--out", str(run), *options(settings)], log)
     wait_for(changed(run / "checkpoint.pt", 1))
     for pid in pids:
-        ulsam.kill(pid)
+        interpreter.kill(pid)
     assert not undecided(TrainConfig(**yaml.safe_load((run / "config.yaml").read_text())))
     assert " ms a step" in Path(f"{log}0").read_text()
     assert "probe " not in Path(f"{log}1").read_text()
@@ -404,24 +400,26 @@ def test_two_processes_take_one_choice(ulsam: Warm, odd_data: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(why_not_compiled() is not None, reason="no C++ compiler")
-def test_two_processes_train_compiled(ulsam: Warm, pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path) -> None:
+def test_two_processes_train_compiled(
+    interpreter: Warm, pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path
+) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**PAIR, "compile": "inductor"}
-    pids = start_pair(ulsam, ["train", str(odd_data), "--out", str(run), *options(settings)], log)
-    assert [ulsam.ask(wait=pid) for pid in pids] == [0, 0], Path(f"{log}0").read_text()
+    pids = start_pair(interpreter, ["train", str(odd_data), "--out", str(run), *options(settings)], log)
+    assert [interpreter.ask(wait=pid) for pid in pids] == [0, 0], Path(f"{log}0").read_text()
     ours, eager = (load_file(folder / "model.safetensors") for folder in (run, pair[0]))
     assert ours.keys() == eager.keys()
     for name, value in eager.items():
         torch.testing.assert_close(ours[name], value, atol=1e-2, rtol=1e-1)
 
 
-def test_too_many_bad_images_end_all_processes(ulsam: Warm, tmp_path: Path) -> None:
+def test_too_many_bad_images_end_all_processes(interpreter: Warm, tmp_path: Path) -> None:
     data, log = draw_splits(tmp_path / "data"), tmp_path / "log"
     bad = sorted((data / "train").rglob("*.png"))[::4]
     for path in bad:
         path.write_bytes(b"")
     words = ["train", str(data), "--out", str(tmp_path / "run"), *options({**PAIR, "epochs": 50, "lr": 1e-4})]
-    assert [ulsam.ask(wait=pid) for pid in start_pair(ulsam, words, log)] == [2, 2]
+    assert [interpreter.ask(wait=pid) for pid in start_pair(interpreter, words, log)] == [2, 2]
     first, second = (Path(f"{log}{rank}").read_text() for rank in range(2))
     named = [line for line in (first + second).splitlines() if line.startswith("unreadable ")]
     assert 4 <= len(set(named)) == len(named) <= len(bad)
@@ -429,28 +427,28 @@ def test_too_many_bad_images_end_all_processes(ulsam: Warm, tmp_path: Path) -> N
         assert told.splitlines()[-1].startswith("ulsam: error: more than 3 images cannot be read (named above)")
 
 
-def test_two_processes_count_every_image_of_a_stream_once(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:
+def test_two_processes_count_every_image_of_a_stream_once(interpreter: Warm, odd_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     root = draw_shards(tmp_path, odd_data / "train", val=(9, 1, 3))
     run, log, scores = tmp_path / "run", tmp_path / "log", tmp_path / "scores.json"
     data = ["wds/birds", "--data-dir", str(root), "--class-names", str(root / "names.txt")]
     words = ["train", *data, "--out", str(run), *options({**SETTINGS, "epochs": 1, "batch_size": 3})]
-    assert [ulsam.ask(wait=pid) for pid in start_pair(ulsam, words, log)] == [0, 0]
+    assert [interpreter.ask(wait=pid) for pid in start_pair(interpreter, words, log)] == [0, 0]
     summary = json.loads((run / "summary.json").read_text())
     words = ["eval", str(run / "model.safetensors"), *data, "--device", "cpu", "--workers", "1", "--json", str(scores)]
-    assert [ulsam.ask(wait=pid) for pid in start_pair(ulsam, words, log)] == [0, 0]
+    assert [interpreter.ask(wait=pid) for pid in start_pair(interpreter, words, log)] == [0, 0]
     measured = json.loads(scores.read_text())["scores"]
     assert measured["images"] == summary["scores"]["images"] == 13
     counts = {name: entry["images"] for name, entry in measured["per_class"].items()}
     assert counts == {"robin": 5, "wren": 4, "finch": 4}
 
 
-def test_a_mistake_under_torchrun_is_told_once(ulsam: Warm, odd_data: Path, tmp_path: Path) -> None:
+def test_a_mistake_under_torchrun_is_told_once(interpreter: Warm, odd_data: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     words = ["train", str(odd_data), "--out", str(tmp_path / "run"), *options({**PAIR, "insert": "blocks.99"})]
-    first, second = start_pair(ulsam, words, log)
-    assert ulsam.ask(wait=first) == 2
-    assert ulsam.kill(second, signal.SIGTERM) == -signal.SIGTERM  # as torchrun does when one has failed
+    first, second = start_pair(interpreter, words, log)
+    assert interpreter.ask(wait=first) == 2
+    assert interpreter.kill(second, signal.SIGTERM) == -signal.SIGTERM  # as torchrun does when one has failed
     told = Path(f"{log}0").read_text() + Path(f"{log}1").read_text()
     assert told.count("ulsam: error: no module is named 'blocks.99'") == 1
     assert "Traceback" not in told

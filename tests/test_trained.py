@@ -37,7 +37,7 @@ def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(trained, "_FOLDER", tmp_path)
     (tmp_path / "wren.md").write_text("# wren\n<!-- card -->\n| a |\n<!-- /card -->\n")
     assert trained.names() == ["wren"]
-    assert trained.locate("wren") == tmp_path / "model.safetensors"
+    assert trained.locate("wren") == tmp_path / "wren.safetensors"
     assert trained.locate("./wren") == Path("./wren")
     assert trained.locate(Path("wren")) == Path("wren")
     assert trained.card("wren") == "# wren\n| a |\n"

@@ -14,9 +14,6 @@ from ulsam.data.images import Pixels
 from ulsam.data.preprocessing import Preprocessing
 from ulsam.training.predict import Image, Logits, Prediction, predict
 
-# ONNX Runtime reads this when it is imported; otherwise it reports to its makers, and writes an identifier to disk
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
 CLASSES, PREPROCESSING, SPEC, VERSION = "classes", "preprocessing", "spec", "ulsam_version"
 """Keys of an exported file's metadata; each value is text: JSON, but for the version."""
 
@@ -118,10 +115,20 @@ def open_model(model: str | bytes, name: str, threads: int | None = None) -> Mod
         raise UlsamError(f"{name} has metadata that cannot be read: {first_line(error)}") from error
 
 
-def open_session(model: str | bytes, threads: int | None = None) -> Any:
-    """ONNX Runtime's session on the CPU for a file, or for what one would hold; a thread for each core by default."""
+def import_onnxruntime() -> Any:
+    """ONNX Runtime. Before its first import this sets ``ORT_DISABLE_TELEMETRY``, unless it is set already.
+
+    Otherwise ONNX Runtime reports to its makers, and writes an identifier to disk.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
+    return onnxruntime
+
+
+def open_session(model: str | bytes, threads: int | None = None) -> Any:
+    """ONNX Runtime's session on the CPU for a file, or for what one would hold; a thread for each core by default."""
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads or 0

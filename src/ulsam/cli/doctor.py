@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     if cpu.LIBRARY is None:
         print(f"cpu     no C kernels: {cpu.WHY_NONE}")
     else:
-        used, best = cpu.ISA_NAMES[cpu.isa or cpu.LIBRARY.ulsam_isa()], cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
+        used, best = cpu.ISA_NAMES[cpu.chosen_isa() or cpu.LIBRARY.ulsam_isa()], cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
         names = used if used == best else f"{used}, which ULSAM_ISA asks for: the processor has {best}"
         print(f"cpu     {torch.get_num_threads()} threads, C kernels for {names} ({cpu.LIBRARY._name})")
         if not cpu.THREADED:

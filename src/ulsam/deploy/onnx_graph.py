@@ -14,6 +14,7 @@ from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.extras import extra
 from ulsam.layer.ops.reference import softmax_over_maps
 from ulsam.layer.ulsam import ULSAM
+from ulsam.runtime import import_onnxruntime
 from ulsam.surgery.followed import Followed, follow, host_class
 
 OPSET = 18
@@ -36,8 +37,9 @@ def check_installed(what: str) -> None:
     """
     with extra("onnx", f"{what} needs"):
         import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
+
+        import_onnxruntime()
 
 
 @torch.no_grad()

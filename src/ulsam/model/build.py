@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.files import check_readable, write_atomic
+from ulsam.base.tensor_limit import AtMost
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.presets import PLACEMENTS
 from ulsam.model.spec import Edit, Json, ModelSpec
@@ -378,19 +378,9 @@ def _check_fit(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], source: s
     A spec that makes far more parameters than there are shapes is refused while it makes them: a stranger's file can
     ask for 100,000 blocks.
     """
-    made, limit = 0, 10_000 + 10 * len(shapes)  # far more, because edits take blocks out
-
-    def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        if made > limit:
-            raise UlsamError(f"{source} is not what its spec builds: it holds {len(shapes)} tensors, that many more")
-
-    handle = register_module_parameter_registration_hook(count)
-    try:
+    too_many = f"{source} is not what its spec builds: it holds {len(shapes)} tensors, that many more"
+    with AtMost(10_000 + 10 * len(shapes), too_many):  # far more, because edits take blocks out
         expected = {name: tuple(value.shape) for name, value in sketch(spec).state_dict().items()}
-    finally:
-        handle.remove()
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
         here, there = shapes.get(wrong[0], "nothing"), expected.get(wrong[0], "nothing")

@@ -38,7 +38,7 @@ class Difference:
     differ: int | None = None  # images that one model got right and the other wrong, with any seed
 
     def words(self, margin: float = 0.005) -> tuple[Word, ...]:
-        """The verdict: ``gain`` or ``loss`` where 0 is outside, ``non-inferior`` where the low end is above -``margin``.
+        """The verdict: ``gain`` or ``loss`` where 0 is outside, ``non-inferior`` with a lower end above -``margin``.
 
         It is ``inconclusive`` where none of them is true, or the models differ on fewer than 10 images.
 

@@ -53,7 +53,8 @@ def load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     if not path.exists():
         note = path.with_name("kernels.txt")  # by setup.py
         reason = note.read_text(encoding="utf-8").strip() if note.exists() else f"there is no file {path}"
-        return None, f"ulsam was installed without them: {reason}"
+        again = "pip install with --force-reinstall --no-deps --no-cache-dir then compiles them"
+        return None, f"ulsam was installed without them: {reason}; {again}"
     try:
         library = ctypes.CDLL(str(path))
         size = library.ulsam_training_size()
@@ -99,11 +100,23 @@ def _isa_asked() -> int:
     name = os.environ.get("ULSAM_ISA", "")
     if name not in ISA_NAMES:
         raise UlsamError(f"ULSAM_ISA={name}: there is no such instruction set; valid: {', '.join(ISA_NAMES[1:])}")
-    return ISA_NAMES.index(name)
+    asked = ISA_NAMES.index(name)
+    best = LIBRARY.ulsam_isa() if LIBRARY is not None else asked
+    if asked > best:
+        raise UlsamError(f"ULSAM_ISA={name}: this processor has none; valid: {', '.join(ISA_NAMES[1 : best + 1])}")
+    return asked
 
 
-#: The instruction set to use, as an index in `ISA_NAMES`; 0 is the processor's best. ``ULSAM_ISA`` sets it by name.
-isa = _isa_asked()
+#: The instruction set to use, as an index in `ISA_NAMES`; 0 is the processor's best, -1 not known yet.
+isa = -1
+
+
+def chosen_isa() -> int:
+    """`isa`; the first call reads it from ``ULSAM_ISA``, which sets it by name."""
+    global isa
+    if isa < 0:
+        isa = _isa_asked()
+    return isa
 
 
 def _run(
@@ -138,7 +151,7 @@ def _job(tensors: Sequence[Tensor | None], x: Tensor, groups: int, asked: int, r
         *_addresses_of(tensors),
         *x.shape,
         *(groups, asked, relu, not x.is_contiguous(), x.dtype is _BFLOAT16),
-        *(1 if _forked else get_num_threads(), isa),
+        *(1 if _forked else get_num_threads(), chosen_isa()),
     )
 
 
@@ -180,7 +193,7 @@ def infer(
             *(scale.data_ptr(), 0 if shift is None else shift.data_ptr()),
             *(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0),
             *(batch, channels, height, width, groups, _LOGITS_MULTIPLY, relu, not contiguous, bf16),
-            *(1 if _forked else get_num_threads(), isa),
+            *(1 if _forked else get_num_threads(), isa if isa >= 0 else chosen_isa()),
         )
     )
     if failed:
@@ -203,7 +216,7 @@ def _is_vector(values: Tensor, size: int) -> bool:
 def _raise(failed: int) -> NoReturn:
     if failed == -1:
         raise MemoryError("no memory for subspace attention's maps")
-    raise UlsamError(f"this processor has no {ISA_NAMES[isa]}, which ULSAM_ISA asks for")
+    raise UlsamError(f"this processor has no {ISA_NAMES[isa]}, which is asked for")
 
 
 def forward(

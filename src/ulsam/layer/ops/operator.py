@@ -1,6 +1,7 @@
 """The operator `ulsam::subspace_attention` as PyTorch knows it, and the choice of the backend that computes it."""
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -20,7 +21,6 @@ from ulsam.layer.ops import cpu, reference
 Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = get_args(Backend)
 _CPU = (None, "cpu")
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton takes tensors of the CPU too
 
 
 def _from_environment() -> Backend | None:
@@ -30,7 +30,26 @@ def _from_environment() -> Backend | None:
     return name
 
 
-FORCED = _from_environment()
+_forced: Any = "unread"  # what ULSAM_BACKEND names, or None; "unread" keeps `infer` away until it is known
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def forced() -> Backend | None:
+    """The backend that ``ULSAM_BACKEND`` names; it is read once, when it is first needed.
+
+    Raises:
+        UlsamError: no such backend.
+    """
+    global _forced
+    if _forced == "unread":
+        _forced = _from_environment()
+    return _forced
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _interpreted() -> bool:
+    """Whether Triton takes tensors of the CPU too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def subspace_attention(
@@ -83,8 +102,9 @@ def subspace_attention(
     """
     _check(x, scale, shift, weight, bias, norms, groups)
     chosen, _ = which_backend(x, backend)
-    if cpu.LIBRARY is None and not is_compiling():
-        _warn_of(x, wanted=backend or FORCED)
+    missed = cpu.LIBRARY is None and x.is_cpu and x.dtype in cpu.DTYPES and (backend or forced()) != "reference"
+    if missed and not is_exporting():
+        _warn()
     others = (scale, shift, weight, bias, *norms)
     transformed = chosen == "reference" or _is_transformed() or is_captured()
     if not (transformed or chosen != "cpu" or _is_watched()) and all(map(_is_memory, (x, *others))):
@@ -97,15 +117,24 @@ def subspace_attention(
 
 
 _warned = False
+_INSIDE = ("ulsam", "torch", "torchvision", "timm")  # packages whose lines tell a user nothing
 
 
-def _warn_of(x: Tensor, wanted: str | None) -> None:
-    """Say once that the kernels for ``x`` are missing, unless the reference was asked for."""
+def _warn() -> None:
+    """Say once that the kernels are missing, at the user's line that led here."""
     global _warned
-    if not _warned and x.is_cpu and x.dtype in cpu.DTYPES and wanted != "reference":
-        _warned = True
-        message = f"ULSAM runs in plain PyTorch, several times slower than its C kernels: {cpu.WHY_NONE}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if _warned:
+        return
+    _warned = True
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    message = f"ULSAM runs in plain PyTorch, several times slower than its C kernels: {cpu.WHY_NONE}"
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+if cpu.LIBRARY is None:  # `torch.compile` then calls it while it compiles, rather than looking into it
+    _warn = torch.compiler.assume_constant_result(_warn)
 
 
 def infer(
@@ -116,7 +145,7 @@ def infer(
     What the operands may be is told there; the kernels check their sizes. For a small map the dispatcher takes longer
     than all the rest.
     """
-    if is_grad_enabled() or FORCED not in _CPU or not _is_plain(x) or x.ndim != 4:
+    if is_grad_enabled() or _forced not in _CPU or not _is_plain(x) or x.ndim != 4:
         return None
     return cpu.infer(x, scale, shift, weight, bias, groups, relu)
 
@@ -187,7 +216,7 @@ def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
     >>> which_backend(torch.ones(1, 8, 4, 4, dtype=torch.float64))
     ('reference', 'the cpu backend takes float32 and bfloat16, not float64')
     """
-    wanted: Any = backend or FORCED
+    wanted: Any = backend or forced()
     if wanted not in (None, *BACKENDS):
         raise UlsamError(f"there is no backend {wanted!r}; valid: {', '.join(BACKENDS)}")
     if wanted == "reference":
@@ -208,7 +237,7 @@ def _why_not_cpu(x: Tensor) -> str | None:
 
 
 def _why_not_triton(x: Tensor) -> str | None:
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and _INTERPRETED):
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and _interpreted()):
         return f"the triton backend does not run on {x.device.type}"
     kernels = _triton()
     return kernels if isinstance(kernels, str) else _why_not_dtype("triton", kernels.DTYPES, x)

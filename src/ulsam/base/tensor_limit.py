@@ -1,0 +1,32 @@
+"""A limit on how many tensors a stranger's specification makes."""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ulsam.base.errors import UlsamError
+
+
+class AtMost(TorchFunctionMode):
+    """Within it, in this thread alone, no more than so many empty tensors are made, as which parameters begin.
+
+    Raises:
+        UlsamError: one more is asked for; ``message`` is what it says.
+
+    >>> with AtMost(3, "too large"):
+    ...     torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(2)])
+    Traceback (most recent call last):
+    ulsam.base.errors.UlsamError: too large
+    """
+
+    def __init__(self, limit: int, message: str) -> None:
+        super().__init__()
+        self.left, self.message = limit, message
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.empty:
+            self.left -= 1
+            if self.left < 0:
+                raise UlsamError(self.message)
+        return function(*args, **(kwargs or {}))
