@@ -32,7 +32,7 @@ def state():
         hash(random.getstate()), hash(numpy.random.get_state()[1].tobytes()), len(warnings.filters),
         [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
         [len(getattr(module, name)) for name in dir(module) if name.startswith("_global_") and "hooks" in name],
-        len(logging.getLogger().handlers), len(logging.getLogger("ulsam").handlers), sys.excepthook is sys.__excepthook__,
+        [len(logging.getLogger(name).handlers) for name in (None, "ulsam")], sys.excepthook is sys.__excepthook__,
     ]
 """
 IMPORTS = (
