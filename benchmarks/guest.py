@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.base.files import make_folder
 from ulsam.base.locks import take_lock
 from ulsam.base.provenance import versions
@@ -33,7 +33,7 @@ from ulsam.surgery.cost import Cost, cost
 from ulsam.training import parts
 from ulsam.training import summary as report
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import Interrupted, resume, train
+from ulsam.training.train import resume, train
 
 HAS_WEIGHTS = {"weights": None, "pretrained": False, "drop_rate": 0.0, "drop_path": 0.0}  # a prepared model has its own
 

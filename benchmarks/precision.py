@@ -17,7 +17,7 @@ import torch
 
 from ulsam.base.provenance import processor
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 RECIPE: dict[str, Any] = {  # all else as `ulsam train` sets it
     "model": "mobilenetv2_100",

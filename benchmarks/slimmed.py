@@ -51,8 +51,8 @@ from ulsam.study.statistics import difference
 from ulsam.training import parts
 from ulsam.training.config import read_config
 from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
-from ulsam.training.loop import resume, train
 from ulsam.training.restore import check_begun
+from ulsam.training.train import resume, train
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ("macs", "params", "latency")

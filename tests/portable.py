@@ -20,13 +20,14 @@ import ulsam
 from stopping import stop_after
 from tiny import SETTINGS, draw_splits
 from ulsam.apps.serve import serve
+from ulsam.base.errors import Interrupted
 from ulsam.cli import main
 from ulsam.deploy.bench_process import Process
 from ulsam.deploy.bench_worker import Case
 from ulsam.study.launch import lock_run, reason_of, start_process
 from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import Interrupted, resume, train
+from ulsam.training.train import resume, train
 
 RECIPE = {**SETTINGS, "layout": "contiguous", "amp": "none", "compile": "none", "epochs": 1}
 

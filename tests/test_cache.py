@@ -23,7 +23,7 @@ from ulsam.data.images import whole
 from ulsam.data.loading import Batch, EpochOrder, train_loader
 from ulsam.data.sources import FolderImages, StreamImages
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 CROPS: dict[str, Any] = {"crop_scale": (0.3, 1.0), "hflip": 0.5, "rand_augment": None, "random_erasing": 0.5}
 LOOK: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}

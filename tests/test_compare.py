@@ -35,8 +35,8 @@ from ulsam.study.paths import without_paths
 from ulsam.study.run_store import Store
 from ulsam.study.statistics import right
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
 from ulsam.training.parts import open_images
+from ulsam.training.train import train
 
 SETTLED = {**SETTINGS, "epochs": 1, "layout": "contiguous", "amp": "none", "compile": "none"}
 ARMS = ("base", "slim: insert blocks.2 g=4; size=24")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from stopping import stop_after
 from tiny import NET, SETTINGS, Warm, draw_splits, options
 from ulsam.base.distributed import World
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.data import loading
 from ulsam.model.build import build, load, save
 from ulsam.model.spec import Edit, ModelSpec
@@ -32,9 +32,10 @@ from ulsam.training import probe
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Tapped, feature_loss, open_teacher, shared_places, soft_target_loss
-from ulsam.training.loop import Interrupted, Trainer, resume, train
+from ulsam.training.loop import Trainer
 from ulsam.training.machine import why_not_compiled
 from ulsam.training.step import TrainingStep
+from ulsam.training.train import resume, train
 
 ALONE = World(0, 1, torch.device("cpu"))
 CLASSES = ("class0", "class1", "class2")

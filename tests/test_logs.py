@@ -16,8 +16,8 @@ from ulsam.base.logs import LOGGER
 from ulsam.cli import COMMANDS, main, parse
 from ulsam.study.slim import slim
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
 from ulsam.training.probe import resolve_auto
+from ulsam.training.train import train
 
 
 @pytest.fixture(scope="module")

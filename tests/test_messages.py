@@ -14,7 +14,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.cli.output import in_flags
 from ulsam.study.slim import slim
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 SOURCES = Path(ulsam.__file__).parent
 

@@ -34,7 +34,7 @@ from ulsam.surgery.edited import is_followed
 from ulsam.surgery.followed import follow
 from ulsam.surgery.pruners import customized_pruners, keep_channels
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 SIZE = (3, 48, 48)  # maps of 6 x 6 at the last blocks: small ones are flat, whatever the weights
 FIRST, SECOND, LAST = "blocks.1.1", "blocks.1.2", "blocks.2.1"  # the blocks that can go

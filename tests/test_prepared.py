@@ -15,14 +15,14 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tiny import SETTINGS, draw_splits
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.cli import main
 from ulsam.data import loading
 from ulsam.model.build import build
 from ulsam.surgery.cost import cost
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import Interrupted, resume, train
+from ulsam.training.train import resume, train
 
 FILES = ["checkpoint.pt", "config.yaml", "curves.png", "metrics.csv", "summary.json", "weights.safetensors"]
 

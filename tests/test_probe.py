@@ -28,8 +28,9 @@ from ulsam.training import machine
 from ulsam.training import probe as probe_module
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig, read_config
-from ulsam.training.loop import Trainer, resume, train
+from ulsam.training.loop import Trainer
 from ulsam.training.probe import Setup, Step, candidates, choose, probe, resolve_auto, time_in_turn, undecided
+from ulsam.training.train import resume, train
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

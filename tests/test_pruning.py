@@ -28,7 +28,7 @@ from ulsam.study.run_store import Store
 from ulsam.surgery.cost import cost
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 pytest.importorskip("torch_pruning")
 SIZE = (3, 32, 32)

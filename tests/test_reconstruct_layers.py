@@ -24,8 +24,8 @@ from ulsam.model.spec import Edit, ModelSpec
 from ulsam.surgery.cost import cost
 from ulsam.surgery.reconstruct_layers import new_layers, reconstruct_each, reconstruct_layers
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
 from ulsam.training.reconstruct_first import reconstruct_model
+from ulsam.training.train import train
 
 NARROW: Layer = "inverted_residual"
 SIZE = (3, 12, 12)

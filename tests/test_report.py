@@ -24,7 +24,7 @@ from ulsam.explanation.run_page import change, quantity
 from ulsam.explanation.svg_charts import BOTTOM, HEIGHT, LABEL, LEFT, RIGHT, TOP, WIDTH, Line, chart
 from ulsam.explanation.trained_runs import Result, TrainedRun, read_runs
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 EVIL = '<img src=x onerror="alert(1)">'
 NAMES = ("base", "slim & <i>thin<")

@@ -35,7 +35,7 @@ from stopping import stop_after
 from tiny import NET, SETTINGS, draw, draw_shards, draw_splits, options
 from ulsam import __version__
 from ulsam.base.distributed import World
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.cli import main
 from ulsam.data import loading
 from ulsam.data.images import read_image
@@ -46,8 +46,9 @@ from ulsam.training import evaluate as evaluate_module
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import spec_transform, wilson
-from ulsam.training.loop import Interrupted, Trainer, resume, train
+from ulsam.training.loop import Trainer
 from ulsam.training.machine import why_not_compiled
+from ulsam.training.train import resume, train
 
 ALONE = World(0, 1, torch.device("cpu"))
 FILES = ["checkpoint.pt", "config.yaml", "curves.png", "metrics.csv", "model.safetensors", "summary.json"]
@@ -215,7 +216,7 @@ FAULTS = """
 import resource, sys, torch
 from ulsam.cli import main
 from ulsam.training.config import TrainConfig, read_config
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

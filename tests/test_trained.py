@@ -19,7 +19,7 @@ from ulsam.study.grid import Grid
 from ulsam.study.run_store import Store
 from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 #: of an image that is a ramp from -2 to 2: the best class and its logit; to be renewed with the model
 LOGITS = {"mobilenetv2_100.grocery81_slim75": ("08.Lemon", 2.035)}

@@ -15,7 +15,7 @@ from ulsam.study.compare import report
 from ulsam.study.grid import Grid
 from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ _HOME = {
     "save": "ulsam.model.build",
     # training and studies
     "TrainConfig": "ulsam.training.config",
-    "train": "ulsam.training.loop",
-    "resume": "ulsam.training.loop",
+    "train": "ulsam.training.train",
+    "resume": "ulsam.training.train",
     "compare": "ulsam.study.compare",
     "slim": "ulsam.study.slim",
     # what a trained model does
@@ -49,7 +49,7 @@ _HOME = {
     "bench": "ulsam.deploy.bench",
     # errors and progress
     "UlsamError": "ulsam.base.errors",
-    "Interrupted": "ulsam.training.loop",
+    "Interrupted": "ulsam.base.errors",
     "show_progress": "ulsam.base.logs",
 }
 

@@ -1,5 +1,6 @@
 """The types of the public names, which `__init__.py` loads when they are first used."""
 
+from ulsam.base.errors import Interrupted as Interrupted
 from ulsam.base.errors import UlsamError as UlsamError
 from ulsam.base.logs import show_progress as show_progress
 from ulsam.deploy.bench import bench as bench
@@ -31,8 +32,7 @@ from ulsam.surgery.find import candidates as candidates
 from ulsam.surgery.fold import fold as fold
 from ulsam.surgery.reconstruct import reconstruct as reconstruct
 from ulsam.training.config import TrainConfig as TrainConfig
-from ulsam.training.loop import Interrupted as Interrupted
-from ulsam.training.loop import resume as resume
-from ulsam.training.loop import train as train
+from ulsam.training.train import resume as resume
+from ulsam.training.train import train as train
 
 __version__: str

@@ -1,6 +1,7 @@
-"""The one exception that means: the user can fix this."""
+"""Errors: the one that the user can fix, and an orderly stop."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class UlsamError(ValueError):
@@ -12,6 +13,19 @@ class UlsamError(ValueError):
 
 class NotFinite(UlsamError):
     """A model puts out NaN or infinity."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on.
+
+    Attributes:
+        where: how far the work had come.
+        run: the folder that `ulsam.resume` takes; None for other work than a run.
+    """
+
+    def __init__(self, where: str, how: str, run: Path | None = None) -> None:
+        super().__init__(f"{where}; {how}")
+        self.where, self.run = where, run
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ from ulsam.base.processes import is_first_process
 from ulsam.cli.common import add_edit_options, edits_from, free_folder, only_json, preset_arguments, print_json
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.training.config import TrainConfig, read_config
+from ulsam.training.train import train
 
 EXAMPLE = """\
 ulsam train images --pretrained --replace 14,17 --epochs 30 -b 64 --out runs/mine
@@ -30,9 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ulsam.training.loop import resume, train
     from ulsam.training.machine import keep_freed_memory
     from ulsam.training.summary import result_lines
+    from ulsam.training.train import resume
 
     keep_freed_memory()
     if args.resume:
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 def resumable() -> Iterator[None]:
     """Within it a run that is interrupted names the command that goes on with it."""
     from ulsam.base.distributed import launch_line
-    from ulsam.training.loop import Interrupted
+    from ulsam.base.errors import Interrupted
 
     try:
         yield

@@ -10,7 +10,7 @@ from ulsam.base.files import write_atomic
 from ulsam.data.birds import draw_birds
 from ulsam.data.opening import open_split
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import train
+from ulsam.training.train import train
 
 CAUTION = "One run with one seed proves nothing: another seed can turn the order."
 BIRDS: dict[str, Any] = {  # one bill: models of this size may take very long to see that bills differ
@@ -41,7 +41,7 @@ def run_demo(out: str | Path, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Draw the birds, train both models, and write ``comparison.png``, all into the new folder ``out``.
 
     Returns:
-        The summaries of the two runs, ``"base"`` and ``"ulsam"``; see `ulsam.training.loop.train`.
+        The summaries of the two runs, ``"base"`` and ``"ulsam"``; see `ulsam.training.train.train`.
 
     Raises:
         UlsamError: ``out`` exists and is not empty, or cannot be written, or the seed is negative.

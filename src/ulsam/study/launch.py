@@ -15,7 +15,7 @@ from typing import IO, Protocol
 
 from filelock import FileLock
 
-from ulsam.base.errors import UlsamError, printable
+from ulsam.base.errors import Interrupted, UlsamError, printable
 from ulsam.base.files import make_folder, write_atomic
 from ulsam.base.locks import take_lock
 from ulsam.base.logs import say
@@ -23,7 +23,6 @@ from ulsam.base.processes import GROUP
 from ulsam.study.grid import Failed, Grid, Run
 from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import Interrupted
 from ulsam.training.parts import stop_signals
 from ulsam.training.restore import HARMLESS
 

@@ -37,7 +37,7 @@ class Store:
         self._read: dict[Path, dict[str, Any]] = {}
 
     def folder(self, run: Run) -> Path:
-        """The folder of a run, which `ulsam.training.loop.train` makes."""
+        """The folder of a run, which `ulsam.training.train.train` makes."""
         return self.root / "arms" / run.arm.slug / run.name
 
     def outcome(self, run: Run) -> Mapping[str, Any] | Failed | None:

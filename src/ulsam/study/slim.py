@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ulsam.base.distributed import start
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.base.files import write_atomic
 from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
@@ -33,10 +33,10 @@ from ulsam.surgery.places import match
 from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, config_beside, read_config
 from ulsam.training.evaluate import evaluate_batches, spec_transform
-from ulsam.training.loop import Interrupted, resume, train
 from ulsam.training.sample import draw_sample
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
 from ulsam.training.summary import cost_entry, score_entry
+from ulsam.training.train import resume, train
 
 #: Settings of training that slimming decides.
 DECIDED = ("data", "model", "model_args", "edits", "pretrained", "weights", "teacher")
@@ -75,7 +75,7 @@ def slim(
 
     Raises:
         UlsamError: no model file, other classes, no block to replace, a budget that all blocks together do not reach,
-            a folder with something else in it, and what `ulsam.training.loop.train` raises.
+            a folder with something else in it, and what `ulsam.training.train.train` raises.
         Interrupted: Ctrl-C, or SIGTERM in training; everything that was done is kept.
     """
     asked, out = budget(**options), Path(out)

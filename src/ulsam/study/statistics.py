@@ -141,7 +141,7 @@ def difference(
     """One model's runs minus another's, paired by seed and, where the runs tell it, by image.
 
     Args:
-        runs, base: the summaries of `ulsam.training.loop.train`, by seed.
+        runs, base: the summaries of `ulsam.training.train.train`, by seed.
         pooled: the variance over seeds of all arms that are compared; by default that of this difference.
 
     Returns:

@@ -29,7 +29,7 @@ def dry_run(
         The spec, its model with what is frozen, the teacher, and the optimizer updates in an epoch.
 
     Raises:
-        UlsamError: as `ulsam.training.loop.train` would before its first step.
+        UlsamError: as `ulsam.training.train.train` would before its first step.
 
     >>> import tempfile, torch
     >>> from ulsam.data.birds import draw_birds

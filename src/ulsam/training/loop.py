@@ -7,10 +7,8 @@ that was killed goes on from its last checkpoint to the same weights, bit for bi
 import dataclasses
 import hashlib
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -21,129 +19,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ulsam.base import logs
-from ulsam.base.distributed import World, start
-from ulsam.base.errors import NotFinite, UlsamError
+from ulsam.base.distributed import World
+from ulsam.base.errors import Interrupted, NotFinite, UlsamError
 from ulsam.base.extras import installed
-from ulsam.base.files import clear_parts, make_folder, write_atomic
 from ulsam.base.provenance import command_line, environment, versions
-from ulsam.base.threads import cpu_threads
 from ulsam.data import loading, sources
 from ulsam.model.build import build, sketch
 from ulsam.surgery.cost import cost
 from ulsam.training import distill, parts, restore
 from ulsam.training import summary as report
-from ulsam.training.checkpoint import Position, read_checkpoint, write_checkpoint
-from ulsam.training.config import TrainConfig, config_of
+from ulsam.training.checkpoint import Position, write_checkpoint
+from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, outcomes
-from ulsam.training.machine import adapt_to_device
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
 from ulsam.training.step import TrainingStep
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on.
-
-    Attributes:
-        where: how far the work had come.
-        run: the folder that :func:`resume` takes; None for other work than a run.
-    """
-
-    def __init__(self, where: str, how: str, run: Path | None = None) -> None:
-        super().__init__(f"{where}; {how}")
-        self.where, self.run = where, run
-
-
-def train(
-    data: str | os.PathLike[str] | TrainConfig,
-    out: str | os.PathLike[str],
-    *,
-    model: nn.Module | str | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Train a model and write everything about it into the new folder ``out``.
-
-    The folder then holds ``config.yaml`` (repeats the run), ``metrics.csv``, ``curves.png``, ``checkpoint.pt``,
-    ``model.safetensors`` (the last epoch's weights, or their average; no epoch is picked by its score) and
-    ``summary.json``, whose content is returned. Under torchrun all processes call this, and the first one writes.
-
-    Random generators and PyTorch's number of threads are afterwards as they were. On a CPU a training step is up to
-    half as fast again after `ulsam.training.machine.keep_freed_memory`, which the command line calls: it changes the
-    whole process for good, so this function does not.
-
-    Args:
-        data: an image folder, or timm's name of a data set; or all settings, as `ulsam.TrainConfig`.
-        out: a new folder, or an empty one.
-        model: timm's name of the base model; or a model that no spec builds, such as a channel-pruned one, to train as
-            it is, with the weights it has. It changes in place. ``weights.safetensors``, a plain state dict, then
-            stands in for ``model.safetensors``, and the summary says ``"prepared": true``: of its spec, the classes and
-            the image are those of this model.
-        settings: fields of `ulsam.TrainConfig`, such as ``edits`` or ``epochs``.
-
-    Raises:
-        UlsamError: the folder is not empty, the data or the model is not usable, the teacher is not for it, the loss is
-            no longer finite, too many images cannot be read, or the disk is full.
-        Interrupted: Ctrl-C or SIGTERM, after saving.
-
-    >>> import tempfile
-    >>> from ulsam.data.birds import draw_birds
-    >>> folder = tempfile.mkdtemp()
-    >>> birds = draw_birds(f"{folder}/birds", classes=2, train=8, val=4, size=32)
-    >>> small = {"model": "test_efficientnet", "size": 32, "batch_size": 8, "epochs": 1, "workers": 0}
-    >>> summary = train(birds, f"{folder}/run", edits=["insert blocks.1 g=4"], **small)
-    >>> summary["scores"]["images"], summary["spec"]["edits"]
-    (8, ['insert blocks.1 g=4'])
-    """
-    run, prepared = Path(out), model if isinstance(model, nn.Module) else None
-    config = config_of(data, settings if prepared or model is None else {**settings, "model": model})
-    with _session(config) as (config, world):
-        restore.check_free(run)
-        trainer = Trainer(config, run, world, model=prepared)
-        trainer.prepare()  # before the folder is made: most mistakes show here
-        if world.writes:
-            make_folder(run)
-            if prepared is not None:
-                trainer.save()  # settings cannot make this model, so the run begins with a checkpoint
-            write_atomic(run / "config.yaml", trainer.config.to_yaml())
-        return trainer.fit()
-
-
-def resume(
-    run: str | Path, overrides: Mapping[str, Any] | None = None, *, model: nn.Module | None = None
-) -> dict[str, Any]:
-    """Go on with a run that was stopped or killed, to the end that it would have had.
-
-    Args:
-        run: its folder.
-        overrides: settings; only those in `restore.HARMLESS`, and the place of the teacher's file, may differ from the
-            run's own.
-        model: for a run that :func:`train` began with one, a model of the same shapes; its weights do not matter.
-
-    Raises:
-        UlsamError: not the folder of a run, a finished one, a setting, a teacher or a number of processes that would
-            change the result, or a checkpoint that is not this run's.
-    """
-    run = Path(run)
-    config = restore.resumed_config(run, overrides or {})
-    saved = read_checkpoint(run)
-    restore.check_prepared(run, saved, model is not None)
-    with _session(config) as (config, world):
-        trainer = Trainer(config, run, world, fresh=saved is None, model=model)
-        trainer.prepare()
-        if saved is not None:
-            trainer.restore(saved)
-        if world.writes:
-            clear_parts(run)
-        return trainer.fit()
-
-
-@contextmanager
-def _session(config: TrainConfig) -> Iterator[tuple[TrainConfig, World]]:
-    """The settings as this machine keeps to them, and the processes; what the run sets is afterwards as it was."""
-    with start(config.device) as world:
-        config = adapt_to_device(config, world.device)
-        with cpu_threads(config.threads), parts.same_generators(world.device):
-            yield config, world
 
 
 class Trainer:

@@ -52,7 +52,7 @@ Measure = Callable[[Mapping[Setup, Step], int], dict[Setup, float]]
 
 
 def resolve_auto(config: TrainConfig) -> TrainConfig:
-    """The settings with nothing left at "auto", as :func:`ulsam.training.loop.train` would resolve them; logs how.
+    """The settings with nothing left at "auto", as :func:`ulsam.training.train.train` would resolve them; logs how.
 
     For runs that are compared: resolve one, then replace what differs between them.
 

@@ -1,0 +1,110 @@
+"""Begin a run, or resume one."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ulsam.base.distributed import World, start
+from ulsam.base.files import clear_parts, make_folder, write_atomic
+from ulsam.base.threads import cpu_threads
+from ulsam.training import parts, restore
+from ulsam.training.checkpoint import read_checkpoint
+from ulsam.training.config import TrainConfig, config_of
+from ulsam.training.loop import Trainer
+from ulsam.training.machine import adapt_to_device
+
+
+def train(
+    data: str | os.PathLike[str] | TrainConfig,
+    out: str | os.PathLike[str],
+    *,
+    model: nn.Module | str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train a model and write everything about it into the new folder ``out``.
+
+    The folder then holds ``config.yaml`` (repeats the run), ``metrics.csv``, ``curves.png``, ``checkpoint.pt``,
+    ``model.safetensors`` (the last epoch's weights, or their average; no epoch is picked by its score) and
+    ``summary.json``, whose content is returned. Under torchrun all processes call this, and the first one writes.
+
+    Random generators and PyTorch's number of threads are afterwards as they were. On a CPU a training step is up to
+    half as fast again after `ulsam.training.machine.keep_freed_memory`, which the command line calls: it changes the
+    whole process for good, so this function does not.
+
+    Args:
+        data: an image folder, or timm's name of a data set; or all settings, as `ulsam.TrainConfig`.
+        out: a new folder, or an empty one.
+        model: timm's name of the base model; or a model that no spec builds, such as a channel-pruned one, to train as
+            it is, with the weights it has. It changes in place. ``weights.safetensors``, a plain state dict, then
+            stands in for ``model.safetensors``, and the summary says ``"prepared": true``: of its spec, the classes and
+            the image are those of this model.
+        settings: fields of `ulsam.TrainConfig`, such as ``edits`` or ``epochs``.
+
+    Raises:
+        UlsamError: the folder is not empty, the data or the model is not usable, the teacher is not for it, the loss is
+            no longer finite, too many images cannot be read, or the disk is full.
+        Interrupted: Ctrl-C or SIGTERM, after saving.
+
+    >>> import tempfile
+    >>> from ulsam.data.birds import draw_birds
+    >>> folder = tempfile.mkdtemp()
+    >>> birds = draw_birds(f"{folder}/birds", classes=2, train=8, val=4, size=32)
+    >>> small = {"model": "test_efficientnet", "size": 32, "batch_size": 8, "epochs": 1, "workers": 0}
+    >>> summary = train(birds, f"{folder}/run", edits=["insert blocks.1 g=4"], **small)
+    >>> summary["scores"]["images"], summary["spec"]["edits"]
+    (8, ['insert blocks.1 g=4'])
+    """
+    run, prepared = Path(out), model if isinstance(model, nn.Module) else None
+    config = config_of(data, settings if prepared or model is None else {**settings, "model": model})
+    with _session(config) as (config, world):
+        restore.check_free(run)
+        trainer = Trainer(config, run, world, model=prepared)
+        trainer.prepare()  # before the folder is made: most mistakes show here
+        if world.writes:
+            make_folder(run)
+            if prepared is not None:
+                trainer.save()  # settings cannot make this model, so the run begins with a checkpoint
+            write_atomic(run / "config.yaml", trainer.config.to_yaml())
+        return trainer.fit()
+
+
+def resume(
+    run: str | Path, overrides: Mapping[str, Any] | None = None, *, model: nn.Module | None = None
+) -> dict[str, Any]:
+    """Go on with a run that was stopped or killed, to the end that it would have had.
+
+    Args:
+        run: its folder.
+        overrides: settings; only those in `restore.HARMLESS`, and the place of the teacher's file, may differ from the
+            run's own.
+        model: for a run that :func:`train` began with one, a model of the same shapes; its weights do not matter.
+
+    Raises:
+        UlsamError: not the folder of a run, a finished one, a setting, a teacher or a number of processes that would
+            change the result, or a checkpoint that is not this run's.
+    """
+    run = Path(run)
+    config = restore.resumed_config(run, overrides or {})
+    saved = read_checkpoint(run)
+    restore.check_prepared(run, saved, model is not None)
+    with _session(config) as (config, world):
+        trainer = Trainer(config, run, world, fresh=saved is None, model=model)
+        trainer.prepare()
+        if saved is not None:
+            trainer.restore(saved)
+        if world.writes:
+            clear_parts(run)
+        return trainer.fit()
+
+
+@contextmanager
+def _session(config: TrainConfig) -> Iterator[tuple[TrainConfig, World]]:
+    """The settings as this machine keeps to them, and the processes; what the run sets is afterwards as it was."""
+    with start(config.device) as world:
+        config = adapt_to_device(config, world.device)
+        with cpu_threads(config.threads), parts.same_generators(world.device):
+            yield config, world
