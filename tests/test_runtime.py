@@ -225,7 +225,7 @@ def renamed(source: Path, target: Path, **changes: str | None) -> str:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"classes": None}, "was not exported by ulsam: its metadata has no classes; write it by ulsam export"),
+        ({"classes": None}, "was not exported by ulsam: its metadata has no classes; write it by `ulsam.export`"),
         ({"classes": None, "preprocessing": None}, "its metadata has no classes and no preprocessing; "),
         ({"classes": "wren"}, "has metadata that cannot be read"),
         ({"preprocessing": "{}"}, "has metadata that cannot be read: no preprocessing of images: KeyError 'size'"),

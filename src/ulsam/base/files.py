@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import logging
 import os
 import stat
 import sys
@@ -10,8 +9,7 @@ import time
 from pathlib import Path
 
 from ulsam.base.errors import UlsamError
-
-_LOGGER = logging.getLogger("ulsam")  # not that of `ulsam.base.logs`: tqdm is none of what the runtime needs
+from ulsam.base.logs import LOGGER
 
 
 def check_readable(path: str | os.PathLike[str], kind: str) -> None:
@@ -110,7 +108,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str, *, flush: bool
                 os.fsync(folder)  # the move itself survives a power cut
             finally:
                 os.close(folder)
-        _LOGGER.debug("wrote   %s, %d bytes", path, len(content))
+        LOGGER.debug("wrote   %s, %d bytes", path, len(content))
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; what was there before is whole: make room, then try again" if full else ""

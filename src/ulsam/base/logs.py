@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import printable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LOGGER = logging.getLogger("ulsam")
 
@@ -57,4 +58,6 @@ def progress(items: Iterable[Any] | None = None, *, shown: bool = True, **option
     >>> sum(progress([1, 2, 3]))
     6
     """
+    from tqdm import tqdm  # the runtime without PyTorch comes without it
+
     return tqdm(items, **{"disable": None if shown and _bars_shown else True, "leave": False, **options})

@@ -123,7 +123,7 @@ def parse_arms(texts: Sequence[str]) -> tuple[Arm, ...]:
     """
     arms = tuple(Arm.parse(text) for text in texts)
     if len(arms) < 2:
-        raise UlsamError("a comparison needs two `arms` or more, such as base and 'replace 14,17 g=4'")
+        raise UlsamError("a comparison needs two arms or more, such as base and 'replace 14,17 g=4': see `arms`")
     slugs = [arm.slug for arm in arms]
     for number, arm in enumerate(arms):
         if arm.slug in slugs[:number]:

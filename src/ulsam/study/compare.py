@@ -81,7 +81,7 @@ def compare(
 
     >>> compare("birds", ["base"], "runs/x")
     Traceback (most recent call last):
-    ulsam.base.errors.UlsamError: a comparison needs two `arms` or more, such as base and 'replace 14,17 g=4'
+    ulsam.base.errors.UlsamError: a comparison needs two arms or more, such as base and 'replace 14,17 g=4': see `arms`
     """
     refuse_torchrun()
     _check_margin(margin)
