@@ -1,7 +1,7 @@
 """What attention layers add to the latency of an exported model, against the same model without them.
 
 As benchmarks/network.py, under ONNX Runtime on one thread: models with random weights, folded and exported, run in turn
-in one process; a replacing layer is held against the model whose blocks were simply taken out, an inserted one against
+in one process; a replacing layer is compared with the model whose blocks were simply taken out, an inserted one against
 the base model. Two sessions of one file may differ by a percent, so all are made anew twenty times (for batches four
 times), in shuffled order. A figure of one such round is the median of the paired differences, a turn each, over the
 base model's median time; told are the rounds' median and quartiles. Four minutes, in which nothing else may run;

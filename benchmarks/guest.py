@@ -110,7 +110,7 @@ def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
         except (RuntimeError, OSError) as error:  # of torch, or of the disk
             store.fail(due[0], f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         except Interrupted:
-            raise Interrupted(f"stopped, {due[0]} is saved; go on with the same command") from None
+            raise Interrupted(f"stopped, {due[0]} is saved", "resume with the same command") from None
         finally:
             lock.release()
     tries = grid.tried(arm, store.outcome)

@@ -4,10 +4,11 @@ All contenders are timed in turn, in one process, on the same tensor; a figure i
 output, the copy too (`clone`). The loop is written from the paper's description: what the authors released runs the
 groups one after the other.
 
-    python benchmarks/layer.py                   # the table, results/layer.json; 90 seconds on two cores
+    python benchmarks/layer.py                   # the table; 90 seconds on two cores; results/layer.json with AVX-512,
+                                                 # results/layer_avx2.json on a processor with AVX2
     python benchmarks/layer.py --bf16            # in bfloat16, results/layer_bf16.json
     ULSAM_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/layer.py
-                                                 # as a processor with AVX2 would, results/layer_avx2.json
+                                                 # as a processor with AVX2 would
     python benchmarks/layer.py --compile         # beside torch.compile of the definition, results/layer_compile.json
 """
 
@@ -164,7 +165,8 @@ def main() -> None:
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     told = {name: os.environ[name] for name in SWITCHES if name in os.environ}
-    kernels = f"_{told['ULSAM_ISA'].lower()}" if "ULSAM_ISA" in told else ""
+    instructions = cpu.ISA_NAMES[cpu.chosen_isa() or cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None
+    kernels = "" if instructions == "AVX-512" else f"_{str(instructions).lower()}"
     out = "layer" + kernels + "_bf16" * args.bf16 + "_compile" * args.compile
     torch.manual_seed(0)
     rows = []
@@ -204,7 +206,7 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "instructions": cpu.ISA_NAMES[cpu.chosen_isa() or cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None,
+        "instructions": instructions,
         "told": told,
         "summary": summary,
         "cases": rows,

@@ -1,7 +1,7 @@
 """What attention layers add to a whole model's latency, against the same model without them.
 
 All models are folded (`ulsam.fold`), channels_last, float32, and run in turn in one process. For each edit the model
-with those blocks simply taken out is the physical limit; an inserted layer is held against the base model, beside a
+with those blocks simply taken out is the physical limit; an inserted layer is compared with the base model, beside a
 mere copy of the map at its place. A figure is the median of the paired differences, a turn each, over the base model's
 median time, with a bootstrapped 95 % interval.
 

@@ -43,11 +43,11 @@ def layer_table(results: Path) -> str:
     }
     compiled = results.pop("_compile")
     columns = [(result["summary"], form) for result in results.values() for form in ("equations", "released")]
-    machine, told = results[""]["machine"], results["_avx2"]["told"]
+    machine, other = (results[name]["machine"] for name in ("", "_avx2"))
     names = [f"{form}, {kind}" for kind in ("AVX-512", "AVX2", "bf16") for form in ("equations", "released, folded")]
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, torch {results['']['versions']['torch']}; "
-        f"AVX2 is the same processor with `{' '.join(f'{name}={value}' for name, value in told.items())}`:",
+        f"AVX2: another {other['processor']}, which has no AVX-512, {other['threads']} threads:",
         "",
         f"| | {' | '.join(names)} |",
         "|---" * 7 + "|",

@@ -69,12 +69,12 @@ def test_no_run_outlives_the_comparison_and_none_is_lost(
     wait_for(lambda: not runs_of(out))
     assert checkpoints(out) == 2
     for run in out.glob("arms/*/*/"):
-        assert "go on with: ulsam train --resume" in run.with_name(f"{run.name}.log").read_text()
+        assert "resume with: ulsam train --resume" in run.with_name(f"{run.name}.log").read_text()
         assert not (run / "summary.json").exists()
     assert not list(out.glob("arms/*/*.failed"))
     if number == signal.SIGTERM:
         assert status == 130
-        assert "go on with: ulsam compare" in log.read_text()
+        assert "resume with: ulsam compare" in log.read_text()
 
 
 @pytest.mark.slow

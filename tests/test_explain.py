@@ -200,8 +200,8 @@ def test_explain_takes_a_model_file_and_names_mistakes(tmp_path: Path) -> None:
     assert (found.classes[found.target], found.layers) == ("b", ())
     assert np.array_equal(found.cam, ulsam.explain(model, np.asarray(image), spec, target="b").cam)
     for arguments, message in [
-        ((model, image), "pass a model file alone, or a model and its spec"),
-        ((tmp_path / "model.safetensors", image, spec), "pass a model file alone"),
+        ((model, image), "a model in memory needs its `spec`"),
+        ((tmp_path / "model.safetensors", image, spec), "which holds its own spec: leave `spec` out"),
         ((model, np.zeros((4, 4)), spec), r"uint8 \[H, W, 3\], not float64 \[4, 4\]"),
         ((model, tmp_path / "no.jpg", spec), "no.jpg: no such file"),
     ]:

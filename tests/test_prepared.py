@@ -69,7 +69,7 @@ def stopped(data: Path, tmp_path: Path) -> Path:
 
     handle = register_optimizer_step_post_hook(note)
     try:
-        call = re.escape(f"; go on with: ulsam.resume({str(tmp_path / 'run')!r}, model=...)")
+        call = re.escape(f"; resume with: ulsam.resume({str(tmp_path / 'run')!r}, model=...)")
         with pytest.raises(Interrupted, match=rf"stopped in epoch 1, step 2{call}"):
             train(config(data, ema=0.5), tmp_path / "run", model=narrow())
     finally:

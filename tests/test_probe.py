@@ -150,7 +150,7 @@ def test_nothing_is_probed_where_all_is_given_or_the_run_is_short(
     settled, lines = probe(config(), model, SIZE, 300, ALONE, timer)
     assert (settled.layout, settled.amp, settled.compile) == ("channels_last", "none", "none")
     assert lines == [
-        "probe   none for a run of 300 steps: channels_last float32 eager; to choose: --layout --amp --compile"
+        "probe   none for a run of 300 steps: channels_last float32 eager; to choose: `layout` `amp` `compile`"
     ]
     assert probe(config(layout="contiguous"), model, SIZE, 300, ALONE, timer)[0].layout == "contiguous"
     assert timer.asked == []
@@ -164,10 +164,10 @@ def test_nothing_is_probed_where_the_machine_leaves_no_choice(
     settled, lines = probe(config(layout="contiguous", compile="none"), model, SIZE, MANY, ALONE, timer)
     assert (settled.layout, settled.amp, settled.compile) == ("contiguous", "none", "none")
     only = "probe   none: this machine leaves no choice but contiguous float32 eager"
-    assert lines == [f"{only}; to choose: --amp"]
+    assert lines == [f"{only}; to choose: `amp`"]
     settled, lines = probe(config(layout="contiguous"), model, SIZE, MANY, ALONE, timer)
     assert (settled.layout, settled.amp, settled.compile) == ("contiguous", "none", "none")
-    assert lines == [f"{only}, as {NO_COMPILER}; to choose: --amp --compile"]
+    assert lines == [f"{only}, as {NO_COMPILER}; to choose: `amp` `compile`"]
     assert timer.asked == []
 
 

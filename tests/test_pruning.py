@@ -121,7 +121,7 @@ def test_ctrl_c_saves_and_is_one_line(
         runpy.run_path(str(BENCHMARKS / "pruning.py"), run_name="__main__")
     assert stop.value.code == 130
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line == f"pruning.py: stopped, {name}, seed-0 is saved; go on with the same command"
+    assert line == f"pruning.py: stopped, {name}, seed-0 is saved; resume with the same command"
     saved = read_checkpoint(store.root / "arms" / name / "seed-0")
     assert saved is not None
     assert saved["position"]["updates"] == 2

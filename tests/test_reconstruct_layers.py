@@ -200,7 +200,7 @@ def test_nothing_to_reconstruct_layers() -> None:
 def test_a_full_memory_is_one_line_and_leaves_the_layer_new() -> None:
     model = ulsam.replace(small_model(), "1", layer=NARROW, width=2, input_size=SIZE)
     too_many = torch.zeros(1, *SIZE).expand(2**40, *SIZE)  # takes no memory itself
-    with pytest.raises(UlsamError, match=r"^the memory is full: fit on fewer images"):
+    with pytest.raises(UlsamError, match=r"^the memory is full: reconstruct on fewer images"):
         reconstruct_layers(model, [too_many])
     assert new_layers(model)
 

@@ -237,7 +237,7 @@ def test_stopped_it_saves_and_says_how_to_go_on(
     lines = [line for line in err.splitlines() if line]
     assert lines[0] == "ulsam: saving and stopping; once more stops at once"
     assert lines[1].startswith("ulsam: stopped in epoch 2, step ")
-    assert lines[1].endswith(f"; go on with: ulsam train --resume '{run}'")
+    assert lines[1].endswith(f"; resume with: ulsam train --resume '{run}'")
     assert len(lines) == 2
     check_whole(run)
     state = read_checkpoint(run)
@@ -376,7 +376,7 @@ def test_two_processes_resume_to_the_same_weights(
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
     assert [interpreter.ask(wait=pid) for pid in pids] == [130, 130]
-    assert f"go on with: torchrun --nproc-per-node 2 -m ulsam train --resume {run}\n" in Path(f"{log}0").read_text()
+    assert f"resume with: torchrun --nproc-per-node 2 -m ulsam train --resume {run}\n" in Path(f"{log}0").read_text()
     assert "go on with" not in Path(f"{log}1").read_text()
     assert interpreter.run(["train", "--resume", str(run)], log) == 2  # alone
     assert "this run has 2 process(es), not 1: start as many" in log.read_text()

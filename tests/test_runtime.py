@@ -127,8 +127,8 @@ def test_what_is_no_image_or_no_number_is_told(world):
     path = world / "data" / "val" / "class0" / "large.jpg"
     grey, none = np.zeros((48, 48), np.uint8), np.zeros((0, 5, 3), np.uint8)
     for images, options, told in [
-        ([path], {"batch": 0}, "batch must be 1 or more, not 0"),
-        ([path], {"top": -1}, "top must be 1 or more, not -1"),
+        ([path], {"batch": 0}, "`batch` must be 1 or more, not 0"),
+        ([path], {"top": -1}, "`top` must be 1 or more, not -1"),
         (str(path), {}, "give a list, of one image too"),
         ([path.read_bytes()], {}, r"not bytes; io.BytesIO\(...\) makes a stream"),
         ([grey], {}, r"uint8 \[H, W, 3\], not uint8 \[48, 48\]"),

@@ -493,7 +493,7 @@ def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "stopped"
     with (
         stop_after(5),
-        pytest.raises(Interrupted, match=r"stopped in epoch 2, step 2; go on with: ulsam.resume"),
+        pytest.raises(Interrupted, match=r"stopped in epoch 2, step 2; resume with: ulsam.resume"),
     ):
         train(config(data, epochs=2, ema=0.5), run)
     return run
@@ -668,7 +668,7 @@ def test_stopped_in_measuring_it_measures_when_it_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_module, "check_labels", count)
-        where = r"stopped in the measurement of epoch [23]; go on with: ulsam.resume"
+        where = r"stopped in the measurement of epoch [23]; resume with: ulsam.resume"
         with pytest.raises(Interrupted, match=where):
             train(settings, tmp_path / "run")
     assert measured == moment  # at once, not after the other batches
@@ -694,8 +694,10 @@ def test_what_cannot_be_resumed(copied: Path, trained: Path, data: Path, tmp_pat
     refuse(r"nowhere is not the folder of a run: there is no config.yaml", tmp_path / "nowhere")
     refuse(r"val is not the folder of a run", data / "val")
     refuse(r"trained is finished: its result is in .*summary.json", trained)
-    refuse(r"run's own settings: lr was 0.05 and cannot be changed", copied, lr=0.1)
-    refuse(r"run's own settings: edits was \[\] and cannot be changed", copied, edits=["insert blocks.2"])
+    refuse(r"a resumed run keeps its own settings: lr was 0.05 and cannot be changed", copied, lr=0.1)
+    refuse(
+        r"a resumed run keeps its own settings: edits was \[\] and cannot be changed", copied, edits=["insert blocks.2"]
+    )
     refuse(r"no such folder: nowhere", copied, data="nowhere")
     other = draw_splits(tmp_path / "other")
     for split in ("train", "val"):

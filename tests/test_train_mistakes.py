@@ -130,7 +130,7 @@ CASES = {
     "--config edits.yaml": "cannot read the edit 'replace'; write it as 'replace 14,17 g=4 form=equations'",
     # going on
     "--resume nowhere": "nowhere is not the folder of a run: there is no config.yaml in it",
-    "--resume data --config typo.yaml": "--resume goes on in its own folder with its own settings",
+    "--resume data --config typo.yaml": "--resume continues in its own folder with its own settings",
 }
 
 

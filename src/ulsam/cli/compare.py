@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a model to compare, repeatable: edits and setting=value with ; between them, as 'remove 14,17; size=96'; "
         "base: no change. The others are compared with the first one",
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison; go on with the same one")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison; the same one resumes it")
     plan = parser.add_argument_group("runs")
     plan.add_argument("--seeds", type=int, metavar="N", help="runs of each arm, with seeds from --seed on (default: 5)")
     plan.add_argument("--rates", type=numbers(float), metavar="LR,...", help="learning rates to try")

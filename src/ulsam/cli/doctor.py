@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ulsam.layer.ops import cpu, which_backend
 
+    isa = cpu.chosen_isa()  # refuses a ULSAM_ISA that cannot be
     chosen = [
         (device, str(dtype).removeprefix("torch."), *which_backend(torch.empty(1, 8, 7, 7, device=device, dtype=dtype)))
         for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if cpu.LIBRARY is None:
         print(f"cpu     no C kernels: {cpu.WHY_NONE}")
     else:
-        used, best = cpu.ISA_NAMES[cpu.chosen_isa() or cpu.LIBRARY.ulsam_isa()], cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
+        used, best = cpu.ISA_NAMES[isa or cpu.LIBRARY.ulsam_isa()], cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
         names = used if used == best else f"{used}, which ULSAM_ISA asks for: the processor has {best}"
         print(f"cpu     {found['threads']} threads, C kernels for {names} ({found['kernels']})")
         if not cpu.THREADED:

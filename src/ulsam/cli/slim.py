@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_file", metavar="MODEL", help="a .safetensors model file of ulsam train")
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the model")
     parser.add_argument(
-        "--out", metavar="DIR", help="folder of the result; the same one goes on (default: runs/slim-N)"
+        "--out", metavar="DIR", help="folder of the result; the same one resumes (default: runs/slim-N)"
     )
     parser.add_argument(
         "--no-train", dest="fine_tune", action="store_false", help="stop after the choice, and print how to train"

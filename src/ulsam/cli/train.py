@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ulsam.base.errors import UlsamError, printable
+from ulsam.base.errors import Interrupted, UlsamError, printable
 from ulsam.base.processes import is_first_process
 from ulsam.cli.common import add_edit_options, edits_from, free_folder, only_json, preset_arguments, print_json
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.training.config import TrainConfig, read_config
-from ulsam.training.train import train
 
 EXAMPLE = """\
 ulsam train images --pretrained --replace 14,17 --epochs 30 -b 64 --out runs/mine
@@ -33,12 +32,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ulsam.training.machine import keep_freed_memory
     from ulsam.training.summary import result_lines
-    from ulsam.training.train import resume
+    from ulsam.training.train import resume, train
 
     keep_freed_memory()
     if args.resume:
         if args.out or args.config:
-            raise UlsamError("--resume goes on in its own folder with its own settings: leave --out and --config out")
+            raise UlsamError("--resume continues in its own folder with its own settings: leave --out and --config out")
         out = args.resume
         with only_json(args), resumable():
             summary = resume(args.resume, {**_given(args), **_layers(args, {})})
@@ -59,7 +58,6 @@ def run(args: argparse.Namespace) -> None:
 def resumable() -> Iterator[None]:
     """Within it a run that is interrupted names the command that goes on with it."""
     from ulsam.base.distributed import launch_line
-    from ulsam.base.errors import Interrupted
 
     try:
         yield
@@ -67,7 +65,7 @@ def resumable() -> Iterator[None]:
         if stop.run is None:
             raise
         command = launch_line(["train", "--resume", str(stop.run)])
-        raise KeyboardInterrupt(f"{stop.where}; go on with: {command}") from None
+        raise KeyboardInterrupt(f"{stop.where}; resume with: {command}") from None
 
 
 def config_from(args: argparse.Namespace) -> TrainConfig:

@@ -48,7 +48,7 @@ def bench(
 
     Args:
         models: timm names (with random weights), model files, trained models of the package, and ONNX files of
-            `ulsam export` or `ulsam quantize`. The first one is what the others are held against.
+            `ulsam export` or `ulsam quantize`. The first one is what the others are compared with.
         out: folder to write into. What was measured is there too if something stops the rest, Ctrl-C among it.
         backends: eager and compile (`torch.compile`) of PyTorch, onnxruntime, openvino; all but an ONNX file are
             exported for the last two.

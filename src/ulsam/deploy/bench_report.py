@@ -95,7 +95,7 @@ def figures(times: Sequence[float], first: Sequence[float] | None) -> dict[str, 
 
     Args:
         times: of the model.
-        first: of the model that it is held against, in the same turns; ``times`` itself for that model.
+        first: of the model that it is compared with, in the same turns; ``times`` itself for that model.
 
     >>> figures([3.0, 1.0, 2.0], [6.0, 2.0, 4.0])["ratio"]
     0.5

@@ -38,7 +38,7 @@ class MapNumbers:
     >>> numbers.add(numbers.explainer(pixels), ["cat"], [None])
     >>> result = numbers.result()
     >>> sorted(result), result["layers"][0]["place"], sorted(result["layers"][0]["entropy_of_class"])
-    (['cam', 'layers', 'marks', 'images'], '17', ['cat'])
+    (['cam', 'images', 'layers', 'marks'], '17', ['cat'])
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, *, curves: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What a run's model says of each image that it was measured on: run again, and held against the run's own result."""
+"""What a run's model says of each image that it was measured on: run again, and compared with the run's own result."""
 
 import os
 from collections.abc import Mapping

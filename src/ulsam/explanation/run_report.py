@@ -35,7 +35,7 @@ def report_runs(
     """Write one HTML page about runs of `ulsam train`.
 
     Args:
-        folders: of the runs; the first one is what the others are held against.
+        folders: of the runs; the first one is what the others are compared with.
         out: the file, ``NAME.html``; one that is there is replaced.
         data: where the images of all runs lie now, if not where their settings say.
         images: whether to run the models again, for confusions and images.

@@ -113,7 +113,7 @@ class Arm:
 
 
 def parse_arms(texts: Sequence[str]) -> tuple[Arm, ...]:
-    """Read the arms; the first one is what the others are held against.
+    """Read the arms; the first one is what the others are compared with.
 
     Raises:
         UlsamError: fewer than two, one that cannot be read, or two of one name.

@@ -21,7 +21,7 @@ def measure(models: Mapping[str, tuple[nn.Module, Sequence[int]]]) -> dict[str, 
     """Time models, folded (`ulsam.fold`), on one image each, in turn, in shuffled order.
 
     Args:
-        models: each with its input size C, H, W, by name; the first one is what the others are held against.
+        models: each with its input size C, H, W, by name; the first one is what the others are compared with.
 
     >>> model = torch.nn.Conv2d(3, 8, 3)
     >>> found = measure({"base": (model, (3, 32, 32)), "same": (model, (3, 32, 32))})

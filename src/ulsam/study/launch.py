@@ -118,7 +118,7 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, again: str) -> None:
     with stop_signals() as stopping, _stopped_at_the_end(launcher):
         while due or launcher.running():
             if stopping():
-                raise Interrupted("stopped, all runs are saved", f"go on with: {again}")
+                raise Interrupted("stopped, all runs are saved", f"resume with: {again}")
             busy = [str(run) for run in launcher.running()]
             for run in due:
                 if str(run) not in busy and launcher.room() and not launcher.start(run) and str(run) not in told:

@@ -203,10 +203,9 @@ class EditedYaml(dict[str, Any]):
 
     It begins with a copy of this dictionary by itself, which is refused; in copies of the whole model it is copied.
 
-    >>> copy.deepcopy(EditedYaml(nc=2))
+    >>> copy.deepcopy(EditedYaml(nc=2))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ulsam.base.errors.UlsamError: a model built anew lacks the edits:
-    yolo.train(trainer=ulsam.ultralytics.trainer_for(yolo))
+    ulsam.base.errors.UlsamError: a model built anew lacks the edits: yolo.train(trainer=ulsam...trainer_for(yolo))
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -311,7 +311,7 @@ class Trainer:
 
     def _stopped(self, where: str) -> Interrupted:
         call = restore.resume_call(self.run, self.prepared)
-        return Interrupted(f"stopped in {where}", f"go on with: {call}", None if self.prepared else self.run)
+        return Interrupted(f"stopped in {where}", f"resume with: {call}", None if self.prepared else self.run)
 
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""

@@ -42,7 +42,7 @@ def resumed_config(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
     for name, value in dataclasses.asdict(TrainConfig.from_mapping(before)).items():
         now = getattr(config, name)
         if (name not in _MAY_CHANGE or (name == "teacher" and value is None)) and now != value:
-            raise UlsamError(f"a run goes on with its own settings: {name} was {value} and cannot be changed")
+            raise UlsamError(f"a resumed run keeps its own settings: {name} was {value} and cannot be changed")
     if names := undecided(config):
         raise UlsamError(f"{run / 'config.yaml'} was changed: {names[0]} is auto, but the run had chosen; put it back")
     return config

@@ -75,7 +75,7 @@ def train(
 def resume(
     run: str | Path, overrides: Mapping[str, Any] | None = None, *, model: nn.Module | None = None
 ) -> dict[str, Any]:
-    """Go on with a run that was stopped or killed, to the end that it would have had.
+    """Resume a run that was stopped or killed, to the end that it would have had.
 
     Args:
         run: its folder.

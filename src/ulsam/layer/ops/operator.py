@@ -3,9 +3,9 @@
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -20,6 +20,7 @@ from ulsam.layer.ops import cpu, reference
 
 Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = get_args(Backend)
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 _CPU = (None, "cpu")
 
 
@@ -30,10 +31,16 @@ def _from_environment() -> Backend | None:
     return name
 
 
+def _constant(function: FunctionT) -> FunctionT:
+    """As `torch.compiler.assume_constant_result`, which imports the compiler, and Triton, at once."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 _forced: Any = "unread"  # what ULSAM_BACKEND names, or None; "unread" keeps `infer` away until it is known
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def forced() -> Backend | None:
     """The backend that ``ULSAM_BACKEND`` names; it is read once, when it is first needed.
 
@@ -46,7 +53,7 @@ def forced() -> Backend | None:
     return _forced
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def _interpreted() -> bool:
     """Whether Triton takes tensors of the CPU too."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -134,7 +141,7 @@ def _warn() -> None:
 
 
 if cpu.LIBRARY is None:  # `torch.compile` then calls it while it compiles, rather than looking into it
-    _warn = torch.compiler.assume_constant_result(_warn)
+    _warn = _constant(_warn)
 
 
 def infer(
