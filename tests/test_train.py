@@ -587,7 +587,7 @@ def test_a_stream_goes_on_from_the_start_of_an_epoch(data: Path, tmp_path: Path,
     settings = config(Path("wds/birds"), **stream, epochs=2, save_seconds=0, random_erasing=0.5)
     train(settings, tmp_path / "unbroken")
     assert "note    a stream of shards: epochs are whole batches" in logged()
-    with stop_after(8), pytest.raises(Interrupted, match=r"stopped in epoch 2, step 3; go on with"):
+    with stop_after(8), pytest.raises(Interrupted, match=r"stopped in epoch 2, step 3; resume with"):
         train(settings, tmp_path / "run")
     summary = resume(tmp_path / "run")
     assert "resume  in epoch 2, after 0 of its batches" in logged()
