@@ -20,8 +20,8 @@ README_ARMS = (
     "base",
     "remove 13,14,16,17",
     "ULSAM 13,14,16,17",
-    "ULSAM + inverted residual 32 13,14,16,17",
-    "pruned-uniform-macs-0.758",
+    "remove + reconstruct 13,14,16,17",
+    "ULSAM + reconstruct 13,14,16,17",
 )
 HEADER = [
     "| model | parameters | MACs | time of an image | test top-1, mean ± sd (seeds) | minus base | minus removal "

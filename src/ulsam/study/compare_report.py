@@ -40,7 +40,7 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
     if measured:
         check_paired(measured)
     timed = store.read("latency.json")
-    times = dict(timed["arms"]) if timed else {}
+    times = _latencies(timed, runs) if timed else {}
     told = {arm.name: store.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
     times |= {name: one["latency"] for name, one in told.items() if "latency" in one}
     arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
@@ -75,6 +75,18 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
         "processor": timed["where"]["processor"] if timed else None,  # that latencies were measured on
         "threads": timed["where"]["threads"] if timed else None,  # of PyTorch, meanwhile
     }
+
+
+def _latencies(timed: Mapping[str, Any], runs: Mapping[str, Runs]) -> dict[str, Any]:
+    """What was timed, by arm; an arm that was not timed has the time of one with the same model."""
+    times = dict(timed["arms"])
+    by_model = {timed["models"][name]: found for name, found in times.items()}
+    for name, found in runs.items():
+        if name not in times and found:
+            spec = ModelSpec.from_json(json.dumps(next(iter(found.values()))["spec"]))
+            if spec.to_json() in by_model:
+                times[name] = by_model[spec.to_json()]
+    return times
 
 
 def measure_latency(grid: Grid, store: Store) -> None:
