@@ -1,4 +1,4 @@
-"""Does bfloat16 cost accuracy? One spec in float32 and in bfloat16, several seeds of each.
+"""Does bfloat16 cost accuracy? One recipe in float32 and in bfloat16, several seeds of each.
 
 MobileNet-V2 with ULSAM in place of layers 14 and 17 is fine-tuned on an image folder from a weight file. Final top-1 of
 every run, its spread over the seeds, and the differences of the pairs, a seed each.
@@ -37,14 +37,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="results/precision.json")
     args = parser.parse_args()
-    spec = {**RECIPE, "weights": args.weights}
+    recipe = {**RECIPE, "weights": args.weights}
     top1: dict[str, list[float]] = {"none": [], "bf16": []}
     loss: dict[str, list[float]] = {"none": [], "bf16": []}
     summary: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             for amp in top1:
-                config = TrainConfig.from_mapping({**spec, "data": args.data, "amp": amp, "seed": seed})
+                config = TrainConfig.from_mapping({**recipe, "data": args.data, "amp": amp, "seed": seed})
                 summary = train(config, Path(folder) / f"{amp}-{seed}")
                 top1[amp].append(summary["scores"]["top1"])
                 loss[amp].append(summary["epochs"][-1]["train_loss"])
@@ -53,7 +53,7 @@ def main() -> None:
         "what": "final top-1 of one recipe in float32 and in bfloat16, a value a seed",
         "command": "python benchmarks/precision.py FOLDER WEIGHTS",
         "data": Path(args.data).name,
-        "spec": {**spec, "weights": Path(args.weights).name},
+        "recipe": {**recipe, "weights": Path(args.weights).name},
         "images": summary["images"],
         "arms": {
             name: {"top1": values, "mean": statistics.mean(values), "sd": _spread(values), "train_loss": loss[amp]}

@@ -31,8 +31,9 @@ HEADER = [
 
 
 def readme_table(results: Path) -> str:
-    """A few rows of :func:`headline_table`."""
-    return "\n".join([*HEADER, *rows(comparison(results, "compare_cub100"), README_ARMS)])
+    """A few rows of :func:`headline_table`, without its last column."""
+    lines = [*HEADER, *rows(comparison(results, "compare_cub100"), README_ARMS)]
+    return "\n".join(f"{line.rsplit('|', 2)[0]}|" for line in lines)
 
 
 def headline_table(results: Path) -> str:
@@ -69,7 +70,8 @@ def _headline(
     spread = "" if arm["top1_sd"] is None else f" ± {100 * arm['top1_sd']:.2f}"
     trained = [other for other in arms if is_pruned(other["name"]) and other["seeds"]]
     pruned = [other["name"] for other in trained if alike(arm, other, "macs")]
-    rivals = [base["name"], f"remove {name.split()[-1]}", *([] if is_pruned(name) else pruned[:1])]
+    removal = f"remove {'+ reconstruct ' if '+ reconstruct' in name else ''}{name.split()[-1]}"
+    rivals = [base["name"], removal, *([] if is_pruned(name) else pruned[:1])]
     minus = [table.points(pairs[name, rival]) if (name, rival) in pairs else "" for rival in rivals]
     cells = [
         called(name),

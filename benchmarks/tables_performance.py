@@ -42,6 +42,7 @@ def layer_table(results: Path) -> str:
         name: json.loads((results / f"layer{name}.json").read_text()) for name in ("", "_avx2", "_bf16", "_compile")
     }
     compiled = results.pop("_compile")
+    assert [results[name]["instructions"] for name in ("", "_avx2")] == ["AVX-512", "AVX2"]
     columns = [(result["summary"], form) for result in results.values() for form in ("equations", "released")]
     machine, other = (results[name]["machine"] for name in ("", "_avx2"))
     names = [f"{form}, {kind}" for kind in ("AVX-512", "AVX2", "bf16") for form in ("equations", "released, folded")]

@@ -1,4 +1,4 @@
-"""The spec of a network: the small typed value that the command line parses and a model file holds."""
+"""The spec of a model: the small typed value that the command line parses and a model file holds."""
 
 import json
 import math

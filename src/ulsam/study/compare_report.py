@@ -40,7 +40,8 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
     if measured:
         check_paired(measured)
     timed = store.read("latency.json")
-    times = _latencies(timed, runs) if timed else {}
+    own = {name: found for name, found in runs.items() if name not in {arm.name for arm in external}}
+    times = _latencies(timed, own) if timed else {}
     told = {arm.name: store.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
     times |= {name: one["latency"] for name, one in told.items() if "latency" in one}
     arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]

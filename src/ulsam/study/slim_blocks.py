@@ -76,7 +76,7 @@ class SwitchableModel:
             del vars(module)["replaced_module"]  # a copy of the old block
 
     def reconstruct(self, batches: Sequence[Tensor]) -> list[ReconstructedLayer]:
-        """Reconstruct the new layers that can be from the blocks which they are to replace, each alone (`ulsam.fit`).
+        """Reconstruct the new layers that can be from the blocks which they are to replace, each alone.
 
         Args:
             batches: images [B, C, H, W], on any device; model and layers follow.

@@ -9,14 +9,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_exporting
 
 from ulsam.base.errors import UlsamError
 from ulsam.layer.ops import cpu, reference
+from ulsam.layer.ops.context import is_captured, is_memory, is_plain, is_transformed, is_watched
 
 Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = get_args(Backend)
@@ -113,8 +110,8 @@ def subspace_attention(
     if missed and not is_exporting():
         _warn()
     others = (scale, shift, weight, bias, *norms)
-    transformed = chosen == "reference" or _is_transformed() or is_captured()
-    if not (transformed or chosen != "cpu" or _is_watched()) and all(map(_is_memory, (x, *others))):
+    transformed = chosen == "reference" or is_transformed() or is_captured()
+    if not (transformed or chosen != "cpu" or is_watched()) and all(map(is_memory, (x, *others))):
         return _Direct.apply(x, scale, shift, weight, bias, groups, relu, eps, *norms)
     operands = (x, scale.flatten(), shift, weight.flatten(), bias, list(norms), groups, relu, eps)
     if transformed:
@@ -152,35 +149,9 @@ def infer(
     What the operands may be is told there; the kernels check their sizes. For a small map the dispatcher takes longer
     than all the rest.
     """
-    if is_grad_enabled() or _forced not in _CPU or not _is_plain(x) or x.ndim != 4:
+    if is_grad_enabled() or _forced not in _CPU or not is_plain(x) or x.ndim != 4:
         return None
     return cpu.infer(x, scale, shift, weight, bias, groups, relu)
-
-
-def is_captured() -> bool:
-    """Whether a program is being made that runs without this package: `torch.export`, `torch.jit.trace`, ONNX.
-
-    It then holds PyTorch's own operators in the place of ours. `torch.compile` keeps ours, as its program lives here.
-    """
-    return is_exporting() or _get_tracing_state() is not None
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether nothing looks on: no compiler, tracer, profiler, mode or subclass that has to see an operator."""
-    return not _is_watched() and _is_memory(x)  # a compiler cannot look into the latter
-
-
-def _is_watched() -> bool:
-    return bool(
-        (is_compiling() or _get_tracing_state())
-        or (_len_torch_dispatch_stack() or _len_torch_function_stack())
-        or (peek_interpreter_stack() or _profiler_enabled() or forward_ad._current_level >= 0)
-    )
-
-
-def _is_memory(x: Tensor | None) -> bool:
-    """Whether the values of ``x``, if there is one, are in this memory as they are, not still to be negated."""
-    return x is None or (type(x) in cpu.PLAIN and x.is_cpu and not x.is_neg())
 
 
 def _check(
@@ -207,11 +178,6 @@ def _check(
             raise UlsamError(
                 f"an operand has {value.numel()} values on {value.device}, but the map needs {size} on {x.device}"
             )
-
-
-def _is_transformed() -> bool:
-    """Inside `torch.func` or forward-mode differentiation: these follow the definition, and cannot look into others."""
-    return not is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
 
 
 def which_backend(x: Tensor, backend: str | None = None) -> tuple[Backend, str]:
@@ -382,7 +348,7 @@ class _Direct(torch.autograd.Function):
             return (None,) * (8 + len(norms))
         backward: Any = cpu.backward
         rest = ctx.rest
-        if is_grad_enabled() or not _is_plain(dy):  # second derivatives, and what else may look on
+        if is_grad_enabled() or not is_plain(dy):  # second derivatives, and what else may look on
             backward, rest = torch.ops.ulsam.subspace_attention_backward.default, (*rest, "cpu")
         dx, *vectors, dnorms = backward(dy, x, scale, shift, weight, bias, norms, logits, moments, *rest)
         dvectors, dnorms = _like((scale, shift, weight, bias), vectors), _like(norms, dnorms)
