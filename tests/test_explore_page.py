@@ -217,7 +217,7 @@ def test_images_can_be_dropped_and_pasted_one_at_a_time(page: Page, bird: Path) 
             """([kind, bytes, count]) => {
                 const data = new DataTransfer();
                 for (let n = 0; n < count; n++) data.items.add(new File([new Uint8Array(bytes)], `${kind}${n}.jpg`));
-                const event = kind === "remove"
+                const event = kind === "drop"
                     ? new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true })
                     : new ClipboardEvent(kind, { clipboardData: data, bubbles: true });
                 document.querySelector(".drop").dispatchEvent(event);
@@ -225,13 +225,13 @@ def test_images_can_be_dropped_and_pasted_one_at_a_time(page: Page, bird: Path) 
             [kind, list(bird.read_bytes()), count],
         )
 
-    send("remove", 2)
+    send("drop", 2)
     expect(page.get_by_role("alert")).to_contain_text("these are 2 files")
-    send("remove", 1)
+    send("drop", 1)
     expect(page.get_by_text("drop0.jpg", exact=True)).to_be_visible()
     send("paste", 1)
     expect(page.get_by_text("paste0.jpg", exact=True)).to_be_visible()
-    send("remove", 0)
+    send("drop", 0)
     expect(page.get_by_role("alert")).to_have_text("That was no file.")
 
 
