@@ -609,8 +609,8 @@ def test_a_thread_that_ends_frees_its_memory() -> None:
             thread.join()
         return float(psutil.Process().memory_info().rss / 2**20)
 
-    first = megabytes()
-    assert megabytes() - first < 20  # 4 MB a thread would make 80
+    first, second, third = (megabytes() for _ in range(3))
+    assert min(second - first, third - second) < 20  # 4 MB a thread would make 80; the allocator may grow once
 
 
 def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path) -> None:
