@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from ulsam.base.errors import Interrupted, UlsamError
@@ -93,7 +92,6 @@ def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
     store.write(about, {**guest, **(kept or {})})
     print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
 
-    threads = torch.get_num_threads()  # training sets its own number
     grid = dataclasses.replace(host.grid, arms=(arm,))
     for run in grid.known(store.outcome):
         store.allow_retry(run)
@@ -128,7 +126,6 @@ def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
             print(f"{run} failed: {found.reason}")
     done = bool(finals) and len(tested) == len(finals)
     if done and "latency" not in store.read(about):
-        torch.set_num_threads(threads)
         times = measure_latency({"base": (host.model, size), name: (model, size)})
         store.write(about, {**store.read(about), "latency": times[name].to_json()})
     return done

@@ -52,6 +52,7 @@ from ulsam.training import parts
 from ulsam.training.config import read_config
 from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
 from ulsam.training.restore import check_begun
+from ulsam.training.summary import spec_entry
 from ulsam.training.train import resume, train
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "command": command_line(),
         "wanted": wanted,
         "at": args.at,
-        "spec": json.loads(spec.to_json()) | {"classes": len(spec.classes)},
+        "spec": spec_entry(spec) | {"classes": len(spec.classes)},
         "blocks": [found["chosen"]["blocks"] for found in done],
         "chosen_on": grid.choose_split or "held-out",
         "tries": {f"{lr:g}": result["slimmed"]["top1"] for lr, result in tries.items()},

@@ -22,7 +22,7 @@ def comparison(results: Path, name: str) -> dict[str, Any]:
         UlsamError: it is missing or damaged.
     """
     with tempfile.TemporaryDirectory() as folder:
-        unpack(results / f"{name}{SUFFIX}", folder)
+        unpack(read_packed(results / f"{name}{SUFFIX}"), folder)
         store = Store(folder)
         return summarise(store.grid(), store, MARGIN, store.read("grid.json")["command"])
 

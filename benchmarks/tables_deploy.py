@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ulsam.deploy.bench_report import threads_text
 from ulsam.study import compare_table as table
 
 
@@ -38,7 +39,7 @@ def deployed_table(results: Path, name: str) -> str:
     if not file.exists():
         return f"Not measured yet: `python benchmarks/deployed.py runs/{name} {name}` does."
     result = json.loads(file.read_text())
-    places = [f"batch {case['batch']}, {_threads(case['threads'])}" for case in result["times"]]
+    places = [f"batch {case['batch']}, {threads_text(case['threads'])}" for case in result["times"]]
     first = next(iter(result["arms"].values()))["float32"]
     lines = [
         f"{result['machine']['processor']}, ONNX Runtime {result['versions']['onnxruntime']}, "
@@ -69,10 +70,6 @@ def _deployed_time(models: dict[str, Any], precision: str) -> str:
     found = models[precision]
     against = f"{models['times_faster']:.2f} x faster" if precision == "int8" else f"x {found['ratio']:.2f}"
     return f"{1e3 * found['seconds']:.1f} ms, {against}"
-
-
-def _threads(number: int) -> str:
-    return "1 thread" if number == 1 else f"{number} threads"
 
 
 def served_table(results: Path, name: str) -> str:

@@ -35,7 +35,7 @@ def test_what_is_written_comes_back_in_the_same_bytes(tmp_path: Path) -> None:
     assert read_packed(one) == FILES
     assert one.read_bytes() == other.read_bytes()
     assert one.read_bytes()[4:8] == bytes(4)  # no time
-    unpack(one, tmp_path / "folder")
+    unpack(read_packed(one), tmp_path / "folder")
     assert (tmp_path / "folder" / "arms" / "x" / "one.failed").read_text() == "cannot read it\n"
     assert json.loads((tmp_path / "folder" / "grid.json").read_text()) == FILES["grid.json"]
 
@@ -44,7 +44,7 @@ def test_files_that_are_there_stay(tmp_path: Path) -> None:
     write_packed(tmp_path / "x.jsonl.gz", FILES)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "grid.json").write_text("mine")
-    unpack(tmp_path / "x.jsonl.gz", tmp_path / "folder")
+    unpack(read_packed(tmp_path / "x.jsonl.gz"), tmp_path / "folder")
     assert (tmp_path / "folder" / "grid.json").read_text() == "mine"
     assert json.loads((tmp_path / "folder" / "arms" / "x" / "a.json").read_text()) == {"c": 2}
 
@@ -67,7 +67,7 @@ def test_files_that_are_there_stay(tmp_path: Path) -> None:
 def test_a_line_that_leaves_the_folder_or_has_no_content_is_refused(line: Any, tmp_path: Path) -> None:
     write_lines(tmp_path / "x.jsonl.gz", line)
     with pytest.raises(UlsamError, match=r"x\.jsonl\.gz is damaged, or is no packed file: a line names no file"):
-        unpack(tmp_path / "x.jsonl.gz", tmp_path / "folder")
+        unpack(read_packed(tmp_path / "x.jsonl.gz"), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 

@@ -106,13 +106,13 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         raise UlsamError(f"{path} is damaged, or is no packed file: {error}") from error
 
 
-def unpack(path: str | Path, folder: str | Path) -> None:
-    """Write the files of a packed file into a folder; those that are there already stay as they are.
+def unpack(files: Mapping[str, Any], folder: str | Path) -> None:
+    """Write what :func:`read_packed` gives into a folder; files that are there already stay as they are.
 
     Raises:
-        UlsamError: as for :func:`read_packed`, or the folder cannot be written.
+        UlsamError: the folder cannot be written.
     """
-    for name, content in read_packed(path).items():
+    for name, content in files.items():
         target = Path(folder) / name
         if not target.exists():
             make_folder(target.parent)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.processes import is_first_process
 from ulsam.model.trained import names
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def print_json(entry: Mapping[str, Any]) -> None:
     >>> print_json({"class": "Zaunkönig", "share": 0.5})
     {"class": "Zaunk\\u00f6nig", "share": 0.5}
     """
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(json.dumps(entry, default=os.fspath), flush=True)
 
 

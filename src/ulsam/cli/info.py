@@ -1,7 +1,6 @@
 """`ulsam info`: what a model file holds."""
 
 import argparse
-import json
 from collections import Counter
 
 from ulsam.cli.common import print_json
@@ -19,7 +18,7 @@ def run(args: argparse.Namespace) -> None:
     """Rebuild the model and print its spec, size, number formats and cost."""
     from ulsam.model.build import load, read_weights
     from ulsam.surgery.cost import cost
-    from ulsam.training.summary import cost_entry
+    from ulsam.training.summary import cost_entry, spec_entry
 
     model, spec = load(args.file)
     found = cost(model, spec.input_size)
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         formats[str(value.dtype).removeprefix("torch.")] += value.numel()
     if args.json:
         bytes_ = locate(args.file).stat().st_size
-        entry = {"spec": json.loads(spec.to_json()), "cost": cost_entry(found), "numbers": formats, "bytes": bytes_}
+        entry = {"spec": spec_entry(spec), "cost": cost_entry(found), "numbers": formats, "bytes": bytes_}
         print_json(entry)
         return
     size = "x".join(map(str, found.input_size))

@@ -1,7 +1,6 @@
 """`ulsam inspect MODEL IMAGES...`: what the attention layers of a trained model do on images."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
     from ulsam.model.build import load
     from ulsam.training.evaluate import read_batch, spec_transform
+    from ulsam.training.summary import spec_entry
 
     if args.images < 1:
         raise UlsamError(f"--images must be 1 or more, not {args.images}")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
                 "layers": [{**asdict(layer), "inert": layer.inert} for layer in layers],
                 "inert_below": INERT,
                 "unreadable": unreadable,
-                "spec": json.loads(spec.to_json()),
+                "spec": spec_entry(spec),
                 "versions": versions(),
             }
         )

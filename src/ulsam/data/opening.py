@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.extras import extra
-from ulsam.data.folder import class_counts, find_splits, images_below, imbalance_note, index_like, scan, split
+from ulsam.data.folder import class_counts, find_splits, image_paths, imbalance_note, index_like, scan, split
 from ulsam.data.sources import AnyImages, FactoryImages, FolderImages, StreamImages
 
 _FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
@@ -91,10 +91,7 @@ def unlabelled(folder: str | os.PathLike[str]) -> FolderImages:
     """
     if not os.path.isdir(folder):
         raise UlsamError(f"no folder {os.fspath(folder)}")
-    images, _ = images_below(folder)
-    if not images:
-        raise UlsamError(f"there is no image in {os.fspath(folder)}")
-    return FolderImages(tuple((path, 0) for path in images), ("unlabelled",), "unlabelled")
+    return FolderImages(tuple((path, 0) for path in image_paths([os.fspath(folder)])), ("unlabelled",), "unlabelled")
 
 
 def is_named(data: str) -> bool:

@@ -190,7 +190,7 @@ def draw(rows: Sequence[Row]) -> bytes:
                 x = [backends.index(row.backend) + (place - (len(models) - 1) / 2) * step for row in shown]
                 bar: Any = [[0.0] * len(shown), upwards]
                 panel.errorbar(x, middles, yerr=bar, capsize=4, label=model, **style(place))
-            panel.set(xlim=(-0.5, len(backends) - 0.5), title=f"batch {batch}, {_threads(number)}")
+            panel.set(xlim=(-0.5, len(backends) - 0.5), title=f"batch {batch}, {threads_text(number)}")
             panel.set_xticks(range(len(backends)), backends)
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
@@ -232,5 +232,10 @@ def _decimals(value: float) -> int:
     return max(0, 2 - math.floor(math.log10(value)))
 
 
-def _threads(number: int) -> str:
+def threads_text(number: int) -> str:
+    """A number of threads in words.
+
+    >>> threads_text(1), threads_text(2)
+    ('1 thread', '2 threads')
+    """
     return "1 thread" if number == 1 else f"{number} threads"

@@ -1,6 +1,5 @@
 """Measure a trained model on images, whatever runs it: PyTorch, or ONNX Runtime for an exported file."""
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import cost
 from ulsam.training.evaluate import Scores, evaluate_batches, spec_transform
-from ulsam.training.summary import cost_entry, score_entry
+from ulsam.training.summary import cost_entry, score_entry, spec_entry
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Evaluation:
             "split": self.split,
             "scores": score_entry(self.scores, self.spec.classes),
             "cost": cost_entry(cost(sketch(self.spec), self.spec.input_size)),
-            "spec": json.loads(self.spec.to_json()),
+            "spec": spec_entry(self.spec),
         }
 
 

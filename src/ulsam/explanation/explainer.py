@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,7 +26,6 @@ from ulsam.training.evaluate import spec_transform
 if TYPE_CHECKING:
     pass
 
-Floats = NDArray[np.float32]
 Watch = Callable[[str, Tensor, Tensor], None]
 """Is given a ULSAM layer's name, its input [B, C, H, W] and its maps [B, g, H, W]."""
 

@@ -77,7 +77,7 @@ def compare(
         UlsamError: an arm that cannot be built, settings or data that do not fit, a margin below 0, before any
             training; or a folder with runs of other settings, on other images, or from another weight file or teacher
             of the same name.
-        Interrupted: Ctrl-C or SIGTERM, after every run has saved (`ulsam.training.loop.Interrupted`).
+        Interrupted: Ctrl-C or SIGTERM, after every run has saved (`ulsam.Interrupted`).
 
     >>> compare("birds", ["base"], "runs/x")
     Traceback (most recent call last):

@@ -33,15 +33,14 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
     Raises:
         UlsamError: a run has other settings than the grid says, or the runs were measured on different images.
     """
-    external = store.external_arms()
+    planned, external = grid.arms, store.external_arms()
     grid = dataclasses.replace(grid, arms=(*grid.arms, *external))
     runs = {arm.name: _finals(grid, arm, store) for arm in grid.arms}
     measured = [summary for found in runs.values() for summary in found.values()]
     if measured:
         check_paired(measured)
     timed = store.read("latency.json")
-    own = {name: found for name, found in runs.items() if name not in {arm.name for arm in external}}
-    times = _latencies(timed, own) if timed else {}
+    times = _latencies(timed, {arm.name: runs[arm.name] for arm in planned}) if timed else {}
     told = {arm.name: store.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
     times |= {name: one["latency"] for name, one in told.items() if "latency" in one}
     arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]

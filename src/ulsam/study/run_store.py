@@ -209,11 +209,12 @@ class Store:
         Raises:
             UlsamError: the file is missing or damaged, or its images or weight files are not those of this folder.
         """
-        plan = read_packed(packed).get("grid.json")
+        files = read_packed(packed)
+        plan = files.get("grid.json")
         if plan is None:
             raise UlsamError(f"{packed} is no published comparison: it lacks grid.json")
         self.check_identity(str(packed), plan.get("data_sha256"), dict(plan.get("files_sha256", [])))
-        unpack(packed, self.root)
+        unpack(files, self.root)
 
     def _failure(self, run: Run) -> Failed | None:
         try:

@@ -6,11 +6,16 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from ulsam.base.distributed import World, start
 from ulsam.base.errors import UlsamError
+from ulsam.base.threads import cpu_threads
+from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 
 
@@ -26,6 +31,18 @@ def adapt_to_device(config: TrainConfig, device: torch.device) -> TrainConfig:
         raise UlsamError(f"`compile=inductor`: {lack}; install it, or use `compile=none`")
     # all cores: reading an image takes a small part of what a step with it takes, so readers need no core of their own
     return dataclasses.replace(config, threads=config.threads or torch.get_num_threads())
+
+
+@contextmanager
+def session(config: TrainConfig) -> Iterator[tuple[TrainConfig, World]]:
+    """Within it the settings as this machine keeps to them, and the processes.
+
+    PyTorch's number of threads is that of the settings; it and all random generators are afterwards as before.
+    """
+    with start(config.device) as world:
+        config = adapt_to_device(config, world.device)
+        with cpu_threads(config.threads), parts.same_generators(world.device):
+            yield config, world
 
 
 def keep_freed_memory() -> bool:

@@ -14,15 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ulsam.base.distributed import World, start
+from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
 from ulsam.base.logs import say
-from ulsam.base.threads import cpu_threads
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Teacher
 from ulsam.training.dry_run import dry_run
-from ulsam.training.machine import adapt_to_device, has_bf16, why_not_compiled
+from ulsam.training.machine import has_bf16, session, why_not_compiled
 from ulsam.training.step import LAYOUTS, TrainingStep
 
 MARGIN = 0.05  # so much faster than a plainer one a choice must be, so that noise does not choose
@@ -62,14 +61,12 @@ def resolve_auto(config: TrainConfig) -> TrainConfig:
     >>> resolve_auto(TrainConfig("birds", layout="contiguous", amp="none", compile="none", threads=1)).layout
     'contiguous'
     """
-    with start(config.device) as world:
-        config = adapt_to_device(config, world.device)
+    with session(config) as (config, world):
         if not undecided(config):
             return config
-        with cpu_threads(config.threads), parts.same_generators(world.device):
-            images, _, _ = parts.open_images(config)
-            spec, model, teacher, updates = dry_run(config, images, world)
-            config, lines = probe(config, model, spec.input_size, updates, world, teacher=teacher)
+        images, _, _ = parts.open_images(config)
+        spec, model, teacher, updates = dry_run(config, images, world)
+        config, lines = probe(config, model, spec.input_size, updates, world, teacher=teacher)
         if world.writes:
             for line in lines:
                 say(line)

@@ -1,21 +1,18 @@
 """Begin a run, or resume one."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ulsam.base.distributed import World, start
 from ulsam.base.files import clear_parts, make_folder, write_atomic
-from ulsam.base.threads import cpu_threads
-from ulsam.training import parts, restore
+from ulsam.training import restore
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig, config_of
 from ulsam.training.loop import Trainer
-from ulsam.training.machine import adapt_to_device
+from ulsam.training.machine import session
 
 
 def train(
@@ -60,7 +57,7 @@ def train(
     """
     run, prepared = Path(out), model if isinstance(model, nn.Module) else None
     config = config_of(data, settings if prepared or model is None else {**settings, "model": model})
-    with _session(config) as (config, world):
+    with session(config) as (config, world):
         restore.check_free(run)
         trainer = Trainer(config, run, world, model=prepared)
         trainer.prepare()  # before the folder is made: most mistakes show here
@@ -91,7 +88,7 @@ def resume(
     config = restore.resumed_config(run, overrides or {})
     saved = read_checkpoint(run)
     restore.check_prepared(run, saved, model is not None)
-    with _session(config) as (config, world):
+    with session(config) as (config, world):
         trainer = Trainer(config, run, world, fresh=saved is None, model=model)
         trainer.prepare()
         if saved is not None:
@@ -99,12 +96,3 @@ def resume(
         if world.writes:
             clear_parts(run)
         return trainer.fit()
-
-
-@contextmanager
-def _session(config: TrainConfig) -> Iterator[tuple[TrainConfig, World]]:
-    """The settings as this machine keeps to them, and the processes; what the run sets is afterwards as it was."""
-    with start(config.device) as world:
-        config = adapt_to_device(config, world.device)
-        with cpu_threads(config.threads), parts.same_generators(world.device):
-            yield config, world
