@@ -6,8 +6,8 @@
    in the contiguous layout V pixels at once and channels one after the other.
 
    The 3x3 maximum is that of 3 rows' maxima of 3 pixels. Its gradient goes to the first maximum in row-major order: to
-   the first row that holds it, and there to the first pixel. Maxima here may lose a NaN; but one NaN makes all of its
-   group's map NaN, so it is enough to note that there was one. */
+   the first row that holds it, and there to the first pixel. A maximum passes over NaNs beside its own pixel: one NaN
+   makes all of its group's map NaN, so it is enough that it stays where it is. */
 
 #include <math.h>
 #include <stddef.h>
@@ -58,26 +58,8 @@ INLINE vf vmax(vf a, vf b) {
     return pick(a > b, a, b);
 #endif
 }
+INLINE vf max3(vf a, vf here, vf b) { return vmax(b, vmax(a, here)); } /* NaN where `here` is it; those beside it are passed over */
 INLINE vf positive(vf a) { return vmax((vf){0}, a); } /* ReLU; a NaN stays */
-
-/* which lanes have held a NaN */
-#ifdef NATIVE_512
-typedef __mmask16 seen;
-INLINE seen see(seen before, vf a) { return before | _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q); }
-INLINE seen among(seen a, vi lanes) { return a & _mm512_movepi32_mask((__m512i)lanes); }
-INLINE int any(seen a) { return a != 0; }
-INLINE int at_lane(seen a, int k) { return a >> k & 1; }
-#else
-typedef vi seen;
-INLINE seen see(seen before, vf a) { return before | (a != a); }
-INLINE seen among(seen a, vi lanes) { return a & lanes; }
-INLINE int any(seen a) {
-    int32_t found = 0;
-    for (int k = 0; k < V; k++) found |= a[k];
-    return found != 0;
-}
-INLINE int at_lane(seen a, int k) { return a[k] != 0; }
-#endif
 
 /* lanes for which something holds */
 #ifdef NATIVE_512
@@ -201,18 +183,38 @@ INLINE float lanes_max(vf a) {
     return a[0];
 }
 
+/* a[k]'s lane n is then what a[n]'s lane k was */
 INLINE void transpose(vf a[V]) {
+#ifdef NATIVE_256 /* within halves first: what crosses them takes two instructions */
+    vf b[V];
+    UNROLL for (int k = 0; k < V; k += 2) b[k] = UNPACK_LOW(a[k], a[k + 1]), b[k + 1] = UNPACK_HIGH(a[k], a[k + 1]);
+    UNROLL for (int k = 0; k < V; k += 4) {
+        a[k] = PAIRS_LOW(b[k], b[k + 2]), a[k + 1] = PAIRS_HIGH(b[k], b[k + 2]);
+        a[k + 2] = PAIRS_LOW(b[k + 1], b[k + 3]), a[k + 3] = PAIRS_HIGH(b[k + 1], b[k + 3]);
+    }
+    UNROLL for (int k = 0; k < V / 2; k++) {
+        vf low = HALVES_LOW(a[k], a[k + 4]);
+        a[k + 4] = HALVES_HIGH(a[k], a[k + 4]), a[k] = low;
+    }
+#else
     UNROLL for (int stage = 1; stage < V; stage *= 2) {
         vf b[V];
         UNROLL for (int k = 0; k < V; k++) b[k] = k % 2 ? zip_high(a[k / 2], a[(V + k) / 2]) : zip_low(a[k / 2], a[(V + k) / 2]);
         UNROLL for (int k = 0; k < V; k++) a[k] = b[k];
     }
+#endif
 }
 /* lane k is the sum of the lanes of a[k] */
 INLINE vf sums(vf a[V]) {
+#ifdef NATIVE_256
+    UNROLL for (int k = 0; k < 4; k++) a[k] = UNPACK_LOW(a[2 * k], a[2 * k + 1]) + UNPACK_HIGH(a[2 * k], a[2 * k + 1]);
+    UNROLL for (int k = 0; k < 2; k++) a[k] = PAIRS_LOW(a[2 * k], a[2 * k + 1]) + PAIRS_HIGH(a[2 * k], a[2 * k + 1]);
+    return HALVES_LOW(a[0], a[1]) + HALVES_HIGH(a[0], a[1]);
+#else
     UNROLL for (int half = V / 2; half; half /= 2)
         UNROLL for (int k = 0; k < half; k++) a[k] = zip_low(a[k], a[k + half]) + zip_high(a[k], a[k + half]);
     return a[0];
+#endif
 }
 
 /* exp of a <= 0, to 2 units in the last place; 0 below -87 */
@@ -244,10 +246,21 @@ struct unit {
     float *copy;                 /* a plane that is safe to read beyond its ends */
     int32_t *group, *place;      /* channels_last: of each channel, from n0 on; and its place for `spread` */
     int32_t *inside, *no_left, *no_right; /* -1 or 0 a pixel */
-    char *nan;                   /* a group: it holds one */
 };
 
 INLINE int lanes_at(int64_t at, int64_t end) { return end - at < V ? (int)(end - at) : V; }
+
+/* map += bias; where a pixel is NaN all become it */
+INLINE void add_bias(const struct unit *u, float *map, float bias) {
+    vi nan = {0};
+    for (int64_t p = 0; p < u->pixels; p += V) {
+        vf l = get(map + p) + bias;
+        nan |= (l != l) & get_ints(u->inside + p);
+        put(map + p, l);
+    }
+    for (int k = 0; k < V; k++)
+        for (int64_t p = 0; nan[k] && p < u->pixels; p += V) put(map + p, splat(NAN));
+}
 
 /* l to softmax(relu?(l)), in place */
 INLINE void softmax(const struct unit *u, float *l, int relu) {
@@ -327,24 +340,21 @@ INLINE vf lanes_from(vf a, int64_t first) { return first ? keep(NUMBERS >= (int3
 #define TILE 4
 #define BACK_TILE 2
 
-/* of row i of `tile` vectors of channels at x[at]: the maxima of each 3 pixels; which channels hold a NaN */
+/* of a row of `tile` vectors of channels at x[at]: the maxima of each 3 pixels */
 INLINE void row_maxima(
-    const struct unit *u, const void *x, int64_t at, const vf *scale, vf *row, seen *nan, int tile, int lanes, int bf16
+    const struct unit *u, const void *x, int64_t at, const vf *scale, vf *row, int tile, int lanes, int bf16
 ) {
     int64_t C = u->job->C, W = u->job->W;
     vf here[TILE], left[TILE];
-    UNROLL for (int t = 0; t < tile; t++) {
+    UNROLL for (int t = 0; t < tile; t++)
         here[t] = load(x, at + t * V, bf16, lanes) * scale[t], left[t] = splat(-INFINITY);
-        nan[t] = see(nan[t], here[t]);
-    }
     for (int64_t j = 0; j + 1 < W; j++, row += tile) {
         at += C;
         UNROLL for (int t = 0; t < tile; t++) {
             vf right = load(x, at + t * V, bf16, lanes) * scale[t];
             if (tile > 1 && t % (64 / (bf16 ? 2 : 4) / V) == 0) /* what the next tile reads: too far apart to be foreseen */
                 __builtin_prefetch((const char *)x + (at + (tile + t) * V) * (bf16 ? 2 : 4));
-            nan[t] = see(nan[t], right);
-            row[t] = vmax(vmax(left[t], here[t]), right);
+            row[t] = max3(left[t], here[t], right);
             left[t] = here[t], here[t] = right;
         }
     }
@@ -356,7 +366,7 @@ enum { FIRST, MORE, APART }; /* sums[p] = the sum over the vectors; +=; or the t
 /* the sums of weight * relu?(maximum of the 3x3 pixels + shift), of `tile` vectors of channels from c on, without the
    first `counted` channels */
 INLINE void sum_windows(
-    const struct unit *u, int64_t c, int64_t counted, int how, seen *nan, int tile, int lanes, int bf16, int relu
+    const struct unit *u, int64_t c, int64_t counted, int how, int tile, int lanes, int bf16, int relu
 ) {
     const struct job *job = u->job;
     const void *x = job->x;
@@ -364,19 +374,19 @@ INLINE void sum_windows(
     vf scale[TILE], shift[TILE], weight[TILE], *rows = u->rows, *sums = u->sums; /* rows: a ring of three */
     UNROLL for (int t = 0; t < tile; t++) {
         scale[t] = get_param(job->scale, c + t * V, lanes), shift[t] = get_param(job->shift, c + t * V, lanes);
-        weight[t] = get_param(job->weight, c + t * V, lanes), nan[t] = (seen){0};
+        weight[t] = get_param(job->weight, c + t * V, lanes);
     }
-    row_maxima(u, x, at, scale, rows, nan, tile, lanes, bf16);
+    row_maxima(u, x, at, scale, rows, tile, lanes, bf16);
     for (int64_t i = 0; i < H; i++) {
         const vf *here = rows + i % 3 * tile * W, *above = i ? rows + (i + 2) % 3 * tile * W : here, *below = here;
         if (i + 1 < H) {
             below = rows + (i + 1) % 3 * tile * W;
-            row_maxima(u, x, at += W * job->C, scale, (vf *)below, nan, tile, lanes, bf16);
+            row_maxima(u, x, at += W * job->C, scale, (vf *)below, tile, lanes, bf16);
         }
         for (int64_t j = 0; j < W; j++, sums++, above += tile, here += tile, below += tile) {
             vf sum = how == MORE ? *sums : (vf){0};
             UNROLL for (int t = 0; t < tile; t++) {
-                vf m = vmax(vmax(above[t], here[t]), below[t]);
+                vf m = max3(above[t], here[t], below[t]);
                 vf product = lanes_from(weight[t] * (relu ? positive(m + shift[t]) : m), counted);
                 if (how == APART)
                     sums[t * u->ld] = product;
@@ -389,11 +399,9 @@ INLINE void sum_windows(
 }
 
 INLINE void group_tile(const struct unit *u, int n, int64_t c, int64_t counted, int tile, int bf16, int relu) {
-    seen nan[TILE];
     int first = c + counted == u->c0 + n * (u->job->C / u->job->g);
-    first ? sum_windows(u, c, counted, FIRST, nan, tile, V, bf16, relu)
-          : sum_windows(u, c, counted, MORE, nan, tile, V, bf16, relu);
-    for (int t = 0; t < tile; t++) u->nan[n] |= any(nan[t]);
+    first ? sum_windows(u, c, counted, FIRST, tile, V, bf16, relu)
+          : sum_windows(u, c, counted, MORE, tile, V, bf16, relu);
 }
 
 /* sums of pixels p.. of the t-th vector, a vector a pixel */
@@ -402,12 +410,10 @@ INLINE void get_sums(const struct unit *u, int t, int64_t p, vf block[V]) {
 }
 
 INLINE void mixed_tile(const struct unit *u, int64_t c, int tile, int lanes, int bf16, int relu) {
-    seen nan[TILE];
     vf block[V];
-    sum_windows(u, c, 0, APART, nan, tile, lanes, bf16, relu);
+    sum_windows(u, c, 0, APART, tile, lanes, bf16, relu);
     for (int t = 0; t < tile; t++) {
         const int32_t *group = u->group + c + t * V - u->c0;
-        for (int k = 0; any(nan[t]) && k < lanes; k++) u->nan[group[k]] |= at_lane(nan[t], k);
         for (int64_t p = 0; p < u->pixels; p += V) get_sums(u, t, p, block), gather(u, block, group, lanes, u->maps, p);
     }
 }
@@ -508,7 +514,6 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
     const float *map = n < 0 ? NULL : u->maps + n * u->ld, *dmap = n < 0 ? NULL : u->dmaps + n * u->ld;
     vi place = get_ints(u->place + c - u->c0);
     vf scale[BACK_TILE], shift[BACK_TILE], slope[BACK_TILE], q[BACK_TILE], r[BACK_TILE];
-    seen nan[BACK_TILE];
     UNROLL for (int t = 0; t < tile; t++) {
         scale[t] = get_param(job->scale, c + t * V, lanes), shift[t] = get_param(job->shift, c + t * V, lanes);
         slope[t] = scale[t] * get_param(job->weight, c + t * V, lanes), q[t] = r[t] = (vf){0};
@@ -521,7 +526,7 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
                 __builtin_prefetch((const char *)dy + (at + j * C + k) * (bf16 ? 2 : 4));
                 __builtin_prefetch((const char *)job->dx + (at + j * C + k) * (bf16 ? 2 : 4), 1);
             }
-        row_maxima(u, x, at, scale, rows + i * row, nan, tile, lanes, bf16);
+        row_maxima(u, x, at, scale, rows + i * row, tile, lanes, bf16);
     }
     for (int64_t k = 0; k < row; k++) { /* around the first and the last row; the other sums are begun by the row above */
         rows[k - row] = rows[H * row + k] = splat(-INFINITY);
@@ -530,7 +535,7 @@ INLINE void input_back_tile(const struct unit *u, int n, int64_t c, int tile, in
     for (int64_t p = 0, k = 0; p < u->pixels; p++) { /* what is sent above the first row or below the last one is 0 */
         vf from = n < 0 ? spread(u->dby_pixel + p * u->width, group, place) : splat(dmap[p]);
         UNROLL for (int t = 0; t < tile; t++, k++) {
-            vf above = rows[k - row], here = rows[k], m = vmax(vmax(above, here), rows[k + row]);
+            vf above = rows[k - row], here = rows[k], m = max3(above, here, rows[k + row]);
             vf d = relu ? where(above_zero(m + shift[t]), from) : from;
             r[t] += d;
             flags it = same(above, m);
@@ -635,34 +640,77 @@ INLINE const void *plane_of(const struct unit *u, const void *x, int64_t c, int 
     return memcpy((char *)(u->copy + (at ? u->ld + 3 * V : 0) + V), plane, u->pixels * size);
 }
 
-/* the maxima of each 3 pixels in a row, with -inf around them; which lanes hold a NaN */
-INLINE seen plane_row_maxima(const struct unit *u, const void *x, float scale, float *rows, int bf16) {
-    const int32_t *inside = u->inside, *no_left = u->no_left, *no_right = u->no_right;
+/* the maxima of each 3 pixels in a row, with -inf around them */
+INLINE void plane_row_maxima(const struct unit *u, const void *x, float scale, float *rows, int bf16) {
+    const int32_t *no_left = u->no_left, *no_right = u->no_right;
     int64_t pixels = u->pixels;
     vf least = splat(-INFINITY);
-    seen nan = {0};
     for (int64_t p = 0; p < pixels; p += V) {
         vf here = load(x, p, bf16, V) * scale, left = load(x, p - 1, bf16, V) * scale, right = load(x, p + 1, bf16, V) * scale;
-        nan = p + V <= pixels ? see(nan, here) : nan | among(see((seen){0}, here), get_ints(inside + p));
         left = (vf)((vi)left | get_ints(no_left + p)); /* -1 is a NaN, which vmax passes over */
         right = (vf)((vi)right | get_ints(no_right + p));
-        put(rows + p, vmax(right, vmax(left, here)));
+        put(rows + p, max3(left, here, right));
     }
     put(rows + pixels, least);
-    return nan;
 }
-INLINE vf plane_window(const float *row, int64_t W) { return vmax(vmax(get(row - W), get(row)), get(row + W)); }
+INLINE vf plane_window(const float *row, int64_t W) { return max3(get(row - W), get(row), get(row + W)); }
+
+/* Where rows fill most of their vectors, the sums are kept a row in vectors of its own: nothing is written between. */
+INLINE int64_t row_vectors(const struct job *job) {
+    int64_t n = (job->W + V - 1) / V;
+    return n * V * 4 <= job->W * 5 ? n : 0;
+}
+/* the maxima of each 3 pixels of a row, V of them from p on */
+INLINE vf row_window(const void *x, int64_t p, vf scale, vi first, vi last, int bf16) {
+    vf here = load(x, p, bf16, V) * scale, left = load(x, p - 1, bf16, V) * scale, right = load(x, p + 1, bf16, V) * scale;
+    left = (vf)((vi)left | first), right = (vf)((vi)right | last); /* -1 is a NaN, which vmax passes over */
+    return max3(left, here, right);
+}
+INLINE void logits_rows(const struct unit *u, int bf16, int relu) {
+    const struct job *job = u->job;
+    int64_t G = job->C / job->g, H = job->H, W = job->W, vectors = row_vectors(job);
+    for (int64_t c = u->c0; c < u->c1; c++) {
+        int64_t n = (c - u->c0) / G;
+        const void *x = plane_of(u, job->x, c, bf16);
+        vf scale = splat(job->scale[c]), shift = splat(relu ? job->shift[c] : 0), weight = splat(job->weight[c]);
+        for (int64_t k = 0; k < vectors; k++) {
+            int64_t p = k * V + V <= W || !k ? k * V : W - V; /* the last one again from the row's end */
+            vi first = NUMBERS == (int32_t)-p, last = NUMBERS >= (int32_t)(W - 1 - p);
+            vf *sums = u->sums + k * H;
+            vf here = row_window(x, p, scale, first, last, bf16), above = here;
+            for (int64_t i = 1; i < H; i++, sums++) {
+                vf below = row_window(x, p += W, scale, first, last, bf16), m = max3(above, here, below);
+                if (relu) m = positive(m + shift);
+                *sums += weight * m;
+                above = here, here = below;
+            }
+            vf m = vmax(above, here);
+            if (relu) m = positive(m + shift);
+            *sums += weight * m;
+        }
+        if ((c + 1 - u->c0) % G) continue;
+        for (int64_t k = 0; k < vectors; k++) {
+            int64_t p = k * V + V <= W || !k ? k * V : W - V;
+            for (int64_t i = 0; i < H; i++) {
+                store(u->maps + n * u->ld, i * W + p, 0, (int)(W < V ? W : V), u->sums[k * H + i]);
+                u->sums[k * H + i] = (vf){0};
+            }
+        }
+    }
+}
 
 INLINE void logits_planes(const struct unit *u, int bf16, int relu) {
     const struct job *job = u->job;
     int64_t G = job->C / job->g;
+    if (row_vectors(job)) {
+        logits_rows(u, bf16, relu);
+        return;
+    }
     for (int64_t c = u->c0; c < u->c1;) {
         int64_t n = (c - u->c0) / G, end = c + u->planes, group_end = u->c0 + (n + 1) * G;
         if (end > group_end) end = group_end;
-        for (int64_t k = c; k < end; k++) {
-            const void *x = plane_of(u, job->x, k, bf16);
-            u->nan[n] |= any(plane_row_maxima(u, x, job->scale[k], u->plane[0] + (k - c) * u->apart, bf16));
-        }
+        for (int64_t k = c; k < end; k++)
+            plane_row_maxima(u, plane_of(u, job->x, k, bf16), job->scale[k], u->plane[0] + (k - c) * u->apart, bf16);
         for (int64_t p = 0; p < u->pixels; p += V) {
             const float *rows = u->plane[0] + p;
             vf sum = get(u->maps + n * u->ld + p);
@@ -725,7 +773,7 @@ INLINE void input_back_planes(const struct unit *u, int bf16, int relu) {
             float shift = relu ? job->shift[k] : 0;
             vf r = {0};
             for (int64_t p = 0; p < u->pixels; p += V) {
-                vf above = get(rows + p - W), here = get(rows + p), m = vmax(vmax(above, here), get(rows + p + W));
+                vf above = get(rows + p - W), here = get(rows + p), m = max3(above, here, get(rows + p + W));
                 vf d = get(dmap + p);
                 if (relu) d = keep(m + shift > 0, d);
                 r += d;
@@ -805,12 +853,10 @@ INLINE void run_unit(const struct unit *u, int last, int bf16, int relu) {
     float *dl = job->dl ? job->dl + (u->b * job->g + u->n0) * u->pixels : NULL;
     if (stages & LOGITS) {
         memset(u->maps, 0, groups * u->ld * sizeof(float));
-        memset(u->nan, 0, groups);
         last ? logits_last(u, bf16, relu) : logits_planes(u, bf16, relu);
         for (int64_t n = 0; n < groups; n++) {
-            float *map = u->maps + n * u->ld, bias = job->bias ? job->bias[u->n0 + n] : 0;
-            if (u->nan[n]) bias = NAN;
-            for (int64_t p = 0; p < u->pixels; p += V) add_to(map + p, splat(bias));
+            float *map = u->maps + n * u->ld;
+            add_bias(u, map, job->bias ? job->bias[u->n0 + n] : 0);
             if (l) memcpy(l + n * u->pixels, map, row);
         }
     } else if (stages & (MULTIPLY | MAPS_BACK | INPUT_BACK))
@@ -870,7 +916,6 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
     u->inside = take(&at, u->ld, 4);
     u->maps = take(&at, groups * u->ld, 4);
     u->dmaps = take(&at, job->stages & (MAPS_BACK | INPUT_BACK) ? groups * u->ld : 0, 4);
-    u->nan = take(&at, groups, 1);
     if (job->channels_last) {
         u->group = take(&at, channels + 2 * V, 4);
         u->place = take(&at, channels + 2 * V, 4);
@@ -887,6 +932,7 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
         u->no_left = take(&at, u->ld, 4);
         u->no_right = take(&at, u->ld, 4);
         u->copy = take(&at, 2 * (u->ld + 3 * V), 4);
+        u->sums = take(&at, job->stages & LOGITS ? row_vectors(job) * job->H : 0, sizeof(vf));
         /* several, so that what one writes has left the store buffer when it is read at another place; few, for the cache */
         u->apart = u->ld + 2 * room;
         u->planes = kinds ? (int)((back ? 3072 : 8192) / (kinds * u->apart)) : 0;
@@ -913,6 +959,7 @@ static void prepare(struct unit *u, int64_t groups) {
             for (int64_t p = u->pixels; p < u->ld; p++) u->sums[t * u->ld + p] = (vf){0};
         return;
     }
+    for (int64_t k = 0; job->stages & LOGITS && k < row_vectors(job) * job->H; k++) u->sums[k] = (vf){0};
     for (int64_t p = 0; p < u->ld; p++) {
         u->no_left[p] = p < u->pixels && p % W ? 0 : -1;
         u->no_right[p] = p < u->pixels && (p + 1) % W ? 0 : -1;
