@@ -95,10 +95,8 @@ def damages(run: Path, macs: float, number: int, images: int) -> dict[str, Any]:
     sets = [(), *((block,) for block in blocks), *drawn(blocks, cost(original, seen.input_size).macs, macs, number)]
     found = []
     for chosen in sets:
-        scores = {
-            name: score(switched, [block.name for block in chosen], sample, spec.classes, ALONE)
-            for name, sample in samples.items()
-        }
+        with switched.replaced([block.name for block in chosen]) as model:
+            scores = {name: score(model, sample, spec.classes, ALONE) for name, sample in samples.items()}
         found.append(
             {
                 "blocks": [block.place for block in chosen],

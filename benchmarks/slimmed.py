@@ -10,6 +10,8 @@ convolutions
    and classifier in half precision; it is measured once more. It is known by its name once there is a card, NAME.md,
    beside it.
 
+The committed results are of narrow inverted residuals, chosen by their damage alone.
+
 results/slimmed_NAME.json holds every figure, results/slimmed_NAME.jsonl.gz what was chosen with each seed and the
 summaries of the runs. What is done is not done again.
 
@@ -38,6 +40,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.files import make_folder, write_atomic
 from ulsam.base.packed import SUFFIX, write_packed
 from ulsam.base.provenance import command_line, processor, versions
+from ulsam.cli.common import add_layer_options, layer_options
 from ulsam.data.loading import eval_loader
 from ulsam.model.build import load, read_spec, save
 from ulsam.model.spec import ModelSpec
@@ -67,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in BUDGETS:
         budget.add_argument(f"--{name}", type=float, metavar="SHARE")
     parser.add_argument("--at", help="blocks to choose from (default: all that can be replaced)")
-    parser.add_argument("--width", type=int, default=32, help="of the narrow inverted residuals")
+    add_layer_options(parser)
+    parser.add_argument("--reconstruct-sets", type=int, default=4, metavar="N", help="as of ulsam slim (default: 4)")
     parser.add_argument("--most-sets", type=int, default=100, metavar="N", help="as of ulsam slim (default: 100)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
     parser.add_argument("--epochs", type=int, default=8)
@@ -83,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = {
         **wanted,
         "at": args.at,
-        "layer": {"layer": "inverted_residual", "width": args.width},
+        "layer": layer_options(args),
         "most_sets": args.most_sets,
+        "reconstruct_sets": args.reconstruct_sets,
     }
     asked["data"] = grid.shared.data
     root = Path(args.compared) / "slimmed"

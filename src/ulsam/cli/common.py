@@ -50,10 +50,18 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
     add_layer_options(edits)
 
 
-def add_layer_options(group: "argparse._ArgumentGroup", default: str = "ulsam") -> None:
-    """Add ``--layer``, ``--groups``, ``--width`` and ``--form``; :func:`layer_options` reads them."""
-    layers = f"ulsam, inverted_residual, or timm's se, eca, cbam or coord (default: {default})"
-    group.add_argument("--layer", choices=LAYERS, metavar="LAYER", help=layers)
+def add_layer_options(group: "argparse._ActionsContainer", none: bool = False) -> None:
+    """Add ``--layer``, ``--groups``, ``--width`` and ``--form``; :func:`layer_options` reads them.
+
+    With ``none`` there is a layer of this name: the block is removed.
+    """
+    layers = "ulsam (default), inverted_residual, or timm's se, eca, cbam or coord"
+    group.add_argument(
+        "--layer",
+        choices=(*LAYERS, *["none"] * none),
+        metavar="LAYER",
+        help=layers + "; none: the blocks are removed" * none,
+    )
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
     group.add_argument(
         "--width",

@@ -30,12 +30,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         budget.add_argument(f"--{name}", type=float, metavar="SHARE", help=text)
     choice = parser.add_argument_group("choice")
     choice.add_argument("--at", help="blocks to choose from: names, globs or layer numbers (default: all that can be)")
-    add_layer_options(choice, default="inverted_residual, reconstructed; ulsam with --groups or --form")
+    add_layer_options(choice, none=True)
     choice.add_argument(
         "--images", type=int, default=400, metavar="N", help="training images to measure damage on (default: 400)"
     )
     choice.add_argument(
         "--most-sets", type=int, default=200, metavar="N", help="sets to measure after the greedy search (default: 200)"
+    )
+    choice.add_argument(
+        "--reconstruct-sets",
+        type=int,
+        default=4,
+        metavar="N",
+        help="sets of least damage to reconstruct; the best of them is chosen (default: 4; 0: the one of least damage)",
     )
     time = parser.add_argument_group("how time is taken for --latency")
     time.add_argument(
@@ -71,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
             at=args.at,
             images=args.images,
             most_sets=args.most_sets,
+            reconstruct_sets=args.reconstruct_sets,
             engine=args.engine,
             batch=args.latency_batch,
             threads=args.latency_threads,

@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ulsam.base.distributed import start
 from ulsam.base.errors import Interrupted, UlsamError
@@ -17,6 +18,7 @@ from ulsam.base.files import write_atomic
 from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
 from ulsam.data.loading import eval_loader
+from ulsam.data.opening import unlabelled
 from ulsam.data.sources import AnyImages
 from ulsam.model.build import load
 from ulsam.model.spec import ModelSpec
@@ -25,11 +27,12 @@ from ulsam.study import slim_report as report
 from ulsam.study.slim_blocks import find_blocks
 from ulsam.study.slim_budget import Budget, budget
 from ulsam.study.slim_choose import BlockSearch
-from ulsam.study.slim_damage import score
+from ulsam.study.slim_damage import Score, score
 from ulsam.study.slim_latency import check_engine
 from ulsam.study.slim_store import Store, check_folder
 from ulsam.surgery.cost import cost
 from ulsam.surgery.places import match
+from ulsam.surgery.reconstruct import reconstruct
 from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, config_beside, read_config
 from ulsam.training.evaluate import evaluate_batches, spec_transform
@@ -38,6 +41,8 @@ from ulsam.training.step import AMP_DTYPES, LAYOUTS
 from ulsam.training.summary import cost_entry, score_entry
 from ulsam.training.train import resume, train
 
+#: Of the reconstruction by which sets are compared; training starts with a longer one.
+STEPS = 200
 #: Settings of training that slimming decides.
 DECIDED = ("data", "model", "model_args", "edits", "pretrained", "weights", "teacher")
 
@@ -54,7 +59,9 @@ def slim(
     """Replace blocks of a trained model so that it fits a budget, with the least damage, and restore its accuracy.
 
     The damage of a set of blocks is the increase of the mean cross-entropy on a sample of the training images when
-    they are replaced, without any training. The slimmed model is then fine-tuned with the original one as its teacher.
+    they are replaced, without any training. The sets of least damage are reconstructed (`ulsam.reconstruct`) and
+    measured again: the best of them is chosen. The slimmed model is then reconstructed at length, and fine-tuned with
+    the original one as its teacher.
 
     ``out/slim.json`` holds all figures and the choice, ``out/train.yaml`` the settings of the fine-tuning, ``out/run``
     its run with the slimmed model, ``model.safetensors``. A second start with the same ``out`` goes on where it
@@ -158,6 +165,8 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
         identity = {
             **asked.entry(),
             "reconstruct_images": config.reconstruct_images,
+            "reconstruct": config.reconstruct,
+            "images_for_reconstruction": config.images_for_reconstruction,
             "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
             "sample_sha256": sample.names,
             "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
@@ -179,23 +188,40 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
         if store.get("chosen") is None:
             original.to(world.device)
 
-            def reconstruct() -> None:
+            @cache
+            def shown() -> list[Tensor]:
+                other = config.images_for_reconstruction
+                return draw_sample(
+                    unlabelled(other) if other else images,
+                    seen,
+                    config.reconstruct_images,
+                    world,
+                    apart_from=0 if other else asked.images,
+                    workers=config.workers,
+                ).images
+
+            def reconstruct_new_layers() -> None:
                 if config.reconstruct_images:
-                    shown = draw_sample(
-                        images, seen, config.reconstruct_images, world, apart_from=asked.images, workers=config.workers
-                    )
-                    store.put(
-                        "reconstructed", {found.name: found.explained for found in switched.reconstruct(shown.images)}
-                    )
+                    store.put("reconstructed", {found.name: found.explained for found in switched.reconstruct(shown())})
+
+            def reconstructed(names: Sequence[str]) -> Score:
+                model = switched.edited(names)
+                reconstruct(model, shown(), steps=STEPS)
+                return score(model, sample, spec.classes, world)
+
+            def replaced(names: Sequence[str]) -> Score:
+                with switched.replaced(names) as model:
+                    return score(model, sample, spec.classes, world)
 
             BlockSearch(
                 asked,
                 blocks,
                 switched,
                 whole,
-                lambda names: score(switched, names, sample, spec.classes, world),
+                replaced,
                 store,
-                reconstruct,
+                reconstruct_new_layers,
+                reconstructed if config.reconstruct and config.reconstruct_images else None,
             ).choose()
         for line in report.choice_lines(store.data):
             say(line)

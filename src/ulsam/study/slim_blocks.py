@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError
-from ulsam.model.spec import Edit
+from ulsam.study.slim_budget import edit_of
 from ulsam.surgery.cost import cost
 from ulsam.surgery.find import Candidate, candidates
 from ulsam.surgery.places import At, layer_names, match
@@ -43,7 +43,8 @@ class SwitchableModel:
     Args:
         model: is changed by :meth:`replaced`, and is as it was afterwards.
         blocks: names of modules, none inside another.
-        layer: what replaces them: keyword arguments of :class:`ulsam.Edit`, such as ``groups`` or ``layer``.
+        layer: what replaces them: keyword arguments of :class:`ulsam.Edit`, such as ``groups`` or ``layer``; the
+            layer "none" removes them.
         input_size: C, H, W.
         seed: of the new layers' weights.
 
@@ -67,10 +68,11 @@ class SwitchableModel:
     ) -> None:
         self.model = model
         self.old = {name: model.get_submodule(name) for name in blocks}
+        self._layer, self._input_size = layer, input_size
         edited = copy.deepcopy(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            Edit("replace", ",".join(blocks), **layer).apply(edited, input_size)
+            edit_of(blocks, layer).apply(edited, input_size)
         self.new = {name: edited.get_submodule(name) for name in blocks}
         for module in self.new.values():
             del vars(module)["replaced_module"]  # a copy of the old block
@@ -87,6 +89,15 @@ class SwitchableModel:
         for module in (self.model, *self.new.values()):  # timing may have taken the model to the CPU
             module.to(batches[0].device)
         return reconstruct_each(self.model, self.new, batches)
+
+    def edited(self, blocks: Sequence[str]) -> nn.Module:
+        """A copy of the model in which these blocks are replaced for good: an edited model, which knows its blocks."""
+        model = copy.deepcopy(self.model)
+        with torch.random.fork_rng(devices=[]):
+            edit_of(blocks, self._layer).apply(model, self._input_size)
+        for name in blocks:
+            model.get_submodule(name).load_state_dict(self.new[name].state_dict())
+        return model
 
     @contextmanager
     def replaced(self, blocks: Collection[str]) -> Iterator[nn.Module]:
@@ -126,7 +137,7 @@ def find_blocks(
     """
     every = {candidate.name: candidate for candidate in candidates(model, input_size, leaves=at is not None)}
     names = _outermost(model, every) if at is None else _named(model, every, at)
-    groups = Edit("replace", "any", **layer).groups
+    groups = edit_of(["any"], layer).groups
     fitting = [name for name in names if groups is None or groups in every[name].groups]
     notes = [
         f"{name} is left out: {groups} groups do not divide its {every[name].shape[0]} channels"

@@ -1,7 +1,7 @@
 """What is asked of slimming: the budget, the blocks to choose from, and how to choose."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -21,18 +21,19 @@ class Budget:
         measure: what the budget limits.
         share: of the model's own cost, that may be left; between 0 and 1.
         layer: of the new layers, keyword arguments of :class:`ulsam.Edit`: ``layer``, ``width``, ``groups``, ``form``;
-            a narrow inverted residual where neither a layer nor what only ULSAM has is named.
+            ULSAM by default; the layer "none" removes the blocks.
         at: names, globs or layer numbers of the blocks to choose from; None: all that can be replaced.
         images: how many training images to measure the damage on.
         most_sets: how many sets to measure after the greedy search.
+        reconstruct_sets: how many of the sets of least damage to reconstruct; of these the one of least loss is chosen.
         engine, batch, threads: how time is taken; threads None: PyTorch's own number.
         seconds: that taking it goes on for, of all blocks in turn, and of each set that is timed.
 
     Raises:
         UlsamError: a value out of range, or layer options that no edit takes.
 
-    >>> Budget("macs", 0.75).edit(["14", "17"]), Budget("macs", 0.75, layer={"groups": 8}).edit(["14", "17"])
-    ('replace 14,17 layer=inverted_residual width=32', 'replace 14,17 g=8')
+    >>> Budget("macs", 0.75).edit(["14", "17"]), Budget("macs", 0.75, layer={"layer": "none"}).edit(["14", "17"])
+    ('replace 14,17 g=4', 'remove 14,17')
     """
 
     measure: Measure
@@ -41,6 +42,7 @@ class Budget:
     at: str | None = None
     images: int = 400
     most_sets: int = 200
+    reconstruct_sets: int = 4
     engine: Engine = "eager"
     batch: int = 1
     threads: int | None = None
@@ -60,18 +62,33 @@ class Budget:
                 raise UlsamError(f"{name} must be 1 or more, not {value}")
         if not 0 <= self.seconds < math.inf:
             raise UlsamError(f"seconds must be 0 or more, not {self.seconds}")
-        if not self.layer.keys() & {"layer", "groups", "form"}:
-            object.__setattr__(self, "layer", {**self.layer, "layer": "inverted_residual"})
+        if self.reconstruct_sets < 0:
+            raise UlsamError(f"reconstruct_sets must be 0 or more, not {self.reconstruct_sets}")
         self.edit(["any"])
 
     def edit(self, places: list[str]) -> str:
         """The text of the edit that replaces these blocks."""
-        return str(Edit("replace", ",".join(places), **self.layer))
+        return str(edit_of(places, self.layer))
 
     def entry(self) -> dict[str, Any]:
         """As JSON; without what is about time where the budget is not."""
         timing = ("engine", "batch", "threads", "seconds") if self.measure != "latency" else ()
         return {name: value for name, value in asdict(self).items() if name not in timing}
+
+
+def edit_of(places: Sequence[str], layer: Mapping[str, Any]) -> Edit:
+    """The edit that puts such layers in the place of these blocks; with the layer "none" it removes them.
+
+    Raises:
+        UlsamError: what no edit takes.
+
+    >>> str(edit_of(["14", "17"], {"layer": "se"}))
+    'replace 14,17 layer=se'
+    """
+    at = ",".join(places)
+    if layer.get("layer") != "none":
+        return Edit("replace", at, **layer)
+    return Edit("remove", at, **{name: value for name, value in layer.items() if name != "layer"})
 
 
 def budget(

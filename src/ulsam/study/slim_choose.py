@@ -58,6 +58,8 @@ class BlockSearch:
         score: measures the model with the blocks of these names replaced.
         store: where to keep figures.
         prepare: called before the first block is replaced, once the budget is known to be reachable.
+        reconstructed: measures the model with these blocks replaced and the layers behind them reconstructed; None
+            where the chosen model will not be.
     """
 
     budget: Budget
@@ -67,6 +69,7 @@ class BlockSearch:
     score: Callable[[Sequence[str]], Score]
     store: Store
     prepare: Callable[[], None]
+    reconstructed: Callable[[Sequence[str]], Score] | None = None
 
     def choose(self) -> None:
         """Choose the blocks to replace; these, and how they were found, are in the store then, under "chosen".
@@ -93,11 +96,12 @@ class BlockSearch:
                 found = self._by_latency(savings, progress)
             else:
                 found = self._search(savings, total * (1 - self.budget.share), progress)
+            chosen = self._best_reconstructed(found, progress)
         places = self._places
         self.store.put(
             "chosen",
             {
-                "blocks": places(found.blocks),
+                "blocks": places(chosen),
                 "how": found.how,
                 "greedy": places(found.greedy),
                 "rivals": [places(rival) for rival in found.rivals],
@@ -112,6 +116,26 @@ class BlockSearch:
             self.store.add_score(self._places(blocks), known)
             progress.count()
         return known
+
+    def _best_reconstructed(self, found: SearchResult, progress: _Progress) -> Blocks:
+        """Of the sets of least damage that reach the budget the one that is best when it is reconstructed."""
+        if self.reconstructed is None:
+            return found.blocks
+        by_time = self.budget.measure == "latency"
+        fitting = [rival for rival in found.rivals if not by_time or self._ratio(rival) <= self.budget.share]
+        losses: dict[Blocks, float] = {}
+        for blocks in fitting[: self.budget.reconstruct_sets]:
+            places = self._places(blocks)
+            known = self.store.score(places, reconstructed=True)
+            if known is None:
+                known = self.reconstructed([self.blocks[number].name for number in sorted(blocks)])
+                self.store.add_score(places, known, reconstructed=True)
+            losses[blocks] = known.loss
+            before, base = self._damage(blocks, progress), self._scored(frozenset(), progress)
+            progress.say(
+                f"damage  {', '.join(places)}: loss {before:+.4f}, {known.loss - base.loss:+.4f} after reconstruction"
+            )
+        return min(losses, key=lambda blocks: (losses[blocks], sorted(blocks)), default=found.blocks)
 
     def _damage(self, blocks: Blocks, progress: _Progress) -> float:
         """How much the loss grows when these blocks are replaced."""
@@ -153,25 +177,31 @@ class BlockSearch:
         useful = _useful(savings)
         ratios: dict[Blocks, float] = {}  # of the sets that were timed
 
-        def found(blocks: Blocks, how: Literal["timed", "all"], greedy: Blocks) -> SearchResult:
-            others = sorted(ratios.keys() - {blocks}, key=lambda other: (self._damage(other, progress), sorted(other)))
-            return SearchResult(blocks, how, greedy, (blocks, *others))
+        def found(sets: Sequence[Blocks], how: Literal["timed", "all"], greedy: Blocks) -> SearchResult:
+            others = sorted(ratios.keys() - set(sets), key=lambda other: (self._damage(other, progress), sorted(other)))
+            return SearchResult(sets[0], how, greedy, (*sets, *others))
 
+        wanted = max(1, self.budget.reconstruct_sets) if self.reconstructed else 1
         least = 1 - self.budget.share
         while saved(savings, useful) >= least:
             best = self._search(savings, least, progress)
-            excess = []
+            excess, fast = [], []
             for rival in [rival for rival in best.rivals if rival not in ratios][:TIMED]:
                 ratios[rival] = self._ratio(rival)
                 if ratios[rival] <= self.budget.share:
-                    return found(rival, "timed", best.greedy)
+                    fast.append(rival)
+                    if len(fast) == wanted:
+                        break
+                    continue
                 excess.append(ratios[rival] - self.budget.share)
                 progress.say(
                     f"time    {', '.join(self._places(rival))}: {ratios[rival]:.3f} of the time; looking further"
                 )
+            if fast:
+                return found(fast, "timed", best.greedy)
             least += max(min(excess, default=STEP), STEP)
         self._damage(useful, progress)
-        return found(useful, "all", useful)
+        return found([useful], "all", useful)
 
     def _ratio(self, blocks: Blocks) -> float:
         """The measured time of the model with these blocks replaced, as a share of the model's own.

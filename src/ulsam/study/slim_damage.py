@@ -1,10 +1,11 @@
 """What replacing blocks does to a trained model before any training, on a sample of its training images."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from ulsam.base.distributed import World
-from ulsam.study.slim_blocks import SwitchableModel
 from ulsam.training.evaluate import evaluate_batches
 from ulsam.training.sample import Sample
 
@@ -17,14 +18,11 @@ class Score:
     top1: float
 
 
-def score(
-    switched: SwitchableModel, blocks: Collection[str], sample: Sample, classes: Sequence[str], world: World
-) -> Score:
-    """Measure the model with these blocks replaced.
+def score(model: nn.Module, sample: Sample, classes: Sequence[str], world: World) -> Score:
+    """Measure a model on the sample.
 
     Raises:
         UlsamError: not one image could be read, or what the model puts out is not finite.
     """
-    with switched.replaced(blocks) as model:
-        found = evaluate_batches(model.to(world.device), sample.batches, len(classes), world=world)
+    found = evaluate_batches(model.to(world.device), sample.batches, len(classes), world=world)
     return Score(found.loss, found.top1)

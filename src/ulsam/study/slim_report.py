@@ -89,11 +89,19 @@ def _set_table(data: Data) -> list[str]:
     timed = {tuple(entry["blocks"]): entry for entry in data.get("timed", [])}
     by_time = chosen["how"] in ("timed", "all")
     title = "sets of blocks that were timed" if by_time else "sets of blocks that reach the budget"
-    cells = [[title, "params left", "MACs left", *["time left"] * by_time, "loss change", "top-1 change"]]
+    reconstructed = bool(data.get("measured_reconstructed"))
+    cells = [
+        [
+            *(title, "params left", "MACs left", *["time left"] * by_time, "loss change", "top-1 change"),
+            *["reconstructed: loss", "top-1"] * reconstructed,
+        ]
+    ]
     for places in chosen["rivals"][:SHOWN]:
         left = [f"{1 - sum(blocks[place][key] for place in places) / model[key]:.2%}" for key in ("params", "macs")]
         time = [f"{timed[tuple(places)]['ratio']:.2%}"] if by_time else []
-        cells.append([", ".join(places), *left, *time, *_damage(_score(data, places), base)])
+        after = _score(data, places, "measured_reconstructed")
+        mended = _damage(after, base) if after else ("", "")
+        cells.append([", ".join(places), *left, *time, *_damage(_score(data, places), base), *mended * reconstructed])
     lines = text_table(cells, right=range(1, len(cells[0])))
     if more := len(chosen["rivals"]) - SHOWN:
         lines += [f"and {more} more, in slim.json"] if more > 0 else []
@@ -125,14 +133,21 @@ def _reason(data: Data) -> str:
             f"the least damage of {number} sets that reach {budget}: the greedy one and exchanges of its blocks; "
             "there are too many for all to be measured, and a better one may exist"
         )
+    if (measured := len(data.get("measured_reconstructed", []))) > 1:
+        first = chosen["rivals"][0]
+        if chosen["blocks"] == first:
+            why += f"; of {measured} sets it is the best after reconstruction too"
+        else:
+            before = f"before it {', '.join(first)} was first: {why}"
+            why = f"the least loss after reconstruction of {measured} sets; {before}"
     if chosen["how"] in ("exact", "greedy") and chosen["greedy"] != chosen["blocks"]:
         why += f"; greedy: {', '.join(chosen['greedy'])}"
     return why
 
 
-def _score(data: Data, places: Sequence[str]) -> Any:
+def _score(data: Data, places: Sequence[str], of: str = "measured") -> Any:
     """The entry of this set; None if it was not measured."""
-    return next((entry for entry in data["measured"] if entry["blocks"] == list(places)), None)
+    return next((entry for entry in data.get(of, []) if entry["blocks"] == list(places)), None)
 
 
 def _damage(found: Data, base: Data) -> tuple[str, str]:

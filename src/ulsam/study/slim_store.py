@@ -11,6 +11,7 @@ from ulsam.base.provenance import command_line, versions
 from ulsam.study.slim_damage import Score
 
 NAME = "slim.json"
+_KEYS = ("measured", "measured_reconstructed")
 
 
 class Store:
@@ -57,14 +58,17 @@ class Store:
         self.data[key] = value
         self.write()
 
-    def score(self, blocks: list[str]) -> Score | None:
-        """The score with these blocks replaced, if it was measured."""
-        found = next((entry for entry in self.data.get("measured", []) if entry["blocks"] == blocks), None)
+    def score(self, blocks: list[str], *, reconstructed: bool = False) -> Score | None:
+        """The score with these blocks replaced, before or after reconstruction, if it was measured."""
+        entries = self.data.get(_KEYS[reconstructed], [])
+        found = next((entry for entry in entries if entry["blocks"] == blocks), None)
         return found and Score(found["loss"], found["top1"])
 
-    def add_score(self, blocks: list[str], score: Score) -> None:
+    def add_score(self, blocks: list[str], score: Score, *, reconstructed: bool = False) -> None:
         """Keep a score."""
-        self.data.setdefault("measured", []).append({"blocks": blocks, "loss": score.loss, "top1": score.top1})
+        self.data.setdefault(_KEYS[reconstructed], []).append(
+            {"blocks": blocks, "loss": score.loss, "top1": score.top1}
+        )
         self.write()
 
     def write(self) -> None:
