@@ -53,7 +53,7 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
 def add_layer_options(group: "argparse._ArgumentGroup", default: str = "ulsam") -> None:
     """Add ``--layer``, ``--groups``, ``--width`` and ``--form``; :func:`layer_options` reads them."""
     layers = f"ulsam, inverted_residual, or timm's se, eca, cbam or coord (default: {default})"
-    group.add_argument("--layer", choices=LAYERS, metavar="LAYER", help=layers)
+    group.add_argument("--layer", choices=LAYERS, metavar="NAME", help=layers)
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
     group.add_argument(
         "--width",
@@ -61,7 +61,7 @@ def add_layer_options(group: "argparse._ArgumentGroup", default: str = "ulsam") 
         metavar="W",
         help="of a narrow inverted residual: of --layer inverted_residual, or behind another layer",
     )
-    group.add_argument("--form", choices=FORMS, metavar="FORM", help="of ULSAM: equations (default) or released")
+    group.add_argument("--form", choices=FORMS, metavar="NAME", help="of ULSAM: equations (default) or released")
 
 
 def edits_from(args: argparse.Namespace, model: str | None = None) -> "tuple[Edit, ...]":
