@@ -26,7 +26,7 @@ class Budget:
         images: how many training images to measure the damage on.
         most_sets: how many sets to measure after the greedy search.
         engine, batch, threads: how time is taken; threads None: PyTorch's own number.
-        seconds: that taking it goes on for, of all blocks in turn, and of each set that is timed.
+        seconds: that measuring it lasts, of all blocks in turn, and of each set that is timed.
 
     Raises:
         UlsamError: a value out of range, or layer options that no edit takes.

@@ -23,7 +23,7 @@ def score(
     """Measure the model with these blocks replaced.
 
     Raises:
-        UlsamError: not one image could be read, or what the model puts out is not finite.
+        UlsamError: not one image could be read, or what the model outputs is not finite.
     """
     with switched.replaced(blocks) as model:
         found = evaluate_batches(model.to(world.device), sample.batches, len(classes), world=world)
