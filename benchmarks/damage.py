@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import guest
+import external_arm
 import torch
 from scipy.stats import spearmanr
 
@@ -58,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not kept.exists():
             write_atomic(kept, json.dumps(damages(run, args.macs, args.sets, args.images), indent=1) + "\n")
         models[run.name] = json.loads(kept.read_text(encoding="utf-8"))
-    told = {
+    result = {
         "what": "damage of replacing sets of blocks, on images that the model was trained on and on held-out ones",
         "macs": args.macs,
         "images": args.images,
         "models": {name: {**found, "summary": summary(found)} for name, found in models.items()},
         "versions": versions(),
     }
-    write_atomic(target, json.dumps(without_paths(told), indent=1) + "\n")
-    for name, model in told["models"].items():
+    write_atomic(target, json.dumps(without_paths(result), indent=1) + "\n")
+    for name, model in result["models"].items():
         print(name, json.dumps(model["summary"], indent=1))
 
 
@@ -147,4 +147,4 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    guest.run_script(main)
+    external_arm.run_script(main)

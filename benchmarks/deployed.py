@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("compared", help="folder of a finished comparison")
     parser.add_argument("name", help="of the result, results/deployed_NAME.json")
-    parser.add_argument("--seeds", type=int, help="measure so many of each arm's final models (default: all)")
+    parser.add_argument("--seeds", type=int, help="measure only this many of each arm's final models (default: all)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=30, help="for each batch size and number of threads")
@@ -101,7 +101,7 @@ def finals(store: Store, most: int | None) -> dict[str, list[Run]]:
         if not found[arm.name] or not all(
             (store.folder(run) / "model.safetensors").exists() for run in found[arm.name]
         ):
-            raise UlsamError(f"not all final runs of {arm.name} are finished: go on with ulsam compare")
+            raise UlsamError(f"not all final runs of {arm.name} are finished: continue with ulsam compare")
     return found
 
 
@@ -122,26 +122,26 @@ def answers(file: Path, images: Any) -> dict[str, Any]:
     model, spec, transform = load_exported(file)
     batches = eval_loader(images, transform, batch_size=32, workers=0, device=ALONE.device)
     scores = evaluate_batches(model, batches, len(spec.classes), world=ALONE, channels_last=False, progress=file.stem)
-    told = {"top1": scores.top1, "images": scores.images}
-    return {"split": None, "scores": told, "outcomes": outcomes(scores, images), "bytes": file.stat().st_size}
+    entry = {"top1": scores.top1, "images": scores.images}
+    return {"split": None, "scores": entry, "outcomes": outcomes(scores, images), "bytes": file.stat().st_size}
 
 
 def summary(found: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """What the models of an arm, by seed, score in each precision, and what export and int8 cost."""
-    told: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for precision, before in (("float32", "pytorch"), ("int8", "float32")):
         models, others = ({seed: model[which] for seed, model in found.items()} for which in (precision, before))
         change = difference(models, others)
         assert change is not None
         first = next(iter(models.values()))
-        told[precision] = {
+        result[precision] = {
             "seeds": list(models),
             "top1": [model["scores"]["top1"] for model in models.values()],
             "images": first["scores"]["images"],
             "bytes": first["bytes"],
             f"minus_{before}": dataclasses.asdict(change),
         }
-    return told
+    return result
 
 
 def timed(files: Mapping[tuple[str, str], Path], batch: int, threads: int, seconds: float) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def timed(files: Mapping[tuple[str, str], Path], batch: int, threads: int, secon
     models: dict[str, dict[str, Any]] = {}
     for (arm, precision), taken in times.items():
         models.setdefault(arm, {})[precision] = figures(taken, times[first])
-    for arm, told in models.items():
-        told["times_faster"] = 1 / figures(times[arm, "int8"], times[arm, "float32"])["ratio"]
+    for arm, entry in models.items():
+        entry["times_faster"] = 1 / figures(times[arm, "int8"], times[arm, "float32"])["ratio"]
     return models
 
 

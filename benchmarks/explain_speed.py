@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measure("`--against` another one", [model, many, "--against", base], args.images, folder / "two"),
             measure("one model, `--numbers`", [model, few, "--numbers"], max(1, args.images // 10), folder / "numbers"),
         ]
-    told = {
+    result = {
         "what": "images a second of ulsam explain, its start and all files included",
         "command": "python benchmarks/explain_speed.py",
         "models": {name: ["mobilenetv2_100", *map(str, edits)] for name, edits in EDITS.items()},
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": versions(),
     }
-    write_atomic(args.out, json.dumps(told, indent=1) + "\n")
+    write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     print(json.dumps(cases, indent=1))
 
 

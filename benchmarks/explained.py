@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import guest
+import external_arm
 import torch
 
 from ulsam.base.files import check_writable, write_atomic
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="model file")
     parser.add_argument("data", help="folder of images, in class folders")
     parser.add_argument("--against", help="model file of the base model")
-    parser.add_argument("--images", type=int, default=1000, help="at most so many, spread evenly (default: 1000)")
+    parser.add_argument("--images", type=int, default=1000, help="at most this many, spread evenly (default: 1000)")
     parser.add_argument("--out", help="default: results/explained_NAME.json")
     args = parser.parse_args(argv)
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     number = min(args.images, len(found))
     chosen = [found[step * len(found) // number] for step in range(number)]
     results, unreadable = measure(models, chosen)
-    told = {
+    result = {
         "what": "what models look at: Grad-CAM++, subspaces and field marks in numbers, means over images",
         "command": f"python benchmarks/explained.py {args.name} MODEL FOLDER --images {args.images}"
         + (" --against BASE" if args.against else ""),
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": versions(),
     }
-    write_atomic(out, json.dumps(told, indent=1) + "\n")
+    write_atomic(out, json.dumps(result, indent=1) + "\n")
     print(table(results))
 
 
 if __name__ == "__main__":
-    guest.run_script(main)
+    external_arm.run_script(main)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         models, images = make_models(Path(folder), args.size), make_images(Path(folder))
         seconds = measure(models, images, args.times)
-    told = {
+    result = {
         "what": "seconds from the choice of an image to its maps on a page that was just opened, in Chromium",
         "command": "python benchmarks/explored.py",
         "models": {name: ["mobilenetv2_100", *map(str, edits)] for name, edits in EDITS.items()},
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": versions(),
     }
-    write_atomic(args.out, json.dumps(told, indent=1) + "\n")
-    print(json.dumps(told["seconds"], indent=1))
+    write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["seconds"], indent=1))
 
 
 def make_images(folder: Path) -> dict[str, Path]:

@@ -4,8 +4,8 @@ As benchmarks/network.py, under ONNX Runtime on one thread: models with random w
 in one process; a replacing layer is compared with the model whose blocks were simply taken out, an inserted one against
 the base model. Two sessions of one file may differ by a percent, so all are made anew twenty times (for batches four
 times), in shuffled order. A figure of one such round is the median of the paired differences, a turn each, over the
-base model's median time; told are the rounds' median and quartiles. Four minutes, in which nothing else may run;
-results/exported.json.
+base model's median time; the result holds the rounds' median and quartiles. Four minutes, in which nothing else
+may run; results/exported.json.
 
     python benchmarks/exported.py
 """

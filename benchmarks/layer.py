@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    told = {name: os.environ[name] for name in SWITCHES if name in os.environ}
+    environment = {name: os.environ[name] for name in SWITCHES if name in os.environ}
     instructions = cpu.ISA_NAMES[cpu.chosen_isa() or cpu.LIBRARY.ulsam_isa()] if cpu.LIBRARY else None
     kernels = "" if instructions == "AVX-512" else f"_{str(instructions).lower()}"
     out = "layer" + kernels + "_bf16" * args.bf16 + "_compile" * args.compile
@@ -207,7 +207,7 @@ def main() -> None:
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "instructions": instructions,
-        "told": told,
+        "environment": environment,
         "summary": summary,
         "cases": rows,
     }

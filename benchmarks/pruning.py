@@ -7,7 +7,7 @@ norm of a group of coupled weights, channels of all layers compete, they go in s
 layer loses more than 70 %, and the classifier's outputs stay. The classifier is new, so it has no say in what is
 important. --uniform takes the same share of channels from every layer instead.
 
-How it joins: benchmarks/guest.py. The exit status is 1 if a run with a seed failed.
+How it joins: benchmarks/external_arm.py. The exit status is 1 if a run with a seed failed.
 
     pip install 'ulsam[peers]'
     python benchmarks/pruning.py compared --macs 0.879
@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-import guest
+import external_arm
 import torch
 from torch import nn
 
@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     share = args.macs if args.macs is not None else args.params
     name = f"pruned-{'uniform-' if args.uniform else ''}{measure}-{share:g}"
 
-    place = guest.host(args.out)
+    place = external_arm.host(args.out)
     pruned = prune(place.model, place.spec.input_size, share, measure, uniform=args.uniform)
-    told = {
+    entry = {
         "what": "channels pruned by Torch-Pruning before fine-tuning; latency beside the unpruned model's",
         "wanted": {measure: share},
         "torch_pruning": importlib.metadata.version("torch-pruning"),
     }
-    if not guest.join(place, name, pruned, **told):
+    if not external_arm.join(place, name, pruned, **entry):
         raise SystemExit(1)
 
 
@@ -110,4 +110,4 @@ def prune(
 
 
 if __name__ == "__main__":
-    guest.run_script(main)
+    external_arm.run_script(main)

@@ -2,9 +2,9 @@
 
 The loop decodes, transforms and runs the images of a folder, read into memory before, 32 at a time (`ulsam.runtime`
 or PyTorch, as the service does). It runs for half of the time before the service and half after it. Clients are threads
-of this process with a connection each, which send one image after the other; their processor time is told, because
-they share the machine with the service. At last the service is told to stop while they send: what it says it answered
-must be what they got. Nothing else may run.
+of this process with a connection each, which send one image after the other; the result holds their
+processor time, because they share the machine with the service. At last the service is asked to stop while they send:
+what it says it answered must be what they got. Nothing else may run.
 
     python benchmarks/served.py cub100 runs/slim/model.onnx images/test
 """
@@ -112,8 +112,8 @@ def service(model: str, images: Sequence[bytes], n_clients: int, threads: int, s
     process.send_signal(signal.SIGTERM)
     for client in clients:
         client.join()
-    told, _ = process.communicate()
-    said, answered = int(told.split("stopped: ")[1].split()[0]), sum(client.answered for client in clients)
+    printed, _ = process.communicate()
+    said, answered = int(printed.split("stopped: ")[1].split()[0]), sum(client.answered for client in clients)
     median, p99 = np.quantile(taken, (0.5, 0.99))
     batches = last["ulsam_batch_images_count"] - first["ulsam_batch_images_count"]
     return {

@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import guest
+import external_arm
 import torch
 from filelock import FileLock
 from torch import nn
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--most-sets", type=int, default=100, metavar="N", help="as of ulsam slim (default: 100)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--seeds", type=int, help="slim so many of the base model's final runs (default: all)")
+    parser.add_argument("--seeds", type=int, help="slim only this many of the base model's final runs (default: all)")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--package", metavar="NAME", help="put the first seed's model there, as ARCHITECTURE.DATA_WHAT")
     args = parser.parse_args(argv)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ["whole", *(f"seed {seed}" for seed in seeds)]
     times = measure({name: (model, spec.input_size) for name, (model, spec) in zip(names, models, strict=True)})
     first, (model, spec) = seeds[0], models[1]
-    told = {
+    result = {
         "what": "base models of a comparison, slimmed with distillation and, beside it, trained on",
         "command": command_line(),
         "wanted": wanted,
@@ -169,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         file = ROOT / "src" / "ulsam" / "model" / "weights" / f"{args.package}.safetensors"
         pack(model, spec, file)
         packed = {"name": args.package, "seed": first, "top1": measured(load(file)[0], finals[0])}
-        told["packed"] = {**packed, "bytes": file.stat().st_size}
-    text = json.dumps(without_paths(told), indent=1) + "\n"
+        result["packed"] = {**packed, "bytes": file.stat().st_size}
+    text = json.dumps(without_paths(result), indent=1) + "\n"
     write_atomic(ROOT / "results" / f"slimmed_{args.name}.json", text)
     print(text)
 
@@ -184,13 +184,13 @@ def base_runs(grid: Grid, store: Store, most: int | None = None) -> tuple[Run, l
     arm = grid.arms[0]
     chosen = grid.chosen(arm, store.outcome) if grid.choosing else None
     if chosen is None:
-        raise UlsamError(f"{store.root} has not chosen a learning rate for its base model: go on with ulsam compare")
+        raise UlsamError(f"{store.root} has not chosen a learning rate for its base model: continue with ulsam compare")
     runs = [run for run in grid.tries(arm, store.outcome) if (run.config.lr, run.config.epochs) == chosen][:1]
     runs += grid.finals(arm, store.outcome)[:most]
     for run in runs:
         summary = store.outcome(run)
         if summary is None or isinstance(summary, Failed) or not (store.folder(run) / "model.safetensors").exists():
-            raise UlsamError(f"{run} is not finished: go on with ulsam compare")
+            raise UlsamError(f"{run} is not finished: continue with ulsam compare")
     return runs[0], runs[1:]
 
 
@@ -221,7 +221,7 @@ def _decide(jobs: Sequence[dict[str, Any]]) -> None:
 
 
 def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> None:
-    """Train the whole model as its slimmed one is, or go on with it, or wait for another process that does.
+    """Train the whole model as its slimmed one is, or resume it, or wait for another process that does.
 
     Raises:
         UlsamError: it was begun with other settings.
@@ -260,4 +260,4 @@ def _scores(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    guest.run_script(main)
+    external_arm.run_script(main)

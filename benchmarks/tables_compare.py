@@ -44,25 +44,25 @@ def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> s
             matched.append(pair)
     out = found["command"].rpartition("--out ")[2]
     packed = read_packed(results / f"{name}{SUFFIX}")
-    guests = [content for file, content in packed.items() if file.endswith("/external_arm.json")]
-    commands = [f"`{guest_command(guest, out)}`" for guest in guests]
+    external = [content for file, content in packed.items() if file.endswith("/external_arm.json")]
+    commands = [f"`{external_command(arm, out)}`" for arm in external]
     return "\n\n".join([table.markdown({**found, "differences": matched}).strip(), *commands])
 
 
-def guest_command(guest: dict[str, Any], out: str) -> str:
+def external_command(arm: dict[str, Any], out: str) -> str:
     """The command that trained an arm which joined a comparison.
 
-    >>> guest_command({"name": "pruned-uniform-macs-0.758", "wanted": {"macs": 0.758}}, "runs/cub100")
+    >>> external_command({"name": "pruned-uniform-macs-0.758", "wanted": {"macs": 0.758}}, "runs/cub100")
     'python benchmarks/pruning.py runs/cub100 --uniform --macs 0.758'
-    >>> guest_command({"name": "gated 14,17", "kind": "gated", "at": "14,17", "groups": 4}, "runs/cub100")
+    >>> external_command({"name": "gated 14,17", "kind": "gated", "at": "14,17", "groups": 4}, "runs/cub100")
     'python benchmarks/variants.py runs/cub100 gated 14,17'
     """
-    if is_pruned(guest["name"]):
-        ((measure, share),) = guest["wanted"].items()
-        uniform = "--uniform " if "-uniform-" in guest["name"] else ""
+    if is_pruned(arm["name"]):
+        ((measure, share),) = arm["wanted"].items()
+        uniform = "--uniform " if "-uniform-" in arm["name"] else ""
         return f"python benchmarks/pruning.py {out} {uniform}--{measure} {share:g}"
-    groups = f" --groups {guest['groups']}" if guest["groups"] != 4 else ""
-    return f"python benchmarks/variants.py {out} {guest['kind']} {guest['at']}{groups}"
+    groups = f" --groups {arm['groups']}" if arm["groups"] != 4 else ""
+    return f"python benchmarks/variants.py {out} {arm['kind']} {arm['at']}{groups}"
 
 
 def write_figures(results: Path, name: str, target: Path) -> None:

@@ -15,9 +15,9 @@ def exported_table(results: Path) -> str:
     cases: dict[tuple[str, str], dict[str, str]] = {}
     for row in result["cases"]:
         low, _, high = (100 * share for share in statistics.quantiles(row["of_rounds"], n=4))
-        told = f"{100 * row['added_by_each_layer']:+.2f} % ({low:+.2f} to {high:+.2f})"
+        shown = f"{100 * row['added_by_each_layer']:+.2f} % ({low:+.2f} to {high:+.2f})"
         place = f"{row['pixels']} px, batch {row['batch']}"
-        cases.setdefault((row["edit"], row["form"]), {})[place] = told
+        cases.setdefault((row["edit"], row["form"]), {})[place] = shown
     places = next(iter(cases.values()))
     lines = [
         f"{result['machine']['processor']}, ONNX Runtime {result['versions']['onnxruntime']}, one thread:",
@@ -25,8 +25,8 @@ def exported_table(results: Path) -> str:
         f"| each layer adds | {' | '.join(places)} |",
         "|---" * (1 + len(places)) + "|",
     ]
-    for (edit, form), told in cases.items():
-        lines.append(f"| {edit}, {form} | {' | '.join(told[place] for place in places)} |")
+    for (edit, form), shown in cases.items():
+        lines.append(f"| {edit}, {form} | {' | '.join(shown[place] for place in places)} |")
     return "\n".join(lines)
 
 
@@ -77,7 +77,7 @@ def served_table(results: Path, name: str) -> str:
     result = json.loads((results / f"served_{name}.json").read_text())
     served, stopped = result["served"], result["served"]["stopped"]
     low, high = (bytes_ / 2**20 for bytes_ in served["memory_bytes"])
-    told, got = stopped["answered_by_the_service"], stopped["answers_that_clients_got"]
+    sent, got = stopped["answered_by_the_service"], stopped["answers_that_clients_got"]
     rows = {
         "the same work in a loop": f"{result['loop']['images_per_second']:.0f} images a second",
         "the service": f"{served['images_per_second']:.0f} images a second, "
@@ -87,7 +87,7 @@ def served_table(results: Path, name: str) -> str:
         "processor time": f"{served['service_cpu_seconds']:.0f} s of the service, "
         f"{served['client_cpu_seconds']:.0f} s of the clients, in {result['seconds']:.0f} s",
         "memory": f"{low:.0f} MiB at the start, {high:.0f} MiB at the end",
-        "told to stop under load": f"{told} requests answered, {got} answers got, "
+        "stopped under load": f"{sent} requests answered, {got} answers got, "
         f"{stopped['broken']} cut off, exit status {stopped['exit_status']}",
     }
     machine = result["machine"]

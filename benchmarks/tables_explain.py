@@ -89,7 +89,7 @@ def class_table(results: Path) -> str:
 
 def waiting_table(results: Path) -> str:
     """One row a thing to wait for: the report on a folder, and the page's answer to an image."""
-    measured = [told for name in ("explain_speed", "explored") if (told := _read(results / f"{name}.json"))]
+    measured = [found for name in ("explain_speed", "explored") if (found := _read(results / f"{name}.json"))]
     if not measured:
         return "Not measured yet."
     machine, versions = measured[0]["machine"], measured[0]["versions"]
@@ -100,11 +100,11 @@ def waiting_table(results: Path) -> str:
         "| command | images | measured |",
         "|---|---|---|",
     ]
-    for told in measured:
-        for case in told.get("cases", ()):
+    for result in measured:
+        for case in result.get("cases", ()):
             rate = f"{case['images_per_second']:.1f} images a second"
             lines.append(f"| `ulsam explain`, {case['what']} | a folder of {case['images']} | {rate} |")
-        for name, seconds in told.get("seconds", {}).items():
+        for name, seconds in result.get("seconds", {}).items():
             times = f"{seconds['median']:.2f} s, the slowest of {seconds['times']}: {seconds['largest']:.2f} s"
             lines.append(f"| `ulsam explore`, two models | a JPEG of {name} | {times} |")
     return "\n".join(lines)
@@ -113,9 +113,9 @@ def waiting_table(results: Path) -> str:
 def _models(results: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """What the images are called, what the model is, and its numbers; the title once for each set of images."""
     for name, title in SETS.items():
-        told = _read(results / f"explained_{name}.json")
-        heading = f"{title}, {told['images']}" if told else ""
-        for model in (told or {}).get("models", {}).values():
+        result = _read(results / f"explained_{name}.json")
+        heading = f"{title}, {result['images']}" if result else ""
+        for model in (result or {}).get("models", {}).values():
             yield heading, ", ".join([model["spec"]["base"], *model["spec"]["edits"]]), model
 
 

@@ -43,16 +43,16 @@ def slimmed_table(results: Path, name: str) -> str:
     tries = ", ".join(f"{100 * top1:.1f} at {rate}" for rate, top1 in found["tries"].items())
     chosen = Counter(", ".join(blocks) for blocks in found["blocks"])
     sets = "; ".join(f"{blocks} ({count} of {chosen.total()} seeds)" for blocks, count in chosen.most_common())
-    told = [f"Top-1 in %, on {found['images']} test images."]
+    notes = [f"Top-1 in %, on {found['images']} test images."]
     if tries:
-        told.append(f"Learning rate chosen by top-1 on {found['chosen_on']} images, {tries};")
-        told.append(f"the whole model has {100 * found['tried_whole']:.1f} there.")
-    told.append(f"Blocks replaced: {sets}.")
+        notes.append(f"Learning rate chosen by top-1 on {found['chosen_on']} images, {tries};")
+        notes.append(f"the whole model has {100 * found['tried_whole']:.1f} there.")
+    notes.append(f"Blocks replaced: {sets}.")
     if ratios := found["latency"].get("slimmed_ratios"):
         shares = ", ".join(f"{ratio:.3f}" for ratio in ratios)
         threads = "1 thread" if found["latency"]["threads"] == 1 else f"{found['latency']['threads']} threads"
-        told.append(f"Time of each seed's model, as a share: {shares} ({threads}).")
-    return "\n".join([*lines, "", " ".join(told)])
+        notes.append(f"Time of each seed's model, as a share: {shares} ({threads}).")
+    return "\n".join([*lines, "", " ".join(notes)])
 
 
 def slimmed_results(results: Path, name: str) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def slimmed_results(results: Path, name: str) -> dict[str, Any]:
     said["whole"] |= {name: runs["whole"][first]["config"][name] for name in ("lr", "epochs")}
     said["slimmed"]["cost"] = slimmed[first]["cost"]
     for way in ("whole", "longer"):
-        told = difference(slimmed, runs[way])
-        said[f"minus_{way}"] = json.loads(json.dumps(told and dataclasses.asdict(told)))
+        minus = difference(slimmed, runs[way])
+        said[f"minus_{way}"] = json.loads(json.dumps(minus and dataclasses.asdict(minus)))
     for key, value in said.items():
         if not _same(value, found[key]):
             raise UlsamError(

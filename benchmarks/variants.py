@@ -1,7 +1,7 @@
 """What might make subspace attention do more than the paper's equations do: variants of the layer, in plain PyTorch.
 
-A variant joins a comparison as one more arm (benchmarks/guest.py): the model of its first arm, with the variant in the
-place of some blocks. Several may run at a time, each a process of its own; each is timed behind its last run.
+A variant joins a comparison as one more arm (benchmarks/external_arm.py): the model of its first arm, with the variant
+in the place of some blocks. Several may run at a time, each a process of its own; each is timed behind its last run.
 
     python benchmarks/variants.py compared gated 14,17
     ulsam compare --report-only --out compared
@@ -12,7 +12,7 @@ import copy
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-import guest
+import external_arm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,15 +29,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("at", help="layer numbers, as 14,17")
     parser.add_argument("--groups", type=int, default=4)
     args = parser.parse_args(argv)
-    place = guest.host(args.out)
+    place = external_arm.host(args.out)
     edited = ulsam.replace(copy.deepcopy(place.model), args.at, args.groups, input_size=place.spec.input_size)
     torch.manual_seed(0)
     for name, module in list(edited.named_modules()):
         if isinstance(module, ulsam.ULSAM):
             edited.set_submodule(name, Variant(module.channels, args.groups, args.kind))
     name = f"{args.kind} {args.at}" + (f" g={args.groups}" if args.groups != 4 else "")
-    told = {"what": "a variant of benchmarks/variants.py", "kind": args.kind, "at": args.at, "groups": args.groups}
-    if not guest.join(place, name, edited, **told):
+    entry = {"what": "a variant of benchmarks/variants.py", "kind": args.kind, "at": args.at, "groups": args.groups}
+    if not external_arm.join(place, name, edited, **entry):
         raise SystemExit(1)
 
 
@@ -97,4 +97,4 @@ class Variant(nn.Module):
 
 
 if __name__ == "__main__":
-    guest.run_script(main)
+    external_arm.run_script(main)

@@ -306,7 +306,7 @@ def assert_close(one: list[Tensor], two: list[Tensor], to: float = 1e-4) -> None
         torch.testing.assert_close(a, b, rtol=to, atol=to * float(b.abs().max()) if b.numel() else 0, equal_nan=True)
 
 
-def child(name: str, steps: list[str], told: Connection) -> None:
+def child(name: str, steps: list[str], results: Connection) -> None:
     """Send what is known of the model, piece by piece."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -315,20 +315,20 @@ def child(name: str, steps: list[str], told: Connection) -> None:
     try:
         zoo = Zoo(name)
     except Exception as error:  # of the model's own code
-        told.send(("steps", {step: f"the model itself: {first_line(error)[:200]}" for step in steps}))
+        results.send(("steps", {step: f"the model itself: {first_line(error)[:200]}" for step in steps}))
         return
-    told.send(("", {"model": zoo.model, "parameters": count(zoo.base), "size": zoo.size[-1]}))
+    results.send(("", {"model": zoo.model, "parameters": count(zoo.base), "size": zoo.size[-1]}))
     for step in steps:
         said = zoo.outcome(step)
-        told.send(("steps", {step: said}))
+        results.send(("steps", {step: said}))
         if step == "candidates" and said == "works":
-            told.send(("", {"candidates": zoo.candidate_count, "replaced": zoo.block, "behind": zoo.behind}))
+            results.send(("", {"candidates": zoo.candidate_count, "replaced": zoo.block, "behind": zoo.behind}))
         elif step == "candidates":
             break
 
 
 def watch(name: str, steps: list[str], limit: float) -> dict[str, Any]:
-    """Run one model in a process of its own; what it told until it ended or its time was over."""
+    """Run one model in a process of its own; what it sent until it ended or its time was over."""
     fork = multiprocessing.get_context("fork")
     here, there = fork.Pipe(duplex=False)
     process = fork.Process(target=child, args=(name, steps, there))
@@ -337,7 +337,7 @@ def watch(name: str, steps: list[str], limit: float) -> dict[str, Any]:
     there.close()
     row: dict[str, Any] = {"steps": {}}
     ended = f"FAILED: not done in {limit:.0f} s"
-    # the pipe alone does not tell the end: other models' processes hold it open too
+    # the pipe alone does not show the end: other models' processes hold it open too
     while wait([here, process.sentinel], max(0.0, limit - (time.perf_counter() - began))):
         try:
             if not here.poll():
@@ -366,18 +366,18 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds a model (default: 120)")
     parser.add_argument("--out", type=Path, default=Path("results/zoo.json"))
     args = parser.parse_args()
-    told: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
-    told["versions"] = versions() | {"ultralytics": ultralytics.__version__}
-    told["machine"] = {"processor": processor(), "threads": 1}
-    todo = [name for name in NAMES if re.search(args.names, name) and (args.again or name not in told["models"])]
+    table: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
+    table["versions"] = versions() | {"ultralytics": ultralytics.__version__}
+    table["machine"] = {"processor": processor(), "threads": 1}
+    todo = [name for name in NAMES if re.search(args.names, name) and (args.again or name not in table["models"])]
     lock = threading.Lock()
 
     def one(name: str) -> None:
         row = watch(name, [*STEPS, *["onnx"] * args.onnx], args.limit)
         with lock:
-            told["models"][name] = row
-            told["models"] = {name: told["models"][name] for name in NAMES if name in told["models"]}
-            write_atomic(args.out, json.dumps(told, indent=1) + "\n")
+            table["models"][name] = row
+            table["models"] = {name: table["models"][name] for name in NAMES if name in table["models"]}
+            write_atomic(args.out, json.dumps(table, indent=1) + "\n")
             bad = {step: said for step, said in row["steps"].items() if said != "works"}
             print(f"{name}: {row.get('model')}, {row['seconds']} s, {bad}", flush=True)
 

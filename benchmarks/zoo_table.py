@@ -39,11 +39,11 @@ r: ulsam refuses the step and says why. m: the cause is the unedited model. ✗:
 
 
 def main() -> None:
-    told = json.loads((ROOT / "results" / "zoo.json").read_text())
+    result = json.loads((ROOT / "results" / "zoo.json").read_text())
     reasons: list[str] = []
-    rows = [row(name, model, reasons) for name, model in told["models"].items()]
+    rows = [row(name, model, reasons) for name, model in result["models"].items()]
     names = ("torch", "timm", "torchvision", "ultralytics")
-    print(INTRODUCTION.format(versions=", ".join(f"{name} {told['versions'][name]}" for name in names)), end="")
+    print(INTRODUCTION.format(versions=", ".join(f"{name} {result['versions'][name]}" for name in names)), end="")
     head = ["family", "model", "parameters", *STEPS]
     print("\n".join(line(cells) for cells in [head, ["---"] * len(head), *rows]))
     print("\n" + "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)))
@@ -64,7 +64,7 @@ def mark(said: str, reasons: list[str]) -> str:
         return "–"
     kind, _, reason = said.partition(": ")
     # by its kind, not its place and shapes
-    reason = re.sub(r"^\S+ (?=puts|changes|lies|does)| = \[[\d, ]+\]|; (valid|this model).*", "", reason)
+    reason = re.sub(r"^\S+ (?=outputs|changes|lies|does)| = \[[\d, ]+\]|; (valid|this model).*", "", reason)
     reason = re.sub(
         r"(data-dependent expression) .*", r"\1", re.sub(r"\[1, [\d, ]+\](, channels)", r"[B, H, W, C]\1", reason)
     )

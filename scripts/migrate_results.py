@@ -27,7 +27,8 @@ NAMES = {"classes", "names", "unreadable", "data", "weights", "teacher"}
 FOLDERS = [
     ("removed", "remove"),
     ("ulsam-thin", "ulsam-inverted-residual"),
-    ("unfitted-thin", "unfitted-inverted-residual"),
+    ("unfitted-thin", "not-reconstructed-inverted-residual"),
+    ("unfitted-inverted-residual", "not-reconstructed-inverted-residual"),
     ("thin", "inverted-residual"),
 ]
 
@@ -37,6 +38,7 @@ def words(text: str) -> str:
     text = re.sub(r"(^|[\"'`:; ])drop (?=[\d{*a-z])", r"\1remove ", text)
     text = re.sub(r"--drop\b", "--remove", text)
     text = text.replace("layer=thin", "layer=inverted_residual").replace("--layer thin", "--layer inverted_residual")
+    text = re.sub(r"\bunfitted (?=thin \d|inverted residual \d)", "not reconstructed ", text)
     text = re.sub(r"\bULSAM thin (?=\d)", "ULSAM + inverted residual ", text)
     text = re.sub(r"\bthin (?=\d)", "inverted residual ", text)
     text = re.sub(r"\bthin block", "narrow inverted residual", text)

@@ -23,7 +23,7 @@ class Reply(NamedTuple):
 
 
 class Service:
-    """A running service; `stop` ends it and tells what it said."""
+    """A running service; `stop` ends it and returns what it printed."""
 
     def __init__(self, *words: str, folder: Path, **env: str) -> None:
         self.folder = folder

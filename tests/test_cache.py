@@ -194,7 +194,7 @@ def refused(*_: int) -> ImageCache:
     ("changed", "message"),
     [
         ({"available_memory": lambda: 1000}, "16 images, .* of the memory that is available"),
-        ({"available_memory": lambda: None}, "the system does not tell how much memory is available"),
+        ({"available_memory": lambda: None}, "the system does not say how much memory is available"),
         (
             {"ImageCache": lambda *_: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory"))},
             "16 images, .* refuses .Cannot",
@@ -206,7 +206,7 @@ def test_why_not(images: FolderImages, monkeypatch: pytest.MonkeyPatch, changed:
         monkeypatch.setattr(caching, name, value)
     cache, line = cache_for(images, whole, "auto")
     assert cache is None
-    with pytest.raises(UlsamError, match=f"`cache=true` cannot be done: {message}.*; `cache=auto` goes"):
+    with pytest.raises(UlsamError, match=f"`cache=true` cannot be done: {message}.*; `cache=auto` trains"):
         cache_for(images, whole, "true")
     assert str(line).startswith("off: ")
 
@@ -233,8 +233,8 @@ def test_available_memory_of_a_system_without_control_groups(tmp_path: Path) -> 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil reads no files")
 def test_available_memory_is_what_linux_says_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = "MemTotal: 9999 kB\nMemFree: 1000 kB\nMemAvailable: 5000 kB\n"
-    root = machine(tmp_path, "0::/\n", {"proc/meminfo": told})
+    meminfo = "MemTotal: 9999 kB\nMemFree: 1000 kB\nMemAvailable: 5000 kB\n"
+    root = machine(tmp_path, "0::/\n", {"proc/meminfo": meminfo})
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(root / "proc"))
     with pytest.warns(RuntimeWarning, match="couldn't be determined"):
         assert available_memory(root) == 5000 * 1024

@@ -76,7 +76,7 @@ def test_predict_names_every_image_in_order(world, capsys):
         assert [float(v) for v in named.values()] == pytest.approx([100 * v for v in best.values.tolist()], abs=0.06)
 
 
-def test_predict_as_json_goes_on_after_a_bad_image_and_exits_2(world, capsys):
+def test_predict_as_json_continues_after_a_bad_image_and_exits_2(world, capsys):
     root, said = world
     (root / "broken.jpg").write_bytes(b"no image")
     good = next(iter(said))
@@ -88,17 +88,17 @@ def test_predict_as_json_goes_on_after_a_bad_image_and_exits_2(world, capsys):
     assert captured.err == "ulsam: error: 1 of 2 images could not be read; they are named above\n"
 
 
-def test_a_line_of_a_image_is_told_and_left_out(world, capsys, tmp_path):
+def test_an_unreadable_image_is_reported_and_left_out(world, capsys, tmp_path):
     root, _ = world
     shutil.copytree(root / "data", tmp_path / "data")
     line = tmp_path / "data" / "test" / CLASSES[0] / "line.png"
     Image.new("L", (1, 3_000_000)).save(line)  # resized by its shorter side: 10 GB
-    told = f"unreadable {line}: one side is more than 100 times as long as the other"
+    message = f"unreadable {line}: one side is more than 100 times as long as the other"
     assert main(["predict", str(root / "model.safetensors"), str(line)]) == 2
-    assert told in capsys.readouterr().out.splitlines()
+    assert message in capsys.readouterr().out.splitlines()
     assert main(["eval", str(root / "model.safetensors"), str(tmp_path / "data"), "--workers", "0"]) == 0
     printed = capsys.readouterr().out
-    assert told in printed.splitlines() and "9 images, split test; 1 unreadable ones left out" in printed
+    assert message in printed.splitlines() and "9 images, split test; 1 unreadable ones left out" in printed
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_groups_and_form_reach_a_preset(capsys):
     assert numbers(out.splitlines()[-2])[0] == params
 
 
-def test_profile_reads_a_file_and_edits_go_on_top_of_its_own(capsys, file):
+def test_profile_reads_a_file_and_adds_edits_to_its_own(capsys, file):
     assert main(["profile", str(file)]) == 0
     own = capsys.readouterr().out
     assert "One 3x64x64 image" in own
@@ -130,15 +130,15 @@ def test_info_prints_spec_size_formats_and_cost(capsys, file):
     assert f"{found.macs:,} MACs" in out
 
 
-@pytest.mark.parametrize(("rank", "told"), [("0", "ulsam: interrupted\n"), ("1", "")])
-def test_ctrl_c_is_one_line_of_the_first_process(rank, told, monkeypatch, capsys):
+@pytest.mark.parametrize(("rank", "message"), [("0", "ulsam: interrupted\n"), ("1", "")])
+def test_ctrl_c_is_one_line_of_the_first_process(rank, message, monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ulsam.cli.paper.run", interrupted)
     monkeypatch.setenv("RANK", rank)
     assert main(["paper"]) == 130
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == message
 
 
 MISTAKES = [
@@ -165,7 +165,7 @@ MISTAKES = [
     (["profile", NET, "--replace", "17", "--remove", "17"], "blocks.5.2 is a ULSAM layer already"),
     (["profile", NET, "--rule", "mine"], "--rule: 'mine' is not one of exact, paper"),
     (["profile", NET, "--csv", "no/such/folder/rows.csv"], "cannot write no/such/folder/rows.csv"),
-    (["candidates", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 has no block that takes and puts out the same"),
+    (["candidates", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 has no block that takes and outputs the same"),
     (["profile", "model.pth"], "model.pth is neither timm's name of a model nor a model file, NAME.safetensors"),
     (["profile", "tests"], "tests is neither timm's name of a model nor a model file"),
     (["candidates", "nothing.safetensors"], "no model file nothing.safetensors"),

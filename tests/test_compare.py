@@ -38,7 +38,7 @@ from ulsam.training.config import TrainConfig
 from ulsam.training.parts import open_images
 from ulsam.training.train import train
 
-SETTLED = {**SETTINGS, "epochs": 1, "layout": "contiguous", "amp": "none", "compile": "none"}
+RESOLVED = {**SETTINGS, "epochs": 1, "layout": "contiguous", "amp": "none", "compile": "none"}
 ARMS = ("base", "slim: insert blocks.2 g=4; size=24")
 
 
@@ -78,7 +78,7 @@ def run_here(
     out: Path, data: Path, arms: Sequence[str], *, settings: dict[str, Any] | None = None, **given: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """As `ulsam.compare`, with :class:`Here`; what it returns, and the runs that it started."""
-    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), **(settings or {})})
+    shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data), **(settings or {})})
     grid, store = Grid(parse_arms(arms), shared, **given), Store(out)
     with store.locked():
         store.begin(grid, f"ulsam compare {data}", data_digest(shared, grid.choose_split), {})
@@ -216,7 +216,7 @@ def test_runs_of_another_spec_are_never_mixed_in(
 @pytest.mark.parametrize("what", ["longer", "renamed", "in another split", "one more", "another class"])
 def test_data_that_changed_is_refused_before_training(what: str, tmp_path: Path) -> None:
     data = draw_splits(tmp_path / "data", train=3, val=2)
-    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data)})
+    shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data)})
     grid, store = Grid(parse_arms(ARMS), shared), Store(tmp_path / "out")
     store.root.mkdir()
     store.write("grid.json", grid.to_json())  # as an earlier version left it
@@ -244,7 +244,7 @@ def test_another_weight_file_or_teacher_of_the_same_name_is_refused(tmp_path: Pa
     weights, teacher = tmp_path / "weights.safetensors", tmp_path / "teacher.safetensors"
     weights.write_bytes(b"one")
     teacher.write_bytes(b"two")
-    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), "weights": str(weights)})
+    shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data), "weights": str(weights)})
     arms = [
         *parse_arms(ARMS),
         dataclasses.replace(parse_arms(ARMS)[1], name="taught", settings={"teacher": str(teacher)}),
@@ -297,11 +297,14 @@ def test_a_published_file_gives_the_same_tables(
     assert file.read_bytes() == before
 
 
-def test_a_guest_without_a_finished_run_is_published(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_an_external_arm_without_finished_runs_is_published(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     out, file = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published.jsonl.gz"
     (out / "arms" / "begun").mkdir()
     Store(out).write(
-        "arms/begun/external_arm.json", {"name": "begun", "settings": {}, "what": "its first run goes on", "cost": {}}
+        "arms/begun/external_arm.json",
+        {"name": "begun", "settings": {}, "what": "its first run is not finished", "cost": {}},
     )
     begun = report(out, publish=file)["arms"][-1]
     assert (begun["name"], begun["seeds"]) == ("begun", [])
@@ -342,8 +345,8 @@ def test_a_published_comparison_is_resumed_by_the_command(
     (tmp_path / data.name).symlink_to(data)
     monkeypatch.chdir(tmp_path)
     arms = [word for arm in ARMS for word in ("--arm", arm)]
-    line = ["compare", data.name, *arms, "--rates", "0.02,0.1", "--seeds", "2", *options(SETTLED)]
-    for _ in range(2):  # typed again, it goes on in the folder
+    line = ["compare", data.name, *arms, "--rates", "0.02,0.1", "--seeds", "2", *options(RESOLVED)]
+    for _ in range(2):  # typed again, it resumes in the folder
         assert main([*line, "--from", str(file), "--out", str(new)]) == 0
         assert json.loads((new / "compare.json").read_text())["arms"] == finished[1]["arms"]
     assert not [*new.rglob("*.safetensors")]  # nothing was trained
@@ -393,7 +396,7 @@ def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_pa
         run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1, choose_split="val")
 
 
-def test_a_report_tells_of_the_machine_of_the_runs_not_of_its_own(
+def test_a_report_shows_the_machine_of_the_runs_not_its_own(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     out, result = finished
@@ -425,7 +428,7 @@ def test_no_published_text_holds_a_path(finished: tuple[Path, dict[str, Any]], d
     assert (tmp_path / "again" / "compare.md").read_text().endswith(f"`ulsam compare {data.name}`\n")
 
 
-def test_a_failed_run_is_told_and_the_others_go_on(
+def test_a_failed_run_is_reported_and_the_others_continue(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arms = ["base", "wild: lr=1e30; clip_grad=1e30", "size=24"]
@@ -479,7 +482,7 @@ def test_the_second_table_has_every_other_pair() -> None:
     assert pairs(result) == [["c minus b", "+1.00 [+0.20, +1.80]", "gain, non-inferior"]]
 
 
-def test_the_legend_tells_the_interval_where_only_the_base_is_held_against(
+def test_the_legend_states_the_interval_where_only_the_base_is_held_against(
     finished: tuple[Path, dict[str, Any]],
 ) -> None:
     assert legend({**finished[1], "differences": []}) == legend(finished[1])
@@ -538,7 +541,7 @@ def test_mistakes_are_one_line_and_train_nothing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # is not installed
     out = tmp_path / "out"
-    rest = [] if "--report-only" in words else options(SETTLED)
+    rest = [] if "--report-only" in words else options(RESOLVED)
     values = {"edits": ["remove blocks.2"]}, {"val_every": 2, "split_seed": None, "edits": []}, {"split_seed": 0}
     files = dict(zip(("EDITS", "OFTEN", "SPLIT"), values, strict=True))
     for name, settings in files.items():
@@ -552,7 +555,7 @@ def test_mistakes_are_one_line_and_train_nothing(
 
 
 def test_images_that_the_start_was_trained_on_are_no_held_out_ones(data: Path, tmp_path: Path) -> None:
-    settings = {**SETTLED, "data": str(data), "val_fraction": 0.5}
+    settings = {**RESOLVED, "data": str(data), "val_fraction": 0.5}
     before = TrainConfig.from_mapping({**settings, "split_seed": 0})
     train(before, tmp_path / "before")
     model = str(tmp_path / "before" / "model.safetensors")
@@ -563,8 +566,8 @@ def test_images_that_the_start_was_trained_on_are_no_held_out_ones(data: Path, t
             held_out = open_images(config)[1].names
             seen = len(trained_on & set(held_out))
             assert (seen > 0) == (split_seed == 1)
-            told = [f"{model} was trained on {seen} of the {len(held_out)} images that are held out here"]
-            assert [line.partition(":")[0] for line in seen_before([config])] == (told if seen else [])
+            warnings = [f"{model} was trained on {seen} of the {len(held_out)} images that are held out here"]
+            assert [line.partition(":")[0] for line in seen_before([config])] == (warnings if seen else [])
     elsewhere = dataclasses.replace(before, val_fraction=None, val_split="val", weights=model)
     other_split = dataclasses.replace(before, train_split="val", weights=model)  # images of the same names
     assert seen_before([elsewhere, other_split]) == []
@@ -585,7 +588,7 @@ def test_a_locked_run_is_left_to_the_other_process(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What another process has in hand is waited for, said once, and taken over from it without training."""
-    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data)})
+    shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data)})
     grid, store = Grid(parse_arms(ARMS[:2]), shared, seeds=1), Store(tmp_path)
     caplog.set_level(logging.INFO, logger="ulsam")
 
@@ -594,7 +597,7 @@ def test_a_locked_run_is_left_to_the_other_process(
 
     class Locked(LocalLauncher):
         def start(self, run: Run) -> bool:
-            if len(said()) == 2:  # both were told: the other process is done with one, then with the other
+            if len(said()) == 2:  # both were seen: the other process is done with one, then with the other
                 for other in grid.known(self.store.outcome):
                     if self.store.outcome(other) is None:
                         train(other.config, self.store.folder(other))

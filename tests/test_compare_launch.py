@@ -11,7 +11,7 @@ import pytest
 
 from tiny import SETTINGS, Warm, draw_splits, options
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux tells them")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
 
 LONG = {**SETTINGS, "epochs": 400, "layout": "contiguous", "amp": "none", "compile": "none", "save_seconds": 0}
 SHORT = {**LONG, "epochs": 1}

@@ -17,7 +17,7 @@ from ulsam.study.ray_launcher import receive, train_there
 from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
 
-SETTLED = {**SETTINGS, "layout": "contiguous", "amp": "none", "compile": "none"}
+RESOLVED = {**SETTINGS, "layout": "contiguous", "amp": "none", "compile": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_path: Path) -> None:
     arms = parse_arms(["base", "size=24"])
-    shared = TrainConfig.from_mapping({**SETTLED, "data": str(data), "epochs": 1})
+    shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data), "epochs": 1})
     store, grid = Store(tmp_path), Grid(arms, shared, seeds=1)
     run = grid.known(store.outcome)[0]
     folder = store.folder(run)
@@ -51,7 +51,7 @@ def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_pat
 
 @pytest.mark.slow
 def test_relative_paths_are_seen_from_where_the_command_was_given(data: Path, tmp_path: Path) -> None:
-    config = TrainConfig.from_mapping({**SETTLED, "data": data.name, "epochs": 1})
+    config = TrainConfig.from_mapping({**RESOLVED, "data": data.name, "epochs": 1})
     run = Run(Arm.parse("base"), "seed-0", config)
     store, token = Store(tmp_path), str(tmp_path / "no-such-token")
     reason, files = train_there(str(store.folder(run)), config.to_yaml(), token, str(data.parent))
@@ -90,7 +90,7 @@ def test_a_node_lost_on_the_way_costs_only_its_runs(
 
     watcher = threading.Thread(target=lose)
     watcher.start()
-    settings: dict[str, Any] = {**SETTLED, "epochs": 60, "save_seconds": 0}
+    settings: dict[str, Any] = {**RESOLVED, "epochs": 60, "save_seconds": 0}
     try:
         result = compare(
             data,
@@ -108,5 +108,5 @@ def test_a_node_lost_on_the_way_costs_only_its_runs(
     assert not any(arm["failed"] for arm in result["arms"])
     assert stamps and all(Path(path).stat().st_mtime == before for path, before in stamps.items())
     logs = [path.read_text() for path in out.glob("arms/*/*.log")]
-    assert any("\nresume " in log for log in logs)  # the lost one went on from its checkpoint
+    assert any("\nresume " in log for log in logs)  # the lost one resumed from its checkpoint
     assert json.loads((out / "compare.json").read_text())["finished"]

@@ -15,12 +15,12 @@ def deployed() -> ModuleType:
 
 
 def answers(right: list[int], size: int) -> dict[str, object]:
-    told = {"images": len(right), "right": np.packbits(right).tobytes().hex(), "names": "digest"}
+    outcomes = {"images": len(right), "right": np.packbits(right).tobytes().hex(), "names": "digest"}
     scores = {"top1": float(np.mean(right)), "images": len(right)}
-    return {"split": None, "scores": scores, "outcomes": told, "bytes": size}
+    return {"split": None, "scores": scores, "outcomes": outcomes, "bytes": size}
 
 
-def test_int8_is_paired_with_its_own_model_and_told_in_the_table(deployed, tmp_path):
+def test_int8_is_paired_with_its_own_model_and_shown_in_the_table(deployed, tmp_path):
     right = [1] * 80 + [0] * 20
     worse = [1] * 78 + [0] * 22
     one = {"pytorch": answers(right, 0), "float32": answers(right, 4_000_000), "int8": answers(worse, 1_000_000)}

@@ -1,4 +1,4 @@
-"""Distillation: its losses against naive ones, the places of the maps, the teacher left alone, and going on."""
+"""Distillation: its losses against naive ones, the places of the maps, the teacher left alone, and resuming."""
 
 import copy
 import dataclasses
@@ -54,7 +54,7 @@ def spec(*edits: str, base: str = NET, classes: tuple[str, ...] = CLASSES, **res
     return ModelSpec(base, classes, tuple(map(Edit.parse, edits)), input_size=SIZE, **rest)
 
 
-def settle_norms(model: nn.Module, images: Tensor) -> None:
+def update_norms(model: nn.Module, images: Tensor) -> None:
     """Give the BatchNorms the statistics of these images, as training would."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -69,7 +69,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     its = spec(mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25))
     model, _ = build(its)
-    settle_norms(model, torch.randn(32, *SIZE))
+    update_norms(model, torch.randn(32, *SIZE))
     nn.init.normal_(model.classifier.weight, std=0.2)
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     save(model, its, path)
@@ -90,23 +90,23 @@ def weights(run: Path, name: str = "model") -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_soft_targets_by_hand(temperature: float) -> None:
-    logits, told = torch.randn(5, 7, dtype=torch.float64), 3 * torch.randn(5, 7, dtype=torch.float64)
+    logits, teacher_logits = torch.randn(5, 7, dtype=torch.float64), 3 * torch.randn(5, 7, dtype=torch.float64)
     total = 0.0
-    for mine, its in zip(logits.tolist(), told.tolist(), strict=True):
+    for mine, its in zip(logits.tolist(), teacher_logits.tolist(), strict=True):
         p, q = (
             [math.exp(v / temperature) / sum(math.exp(w / temperature) for w in row) for v in row]
             for row in (its, mine)
         )
         total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    loss = soft_target_loss(logits, told, temperature)
+    loss = soft_target_loss(logits, teacher_logits, temperature)
     assert loss.item() == pytest.approx(temperature**2 * total / 5, rel=1e-5)
 
 
 def test_gradient_of_the_soft_targets() -> None:
     """Equation 2 of the paper, times T^2: T * (softmax(mine / T) - softmax(its / T)) for each image."""
-    logits, told = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
-    soft_target_loss(logits, told, 4.0).backward()
-    expected = 4 * ((logits / 4).softmax(1) - (told / 4).softmax(1)) / 6
+    logits, teacher_logits = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    soft_target_loss(logits, teacher_logits, 4.0).backward()
+    expected = 4 * ((logits / 4).softmax(1) - (teacher_logits / 4).softmax(1)) / 6
     torch.testing.assert_close(logits.grad, expected.detach())
 
 
@@ -130,10 +130,10 @@ def test_the_step_is_that_of_the_formula(
     chosen = config(data, teacher=str(teacher), distill_features=0.7, batch_size=12, edits=EDITS, **settings)
     trainer = Trainer(chosen, tmp_path, ALONE)
     trainer.prepare()
-    told = logged()
+    log = logged()
     weight = chosen.distill
     assert weight is not None
-    assert f"teacher {NET}; edits: none; soft targets weigh {weight:g}, at temperature 4; maps weigh 0.7, at " in told
+    assert f"teacher {NET}; edits: none; soft targets weigh {weight:g}, at temperature 4; maps weigh 0.7, at " in log
     student = copy.deepcopy(trainer.model).train()
     batch = next(iter(trainer.loader))
     images, labels = batch.images, batch.labels
@@ -207,7 +207,7 @@ def test_places_are_those_of_the_edits_and_the_last_map(edits: list[str], places
         ("mobilenetv2_035", ["replace 17"], ["blocks.5.2", "bn2"]),  # a map of one pixel, at 32 px
         ("mobilenetv3_small_050", [], ["blocks"]),  # whose head is convolutions behind the pooling
         ("resnet18", [], ["layer4"]),
-        ("resnet18", ["replace layer4.1"], ["layer4.1"]),  # which is what layer4 puts out
+        ("resnet18", ["replace layer4.1"], ["layer4.1"]),  # which is what layer4 outputs
         ("resnet18", ["replace layer4.1.bn2"], ["layer4.1.bn2", "layer4"]),
         ("regnetx_002", ["replace s4.b7"], ["s4.b7"]),  # which s4 and final_conv, an identity, hand on
     ],
@@ -319,8 +319,8 @@ def test_the_probe_times_the_teacher_too(data: Path, teacher: Path) -> None:
     found.model.register_forward_hook(lambda *_: calls.append(1))  # a copy of the model keeps it
     probe.training_step(chosen, student, SIZE, torch.device("cpu"), found)()
     assert len(calls) == 1
-    settled = probe.resolve_auto(dataclasses.replace(chosen, layout="auto"))
-    assert settled.teacher == str(teacher)
+    resolved = probe.resolve_auto(dataclasses.replace(chosen, layout="auto"))
+    assert resolved.teacher == str(teacher)
 
 
 @pytest.mark.slow
@@ -361,7 +361,7 @@ def test_two_processes_are_taught_as_one(interpreter: Warm, data: Path, tmp_path
     load(tmp_path / "two" / "model.safetensors")
 
 
-# going on
+# resuming
 
 
 FULL = {"epochs": 2, "lr": 0.01, "mixup": 0.3, "drop_rate": 0.2, "ema": 0.5, "distill_features": 0.5, "ulsam_lr": 3.0}
@@ -374,7 +374,7 @@ def unbroken(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-def test_a_stopped_run_goes_on_with_the_same_teacher_alone(
+def test_a_stopped_run_resumes_with_the_same_teacher_alone(
     data: Path, teacher: Path, unbroken: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     run, mine = tmp_path / "run", Path(shutil.copy(teacher, tmp_path / "mine.safetensors"))
@@ -399,8 +399,8 @@ def test_a_stopped_run_goes_on_with_the_same_teacher_alone(
     assert summary["scores"] == json.loads((unbroken / "summary.json").read_text())["scores"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux tells them")
-def test_a_killed_run_goes_on_to_the_same_weights(
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
+def test_a_killed_run_resumes_to_the_same_weights(
     interpreter: Warm, data: Path, teacher: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
@@ -418,7 +418,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert (run / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
-def test_a_checkpoint_from_before_these_settings_goes_on(data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_these_settings_resumes(data: Path, tmp_path: Path) -> None:
     chosen = config(data, epochs=2, lr=0.01)
     train(chosen, tmp_path / "unbroken")
     run = tmp_path / "run"
@@ -455,13 +455,13 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
         TrainConfig.from_mapping({"data": "birds", **settings})
 
 
-def test_a_run_without_a_teacher_gets_none_when_it_goes_on(teacher: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_teacher_gets_none_when_it_resumes(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(TrainConfig("birds").to_yaml())
     with pytest.raises(UlsamError, match=r"own settings: teacher was None and cannot be changed$"):
         resume(tmp_path, {"teacher": str(teacher)})
 
 
-def test_a_diverged_run_is_told_of_the_weight_of_its_maps(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_diverged_run_names_the_weight_of_its_maps(data: Path, teacher: Path, tmp_path: Path) -> None:
     trainer = Trainer(config(data, teacher=str(teacher), distill_features=1e38, lr=1e3), tmp_path, ALONE)
     trainer.prepare()
     with pytest.raises(UlsamError, match=r"or `amp=none`, or a lower `distill_features`$"):

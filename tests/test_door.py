@@ -40,13 +40,13 @@ def test_every_name_has_a_type(tmp_path: Path) -> None:
     file = tmp_path / "user.py"
     lines = ["import ulsam", *(f"reveal_type(ulsam.{name})" for name in NAMES), "ulsam.no_such_name"]
     file.write_text("\n".join(lines))
-    told, wrong, _ = api.run([str(file), "--cache-dir", str(Path.cwd() / ".mypy_cache"), "--no-error-summary"])
+    printed, wrong, _ = api.run([str(file), "--cache-dir", str(Path.cwd() / ".mypy_cache"), "--no-error-summary"])
     assert not wrong
-    revealed = dict(re.findall(r"user\.py:(\d+): note: Revealed type is \"(.*)\"", told))
+    revealed = dict(re.findall(r"user\.py:(\d+): note: Revealed type is \"(.*)\"", printed))
     types = {name: revealed[str(number)] for number, name in enumerate(NAMES, start=2)}
     for name, kind in types.items():
         assert kind not in ("Any", "builtins.object") and not kind.endswith("-> Any"), (name, kind)
-    assert f'user.py:{len(lines)}: error: Module has no attribute "no_such_name"' in told
+    assert f'user.py:{len(lines)}: error: Module has no attribute "no_such_name"' in printed
     assert "-> ulsam.surgery.cost.Cost" in types["cost"]
 
 

@@ -35,7 +35,7 @@ SPEC = make_spec(NET, CLASSES, size=32)
 
 
 class Given(nn.Module):
-    """A model that puts out what its images hold: [B, n, 1, 1] -> [B, n]."""
+    """A model that outputs what its images hold: [B, n, 1, 1] -> [B, n]."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1)
@@ -193,7 +193,7 @@ def test_predictions_are_in_order_and_add_up(folder: Path) -> None:
     assert list(predict(model, [], spec=SPEC)) == []
 
 
-def test_outcomes_tell_each_image_whatever_the_processes(tmp_path: Path) -> None:
+def test_outcomes_list_each_image_whatever_the_processes(tmp_path: Path) -> None:
     draw(tmp_path, 7, classes=3)
     unreadable = sorted((tmp_path / "class1").iterdir())[2]
     unreadable.write_bytes(b"no image")

@@ -203,7 +203,7 @@ def test_a_file_that_is_too_large_is_not_even_sent(page: Page) -> None:
     assert not sent and page.locator("#result").is_hidden()
 
 
-def test_a_server_that_is_gone_is_told_of(page: Page, bird: Path) -> None:
+def test_a_server_that_is_gone_is_reported(page: Page, bird: Path) -> None:
     page.context.set_offline(True)
     choose(page, bird)
     expect(page.get_by_role("alert")).to_contain_text("Is ulsam explore still running?")

@@ -43,7 +43,7 @@ def layers(form: str) -> nn.Sequential:
 
 
 def exactly(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-    """What the layers put out by the definition, in float64."""
+    """What the layers output by the definition, in float64."""
     x = x.double()
     for layer in model:
         scale, shift, weight, bias, norms, eps = layer._operands()
@@ -163,9 +163,9 @@ def test_the_file_is_the_model_and_says_what_it_is(model, images, capsys):
 
     made = onnx.load(out)
     onnx.checker.check_model(made, full_check=True)
-    (given,), (put_out,) = made.graph.input, made.graph.output
-    dims = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (given, put_out)]
-    assert (given.name, put_out.name, dims) == ("pixels", "logits", [["batch", 48, 48, 3], ["batch", 3]])
+    (given,), (output,) = made.graph.input, made.graph.output
+    dims = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (given, output)]
+    assert (given.name, output.name, dims) == ("pixels", "logits", [["batch", 48, 48, 3], ["batch", 3]])
     notes = {entry.key: entry.value for entry in made.metadata_props}
     spec = load(model)[1]
     assert json.loads(notes["classes"]) == list(CLASSES)
@@ -223,7 +223,7 @@ def test_normalised_images_may_be_the_input(small, tmp_path):
 
 
 class Sly(nn.Module):
-    """Puts out something else when it is exported."""
+    """Outputs something else when it is exported."""
 
     def __init__(self, model: nn.Module, change: float) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ def test_another_output_is_refused_and_leaves_no_file(small, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_engine_that_fails_is_told_in_one_line(small):
+def test_an_engine_that_fails_is_one_line(small):
     def run(images: np.ndarray) -> np.ndarray:
         raise RuntimeError("out of luck\nat line 3")
 
@@ -271,7 +271,7 @@ def test_images_to_compare_on_are_spread_over_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("{folder}", "no model file {folder}"),
         ("{model} --to tensorrt", "--to: 'tensorrt' is not one of onnx, openvino, executorch"),
@@ -281,13 +281,13 @@ def test_images_to_compare_on_are_spread_over_all(tmp_path):
         ("{model} --out {folder}/model.onnx --images {folder}/a.png", "no image to compare"),
     ],
 )
-def test_mistakes_are_told_in_one_line(model, tmp_path, capsys, words, told):
+def test_mistakes_are_one_line(model, tmp_path, capsys, words, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.png").write_bytes(b"no image")
     names = {"model": model, "folder": tmp_path}
     assert main(["export", *words.format(**names).split()]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"ulsam: error: {told.format(**names)}") and error.count("\n") == 1
+    assert error.startswith(f"ulsam: error: {message.format(**names)}") and error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "empty"]
 
 

@@ -363,7 +363,7 @@ def test_one_pair_among_many_is_found_in_few_runs() -> None:
 
 
 class Random(nn.Module):
-    """Puts out random numbers in eval mode too; ``peeks`` at a convolution's output."""
+    """Outputs random numbers in eval mode too; ``peeks`` at a convolution's output."""
 
     def __init__(self, draw: Callable[[Tensor], Tensor], peeks: bool) -> None:
         super().__init__()
@@ -404,7 +404,7 @@ class Found:
 
 
 class PuttingOut(nn.Module):
-    """Puts out the maps in one form or another; ``peeks`` at a convolution's output."""
+    """Outputs the maps in one form or another; ``peeks`` at a convolution's output."""
 
     def __init__(self, form: Callable[[Tensor], Any], peeks: bool) -> None:
         super().__init__()
@@ -434,7 +434,7 @@ def test_whatever_a_model_puts_out_is_compared(form: Callable[[Tensor], Any], pe
 
 
 def test_a_model_that_puts_out_no_tensor_is_refused() -> None:
-    with pytest.raises(UlsamError, match="this PuttingOut puts out no tensor, so folding cannot be checked"):
+    with pytest.raises(UlsamError, match="this PuttingOut outputs no tensor, so folding cannot be checked"):
         fold(PuttingOut(lambda y: float(y.mean()), False), SIZE)
 
 
@@ -518,7 +518,7 @@ def test_exporting_in_inference_mode(tmp_path: Path) -> None:
 
 
 class InPlace(nn.Module):
-    """Changes a convolution's output in place before its BatchNorm, and puts out more than a tensor."""
+    """Changes a convolution's output in place before its BatchNorm, and outputs more than a tensor."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -159,7 +159,7 @@ class Block(nn.Module):
         (lambda: timm.create_model(NET), "blocks.3.0.se", "eca"),
     ],
 )
-def test_weights_of_the_plain_and_of_the_edited_model_are_told_apart(
+def test_weights_of_the_plain_and_of_the_edited_model_are_distinguished(
     model: Callable[[], nn.Module], place: str, layer: str
 ) -> None:
     plain, one, other = model(), *(replace(model(), place, layer=layer, input_size=SIZE) for _ in range(2))

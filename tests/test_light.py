@@ -1,4 +1,4 @@
-"""With `pip install ulsam` alone: what works without matplotlib, scipy and simplejpeg, and what is told of the rest."""
+"""With `pip install ulsam` alone: what works without matplotlib, scipy and simplejpeg, and what is said of the rest."""
 
 import io
 import json
@@ -75,20 +75,20 @@ def test_layer_surgery_training_and_measuring_need_none_of_them(light: tuple[Pat
     for words in DONE:
         status, out, err = answers[" ".join(words)]
         assert status == 0 and out, err
-    _, told, _ = answers[" ".join(DONE[2])]
+    _, printed, _ = answers[" ".join(DONE[2])]
     missing = "note    no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'"
-    assert told.index(missing) < told.index("epoch   1/1")  # not at the end of a long run
+    assert printed.index(missing) < printed.index("epoch   1/1")  # not at the end of a long run
     assert not (folder / "run" / "curves.png").exists()
-    _, told, _ = answers["doctor"]
-    assert "jpeg    Pillow; simplejpeg reads the same values faster: pip install 'ulsam[train]'\n" in told
-    assert "plots   none: pip install 'ulsam[plots]'\n" in told
+    _, printed, _ = answers["doctor"]
+    assert "jpeg    Pillow; simplejpeg reads the same values faster: pip install 'ulsam[train]'\n" in printed
+    assert "plots   none: pip install 'ulsam[plots]'\n" in printed
 
 
 def test_what_needs_an_extra_says_so_at_once(light: tuple[Path, dict[str, list[Any]]]) -> None:
     folder, answers = light
     for words in REFUSED:
-        told = f"ulsam {words[0]} draws with matplotlib, which is not installed: pip install 'ulsam[plots]'"
-        assert answers[" ".join(words)] == [2, "", f"ulsam: error: {told}\n"]
+        message = f"ulsam {words[0]} draws with matplotlib, which is not installed: pip install 'ulsam[plots]'"
+        assert answers[" ".join(words)] == [2, "", f"ulsam: error: {message}\n"]
     status, _, err = answers["prepare dogs data new"]
     assert status == 2
     assert err.endswith("with scipy, which is not installed: pip install 'ulsam[dogs]'\n") and err.count("\n") == 1

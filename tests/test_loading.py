@@ -143,7 +143,7 @@ def test_balanced_draws_every_class_equally_often() -> None:
 
 def test_balanced_needs_labels() -> None:
     images: Any = Numbers(20)
-    with pytest.raises(UlsamError, match="tells its labels"):
+    with pytest.raises(UlsamError, match="lists its labels"):
         EpochOrder(images, 4, seed=0, balanced=True)
 
 
@@ -159,7 +159,7 @@ def test_batches_do_not_depend_on_workers(images: FolderImages) -> None:
         assert same(alone, batches(images, workers=workers, epoch=1))
 
 
-class Telling(Numbers):
+class Reporting(Numbers):
     """Says how its process is ranked."""
 
     def fetch(self, index: int, reduction: Any = None) -> tuple[Any, int]:
@@ -167,7 +167,7 @@ class Telling(Numbers):
 
 
 def test_reading_processes_give_way_to_training() -> None:
-    (batch,) = eval_loader(Telling(1), EVAL, batch_size=1, workers=1)
+    (batch,) = eval_loader(Reporting(1), EVAL, batch_size=1, workers=1)
     assert batch.unreadable == [("image 0", f"niceness {min(19, os.nice(0) + 5)}")]
 
 
@@ -660,7 +660,7 @@ def test_a_stream_starts_an_epoch_again_as_it_was(shards: Path) -> None:
 
 
 def test_a_stream_needs_class_names(shards: Path) -> None:
-    with pytest.raises(UlsamError, match="does not tell its classes: give a text file"):
+    with pytest.raises(UlsamError, match="does not list its classes: give a text file"):
         open_data("wds/birds", data_dir=str(shards))
     with pytest.raises(UlsamError, match="cannot read the class names in nowhere"):
         open_data("wds/birds", data_dir=str(shards), class_names="nowhere")
@@ -669,7 +669,7 @@ def test_a_stream_needs_class_names(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", [0, 1, 5])
-def test_a_reading_process_that_dies_is_told_where_its_batch_is_missed(moment: int) -> None:
+def test_a_reading_process_that_dies_is_reported_where_its_batch_is_missed(moment: int) -> None:
     loader = eval_loader(Numbers(200), EVAL, batch_size=2, workers=2)
     batches = iter(loader)
     for _ in range(moment):

@@ -30,6 +30,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"batch_size": 100}, "use `batch_size=12` or less", "use --batch-size 12 or less"),
         ({"freeze": ["*"]}, "leave something to train out of `freeze`", "out of --freeze"),
         ({"amp": "fp16"}, "`amp=fp16` needs a CUDA GPU", "--amp fp16 needs a CUDA GPU"),
+        (
+            {"images_for_reconstruction": "birds"},
+            "`images_for_reconstruction` has nothing to reconstruct",
+            "--images-for-reconstruction has nothing to reconstruct: it needs edits, the base model's weights and "
+            "--reconstruct-images above 0",
+        ),
         ({"device": "toaster"}, "; use `device=cpu`", "; use --device cpu"),
         ({"lr": 1e30, "clip_grad": None}, "try a lower `lr`, `clip_grad=1`,", "try a lower --lr, --clip-grad 1,"),
     ],
@@ -68,7 +74,7 @@ def test_words_of_a_command() -> None:
     parser.add_argument("--dynamic-size", action="store_true")
     parser.add_argument("--no-train", dest="fine_tune", action="store_false")
     parser.add_argument("--reconstruct", action=argparse.BooleanOptionalAction)
-    for message, told in {
+    for message, expected in {
         "see `out`": "see --out",
         "try `to=onnx`": "try --to onnx",
         "`model_file` is no model": "MODEL is no model",
@@ -79,7 +85,7 @@ def test_words_of_a_command() -> None:
         "write it by `ulsam.export`": "write it by ulsam export",
         "`weights` are not an option here": "`weights` are not an option here",
     }.items():
-        assert in_flags(message, parser) == told
+        assert in_flags(message, parser) == expected
 
 
 def test_no_error_of_the_library_names_an_option() -> None:

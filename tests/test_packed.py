@@ -135,6 +135,7 @@ def test_a_comparison_of_an_older_version_is_put_into_new_words(tmp_path: Path) 
         },
         "arms/ulsam-thin-32-14-17/seed-0/summary.json": {"recipe": spec, "scores": {"pictures": 3}},
         "arms/thin-32-14-17/guest.json": {"name": "thin 32 14,17"},
+        "arms/unfitted-thin-32-14/external_arm.json": {"name": "unfitted thin 32 14"},
         "arms/removed-14/seed-0/summary.json": {"config": {"teacher": "removed", "fit_pictures": 512}},
     }
     for name, value in old.items():
@@ -162,5 +163,8 @@ def test_a_comparison_of_an_older_version_is_put_into_new_words(tmp_path: Path) 
                 "scores": {"images": 3},
             },
             "arms/inverted-residual-32-14-17/external_arm.json": {"name": "inverted residual 32 14,17"},
+            "arms/not-reconstructed-inverted-residual-32-14/external_arm.json": {
+                "name": "not reconstructed inverted residual 32 14"
+            },
             "arms/remove-14/seed-0/summary.json": {"config": {"teacher": "removed", "reconstruct_images": 512}},
         }

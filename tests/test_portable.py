@@ -12,7 +12,7 @@ import ulsam
 TESTS = Path(__file__).parent
 
 
-def test_all_goes_on_without_what_windows_lacks(tmp_path: Path) -> None:
+def test_all_works_without_what_windows_lacks(tmp_path: Path) -> None:
     path = [str(TESTS / "windows"), str(TESTS), str(Path(ulsam.__file__).parents[1])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-X", "warn_default_encoding", str(TESTS / "portable.py"), str(tmp_path)]

@@ -1,4 +1,4 @@
-"""A model that no spec builds, trained as it is: its files, going on with it, and what is refused."""
+"""A model that no spec builds, trained as it is: its files, resuming it, and what is refused."""
 
 import json
 import os
@@ -113,13 +113,13 @@ def test_a_specs_model_ends_in_the_weights_of_its_own_run(data: Path, tmp_path: 
     assert all(torch.equal(value, prepared[name]) for name, value in own.items())
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(stopped: Path, unbroken: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_weights(stopped: Path, unbroken: Path) -> None:
     resume(stopped, model=narrow(seed=7))  # its own weights do not matter
     assert (stopped / "weights.safetensors").read_bytes() == (unbroken / "weights.safetensors").read_bytes()
     assert sorted(os.listdir(stopped)) == FILES
 
 
-def test_killed_before_its_first_step_it_goes_on_from_the_weights_it_had(
+def test_killed_before_its_first_step_it_resumes_from_the_weights_it_had(
     data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def power_cut(*_: Any) -> None:
@@ -141,7 +141,7 @@ def test_what_cannot_be_resumed(stopped: Path, data: Path, tmp_path: Path, capsy
     capsys.readouterr()
     assert main(["train", "--resume", str(stopped)]) == 2
     assert capsys.readouterr().err == (
-        f"ulsam: error: {stopped} trains a prepared model: go on from Python, "
+        f"ulsam: error: {stopped} trains a prepared model: resume from Python, "
         f"ulsam.resume({str(stopped)!r}, model=...)\n"
     )
     plain = tmp_path / "plain"
@@ -163,8 +163,8 @@ def test_what_cannot_be_resumed(stopped: Path, data: Path, tmp_path: Path, capsy
         ),
         ({"weights": "a.pt"}, narrow(), "a prepared model is trained as it is: leave weights out"),
         ({"drop_rate": 0.1}, narrow(), "a prepared model is trained as it is: leave drop_rate out"),
-        ({}, narrow()[:-1], r"the prepared model puts out \[1, 6\] for an image; \[1, 3\] is right here"),
-        ({}, narrow()[:1], r"the prepared model puts out \[1, 6, 15, 15\] for an image"),
+        ({}, narrow()[:-1], r"the prepared model outputs \[1, 6\] for an image; \[1, 3\] is right here"),
+        ({}, narrow()[:1], r"the prepared model outputs \[1, 6, 15, 15\] for an image"),
         ({}, narrow()[3:], r"Sequential does not run on one image of \[3, 32, 32\]"),
         ({"ulsam_lr": 2}, narrow(), "ulsam_lr has nothing to act on"),
     ],

@@ -129,10 +129,10 @@ def test_what_is_given_is_not_probed(
     if len(asked) == 1 and machine.why_not_compiled():
         pytest.skip(f"nothing is left to time: {machine.why_not_compiled()}")
     timer = Timer({PLAIN: 1e-3, LAST: 8e-4, PLAIN_BF16: 7e-4, LAST_BF16: 5e-4})
-    settled, lines = probe(config(**given), model, SIZE, MANY, ALONE, timer)
+    resolved, lines = probe(config(**given), model, SIZE, MANY, ALONE, timer)
     assert timer.asked == [asked]
-    assert (settled.layout, settled.amp, settled.compile) == dataclasses.astuple(chosen)
-    assert dataclasses.replace(settled, layout="auto", amp="auto", compile="auto") == dataclasses.replace(
+    assert (resolved.layout, resolved.amp, resolved.compile) == dataclasses.astuple(chosen)
+    assert dataclasses.replace(resolved, layout="auto", amp="auto", compile="auto") == dataclasses.replace(
         config(), layout="auto", amp="auto", compile="auto"
     )
     assert all(f"--{name}" not in lines[-1] for name in given)
@@ -147,8 +147,8 @@ def test_nothing_is_probed_where_all_is_given_or_the_run_is_short(
     timer = Timer({})
     given = config(layout="contiguous", amp="none", compile="none")
     assert probe(given, model, SIZE, MANY, ALONE, timer) == (given, [])
-    settled, lines = probe(config(), model, SIZE, 300, ALONE, timer)
-    assert (settled.layout, settled.amp, settled.compile) == ("channels_last", "none", "none")
+    resolved, lines = probe(config(), model, SIZE, 300, ALONE, timer)
+    assert (resolved.layout, resolved.amp, resolved.compile) == ("channels_last", "none", "none")
     assert lines == [
         "probe   none for a run of 300 steps: channels_last float32 eager; to choose: `layout` `amp` `compile`"
     ]
@@ -161,19 +161,19 @@ def test_nothing_is_probed_where_the_machine_leaves_no_choice(
 ) -> None:
     be_a_machine(monkeypatch, bf16=False, compiler="no-such-compiler")
     timer = Timer({})
-    settled, lines = probe(config(layout="contiguous", compile="none"), model, SIZE, MANY, ALONE, timer)
-    assert (settled.layout, settled.amp, settled.compile) == ("contiguous", "none", "none")
+    resolved, lines = probe(config(layout="contiguous", compile="none"), model, SIZE, MANY, ALONE, timer)
+    assert (resolved.layout, resolved.amp, resolved.compile) == ("contiguous", "none", "none")
     only = "probe   none: this machine leaves no choice but contiguous float32 eager"
     assert lines == [f"{only}; to choose: `amp`"]
-    settled, lines = probe(config(layout="contiguous"), model, SIZE, MANY, ALONE, timer)
-    assert (settled.layout, settled.amp, settled.compile) == ("contiguous", "none", "none")
+    resolved, lines = probe(config(layout="contiguous"), model, SIZE, MANY, ALONE, timer)
+    assert (resolved.layout, resolved.amp, resolved.compile) == ("contiguous", "none", "none")
     assert lines == [f"{only}, as {NO_COMPILER}; to choose: `amp` `compile`"]
     assert timer.asked == []
 
 
 def test_what_does_not_fit_into_the_memory_is_left_out(model: nn.Module) -> None:
-    settled, lines = probe(config(amp="none"), model, SIZE, MANY, ALONE, Timer({LAST: 1e-3}))
-    assert settled.layout == "channels_last"
+    resolved, lines = probe(config(amp="none"), model, SIZE, MANY, ALONE, Timer({LAST: 1e-3}))
+    assert resolved.layout == "channels_last"
     assert "contiguous float32 eager does not fit into the memory" in lines[0]
     with pytest.raises(UlsamError, match=r"^the memory is full: use a smaller `batch_size`"):
         probe(config(), model, SIZE, MANY, ALONE, Timer({}))
@@ -204,8 +204,8 @@ def test_compilation_is_tried_where_it_can_pay(model: nn.Module, monkeypatch: py
     short = probe(given, model, SIZE, MANY, ALONE, Timer({PLAIN: 1e-2, LAST: 1e-2}))[1][-1]
     assert "not compiled: it takes a minute or more, which a run of about 17 minutes does not earn back" in short
     monkeypatch.setenv("CXX", "no-such-compiler")
-    settled, lines = probe(given, model, SIZE, MANY, ALONE, Timer({PLAIN: 1.0, LAST: 1.0}))
-    assert settled.compile == "none"
+    resolved, lines = probe(given, model, SIZE, MANY, ALONE, Timer({PLAIN: 1.0, LAST: 1.0}))
+    assert resolved.compile == "none"
     assert f"not compiled: {NO_COMPILER}" in lines[-1]
 
 
@@ -220,8 +220,8 @@ def test_it_leaves_no_trace(model: nn.Module) -> None:
     kinds = {name: (value.stride(), value.dtype) for name, value in model.state_dict().items()}
     flags = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), torch.get_num_threads()
-    settled, lines = probe(config(drop_rate=0.3, freeze=["conv_stem"]), model, SIZE, 2000, ALONE)
-    assert not undecided(settled)
+    resolved, lines = probe(config(drop_rate=0.3, freeze=["conv_stem"]), model, SIZE, 2000, ALONE)
+    assert not undecided(resolved)
     assert " ms a step" in lines[0]
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
@@ -269,16 +269,16 @@ def test_a_candidate_that_runs_out_of_memory_late_is_left_out() -> None:
 def test_one_probe_serves_a_comparison(data: Path, eager_to_probe: None, logged: Callable[[], str]) -> None:
     torch.manual_seed(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    settled = resolve_auto(config(data))
+    resolved = resolve_auto(config(data))
     assert logged().count("probe   ") == 2
-    assert "auto" not in (settled.layout, settled.amp, settled.compile)
-    assert resolve_auto(settled) == settled
+    assert "auto" not in (resolved.layout, resolved.amp, resolved.compile)
+    assert resolve_auto(resolved) == resolved
     assert logged() == ""
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
 
-# going on
+# resuming
 
 
 def test_a_resumed_run_does_not_probe(
@@ -312,10 +312,10 @@ def test_a_run_does_not_change_its_choice(data: Path, tmp_path: Path) -> None:
 # what the machine lacks
 
 
-def test_bf16_without_hardware_is_allowed_and_told(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_without_hardware_is_allowed_and_reported(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     be_a_machine(monkeypatch, bf16=False)
-    settled, lines = probe(config(amp="bf16"), model, SIZE, 10, ALONE)
-    assert settled.amp == "bf16"
+    resolved, lines = probe(config(amp="bf16"), model, SIZE, 10, ALONE)
+    assert resolved.amp == "bf16"
     assert lines[0] == "note    cpu has no bfloat16 in hardware here: `amp=none` may be faster than bf16"
 
 

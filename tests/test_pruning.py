@@ -1,4 +1,4 @@
-"""The pruning benchmark: it reaches its share, and the pruned model trains and goes on, in the right folders."""
+"""The pruning benchmark: it reaches its share, and the pruned model trains and resumes, in the right folders."""
 
 import dataclasses
 import json
@@ -110,8 +110,8 @@ def test_ctrl_c_saves_and_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = draw_splits(tmp_path / "data", train=12, val=4)
-    settled = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "save_seconds": 1e6}
-    base = TrainConfig.from_mapping({**SETTINGS, **settled, "data": str(data)})
+    resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "save_seconds": 1e6}
+    base = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
     store, name = Store(tmp_path / "out"), "pruned-uniform-params-0.95"
     store.root.mkdir()
     store.write("grid.json", Grid((Arm.parse("base"),), base, seeds=1).to_json())
@@ -133,8 +133,8 @@ def test_a_run_that_fails_does_not_stop_the_others(
 ) -> None:
     """A rate diverges, and the second seed's training fails; with the cause gone only that seed is trained again."""
     data = draw_splits(tmp_path / "data", train=12, val=4)
-    settled = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "clip_grad": 1e30}
-    base = TrainConfig.from_mapping({**SETTINGS, **settled, "data": str(data)})
+    resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "clip_grad": 1e30}
+    base = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
     grid, store = Grid((Arm.parse("base"),), base, rates=(0.01, 1e30), seeds=2), Store(tmp_path / "out")
     store.root.mkdir()
     store.write("grid.json", grid.to_json())
@@ -147,7 +147,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
             raise UlsamError("no space is left")
         train(config, folder, **rest)
 
-    monkeypatch.setattr(pruning.guest, "train", train_or_fail)
+    monkeypatch.setattr(pruning.external_arm, "train", train_or_fail)
     with pytest.raises(SystemExit) as stop:
         pruning.main(words)
     assert stop.value.code == 1
@@ -190,7 +190,7 @@ def test_its_runs(
     first = arm / "choose-0.01-1" / "summary.json"
     stamp = first.stat().st_mtime_ns
     assert len([run for run in arm.iterdir() if run.is_dir() and not (run / "summary.json").exists()]) == 1
-    pruning.main(words)  # goes on
+    pruning.main(words)  # resumes
     assert first.stat().st_mtime_ns == stamp
     pruned = json.loads((arm / "external_arm.json").read_text())
     assert pruned["params_share"] == pytest.approx(0.95, rel=0.01)
@@ -211,11 +211,11 @@ def test_its_runs(
 
     result = report(store.root, publish=tmp_path / "published.jsonl.gz")
     assert [arm["name"] for arm in result["arms"]] == ["base", "pruned-uniform-params-0.95"]
-    _, guest = result["arms"]
-    assert guest["cost"]["params"] == pruned["cost"]["params"]
-    assert guest["latency"] == pruned["latency"]
-    assert guest["minus_base"]["over"] == "images"
-    assert [entry["lr"] for entry in guest["tries"]] == [0.01, 0.02]
+    _, external = result["arms"]
+    assert external["cost"]["params"] == pruned["cost"]["params"]
+    assert external["latency"] == pruned["latency"]
+    assert external["minus_base"]["over"] == "images"
+    assert [entry["lr"] for entry in external["tries"]] == [0.01, 0.02]
     assert result["finished"]
     assert report(tmp_path / "again", start_from=tmp_path / "published.jsonl.gz")["arms"] == result["arms"]
 

@@ -58,11 +58,11 @@ def test_round_trip_from_images_to_int8(birds, tmp_path, capsys):
     first = [[one.classes[0][0] for one in answer] for answer in answers.values()]
     same = np.mean([one == other for one, other in zip(*first, strict=True)])
     assert same >= 0.85
-    told = re.search(r"(\d+\.\d\d) % -> (\d+\.\d\d) %.* on 40 images; the same first class for (\d+\.\d) %", lines[-1])
-    assert told is not None
+    shown = re.search(r"(\d+\.\d\d) % -> (\d+\.\d\d) %.* on 40 images; the same first class for (\d+\.\d) %", lines[-1])
+    assert shown is not None
     truth = [Path(path).parent.name for path in paths]
     shares = [100 * np.mean([name == true for name, true in zip(names, truth, strict=True)]) for names in first]
-    assert [float(word) for word in told.groups()] == pytest.approx([*shares, 100 * same], abs=0.06)
+    assert [float(word) for word in shown.groups()] == pytest.approx([*shares, 100 * same], abs=0.06)
 
     for path, share in ((whole, shares[0]), (small, shares[1])):
         assert main(["eval", str(path), str(birds), "--workers", "0"]) == 0
@@ -210,7 +210,7 @@ def test_a_model_that_8_bits_ruin_is_refused(birds, exported, tmp_path):
     assert not (tmp_path / "small.onnx").exists()
 
 
-def test_mistakes_are_told_in_one_line(birds, exported, tmp_path, capsys):
+def test_mistakes_are_one_line(birds, exported, tmp_path, capsys):
     small = str(tmp_path / "small.onnx")
     assert main(["quantize", str(exported), str(birds), "--out", small, "--calibrate", "2", "--measure", "2"]) == 0
     for name in ("train/dodo", "train/wren", "val/dodo", "val/wren"):
@@ -218,7 +218,7 @@ def test_mistakes_are_told_in_one_line(birds, exported, tmp_path, capsys):
         first = next((birds / "train").rglob("*.jpg"))
         (tmp_path / "dodos" / name / "1.jpg").write_bytes(first.read_bytes())
     capsys.readouterr()
-    for words, told in [
+    for words, message in [
         ([small, str(birds)], "is quantised already"),
         ([str(exported), str(birds), "--out", str(tmp_path)], "a quantised model is a file called NAME.onnx"),
         ([str(exported), str(birds), "--out", str(tmp_path / "no" / "a.onnx")], "no such folder"),
@@ -233,5 +233,5 @@ def test_mistakes_are_told_in_one_line(birds, exported, tmp_path, capsys):
     ]:
         assert main(["quantize", *words]) == 2
         error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1
+        assert message in error and error.count("\n") == 1
     assert not exported.with_name("model-int8.onnx").exists()

@@ -338,7 +338,7 @@ def test_what_is_not_finite_and_what_is_no_list_is_said_in_a_line() -> None:
     with pytest.raises(UlsamError, match="batches is a list of images"):
         reconstruct_layers(model, images())  # type: ignore[arg-type]
     nn.init.constant_(model[0][0].weight, torch.nan)
-    with pytest.raises(UlsamError, match="the model puts out NaN or infinity at 1: its weights are broken"):
+    with pytest.raises(UlsamError, match="the model outputs NaN or infinity at 1: its weights are broken"):
         reconstruct_layers(model, [images()])
 
 
@@ -403,7 +403,7 @@ def test_training_starts_from_reconstructed_layers(data: Path, tmp_path: Path, l
         config = {**SETTINGS, **still, "data": str(data), "edits": edits, **options}
         train(TrainConfig.from_mapping(config), tmp_path / name)
         trained = load(tmp_path / name / "model.safetensors")[0].get_submodule("blocks.3.0.se")
-        return {name: value.detach() for name, value in trained.named_parameters()}  # BatchNorm statistics go on
+        return {name: value.detach() for name, value in trained.named_parameters()}  # BatchNorm statistics continue
 
     base = timm.create_model(NET, num_classes=3)
     torch.save(base.state_dict(), tmp_path / "base.pt")
@@ -419,8 +419,8 @@ def test_training_starts_from_reconstructed_layers(data: Path, tmp_path: Path, l
     assert not torch.equal(other["bn3.weight"], reconstructed["bn3.weight"])
     for wrong, message in [
         ({**shown, "images_for_reconstruction": "missing"}, "no folder missing"),
-        ({**shown, "reconstruct_images": 0}, "images_for_reconstruction has nothing to reconstruct"),
-        ({"images_for_reconstruction": str(data)}, "images_for_reconstruction has nothing to reconstruct"),
+        ({**shown, "reconstruct_images": 0}, "`images_for_reconstruction` has nothing to reconstruct"),
+        ({"images_for_reconstruction": str(data)}, "`images_for_reconstruction` has nothing to reconstruct"),
     ]:
         with pytest.raises(UlsamError, match=message):
             start("wrong", **wrong)  # type: ignore[arg-type]
@@ -443,7 +443,7 @@ def test_a_stream_cannot_be_reconstructed_on(data: Path, tmp_path: Path) -> None
 
 
 def test_reconstruction_moves_no_random_generator(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run goes on with the same numbers, whether it reconstructed or not."""
+    """The run continues with the same numbers, whether it reconstructed or not."""
     seen = []
 
     def listen(*args: Any) -> list[str]:

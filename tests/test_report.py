@@ -80,7 +80,7 @@ def rows_of(html: str) -> list[list[str]]:
 
 def test_figures_are_those_of_the_runs(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = report(root, tmp_path / "page.html", "--no-images")
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     found = [summary(root / name) for name in NAMES]
     cards = re.findall(r"<article.*?</article>", section(text, "runs"), re.DOTALL)
     assert len(cards) == 2 and "<img" not in text and "Confusions</h2>" not in text
@@ -92,7 +92,7 @@ def test_figures_are_those_of_the_runs(root: Path, tmp_path: Path, capsys: pytes
         assert f"95 % interval {100 * low:.1f} to {100 * high:.1f}, over the choice of the 36 images" in read
         assert f"top-5 {100 * scores['top5']:.2f} % loss {scores['loss']:.4f}" in read
         assert f"parameters {quantity(run['cost']['params'])} MACs {quantity(run['cost']['macs'])}" in read
-        assert f"{name}: top-1 {100 * scores['top1']:.2f} %" in told
+        assert f"{name}: top-1 {100 * scores['top1']:.2f} %" in printed
     cost = rows_of(section(text, "cost"))
     assert len(cost) == 2  # the first run is the base model of the second one
     for cells, run in zip(cost, found, strict=True):
@@ -216,8 +216,8 @@ def test_differences_are_paired_by_image(root: Path, tmp_path: Path) -> None:
     other = dataclasses.replace(runs[1], result=_with(runs[1], split="test"))
     (pair,) = differences([runs[0], other])
     assert pair.found is None and "their split differs" in pair.why_not
-    untold = dataclasses.replace(runs[1], result=_with(runs[1], outcomes=None))
-    (pair,) = differences([runs[0], untold])
+    unknown = dataclasses.replace(runs[1], result=_with(runs[1], outcomes=None))
+    (pair,) = differences([runs[0], unknown])
     assert pair.found and pair.found.low is None and pair.only_run is None
     three = [dataclasses.replace(runs[0], number=number) for number in range(3)]
     assert [(one.run.key, one.minus.key) for one in differences(three)] == [("B", "A"), ("C", "A"), ("C", "B")]
@@ -228,13 +228,13 @@ def _with(run: TrainedRun, **entries: object) -> Result:
     return dataclasses.replace(run.result, summary={**run.result.summary, **entries})
 
 
-def test_images_that_are_gone_are_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_are_gone_are_reported(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, away = root / "data", root / "away"
     data.rename(away)
     try:
         text = report(root, tmp_path / "page.html")
-        told = f"no confusions and no images of A, B: no such folder: {data}"
-        assert told in words_of(text) and told in capsys.readouterr().out
+        message = f"no confusions and no images of A, B: no such folder: {data}"
+        assert message in words_of(text) and message in capsys.readouterr().out
         assert "<img" not in text and f"{100 * summary(root / 'base')['scores']['top1']:.2f} %" in text
         back = report(root, tmp_path / "page.html", "--data", str(away))
         assert "<img" in back and "no confusions" not in back
@@ -253,11 +253,11 @@ def test_images_that_are_gone_are_told(root: Path, tmp_path: Path, capsys: pytes
 
 def test_outcomes_that_are_others_now_are_counted(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "base", tmp_path / "base")
-    told = summary(root / "base")
-    bits = bytearray.fromhex(told["outcomes"]["right"])
+    entry = summary(root / "base")
+    bits = bytearray.fromhex(entry["outcomes"]["right"])
     bits[0] ^= 0b10000001
-    told["outcomes"]["right"] = bits.hex()
-    (tmp_path / "base" / "summary.json").write_text(json.dumps(told))
+    entry["outcomes"]["right"] = bits.hex()
+    (tmp_path / "base" / "summary.json").write_text(json.dumps(entry))
     text = report(tmp_path, tmp_path / "page.html", runs=("base",))
     assert "here 2 of 36 images come out otherwise than in the run" in words_of(text) and "<img" in text
 
@@ -273,8 +273,8 @@ def test_a_run_that_is_not_finished_shows_what_there_is(
             (tmp_path / name / "metrics.csv").write_text("".join(lines[: 1 + epochs]))
     runs = [str(tmp_path / "stopped"), str(tmp_path / "begun"), str(root / "base")]
     assert main(["report", *runs, "--out", str(tmp_path / "page.html")]) == 0
-    told, text = capsys.readouterr().out, (tmp_path / "page.html").read_text()
-    assert re.search(r"^A .*stopped: not finished: 1 of 2 epochs$", told, re.MULTILINE)
+    printed, text = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    assert re.search(r"^A .*stopped: not finished: 1 of 2 epochs$", printed, re.MULTILINE)
     assert "not finished: 0 of 2 epochs" in words_of(section(text, "runs"))
     assert [cells[0] for cells in rows_of(section(text, "curves"))] == ["A", "C", "C"]
     assert "<img" in text and "no confusions and no images of A, B: the run is not finished" in words_of(text)
@@ -310,10 +310,10 @@ def test_a_model_without_a_spec_has_figures_and_no_images(root: Path, tmp_path: 
 def test_mistakes_get_one_line_and_leave_nothing(
     root: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = summary(root / "base")
-    other = json.loads(json.dumps(told).replace(json.dumps(EVIL), '"wren"'))
-    short = {**told, "outcomes": {**told["outcomes"], "right": "ff"}}
-    damaged = {name: value for name, value in told.items() if name != "scores"}
+    entry = summary(root / "base")
+    other = json.loads(json.dumps(entry).replace(json.dumps(EVIL), '"wren"'))
+    short = {**entry, "outcomes": {**entry["outcomes"], "right": "ff"}}
+    damaged = {name: value for name, value in entry.items() if name != "scores"}
     for name, content in (("others", other), ("damaged", damaged), ("short", short)):
         (root / name).mkdir(exist_ok=True)
         (root / name / "summary.json").write_text(json.dumps(content))

@@ -26,7 +26,7 @@ from ulsam.training.config import TrainConfig
 from ulsam.training.machine import why_not_compiled
 from ulsam.training.probe import undecided
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux tells them")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
 
 # everything that draws random numbers or keeps a state
 FULL = {
@@ -126,7 +126,7 @@ def assert_same_end(run: Path, other: Path) -> None:
 
 
 def kill_often(interpreter: Warm, data: Path, run: Path, log: Path, seed: int, kills: int, write_hits: int) -> None:
-    """Train with `FULL` and go on after each SIGKILL.
+    """Train with `FULL` and resume after each SIGKILL.
 
     The kills: before the first checkpoint, at so many random moments, in so many checkpoint writes, and between the
     last checkpoint and the summary.
@@ -174,10 +174,10 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(
     run, log = tmp_path / "run", tmp_path / "log"
     kill_often(interpreter, data, run, log, seed=1, kills=2, write_hits=1)
     assert_same_end(run, unbroken)
-    told = log.read_text()
-    assert told.count("resume  in epoch") >= 3
-    assert "warning " not in told
-    assert "ulsam: error" not in told
+    printed = log.read_text()
+    assert printed.count("resume  in epoch") >= 3
+    assert "warning " not in printed
+    assert "ulsam: error" not in printed
 
 
 @pytest.mark.slow
@@ -196,12 +196,12 @@ def test_killed_after_its_probe_it_does_not_probe_again(interpreter: Warm, data:
     chosen = (run / "config.yaml").read_bytes()
     assert not undecided(TrainConfig(**yaml.safe_load(chosen)))
     assert " ms a step" in log.read_text()
-    told = log.read_text().count("probe ")
+    probes = log.read_text().count("probe ")
     pid = interpreter.start(["train", "--resume", str(run)], log)
     wait_for(changed(run / "checkpoint.pt", 2))
     assert interpreter.kill(pid) == -signal.SIGKILL, log.read_text()
     assert "resume  in epoch" in log.read_text()
-    assert log.read_text().count("probe ") == told
+    assert log.read_text().count("probe ") == probes
     assert (run / "config.yaml").read_bytes() == chosen
     state = read_checkpoint(run)
     assert state is not None
@@ -214,7 +214,7 @@ def test_killed_after_its_probe_it_does_not_probe_again(interpreter: Warm, data:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_it_saves_and_says_how_to_go_on(
+def test_stopped_it_saves_and_says_how_to_resume(
     number: int, interpreter: Warm, data: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "a run", tmp_path / "log"
@@ -377,7 +377,7 @@ def test_two_processes_resume_to_the_same_weights(
         os.kill(pid, signal.SIGTERM)
     assert [interpreter.ask(wait=pid) for pid in pids] == [130, 130]
     assert f"resume with: torchrun --nproc-per-node 2 -m ulsam train --resume {run}\n" in Path(f"{log}0").read_text()
-    assert "go on with" not in Path(f"{log}1").read_text()
+    assert "resume with" not in Path(f"{log}1").read_text()
     assert interpreter.run(["train", "--resume", str(run)], log) == 2  # alone
     assert "this run has 2 process(es), not 1: start as many" in log.read_text()
     pids = start_pair(interpreter, ["train", "--resume", str(run)], log)
@@ -422,8 +422,8 @@ def test_too_many_bad_images_end_all_processes(interpreter: Warm, tmp_path: Path
     first, second = (Path(f"{log}{rank}").read_text() for rank in range(2))
     named = [line for line in (first + second).splitlines() if line.startswith("unreadable ")]
     assert 4 <= len(set(named)) == len(named) <= len(bad)
-    for told in (first, second):
-        assert told.splitlines()[-1].startswith("ulsam: error: more than 3 images cannot be read (named above)")
+    for printed in (first, second):
+        assert printed.splitlines()[-1].startswith("ulsam: error: more than 3 images cannot be read (named above)")
 
 
 def test_two_processes_count_every_image_of_a_stream_once(interpreter: Warm, odd_data: Path, tmp_path: Path) -> None:
@@ -442,15 +442,15 @@ def test_two_processes_count_every_image_of_a_stream_once(interpreter: Warm, odd
     assert counts == {"robin": 5, "wren": 4, "finch": 4}
 
 
-def test_a_mistake_under_torchrun_is_told_once(interpreter: Warm, odd_data: Path, tmp_path: Path) -> None:
+def test_a_mistake_under_torchrun_is_reported_once(interpreter: Warm, odd_data: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     words = ["train", str(odd_data), "--out", str(tmp_path / "run"), *options({**PAIR, "insert": "blocks.99"})]
     first, second = start_pair(interpreter, words, log)
     assert interpreter.ask(wait=first) == 2
     assert interpreter.kill(second, signal.SIGTERM) == -signal.SIGTERM  # as torchrun does when one has failed
-    told = Path(f"{log}0").read_text() + Path(f"{log}1").read_text()
-    assert told.count("ulsam: error: no module is named 'blocks.99'") == 1
-    assert "Traceback" not in told
+    printed = Path(f"{log}0").read_text() + Path(f"{log}1").read_text()
+    assert printed.count("ulsam: error: no module is named 'blocks.99'") == 1
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow

@@ -122,11 +122,11 @@ def test_streams_and_pixels_are_images_too(world):
     assert list(model.predict([])) == []
 
 
-def test_what_is_no_image_or_no_number_is_told(world):
+def test_what_is_no_image_or_no_number_is_reported(world):
     model = runtime.load(world / "model.onnx")
     path = world / "data" / "val" / "class0" / "large.jpg"
     grey, none = np.zeros((48, 48), np.uint8), np.zeros((0, 5, 3), np.uint8)
-    for images, options, told in [
+    for images, options, message in [
         ([path], {"batch": 0}, "`batch` must be 1 or more, not 0"),
         ([path], {"top": -1}, "`top` must be 1 or more, not -1"),
         (str(path), {}, "give a list, of one image too"),
@@ -135,7 +135,7 @@ def test_what_is_no_image_or_no_number_is_told(world):
         ([none], {}, r"not uint8 \[0, 5, 3\]"),
         ([np.zeros((48, 48, 3))], {}, r"not float64 \[48, 48, 3\]"),
     ]:
-        with pytest.raises(UlsamError, match=told):
+        with pytest.raises(UlsamError, match=message):
             list(model.predict(images, **options))
     for threads in (0, -2):
         with pytest.raises(UlsamError, match=f"threads must be 1 or more, not {threads}"):
@@ -143,25 +143,25 @@ def test_what_is_no_image_or_no_number_is_told(world):
 
 
 def test_the_commands_say_the_same_of_both_files(world, capsys):
-    told = {}
+    printed = {}
     for suffix in (".safetensors", ".onnx"):
         model = str(world / f"model{suffix}")
         codes = [main(["predict", model, str(world / "data" / "val"), *more]) for more in ([], ["--json"])]
         assert codes == [2, 2]  # one image is none
         assert main(["eval", model, str(world / "data"), "--workers", "0"]) == 0
-        told[suffix] = capsys.readouterr().out
+        printed[suffix] = capsys.readouterr().out
         assert main(["eval", model, str(world / "data"), "--workers", "0", "--json"]) == 0
         scores = json.loads(capsys.readouterr().out)
-        told[suffix + "s"] = [scores[key] for key in ("split", "cost", "spec")], scores["scores"]["top1"]
-    # probabilities differ by 1e-6 at most, and are told to 6 digits
-    words, others = (told[suffix].replace(".safetensors", ".onnx").split() for suffix in (".safetensors", ".onnx"))
+        printed[suffix + "s"] = [scores[key] for key in ("split", "cost", "spec")], scores["scores"]["top1"]
+    # probabilities differ by 1e-6 at most, and are printed to 6 digits
+    words, others = (printed[suffix].replace(".safetensors", ".onnx").split() for suffix in (".safetensors", ".onnx"))
     assert len(words) == len(others) > 60
     for word, other in zip(words, others, strict=True):
         try:
             assert float(word.strip(",};")) == pytest.approx(float(other.strip(",};")), abs=1.1e-3)
         except ValueError:
             assert word == other
-    assert told[".onnxs"] == told[".safetensorss"]
+    assert printed[".onnxs"] == printed[".safetensorss"]
 
 
 BARE = """
@@ -223,7 +223,7 @@ def renamed(source: Path, target: Path, **changes: str | None) -> str:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"classes": None}, "was not exported by ulsam: its metadata has no classes; write it by `ulsam.export`"),
         ({"classes": None, "preprocessing": None}, "its metadata has no classes and no preprocessing; "),
@@ -231,11 +231,11 @@ def renamed(source: Path, target: Path, **changes: str | None) -> str:
         ({"preprocessing": "{}"}, "has metadata that cannot be read: no preprocessing of images: KeyError 'size'"),
     ],
 )
-def test_a_file_that_is_not_ours_says_what_is_missing(world, tmp_path, changes, told, capsys):
+def test_a_file_that_is_not_ours_says_what_is_missing(world, tmp_path, changes, message, capsys):
     path = renamed(world / "model.onnx", tmp_path / "other.onnx", **changes)
     with pytest.raises(UlsamError, match=r"other\.onnx") as caught:
         runtime.load(path)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     image = str(world / "data" / "val" / "class0" / "000.png")
     assert main(["predict", path, image]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -246,7 +246,7 @@ def test_what_is_no_exported_model(world, tmp_path, capsys):
     (tmp_path / "folder.onnx").mkdir()
     spec_gone = renamed(world / "model.onnx", tmp_path / "nospec.onnx", spec=None)
     data = str(world / "data")
-    for words, told in [
+    for words, message in [
         (["predict", str(tmp_path / "broken.onnx"), data], "is no ONNX file that can be run here"),
         (["predict", str(tmp_path / "none.onnx"), data], f"no exported model {tmp_path / 'none.onnx'}"),
         (["predict", str(tmp_path / "folder.onnx"), data], f"no exported model {tmp_path / 'folder.onnx'}"),
@@ -255,4 +255,4 @@ def test_what_is_no_exported_model(world, tmp_path, capsys):
     ]:
         assert main(words) == 2
         error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1
+        assert message in error and error.count("\n") == 1

@@ -80,8 +80,8 @@ def shares(prediction: dict[str, Any]) -> dict[str, float]:
 
 
 def head(length: int, *lines: str) -> bytes:
-    told = [f"Content-Length: {length}", "Content-Type: image/png", f"Authorization: Bearer {KEY}", *lines]
-    return "\r\n".join(["POST /predict HTTP/1.1", "Host: here", *told, "", ""]).encode()
+    headers = [f"Content-Length: {length}", "Content-Type: image/png", f"Authorization: Bearer {KEY}", *lines]
+    return "\r\n".join(["POST /predict HTTP/1.1", "Host: here", *headers, "", ""]).encode()
 
 
 def test_answers_are_those_of_predict(served, world, capsys):
@@ -196,7 +196,7 @@ def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other()
             assert shares[1] == pytest.approx(1 / (1 + np.exp(1 - 2 * 20 * number / 255)), abs=1e-4)
 
 
-def test_no_answer_in_time_is_a_503_that_tells_when_to_come_back():
+def test_no_answer_in_time_is_a_503_that_says_when_to_come_back():
     async def scene() -> tuple[list[dict[str, Any]], bytes]:
         model, limits = Brightness(), Limits(timeout=0.2)
         engine = Engine(model, limits, Metrics(limits))
@@ -321,21 +321,21 @@ def test_requests_that_are_cut_off_or_broken_leave_nothing_behind(served):
         assert served.ask("/predict", bytes(20_000_000)).status == 413
         assert served.ask("/predict", strip).status == 422
 
-    def settled() -> float:
+    def at_rest() -> float:
         while served.metric("ulsam_requests_in_progress"):
             time.sleep(0.02)
         return served.metric("process_resident_memory_bytes")
 
     for _ in range(3):
         hostile()
-    before = settled()
+    before = at_rest()
     for _ in range(10):
         hostile()
-    assert settled() - before < 15e6
+    assert at_rest() - before < 15e6
     assert served.ask("/health").status == 200
 
 
-def test_told_to_stop_it_answers_what_is_in_flight_and_loses_nothing(world):
+def test_asked_to_stop_it_answers_what_is_in_flight_and_loses_nothing(world):
     files = [path.read_bytes() for path in paths(world)]
     answered, refused, odd = [], [], []
     with service(str(world / "model.onnx"), folder=world / "drained") as one:
@@ -368,9 +368,9 @@ def test_told_to_stop_it_answers_what_is_in_flight_and_loses_nothing(world):
         assert text.startswith(b"HTTP/1.1 200")
         assert text.count(b"HTTP/1.1") == 1
         assert b"connection: close" in text.lower()
-        told = one.ended()
+        printed = one.ended()
     assert (odd, sorted(refused)) == ([], list(range(8)))
-    assert told == f"stopped: {len(answered) + 1} requests answered\n"
+    assert printed == f"stopped: {len(answered) + 1} requests answered\n"
 
 
 def test_a_request_that_comes_as_its_connection_is_closed_is_answered_or_not_begun(world):
@@ -449,7 +449,7 @@ def check_conforms(one: Service, examples: int) -> None:
             max_examples=examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
         )
         def conforms(case):
-            # what is no image is refused, though the schema cannot tell it from one
+            # what is no image is refused, though the schema cannot distinguish it from one
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         conforms()
@@ -467,7 +467,7 @@ def test_many_requests_made_from_the_schema_get_answers_that_it_names(served):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--host", "0.0.0.0", "--port", "0"], "0.0.0.0 can be reached from elsewhere: set ULSAM_API_KEY"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid: "),
@@ -480,13 +480,13 @@ def test_many_requests_made_from_the_schema_get_answers_that_it_names(served):
         (["--port", "0"], "no exported model missing.onnx"),
     ],
 )
-def test_mistakes_are_told_in_one_line(words, told, capsys):
+def test_mistakes_are_one_line(words, message, capsys):
     assert main(["serve", "missing.onnx", *words]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
-def test_a_taken_port_an_unfit_key_and_a_missing_package_are_told(served, monkeypatch, capsys):
+def test_a_taken_port_an_unfit_key_and_a_missing_package_are_reported(served, monkeypatch, capsys):
     assert main(["serve", "missing.onnx", "--port", str(served.port)]) == 2
     assert "address already in use" in capsys.readouterr().err.lower()
     monkeypatch.setenv("ULSAM_API_KEY", "two words")
@@ -495,5 +495,5 @@ def test_a_taken_port_an_unfit_key_and_a_missing_package_are_told(served, monkey
     monkeypatch.delitem(sys.modules, "ulsam.apps.serve")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "missing.onnx"]) == 2
-    told = "ulsam: error: ulsam serve needs uvicorn, which is not installed: pip install 'ulsam[serve]'\n"
-    assert capsys.readouterr().err == told
+    message = "ulsam: error: ulsam serve needs uvicorn, which is not installed: pip install 'ulsam[serve]'\n"
+    assert capsys.readouterr().err == message

@@ -302,9 +302,9 @@ def test_a_budget_of_time_is_met_by_the_model_that_was_timed(model, data, tmp_pa
     timed = {tuple(entry["blocks"]): entry["ratio"] for entry in found["timed"]}
     assert timed[tuple(found["chosen"]["blocks"])] <= 0.93
     assert [entry["blocks"] for entry in found["timings"]] == [[], *([block["place"]] for block in found["blocks"])]
-    told = capsys.readouterr().out
-    assert "time saved" in told
-    assert f"chosen  {', '.join(found['chosen']['blocks'])}: " in told
+    printed = capsys.readouterr().out
+    assert "time saved" in printed
+    assert f"chosen  {', '.join(found['chosen']['blocks'])}: " in printed
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_images_for_reconstruction_are_used_in_the_choice(calibrated, data, tmp_
     assert losses[0] != losses[1]
 
 
-def test_the_slimmed_model_keeps_to_the_budget_and_is_told(model, data, slimmed, capsys):
+def test_the_slimmed_model_keeps_to_the_budget_and_is_reported(model, data, slimmed, capsys):
     found = kept(slimmed)
     loaded, spec = load(slimmed / "run" / "model.safetensors")
     original, _ = load(model)
@@ -499,7 +499,7 @@ def test_the_original_is_measured_in_the_precision_of_the_run(model, data, slimm
     assert found["original"]["loss"] == pytest.approx(scores[0], rel=1e-6) != scores[1]
 
 
-def test_a_finished_slimming_is_told_again_and_nothing_is_done_twice(model, data, slimmed, capsys):
+def test_a_finished_slimming_is_reported_again_and_nothing_is_done_twice(model, data, slimmed, capsys):
     before = {
         path: path.stat().st_mtime_ns for path in slimmed.rglob("*") if path.name not in ("slim.json", "train.yaml")
     }
@@ -549,15 +549,15 @@ def wait_for(event: Any) -> None:
 
 
 def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, logged):
-    monkeypatch.setattr("ulsam.study.slim_choose.TOLD", 0.0)  # a line for each set
+    monkeypatch.setattr("ulsam.study.slim_choose.INTERVAL", 0.0)  # a line for each set
     for again in range(2):
         slim(model, str(data), tmp_path / "out", macs=0.97, at="16,17", fine_tune=False, settings=SETTINGS)
-        told = [line for line in logged().splitlines() if line.startswith("damage ")]
+        lines = [line for line in logged().splitlines() if line.startswith("damage ")]
         sets = len(kept(tmp_path / "out")["measured"])
-        assert told == ([] if again else [f"damage  sets measured so far: {number}" for number in range(1, sets + 1)])
+        assert lines == ([] if again else [f"damage  sets measured so far: {number}" for number in range(1, sets + 1)])
 
 
-def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, interpreter, tmp_path):
+def test_killed_and_stopped_it_resumes_to_the_same_end(model, data, slimmed, interpreter, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     argv = ["slim", str(model), str(data), "--out", str(out), "--params", "0.85", "--at", AT]
     argv += options({**SETTINGS, "save_seconds": 0})
@@ -570,7 +570,7 @@ def test_killed_and_stopped_it_goes_on_to_the_same_end(model, data, slimmed, int
     code = interpreter.kill(pid, signal.SIGINT)
     assert kept(out)["measured"][: len(measured)] == measured
     assert code == 130, log.read_text()
-    assert f"go on with the same arguments and --out {out}" in log.read_text()
+    assert f"resume with the same arguments and --out {out}" in log.read_text()
     assert interpreter.run(argv, log) == 0
     mine, theirs = kept(out), kept(slimmed)
     assert mine["measured"] == theirs["measured"]
@@ -634,8 +634,8 @@ def test_mistakes_are_one_line_and_leave_nothing(model, data, tmp_path, monkeypa
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "slim.json").write_text("{}")
     assert main(["slim", str(model), str(data), *options(SETTINGS), *words.split()]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert message in told[-1]
+    printed = capsys.readouterr().err.splitlines()
+    assert message in printed[-1]
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "letter.txt", "slim.json", "taken"]
 
 
@@ -660,6 +660,4 @@ def test_a_model_without_a_place_is_refused(data, tmp_path, capsys):
     spec = make_spec("test_vit", CLASSES, model_args={"img_size": 32}, size=32)
     save(build(spec)[0], spec, tmp_path / "vit.safetensors")
     assert main(["slim", str(tmp_path / "vit.safetensors"), str(data), "--macs", "0.9", *options(SETTINGS)]) == 2
-    assert (
-        "has no block to replace that takes and puts out the same feature map [B, C, H, W]" in capsys.readouterr().err
-    )
+    assert "has no block to replace that takes and outputs the same feature map [B, C, H, W]" in capsys.readouterr().err

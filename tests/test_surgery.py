@@ -310,11 +310,11 @@ MISTAKES = [
     (lambda n: replace(n, "same", input_size=SIZE), "same is one module under two names"),
     (lambda n: insert(n, "same.conv", input_size=SIZE), "same.conv is one module under two names"),
     (lambda n: replace(n, "gated", input_size=SIZE), "gated does not take exactly one tensor"),
-    (lambda n: insert(n, "gated.split", input_size=SIZE), "gated.split does not put out one tensor"),
-    (lambda n: insert(n, "tokens", input_size=SIZE), r"tokens puts out tokens \[B, N, C\] = \[1, 256, 12\]"),
-    (lambda n: insert(n, "last", input_size=(3, 64, 48)), r"last puts out \[1, 32, 24, 12\], channels in the last"),
-    (lambda n: replace(n, "last", input_size=(3, 48, 48)), "last puts out .* channels in the last dimension"),
-    (lambda n: insert(n, "head", input_size=SIZE), r"head puts out \[1, 5\]; an edit needs a feature map"),
+    (lambda n: insert(n, "gated.split", input_size=SIZE), "gated.split does not output one tensor"),
+    (lambda n: insert(n, "tokens", input_size=SIZE), r"tokens outputs tokens \[B, N, C\] = \[1, 256, 12\]"),
+    (lambda n: insert(n, "last", input_size=(3, 64, 48)), r"last outputs \[1, 32, 24, 12\], channels in the last"),
+    (lambda n: replace(n, "last", input_size=(3, 48, 48)), "last outputs .* channels in the last dimension"),
+    (lambda n: insert(n, "head", input_size=SIZE), r"head outputs \[1, 5\]; an edit needs a feature map"),
     (lambda n: insert(n, "idle", input_size=SIZE), "idle is not called in a forward pass"),
     (lambda n: replace(n, "right,right.0", input_size=SIZE), "right.0 lies inside right: name only one of them"),
     (lambda n: remove(n, "**", input_size=SIZE), "lies inside"),
@@ -365,9 +365,9 @@ def test_v2_mistakes_name_what_would_be_valid(v2):
         (
             "vit_tiny_patch16_224",
             "blocks.3",
-            r"blocks\.3 puts out tokens \[B, N, C\] = \[1, 197, 192\].* no valid place",
+            r"blocks\.3 outputs tokens \[B, N, C\] = \[1, 197, 192\].* no valid place",
         ),
-        ("swin_tiny_patch4_window7_224", "layers.1.blocks.0", r"puts out \[1, 28, 28, 192\], channels in the last"),
+        ("swin_tiny_patch4_window7_224", "layers.1.blocks.0", r"outputs \[1, 28, 28, 192\], channels in the last"),
     ],
 )
 def test_token_and_channels_last_models_are_refused_by_name(name, at, message):

@@ -79,13 +79,13 @@ NETS = {
 def test_shapes_are_those_of_the_running_model(name: str, dtype: torch.dtype) -> None:
     model = NETS[name]().eval().to(dtype)
     found = trace(model, (3, 33, 47))
-    put_out: dict[str, list[Any]] = {part: [] for part, _ in model.named_modules()}
+    outputs: dict[str, list[Any]] = {part: [] for part, _ in model.named_modules()}
     for part, module in model.named_modules():
-        module.register_forward_hook(lambda _, args, output, part=part: put_out[part].append(output))
+        module.register_forward_hook(lambda _, args, output, part=part: outputs[part].append(output))
     with torch.no_grad():
         model(torch.randn(1, 3, 33, 47, dtype=dtype))
-    assert {part: flow.calls for part, flow in found.items()} == {part: len(seen) for part, seen in put_out.items()}
-    for part, seen in put_out.items():
+    assert {part: flow.calls for part, flow in found.items()} == {part: len(seen) for part, seen in outputs.items()}
+    for part, seen in outputs.items():
         if len(seen) == 1:
             assert found[part].output_shape == tuple(seen[0].shape), part
 

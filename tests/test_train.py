@@ -151,7 +151,7 @@ def test_scores_are_those_of_the_saved_model(trained: Path, data: Path) -> None:
     assert scores["per_class"] == {name: {"images": 5, "top1": right[name] / 5} for name in spec.classes}
 
 
-def test_summary_tells_cost_versions_and_command(trained: Path, data: Path) -> None:
+def test_summary_states_cost_versions_and_command(trained: Path, data: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     opened, spec = load(trained / "model.safetensors")
     for entry, model in ((summary["cost"], opened), (summary["base_cost"], timm.create_model(NET, num_classes=3))):
@@ -426,14 +426,14 @@ def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_past_bad_images(
+def test_training_continues_past_bad_images(
     workers: int, bad_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = options({**SETTINGS, "workers": workers, "batch_size": 2, "epochs": 2})
     assert main(["train", str(bad_data), "--out", str(tmp_path / "run"), *words]) == 0
     out, err = capfd.readouterr()
-    told = [line for line in err.splitlines() if line.startswith("unreadable ")]
-    names = sorted(Path(line.removeprefix("unreadable ").partition(": ")[0]).name for line in told)
+    unreadable = [line for line in err.splitlines() if line.startswith("unreadable ")]
+    names = sorted(Path(line.removeprefix("unreadable ").partition(": ")[0]).name for line in unreadable)
     assert names == sorted([*BROKEN, "000.png"])  # each once, though there were two epochs
     assert "note    5 images could not be read; they are named above and in summary.json" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -484,7 +484,7 @@ def test_outputs_that_are_not_finite_stop_the_run(data: Path, tmp_path: Path) ->
         train(config(data, **settings), tmp_path / "run")
 
 
-# the folder of a run, and going on with it
+# the folder of a run, and resuming it
 
 
 @pytest.fixture(scope="module")
@@ -579,7 +579,7 @@ def test_a_changed_environment_is_a_warning(copied: Path, logged: Callable[[], s
     ]
 
 
-def test_a_stream_goes_on_from_the_start_of_an_epoch(data: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
+def test_a_stream_resumes_from_the_start_of_an_epoch(data: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
     pytest.importorskip("webdataset")
     (tmp_path / "shards").mkdir()
     root = draw_shards(tmp_path / "shards", data / "train")
@@ -612,8 +612,8 @@ def test_a_image_less_is_a_warning(copied: Path, data: Path, tmp_path: Path, log
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "train" / "class0" / "000.png").unlink()
     resume(copied, {"data": str(tmp_path / "data")})
-    told = logged()
-    assert re.search(r"warning training images: 36 \(names \w{8}\) before, 35 \(names \w{8}\) now", told)
+    log = logged()
+    assert re.search(r"warning training images: 36 \(names \w{8}\) before, 35 \(names \w{8}\) now", log)
 
 
 def test_another_image_is_a_warning(copied: Path, data: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
@@ -652,7 +652,7 @@ def test_an_error_in_measuring_loses_no_training(bad_data: Path, tmp_path: Path)
 
 # of the 4 batches of epoch 2 and the 4 of epoch 3
 @pytest.mark.parametrize("moment", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_stopped_in_measuring_it_measures_when_it_goes_on(
+def test_stopped_in_measuring_it_measures_when_it_resumes(
     moment: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(data, epochs=3, batch_size=4, ema=0.5, val_every=2)
@@ -682,7 +682,7 @@ def test_stopped_in_measuring_it_measures_when_it_goes_on(
 
 
 def refuse(message: str, run: Path, **overrides: Any) -> None:
-    """The run is not resumed, for a reason told in one line, and nothing of it changes."""
+    """The run is not resumed, for a reason given in one line, and nothing of it changes."""
     before = {path: path.read_bytes() for path in run.glob("*.*")}
     with pytest.raises(UlsamError, match=message) as caught:
         resume(run, overrides)
@@ -781,7 +781,7 @@ def test_a_hostile_or_damaged_checkpoint_is_refused(copied: Path, tmp_path: Path
 
 
 def test_the_folder_of_a_new_run(data: Path, trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UlsamError, match=r"trained exists: go on with `ulsam.resume`, or choose another `out`"):
+    with pytest.raises(UlsamError, match=r"trained exists: resume with `ulsam.resume`, or choose another `out`"):
         train(config(data), trained)
     with pytest.raises(UlsamError, match=r"data\d* exists: choose another `out`"):
         train(config(data), data)

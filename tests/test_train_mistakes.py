@@ -128,7 +128,7 @@ CASES = {
     "--config float.yaml": "accumulate must be a whole number, not 1.5",
     "--config nodata.yaml": "no data given",
     "--config edits.yaml": "cannot read the edit 'replace'; write it as 'replace 14,17 g=4 form=equations'",
-    # going on
+    # resuming
     "--resume nowhere": "nowhere is not the folder of a run: there is no config.yaml in it",
     "--resume data --config typo.yaml": "--resume continues in its own folder with its own settings",
 }

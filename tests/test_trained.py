@@ -54,10 +54,10 @@ def test_a_model_of_the_package_is_what_its_card_says(name: str) -> None:
     logit, best = model(image)[0].max(0)
     wanted = LOGITS[name]
     assert (spec.classes[best], logit.item()) == (wanted[0], pytest.approx(wanted[1], abs=0.02))
-    found, told = cost(model, spec.input_size), trained.card(name)
-    assert f"| parameters | {found.params / 1e6:.2f} M |" in told
-    assert f"| multiply-adds | {found.macs / 1e6:.2f} M |" in told
-    assert f"Recognises {len(spec.classes)} kinds" in told
+    found, card = cost(model, spec.input_size), trained.card(name)
+    assert f"| parameters | {found.params / 1e6:.2f} M |" in card
+    assert f"| multiply-adds | {found.macs / 1e6:.2f} M |" in card
+    assert f"Recognises {len(spec.classes)} kinds" in card
 
 
 @pytest.mark.slow
@@ -65,8 +65,8 @@ def test_the_script_slims_what_a_comparison_trained(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = draw_splits(tmp_path / "data", train=12, val=4)
-    settled = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
-    base = TrainConfig.from_mapping({**SETTINGS, **settled, "data": str(data)})
+    resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
+    base = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
     grid, store = Grid((Arm.parse("base"),), base, rates=(0.01, 0.02), seeds=2), Store(tmp_path / "out")
     store.root.mkdir()
     store.write("grid.json", grid.to_json())
@@ -74,7 +74,9 @@ def test_the_script_slims_what_a_comparison_trained(
     (tmp_path / "src" / "ulsam" / "model" / "weights").mkdir(parents=True)
     (tmp_path / "results").mkdir()
     words = f"{store.root} birds --package model --macs 0.9 --width 4 --rates 0.01 0.02 --epochs 1".split()
-    with pytest.raises(UlsamError, match="has not chosen a learning rate for its base model: go on with ulsam compare"):
+    with pytest.raises(
+        UlsamError, match="has not chosen a learning rate for its base model: continue with ulsam compare"
+    ):
         script.main(words)
     while due := grid.due(store.outcome):
         train(due[0].config, store.folder(due[0]))
@@ -82,18 +84,20 @@ def test_the_script_slims_what_a_comparison_trained(
     assert json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())["slimmed"]["seeds"] == [0]
     script.main(words)
     made = tmp_path / "src" / "ulsam" / "model" / "weights" / "model.safetensors"
-    told = json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())
+    result = json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())
     model, spec = load(made)
     slimmed, _ = load(store.root / "slimmed" / "birds" / "seed-0" / "run" / "model.safetensors")
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(model(x), slimmed(x), rtol=0, atol=1e-2)
     assert made.stat().st_size < 0.6 * (store.root / "slimmed/birds/seed-0/run/model.safetensors").stat().st_size
     found = cost(model, (3, 32, 32))
-    assert found.macs <= 0.9 * told["whole_cost"]["macs"] and found.params == told["slimmed"]["cost"]["params"]
+    assert found.macs <= 0.9 * result["whole_cost"]["macs"] and found.params == result["slimmed"]["cost"]["params"]
     assert spec.classes == ("class0", "class1", "class2")
-    assert list(told["tries"]) == ["0.01", "0.02"] and told["tries"][f"{told['lr']:g}"] == max(told["tries"].values())
-    assert all(told[way]["seeds"] == [0, 1] for way in ("slimmed", "whole", "longer")) and told["images"] == 12
-    assert told["packed"] == {**told["packed"], "name": "model", "seed": 0, "bytes": made.stat().st_size}
+    assert list(result["tries"]) == ["0.01", "0.02"] and result["tries"][f"{result['lr']:g}"] == max(
+        result["tries"].values()
+    )
+    assert all(result[way]["seeds"] == [0, 1] for way in ("slimmed", "whole", "longer")) and result["images"] == 12
+    assert result["packed"] == {**result["packed"], "name": "model", "seed": 0, "bytes": made.stat().st_size}
     assert str(tmp_path) not in (tmp_path / "results" / "slimmed_birds.json").read_text()
     sets = [
         json.loads((store.root / "slimmed" / "birds" / f"choose{lr}" / "slim.json").read_text()) for lr in ("", "-0.02")
@@ -101,9 +105,9 @@ def test_the_script_slims_what_a_comparison_trained(
     assert sets[0]["measured"] == sets[1]["measured"]  # they differ in nothing that chooses blocks
     published = read_packed(tmp_path / "results" / "slimmed_birds.jsonl.gz")
     runs = {name: published[f"seed-1/{name}.json"] for name in ("whole", "slimmed", "longer")}
-    assert [told[name]["top1"][1] for name in runs] == [run["scores"]["top1"] for run in runs.values()]
+    assert [result[name]["top1"][1] for name in runs] == [run["scores"]["top1"] for run in runs.values()]
     assert (runs["slimmed"]["config"]["edits"], runs["longer"]["config"]["edits"]) == (
-        [f"replace {','.join(told['blocks'][1])} layer=inverted_residual width=4"],
+        [f"replace {','.join(result['blocks'][1])} layer=inverted_residual width=4"],
         [],
     )
     trained = [*(store.root / "slimmed").glob("*/seed-1*/**/summary.json")]
@@ -111,9 +115,9 @@ def test_the_script_slims_what_a_comparison_trained(
     before = made.stat().st_mtime_ns, [file.stat().st_mtime_ns for file in trained]
     script.main(words)
     assert made.stat().st_mtime_ns > before[0]
-    rate = f"{told['lr']:g}"
+    rate = f"{result['lr']:g}"
     script.main(f"{store.root} paper --macs 0.99 --at 16,17 --width 4 --rates {rate} --epochs 1".split())
     other = json.loads((tmp_path / "results" / "slimmed_paper.json").read_text())
-    assert (other["tries"], other["lr"], other["longer"]) == ({}, told["lr"], told["longer"])
+    assert (other["tries"], other["lr"], other["longer"]) == ({}, result["lr"], result["longer"])
     assert all(set(blocks) <= {"16", "17"} for blocks in other["blocks"])
     assert [file.stat().st_mtime_ns for file in trained] == before[1]

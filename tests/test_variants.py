@@ -48,8 +48,8 @@ def test_their_gates_average_one_whatever_the_size(variants: ModuleType, kind: s
 @pytest.mark.slow
 def test_a_variant_joins_a_comparison(variants: ModuleType, tmp_path: Path) -> None:
     data = draw_splits(tmp_path / "data", train=8, val=4)
-    settled = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
-    base = TrainConfig.from_mapping({**SETTINGS, **settled, "data": str(data)})
+    resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
+    base = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
     grid, store = Grid((Arm.parse("base"),), base, seeds=1), Store(tmp_path / "out")
     store.root.mkdir()
     store.write("grid.json", grid.to_json())

@@ -55,5 +55,5 @@ class Caching(nn.Module):
 
 def test_a_tensor_kept_in_float64_is_noticed() -> None:
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), Amplified(), Caching()).eval()
-    with pytest.raises(UlsamError, match="puts out something else in channels_last"):
+    with pytest.raises(UlsamError, match="outputs something else in channels_last"):
         ulsam.fold(model, (3, 32, 32))

@@ -28,5 +28,5 @@ def _stop_at_the_end_of_input() -> None:
 if __name__ == "__main__":
     threading.Thread(target=_stop_at_the_end_of_input, daemon=True).start()
     with FileLock(sys.argv[1]):
-        sys.argv = ["ulsam", *sys.argv[2:]]  # the command that a summary tells
+        sys.argv = ["ulsam", *sys.argv[2:]]  # the command that a summary shows
         sys.exit(main(sys.argv[1:]))

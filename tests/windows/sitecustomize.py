@@ -97,6 +97,6 @@ def _take_away() -> None:
 
 try:
     _take_away()
-except BaseException:  # which Python would note, and go on with all that was to be missing
+except BaseException:  # which Python would note, and continue with all that was to be missing
     traceback.print_exc()
     os._exit(1)

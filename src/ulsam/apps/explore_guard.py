@@ -1,4 +1,4 @@
-"""Who may ask: this page alone, under an address of its own. And what browsers are told to do with what they get."""
+"""Who may ask: this page alone, under an address of its own. And the headers that limit what browsers do with it."""
 
 import ipaddress
 from urllib.parse import urlsplit
@@ -49,7 +49,7 @@ def refusal(host: str, origin: str | None, own: str) -> str | None:
     Args:
         host: the header of that name.
         origin: the header of that name, if there is one: browsers send it with all but plain page views.
-        own: the name or address that the server was told to listen on.
+        own: the name or address that the server listens on.
 
     >>> refusal("127.0.0.1:8765", "http://127.0.0.1:8765", "127.0.0.1"), refusal("[::1]:8765", None, "::1")
     (None, None)

@@ -2,7 +2,7 @@
 
 const find = (selector, within = document) => within.querySelector(selector);
 const body = document.body, input = find("#file"), radios = find("#show");
-let settings; // what the server told at first
+let settings; // what the server sent at first
 let file = null; // the image that is shown
 let next = null; // the image to look at as soon as the one before it is done
 let working = false;
@@ -17,8 +17,8 @@ async function ask(path, image) {
     throw new Error("The program does not answer, or the file cannot be read. Is ulsam explore still running?");
   }
   if (answer.ok) return answer;
-  const told = answer.headers.get("content-type") === "application/json" ? (await answer.json()).detail : null;
-  throw new Error(typeof told === "string" ? told : `The program failed (${answer.status}): its terminal says why.`);
+  const detail = answer.headers.get("content-type") === "application/json" ? (await answer.json()).detail : null;
+  throw new Error(typeof detail === "string" ? detail : `The program failed (${answer.status}): its terminal says why.`);
 }
 
 /** Show what the models find; of images that come while one is looked at, the last is next and the others are left out. */

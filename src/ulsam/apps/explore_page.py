@@ -54,7 +54,7 @@ def create_app(models: Sequence[Model], *, host: str = "127.0.0.1", max_bytes: i
         app.add_api_route(path, _file(Path(__file__).with_name(name).read_bytes(), kind), methods=["GET"])
 
     @app.get("/models")
-    def tell() -> dict[str, Any]:
+    def describe() -> dict[str, Any]:
         return about(models, max_bytes)
 
     @app.post("/explain")

@@ -1,4 +1,4 @@
-"""Run a service in this process until it is told to stop."""
+"""Run a service in this process until it is stopped."""
 
 import asyncio
 import contextlib
@@ -72,7 +72,7 @@ def serve(
     limits = limits or Limits()
     if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
         raise UlsamError(f"{KEY} must be ASCII letters, digits and signs, without spaces")
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what is wrong with a form, its sender is told
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the sender of a bad form is answered instead
     with listen(host, port) as listening:
         if not (api_key or is_loopback(listening)):
             raise UlsamError(f"{host} can be reached from elsewhere: set {KEY} to the key that is asked for")
@@ -120,12 +120,12 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-        def told_to_stop(number: int, frame: object) -> None:
+        def request_stop(number: int, frame: object) -> None:
             self.should_exit = True
             restore()
 
         for number in before:
-            signal.signal(number, told_to_stop)
+            signal.signal(number, request_stop)
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """The HTTP interface: what may be asked, and what is refused, with which status.
 
-429 is not used: it would tell one client to slow down, and the service does not tell clients apart.
+429 is not used: it would ask one client to slow down, and the service does not distinguish clients.
 """
 
 import asyncio
@@ -155,8 +155,8 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None) -> "RequestL
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        told = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
-        return JSONResponse({"detail": told}, 422)
+        detail = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
+        return JSONResponse({"detail": detail}, 422)
 
     @app.exception_handler(NotFinite)
     async def not_finite(_: Request, error: NotFinite) -> JSONResponse:

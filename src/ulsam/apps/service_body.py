@@ -62,8 +62,8 @@ async def images_sent(request: Request, limits: Limits) -> list[UploadedFile]:
 
 async def _limited(request: Request, limits: Limits) -> AsyncGenerator[bytes, None]:
     """The body's pieces; raises when the announced length, or what has come, is too much."""
-    told = request.headers.get("content-length", "0")
-    came = int(told) if told.isdecimal() else 0
+    announced = request.headers.get("content-length", "0")
+    came = int(announced) if announced.isdecimal() else 0
     if came <= limits.bytes:
         came = 0
         async for chunk in request.stream():

@@ -67,7 +67,7 @@ def launch_line(words: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def start(device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun started (its environment variables tell), or be the only one.
+    """Join the processes that torchrun started (by its environment variables), or be the only one.
 
     Afterwards PyTorch's current CUDA device is the one that it was.
 
@@ -105,7 +105,7 @@ def _joined(rank: int, size: int, place: torch.device) -> Iterator[World]:
         yield World(rank, size, place)
     except UlsamError:
         if rank:
-            time.sleep(5)  # what all have met the first one tells: torchrun then ends the others before they repeat it
+            time.sleep(5)  # the first process reports what all have met; torchrun then ends the others before they do
         raise
     finally:
         dist.destroy_process_group()

@@ -12,11 +12,11 @@ class UlsamError(ValueError):
 
 
 class NotFinite(UlsamError):
-    """A model puts out NaN or infinity."""
+    """A model outputs NaN or infinity."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on.
+    """Ctrl-C or SIGTERM: the state is saved, and the message says how to resume.
 
     Attributes:
         where: how far the work had come.

@@ -9,7 +9,7 @@ from ulsam.base.errors import UlsamError, first_line
 
 @contextlib.contextmanager
 def extra(name: str, text: str) -> Iterator[None]:
-    """Within it packages of an extra are imported; one that is missing is told in one line.
+    """Within it packages of an extra are imported; a missing one is reported in one line.
 
     Args:
         name: of the extra.

@@ -33,7 +33,7 @@ def environment() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it.
+    """The processor's name, as far as the system states it.
 
     >>> bool(processor())
     True

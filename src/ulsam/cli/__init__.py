@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ulsam: error: {printable(in_flags(str(error), args.parser))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        if is_first_process():  # of several processes, which all stop, the first one tells
+        if is_first_process():  # of several processes, which all stop, the first one reports it
             print(f"ulsam: {in_flags(str(stop), args.parser) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         return
     drawn = ", ".join(f"{number} {split}" for split, number in counts.items() if number)
     print(f"{args.out}: {classes} classes, {drawn} images a class of {args.size} px, seed {args.seed}")
-    print(f"{args.out}/birds.json tells the field marks of each class, boxes.json where they lie in each image")
+    print(f"{args.out}/birds.json holds the field marks of each class, boxes.json where they lie in each image")
 
 
 def _classes(text: str) -> int | list[str]:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     model = sketch(spec)
     found = candidates(model, spec.input_size, leaves=args.leaves)
     if not found:
-        raise UlsamError(f"{args.model} has no block that takes and puts out the same feature map [B, C, H, W]")
+        raise UlsamError(f"{args.model} has no block that takes and outputs the same feature map [B, C, H, W]")
     whole = cost(model, spec.input_size)
     numbers = {name: number for number, name in layer_names(model).items()}
     if args.json:

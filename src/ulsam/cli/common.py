@@ -59,7 +59,7 @@ def add_layer_options(group: "argparse._ActionsContainer", none: bool = False) -
     group.add_argument(
         "--layer",
         choices=(*LAYERS, *["none"] * none),
-        metavar="LAYER",
+        metavar="NAME",
         help=layers + "; none: the blocks are removed" * none,
     )
     group.add_argument("--groups", type=int, metavar="G", help="subspaces of each ULSAM layer or preset (default: 4)")
@@ -69,7 +69,7 @@ def add_layer_options(group: "argparse._ActionsContainer", none: bool = False) -
         metavar="W",
         help="of a narrow inverted residual: of --layer inverted_residual, or behind another layer",
     )
-    group.add_argument("--form", choices=FORMS, metavar="FORM", help="of ULSAM: equations (default) or released")
+    group.add_argument("--form", choices=FORMS, metavar="NAME", help="of ULSAM: equations (default) or released")
 
 
 def edits_from(args: argparse.Namespace, model: str | None = None) -> "tuple[Edit, ...]":

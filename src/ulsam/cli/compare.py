@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--tried-epochs", type=numbers(int), metavar="N,...", help="epochs to try")
     plan.add_argument("--tried-seeds", type=int, metavar="N", help="runs of each try, the mean counts (default: 1)")
     plan.add_argument(
-        "--choose-split", metavar="SPLIT", help="choose on this split (default: on held-out training images)"
+        "--choose-split", metavar="NAME", help="choose on this split (default: on held-out training images)"
     )
     parser.add_argument(
         "-c", "--config", metavar="YAML", help="settings from a file; options on the command line come first"

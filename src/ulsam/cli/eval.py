@@ -15,7 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
     data = parser.add_argument_group("data")
-    data.add_argument("--split", help="split to measure on (default: test, else val, else the whole folder)")
+    data.add_argument(
+        "--split", metavar="NAME", help="split to measure on (default: test, else val, else the whole folder)"
+    )
     data.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")
     data.add_argument("--class-names", metavar="FILE", help="class names of a named data set, one a line")
     data.add_argument(
@@ -28,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "-j", "--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)"
     )
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--rule",
         choices=RULES,
         default="exact",
-        metavar="RULE",
+        metavar="NAME",
         help="exact (default), or paper: without BatchNorm's parameters",
     )
     parser.add_argument("--csv", metavar="FILE", help="also write the rows to this file")

@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", metavar="RUN", help="folders of ulsam train; the others are compared with the first"
     )
     parser.add_argument("--out", metavar="FILE", help="the page (default: runs/report-N/report.html)")
-    parser.add_argument("--data", metavar="DATA", help="where the images lie now (default: where the runs say)")
+    parser.add_argument("--data", metavar="DIR", help="where the images lie now (default: where the runs say)")
     parser.add_argument(
         "--no-images",
         dest="images",

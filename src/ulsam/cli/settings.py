@@ -20,7 +20,13 @@ _GROUPS = {  # the first setting of each group of options
     "device": "machine",
     "val_every": "measuring and saving",
 }
-_METAVARS = {"int": "N", "float": "X", "data_dir": "DIR", "class_names": "FILE", "weights": "FILE", "teacher": "FILE"}
+_METAVARS = {
+    **{"int": "N", "float": "X"},
+    **dict.fromkeys(("data_dir", "images_for_reconstruction"), "DIR"),
+    **dict.fromkeys(("class_names", "weights", "teacher"), "FILE"),
+    **dict.fromkeys(("train_split", "val_split", "model", "freeze", "interpolation", "device"), "NAME"),
+    "rand_augment": "POLICY",
+}
 
 
 def add_settings(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> None:
@@ -67,7 +73,7 @@ def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
     if get_origin(kind) is list:
         kind = get_args(kind)[0]
         keywords["nargs"] = "+"
-    metavar = _METAVARS.get(kind.__name__) or _METAVARS.get(field.name) or field.name.upper()
+    metavar = _METAVARS.get(kind.__name__) or _METAVARS[field.name]
     return {**keywords, "type": kind, "metavar": metavar}
 
 

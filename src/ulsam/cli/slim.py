@@ -46,12 +46,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     time = parser.add_argument_group("how time is taken for --latency")
     time.add_argument(
-        "--engine", choices=ENGINES, default="eager", metavar="ENGINE", help="eager (default) or onnxruntime"
+        "--engine", choices=ENGINES, default="eager", metavar="NAME", help="eager (default) or onnxruntime"
     )
     time.add_argument("--latency-batch", type=int, default=1, metavar="N", help="images at once (default: 1)")
     time.add_argument("--latency-threads", type=int, metavar="N", help="CPU threads (default: PyTorch's, one a core)")
     time.add_argument(
-        "--latency-seconds", type=float, default=20.0, metavar="S", help="time it for so long, all blocks in turn"
+        "--latency-seconds",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="time of measuring, all blocks in turn (default: 20)",
     )
     add_settings(parser, but=DECIDED)
 

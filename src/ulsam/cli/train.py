@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Within it a run that is interrupted names the command that goes on with it."""
+    """Within it a run that is interrupted names the command that resumes it."""
     from ulsam.base.distributed import launch_line
 
     try:

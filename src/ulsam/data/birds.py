@@ -120,7 +120,7 @@ def draw_birds(
             facts = {**asked, "classes": {name: _facts(marks) for name, marks in named}}
             (part / "birds.json").write_bytes(json.dumps(facts, indent=2).encode() + b"\n")
             (part / "boxes.json").write_bytes(json.dumps(boxes, separators=(",", ":")).encode() + b"\n")
-            for done in sorted(part.iterdir(), reverse=True):  # the splits before the files that tell of them
+            for done in sorted(part.iterdir(), reverse=True):  # the splits before the files that describe them
                 done.rename(root / done.name)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -139,7 +139,7 @@ def mark_boxes(image: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | No
         The side of the image in pixels, and the box of each field of `Marks`.
 
     Raises:
-        UlsamError: the files that tell of the set are damaged.
+        UlsamError: the files that describe the set are damaged.
 
     >>> mark_boxes("holiday/1.jpg") is None
     True
@@ -150,13 +150,13 @@ def mark_boxes(image: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | No
         changed = (root / "boxes.json").stat().st_mtime_ns
     except (IndexError, OSError):
         return None
-    size, boxes = _told(root, changed)
+    size, boxes = _described(root, changed)
     box = boxes.get(path.relative_to(root).as_posix())
     return None if box is None else (size, {name: (x0, y0, x1, y1) for name, (x0, y0, x1, y1) in box.items()})
 
 
 @functools.lru_cache(maxsize=8)
-def _told(root: Path, changed: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
+def _described(root: Path, changed: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
     """The size of a drawn set's images, and all its boxes; ``changed`` is when those were."""
     try:
         facts = json.loads((root / "birds.json").read_bytes())

@@ -94,7 +94,7 @@ def _memory(size: int) -> Arena:
 def cache_for(
     images: AnyImages, reduction: Reduction, choice: CacheChoice, *, processes: int = 1
 ) -> tuple[ImageCache | None, str | None]:
-    """A cache for the training images, or None, and what to tell the user about it.
+    """A cache for the training images, or None, and a message about it for the user.
 
     Args:
         images: to be cached; a stream is not.
@@ -111,7 +111,7 @@ def cache_for(
     if not isinstance(images, StreamImages):
         cache, said = _sized(images, reduction, 1 if choice == "true" else SHARE, processes)
     if cache is None and choice == "true":
-        raise UlsamError(f"`cache=true` cannot be done: {said}; `cache=auto` goes on without")
+        raise UlsamError(f"`cache=true` cannot be done: {said}; `cache=auto` trains without one")
     return cache, said if cache else f"off: {said}"
 
 
@@ -119,7 +119,7 @@ def _sized(images: MapImages, reduction: Reduction, parts: int, processes: int) 
     """A cache for all the images if they fit into one of so many parts of the available memory; and what to say."""
     available = available_memory()
     if available is None:
-        return None, "the system does not tell how much memory is available"
+        return None, "the system does not say how much memory is available"
     size = decoded_size(images, reduction)
     room = available // parts // processes
     said = f"{len(images)} images, {size / 1e6:.0f} MB"
@@ -138,13 +138,13 @@ def decoded_size(images: MapImages, reduction: Reduction) -> int:
     for number in numbers:
         try:
             sizes.append(images.fetch(number, reduction)[0].size)
-        except UnreadableImage:  # told when training meets it
+        except UnreadableImage:  # reported when training meets it
             continue
     return round(len(images) * float(np.mean(sizes))) if sizes else 0
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can be taken without swapping, within the limits of the control groups; None where it is not told.
+    """Bytes that can be taken without swapping, within the limits of the control groups; None if unknown.
 
     Linux: MemAvailable, and of each control group (version 1 or 2) above this process its limit minus what it uses,
     file pages aside, which the system gives back.

@@ -77,7 +77,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     The content decides on the format (one of `FORMATS`), the file's name does not. Of an animation the first frame is
     read. EXIF rotation is undone; EXIF that cannot be parsed turns nothing. Transparency is laid over white. 16-bit
     grey is divided by 256. Grey of 32-bit integers within 0..255 is taken as it is, otherwise its own range, from the
-    smallest value to the largest, becomes 0..255, because such files do not tell theirs. Float grey is taken as 0..1,
+    smallest value to the largest, becomes 0..255, because such files do not state theirs. Float grey is taken as 0..1,
     0..255 or 0..65535, the smallest of these that holds its largest value.
 
     Args:

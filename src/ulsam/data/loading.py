@@ -1,7 +1,7 @@
 """From images to batches, the same ones whatever the number of workers and restarts.
 
 Every random choice is a function of (seed, epoch, position in the epoch), which seeds a generator for each image.
-So a run can go on in mid-epoch with nothing saved but its position.
+So a run can resume in mid-epoch with nothing saved but its position.
 """
 
 import gc
@@ -165,7 +165,7 @@ class EpochOrder(Sampler[list[Key]]):
         self.weights: Tensor | None = None
         if balanced:
             if images.labels is None:
-                raise UlsamError("balanced sampling needs a data set that tells its labels; use `sampler=shuffle`")
+                raise UlsamError("balanced sampling needs a data set that lists its labels; use `sampler=shuffle`")
             labels = torch.as_tensor(images.labels)
             self.weights = 1.0 / torch.bincount(labels)[labels].double()
         if len(self) == 0:
@@ -191,8 +191,8 @@ class EpochOrder(Sampler[list[Key]]):
 class Loader(DataLoader[Item]):
     """PyTorch's loader, which normalises and erases a batch at once, on ``device``.
 
-    A reading process that dies is noticed where its batch is missed, and told in one line: PyTorch tells it from a
-    handler of SIGCHLD, which can raise at any line of the program.
+    A reading process that dies is noticed where its batch is missed, and reported in one line. PyTorch reports it from
+    a handler of SIGCHLD, which can raise at any line of the program.
     """
 
     def __init__(

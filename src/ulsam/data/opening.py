@@ -186,7 +186,7 @@ def _named(
         raise UlsamError(f"cannot open {name}, split {split_name!r}, {where}: {reason}") from error
     classes = _read_names(class_names) if class_names else _class_names(dataset)
     if not classes:
-        raise UlsamError(f"{name} does not tell its classes: give a text file of their names with `class_names`")
+        raise UlsamError(f"{name} does not list its classes: give a text file of their names with `class_names`")
     if len(set(classes)) != len(classes):
         raise UlsamError(f"{name} has two classes of one name: give a text file of other names with `class_names`")
     if isinstance(dataset, IterableDataset):

@@ -36,7 +36,7 @@ class FolderImages:
 
     @property
     def names(self) -> Sequence[str]:
-        """What tells these images from others, wherever they lie."""
+        """What distinguishes these images from others, wherever they lie."""
         return _relative(path for path, _ in self.samples)
 
     def name(self, index: int) -> str:
@@ -154,7 +154,7 @@ class StreamImages(_Named):
 
     @property
     def names(self) -> Sequence[str]:
-        """The shards; empty where the reader does not tell them."""
+        """The shards; empty where the reader does not list them."""
         return list(getattr(getattr(self.dataset.reader, "split_info", None), "filenames", ()))
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The models to measure: each as a file for every backend, with what it must put out."""
+"""The models to measure: each as a file for every backend, with what it must output."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -39,7 +39,7 @@ class BenchModel:
         name: as it was asked for.
         birds: drawn images at its size, RGB bytes [B, H, W, 3].
         files: by the backends that can run it.
-        logits: what it puts out: by PyTorch, not folded; by ONNX Runtime for an ONNX file.
+        logits: what it outputs: by PyTorch, not folded; by ONNX Runtime for an ONNX file.
         tolerance: share of the largest logit by which a backend's logits may differ from those.
         cost: parameters, MACs and activations; None for an ONNX file without a spec.
     """

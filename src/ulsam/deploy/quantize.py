@@ -25,10 +25,10 @@ from ulsam.model.spec import ModelSpec
 from ulsam.training.sample import pick
 
 QUANTIZATION = "quantization"
-"""Key of the metadata that tells how a file was quantised."""
+"""Key of the metadata that says how a file was quantised."""
 
 MOST_LOST = 0.01
-"""Share of top-1 that may be lost, as far as the images can tell it."""
+"""Share of top-1 that may be lost, as far as the images can show it."""
 
 COVERED = 0.85
 """Share of the images whose values a map's range holds at either end; beyond it values are clipped.
@@ -205,7 +205,7 @@ def map_statistics(content: bytes, images: Sequence[Pixels]) -> dict[str, MapSta
         images: at the model's size.
 
     Returns:
-        For whatever operations with 8-bit forms take and put out, by its name.
+        For whatever operations with 8-bit forms take and output, by its name.
     """
     import onnx
 
@@ -214,8 +214,8 @@ def map_statistics(content: bytes, images: Sequence[Pixels]) -> dict[str, MapSta
     fixed = {tensor.name for tensor in model.graph.initializer}
     inside = [node for node in model.graph.node if node.op_type in _TYPES and not _is_others(node)]
     maps = {name for node in inside for name in (*node.input, *node.output)}
-    put_out = {value.name for value in (*model.graph.input, *model.graph.output)}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(maps - fixed - put_out - {""}))
+    outer = {value.name for value in (*model.graph.input, *model.graph.output)}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(maps - fixed - outer - {""}))
     session = runtime.open_session(model.SerializeToString())
     names = [output.name for output in session.get_outputs()]
     extremes: dict[str, list[NDArray[Any]]] = {}

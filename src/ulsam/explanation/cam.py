@@ -48,7 +48,7 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
     """The name of the module whose output is the last feature map [B, K, h, w] of more than one position.
 
     It is found on one forward pass, in the order in which modules finish, so of nested modules it is the outer one:
-    what the global pooling of any CNN takes in. Where more modules put out tokens [B, N, C] after it than maps up to
+    what the global pooling of any CNN takes in. Where more modules output tokens [B, N, C] after it than maps up to
     it, as in a vision transformer behind its patches, it would say little of the model.
 
     Args:

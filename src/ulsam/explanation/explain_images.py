@@ -87,9 +87,9 @@ def explain_images(
     if results:
         _write_numbers(out / "numbers.json", results, {name: spec for name, (_, spec) in models.items()})
     cards.sort(key=lambda one: urgency(one.truth, one.named, one.share))
-    told = {name: model_name(spec) for name, (_, spec) in models.items()}
+    labels = {name: model_name(spec) for name, (_, spec) in models.items()}
     note = other_classes(*(spec for _, spec in models.values()))
-    look: dict[str, Any] = {"model": told["this model"], "base": told.get("base"), "numbers": written, "note": note}
+    look: dict[str, Any] = {"model": labels["this model"], "base": labels.get("base"), "numbers": written, "note": note}
     machine = ", ".join(f"{name} {value}" for name, value in versions().items())
     text = page(cards, **look, unreadable=unreadable, command=printable(command_line()), versions=machine)
     write_atomic(out / "report.html", text)

@@ -96,7 +96,7 @@ class Explainer:
                 stack.callback(layer.register_forward_pre_hook(look(name)).remove)
             logits = self.model(self.images(pixels))
             if not logits.isfinite().all():
-                raise NotFinite("the model puts out numbers that are not finite (NaN or infinity)")
+                raise NotFinite("the model outputs numbers that are not finite (NaN or infinity)")
             best = logits.argmax(1) if targets is None else torch.tensor(list(targets), device=self.device)
             (gradients,) = torch.autograd.grad(logits.gather(1, best[:, None]).sum(), outputs[-1])
         cams = grad_cam_plus_plus(outputs[-1].detach().float(), gradients.float()).cpu().numpy()

@@ -103,8 +103,8 @@ def cam_caption(whose: str, found: Explanation) -> tuple[str, str]:
 def headline(truth: str | None, found: Explanation, base: Explanation | None, whose: str = "base") -> str:
     """One sentence on what was predicted; ``whose`` is what the base model is called."""
     (named, share), *_ = found.top(1)
-    told = {"wrong": f"✗ wrong: {truth}, taken for {named}", "right": f"✓ right: {named}"}
-    text = f"{told.get(verdict(truth, named), named)} ({percent(share)})"
+    texts = {"wrong": f"✗ wrong: {truth}, taken for {named}", "right": f"✓ right: {named}"}
+    text = f"{texts.get(verdict(truth, named), named)} ({percent(share)})"
     if base is None:
         return text
     (other, share), *_ = base.top(1)

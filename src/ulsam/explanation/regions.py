@@ -26,12 +26,12 @@ def mark_areas(image: str | os.PathLike[str], transform: EvalTransform) -> dict[
         The share of each pixel that belongs to it, [H, W], by the names of `ulsam.data.bird_drawing.Marks` and `BIRD`.
 
     Raises:
-        UlsamError: the files that tell of the set are damaged.
+        UlsamError: the files that describe the set are damaged.
     """
-    told = mark_boxes(image)
-    if told is None:
+    marks = mark_boxes(image)
+    if marks is None:
         return None
-    size, boxes = told
+    size, boxes = marks
     corners = np.array(list(boxes.values()))
     boxes = {BIRD: (*corners[:, :2].min(0).tolist(), *corners[:, 2:].max(0).tolist()), **boxes}
     areas = {}

@@ -16,7 +16,7 @@ class Paired:
     minus: TrainedRun
     found: Difference | None  # None: they cannot be paired
     why_not: str = ""
-    only_run: int | None = None  # images that it alone has right; None: not told
+    only_run: int | None = None  # images that it alone has right; None: not known
     only_minus: int | None = None
 
 

@@ -147,8 +147,8 @@ def curves(runs: Sequence[TrainedRun]) -> list[Chart]:
     losses = lines("train_loss", "training loss") + lines("val_loss", "loss on measured images", dashed=True)
     top = lines("val_top1", "top-1 (%)", 100) + lines("val_top5", "top-5 (%)", 100, dashed=True)
     rate = lines("lr", "learning rate")
-    told = [row["epoch"] or 0 for run in runs for row in run.rows]
-    epochs = (min(told, default=1), max(told, default=1))
+    numbers = [row["epoch"] or 0 for run in runs for row in run.rows]
+    epochs = (min(numbers, default=1), max(numbers, default=1))
     found = [
         chart("loss", "Loss", losses, unit="nats", epochs=epochs, limits=(0, math.inf)),
         chart("accuracy", "Accuracy", top, unit="%", epochs=epochs, limits=(0, 100), digits=".2f"),
@@ -280,10 +280,10 @@ def _samples(measured: Sequence[Measured]) -> tuple[list[Card], list[str]]:
                 pixels, _ = by_key[key].images.fetch(shown.guesses[key].image, explainer.transform.reduction)
                 (models[key],) = explainer([explainer.transform.pixels(pixels)])
         if models:
-            told = [f"{key + ' ' if len(measured) > 1 else ''}{_verdict(shown.guesses[key])}" for key in models]
+            verdicts = [f"{key + ' ' if len(measured) > 1 else ''}{_verdict(shown.guesses[key])}" for key in models]
             names = models if len(measured) > 1 else {"this model": models[next(iter(models))]}
             attention = models if len(measured) > 1 else {"": models[next(iter(models))]}
-            headline = f"{shown.truth}: " + "; ".join(told)
+            headline = f"{shown.truth}: " + "; ".join(verdicts)
             card = card_of_models(printable(shown.name), shown.truth, names, headline, attention)
             right = {shown.guesses[key].right for key in models}
             cards.append(dataclasses.replace(card, verdict="unknown") if len(right) > 1 else card)
@@ -299,8 +299,8 @@ def _settings(runs: Sequence[TrainedRun]) -> list[tuple[str, list[str], bool]]:
     """Every setting: its name, each run's value, and whether they differ; those that do come first."""
     values = [dataclasses.asdict(run.config) for run in runs]
     rows = [(name, [_text(each[name]) for each in values]) for name in values[0]]
-    told = [(name, each, len(set(each)) > 1) for name, each in rows]
-    return sorted(told, key=lambda row: not row[2])
+    settings = [(name, each, len(set(each)) > 1) for name, each in rows]
+    return sorted(settings, key=lambda row: not row[2])
 
 
 def _text(value: Any) -> str:

@@ -110,7 +110,7 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[TrainedRun]:
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
-    """What tells folders apart: their paths from the folder on that holds them all.
+    """What distinguishes folders: their paths from the folder on that holds them all.
 
     >>> short_names([Path("/runs/base/seed-0"), Path("/runs/slim/seed-0")]), short_names([Path("/runs/slim")])
     (['base/seed-0', 'slim/seed-0'], ['slim'])

@@ -49,7 +49,7 @@ def compare(
     With several ``rates`` or ``tried_epochs`` each arm first gets its own learning rate and epochs: those with the best
     top-1 on a fifth of the training images that is held out, the same for all, or on ``choose_split``. Then each arm
     is trained on all training images with each seed, and measured once. Runs that are finished are not repeated, and
-    those that were stopped go on: call it again with the same arguments.
+    those that were stopped are resumed: call it again with the same arguments.
 
     Args:
         data: an image folder, or a data-set name of timm's factory.
@@ -108,7 +108,7 @@ def compare(
     with store.locked():
         if start_from is not None:
             store.start_from(start_from)
-        grid = dataclasses.replace(grid, shared=_settled(grid, store, launcher == "ray"))
+        grid = dataclasses.replace(grid, shared=_resolved(grid, store, launcher == "ray"))
         store.begin(grid, command_line(), digest, files)
     for note in seen_before(run.config for run in grid.known(lambda run: None)):
         say(f"note    {note}")
@@ -178,8 +178,8 @@ def _reported(grid: Grid, store: Store, margin: float, command: str | None) -> d
     return result
 
 
-def _settled(grid: Grid, store: Store, elsewhere: bool) -> TrainConfig:
-    """The shared settings with nothing left at "auto": as they were settled here before, or by a probe of the base."""
+def _resolved(grid: Grid, store: Store, elsewhere: bool) -> TrainConfig:
+    """The shared settings with nothing left at "auto": as they were resolved here before, or by a probe of the base."""
     shared = grid.shared
     before = store.read_grid()
     if before:
@@ -188,5 +188,5 @@ def _settled(grid: Grid, store: Store, elsewhere: bool) -> TrainConfig:
     if elsewhere and not undecided(shared):
         return shared  # what this machine lacks, a GPU say, others may have
     longest = grid.arms[0].config(shared, epochs=max([shared.epochs, *grid.epochs]))
-    settled = resolve_auto(longest)
-    return dataclasses.replace(shared, **{name: getattr(settled, name) for name in SETTINGS})
+    resolved = resolve_auto(longest)
+    return dataclasses.replace(shared, **{name: getattr(resolved, name) for name in SETTINGS})

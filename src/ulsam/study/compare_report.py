@@ -41,8 +41,8 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
         check_paired(measured)
     timed = store.read("latency.json")
     times = _latencies(timed, {arm.name: runs[arm.name] for arm in planned}) if timed else {}
-    told = {arm.name: store.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
-    times |= {name: one["latency"] for name, one in told.items() if "latency" in one}
+    entries = {arm.name: store.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
+    times |= {name: one["latency"] for name, one in entries.items() if "latency" in one}
     arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
     pooled = pooled_seed_variance(
         {seed: summary["scores"]["top1"] for seed, summary in found.items()} for found in runs.values()

@@ -117,8 +117,8 @@ def latency(arm: Mapping[str, Any], *, is_base: bool) -> str:
 
 def legend(result: Mapping[str, Any]) -> str:
     """What the columns are."""
-    told = [*result["differences"], *(arm["minus_base"] for arm in result["arms"] if arm["minus_base"])]
-    over = {pair["over"] for pair in told}
+    rows = [*result["differences"], *(arm["minus_base"] for arm in result["arms"] if arm["minus_base"])]
+    over = {pair["over"] for pair in rows}
     interval = f"95 % interval over {' / '.join(sorted(over))}" if over else "no interval"
     paired = "seed" if "seeds" in over else "seed and image"
     margin = 100 * result["margin"]

@@ -1,4 +1,4 @@
-"""Tell whether images and weight files are what they were, and whether a model has seen images before."""
+"""Check whether images and weight files are what they were, and whether a model has seen images before."""
 
 import dataclasses
 import hashlib

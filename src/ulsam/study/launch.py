@@ -107,13 +107,13 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, again: str) -> None:
         grid: what is compared.
         store: its folder.
         launcher: where runs are started.
-        again: the command that goes on, to be told when this is interrupted.
+        again: the command that resumes, shown when this is interrupted.
 
     Raises:
         UlsamError: a run's folder holds a run with other settings.
         Interrupted: Ctrl-C or SIGTERM, after every run has saved.
     """
-    told: set[str] = set()
+    announced: set[str] = set()
     due, looked = grid.due(store.outcome), time.monotonic()
     with stop_signals() as stopping, _stopped_at_the_end(launcher):
         while due or launcher.running():
@@ -121,8 +121,8 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, again: str) -> None:
                 raise Interrupted("stopped, all runs are saved", f"resume with: {again}")
             busy = [str(run) for run in launcher.running()]
             for run in due:
-                if str(run) not in busy and launcher.room() and not launcher.start(run) and str(run) not in told:
-                    told.add(str(run))
+                if str(run) not in busy and launcher.room() and not launcher.start(run) and str(run) not in announced:
+                    announced.add(str(run))
                     say(f"wait    {run}: another process is training it")
             time.sleep(PAUSE)
             over = launcher.ended()
@@ -137,7 +137,7 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, again: str) -> None:
 
 
 def start_process(folder: Path, config: TrainConfig, cwd: str | None = None) -> "subprocess.Popen[bytes]":
-    """Start training in ``folder``, or go on with what is there; its output goes to the file beside it, FOLDER.log.
+    """Start training in ``folder``, or resume what is there; its output goes to the file beside it, FOLDER.log.
 
     Relative paths among the settings are seen from ``cwd``, by default the working directory of this process. The
     process holds a lock of its own, which :func:`lock_run` heeds. It saves and stops when its standard input is closed.

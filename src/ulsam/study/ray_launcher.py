@@ -1,6 +1,6 @@
 """Runs spread over machines by Ray (https://docs.ray.io): each run is one task.
 
-Ray starts a task that is lost with its node again on another one. It goes on from the run's last checkpoint where all
+Ray starts a task that is lost with its node again on another one. It resumes from the run's last checkpoint where all
 nodes see the comparison's folder under the same path, and from the start where they do not; then the files of a
 finished run, without its checkpoint, come back to the driver. Data, weights and a teacher must lie under the same paths
 on all nodes, relative ones seen from the directory where the command is given, and ulsam must be installed there.

@@ -64,14 +64,14 @@ def slim(
     the original one as its teacher.
 
     ``out/slim.json`` holds all figures and the choice, ``out/train.yaml`` the settings of the fine-tuning, ``out/run``
-    its run with the slimmed model, ``model.safetensors``. A second start with the same ``out`` goes on where it
+    its run with the slimmed model, ``model.safetensors``. A second start with the same ``out`` resumes where it
     stopped.
 
     Args:
         model: a trained model's model file.
         data: an image folder, or timm's name of a data set; with the model's classes.
         out: a new folder, or that of the same slimming.
-        fine_tune: whether to go on after the choice.
+        fine_tune: whether to continue after the choice.
         settings: of `ulsam.training.config.TrainConfig`, for the fine-tuning, but for `DECIDED`; how images are read
             (``size``, ``mean``, ...) is by default as in the model file.
         options: the budget, exactly one of ``macs``, ``params`` and ``latency``, the share of the model's own to keep;
@@ -91,7 +91,7 @@ def slim(
     check_engine(asked.engine)
     original, spec = load(model)
     config = fine_tuning(model, spec, data, settings or {})
-    with _told(out):
+    with _resumable(out):
         store = _choose(asked, out, original, spec, config, locate(model))
         chosen = [*config.edits, asked.edit(store.data["chosen"]["blocks"])]
         config = dataclasses.replace(config, edits=chosen)
@@ -150,7 +150,7 @@ def _held_out(model: Path, data: str, settings: Mapping[str, Any]) -> dict[str, 
 
 
 def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, config: TrainConfig, model: Path) -> Store:
-    """Choose the blocks, or take the choice that ``out`` holds, and tell it."""
+    """Choose the blocks, or take the choice that ``out`` holds, and report it."""
     with start(config.device) as world, cpu_threads(config.threads):
         images, measured, _ = parts.open_images(config)
         if images.classes != spec.classes:
@@ -278,10 +278,10 @@ def _other(images: AnyImages, spec: ModelSpec) -> str:
 
 
 @contextmanager
-def _told(out: Path) -> Iterator[None]:
-    """Turn an interruption into one that says how to go on."""
+def _resumable(out: Path) -> Iterator[None]:
+    """Turn an interruption into one that says how to resume."""
     try:
         yield
     except KeyboardInterrupt as stop:
         where = stop.where if isinstance(stop, Interrupted) else "stopped"
-        raise Interrupted(where, f"what was done is kept: go on with the same arguments and `out={out}`") from None
+        raise Interrupted(where, f"what was done is kept: resume with the same arguments and `out={out}`") from None

@@ -145,7 +145,7 @@ def find_blocks(
         if name not in fitting
     ]
     if not fitting:
-        why = f": {notes[0]}" if notes else " that takes and puts out the same feature map [B, C, H, W]"
+        why = f": {notes[0]}" if notes else " that takes and outputs the same feature map [B, C, H, W]"
         if not notes and candidates(model, input_size, leaves=True):
             why += " (single convolutions: name them by `at`)"
         raise UlsamError(f"this {type(model).__name__} has no block to replace{why}")

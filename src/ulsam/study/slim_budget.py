@@ -27,7 +27,7 @@ class Budget:
         most_sets: how many sets to measure after the greedy search.
         reconstruct_sets: how many of the sets of least damage to reconstruct; of these the one of least loss is chosen.
         engine, batch, threads: how time is taken; threads None: PyTorch's own number.
-        seconds: that taking it goes on for, of all blocks in turn, and of each set that is timed.
+        seconds: that measuring it lasts, of all blocks in turn, and of each set that is timed.
 
     Raises:
         UlsamError: a value out of range, or layer options that no edit takes.

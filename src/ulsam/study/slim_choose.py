@@ -24,25 +24,25 @@ from ulsam.surgery.cost import Cost
 STEP = 0.005  # share of the time by which more is asked for at least, where the sets that were found are too slow
 MOST_TURNS = 2000  # of timing
 TIMED = 8  # sets of one search that are timed at most
-TOLD = 30.0  # seconds between lines about how far the search is, where the output is no terminal
+INTERVAL = 30.0  # seconds between lines about how far the search is, where the output is no terminal
 
 
 class _Progress:
-    """Tells how many sets were measured: by a bar on a terminal, elsewhere by a line now and then."""
+    """Shows how many sets were measured: by a bar on a terminal, elsewhere by a line now and then."""
 
     def __init__(self, bar: "tqdm[Any]") -> None:
-        self.bar, self.sets, self.told = bar, 0, time.monotonic()
+        self.bar, self.sets, self.last = bar, 0, time.monotonic()
 
     def count(self) -> None:
         """One more set was measured."""
         self.sets += 1
         self.bar.update()
-        if self.bar.disable and time.monotonic() - self.told >= TOLD:
+        if self.bar.disable and time.monotonic() - self.last >= INTERVAL:
             self.say(f"damage  sets measured so far: {self.sets}")
 
     def say(self, line: str) -> None:
         """Log a line."""
-        self.told = time.monotonic()
+        self.last = time.monotonic()
         logs.say(line)
 
 

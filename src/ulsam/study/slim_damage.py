@@ -22,7 +22,7 @@ def score(model: nn.Module, sample: Sample, classes: Sequence[str], world: World
     """Measure a model on the sample.
 
     Raises:
-        UlsamError: not one image could be read, or what the model puts out is not finite.
+        UlsamError: not one image could be read, or what the model outputs is not finite.
     """
     found = evaluate_batches(model.to(world.device), sample.batches, len(classes), world=world)
     return Score(found.loss, found.top1)

@@ -69,7 +69,7 @@ class SeedVariance:
 def pooled_seed_variance(top1: Iterable[Mapping[int, float]]) -> SeedVariance | None:
     """The variance over seeds that is left when each arm's mean and what a seed does to all arms are taken off.
 
-    A handful of seeds tells little of the variance of one difference: intervals from it alone hold the truth as often
+    A handful of seeds says little about the variance of one difference: intervals from it alone hold the truth as often
     as they should, but some are far too wide and others far too narrow. With two arms it is that of their difference.
 
     Args:
@@ -138,7 +138,7 @@ def crossed_interval(
 def difference(
     runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]], pooled: SeedVariance | None = None
 ) -> Difference | None:
-    """One model's runs minus another's, paired by seed and, where the runs tell it, by image.
+    """One model's runs minus another's, paired by seed and, where the runs say it, by image.
 
     Args:
         runs, base: the summaries of `ulsam.training.train.train`, by seed.
@@ -160,11 +160,11 @@ def difference(
     check_paired([*(runs[seed] for seed in seeds), *(base[seed] for seed in seeds)])
     of_seeds = [runs[seed]["scores"]["top1"] - base[seed]["scores"]["top1"] for seed in seeds]
     mean = sum(of_seeds) / len(of_seeds)
-    told = all(found[seed].get("outcomes") for found in (runs, base) for seed in seeds)
+    by_image = all(found[seed].get("outcomes") for found in (runs, base) for seed in seeds)
     low: float | None
     high: float | None
     differ: int | None = None
-    if told and runs[seeds[0]]["outcomes"]["images"] > 1:
+    if by_image and runs[seeds[0]]["outcomes"]["images"] > 1:
         matrix = np.stack([right(runs[seed]).astype(np.int8) - right(base[seed]).astype(np.int8) for seed in seeds])
         mean, low, high = crossed_interval(matrix, pooled=pooled)
         differ = int(matrix.any(axis=0).sum())

@@ -20,9 +20,9 @@ from ulsam.surgery.trace import default_input_size, trace
 
 Rule = Literal["exact", "paper"]
 _RULE_TEXT = {
-    "exact": "every parameter; MACs of convolutions and matrix products; activations = elements those put out",
+    "exact": "every parameter; MACs of convolutions and matrix products; activations = elements those output",
     "paper": "all parameters but BatchNorm's; MACs of convolutions and matrix products (which the paper calls FLOPs); "
-    "activations = elements those put out",
+    "activations = elements those output",
 }
 
 

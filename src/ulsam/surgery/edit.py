@@ -54,7 +54,7 @@ def replace(
 ) -> ModelT:
     """Put an attention layer in the place of each named module; in place, and returns ``model``.
 
-    Where an `nn.Sequential` stood, an `nn.Sequential` of that one layer stands: code that walks it goes on working.
+    Where an `nn.Sequential` stood, an `nn.Sequential` of that one layer stands: code that walks it keeps working.
 
     Args:
         model: any `nn.Module`.
@@ -174,7 +174,7 @@ def _warn_of_norm(model: nn.Module, name: str) -> None:
 
 
 def _layers(model: nn.Module, flows: Mapping[str, Flow], make: Callable[..., nn.Module]) -> dict[str, nn.Module]:
-    """A new layer for what each place puts out, on that module's device and in its dtype and mode."""
+    """A new layer for what each place outputs, on that module's device and in its dtype and mode."""
     made = {}
     for name, flow in flows.items():
         module = model.get_submodule(name)

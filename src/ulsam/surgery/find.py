@@ -155,17 +155,17 @@ def _nearest(name: str, valid: list[str]) -> str:
 def _why_not_map(module: nn.Module, flow: Flow, image: Shape | None) -> str | None:
     shape = flow.output_shape
     if shape is None:
-        return "does not put out one tensor"
+        return "does not output one tensor"
     if len(shape) == 3:
-        return f"puts out tokens [B, N, C] = {list(shape)}; an edit needs a feature map [B, C, H, W]"
+        return f"outputs tokens [B, N, C] = {list(shape)}; an edit needs a feature map [B, C, H, W]"
     if len(shape) != 4:
-        return f"puts out {list(shape)}; an edit needs a feature map [B, C, H, W]"
+        return f"outputs {list(shape)}; an edit needs a feature map [B, C, H, W]"
     if getattr(module, "normalized_shape", None) == shape[-1:] != shape[1:2]:  # such as attention's heads of tokens
         return f"normalizes the last dimension of {list(shape)}; an edit needs a feature map [B, C, H, W]"
     _, _, height, width = cast(Shape, image)
     first, last = (abs(shape[n] / height - shape[n + 1] / width) for n in (1, 2))
     if first < last:  # a map has the proportions of the image, and they are found in front of the channels
-        return f"puts out {list(shape)}, channels in the last dimension; an edit needs a feature map [B, C, H, W]"
+        return f"outputs {list(shape)}, channels in the last dimension; an edit needs a feature map [B, C, H, W]"
     return None
 
 

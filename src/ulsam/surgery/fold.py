@@ -50,7 +50,7 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
         channels_last: the memory layout of the convolutions' weights; maps follow it.
 
     Raises:
-        UlsamError: the model cannot be copied, puts out no tensor, or does not run in channels_last.
+        UlsamError: the model cannot be copied, outputs no tensor, or does not run in channels_last.
 
     >>> import timm
     >>> model = timm.create_model("mobilenetv1_100").eval()
@@ -86,7 +86,7 @@ def _fold(model: nn.Module, size: Sequence[int], like: Tensor, exact: torch.dtyp
     x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(like.device, exact)
     pairs, expected = _pairs(folded, x)
     if not expected:
-        raise UlsamError(f"this {type(model).__name__} puts out no tensor, so folding cannot be checked")
+        raise UlsamError(f"this {type(model).__name__} outputs no tensor, so folding cannot be checked")
     if channels_last:
         for _, tensor in _tensors(folded):
             if tensor.ndim == 4:
@@ -162,7 +162,7 @@ def _cast(model: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
 
 
 def _pairs(model: nn.Module, x: Tensor) -> tuple[list[Pair], list[Tensor]]:
-    """What can be folded as far as the modules tell, and what the model puts out.
+    """What can be folded as far as the modules show, and what the model outputs.
 
     The convolution's output is the BatchNorm's input, and both run once.
     """
@@ -229,18 +229,18 @@ def _repeats(model: nn.Module, x: Tensor, expected: Sequence[Tensor], channels_l
             f"this {name} fails in channels_last: {first_line(error)}; pass channels_last=False"
         ) from error
     if channels_last and not (same or is_random):
-        raise UlsamError(f"this {name} puts out something else in channels_last; pass channels_last=False")
+        raise UlsamError(f"this {name} outputs something else in channels_last; pass channels_last=False")
     return same
 
 
 def _steps(
     model: nn.Module, x: Tensor, expected: Sequence[Tensor], pairs: Sequence[Pair], is_random: bool
 ) -> list[Step]:
-    """The ways of folding parts of the model that keep what it puts out.
+    """The ways of folding parts of the model that keep what it outputs.
 
-    Two tests tell. With NaN instead of a convolution's output wherever another than its BatchNorm looks at it, no new
-    NaN may come out: this finds a use however little it weighs on these images. Then the folded model is compared with
-    the model, unless that is random: this finds code that uses the modules' weights.
+    There are two tests. With NaN instead of a convolution's output wherever another than its BatchNorm looks at it, no
+    new NaN may come out: this finds a use however little it weighs on these images. Then the folded model is compared
+    with the model, unless that is random: this finds code that uses the modules' weights.
     """
 
     def are_hidden(some: Sequence[Pair]) -> bool:
@@ -322,7 +322,7 @@ def _rest(norm: nn.BatchNorm2d) -> nn.Module:
 
 
 def _run(model: nn.Module, x: Tensor, seed: int = 0) -> list[Tensor]:
-    """Copies of the tensors that the model puts out, eagerly: compiled code would not see the hooks and swaps."""
+    """Copies of the tensors that the model outputs, eagerly: compiled code would not see the hooks and swaps."""
     gpus = [x.device] if x.is_cuda else []
     with _running, torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
@@ -355,7 +355,7 @@ def _is_close(before: Tensor, after: Tensor) -> bool:
 
 
 def _tensors_in(output: Any) -> list[Tensor]:
-    """All tensors in what a model puts out: one, or a nest of lists, tuples, dicts and dataclasses."""
+    """All tensors in what a model outputs: one, or a nest of lists, tuples, dicts and dataclasses."""
     if isinstance(output, Tensor):
         return [output]
     if is_dataclass(output) and not isinstance(output, type):

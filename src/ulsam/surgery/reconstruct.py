@@ -1,4 +1,4 @@
-"""Reconstruct what an edit broke: train the layers behind it to put out what they put out in the whole model.
+"""Reconstruct what an edit broke: train the layers behind it to output what they output in the whole model.
 
 Source: PRACTISE, "Practical Network Acceleration with Tiny Sets" (Wang and Wu, CVPR 2023, arXiv 2202.07861).
 """
@@ -219,7 +219,7 @@ def _train(
         return sum(float((y - trained(x)).square().sum()) for x, y in pairs) / power
 
     if not math.isfinite(power):
-        raise NotFinite(f"the model puts out NaN or infinity at {name}: its weights are broken, or not for such images")
+        raise NotFinite(f"the model outputs NaN or infinity at {name}: its weights are broken, or not for such images")
     if not power:
         return 0.0, 0.0
     scale = sum(y.numel() for _, y in pairs) / power
@@ -273,7 +273,7 @@ def _jointly(model: nn.Module, whole: nn.Module, batches: Sequence[Tensor], step
     wanted = [y.float() for y in passing(whole, last, batches)[1]]
     power = sum(float(y.square().sum()) for y in wanted)
     if not math.isfinite(power) or not power:
-        raise NotFinite(f"the model puts out nothing to learn from at {last}: its weights are broken")
+        raise NotFinite(f"the model outputs nothing to learn from at {last}: its weights are broken")
     scale = sum(y.numel() for y in wanted) / power
 
     def output(step: int) -> Tensor:

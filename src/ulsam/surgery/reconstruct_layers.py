@@ -30,17 +30,17 @@ class ReconstructedLayer:
 
 @torch.no_grad()
 def reconstruct_layers(model: nn.Module, batches: Sequence[Tensor], *, steps: int = STEPS) -> list[ReconstructedLayer]:
-    """Train each new :class:`ulsam.InvertedResidual` to put out what the block that it replaced put out.
+    """Train each new :class:`ulsam.InvertedResidual` to output what the block that it replaced output.
 
     The layer, with the attention before it if there is any, is trained alone, with Adam on the mean square of the
     difference between the two outputs. Layers are reconstructed in the order in which the model calls them, each on
-    what the layers before it put out, towards what the model has there with all its blocks back; inserted layers stay.
+    what the layers before it output, towards what the model has there with all its blocks back; inserted layers stay.
     Nothing is random: the same model and images give the same weights. An error or Ctrl-C leaves a layer as it was.
 
     Args:
         model: an edited model whose blocks were trained before they were replaced; is changed in place.
         batches: images [B, C, H, W] as the model takes them, on its device; labels are not needed. A dozen batches of
-            32 do. What goes into one layer and what its block put out, of all of them, are in memory together.
+            32 do. What goes into one layer and what its block output, of all of them, are in memory together.
         steps: of training for each layer, with a batch each.
 
     Returns:
@@ -48,7 +48,7 @@ def reconstruct_layers(model: nn.Module, batches: Sequence[Tensor], *, steps: in
         because they were not in the file that the model came from.
 
     Raises:
-        UlsamError: no images, single ones whose map is one pixel at a layer, a model that puts out NaN or infinity, or
+        UlsamError: no images, single ones whose map is one pixel at a layer, a model that outputs NaN or infinity, or
             a full memory.
 
     >>> import ulsam
@@ -132,7 +132,7 @@ def _regress(layer: nn.Module, name: str, given: Sequence[Tensor], wanted: Seque
     values = sum(x.numel() for x, _ in pairs)
     added = float(sum((y - x).square().sum() for x, y in pairs)) / values
     if not math.isfinite(added):
-        raise NotFinite(f"the model puts out NaN or infinity at {name}: its weights are broken, or not for such images")
+        raise NotFinite(f"the model outputs NaN or infinity at {name}: its weights are broken, or not for such images")
     if not added:
         return 1.0
     spread = [pair for pair in pairs if pair[0][:, 0].numel() > 1]  # BatchNorm takes no single value
@@ -188,7 +188,7 @@ def _called(model: nn.Module, places: Mapping[str, nn.Module], batch: Tensor) ->
 
 
 def passing(model: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """What goes into the module of this name and what it puts out, for each batch.
+    """What goes into the module of this name and what it outputs, for each batch.
 
     Both are copies, as later layers may change them in place. What comes behind the module is not computed.
     """

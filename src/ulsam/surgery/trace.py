@@ -33,7 +33,7 @@ class Flow:
 
     ``macs`` are its multiply-accumulates in convolutions and matrix products (PyTorch's FLOP formulas, halved), with
     those of the modules inside it; ``own_macs`` are without them. ``own_activations`` is the number of elements that
-    the latter put out.
+    the latter output.
     """
 
     calls: int = 0
@@ -46,7 +46,7 @@ class Flow:
 
     @property
     def is_map(self) -> bool:
-        """Whether it puts out one tensor of the form [1, C, H, W]."""
+        """Whether it outputs one tensor of the form [1, C, H, W]."""
         return self.output_shape is not None and len(self.output_shape) == 4
 
 
@@ -57,10 +57,10 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     (1, 224, 224)
     """
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    told = getattr(model, "in_chans", None)  # timm's; a stem may rearrange the pixels in front of its convolution
+    known = getattr(model, "in_chans", None)  # timm's; a stem may rearrange the pixels in front of its convolution
     config = getattr(model, "pretrained_cfg", None) or {}
     _, height, width = config.get("input_size") or (3, 224, 224)
-    return told if type(told) is int else first, height, width
+    return known if type(known) is int else first, height, width
 
 
 def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str, Flow]:
@@ -138,7 +138,7 @@ def _pass(shadow: nn.Module, image: Tensor) -> dict[str, Flow]:
             for value in args:
                 if id(value) in convolved and convolved[id(value)][1]() is value:
                     readers[convolved[id(value)][0]] += 1
-            out = _put_out(func, args, kwargs)
+            out = _output_of(func, args, kwargs)
             formula = flop_registry.get(func._overloadpacket)
             if formula is not None:
                 flops = int(formula(*args, **kwargs, out_val=out))
@@ -157,8 +157,8 @@ def _pass(shadow: nn.Module, image: Tensor) -> dict[str, Flow]:
     return {name: flows[module] for name, module in shadow.named_modules(remove_duplicate=False)}
 
 
-def _put_out(func: OpOverload[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """``func(*args, **kwargs)``, without the 2 ms that PyTorch takes to find what two kinds put out on the meta device.
+def _output_of(func: OpOverload[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``func(*args, **kwargs)``, without the 2 ms that PyTorch takes to find what two kinds output on the meta device.
 
     These are BatchNorm in eval mode, and operators that change one map of floats in place, value by value. What a model
     computes on tensors of its own, which have memory, is computed.

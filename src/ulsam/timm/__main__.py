@@ -1,6 +1,6 @@
 """``python -m ulsam.timm SCRIPT ...`` runs one of timm's scripts, which then knows our models by name.
 
-So do the Python processes that the script starts: `sitecustomize.py` beside this file tells them.
+So do the Python processes that the script starts, by `sitecustomize.py` beside this file.
 """
 
 import argparse

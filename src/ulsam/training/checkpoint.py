@@ -1,4 +1,4 @@
-"""What a run leaves on disk to go on from: one checkpoint file, replaced whole."""
+"""What a run leaves on disk to resume from: one checkpoint file, replaced whole."""
 
 import io
 from dataclasses import dataclass, field

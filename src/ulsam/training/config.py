@@ -115,7 +115,7 @@ class TrainConfig:
     threads: int | None = _option(None, "CPU threads of training (default: PyTorch's, one a core)")
     seed: int = _option(0, "of everything random")
     # run
-    val_every: int = _option(1, "measure after every so many epochs, and after the last")
+    val_every: int = _option(1, "measure every N epochs, and after the last one")
     save_seconds: float = _option(120.0, "at least this long between two checkpoints within an epoch")
 
     def __post_init__(self) -> None:

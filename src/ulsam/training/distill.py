@@ -71,7 +71,7 @@ def open_teacher(config: TrainConfig, spec: ModelSpec, student: nn.Module) -> Te
     flows = trace(model, spec.input_size)  # raises where it does not run at this size
     places = shared_places(student, flows, spec.input_size) if config.distill_features else []
     notes = []
-    # a folded convolution puts out what its BatchNorm did, so a map compared there would be another one
+    # a folded convolution outputs what its BatchNorm did, so a map compared there would be another one
     if any(isinstance(model.get_submodule(name), nn.Conv2d) for name in places):
         notes = ["the teacher is not folded: a feature map is taken at a convolution"]
     else:
@@ -97,7 +97,7 @@ def shared_places(student: nn.Module, teacher: Mapping[str, Flow], input_size: S
     """Where the student's feature maps are compared with the teacher's.
 
     That is at every place of an edit, and at the last map before the head, which begins with the pooling: at the
-    outermost module that puts it out, and once if an edit's place puts out this very map. Where the teacher puts out
+    outermost module that outputs it, and once if an edit's place outputs this very map. Where the teacher outputs
     another shape, nothing is compared. None of this depends on the size of the maps.
 
     Args:
@@ -137,24 +137,24 @@ def shared_places(student: nn.Module, teacher: Mapping[str, Flow], input_size: S
     return found
 
 
-def soft_target_loss(logits: Tensor, told: Tensor, temperature: float) -> Tensor:
+def soft_target_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Hinton's loss: the mean over images of T^2 * KL(teacher || student), both softened by the temperature T; nats.
 
     The factor T^2 keeps the size of its gradients, which softening divides by T^2 (section 2 of the paper).
 
     Args:
         logits: [B, classes], of the student.
-        told: [B, classes], of the teacher.
+        teacher_logits: [B, classes], of the teacher.
         temperature: above 0.
 
     >>> soft_target_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), 4.0).item()  # logits may be shifted
     0.0
     """
-    student, teacher = ((values.float() / temperature).log_softmax(1) for values in (logits, told))
+    student, teacher = ((values.float() / temperature).log_softmax(1) for values in (logits, teacher_logits))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def feature_loss(maps: Sequence[Tensor], told: Sequence[Tensor]) -> Tensor:
+def feature_loss(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
     """The mean over places of the squared error of the student's map, as a share of the mean square of the teacher's.
 
     So it depends neither on the number of channels and positions nor on the scale of the maps: 0 is no difference, 1
@@ -162,20 +162,20 @@ def feature_loss(maps: Sequence[Tensor], told: Sequence[Tensor]) -> Tensor:
 
     Args:
         maps: [B, C, H, W] each, of the student.
-        told: the teacher's, of the same shapes.
+        teacher_maps: the teacher's, of the same shapes.
 
     >>> feature_loss([torch.zeros(2, 8, 4, 4)], [torch.full((2, 8, 4, 4), 5.0)]).item()
     1.0
     """
     shares = [
         F.mse_loss(mine.float(), its.float()) / its.float().square().mean()
-        for mine, its in zip(maps, told, strict=True)
+        for mine, its in zip(maps, teacher_maps, strict=True)
     ]
     return torch.stack(shares).mean()
 
 
 class Tapped(nn.Module):
-    """A model that also puts out the feature maps at named places in it; within :meth:`listening` alone.
+    """A model that also outputs the feature maps at named places in it; within :meth:`listening` alone.
 
     >>> model = nn.Sequential(nn.Identity(), nn.Flatten())
     >>> tapped = Tapped(model, ["0"])
@@ -252,18 +252,18 @@ class Distiller:
         output: Output = self._run(images if self.same_pixels else images * self.scale + self.shift)
         return output
 
-    def loss(self, output: Output, told: Output, labels: Tensor, *, smoothing: float) -> Tensor:
+    def loss(self, output: Output, teacher_output: Output, labels: Tensor, *, smoothing: float) -> Tensor:
         """(1 - w) * cross-entropy + w * :func:`soft_target_loss` + f * :func:`feature_loss`.
 
         w is ``distill`` and f is ``distill_features`` of the settings.
 
         Args:
             output: of the student.
-            told: of :meth:`teach`.
+            teacher_output: of :meth:`teach`.
             labels: class numbers [B], or shares [B, classes].
             smoothing: of the labels, in the cross-entropy.
         """
-        (logits, maps), (its_logits, its_maps) = output, told
+        (logits, maps), (its_logits, its_maps) = output, teacher_output
         weight, temperature = cast(float, self.config.distill), cast(float, self.config.distill_temperature)
         hard = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         total = (1 - weight) * hard + weight * soft_target_loss(logits, its_logits, temperature)
@@ -284,7 +284,7 @@ def describe(config: TrainConfig, teacher: Teacher) -> str:
 
 @torch.no_grad()
 def _is_repeated(model: nn.Module, places: Sequence[str], input_size: Sequence[int]) -> bool:
-    """Whether the last of these places puts out the very tensor that an earlier one does, unchanged since."""
+    """Whether the last of these places outputs the very tensor that an earlier one does, unchanged since."""
     outputs: dict[str, tuple[Tensor, int]] = {}
 
     def note(place: str, module: nn.Module, args: Any, output: Tensor) -> None:

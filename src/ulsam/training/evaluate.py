@@ -147,7 +147,7 @@ def outcomes(scores: Scores, images: AnyImages) -> dict[str, Any] | None:
     Returns:
         ``images``: how many were read; ``right``: a bit for each of them, in the order of the data set, the first
         image the highest bit of the first byte, as hexadecimal digits; ``names``: SHA-256 of their names. None for
-        a stream of shards, which does not tell what it holds before it is read.
+        a stream of shards, whose contents are not known before it is read.
     """
     if isinstance(images, StreamImages):
         return None

@@ -1,7 +1,7 @@
 """The training loop, from settings to a model file.
 
 Nothing random is saved: every image and every step seeds the generators anew from (seed, epoch, position), so a run
-that was killed goes on from its last checkpoint to the same weights, bit for bit on the same machine and versions.
+that was killed resumes from its last checkpoint to the same weights, bit for bit on the same machine and versions.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from ulsam.training.step import TrainingStep
 class Trainer:
     """One run in one process: the parts are built here; :meth:`prepare` readies them, :meth:`fit` is the loop.
 
-    ``fresh`` is False for a run that goes on from a checkpoint; ``model`` is trained in place of the settings' own.
+    ``fresh`` is False for a run that resumes from a checkpoint; ``model`` is trained in place of the settings' own.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Trainer:
         self.ema = ModelEmaV3(self.model, decay=self.config.ema, use_warmup=True) if self.config.ema else None
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint; says what is not as it was.
+        """Resume from a checkpoint; says what is not as it was.
 
         Raises:
             UlsamError: the checkpoint is of another model, other classes, other settings or another number of

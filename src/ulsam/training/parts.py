@@ -78,7 +78,7 @@ def prepared_model(model: nn.Module, config: TrainConfig, spec: ModelSpec) -> nn
     shape = trace(model, spec.input_size)[""].output_shape
     if shape != (1, len(spec.classes)):
         raise UlsamError(
-            f"the prepared model puts out {list(shape or ())} for an image; {[1, len(spec.classes)]} is right here"
+            f"the prepared model outputs {list(shape or ())} for an image; {[1, len(spec.classes)]} is right here"
         )
     return model
 
@@ -194,9 +194,9 @@ def mixing_of(config: TrainConfig, n_classes: int) -> Mixup | None:
 class Unreadable:
     """Images that any process could not read: each is named once, and too many of them end the run."""
 
-    def __init__(self, total: int, largest_share: float, tells: bool = True) -> None:
+    def __init__(self, total: int, largest_share: float, reports: bool = True) -> None:
         self.limit = max(3, int(total * largest_share))
-        self.tells = tells
+        self.reports = reports
         self.reasons: dict[str, str] = {}
 
     def add(self, found: Iterable[tuple[str, str]]) -> None:
@@ -208,7 +208,7 @@ class Unreadable:
         for name, reason in found:
             if name not in self.reasons:
                 self.reasons[name] = reason
-                if self.tells:
+                if self.reports:
                     say(f"unreadable {reason}", level=logging.WARNING)
         if len(self.reasons) > self.limit:
             raise UlsamError(f"more than {self.limit} images cannot be read (named above): see `max_unreadable`")

@@ -14,12 +14,12 @@ from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.preprocessing import Preprocessing
 
 Logits = NDArray[np.float32]
-"""What a model puts out, [B, classes]."""
+"""What a model outputs, [B, classes]."""
 
 Image = str | os.PathLike[str] | BinaryIO | Pixels
 """A file, a binary stream that holds one, or RGB bytes [H, W, 3]."""
 
-NOT_FINITE = "the model puts out numbers that are not finite (NaN or infinity)"
+NOT_FINITE = "the model outputs numbers that are not finite (NaN or infinity)"
 
 
 @dataclass(frozen=True)

@@ -132,12 +132,12 @@ def probe(
     else:
 
         def step(setup: Setup) -> Step:
-            settled = dataclasses.replace(config, **dataclasses.asdict(setup))
+            resolved = dataclasses.replace(config, **dataclasses.asdict(setup))
             made: list[Step] = []  # in its first turn, where too little memory leaves it out
 
             def take() -> None:
                 if not made:
-                    made.append(training_step(settled, model, input_size, world.device, teacher))
+                    made.append(training_step(resolved, model, input_size, world.device, teacher))
                 made[0]()
 
             return take
@@ -271,16 +271,16 @@ def _try_compiled(
     began = time.monotonic()
     try:
         take[compiled]()
-    except Exception as error:  # whatever a compiler, or the model under it, may raise: the run goes on without
+    except Exception as error:  # whatever a compiler, or the model under it, may raise: the run continues without
         return eager, f"not compiled: torch.compile failed: {type(error).__name__}: {first_line(error)}"
     cost = time.monotonic() - began
     times = time_in_turn(take, steps)
     if len(times) < 2:
         return eager, "not compiled: there is too little memory to time both"
-    told = f"{1e3 * times[compiled]:.0f} ms a step for {1e3 * times[eager]:.0f}, after {cost:.0f} s of compilation"
+    measured = f"{1e3 * times[compiled]:.0f} ms a step for {1e3 * times[eager]:.0f}, after {cost:.0f} s of compilation"
     if choose(times) == eager or (times[eager] - times[compiled]) * steps < cost:
-        return eager, f"not compiled: {told}"
-    return compiled, f"compiled: {told}"
+        return eager, f"not compiled: {measured}"
+    return compiled, f"compiled: {measured}"
 
 
 def _span(seconds: float) -> str:

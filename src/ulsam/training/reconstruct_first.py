@@ -25,8 +25,8 @@ def to_reconstruct(config: TrainConfig, model: nn.Module, images: AnyImages) -> 
     if not (config.reconstruct_images and (config.weights or config.pretrained) and edited):
         if config.images_for_reconstruction:
             raise UlsamError(
-                "images_for_reconstruction has nothing to reconstruct: it needs edits, the base model's weights and "
-                "reconstruct_images above 0"
+                "`images_for_reconstruction` has nothing to reconstruct: it needs edits, the base model's weights and "
+                "`reconstruct_images` above 0"
             )
         return False
     if isinstance(images, StreamImages) and not config.images_for_reconstruction:

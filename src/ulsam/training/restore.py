@@ -1,4 +1,4 @@
-"""What a run's folder must hold for the run to begin or go on, and its checkpoint taken apart."""
+"""What a run's folder must hold for the run to begin or resume, and its checkpoint taken apart."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def fixed_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def resumed_config(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
-    """The settings of the run in this folder, to go on with.
+    """The settings of the run in this folder, to resume with.
 
     Raises:
         UlsamError: not the folder of a run, a finished one, or a setting that would change the result.
@@ -71,7 +71,7 @@ def check_prepared(run: Path, saved: Mapping[str, Any] | None, given: bool) -> N
     """
     prepared = saved is not None and bool(saved.get("prepared"))
     if prepared and not given:
-        raise UlsamError(f"{run} trains a prepared model: go on from Python, {resume_call(run, True)}")
+        raise UlsamError(f"{run} trains a prepared model: resume from Python, {resume_call(run, True)}")
     if given and not prepared:
         raise UlsamError(f"{run} trains the model of its settings, not a prepared one: leave model out")
 
@@ -144,7 +144,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], opt:
 
 
 def resume_call(run: Path, prepared: bool) -> str:
-    """How to go on with a run, of a prepared model or not.
+    """How to resume a run, of a prepared model or not.
 
     >>> resume_call(Path("my-run"), prepared=True)
     "ulsam.resume('my-run', model=...)"
@@ -159,5 +159,5 @@ def check_free(run: Path) -> None:
     except OSError as error:
         raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
     if taken:
-        resume = "go on with `ulsam.resume`, or " if (run / "config.yaml").is_file() else ""
+        resume = "resume with `ulsam.resume`, or " if (run / "config.yaml").is_file() else ""
         raise UlsamError(f"{run} exists: {resume}choose another `out`")

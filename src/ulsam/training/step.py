@@ -75,9 +75,9 @@ class TrainingStep:
                 logits = self.wrapped(images)
             return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         with precision, self.distiller.listening():
-            told = self.distiller.teach(images)
+            teacher_output = self.distiller.teach(images)
             output = self.wrapped(images)
-        return self.distiller.loss(output, told, labels, smoothing=smoothing)
+        return self.distiller.loss(output, teacher_output, labels, smoothing=smoothing)
 
     def update(self) -> None:
         """Move the weights by the gradients, clipped where the settings say so, and forget these."""

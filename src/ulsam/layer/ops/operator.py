@@ -121,7 +121,7 @@ def subspace_attention(
 
 
 _warned = False
-_INSIDE = ("ulsam", "torch", "torchvision", "timm")  # packages whose lines tell a user nothing
+_INSIDE = ("ulsam", "torch", "torchvision", "timm")  # packages whose lines do not help a user
 
 
 def _warn() -> None:
@@ -146,8 +146,8 @@ def infer(
 ) -> Tensor | None:
     """:func:`subspace_attention` without gradients or norms past PyTorch's dispatcher, or None where it is needed.
 
-    What the operands may be is told there; the kernels check their sizes. For a small map the dispatcher takes longer
-    than all the rest.
+    That function says what the operands may be; the kernels check their sizes. For a small map the dispatcher takes
+    longer than all the rest.
     """
     if is_grad_enabled() or _forced not in _CPU or not is_plain(x) or x.ndim != 4:
         return None

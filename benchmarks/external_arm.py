@@ -72,7 +72,7 @@ def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
         host: the comparison.
         name: of the arm.
         model: is trained in copies, each with a new classifier.
-        entry: what ``external_arm.json`` tells of it besides cost and latency.
+        entry: what ``external_arm.json`` says of it besides cost and latency.
 
     Raises:
         UlsamError: there is an arm of that name with another model, or another process trains it at the moment.
@@ -83,13 +83,13 @@ def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
     before, after = cost(host.model, size), cost(model, size)
     make_folder(store.root / "arms" / arm.slug)
     about = f"arms/{arm.slug}/external_arm.json"
-    guest = {"name": name, "settings": arm.settings, **_shares(before, after), **entry}
+    found = {"name": name, "settings": arm.settings, **_shares(before, after), **entry}
     kept = store.read(about)
-    if kept and kept["cost"] != guest["cost"]:
+    if kept and kept["cost"] != found["cost"]:
         raise UlsamError(
             f"{store.root / about} is of a model of another cost: move that arm away, or name this one else"
         )
-    store.write(about, {**guest, **(kept or {})})
+    store.write(about, {**found, **(kept or {})})
     print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
 
     grid = dataclasses.replace(host.grid, arms=(arm,))
@@ -145,7 +145,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _train(prepared: nn.Module, config: TrainConfig, folder: Path) -> None:
-    """Train a copy of the model, with a new classifier, in this folder, or go on with it."""
+    """Train a copy of the model, with a new classifier, in this folder, or resume it."""
     model = copy.deepcopy(prepared)
     head = cast(nn.Linear, cast(Any, model).get_classifier())
     loading.seed_all(config.seed)
