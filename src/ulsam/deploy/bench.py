@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
-from ulsam.base.files import check_writable, make_folder, write_atomic
+from ulsam.base.files import check_writable, make_folder, write_atomic, write_json
 from ulsam.base.logs import say
 from ulsam.base.provenance import command_line, processor, versions
 from ulsam.base.timing import in_turn
@@ -158,7 +157,7 @@ def _write(rows: Sequence[Row], out: Path) -> None:
         "where": {**versions(), **_engines(), "processor": processor(), "cores": os.cpu_count()},
     }
     write_atomic(out / "bench.csv", report.csv_text(rows))
-    write_atomic(out / "bench.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "bench.json", result)
     write_atomic(out / "bench.png", report.draw(rows))
 
 
