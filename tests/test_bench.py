@@ -22,11 +22,11 @@ from torch import nn
 from tiny import NET
 from ulsam.base.errors import UlsamError
 from ulsam.base.logs import LOGGER
-from ulsam.base.timing import WARM_UP, in_turn
+from ulsam.base.timing import WARM_UP, figures, in_turn
 from ulsam.cli import main
 from ulsam.deploy.bench import MOST_TURNS, bench, start
 from ulsam.deploy.bench_models import open_model
-from ulsam.deploy.bench_report import COLUMNS, Row, csv_text, figures, text
+from ulsam.deploy.bench_report import COLUMNS, Row, csv_text, text
 from ulsam.deploy.export import engine_of
 from ulsam.model.build import build, load, make_spec, save
 from ulsam.model.spec import Edit

@@ -16,7 +16,7 @@ from ulsam.base.extras import check_plots
 from ulsam.base.files import check_writable, make_folder, write_atomic, write_json
 from ulsam.base.logs import say
 from ulsam.base.provenance import command_line, processor, versions
-from ulsam.base.timing import in_turn
+from ulsam.base.timing import figures, in_turn
 from ulsam.deploy import bench_report as report
 from ulsam.deploy.bench_models import BenchModel, check_backends, open_model
 from ulsam.deploy.bench_process import Process
@@ -143,7 +143,7 @@ def _rows(
             peak_memory=process.peak,
             model_size=process.size,
             cost=models[place].cost,
-            **report.figures(times[place, backend], times.get((0, backend))),
+            **figures(times[place, backend], times.get((0, backend))),
         )
         for (place, backend), process in processes.items()
     ]
