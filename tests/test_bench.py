@@ -214,7 +214,7 @@ def test_other_answers_are_refused_before_timing(folder, tmp_path):
     model.files["onnxruntime"] = str(folder / "other.onnx")
     before = children()
     with pytest.raises(
-        UlsamError, match=r"model.onnx by onnxruntime gives other answers than the model.*3 drawn birds"
+        UlsamError, match=r"model.onnx by onnxruntime gives other answers than the model.*3 generated images"
     ):
         start(model, "onnxruntime", batch=3, threads=1)
     assert children() == before

@@ -60,7 +60,9 @@ PROMISES: dict[str, Promise] = {
         and "blocks.5.2 17" in out
     ),
     "deploy.md": lambda names, out: (
-        "16 drawn birds" in out and "a.jpg" in out and {name for name, _ in names["found"].classes} == {"robin", "wren"}
+        "16 generated images" in out
+        and "a.jpg" in out
+        and {name for name, _ in names["found"].classes} == {"robin", "wren"}
     ),
     "detectors.md": lambda names, out: _places(names["again"]) == ["mobilenet_v2.layer.3"] and "[1, 3]" in out,
     "performance.md": lambda names, out: (

@@ -42,8 +42,8 @@ def bench(
     """Measure models in several backends on this machine's CPU, and write ``bench.csv``, ``.png`` and ``.json``.
 
     Each model in each backend is a process of its own, with its own threads and memory. Before it is timed, its answers
-    on drawn birds are compared with the model's own. For each batch size and number of threads all processes then run
-    in turn, one at a time, in shuffled order: in its turn each makes a call that is not timed, and one that is.
+    on generated images are compared with the model's own. For each batch size and number of threads all processes then
+    run in turn, one at a time, in shuffled order: in its turn each makes a call that is not timed, and one that is.
 
     Args:
         models: timm names (with random weights), model files, trained models of the package, and ONNX files of
@@ -139,7 +139,7 @@ def _rows(
             backend=backend,
             batch=batch,
             threads=threads,
-            image_size=models[place].birds.shape[2],
+            image_size=models[place].pixels.shape[2],
             peak_memory=process.peak,
             model_size=process.size,
             cost=models[place].cost,
