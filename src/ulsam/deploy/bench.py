@@ -18,7 +18,7 @@ from ulsam.base.logs import say
 from ulsam.base.provenance import command_line, processor, versions
 from ulsam.base.timing import figures, in_turn
 from ulsam.deploy import bench_report as report
-from ulsam.deploy.bench_models import BenchModel, check_backends, open_model
+from ulsam.deploy.bench_models import BenchModel, check_backends, open_bench_model
 from ulsam.deploy.bench_process import Process
 from ulsam.deploy.bench_report import Row
 from ulsam.deploy.bench_worker import Backend, Case
@@ -76,7 +76,7 @@ def bench(
             say(f"open    {name}")
             folder = Path(scratch, str(number))
             folder.mkdir()
-            opened.append(open_model(name, backends, folder, size))
+            opened.append(open_bench_model(name, backends, folder, size))
             if left := [backend for backend in backends if backend not in opened[-1].files]:
                 say(f"note    {name} is an ONNX file: left out of {', '.join(left)}")
         if not any(model.files for model in opened):

@@ -73,7 +73,7 @@ def check_backends(backends: Collection[str]) -> None:
         check_openvino("`backends=openvino`")
 
 
-def open_model(name: str, backends: Collection[Backend], folder: Path, size: int | None = None) -> BenchModel:
+def open_bench_model(name: str, backends: Collection[Backend], folder: Path, size: int | None = None) -> BenchModel:
     """A model, and its files for those of the backends that can run it.
 
     Args:
