@@ -48,7 +48,7 @@ PROMISES: dict[str, Promise] = {
         and 0 <= names["scores"].top1 <= 1
         and "broadbar" in out
     ),
-    "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14"],
+    "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14 g=4"],
     "slim.md": lambda names, out: (
         len(names["spec"].edits) == 1
         and names["spec"].edits[0].at == ",".join(names["found"]["chosen"]["blocks"])
