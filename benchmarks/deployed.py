@@ -28,10 +28,9 @@ from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import write_atomic
 from ulsam.base.provenance import processor
-from ulsam.base.timing import times_in_turn
+from ulsam.base.timing import figures, times_in_turn
 from ulsam.data.images import Pixels
 from ulsam.data.loading import eval_loader
-from ulsam.deploy.bench_report import figures
 from ulsam.deploy.export import export
 from ulsam.deploy.exported_module import load_exported
 from ulsam.deploy.quantize import quantize

@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from ulsam.apps.service_model import Model, open_model
 from ulsam.base.provenance import processor
 from ulsam.data.folder import image_paths
+from ulsam.deploy.classifier import Classifier, open_classifier
 from ulsam.training.predict import predict
 
 BATCH = 32
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that compute a batch, in both")
     args = parser.parse_args()
     images = [Path(path).read_bytes() for path in image_paths([args.images])[: args.most]]
-    model = open_model(args.model, args.threads)
+    model = open_classifier(args.model, threads=args.threads, folded=True)
     loop_rate(model, images, 1)
     before = loop_rate(model, images, args.seconds / 2)
     served = service(args.model, images, args.clients, args.threads, args.seconds)
@@ -78,7 +78,7 @@ def main() -> None:
     print(text)
 
 
-def loop_rate(model: Model, images: Sequence[bytes], seconds: float) -> float:
+def loop_rate(model: Classifier, images: Sequence[bytes], seconds: float) -> float:
     """Images a second in this process."""
     start, count = time.perf_counter(), 0
     streams = map(BytesIO, itertools.cycle(images))

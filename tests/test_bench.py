@@ -22,11 +22,11 @@ from torch import nn
 from tiny import NET
 from ulsam.base.errors import UlsamError
 from ulsam.base.logs import LOGGER
-from ulsam.base.timing import WARM_UP, in_turn
+from ulsam.base.timing import WARM_UP, figures, in_turn
 from ulsam.cli import main
 from ulsam.deploy.bench import MOST_TURNS, bench, start
-from ulsam.deploy.bench_models import open_model
-from ulsam.deploy.bench_report import COLUMNS, Row, csv_text, figures, text
+from ulsam.deploy.bench_models import open_bench_model
+from ulsam.deploy.bench_report import COLUMNS, Row, csv_text, text
 from ulsam.deploy.export import engine_of
 from ulsam.model.build import build, load, make_spec, save
 from ulsam.model.spec import Edit
@@ -202,7 +202,7 @@ def test_base_and_edited_model_in_two_backends(folder, tmp_path, monkeypatch, ca
 def test_a_file_for_any_size_is_measured_at_the_one_asked_for(folder, tmp_path):
     model, spec = load(folder / "model.safetensors")
     (tmp_path / "open.onnx").write_bytes(engine_of(model, spec, dynamic_size=True).files[".onnx"])
-    opened = open_model(str(tmp_path / "open.onnx"), ["onnxruntime"], tmp_path, 48)
+    opened = open_bench_model(str(tmp_path / "open.onnx"), ["onnxruntime"], tmp_path, 48)
     assert opened.images(2).shape == (2, 48, 48, 3)
     assert opened.cost == cost(model, (3, 48, 48))
     with start(opened, "onnxruntime", batch=2, threads=1) as process:
@@ -210,11 +210,11 @@ def test_a_file_for_any_size_is_measured_at_the_one_asked_for(folder, tmp_path):
 
 
 def test_other_answers_are_refused_before_timing(folder, tmp_path):
-    model = open_model(str(folder / "model.onnx"), ["onnxruntime"], tmp_path)
+    model = open_bench_model(str(folder / "model.onnx"), ["onnxruntime"], tmp_path)
     model.files["onnxruntime"] = str(folder / "other.onnx")
     before = children()
     with pytest.raises(
-        UlsamError, match=r"model.onnx by onnxruntime gives other answers than the model.*3 drawn birds"
+        UlsamError, match=r"model.onnx by onnxruntime gives other answers than the model.*3 generated images"
     ):
         start(model, "onnxruntime", batch=3, threads=1)
     assert children() == before
@@ -239,7 +239,7 @@ def test_what_was_measured_is_kept_on_ctrl_c(folder, tmp_path, logged, request):
 
 
 def test_a_process_that_dies_is_told(folder, tmp_path):
-    model = open_model(str(folder / "model.onnx"), ["onnxruntime"], tmp_path)
+    model = open_bench_model(str(folder / "model.onnx"), ["onnxruntime"], tmp_path)
     with start(model, "onnxruntime", batch=1, threads=1) as process:
         assert process.time() > 0
         os.kill(process._process.pid, signal.SIGKILL)
@@ -253,7 +253,7 @@ def test_openvino_gives_the_models_answers(folder, tmp_path):
     normalised = engine_of(small, load(folder / "model.safetensors")[1], preprocessing=False)
     (tmp_path / "normalised.onnx").write_bytes(normalised.files[".onnx"])
     for path in (folder / "model.onnx", tmp_path / "normalised.onnx"):
-        model = open_model(str(path), ["openvino"], tmp_path)
+        model = open_bench_model(str(path), ["openvino"], tmp_path)
         with start(model, "openvino", batch=2, threads=1) as process:
             assert process.time() > 0 and process.size == path.stat().st_size
 

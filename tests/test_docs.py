@@ -48,7 +48,7 @@ PROMISES: dict[str, Promise] = {
         and 0 <= names["scores"].top1 <= 1
         and "broadbar" in out
     ),
-    "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14"],
+    "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14 g=4"],
     "slim.md": lambda names, out: (
         len(names["spec"].edits) == 1
         and names["spec"].edits[0].at == ",".join(names["found"]["chosen"]["blocks"])
@@ -60,7 +60,9 @@ PROMISES: dict[str, Promise] = {
         and "blocks.5.2 17" in out
     ),
     "deploy.md": lambda names, out: (
-        "16 drawn birds" in out and "a.jpg" in out and {name for name, _ in names["found"].classes} == {"robin", "wren"}
+        "16 generated images" in out
+        and "a.jpg" in out
+        and {name for name, _ in names["found"].classes} == {"robin", "wren"}
     ),
     "detectors.md": lambda names, out: _places(names["again"]) == ["mobilenet_v2.layer.3"] and "[1, 3]" in out,
     "performance.md": lambda names, out: (

@@ -229,7 +229,7 @@ def test_measures_of_maps_equal_naive_loops() -> None:
     assert measures.entropy_share(maps) == pytest.approx(entropies, rel=1e-5)
     assert measures.peak(maps) == pytest.approx([35 * max(one) for one in flat], rel=1e-6)
     pairs = list(itertools.combinations(flat, 2))
-    assert measures.correlation(maps) == pytest.approx(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs]), abs=1e-9)
+    assert measures.correlations(maps) == pytest.approx([np.corrcoef(a, b)[0, 1] for a, b in pairs], abs=1e-9)
     expected = np.mean([jensenshannon(a, b, base=2) ** 2 for a, b in pairs])
     assert measures.divergence(maps) == pytest.approx(expected, abs=1e-6)
     layer = LayerMaps("x", None, "equations", maps)
@@ -239,10 +239,10 @@ def test_measures_of_maps_equal_naive_loops() -> None:
 def test_flat_and_equal_maps_agree_as_they_should() -> None:
     maps = some_maps()
     flat = np.full_like(maps, 1 / 35)
-    assert measures.correlation(flat) is None and measures.divergence(flat) == 0
-    assert measures.correlation(np.stack([maps[0], maps[0], flat[0]])) == pytest.approx(1)
+    assert not measures.correlations(flat).size and measures.divergence(flat) == 0
+    assert measures.correlations(np.stack([maps[0], maps[0], flat[0]])) == pytest.approx([1])
     assert measures.divergence(np.stack([maps[0], maps[0]])) == pytest.approx(0, abs=1e-12)
-    assert measures.correlation(maps[:1]) is None and measures.divergence(maps[:1]) is None
+    assert not measures.correlations(maps[:1]).size and measures.divergence(maps[:1]) is None
     assert measures.entropy_share(np.ones((2, 1, 1))).tolist() == [1, 1]
 
 
@@ -349,7 +349,7 @@ def test_numbers_are_means_over_images_of_what_the_explanations_say() -> None:
         own = [shares[number].mean() for number, label in enumerate(labels) if label == name]
         assert entry["mean"] == pytest.approx(np.mean(own))
     assert about["correlation"]["mean"] == pytest.approx(
-        np.mean([measures.correlation(o.layers[0].maps) for o in found])
+        np.mean([measures.correlations(o.layers[0].maps).mean() for o in found])
     )
     inputs, results = flow(model, "blocks.2.0.ulsam", numbers.explainer.images(chunks))
     for name, features in (("before", inputs), ("after", results)):

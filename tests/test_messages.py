@@ -52,11 +52,12 @@ def test_training(
     assert flag in capsys.readouterr().err
 
 
-def test_a_folder_that_is_taken(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UlsamError, match=r"exists: choose another `out`$"):
-        train(data, data, **SETTINGS)
-    assert main(["train", str(data), "--out", str(data), *options(SETTINGS)]) == 2
-    assert capsys.readouterr().err.endswith("exists: choose another --out\n")
+def test_a_folder_that_is_taken(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UlsamError, match=r"is not an empty folder: resume it with `ulsam.resume`, name one"):
+        train(data, tmp_path, **SETTINGS)
+    assert main(["train", str(data), "--out", str(tmp_path), *options(SETTINGS)]) == 2
+    assert "is not an empty folder: resume it with --resume, name one" in capsys.readouterr().err
 
 
 def test_slimming(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -781,12 +781,12 @@ def test_a_hostile_or_damaged_checkpoint_is_refused(copied: Path, tmp_path: Path
 
 
 def test_the_folder_of_a_new_run(data: Path, trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UlsamError, match=r"trained exists: resume with `ulsam.resume`, or choose another `out`"):
+    with pytest.raises(UlsamError, match=r"trained is not an empty folder: resume it with `ulsam.resume`, name one"):
         train(config(data), trained)
-    with pytest.raises(UlsamError, match=r"data\d* exists: choose another `out`"):
+    with pytest.raises(UlsamError, match=r"data\d* is not an empty folder: name one"):
         train(config(data), data)
     (tmp_path / "file").touch()
-    with pytest.raises(UlsamError, match=r"file exists: choose another"):
+    with pytest.raises(UlsamError, match=r"file is not an empty folder: name one"):
         train(config(data), tmp_path / "file")
     with pytest.raises(UlsamError, match=r"cannot make the folder .*file/run: Not a directory"):
         train(config(data), tmp_path / "file" / "run")

@@ -18,9 +18,9 @@ from ulsam.apps.service import RequestLimit, create_app
 from ulsam.apps.service_engine import Engine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
-from ulsam.apps.service_model import open_model
 from ulsam.base.errors import UlsamError
 from ulsam.base.processes import STOP_SIGNALS
+from ulsam.deploy.classifier import open_classifier
 from ulsam.training.predict import softmax
 
 KEY = "ULSAM_API_KEY"
@@ -76,7 +76,7 @@ def serve(
     with listen(host, port) as listening:
         if not (api_key or is_loopback(listening)):
             raise UlsamError(f"{host} can be reached from elsewhere: set {KEY} to the key that is asked for")
-        opened = open_model(model, threads)
+        opened = open_classifier(model, threads=threads, folded=True)
         softmax(opened.logits(np.zeros((1, *opened.preprocessing.size, 3), np.uint8)))  # the first one takes longer
         engine = Engine(opened, limits, Metrics(limits))
         gate = create_app(engine, limits, api_key or None)

@@ -15,15 +15,15 @@ from async_batcher.batcher import AsyncBatcher
 
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
-from ulsam.apps.service_model import Model
 from ulsam.data.images import Pixels, read_pixels
+from ulsam.deploy.classifier import Classifier
 from ulsam.training.predict import Logits, softmax
 
 
 class _Batches(AsyncBatcher):  # type: ignore[misc]  # carries no types
     """Whenever the model is free it computes the images that wait by then; none waits for more to come."""
 
-    def __init__(self, model: Model, limits: Limits, metrics: Metrics, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, model: Classifier, limits: Limits, metrics: Metrics, executor: ThreadPoolExecutor) -> None:
         super().__init__(max_batch_size=limits.batch, max_queue_time=0, executor=executor)
         self.model, self.metrics = model, metrics
 
@@ -42,7 +42,7 @@ class Engine:
         metrics: that count batches and images.
     """
 
-    def __init__(self, model: Model, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, model: Classifier, limits: Limits, metrics: Metrics) -> None:
         self.model, self.limits, self.metrics = model, limits, metrics
         self._readers = ThreadPoolExecutor(os.cpu_count(), "reader")
         self._runner = ThreadPoolExecutor(1, "model")

@@ -1,12 +1,14 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and the folders that they go into."""
 
 import contextlib
 import errno
+import json
 import os
 import stat
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.logs import LOGGER
@@ -54,8 +56,13 @@ def make_folder(path: Path) -> None:
         raise UlsamError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
-def check_empty(path: Path) -> None:
+def check_empty(path: Path, advice: str = "", *, hidden: bool = False) -> None:
     """Raise unless the folder is empty, or not there yet.
+
+    Args:
+        path: of the folder.
+        advice: what to do with it, before the message's own advice.
+        hidden: whether hidden files may lie in it, such as a killed process leaves.
 
     Raises:
         UlsamError: something lies in it, it is a file, or it may not be listed.
@@ -65,11 +72,13 @@ def check_empty(path: Path) -> None:
     ulsam.base.errors.UlsamError: ... is not an empty folder: name one that does not exist yet, or empty it first
     """
     try:
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        taken = path.exists() and not (
+            path.is_dir() and all(hidden and one.name.startswith(".") for one in path.iterdir())
+        )
     except OSError as error:
         raise UlsamError(f"cannot list the folder {path}: {error.strerror}") from error
     if taken:
-        raise UlsamError(f"{path} is not an empty folder: name one that does not exist yet, or empty it first")
+        raise UlsamError(f"{path} is not an empty folder: {advice}name one that does not exist yet, or empty it first")
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str, *, flush: bool = True) -> None:
@@ -113,6 +122,38 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str, *, flush: bool
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; what was there before is whole: make room, then try again" if full else ""
         raise UlsamError(f"cannot write {path}: {error.strerror}{advice}") from error
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON value as :func:`write_atomic`, to be read by people too.
+
+    Raises:
+        UlsamError: as of :func:`write_atomic`.
+    """
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UlsamError: the file cannot be read, or holds something else.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_json(f"{folder}/a.json", {"top1": 0.5})
+    ...     read_json(f"{folder}/a.json")
+    {'top1': 0.5}
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UlsamError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    except ValueError as error:
+        raise UlsamError(f"{path} is damaged: it holds no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UlsamError(f"{path} is damaged: it holds no JSON object")
+    return value
 
 
 def clear_parts(folder: str | os.PathLike[str]) -> None:

@@ -1,20 +1,24 @@
-"""The time that calls take on this machine, in turn with each other."""
+"""The time that calls take on this machine, in turn with each other, and its summary."""
 
 import functools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 NameT = TypeVar("NameT")
 Call = Callable[[], Any]
 
 WARM_UP = 3  # calls of each that are not timed
 LEAST_TURNS = 15
+RESAMPLES = 1000
+FEWEST = 6  # turns; below, no interval of a median has 95 %
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,46 @@ def in_turn(
             break
         shuffle(order)
         yield {name: measures[name]() for name in order}
+
+
+def figures(times: Sequence[float], first: Sequence[float] | None) -> dict[str, Any]:
+    """A summary of seconds, a turn each: the median, the 95th percentile, and the ratio of the medians of two models.
+
+    The ratio of a :class:`Timing` is the median of the turns' ratios instead. That one bears a machine whose speed
+    changes; this one is the quotient of the two medians in a table.
+
+    Args:
+        times: of the model.
+        first: of the model that it is compared with, in the same turns; ``times`` itself for that model.
+
+    >>> figures([3.0, 1.0, 2.0], [6.0, 2.0, 4.0])["ratio"]
+    0.5
+    """
+    ratio = interval = None
+    if first is not None:
+        ratio = float(np.median(times) / np.median(first))
+        if first is not times and len(times) >= FEWEST:
+            interval = ratio_interval(np.array(times), np.array(first))
+    return {
+        "seconds": float(np.median(times)),
+        "seconds_p95": float(np.quantile(times, 0.95)),
+        "ratio": ratio,
+        "ratio_interval": interval,
+        "turns": len(times),
+    }
+
+
+def ratio_interval(times: NDArray[Any], first: NDArray[Any]) -> tuple[float, float]:
+    """The 95 % interval of the ratio of two medians, by the bootstrap: whole turns are drawn, with both their times.
+
+    So what slowed both in a turn stays together (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, 13.3).
+
+    >>> ratio_interval(np.array([2.0] * 9), np.array([4.0] * 9))
+    (0.5, 0.5)
+    """
+    chosen = np.random.default_rng(0).integers(0, len(times), (RESAMPLES, len(times)))
+    low, high = np.quantile(np.median(times[chosen], 1) / np.median(first[chosen], 1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _timed(call: Call) -> float:

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +13,12 @@ import numpy as np
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
-from ulsam.base.files import check_writable, make_folder, write_atomic
+from ulsam.base.files import check_writable, make_folder, write_atomic, write_json
 from ulsam.base.logs import say
 from ulsam.base.provenance import command_line, processor, versions
-from ulsam.base.timing import in_turn
+from ulsam.base.timing import figures, in_turn
 from ulsam.deploy import bench_report as report
-from ulsam.deploy.bench_models import BenchModel, check_backends, open_model
+from ulsam.deploy.bench_models import BenchModel, check_backends, open_bench_model
 from ulsam.deploy.bench_process import Process
 from ulsam.deploy.bench_report import Row
 from ulsam.deploy.bench_worker import Backend, Case
@@ -43,8 +42,8 @@ def bench(
     """Measure models in several backends on this machine's CPU, and write ``bench.csv``, ``.png`` and ``.json``.
 
     Each model in each backend is a process of its own, with its own threads and memory. Before it is timed, its answers
-    on drawn birds are compared with the model's own. For each batch size and number of threads all processes then run
-    in turn, one at a time, in shuffled order: in its turn each makes a call that is not timed, and one that is.
+    on generated images are compared with the model's own. For each batch size and number of threads all processes then
+    run in turn, one at a time, in shuffled order: in its turn each makes a call that is not timed, and one that is.
 
     Args:
         models: timm names (with random weights), model files, trained models of the package, and ONNX files of
@@ -77,7 +76,7 @@ def bench(
             say(f"open    {name}")
             folder = Path(scratch, str(number))
             folder.mkdir()
-            opened.append(open_model(name, backends, folder, size))
+            opened.append(open_bench_model(name, backends, folder, size))
             if left := [backend for backend in backends if backend not in opened[-1].files]:
                 say(f"note    {name} is an ONNX file: left out of {', '.join(left)}")
         if not any(model.files for model in opened):
@@ -140,11 +139,11 @@ def _rows(
             backend=backend,
             batch=batch,
             threads=threads,
-            image_size=models[place].birds.shape[2],
+            image_size=models[place].pixels.shape[2],
             peak_memory=process.peak,
             model_size=process.size,
             cost=models[place].cost,
-            **report.figures(times[place, backend], times.get((0, backend))),
+            **figures(times[place, backend], times.get((0, backend))),
         )
         for (place, backend), process in processes.items()
     ]
@@ -158,7 +157,7 @@ def _write(rows: Sequence[Row], out: Path) -> None:
         "where": {**versions(), **_engines(), "processor": processor(), "cores": os.cpu_count()},
     }
     write_atomic(out / "bench.csv", report.csv_text(rows))
-    write_atomic(out / "bench.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "bench.json", result)
     write_atomic(out / "bench.png", report.draw(rows))
 
 

@@ -15,7 +15,7 @@ from ulsam.deploy.bench_worker import Backend
 from ulsam.deploy.engines import check_openvino
 from ulsam.deploy.export import engine_of
 from ulsam.deploy.onnx_graph import check_installed
-from ulsam.deploy.parity import TOLERANCE, drawn_images
+from ulsam.deploy.parity import TOLERANCE, generated_images
 from ulsam.deploy.quantize import QUANTIZATION
 from ulsam.model.build import build, load, save, sketch, spec_of
 from ulsam.model.spec import ModelSpec
@@ -37,7 +37,7 @@ class BenchModel:
 
     Attributes:
         name: as it was asked for.
-        birds: drawn images at its size, RGB bytes [B, H, W, 3].
+        pixels: generated images at its size, RGB bytes [B, H, W, 3].
         files: by the backends that can run it.
         logits: what it outputs: by PyTorch, not folded; by ONNX Runtime for an ONNX file.
         tolerance: share of the largest logit by which a backend's logits may differ from those.
@@ -45,15 +45,15 @@ class BenchModel:
     """
 
     name: str
-    birds: Pixels
+    pixels: Pixels
     files: dict[Backend, str]
     logits: Callable[[Pixels], Logits]
     tolerance: float
     cost: Cost | None
 
     def images(self, batch: int) -> Pixels:
-        """So many of its birds, again and again."""
-        return np.resize(self.birds, (batch, *self.birds.shape[1:]))
+        """So many of its images, again and again."""
+        return np.resize(self.pixels, (batch, *self.pixels.shape[1:]))
 
 
 def check_backends(backends: Collection[str]) -> None:
@@ -73,7 +73,7 @@ def check_backends(backends: Collection[str]) -> None:
         check_openvino("`backends=openvino`")
 
 
-def open_model(name: str, backends: Collection[Backend], folder: Path, size: int | None = None) -> BenchModel:
+def open_bench_model(name: str, backends: Collection[Backend], folder: Path, size: int | None = None) -> BenchModel:
     """A model, and its files for those of the backends that can run it.
 
     Args:
@@ -99,7 +99,7 @@ def _open_onnx(name: str, backends: Collection[Backend], size: int | None) -> Be
         spec = spec and dataclasses.replace(spec, input_size=(3, size, size))
     return BenchModel(
         name,
-        np.stack(drawn_images(look)),
+        generated_images(look.size),
         {backend: name for backend in backends if backend in ("onnxruntime", "openvino")},
         model.logits,
         INT8_TOLERANCE if QUANTIZATION in model.metadata else TOLERANCE,
@@ -117,8 +117,8 @@ def _open_torch(name: str, backends: Collection[Backend], folder: Path, size: in
     if {"onnxruntime", "openvino"} & set(backends):
         write_atomic(onnx_file, engine_of(model, spec).files[".onnx"])
     files = {backend: str(model_file if backend in ("eager", "compile") else onnx_file) for backend in backends}
-    birds = np.stack(drawn_images(transform.preprocessing))
-    return BenchModel(name, birds, files, logits_of(model, transform), TOLERANCE, _cost(spec))
+    pixels = generated_images(transform.preprocessing.size)
+    return BenchModel(name, pixels, files, logits_of(model, transform), TOLERANCE, _cost(spec))
 
 
 def _cost(spec: ModelSpec) -> Cost:

@@ -7,17 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ulsam.base.plot_style import style
 from ulsam.base.text_table import text_table
 from ulsam.deploy.bench_worker import Backend
 from ulsam.surgery.cost import Cost
 from ulsam.training.summary import cost_entry
-
-RESAMPLES = 1000
-LEAST_TURNS = 6  # below, no interval of a median has 95 %
 
 HEADS = (
     "model",
@@ -88,43 +82,6 @@ class Row:
     def per_second(self) -> float:
         """Images a second, at the median."""
         return self.batch / self.seconds
-
-
-def figures(times: Sequence[float], first: Sequence[float] | None) -> dict[str, Any]:
-    """The part of a `Row` that comes from seconds, a turn each.
-
-    Args:
-        times: of the model.
-        first: of the model that it is compared with, in the same turns; ``times`` itself for that model.
-
-    >>> figures([3.0, 1.0, 2.0], [6.0, 2.0, 4.0])["ratio"]
-    0.5
-    """
-    ratio = interval = None
-    if first is not None:
-        ratio = float(np.median(times) / np.median(first))
-        if first is not times and len(times) >= LEAST_TURNS:
-            interval = ratio_interval(np.array(times), np.array(first))
-    return {
-        "seconds": float(np.median(times)),
-        "seconds_p95": float(np.quantile(times, 0.95)),
-        "ratio": ratio,
-        "ratio_interval": interval,
-        "turns": len(times),
-    }
-
-
-def ratio_interval(times: NDArray[Any], first: NDArray[Any]) -> tuple[float, float]:
-    """The 95 % interval of the ratio of two medians, by the bootstrap: whole turns are drawn, with both their times.
-
-    So what slowed both in a turn stays together (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, 13.3).
-
-    >>> ratio_interval(np.array([2.0] * 9), np.array([4.0] * 9))
-    (0.5, 0.5)
-    """
-    chosen = np.random.default_rng(0).integers(0, len(times), (RESAMPLES, len(times)))
-    low, high = np.quantile(np.median(times[chosen], 1) / np.median(first[chosen], 1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def text(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ from ulsam.base.files import check_writable, write_atomic
 from ulsam.data.augment import Normalise
 from ulsam.data.folder import image_paths
 from ulsam.deploy.engines import Engine, executorch_engine, onnx_engine, openvino_engine
-from ulsam.deploy.parity import Parity, compared, drawn_images, read_images
+from ulsam.deploy.parity import Parity, compared, generated_images, read_images
 from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
 from ulsam.runtime import CLASSES, PREPROCESSING, SPEC, VERSION
@@ -80,7 +80,7 @@ def export(
         spec: of a model in memory, as of `ulsam.load`.
         dynamic_size: whether H and W are free too; not for ExecuTorch.
         preprocessing: False for an input ``x``, float [batch, 3, H, W], which is normalised already.
-        images: files, or folders of them, to compare on, 64 of them at most; by default 16 drawn birds.
+        images: files, or folders of them, to compare on, 64 of them at most; by default 16 generated ones.
 
     Returns:
         How far the file's outputs are from the model's.
@@ -104,7 +104,7 @@ def export(
     model, spec = model_and_spec(model, spec)
     look = spec_transform(spec).preprocessing
     files = image_paths([os.fspath(image) for image in images])
-    wanted = read_images(files, look) if images else drawn_images(look)
+    wanted = read_images(files, look) if images else list(generated_images(look.size))
     engine = engine_of(model, spec, to, dynamic_size=dynamic_size, preprocessing=preprocessing)
     parity = compared(model, engine.run, look, wanted, pixels=preprocessing, one_by_one=engine.one_by_one)
     if dynamic_size:  # another size too, with another shape

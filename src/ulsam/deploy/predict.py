@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Union
 
-from ulsam import runtime
 from ulsam.data.folder import image_paths
+from ulsam.deploy.classifier import open_classifier
 from ulsam.training.predict import Image, Prediction
 from ulsam.training.predict import predict as predict_images
 
@@ -46,15 +46,8 @@ def predict(
     ['missing.jpg: no such file or directory']
     """
     files = images if isinstance(images, str | bytes) else _files(images)
-    if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".onnx"):
-        return runtime.load(model).predict(files, top=top, batch=batch_size)
-    from ulsam.model.given import model_and_spec
-    from ulsam.training.evaluate import logits_of, spec_transform
-
-    module, spec = model_and_spec(model, spec)
-    transform = spec_transform(spec)
-    logits = logits_of(module, transform)
-    return predict_images(files, logits, transform.preprocessing, spec.classes, top=top, batch=batch_size)
+    opened = open_classifier(model, spec)
+    return predict_images(files, opened.logits, opened.preprocessing, opened.classes, top=top, batch=batch_size)
 
 
 def _files(images: Iterable[Image]) -> Iterator[Image]:

@@ -1,7 +1,6 @@
 """Explain a folder of images: a panel of each, one report over all, and the numbers."""
 
 import io
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from PIL import Image
 
 from ulsam.base.errors import printable
 from ulsam.base.extras import check_plots
-from ulsam.base.files import check_empty, make_folder, write_atomic
+from ulsam.base.files import check_empty, make_folder, write_atomic, write_json
 from ulsam.base.provenance import command_line, versions
 from ulsam.explanation.captions import model_name, other_classes
 from ulsam.explanation.explain_page import Card, card, page
@@ -120,4 +119,4 @@ def _write_numbers(path: Path, results: dict[str, dict[str, Any]], specs: dict[s
         "models": {name: {"spec": spec_entry(specs[name]), **result} for name, result in results.items()},
         "versions": versions(),
     }
-    write_atomic(path, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, entry)

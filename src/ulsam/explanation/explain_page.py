@@ -19,12 +19,9 @@ from ulsam.explanation.explanation import (
     NO_LAYER,
     Explanation,
     LayerMaps,
-    cam_caption,
+    attention_row,
+    cam_row,
     headline,
-    layer_heading,
-    layer_scale,
-    map_captions,
-    scale_text,
 )
 
 MOST_CARDS = 500
@@ -101,8 +98,7 @@ def card_of_models(
     photo(first)
     cams = [
         Tile(map_uri(one.cam), photo(one), caption, f"Grad-CAM++ of {', '.join(caption)}")
-        for whose, one in models.items()
-        for caption in [cam_caption(whose, one)]
+        for one, caption in zip(models.values(), cam_row(models).captions, strict=True)
     ]
     layers = [_tiles(layer_view(layer), whose, photo(one)) for whose, one in attention.items() for layer in one.layers]
     return Card(
@@ -210,15 +206,10 @@ def layer_view(layer: LayerMaps, smallest: int = SMALLEST) -> dict[str, Any]:
     >>> view["heading"], view["top"], view["uniform"], view["maps"][0][0]
     ('layer 17, blocks.5.2: 1 map of 2 × 2', '2.00×', 50.0, ('1: entropy 100.0 %', 'peak 1.00×'))
     """
-    top = layer_scale(layer)
-    values = layer.maps * (layer.maps[0].size / top)
-    captions = map_captions(layer)
-    return {
-        "heading": layer_heading(layer),
-        "top": scale_text(top),
-        "uniform": 100 / top,
-        "maps": [(captions[number], map_uri(one, smallest)) for number, one in enumerate(values)],
-    }
+    row = attention_row(layer)
+    (_, top), (uniform, _), _ = row.marks
+    maps = [(caption, map_uri(one, smallest)) for caption, one in zip(row.captions, row.maps, strict=True)]
+    return {"heading": row.heading, "top": top, "uniform": 100 * uniform, "maps": maps}
 
 
 def top_view(found: Explanation) -> tuple[tuple[str, str, float], ...]:

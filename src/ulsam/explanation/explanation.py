@@ -3,6 +3,7 @@
 The figure is matplotlib's, to change and to print; panels of whole folders are drawn by Pillow.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,36 +69,53 @@ class Explanation:
         return _figure(self)
 
 
-def layer_heading(layer: LayerMaps) -> str:
-    """Which layer, and the size of its maps."""
+@dataclass(frozen=True)
+class MapRow:
+    """Maps on one colour scale, as panels, pages and figures all show them."""
+
+    heading: str
+    maps: tuple[NDArray[np.floating], ...]  # [h, w] each, from 0 to 1, the top of the scale
+    captions: tuple[tuple[str, str], ...]  # of each map, two lines
+    marks: tuple[tuple[float, str], ...]  # on the scale, the highest first: its place from 0 to 1, and its label
+
+
+def attention_row(layer: LayerMaps) -> MapRow:
+    """The maps of a layer; the scale ends at their largest value, and at twice a uniform map's at least.
+
+    >>> row = attention_row(LayerMaps("blocks.5.2", "17", "equations", np.full((1, 2, 2), 0.25)))
+    >>> row.heading, row.captions[0], row.marks
+    ('layer 17, blocks.5.2: 1 map of 2 × 2', ('1: entropy 100.0 %', 'peak 1.00×'), \
+((1.0, '2.00×'), (0.5, 'uniform'), (0.0, '0')))
+    """
     groups, height, width = layer.maps.shape
     place = f"layer {layer.place}, " if layer.place else ""
-    return f"{place}{layer.name}: {groups} map{'s' if groups > 1 else ''} of {height} × {width}"
-
-
-def map_captions(layer: LayerMaps) -> list[tuple[str, str]]:
-    """The number of each map, its entropy and its peak."""
+    top = max(2.0, *layer.peak)
     pairs = zip(layer.entropy_share, layer.peak, strict=True)
-    return [
-        (f"{number}: entropy {_entropy(share)}", f"peak {_times(peak)}")
-        for number, (share, peak) in enumerate(pairs, start=1)
+    return MapRow(
+        f"{place}{layer.name}: {groups} map{'s' if groups > 1 else ''} of {height} × {width}",
+        tuple(layer.maps * (height * width / top)),
+        tuple(
+            (f"{number}: entropy {_entropy(share)}", f"peak {_times(peak)}")
+            for number, (share, peak) in enumerate(pairs, start=1)
+        ),
+        ((1.0, _times(top)), (1 / top, "uniform"), (0.0, "0")),
+    )
+
+
+def cam_row(models: Mapping[str, Explanation]) -> MapRow:
+    """The CAM of each model, by what it is called; each has its own scale, up to its maximum."""
+    first = next(iter(models.values()))
+    height, width = first.cam.shape
+    captions = [
+        (f"{name}, {percent(float(one.probabilities[one.target]))}", f"for {one.classes[one.target]}")
+        for name, one in models.items()
     ]
-
-
-def layer_scale(layer: LayerMaps) -> float:
-    """The value at the top of the colour scale of all maps of a layer, in multiples of a uniform map's: 2 or more."""
-    return max(2.0, *layer.peak)
-
-
-def scale_text(top: float) -> str:
-    """The top of a colour scale, as :func:`layer_scale` gives it."""
-    return _times(top)
-
-
-def cam_caption(whose: str, found: Explanation) -> tuple[str, str]:
-    """Whose CAM it is, and of what."""
-    share = float(found.probabilities[found.target])
-    return f"{whose}, {percent(share)}", f"for {found.classes[found.target]}"
+    return MapRow(
+        f"Grad-CAM++ of {first.cam_layer}, {height} × {width}",
+        tuple(one.cam for one in models.values()),
+        tuple(captions),
+        ((1.0, "max"), (0.0, "0")),
+    )
 
 
 def headline(truth: str | None, found: Explanation, base: Explanation | None, whose: str = "base") -> str:
@@ -129,7 +147,7 @@ def _figure(found: Explanation) -> "Figure":
     lines = [-(-len(layer.maps) // columns) for layer in found.layers]
     figure = Figure(figsize=(2.1 * columns + 0.8, 2.6 * (1 + sum(lines))), layout="constrained")
     parts: Any = figure.subfigures(1 + len(lines), 1, squeeze=False, height_ratios=[1, *lines])
-    head, *rows = parts[:, 0]
+    head, *rest = parts[:, 0]
     image, classes, cam = head.subplots(1, 3, width_ratios=[1, columns - 2, 1])
     image.imshow(found.pixels)
     image.set_axis_off()
@@ -139,34 +157,35 @@ def _figure(found: Explanation) -> "Figure":
     classes.set_yticks(range(len(names)), names, fontsize=8)
     classes.set(xlim=(0, 1.15), xticks=[])
     classes.spines[["top", "right", "bottom"]].set_visible(False)
-    cam.set_title("\n".join(["Grad-CAM++", *cam_caption("this model", found)]), fontsize=8)
-    _scale(head, _lay(cam, found, found.cam, 1.0), [cam], [0, 1], ["0", "max"])
-    for layer, row in zip(found.layers, rows, strict=True):
-        row.suptitle(layer_heading(layer), fontsize=9, fontweight="bold", x=0.01, ha="left")
-        grid = row.subplots(-(-len(layer.maps) // columns), columns, squeeze=False)
-        top, values = layer_scale(layer), layer.maps * layer.maps[0].size
-        for axes, one, caption in zip(grid.flat, values, map_captions(layer), strict=False):
-            drawn = _lay(axes, found, one, top)
+    row = cam_row({"this model": found})
+    cam.set_title("\n".join(["Grad-CAM++", *row.captions[0]]), fontsize=8)
+    _scale(head, _lay(cam, found, found.cam), [cam], row)
+    for part, row in zip(rest, map(attention_row, found.layers), strict=True):
+        part.suptitle(row.heading, fontsize=9, fontweight="bold", x=0.01, ha="left")
+        grid = part.subplots(-(-len(row.maps) // columns), columns, squeeze=False)
+        for axes, one, caption in zip(grid.flat, row.maps, row.captions, strict=False):
+            drawn = _lay(axes, found, one)
             axes.set_title("\n".join(caption), fontsize=8)
-        for axes in grid.flat[len(values) :]:
+        for axes in grid.flat[len(row.maps) :]:
             axes.set_axis_off()
-        _scale(row, drawn, list(grid.flat), [0, 1, top], ["0", "uniform", scale_text(top)])
+        _scale(part, drawn, list(grid.flat), row)
     if not found.layers:
         figure.text(0.5, 0, NO_LAYER, ha="center", va="bottom", fontsize=8)
     return figure
 
 
-def _lay(axes: Any, found: Explanation, values: Any, top: float) -> Any:
-    """Draw a map of values from 0 to ``top`` on the image in grey."""
+def _lay(axes: Any, found: Explanation, values: Any) -> Any:
+    """Draw a map of values from 0 to 1 on the image in grey."""
     height, width = found.pixels.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes.imshow(found.pixels.mean(2), cmap="gray", vmin=0, vmax=255)
     axes.set_axis_off()
-    look = {"cmap": COLOURS, "vmin": 0, "vmax": top, "interpolation": "bilinear"}
+    look = {"cmap": COLOURS, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
     return axes.imshow(values, alpha=STRENGTH, extent=extent, **look)
 
 
-def _scale(figure: Any, drawn: Any, axes: list[Any], ticks: list[float], labels: list[str]) -> None:
+def _scale(figure: Any, drawn: Any, axes: list[Any], row: MapRow) -> None:
+    ticks, labels = zip(*row.marks, strict=True)
     bar = figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01)
     bar.solids.set_alpha(1)
     bar.set_ticks(ticks, labels=labels, fontsize=7)

@@ -5,12 +5,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.base.text_table import text_table
+from ulsam.explanation.measures import correlations, deviations, entropy_share, peak, ratio
 from ulsam.layer.ulsam import ULSAM, Form
 from ulsam.surgery.places import paper_places
 
@@ -22,8 +25,6 @@ LEGEND = (
     "between images; change: |y - x| / |x|, the layer's; effect: the same, of its maps against uniform ones; "
     "agreement: mean correlation of two maps."
 )
-#: A map whose values differ by a smaller share than this is flat: what is left is the rounding of float32.
-FLAT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,11 @@ class _Sums:
     def __init__(self, name: str, groups: int) -> None:
         self.name = name
         self.shape: tuple[int, ...] = ()  # C, H, W
-        self.images = 0
-        self.pairs = self.correlations = 0.0
-        zero = torch.zeros(groups, dtype=torch.float64)
-        self.entropy, self.maximum, self.scatter = zero.clone(), zero.clone(), zero.clone()
-        self.before, self.change, self.effect = zero.clone(), zero.clone(), zero.clone()  # squared norms
-        self.deviation = zero[:, None]  # of the maps from the uniform one, [g, H * W]
+        self.images = self.pairs = 0
+        self.correlations = 0.0
+        self.entropy, self.peak, self.scatter = np.zeros((3, groups))  # entropies as shares of a uniform map's
+        self.before, self.change, self.effect = np.zeros((3, groups))  # squared norms
+        self.deviation: NDArray[np.floating] = np.zeros((groups, 1))  # of the maps, [g, H * W]
 
     def add(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the layer: its input x [B, C, H, W] before anything else comes behind it."""
@@ -176,39 +176,35 @@ class _Sums:
             raise UlsamError(
                 f"{self.name} gets maps {list(self.shape)} and {list(x.shape[1:])}: inspect images of one size"
             )
-        maps = cast(ULSAM, layer).attention(x).flatten(2).double()  # [B, g, H * W]
-        energy = x.float().square().unflatten(1, (groups, -1)).sum(2).flatten(2).double()  # over a subspace's channels
-        if not (maps.isfinite().all() and energy.isfinite().all()):
+        maps = cast(ULSAM, layer).attention(x).cpu().double().numpy()  # [B, g, H, W]
+        energy = x.float().square().unflatten(1, (groups, -1)).sum(2)  # over a subspace's channels
+        power = energy.flatten(2).cpu().double().numpy()
+        if not (np.isfinite(maps).all() and np.isfinite(power).all()):
             raise NotFinite(f"the features or maps of {self.name} are not finite (NaN or infinity)")
-        deviation = maps - 1 / maps.shape[2]
-        size = deviation.norm(dim=2)
-        bent = size > FLAT * maps.norm(dim=2)
-        deviation = deviation.where(bent[:, :, None], 0.0)
-        unit = deviation / size.where(bent, 1.0)[:, :, None]
-        count = bent.sum(1)  # of the maps of an image that are not flat
+        deviation, alike = deviations(maps), correlations(maps)
         self.images += len(x)
-        self.pairs += float((count * (count - 1)).sum())  # each pair twice
-        self.correlations += float(unit.sum(1).square().sum() - count.sum())
-        self.entropy += torch.special.entr(maps).sum(2).sum(0).cpu()
-        self.maximum += maps.amax(2).sum(0).cpu()
-        self.scatter += deviation.square().sum((0, 2)).cpu()
-        self.deviation = self.deviation + deviation.sum(0).cpu()
-        self.before += energy.sum((0, 2)).cpu()
-        self.change += (maps.square() * energy).sum((0, 2)).cpu()  # y - x = A * x
-        self.effect += (deviation.square() * energy).sum((0, 2)).cpu()
+        self.pairs += alike.size
+        self.correlations += float(alike.sum())
+        self.entropy += entropy_share(maps).sum(0)
+        self.peak += peak(maps).sum(0)
+        self.scatter += np.square(deviation).sum((0, 2))
+        self.deviation = self.deviation + deviation.sum(0)
+        self.before += power.sum((0, 2))
+        self.change += (np.square(maps).reshape(power.shape) * power).sum((0, 2))  # y - x = A * x
+        self.effect += (np.square(deviation) * power).sum((0, 2))
 
     def stats(self, place: str | None, form: Form) -> LayerStats:
         if not self.images:
             raise UlsamError(f"{self.name} is not called in a forward pass: there is nothing to inspect")
         channels, height, width = self.shape
         n, places = self.images, height * width
-        common = self.deviation.square().sum(1) / n  # of the mean map, to compare with the scatter
+        common = np.square(self.deviation).sum(1) / n  # of the mean map, to compare with the scatter
         rows = zip(
             (self.entropy / n).tolist(),
-            (self.maximum / n).tolist(),
-            _ratio((self.scatter - common).clamp_min(0), self.scatter).tolist(),
-            _ratio(self.change, self.before).sqrt().tolist(),
-            _ratio(self.effect, self.before).sqrt().tolist(),
+            (self.peak / n).tolist(),
+            ratio((self.scatter - common).clip(0), self.scatter).tolist(),
+            np.sqrt(ratio(self.change, self.before)).tolist(),
+            np.sqrt(ratio(self.effect, self.before)).tolist(),
             strict=True,
         )
         return LayerStats(
@@ -218,15 +214,10 @@ class _Sums:
             shape=(channels, height, width),
             images=n,
             agreement=self.correlations / self.pairs if self.pairs else None,
-            change=float(_ratio(self.change.sum(), self.before.sum()).sqrt()),
-            effect=float(_ratio(self.effect.sum(), self.before.sum()).sqrt()),
+            change=float(np.sqrt(ratio(self.change.sum(), self.before.sum()))),
+            effect=float(np.sqrt(ratio(self.effect.sum(), self.before.sum()))),
             subspaces=tuple(
-                MapStats(entropy, entropy / math.log(places) if places > 1 else 1.0, maximum, maximum * places, *rest)
-                for entropy, maximum, *rest in rows
+                MapStats(math.log(places) * share, share, highest / places, highest, *rest)
+                for share, highest, *rest in rows
             ),
         )
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole; 0 where the whole is 0."""
-    return torch.where(whole > 0, part / whole, 0.0)

@@ -158,11 +158,10 @@ class _Layer:
         self.entropy.append(layer.entropy_share)
         self.peak.append(layer.peak)
         self.of_class[label].append(float(np.mean(layer.entropy_share)))
-        for values, value in (
-            (self.correlation, measures.correlation(layer.maps)),
-            (self.divergence, measures.divergence(layer.maps)),
-        ):
-            values += [] if value is None else [value]
+        if (found := measures.correlations(layer.maps)).size:
+            self.correlation.append(float(found.mean()))
+        if (bits := measures.divergence(layer.maps)) is not None:
+            self.divergence.append(bits)
 
     def result(self) -> dict[str, Any]:
         return {
@@ -178,10 +177,10 @@ class _Layer:
     def _frequency(self, name: str) -> dict[str, Any]:
         """The subspaces' mean frequencies, and how far they lie apart, against random groups of channels."""
         power, weighted = self.content[name]
-        sums = [values.unflatten(0, (self.groups, -1)).sum(1) for values in (power, weighted)]
+        sums = [values.unflatten(0, (self.groups, -1)).sum(1).numpy() for values in (power, weighted)]
         spread, chance = measures.spread_by_chance(power, weighted, self.groups)
         return {
-            "cycles_per_width": torch.where(sums[0] > 0, sums[1] / sums[0], 0.0).tolist(),
+            "cycles_per_width": measures.ratio(sums[1], sums[0]).tolist(),
             "spread": spread,
             "spread_of_random_groups": float(chance.mean()),
             "random_groups_as_far_apart": float((chance >= spread).mean()),

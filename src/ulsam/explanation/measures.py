@@ -1,6 +1,5 @@
 """What maps and features are like, as numbers: pure functions of arrays."""
 
-import itertools
 import math
 
 import numpy as np
@@ -8,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ulsam.explanation.inspect_maps import FLAT
-
 Array = NDArray[np.floating]
+
+FLAT = 1e-6
+"""A map whose values differ by a smaller share than this is flat: what is left is the rounding of float32."""
 
 
 def entropy_share(maps: Array) -> Array:
@@ -39,18 +39,32 @@ def peak(maps: Array) -> Array:
     return largest
 
 
-def correlation(maps: Array) -> float | None:
-    """The mean of the correlations over positions of each two of the maps [g, H, W]; flat maps have none.
+def deviations(maps: Array) -> Array:
+    """The values of maps [..., H, W] less their mean, [..., H * W] in float64; those of a flat map are 0.
 
-    >>> round(correlation(np.array([[[1.0, 0.0]], [[0.0, 1.0]], [[0.5, 0.5]]])), 6)
-    -1.0
+    >>> deviations(np.array([[[0.75, 0.25]], [[0.5, 0.5]]])).tolist()
+    [[0.25, -0.25], [0.0, 0.0]]
     """
-    flat = maps.reshape(len(maps), -1).astype(np.float64)
-    deviation = flat - flat.mean(1, keepdims=True)
-    size = np.linalg.norm(deviation, axis=1)
-    bent = size > FLAT * np.linalg.norm(flat, axis=1)
-    unit = deviation[bent] / size[bent, None]
-    return _mean_of_pairs(unit @ unit.T)
+    values = maps.reshape(*maps.shape[:-2], -1).astype(np.float64)
+    deviation = values - values.mean(-1, keepdims=True)
+    flat = np.linalg.norm(deviation, axis=-1) <= FLAT * np.linalg.norm(values, axis=-1)
+    deviation[flat] = 0
+    return deviation
+
+
+def correlations(maps: Array) -> Array:
+    """The correlation over positions of each two maps of an image [..., g, H, W], in one row; flat maps have none.
+
+    >>> correlations(np.array([[[1.0, 0.0]], [[0.0, 1.0]], [[0.5, 0.5]]])).round(6).tolist()
+    [-1.0]
+    """
+    deviation = deviations(maps)
+    size = np.linalg.norm(deviation, axis=-1, keepdims=True)
+    unit = ratio(deviation, size)
+    pairs = np.triu_indices(maps.shape[-3], 1)
+    bent = (size * size.swapaxes(-1, -2))[..., *pairs] > 0
+    found: Array = (unit @ unit.swapaxes(-1, -2))[..., *pairs][bent]
+    return found
 
 
 def divergence(maps: Array) -> float | None:
@@ -67,10 +81,10 @@ def divergence(maps: Array) -> float | None:
         terms: Array = -(values * np.log2(values, out=np.zeros_like(values), where=values > 0)).sum(-1)
         return terms
 
+    first, second = np.triu_indices(len(maps), 1)
     own = bits(flat)
-    between = bits((flat[:, None] + flat[None]) / 2) - (own[:, None] + own[None]) / 2
-    found = _mean_of_pairs(between)
-    return None if found is None else max(found, 0.0)
+    between = bits((flat[first] + flat[second]) / 2) - (own[first] + own[second]) / 2
+    return max(float(between.mean()), 0.0) if between.size else None
 
 
 def share_within(maps: Array, area: Array) -> Array:
@@ -85,8 +99,17 @@ def share_within(maps: Array, area: Array) -> Array:
     """
     mass = maps.sum((-2, -1), dtype=np.float64)
     inside = (maps * area).sum((-2, -1), dtype=np.float64)
-    share: Array = np.divide(inside, mass, out=np.zeros_like(mass), where=mass > 0)
-    return share
+    return ratio(inside, mass)
+
+
+def ratio(part: Array, whole: Array) -> Array:
+    """part / whole; 0 where the whole is 0.
+
+    >>> ratio(np.array([1.0, 0.0]), np.array([2.0, 0.0])).tolist()
+    [0.5, 0.0]
+    """
+    found: Array = np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole > 0)
+    return found
 
 
 def radial_content(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,11 +156,5 @@ def spread_by_chance(
     random = np.random.default_rng(0)
     order = np.stack([np.arange(len(power)), *(random.permutation(len(power)) for _ in range(draws))])
     grouped = [values.double().numpy()[order].reshape(draws + 1, groups, -1).sum(2) for values in (power, weighted)]
-    mean = np.divide(grouped[1], grouped[0], out=np.zeros_like(grouped[1]), where=grouped[0] > 0)
-    spread: NDArray[np.float64] = mean.std(1)
+    spread: NDArray[np.float64] = ratio(grouped[1], grouped[0]).std(1)
     return float(spread[0]), spread[1:]
-
-
-def _mean_of_pairs(square: Array) -> float | None:
-    pairs = [float(square[a, b]) for a, b in itertools.combinations(range(len(square)), 2)]
-    return sum(pairs) / len(pairs) if pairs else None

@@ -1,10 +1,8 @@
 """One image on one page: what it is, what the model says, and every map laid over it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ulsam.explanation import captions as words
@@ -12,13 +10,10 @@ from ulsam.explanation.drawing import fitting, font, greyed, overlaid, ramp, res
 from ulsam.explanation.explanation import (
     NO_LAYER,
     Explanation,
-    LayerMaps,
-    cam_caption,
+    MapRow,
+    attention_row,
+    cam_row,
     headline,
-    layer_heading,
-    layer_scale,
-    map_captions,
-    scale_text,
 )
 
 MARGIN, IMAGE, GUTTER = 28, 264, 36
@@ -54,6 +49,8 @@ def panel(
     Returns:
         An RGB image; its width depends on the largest number of maps of a layer, its height on all of them.
 
+    >>> import numpy as np
+    >>> from ulsam.explanation.explanation import LayerMaps
     >>> maps = np.full((4, 7, 7), 1 / 49, np.float32)
     >>> layer = LayerMaps("blocks.5.2", "17", "equations", maps)
     >>> pixels, shares = np.zeros((96, 96, 3), np.uint8), np.array([0.9, 0.1], np.float32)
@@ -66,15 +63,6 @@ def panel(
     page.left(truth)
     page.right()
     return page.cut()
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """A map of values from 0 to 1 on an image, and two lines below it."""
-
-    values: NDArray[np.floating]
-    grey: Image.Image
-    caption: tuple[str, str]
 
 
 class _Page:
@@ -130,46 +118,32 @@ class _Page:
     def right(self) -> None:
         """The CAMs, then the maps of each layer."""
         y = HEAD - 2
-        tiles = [_Tile(self.found.cam, self.grey, cam_caption(self.names[0], self.found))]
-        if self.base is not None:
-            grey = greyed(self.base.pixels, TILE)
-            tiles.append(_Tile(self.base.cam, grey, cam_caption(self.names[1], self.base)))
-        rows, columns = self.found.cam.shape
-        heading = f"Grad-CAM++ of {self.found.cam_layer}, {rows} × {columns}"
-        y = self.row(y, heading, tiles, [(1.0, "max"), (0.0, "0")])
+        models = {name: one for name, one in zip(self.names, (self.found, self.base), strict=True) if one is not None}
+        y = self.row(y, cam_row(models), [greyed(one.pixels, TILE) for one in models.values()])
         for layer in self.found.layers:
-            y = self.layer(y, layer)
+            y = self.row(y, attention_row(layer), [self.grey] * len(layer.maps))
         if not self.found.layers:
             self.text((self.x, y), NO_LAYER, 12, QUIET)
             y += HEADING
         self.bottom = max(self.bottom, y - ROW_GAP)
 
-    def layer(self, y: int, layer: LayerMaps) -> int:
-        top = layer_scale(layer)
-        values = layer.maps * (layer.maps[0].size / top)
-        captions = map_captions(layer)
-        tiles = [_Tile(one, self.grey, caption) for one, caption in zip(values, captions, strict=True)]
-        labels = [(1.0, scale_text(top)), (1 / top, "uniform"), (0.0, "0")]
-        return self.row(y, layer_heading(layer), tiles, labels)
-
-    def row(self, y: int, heading: str, tiles: list[_Tile], labels: list[tuple[float, str]]) -> int:
-        """Tiles in as many lines as they need, with their colour scale; returns where the next row begins."""
-        self.text((self.x, y), fitting(heading, self.width - MARGIN - self.x, 13, "-Bold"), 13, weight="-Bold")
+    def row(self, y: int, row: MapRow, greys: Sequence[Image.Image]) -> int:
+        """Maps on their images, in as many lines as they need, with their scale; returns where the next row begins."""
+        self.text((self.x, y), fitting(row.heading, self.width - MARGIN - self.x, 13, "-Bold"), 13, weight="-Bold")
         y += HEADING
-        for first in range(0, len(tiles), self.columns):
-            line = tiles[first : first + self.columns]
-            for number, tile in enumerate(line):
-                x = self.x + number * (TILE + GAP)
-                self.canvas.paste(overlaid(tile.grey, tile.values), (x, y))
-                for step, text in enumerate(tile.caption):
-                    place = (x, y + tile.grey.height + 4 + 15 * step)
-                    self.text(place, fitting(text, TILE, 11), 11, QUIET)
+        for first in range(0, len(greys), self.columns):
+            line = slice(first, first + self.columns)
+            for number, grey in enumerate(greys[line], start=first):
+                x = self.x + (number - first) * (TILE + GAP)
+                self.canvas.paste(overlaid(grey, row.maps[number]), (x, y))
+                for step, text in enumerate(row.captions[number]):
+                    self.text((x, y + grey.height + 4 + 15 * step), fitting(text, TILE, 11), 11, QUIET)
             if not first:
-                self.scale(self.x + min(len(tiles), self.columns) * (TILE + GAP), y, labels)
-            y += max(tile.grey.height for tile in line) + CAPTION + ROW_GAP // 2
+                self.scale(self.x + min(len(greys), self.columns) * (TILE + GAP), y, row.marks)
+            y += max(grey.height for grey in greys[line]) + CAPTION + ROW_GAP // 2
         return y + ROW_GAP // 2
 
-    def scale(self, x: int, y: int, labels: list[tuple[float, str]]) -> None:
+    def scale(self, x: int, y: int, labels: Sequence[tuple[float, str]]) -> None:
         """A colour scale with labels at shares of its height; one that would lie on another is left out."""
         height = self.grey.height
         self.canvas.paste(ramp(10, height), (x, y))

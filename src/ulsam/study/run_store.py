@@ -12,7 +12,6 @@ A packed file holds all but the last line, and of a run its summary or failure a
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from ulsam.base.errors import UlsamError
-from ulsam.base.files import make_folder, write_atomic
+from ulsam.base.files import make_folder, read_json, write_atomic, write_json
 from ulsam.base.packed import read_packed, unpack, write_packed
 from ulsam.study.arms import Arm
 from ulsam.study.grid import Failed, Grid, Run
@@ -48,11 +47,9 @@ class Store:
         """
         folder = self.folder(run)
         if folder not in self._read:
-            try:
-                text = (folder / "summary.json").read_text(encoding="utf-8")
-            except (FileNotFoundError, NotADirectoryError):
+            if not (folder / "summary.json").is_file():
                 return self._failure(run)
-            summary = _json(text, folder / "summary.json")
+            summary = read_json(folder / "summary.json")
             check_begun(summary.get("config", {}), dataclasses.asdict(run.config), folder)
             self._read[folder] = summary
         return self._read[folder]
@@ -132,10 +129,8 @@ class Store:
         Raises:
             UlsamError: the file is damaged.
         """
-        path = self.root / "grid.json"
-        if not path.is_file():
-            return None
-        return Grid.from_json(_json(path.read_text(encoding="utf-8"), path))
+        found = self.read("grid.json")
+        return None if found is None else Grid.from_json(found)
 
     def grid(self) -> Grid:
         """What is compared in this folder.
@@ -155,19 +150,17 @@ class Store:
         Raises:
             UlsamError: such a file is damaged.
         """
-        found = [
-            _json(path.read_text(encoding="utf-8"), path) for path in sorted(self.root.glob("arms/*/external_arm.json"))
-        ]
+        found = map(read_json, sorted(self.root.glob("arms/*/external_arm.json")))
         return tuple(Arm(one["name"], (), one["settings"]) for one in found)
 
     def write(self, name: str, value: Any) -> None:
         """Write JSON into the folder."""
-        write_atomic(self.root / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.root / name, value)
 
     def read(self, name: str) -> Any:
         """JSON from the folder, None if there is no such file."""
         path = self.root / name
-        return _json(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -221,13 +214,3 @@ class Store:
             return Failed(self.folder(run).with_name(f"{run.name}.failed").read_text(encoding="utf-8").strip())
         except FileNotFoundError:
             return None
-
-
-def _json(text: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UlsamError(f"{path} is damaged: it holds no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UlsamError(f"{path} is damaged: it holds no JSON object")
-    return value

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ulsam.base.distributed import start
 from ulsam.base.errors import Interrupted, UlsamError
-from ulsam.base.files import write_atomic
+from ulsam.base.files import read_json, write_atomic
 from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
 from ulsam.data.loading import eval_loader
@@ -233,8 +232,7 @@ def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
     if not (run / "config.yaml").exists():
         return train(config, run)
     if (run / "summary.json").exists():
-        summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        return summary
+        return read_json(run / "summary.json")
     given = {name: getattr(config, name) for name in restore.HARMLESS}
     return resume(run, {name: value for name, value in given.items() if value not in ("auto", None)})
 

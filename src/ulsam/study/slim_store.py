@@ -1,12 +1,11 @@
 """``slim.json``: all that slimming measured and chose, written as it goes, so that a second start goes on from it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ulsam.base.errors import UlsamError
-from ulsam.base.files import clear_parts, make_folder, write_atomic
+from ulsam.base.files import check_empty, clear_parts, make_folder, read_json, write_json
 from ulsam.base.provenance import command_line, versions
 from ulsam.study.slim_damage import Score
 
@@ -74,7 +73,7 @@ class Store:
     def write(self) -> None:
         """Write the file."""
         make_folder(self.path.parent)
-        write_atomic(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.path, self.data)
 
 
 def check_folder(out: Path) -> None:
@@ -87,15 +86,12 @@ def check_folder(out: Path) -> None:
     """
     if (out / NAME).exists():
         _read(out / NAME)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UlsamError(f"{out} is no new folder, and holds no {NAME} to go on from: choose another `out`")
+    else:
+        check_empty(out, f"it holds no {NAME} to resume from; ")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(data, dict) and isinstance(data.get("budget"), dict):
-            return data
-    except (OSError, ValueError) as error:
-        raise UlsamError(f"cannot read {path}: {error}") from error
-    raise UlsamError(f"{path} is not what slimming wrote: choose another `out`")
+    data = read_json(path)
+    if not isinstance(data.get("budget"), dict):
+        raise UlsamError(f"{path} is not what slimming wrote: choose another `out`")
+    return data

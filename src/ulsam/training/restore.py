@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.files import check_empty
 from ulsam.training import summary as report
 from ulsam.training.checkpoint import Position
 from ulsam.training.config import TrainConfig, read_config
@@ -153,11 +154,10 @@ def resume_call(run: Path, prepared: bool) -> str:
 
 
 def check_free(run: Path) -> None:
-    """Raise unless there is no such folder, or an empty one."""
-    try:
-        taken = run.exists() and not (run.is_dir() and all(path.name.startswith(".") for path in run.iterdir()))
-    except OSError as error:
-        raise UlsamError(f"cannot make the folder {run}: {error.strerror}") from error
-    if taken:
-        resume = "resume with `ulsam.resume`, or " if (run / "config.yaml").is_file() else ""
-        raise UlsamError(f"{run} exists: {resume}choose another `out`")
+    """Raise unless there is no such folder, or an empty one.
+
+    Raises:
+        UlsamError: something lies in it.
+    """
+    begun = (run / "config.yaml").is_file()
+    check_empty(run, "resume it with `ulsam.resume`, " if begun else "", hidden=True)

@@ -11,7 +11,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from ulsam.base.extras import installed
-from ulsam.base.files import write_atomic
+from ulsam.base.files import write_atomic, write_json
 from ulsam.model.build import save
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import Cost
@@ -139,7 +139,7 @@ def write_result(run: Path, summary: Mapping[str, Any], model: nn.Module, spec: 
     if installed("matplotlib"):
         loss = "cross-entropy and distillation" if summary["teacher"] else "cross-entropy (nats)"
         draw_curves(run, summary["epochs"], summary["split"], loss=loss)
-    write_atomic(run / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_json(run / "summary.json", summary)
 
 
 def teacher_entry(teacher: Teacher) -> dict[str, Any]:
