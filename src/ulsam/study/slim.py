@@ -27,7 +27,7 @@ from ulsam.study.slim_blocks import find_blocks
 from ulsam.study.slim_budget import Budget, budget
 from ulsam.study.slim_choose import BlockSearch
 from ulsam.study.slim_damage import Score, score
-from ulsam.study.slim_latency import check_engine
+from ulsam.study.slim_latency import Engine, check_engine
 from ulsam.study.slim_store import Store, check_folder
 from ulsam.surgery.cost import cost
 from ulsam.surgery.places import match
@@ -51,9 +51,20 @@ def slim(
     data: str,
     out: str | os.PathLike[str],
     *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    layer: Mapping[str, Any] | None = None,
+    at: str | None = None,
+    images: int = 400,
+    most_sets: int = 200,
+    reconstruct_sets: int = 4,
+    engine: Engine = "eager",
+    batch: int = 1,
+    threads: int | None = None,
+    seconds: float = 20.0,
     fine_tune: bool = True,
     settings: Mapping[str, Any] | None = None,
-    **options: Any,
 ) -> dict[str, Any]:
     """Replace blocks of a trained model so that it fits a budget, with the least damage, and restore its accuracy.
 
@@ -70,11 +81,13 @@ def slim(
         model: a trained model's model file.
         data: an image folder, or timm's name of a data set; with the model's classes.
         out: a new folder, or that of the same slimming.
+        macs, params, latency: the budget, exactly one of them: the share of the model's own to keep, such as 0.75.
+        layer, at, images, most_sets, reconstruct_sets: how blocks are replaced and chosen, see
+            `ulsam.study.slim_budget.Budget`.
+        engine, batch, threads, seconds: how latency is measured, see there.
         fine_tune: whether to continue after the choice.
         settings: of `ulsam.training.config.TrainConfig`, for the fine-tuning, but for `DECIDED`; how images are read
             (``size``, ``mean``, ...) is by default as in the model file.
-        options: the budget, exactly one of ``macs``, ``params`` and ``latency``, the share of the model's own to keep;
-            and the other settings of `ulsam.study.slim_budget.Budget`.
 
     Returns:
         What ``slim.json`` holds.
@@ -84,7 +97,21 @@ def slim(
             a folder with something else in it, and what `ulsam.training.train.train` raises.
         Interrupted: Ctrl-C, or SIGTERM in training; everything that was done is kept.
     """
-    asked, out = budget(**options), Path(out)
+    asked = budget(
+        macs,
+        params,
+        latency,
+        layer=layer or {},
+        at=at,
+        images=images,
+        most_sets=most_sets,
+        reconstruct_sets=reconstruct_sets,
+        engine=engine,
+        batch=batch,
+        threads=threads,
+        seconds=seconds,
+    )
+    out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UlsamError("slimming chooses in one process: use `fine_tune=False`, then train by torchrun")
     check_engine(asked.engine)
