@@ -389,7 +389,7 @@ def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_pa
     assert tries[0]["images"]["train"] == finals[0]["images"]["train"]
     assert result["chosen_on"] == "val"
     assert "| val top-1 at lr, epochs | 0.02, 1 | 0.1, 1 |" in (out / "compare.md").read_text()
-    with pytest.raises(UlsamError, match="chooses rates on val: go on with that, or name another `out`"):
+    with pytest.raises(UlsamError, match="chooses rates on val: continue with that, or name another `out`"):
         run_here(out, three, ARMS, settings=settings, rates=(0.02, 0.1), seeds=1)
     next((three / "val" / "class0").iterdir()).unlink()
     with pytest.raises(UlsamError, match="compares models on other images"):

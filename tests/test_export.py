@@ -234,7 +234,7 @@ class Sly(nn.Module):
 
 
 def test_another_output_is_refused_and_leaves_no_file(small, tmp_path):
-    with pytest.raises(UlsamError, match="puts out something else than the model: 16 generated images"):
+    with pytest.raises(UlsamError, match="gives other outputs than the model: 16 generated images"):
         export(Sly(small, 0.5), tmp_path / "sly.onnx", spec=SPEC)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""What the page is told, ready for JSON; images are data URIs."""
+"""What the page shows, ready for JSON; images are data URIs."""
 
 import io
 from collections.abc import Sequence

@@ -59,9 +59,9 @@ class Row:
         ratio: of the median to that of the first model in the same backend; None where that one was not measured.
         ratio_interval: 95 %, over the choice of turns; None for the first model, and where turns are too few.
         peak_memory: largest resident set of a process that loads this model alone and runs it, in bytes; None where the
-            system does not tell it.
+            system does not say.
         model_size: bytes of the file, or of parameters and buffers in PyTorch.
-        cost: parameters, MACs and activations; None where no spec tells them.
+        cost: parameters, MACs and activations; None where no spec says.
     """
 
     model: str
@@ -98,7 +98,7 @@ Model: the file that was run, or parameters and buffers in PyTorch. MB: a millio
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """As CSV, a line a row, with the columns `COLUMNS`; a cell is empty where there is nothing to tell."""
+    """As CSV, a line a row, with the columns `COLUMNS`; a cell is empty where there is nothing to say."""
     out = io.StringIO()
     table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     table.writeheader()

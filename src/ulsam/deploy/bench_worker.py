@@ -33,7 +33,7 @@ class Case:
         backend: that runs it.
         model: a model file for PyTorch, an ONNX file for the others.
         images: a NumPy file with a batch of RGB bytes [B, H, W, 3] at the model's size.
-        logits: the NumPy file to write with what the model puts out for them.
+        logits: the NumPy file to write with the model's output for them.
         threads: of the backend.
         fold: whether PyTorch runs the folded model (`ulsam.fold`).
     """

@@ -1,4 +1,4 @@
-"""Whether an exported model puts out what the model does."""
+"""Whether an exported model gives the outputs of the model."""
 
 import dataclasses
 import os
@@ -76,11 +76,11 @@ class Parity:
 
         >>> Parity(16, 12, 0.25, 3.5).check("onnx")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ulsam.base.errors.UlsamError: the model for onnx puts out something else than the model: 16 images: ...
+        ulsam.base.errors.UlsamError: the model for onnx gives other outputs than the model: 16 images: ...
         """
         if not self.within(TOLERANCE):
             raise UlsamError(
-                f"the model for {format} puts out something else than the model: {self}; nothing was written"
+                f"the model for {format} gives other outputs than the model: {self}; nothing was written"
             )
 
     def __str__(self) -> str:
@@ -110,7 +110,7 @@ def compared(
         one_by_one: whether ``run`` takes one image at a time.
 
     Raises:
-        UlsamError: ``run`` fails, or puts out another number of classes.
+        UlsamError: ``run`` fails, or gives another number of classes.
     """
     device = next(model.parameters()).device
     step = 1 if one_by_one else BATCH
@@ -141,7 +141,7 @@ def parity_of(theirs: Logits, ours: Logits) -> Parity:
     2 images: the same first class for 1, largest difference of a logit 1.0e+00 (largest logit 2.5)
     """
     if theirs.shape != ours.shape:
-        raise UlsamError(f"the exported model puts out {list(theirs.shape)}, the model {list(ours.shape)}")
+        raise UlsamError(f"the exported model gives {list(theirs.shape)}, the model {list(ours.shape)}")
     same = int((theirs.argmax(1) == ours.argmax(1)).sum())
     return Parity(len(ours), same, float(abs(theirs - ours).max()), float(abs(ours).max()))
 

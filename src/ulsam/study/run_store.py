@@ -84,13 +84,13 @@ class Store:
         before = self.read_grid()
         if before is not None and before.choosing and grid.choosing and before.choose_split != grid.choose_split:
             on = before.choose_split or "held-out training images"
-            raise UlsamError(f"{self.root} chooses rates on {on}: go on with that, or name another `out`")
+            raise UlsamError(f"{self.root} chooses rates on {on}: continue with that, or name another `out`")
         known = self.check_identity(grid.shared.data, data, files)
         for run in grid.known(self.outcome):
             self.allow_retry(run)
             self.check(run)
-        told = {"command": command, "data_sha256": data, "files_sha256": sorted({**known, **files}.items())}
-        self.write("grid.json", {**grid.to_json(), **told})
+        origin = {"command": command, "data_sha256": data, "files_sha256": sorted({**known, **files}.items())}
+        self.write("grid.json", {**grid.to_json(), **origin})
 
     def check_identity(self, source: str, data: str | None, files: Mapping[str, str]) -> dict[str, str]:
         """Raise unless images and weight files are those of the runs in here; the known digests of files.

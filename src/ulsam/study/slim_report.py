@@ -1,4 +1,4 @@
-"""What slimming tells, from what ``slim.json`` holds."""
+"""What slimming reports, from what ``slim.json`` holds."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -113,9 +113,9 @@ def _reason(data: Data) -> str:
     budget = f"{asked['share']:g} of the {WORDS[asked['measure']]}"
     number = len(chosen["rivals"])
     if chosen["how"] == "exact":
-        told = "the only set" if number == 1 else f"the least damage of all {number} sets"
+        which = "the only set" if number == 1 else f"the least damage of all {number} sets"
         why = (
-            f"{told} that reach{'es' if number == 1 else ''} {budget} and need{'s' if number == 1 else ''} every block"
+            f"{which} that reach{'es' if number == 1 else ''} {budget} and need{'s' if number == 1 else ''} every block"
         )
     elif chosen["how"] == "timed":
         why = (

@@ -1,4 +1,4 @@
-"""``slim.json``: all that slimming measured and chose, written as it goes, so that a second start goes on from it."""
+"""``slim.json``: all that slimming measured and chose, written as it goes, so that a second start resumes from it."""
 
 from collections.abc import Mapping
 from pathlib import Path
