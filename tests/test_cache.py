@@ -16,7 +16,6 @@ from PIL import Image
 
 from tiny import SETTINGS, draw_splits
 from ulsam.base.errors import UlsamError
-from ulsam.data import cache as caching
 from ulsam.data.augment import TrainTransform
 from ulsam.data.cache import ImageCache, available_memory, cache_for, decoded_size
 from ulsam.data.images import whole
@@ -167,12 +166,24 @@ def test_the_decoded_size_is_that_of_images_as_they_are_kept(images: FolderImage
     assert decoded_size(images, AUGMENTED.reduction) < 0.6 * whole_size
 
 
+@pytest.fixture
+def limited() -> Iterator[Callable[[int], None]]:
+    """Sets the size of the largest file, which the system refuses to exceed."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil reads no files")
+@pytest.mark.filterwarnings("ignore:.*couldn't be determined:RuntimeWarning")
 @pytest.mark.parametrize(("available", "fits"), [(5, True), (3, False)])
 def test_auto_takes_a_quarter_of_the_memory(
-    images: FolderImages, monkeypatch: pytest.MonkeyPatch, available: int, fits: bool
+    images: FolderImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int, fits: bool
 ) -> None:
     size = decoded_size(images, whole)
-    monkeypatch.setattr(caching, "available_memory", lambda: available * size)
+    with_memory(tmp_path, monkeypatch, available * size)
     cache, line = cache_for(images, whole, "auto")
     assert (cache is not None) == fits
     assert line is not None
@@ -186,24 +197,38 @@ def test_auto_takes_a_quarter_of_the_memory(
     assert cache_for(images, whole, "false") == (None, None)
 
 
-def refused(*_: int) -> ImageCache:
-    raise OSError(12, "Cannot allocate memory")
+def with_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, available: int | None) -> None:
+    """The system says that so many bytes of memory are available, or nothing."""
+    if available is not None:
+        (folder / "proc").mkdir()
+        kibibytes = available // 1024
+        meminfo = f"MemTotal: {10 * kibibytes} kB\nMemFree: {kibibytes} kB\nMemAvailable: {kibibytes} kB\n"
+        (folder / "proc" / "meminfo").write_text(meminfo)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(folder / "proc"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil reads no files")
+@pytest.mark.filterwarnings("ignore:.*couldn't be determined:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("available", "largest_file", "message"),
     [
-        ({"available_memory": lambda: 1000}, "16 images, .* of the memory that is available"),
-        ({"available_memory": lambda: None}, "the system does not say how much memory is available"),
-        (
-            {"ImageCache": lambda *_: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory"))},
-            "16 images, .* refuses .Cannot",
-        ),
+        (2048, None, "16 images, .* of the memory that is available"),
+        (None, None, "the system does not say how much memory is available"),
+        (10**9, 1000, "16 images, .* refuses .File too large"),
     ],
 )
-def test_why_not(images: FolderImages, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str) -> None:
-    for name, value in changed.items():
-        monkeypatch.setattr(caching, name, value)
+def test_why_not(
+    images: FolderImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limited: Callable[[int], None],
+    available: int | None,
+    largest_file: int | None,
+    message: str,
+) -> None:
+    with_memory(tmp_path, monkeypatch, available)
+    if largest_file:
+        limited(largest_file)
     cache, line = cache_for(images, whole, "auto")
     assert cache is None
     with pytest.raises(UlsamError, match=f"`cache=true` cannot be done: {message}.*; `cache=auto` trains"):

@@ -1,6 +1,8 @@
 """`ulsam profile`, `candidates` and `info` as a user calls them, and the mistakes a user makes."""
 
 import csv
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -132,12 +134,11 @@ def test_info_prints_spec_size_formats_and_cost(capsys, file):
 
 @pytest.mark.parametrize(("rank", "message"), [("0", "ulsam: interrupted\n"), ("1", "")])
 def test_ctrl_c_is_one_line_of_the_first_process(rank, message, monkeypatch, capsys):
-    def interrupted(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("ulsam.cli.paper.run", interrupted)
     monkeypatch.setenv("RANK", rank)
-    assert main(["paper"]) == 130
+    stop = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    stop.start()
+    assert main(["paper"]) == 130  # takes seconds
+    stop.join()
     assert capsys.readouterr().err == message
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ulsam
 from tiny import NET, SETTINGS, draw_shards, draw_splits
 from ulsam.base.errors import UlsamError
+from ulsam.data.opening import open_data
 from ulsam.layer.choice import Layer, make_layer
 from ulsam.layer.inverted_residual import InvertedResidual
 from ulsam.model.build import build, load, load_weights, save
@@ -24,6 +25,8 @@ from ulsam.model.spec import Edit, ModelSpec
 from ulsam.surgery.cost import cost
 from ulsam.surgery.reconstruct_layers import new_layers, reconstruct_each, reconstruct_layers
 from ulsam.training.config import TrainConfig
+from ulsam.training.evaluate import ALONE
+from ulsam.training.loop import Trainer
 from ulsam.training.reconstruct_first import reconstruct_model
 from ulsam.training.train import train
 
@@ -442,19 +445,14 @@ def test_a_stream_cannot_be_reconstructed_on(data: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_reconstruction_moves_no_random_generator(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconstruction_moves_no_random_generator(data: Path, tmp_path: Path) -> None:
     """The run continues with the same numbers, whether it reconstructed or not."""
-    seen = []
-
-    def listen(*args: Any) -> list[str]:
-        before = torch.get_rng_state(), random.getstate()
-        lines = reconstruct_model(*args)
-        seen.append((len(lines), before[0].equal(torch.get_rng_state()), before[1] == random.getstate()))
-        return lines
-
-    monkeypatch.setattr("ulsam.training.loop.reconstruct_model", listen)
     torch.save(timm.create_model(NET, num_classes=3).state_dict(), tmp_path / "base.pt")
     config = {**SETTINGS, "data": str(data), "weights": str(tmp_path / "base.pt"), "epochs": 1}
     config["edits"] = ["replace blocks.3.0.se layer=inverted_residual width=3"]
-    train(TrainConfig.from_mapping(config), tmp_path / "run")
-    assert seen == [(1, True, True)]
+    trainer = Trainer(TrainConfig.from_mapping(config), tmp_path / "run", ALONE)
+    trainer.prepare()
+    before = torch.get_rng_state(), random.getstate()
+    images = open_data(str(data))[0]
+    assert len(reconstruct_model(trainer.config, trainer.spec, trainer.model, images, ALONE)) == 1
+    assert before[0].equal(torch.get_rng_state()) and before[1] == random.getstate()
