@@ -156,6 +156,7 @@ def test_turns_are_whole_and_shuffled():
 # real processes
 
 
+@pytest.mark.slow
 def test_base_and_edited_model_in_two_backends(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     before = children()
@@ -247,6 +248,7 @@ def test_a_process_that_dies_is_told(folder, tmp_path):
             process.time()
 
 
+@pytest.mark.slow
 def test_openvino_gives_the_models_answers(folder, tmp_path):
     pytest.importorskip("openvino")
     small = nn.Sequential(nn.Conv2d(3, 3, 5, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()

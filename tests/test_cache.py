@@ -135,7 +135,7 @@ def test_processes_that_fill_a_cache_together_do_not_mix_images_up() -> None:
         assert found[1] == number
 
 
-@pytest.fixture(params=["spawn", "forkserver"])
+@pytest.fixture(params=[pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
 def started(request: pytest.FixtureRequest) -> Iterator[None]:
     """Reading processes are started as on Windows, or as on Linux from Python 3.14 on."""
     before = multiprocessing.get_start_method()

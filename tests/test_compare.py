@@ -311,6 +311,7 @@ def test_an_external_arm_without_finished_runs_is_published(
     assert read_packed(file)["arms/begun/external_arm.json"]["name"] == "begun"
 
 
+@pytest.mark.slow
 def test_a_published_comparison_is_extended_by_an_arm(
     finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +338,7 @@ def test_a_published_comparison_is_extended_by_an_arm(
     assert len(summaries(old, "size-28")) == 2
 
 
+@pytest.mark.slow
 def test_a_published_comparison_is_resumed_by_the_command(
     finished: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,10 @@ def test_one_seed_is_the_paired_t_interval_over_images() -> None:
     assert crossed_interval(values[None]) == pytest.approx((values.mean(), low, high))
 
 
-@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.0, 0.3), (0.02, 0.2), (0.05, 0.0)])
+@pytest.mark.parametrize(
+    ("of_seeds", "of_images"),
+    [pytest.param(0.0, 0.3, marks=pytest.mark.slow), (0.02, 0.2), pytest.param(0.05, 0.0, marks=pytest.mark.slow)],
+)
 def test_95_of_100_intervals_hold_the_true_difference(of_seeds: float, of_images: float) -> None:
     """5 seeds and 400 images, drawn anew each time; the true difference is 0.02."""
     random = np.random.default_rng(7)
@@ -92,6 +95,7 @@ def test_of_two_arms_the_pooled_variance_is_that_of_their_difference() -> None:
     assert (same.low, same.high) == pytest.approx((own.low, own.high))
 
 
+@pytest.mark.slow
 def test_pooling_over_arms_keeps_the_coverage_and_steadies_the_widths() -> None:
     """8 arms, 3 seeds and 300 images, drawn anew each time; what a seed does to all arms is in no difference."""
     random = np.random.default_rng(11)

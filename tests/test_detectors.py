@@ -112,7 +112,19 @@ def agree(one: list[Tensor], two: list[Tensor]) -> bool:
 
 
 #: Of those with outputs of the same kind, all but one or two.
-SLOW = ("ssdlite", "mask r-cnn", "keypoint r-cnn", "retinanet", "fcos", "deeplab", "smp fpn", "hf mobilenet")
+SLOW = (
+    "ssdlite",
+    "lraspp",
+    "hf segmenter",
+    "hf resnet",
+    "mask r-cnn",
+    "keypoint r-cnn",
+    "retinanet",
+    "fcos",
+    "deeplab",
+    "smp fpn",
+    "hf mobilenet",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS])

@@ -374,6 +374,7 @@ def unbroken(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_teacher_alone(
     data: Path, teacher: Path, unbroken: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:

@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 IDS = [page.name for page in PAGES]
 # Their examples train or compile models.
-SLOW = ("compare.md", "slim.md", "detectors.md", "surgery.md", "works_with.md")
+SLOW = ("compare.md", "deploy.md", "slim.md", "detectors.md", "surgery.md", "works_with.md")
 NEEDED = {"detectors.md": ("ultralytics", "segmentation_models_pytorch", "transformers")}
 # Of a page with Python: what must be true of its names, and of what it printed, after its last example.
 Promise = Callable[[dict[str, Any], str], bool]
@@ -234,6 +234,7 @@ def copied(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_page_that_was_changed_by_hand_is_noticed(copied, capsys):
     page = copied / "docs" / "results.md"
     page.write_text(page.read_text().replace("| base | 2.352 M |", "| base | 1.352 M |"))

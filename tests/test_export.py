@@ -182,6 +182,7 @@ def test_the_file_is_the_model_and_says_what_it_is(model, images, capsys):
         opened.logits(noise(1, 64, 64))
 
 
+@pytest.mark.slow
 def test_height_and_width_may_be_left_open(small, tmp_path):
     parity = export(small, tmp_path / "open.onnx", spec=SPEC, dynamic_size=True)
     assert (parity.images, parity.same, parity.drawn) == (20, 20, True)  # 4 of them at another size
@@ -191,6 +192,7 @@ def test_height_and_width_may_be_left_open(small, tmp_path):
         np.testing.assert_allclose(model.logits(images), outputs(small, SPEC, images), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_map_of_one_pixel_may_grow(tmp_path):
     """At 32 px the model's last maps are 1x1, which is no reason to take them for 1x1 at every size."""
     torch.manual_seed(0)
@@ -291,6 +293,7 @@ def test_mistakes_are_one_line(model, tmp_path, capsys, words, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "empty"]
 
 
+@pytest.mark.slow
 def test_openvino_runs_the_file(small, tmp_path):
     openvino = pytest.importorskip("openvino")
     out = tmp_path / "model.xml"

@@ -510,6 +510,7 @@ def test_explaining_in_inference_mode() -> None:
         assert one.layers[0].maps == pytest.approx(expected.layers[0].maps, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_exporting_in_inference_mode(tmp_path: Path) -> None:
     spec = ModelSpec(NET, ("cat", "dog"), input_size=(3, 32, 32))
     with torch.inference_mode():

@@ -646,6 +646,7 @@ class Read:
         return self.images.fetch(self.number)[0]
 
 
+@pytest.mark.slow
 def test_a_stream_starts_an_epoch_again_as_it_was(shards: Path) -> None:
     def epoch_two(before: bool) -> list[Batch]:
         train, _, _ = open_shards(shards)

@@ -54,10 +54,17 @@ def image(height: int = 64, width: int = 64, channels: int = 3, batch: int = 2) 
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
+class Made(dict[str, nn.Module]):
+    """Each preset when it is first asked for, seeded and in eval mode."""
+
+    def __missing__(self, name: str) -> nn.Module:
+        self[name] = seeded(timm.create_model(name))
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, nn.Module]:
-    """Each preset once, seeded and in eval mode."""
-    return {name: seeded(timm.create_model(name)) for name in PRESETS}
+    return Made()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,15 @@ def test_names_are_timms_and_hold_no_dot():
     assert set(timm.list_models("ulsam_*")) == set(PRESETS)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+#: one of each base and kind; the others differ in their width and places
+FEW = [
+    "ulsam_mobilenetv1_100_replace_12",
+    "ulsam_mobilenetv2_100_insert_17",
+    "ulsam_mobilenetv2_100_replace_14_17",
+]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW)) for name in PRESETS])
 class TestPreset:
     def test_holds_its_layers_where_it_says(self, name, models):
         edit = PLACEMENTS[name][1]
@@ -151,6 +166,7 @@ def test_presets_export(name, models):
     torch.testing.assert_close(exported(x), models[name](x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [V2, *(pytest.param(n, marks=pytest.mark.slow) for n in PRESETS)])
 def test_presets_compile_without_a_graph_break(name, models):
     torch.compiler.reset()

@@ -660,7 +660,9 @@ for y in found:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-@pytest.mark.parametrize("preloaded", [None, "omp", "iomp5"])
+@pytest.mark.parametrize(
+    "preloaded", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("omp", "iomp5"))]
+)
 @compiled
 def test_the_kernels_use_the_threads_of_pytorchs_openmp(preloaded: str | None) -> None:
     environment = dict(os.environ, OMP_NUM_THREADS="3")
@@ -712,7 +714,7 @@ def test_an_unknown_backend_is_named(plain: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["reference", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "")), "opencl"]
+    "name", ["reference", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "", "opencl"))]
 )
 def test_the_environment_forces_a_backend(name: str) -> None:
     code = "import torch; from ulsam.layer.ops import which_backend; print(which_backend(torch.ones(1, 8, 4, 4))[0])"
@@ -764,7 +766,7 @@ def without_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_without_kernels_the_reference_does_it_and_one_warning_says_so(how: str, without_kernels: Path) -> None:
     path = os.pathsep.join([str(without_kernels), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": ""}
@@ -778,13 +780,18 @@ def with_isa(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", [cpu.ISA_NAMES[isa] for isa in ISAS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(cpu.ISA_NAMES[isa], marks=[pytest.mark.slow] * (isa != ISAS[0])) for isa in ISAS]
+)
 def test_the_environment_chooses_the_instruction_set(name: str) -> None:
     done = with_isa(name, "-c", "from ulsam.layer.ops import cpu; print(cpu.ISA_NAMES[cpu.chosen_isa()])")
     assert done.stdout == f"{name}\n", done.stderr
 
 
-@pytest.mark.parametrize("name", ["SSE9", *(name for name in cpu.ISA_NAMES[ISAS[-1] + 1 :] if cpu.LIBRARY)])
+BEYOND = [name for name in cpu.ISA_NAMES[ISAS[-1] + 1 :] if cpu.LIBRARY]
+
+
+@pytest.mark.parametrize("name", ["SSE9", *(pytest.param(name, marks=pytest.mark.slow) for name in BEYOND)])
 def test_an_instruction_set_that_is_not_there_is_refused(name: str) -> None:
     """The second kind runs where the processor lacks one."""
     done = with_isa(name, "-m", "ulsam", "doctor")

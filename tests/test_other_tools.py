@@ -123,6 +123,7 @@ def test_compiled_is_eager_whatever_was_compiled_before(make: Callable[[], nn.Mo
     assert_same(torch.compile(model, backend="aot_eager"), model)
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_compiled_model_and_its_undoing_take_effect() -> None:
     model = randomised(base())
     compiled = torch.compile(model, backend="aot_eager")
@@ -141,6 +142,7 @@ def test_an_edit_of_a_compiled_model_and_its_undoing_take_effect() -> None:
         assert_same(compiled, model)
 
 
+@pytest.mark.slow
 def test_compiled_by_itself_and_edited_it_is_eager() -> None:
     model = randomised(base())
     model.compile(backend="aot_eager")
@@ -149,6 +151,7 @@ def test_compiled_by_itself_and_edited_it_is_eager() -> None:
     assert_same(model, copy.deepcopy(randomised(model)))
 
 
+@pytest.mark.slow
 def test_training_compiled_gives_every_new_weight_the_gradient_of_eager() -> None:
     plain = base()
     torch.compile(plain, backend="aot_eager")(images()).sum().backward()
@@ -237,6 +240,7 @@ def test_fx_keeps_the_layer(make: Callable[[], nn.Module], transform: Callable[[
     assert_same(transformed, model, 1e-5)
 
 
+@pytest.mark.slow
 @EDITED
 @pytest.mark.filterwarnings("ignore")
 def test_graph_mode_quantization_keeps_the_layer(make: Callable[[], nn.Module]) -> None:
@@ -302,6 +306,7 @@ def test_behind_a_convolution_that_a_batchnorm_follows_the_place_is_the_pair(pla
         assert_same(converted, model, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -332,6 +337,7 @@ def test_timms_reparameterization_keeps_the_layers(name: str) -> None:
     assert float((found_y - expected).abs().max()) <= 1e-3 * scale < float((plain - expected).abs().max())
 
 
+@pytest.mark.slow
 def test_a_host_that_becomes_another_module_by_fuse_takes_the_layer_with_it() -> None:
     torch.manual_seed(0)
     model = timm.create_model("repvit_m0_9", num_classes=5)
@@ -400,7 +406,9 @@ def run_onnx(path: Path, x: Tensor) -> Tensor:
 
 
 @EDITED_ONCE
-@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize(
+    "dynamo", [pytest.param(True, marks=pytest.mark.slow, id="dynamo"), pytest.param(False, id="torchscript")]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_ones_own_onnx_export(make: Callable[[], nn.Module], dynamo: bool, tmp_path: Path) -> None:
     model, path, x = randomised(make()), tmp_path / "model.onnx", images()
@@ -459,6 +467,7 @@ for path in sys.argv[3:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_files_run_in_a_process_without_ulsam(tmp_path: Path) -> None:
     model, x = randomised(released()), images()
@@ -486,6 +495,7 @@ def test_torch_export_takes_the_layer_apart(make: Callable[[], nn.Module], stric
     assert_same(program.run_decompositions().module(), model)
 
 
+@pytest.mark.slow
 @EDITED_ONCE
 def test_torch_export_of_a_model_in_training(make: Callable[[], nn.Module]) -> None:
     training = randomised(make()).train()
@@ -503,6 +513,7 @@ def test_ahead_of_time_compilation(tmp_path: Path) -> None:
         assert_same(torch._inductor.aoti_load_package(path), model, 1e-5)
 
 
+@pytest.mark.slow
 @EDITED_ONCE
 @pytest.mark.filterwarnings("ignore")
 def test_openvino_converts_the_model_itself(make: Callable[[], nn.Module]) -> None:

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ulsam
 
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_all_works_without_what_windows_lacks(tmp_path: Path) -> None:
     path = [str(TESTS / "windows"), str(TESTS), str(Path(ulsam.__file__).parents[1])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}

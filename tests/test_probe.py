@@ -238,6 +238,7 @@ def eager_to_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_module, "SHARE", 10.0)
 
 
+@pytest.mark.slow
 def test_a_probed_run_ends_in_the_weights_of_one_with_given_settings(
     data: Path, tmp_path: Path, eager_to_probe: None, logged: Callable[[], str]
 ) -> None:

@@ -174,6 +174,7 @@ def test_biases_take_up_what_rounding_the_weights_loses(birds, tmp_path):
     assert np.median([corrected[name] / left[name] for name in rounded]) < 0.2
 
 
+@pytest.mark.slow
 def test_a_model_for_normalised_images_is_quantised_too(birds, exported, tmp_path):
     out = tmp_path / "plain-int8.onnx"
     assert main(["export", str(exported.with_suffix(".safetensors")), "--no-preprocessing", "--out", str(out)]) == 0
@@ -185,6 +186,7 @@ def test_a_model_for_normalised_images_is_quantised_too(birds, exported, tmp_pat
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_model_file_is_exported_on_the_way(birds, exported, tmp_path):
     quantize(exported, str(birds), tmp_path / "a.onnx", calibrate=8, measure=4)
     quantize(exported.with_suffix(".safetensors"), str(birds), tmp_path / "b.onnx", calibrate=8, measure=4)
@@ -194,6 +196,7 @@ def test_a_model_file_is_exported_on_the_way(birds, exported, tmp_path):
     assert one.metadata == other.metadata
 
 
+@pytest.mark.slow
 def test_a_model_that_8_bits_ruin_is_refused(birds, exported, tmp_path):
     """One channel that nobody listens to takes up the whole range of a map, and the other channels drown in it."""
     model, spec = load(exported.with_suffix(".safetensors"))

@@ -130,6 +130,7 @@ def test_a_fit_finds_a_block_of_the_same_kind() -> None:
     assert seen > 0.9 and unseen > 0.85
 
 
+@pytest.mark.slow
 def test_more_steps_and_more_width_give_more_of_a_block() -> None:
     def share(width: int, steps: int) -> float:
         torch.manual_seed(7)
@@ -276,6 +277,7 @@ def test_a_block_that_the_weights_lack_is_not_fitted_to(edit: str) -> None:
     assert list(new_layers(again)) == ["blocks.4.2"]
 
 
+@pytest.mark.slow
 def test_a_model_from_a_file_is_fitted_to_what_the_file_holds(tmp_path: Path) -> None:
     size = (3, 32, 32)
     spec = ModelSpec(

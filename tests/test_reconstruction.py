@@ -90,6 +90,7 @@ def test_it_is_the_same_each_time_whatever_the_mode_and_moves_no_random_generato
         assert torch.equal(value, models[1].state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_jointly_everything_behind_the_first_place_learns_the_last_map() -> None:
     whole, model = trained(), trained()
     ulsam.remove(model, "14,17", input_size=(3, 96, 96))
@@ -104,6 +105,7 @@ def test_jointly_everything_behind_the_first_place_learns_the_last_map() -> None
     assert {name[:8] for name in changed if name.startswith("blocks")} == {"blocks.5", "blocks.6"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -213,7 +213,7 @@ def test_killed_after_its_probe_it_does_not_probe_again(interpreter: Warm, data:
 # stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_stopped_it_saves_and_says_how_to_resume(
     number: int, interpreter: Warm, data: Path, unbroken: Path, tmp_path: Path
 ) -> None:

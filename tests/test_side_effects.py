@@ -109,6 +109,7 @@ def test_a_failed_training_leaves_threads_and_generators_too(tmp_path: Path) -> 
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
 
+@pytest.mark.slow
 def test_opening_a_model_does_not_limit_other_threads(tmp_path: Path) -> None:
     """What is refused while a file is opened, a spec of far too many parameters, another thread may build."""
     made = []

@@ -276,6 +276,7 @@ def test_calls_take_turns():
     assert low <= found["b"].ratio <= high
 
 
+@pytest.mark.slow
 def test_onnx_runtime_puts_out_what_the_model_does():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -523,6 +524,7 @@ def test_a_finished_slimming_is_reported_again_and_nothing_is_done_twice(model, 
     assert yaml.safe_load((slimmed / "train.yaml").read_text())["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_a_model_with_edits_is_slimmed_further(data, tmp_path, capsys):
     spec = make_spec("mobilenetv2_035", CLASSES, [Edit("replace", "17", 2)], size=32)
     save(build(spec)[0], spec, tmp_path / "model.safetensors")
@@ -548,6 +550,7 @@ def wait_for(event: Any) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, logged):
     monkeypatch.setattr("ulsam.study.slim_choose.INTERVAL", 0.0)  # a line for each set
     for again in range(2):
@@ -580,6 +583,7 @@ def test_killed_and_stopped_it_resumes_to_the_same_end(model, data, slimmed, int
     assert models[0] == models[1]
 
 
+@pytest.mark.slow
 def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, logged):
     """Class folders, where a run holds images out by its seed."""
     run = tmp_path / "run"

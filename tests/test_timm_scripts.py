@@ -63,6 +63,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spawn", [[], pytest.param(["--spawn"], marks=pytest.mark.slow)], ids=["started", "spawned"])
 def test_the_names_reach_the_script_and_its_children(spawn, tmp_path):
     script = write(tmp_path / "scripts" / "script.py", LIKE_TIMMS)

@@ -205,6 +205,7 @@ def test_freeze_keeps_weights_and_statistics(data: Path, start: Path, tmp_path: 
     assert moved == set(before) - kept
 
 
+@pytest.mark.slow
 def test_a_run_in_a_thread(data: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(train, config(data, epochs=1, workers=1), tmp_path / "thread").result()
@@ -546,6 +547,7 @@ def test_so_it_does_in_any_precision_layout_and_form(settings: dict[str, Any], d
     assert same(weights(tmp_path / "run"), weights(tmp_path / "unbroken"))
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_starts_again(data: Path, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     shutil.copy(trained / "config.yaml", tmp_path / "run")
@@ -579,6 +581,7 @@ def test_a_changed_environment_is_a_warning(copied: Path, logged: Callable[[], s
     ]
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_from_the_start_of_an_epoch(data: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
     pytest.importorskip("webdataset")
     (tmp_path / "shards").mkdir()
@@ -651,6 +654,7 @@ def test_an_error_in_measuring_loses_no_training(bad_data: Path, tmp_path: Path)
 
 
 # of the 4 batches of epoch 2 and the 4 of epoch 3
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_stopped_in_measuring_it_measures_when_it_resumes(
     moment: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -199,6 +199,7 @@ def test_training_starts_with_the_weights_of_the_model(tmp_path: Path) -> None:
     torch.testing.assert_close(dict(restored), dict(aside), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_new_weights_hold_none_of_a_replaced_block(tmp_path: Path) -> None:
     yolo = edited(tmp_path)
     yolo.train(trainer=trainer_for(yolo), name="run", pretrained=False, **settings(tmp_path))
@@ -207,6 +208,7 @@ def test_new_weights_hold_none_of_a_replaced_block(tmp_path: Path) -> None:
         ulsam.undo(yolo.model)
 
 
+@pytest.mark.slow
 def test_weights_of_an_unedited_file(tmp_path: Path) -> None:
     plain, yolo = tiny(tmp_path), edited(tmp_path)
     plain.load(plain.model).save(tmp_path / "plain.pt")
@@ -218,6 +220,7 @@ def test_weights_of_an_unedited_file(tmp_path: Path) -> None:
     torch.testing.assert_close(yolo.model.model[4].cv1.conv.weight, plain.model.model[4].cv1.conv.weight.half().float())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_with_its_edits(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
