@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -446,6 +447,12 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def entries(file) -> dict[str, Any]:
+    """What the file's spec holds."""
+    return json.loads(read_spec(file).to_json())
+
+
 def test_a_file_cut_off_anywhere_gives_one_line(file, tmp_path):
     whole = file.read_bytes()
     (head,) = struct.unpack("<Q", whole[:8])
@@ -545,14 +552,13 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE, ids=[f"{n}-{str(c)[:40]}" for n, (c, _) in enumerate(HOSTILE)])
 def test_hostile_metadata_gives_one_line_and_fetches_and_allocates_nothing(
-    change, message, file, tmp_path, monkeypatch
+    change, message, file, entries, tmp_path, monkeypatch
 ):
     made: list[str] = []
     monkeypatch.setattr("torch.hub.download_url_to_file", lambda *args, **kwargs: made.append("fetched"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kwargs: made.append("fetched"))
     monkeypatch.setattr("socket.socket.connect", lambda *args: made.append("connected"))
-    spec = json.loads(read_spec(file).to_json())
-    text = change if isinstance(change, str) else json.dumps({**spec, **change})
+    text = change if isinstance(change, str) else json.dumps({**entries, **change})
     path = with_spec(file, tmp_path / "hostile.safetensors", text)
     allocated = 0
     empty = nn.Parameter.__new__
