@@ -1,10 +1,12 @@
-"""The demonstration on a tiny drawing: one recipe for both models, and what it shows is what was measured."""
+"""The demonstration on a tiny drawing: what it shows is what was measured."""
 
 import json
 
 from PIL import Image
 
+import ulsam
 from ulsam.cli import main
+from ulsam.model.build import load
 from ulsam.study import demo
 
 
@@ -14,21 +16,27 @@ def test_a_bad_seed_is_reported_before_anything_is_drawn(tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
 
 
-def test_demo_compares_two_models_under_one_spec(tmp_path, monkeypatch, capsys):
+def test_the_demo_shows_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "BIRDS", {"classes": 2, "train": 12, "val": 6, "size": 32})
     monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 1, "batch_size": 8, "size": 32, "workers": 0})
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--seed", "3"]) == 0
     text = capsys.readouterr().out
     assert "Seed 3." in text and "proves nothing" in text
-    base, ulsam = (json.loads((out / name / "summary.json").read_text()) for name in ("base", "ulsam"))
-    assert {key for key in base["config"] if base["config"][key] != ulsam["config"][key]} == {"edits"}
-    assert base["config"]["seed"] == 3
-    assert ulsam["cost"]["macs"] < base["cost"]["macs"] == ulsam["base_cost"]["macs"]
-    for summary in (base, ulsam):
-        assert f"{summary['cost']['params']:,}" in text
-        assert f"{100 * summary['scores']['top1']:.1f} %" in text
-    image = Image.open(out / "comparison.png").convert("RGB")
+    base, removed, replaced = json.loads((out / "demo.json").read_text())
+    assert removed["macs"] < replaced["macs"] < 0.8 * base["macs"]
+    for name, row in (("base", base), ("remove", removed), ("replace", replaced)):
+        summary = json.loads((out / f"{name}-fine-tuned" / "summary.json").read_text())
+        assert summary["config"]["seed"] == 3 and summary["config"]["reconstruct_images"] == 0
+        assert row["top1"]["fine-tuned"] == summary["scores"]["top1"]
+        assert (row["params"], row["macs"]) == (summary["cost"]["params"], summary["cost"]["macs"])
+        for share in row["top1"].values():
+            assert f"{100 * share:.1f} %" in text
+    assert base["top1"]["at once"] == json.loads((out / "base" / "summary.json").read_text())["scores"]["top1"]
+    reconstructed, spec = load(out / "replace.safetensors")
+    scores = ulsam.evaluate(reconstructed, out / "birds", spec=spec, workers=0).scores
+    assert replaced["top1"]["reconstructed"] == scores.top1
+    image = Image.open(out / "demo.png").convert("RGB")
     assert image.width > 800
     assert len(image.getcolors(1 << 24) or ()) > 100
     assert main(["demo", "--out", str(out)]) == 2

@@ -1,4 +1,4 @@
-"""`ulsam demo`: draw birds, train a model without and with ULSAM, show both."""
+"""`ulsam demo`: train on drawn birds, make the model smaller, and restore its accuracy."""
 
 import argparse
 
@@ -11,11 +11,13 @@ EXAMPLE = "ulsam demo --out runs/demo"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder for everything, a new one (default: runs/demo-N)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the drawings and of both trainings (default: 0)"
+        "--seed", type=int, default=0, metavar="N", help="of the drawings and of all trainings (default: 0)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
     from ulsam.study.demo import CAUTION, run_demo, table
     from ulsam.training.machine import keep_freed_memory
 
@@ -23,10 +25,10 @@ def run(args: argparse.Namespace) -> None:
 
     out = args.out or free_folder("demo")
     with only_json(args), resumable():
-        summaries = run_demo(out, args.seed)
+        rows = run_demo(out, args.seed)
     if args.json:
-        for name, summary in summaries.items():
-            print_json({"run": f"{out}/{name}", **summary})
+        for row in rows:
+            print_json(asdict(row))
         return
-    print(f"\n{table(summaries)}\n\nSeed {args.seed}. {CAUTION}")
-    print(f"Image: {out}/comparison.png; the birds and both runs lie beside it.")
+    print(f"\n{table(rows)}\n\nSeed {args.seed}. {CAUTION}")
+    print(f"Image: {out}/demo.png; the birds, the models and their runs lie beside it.")

@@ -1,28 +1,34 @@
-"""The demonstration: draw birds, train a model without and with ULSAM under one recipe, show both."""
+"""The demonstration: train a model on drawn birds, take a part of its work away, and restore what that broke."""
 
+import dataclasses
 import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ulsam.base.extras import check_plots
-from ulsam.base.files import write_atomic
+from ulsam.base.files import write_atomic, write_json
+from ulsam.base.logs import say
 from ulsam.data.birds import draw_birds
-from ulsam.data.opening import open_split
+from ulsam.data.opening import open_data, open_split
+from ulsam.deploy.evaluate import evaluate
+from ulsam.model.build import load, save
+from ulsam.model.spec import Edit, ModelSpec
+from ulsam.surgery.cost import cost
+from ulsam.surgery.reconstruct import reconstruct
 from ulsam.training.config import TrainConfig
+from ulsam.training.evaluate import ALONE
+from ulsam.training.sample import draw_sample
 from ulsam.training.train import train
 
 CAUTION = "One run with one seed proves nothing: another seed can turn the order."
-BIRDS: dict[str, Any] = {  # one bill: models of this size may take very long to see that bills differ
-    "classes": [f"{bars}-{spots}-shortbill" for bars in ("broadbar", "finebar") for spots in ("spotted", "speckled")],
-    "train": 400,
-    "val": 100,
-    "size": 96,
-}
+BIRDS: dict[str, Any] = {"classes": 8, "train": 120, "val": 60, "size": 96}
 RECIPE: dict[str, Any] = {
     "model": "mobilenetv1_050",
     "size": 96,
-    "epochs": 9,
+    "epochs": 10,
     "batch_size": 16,
     "opt": "adamw",
     "lr": 4e-3,
@@ -30,18 +36,35 @@ RECIPE: dict[str, Any] = {
     "smoothing": 0.0,
     "crop_scale": [0.8, 1.0],
     "val_every": 1,
-    "layout": "channels_last",  # no probe: both models, and every machine, take the same
+    "layout": "channels_last",  # no probe: all models, and every machine, take the same
     "amp": "none",
     "compile": "none",
 }
-EDIT = "replace 12 g=4"  # the paper's row for MobileNet-V1 at half width
+FINE_TUNING: dict[str, Any] = {"epochs": 2, "lr": 5e-4, "warmup_epochs": 0, "reconstruct_images": 0}
+BLOCKS = "10,11,12"  # three of the five equal ones
+EDITS = {"blocks removed": f"remove {BLOCKS}", "ULSAM in their place": f"replace {BLOCKS} g=4"}
+IMAGES = 512  # for reconstruction
+STAGES = ("at once", "reconstructed", "fine-tuned")
 
 
-def run_demo(out: str | Path, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Draw the birds, train both models, and write ``comparison.png``, all into the new folder ``out``.
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model of the demonstration: its cost for one image, and its top-1 as a share after each step."""
+
+    name: str
+    params: int
+    macs: int
+    top1: Mapping[str, float]
+
+
+def run_demo(out: str | Path, seed: int = 0) -> list[Row]:
+    """Draw the birds, train the base model, edit, reconstruct and fine-tune it, all into the new folder ``out``.
+
+    The base model is fine-tuned for as long as the edited ones. ``out/demo.json`` holds what is returned,
+    ``out/demo.png`` shows it.
 
     Returns:
-        The summaries of the two runs, ``"base"`` and ``"ulsam"``; see `ulsam.training.train.train`.
+        The base model and the edited ones.
 
     Raises:
         UlsamError: ``out`` exists and is not empty, or cannot be written, or the seed is negative.
@@ -49,69 +72,93 @@ def run_demo(out: str | Path, seed: int = 0) -> dict[str, dict[str, Any]]:
     check_plots("ulsam demo")
     out = Path(out)
     data = out / "birds"
-    configs = {
-        name: TrainConfig.from_mapping({**RECIPE, "data": str(data), "edits": edits, "seed": seed})
-        for name, edits in (("base", []), ("ulsam", [EDIT]))
-    }
+    config = TrainConfig.from_mapping({**RECIPE, "data": str(data), "seed": seed})
     draw_birds(data, seed=seed, **BIRDS)  # after the settings are known to be sound
-    summaries = {name: train(config, out / name) for name, config in configs.items()}
-    write_atomic(out / "comparison.png", draw_comparison(data, summaries))
-    return summaries
+    say("base model: training")
+    trained = train(config, out / "base")["scores"]["top1"]
+    weights = out / "base" / "model.safetensors"
+    rows = [_row("base model", *load(weights), {"at once": trained, **_fine_tuned(config, weights, out)})]
+    for name, text in EDITS.items():
+        model, spec = load(weights)
+        edit = Edit.parse(text)
+        edit.apply(model, spec.input_size)
+        spec = dataclasses.replace(spec, edits=(*spec.edits, edit))
+        top1 = {"at once": _top1(model, spec, data)}
+        say(f"{name}: {100 * top1['at once']:.1f} % at once; reconstructing")
+        reconstruct(model, draw_sample(open_data(str(data))[0], spec, IMAGES, ALONE).images)
+        top1["reconstructed"] = _top1(model, spec, data)
+        say(f"{name}: {100 * top1['reconstructed']:.1f} % reconstructed, without labels; fine-tuning")
+        save(model, spec, out / f"{text.split()[0]}.safetensors")
+        top1 |= _fine_tuned(dataclasses.replace(config, edits=[text]), out / f"{text.split()[0]}.safetensors", out)
+        rows.append(_row(name, model, spec, top1))
+    write_json(out / "demo.json", [dataclasses.asdict(row) for row in rows])
+    write_atomic(out / "demo.png", draw(data, rows))
+    return rows
 
 
-def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The two models beside each other, a line each."""
-    lines = [f"{'model':28} {'parameters':>10} {'MACs':>12} {'top-1':>7}  95 % interval"]
-    for summary in summaries.values():
-        config, scores = summary["config"], summary["scores"]
-        model = " ".join([config["model"], *config["edits"]])
-        low, high = scores["top1_interval_95"]
-        lines.append(
-            f"{model:28} {summary['cost']['params']:10,} {summary['cost']['macs']:12,} "
-            f"{100 * scores['top1']:5.1f} %  {100 * low:.1f} to {100 * high:.1f}"
-        )
+def _fine_tuned(config: TrainConfig, weights: Path, out: Path) -> dict[str, float]:
+    """The top-1 of this model file after a little more training."""
+    config = dataclasses.replace(config, weights=str(weights), **FINE_TUNING)
+    name = weights.parent.name if weights.parent != out else weights.stem
+    return {"fine-tuned": train(config, out / f"{name}-fine-tuned")["scores"]["top1"]}
+
+
+def _top1(model: nn.Module, spec: ModelSpec, data: Path) -> float:
+    return evaluate(model, data, spec=spec).scores.top1
+
+
+def _row(name: str, model: nn.Module, spec: ModelSpec, top1: Mapping[str, float]) -> Row:
+    found = cost(model, spec.input_size)
+    return Row(name, found.params, found.macs, dict(top1))
+
+
+def table(rows: list[Row]) -> str:
+    """The models, a line each: cost, and top-1 after each step."""
+    lines = [f"{'':22}{'parameters':>11}{'MACs':>13}   " + "".join(f"{stage:>15}" for stage in STAGES)]
+    for row in rows:
+        shares = (f"{100 * row.top1[stage]:.1f} %" if stage in row.top1 else "" for stage in STAGES)
+        lines.append(f"{row.name:22}{row.params:11,}{row.macs:13,}   " + "".join(f"{share:>15}" for share in shares))
     return "\n".join(lines)
 
 
-def draw_comparison(data: Path, summaries: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """A PNG: a bird of every class, validation accuracy by epoch, and cost against the base model."""
+def draw(data: Path, rows: list[Row]) -> bytes:
+    """A PNG: a bird of every class, top-1 after each step, and cost against the base model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels: Any = figure.subfigures(1, 3, width_ratios=(1.35, 1.2, 0.9))
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels: Any = figure.subfigures(1, 3, width_ratios=(1.5, 1.5, 1))
     left, middle, right = panels
     birds = open_split(str(data), "val")
     first = {label: number for number, label in reversed(list(enumerate(birds.labels or ())))}
     grid = left.subplots(2, (len(first) + 1) // 2).flat
     for axes, label in zip(grid, sorted(first), strict=False):
         axes.imshow(birds.fetch(first[label])[0])  # type: ignore[union-attr]
-        axes.set_title(birds.classes[label].replace("-", "\n"), fontsize=7)
+        axes.set_title(birds.classes[label].replace("-", "\n"), fontsize=9)
     for axes in left.axes:
         axes.axis("off")
 
-    curve = middle.subplots()
-    for (name, summary), style in zip(summaries.items(), ("o-", "s--"), strict=True):
-        rows = [row for row in summary["epochs"] if row["val_top1"] is not None]
-        curve.plot([row["epoch"] for row in rows], [100 * row["val_top1"] for row in rows], style, ms=4, label=name)
-    curve.set(xlabel="epoch", ylabel="validation top-1 (%)", title=f"seed {summaries['base']['config']['seed']}")
-    curve.xaxis.set_major_locator(MaxNLocator(integer=True))
-    curve.legend(frameon=False)
-    curve.grid(alpha=0.3)
-    curve.spines[["top", "right"]].set_visible(False)
+    base, *edited = rows
+    steps = middle.subplots()
+    for row, marker in zip(edited, ("s--", "o-"), strict=True):
+        shares = [100 * row.top1[stage] for stage in STAGES]
+        steps.plot(STAGES, shares, marker, ms=7, label=row.name)
+    for stage, line, name in (("at once", ":", "base model"), ("fine-tuned", "-", "base model, fine-tuned as long")):
+        steps.axhline(100 * base.top1[stage], color="0.4", linestyle=line, label=name)
+    steps.set(ylabel="validation top-1 (%)", title="accuracy after each step")
+    steps.legend(fontsize=9)
+    steps.grid(alpha=0.3)
 
     bars = right.subplots()
-    kinds = {"params": "parameters", "macs": "MACs"}
-    base = summaries["base"]["cost"]
-    for shift, (name, summary), colour in zip((-0.2, 0.2), summaries.items(), ("C0", "C1"), strict=True):
-        shares = [100 * summary["cost"][kind] / base[kind] for kind in kinds]
-        drawn = bars.bar([place + shift for place in range(2)], shares, width=0.38, color=colour, label=name)
-        bars.bar_label(drawn, fmt="%.0f", fontsize=8)
-    bars.set_xticks(range(2), list(kinds.values()))
-    bars.set(ylabel="% of the base model", title="cost")
-    bars.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(CAUTION, fontsize=9)
+    for shift, row, colour in zip((-0.2, 0.2), edited, ("C0", "C1"), strict=True):
+        shares = [100 * row.params / base.params, 100 * row.macs / base.macs]
+        drawn = bars.bar([shift, 1 + shift], shares, width=0.38, color=colour, label=row.name)
+        bars.bar_label(drawn, fmt="%.0f %%", fontsize=9)
+    bars.set_xticks(range(2), ["parameters", "MACs"])
+    bars.set(ylabel="% of the base model", title="cost", ylim=(0, 105))
+    for axes in (steps, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(CAUTION, fontsize=10)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
