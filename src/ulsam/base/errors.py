@@ -15,6 +15,10 @@ class NotFinite(UlsamError):
     """A model outputs NaN or infinity."""
 
 
+class MachineError(UlsamError):
+    """The machine lacks something, or a disk or a network fails: not the fault of the file that was being read."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the state is saved, and the message says how to resume.
 

@@ -6,13 +6,14 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import MachineError, UlsamError
+from ulsam.base.reading import machine_errors, machine_fault
 
 try:
     import simplejpeg
@@ -31,7 +32,7 @@ FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVI
 """Formats that are read, by Pillow's names (AVIF since Pillow 11.3); none that starts another program, as EPS does."""
 
 _DAMAGE = (
-    OSError,  # unidentified, truncated, decoder failed; and the file system's own errors
+    OSError,  # unidentified, truncated, decoder failed; the file system's own errors
     SyntaxError,  # broken PNG and TIFF structure
     ValueError,  # bad sizes, unsupported modes, oversized text chunks
     ArithmeticError,  # sizes and rationals out of range
@@ -41,7 +42,7 @@ _DAMAGE = (
     AttributeError,  # a decoder that was never set up because its header was broken
     AssertionError,  # Pillow asserts on a few header fields
     RuntimeError,  # NotImplementedError of exotic variants; AVIF and WebP decoders
-    MemoryError,  # a size that only claims to be small
+    MemoryError,  # see `_memory_is_full`
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -62,6 +63,8 @@ _TURNS = {
 
 Pixels = NDArray[np.uint8]
 """A decoded image, [H, W, 3]."""
+
+Decoded = TypeVar("Decoded")
 
 Reduction = Callable[[int, int], int]
 """By which of 1, 2, 4, 8 an image of this width and height is reduced when it is decoded."""
@@ -87,8 +90,9 @@ def read_image(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         A `PIL.Image.Image` of mode RGB with its pixels loaded; no file stays open.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, corrupt, larger than `MAX_PIXELS`, longer than
-            `LONGEST` allows, or no image.
+        UnreadableImage: the file is missing, may not be read, is empty, truncated, corrupt, larger than `MAX_PIXELS`,
+            longer than `LONGEST` allows, or no image.
+        MachineError: it cannot be read because the machine lacks memory or open files, or its disk or network fails.
 
     >>> import io
     >>> stream = io.BytesIO()
@@ -97,13 +101,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     >>> image.mode, image.size
     ('RGB', (4, 3))
     """
-    try:
-        if isinstance(path, str | os.PathLike):
-            with open(path, "rb") as file:
-                return _read(file)
-        return _read(path)
-    except _DAMAGE as error:
-        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+    return _decoded(path, _read)
 
 
 def whole(width: int, height: int) -> int:
@@ -128,20 +126,14 @@ def read_pixels(
         A uint8 array [H, W, 3], writable. At full size its values are those of :func:`read_image`.
 
     Raises:
-        UnreadableImage: as of :func:`read_image`.
+        UnreadableImage, MachineError: as of :func:`read_image`.
 
     >>> stream = io.BytesIO()
     >>> Image.new("RGB", (40, 30)).save(stream, "jpeg")
     >>> read_pixels(stream).shape, read_pixels(stream, lambda width, height: 4).shape
     ((30, 40, 3), (8, 10, 3))
     """
-    try:
-        if isinstance(path, str | os.PathLike):
-            with open(path, "rb") as file:
-                return _pixels(file, reduction, most)
-        return _pixels(path, reduction, most)
-    except _DAMAGE as error:
-        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+    return _decoded(path, lambda content: _pixels(content, reduction, most))
 
 
 def jpeg_of(pixels: Pixels, quality: int) -> bytes:
@@ -158,23 +150,55 @@ def jpeg_of(pixels: Pixels, quality: int) -> bytes:
     return content
 
 
-def _pixels(file: BinaryIO, reduction: Reduction, most: int) -> Pixels:
+def _decoded(path: str | os.PathLike[str] | BinaryIO, decode: Callable[[bytes], Decoded]) -> Decoded:
+    """What ``decode`` makes of the content of a file or stream.
+
+    The whole file is read first, so that an error of the file system cannot pass for one of the image.
+    """
+    try:
+        with machine_errors(_name(path)):
+            content = _content(path)
+        return decode(content)
+    except MachineError:
+        raise
+    except _DAMAGE as error:
+        if isinstance(error, MemoryError) and _memory_is_full():
+            raise MachineError(f"cannot read {_name(path)}: {machine_fault(error)}") from error
+        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+
+
+def _content(path: str | os.PathLike[str] | BinaryIO) -> bytes:
+    if isinstance(path, str | os.PathLike):
+        with open(path, "rb") as file:
+            return file.read()
+    path.seek(0)
+    return path.read()
+
+
+def _memory_is_full() -> bool:
+    """Whether there is no room for two of the largest images: otherwise a file asked for more than any image needs."""
+    try:
+        bytearray(8 * MAX_PIXELS)
+    except MemoryError:
+        return True
+    return False
+
+
+def _pixels(content: bytes, reduction: Reduction, most: int) -> Pixels:
     """Decode; raises whatever Pillow raises."""
-    file.seek(0)
-    start = file.read(3)
     if simplejpeg is None:
-        return np.array(_read(file, reduction, most))
-    found = _jpeg(start + file.read(), reduction, most) if start == b"\xff\xd8\xff" else None
-    return np.array(_read(file, most=most)) if found is None else found
+        return np.array(_read(content, reduction, most))
+    found = _jpeg(content, reduction, most) if content.startswith(b"\xff\xd8\xff") else None
+    return np.array(_read(content, most=most)) if found is None else found
 
 
-def _opened(file: BinaryIO) -> Image.Image:
-    """The image in a file, not yet decoded.
+def _opened(content: bytes) -> Image.Image:
+    """The image in a file's content, not yet decoded.
 
     Where Ultralytics is imported, Pillow's `open` is its own, which looks for a reader of HEIF in what is no image.
     """
     try:
-        return Image.open(file, formats=FORMATS)
+        return Image.open(io.BytesIO(content), formats=FORMATS)
     except ImportError as error:
         raise UnidentifiedImageError("cannot identify the image") from error
 
@@ -229,15 +253,14 @@ _TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
 }
 
 
-def _read(file: BinaryIO, reduction: Reduction = whole, most: int = MAX_PIXELS) -> Image.Image:
+def _read(content: bytes, reduction: Reduction = whole, most: int = MAX_PIXELS) -> Image.Image:
     """Decode, an ordinary JPEG at the scale asked for, turn upright and convert; raises whatever Pillow raises."""
-    file.seek(0)
-    if not file.read(1):
+    if not content:
         raise EOFError("empty file (zero bytes)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the image is read or it is not
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        stored = _opened(file)
+        stored = _opened(content)
         _check_size(*stored.size, most)
         if stored.format in ("JPEG", "MPO") and stored.mode in ("RGB", "L"):
             factor = reduction(*stored.size)
@@ -313,7 +336,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"larger than {MAX_PIXELS} pixels, the most that is read"
     if isinstance(error, MemoryError):
-        return "too large for memory"
+        return "corrupt (it asks for more memory than any image needs)"
     if "truncated" in text.lower() or (isinstance(error, EOFError) and "empty" not in text):
         return "truncated"
     if isinstance(error, EOFError):

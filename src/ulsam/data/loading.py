@@ -4,9 +4,11 @@ Every random choice is a function of (seed, epoch, position in the epoch), which
 So a run can resume in mid-epoch with nothing saved but its position.
 """
 
+import errno
 import gc
 import itertools
 import multiprocessing
+import multiprocessing.queues
 import os
 import random
 import signal
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import MachineError, UlsamError
+from ulsam.base.reading import machine_errors, machine_fault
 from ulsam.data.augment import Box, EvalTransform, Normalise, Transform
 from ulsam.data.cache import ImageCache
 from ulsam.data.images import Pixels, UnreadableImage
@@ -218,7 +221,8 @@ class Loader(DataLoader[Item]):
             gc.collect()  # a forked process hangs when it collects what has threads, as an ONNX Runtime session has
             if multiprocessing.get_start_method() == "forkserver":  # on Linux by default from Python 3.14 on
                 multiprocessing.set_forkserver_preload(["__main__", __name__])  # else each imports it, for seconds
-        batches = super().__iter__()
+        with machine_errors("images"):
+            batches = super().__iter__()
         if child_ended and signal.getsignal(child_ended) is not handler:
             signal.signal(child_ended, handler)
         return map(self._finish, _alive(batches))
@@ -233,18 +237,38 @@ class Loader(DataLoader[Item]):
 
 
 def _alive(batches: Iterator[Any]) -> Iterator[Batch]:
-    """The batches; a closed connection to the process that reads them, or its end, is one line."""
+    """The batches; what ends a process that reads them, or the connection to it, is one line."""
     while True:
         try:
             batch = next(batches, None)
-        except (ConnectionError, EOFError, RuntimeError) as error:
-            raised_there = str(error).startswith("Caught ")
-            if raised_there or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
+        except UlsamError as error:
+            raise _as_it_was(error) from error
+        except (OSError, EOFError, RuntimeError, MemoryError) as error:
+            lost = isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader worker")
+            if fault := _fault(error, [process.exitcode for process in getattr(batches, "_workers", ())]):
+                raise MachineError(f"cannot read images: {fault}") from error
+            if not lost:
                 raise
             raise UlsamError("a process that reads images was killed (memory full?): use fewer `workers`") from error
         if batch is None:
             return
         yield batch
+
+
+def _fault(error: Exception, codes: list[int | None]) -> str | None:
+    """What the machine lacked when a batch did not come, by the error here and the exit codes of the readers."""
+    if "Too many open files" in str(error):
+        return machine_fault(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    ended = [code for code in codes if code in errno.errorcode and code != 1]
+    if ended and ended[0]:
+        return machine_fault(OSError(ended[0], os.strerror(ended[0])))
+    return None if isinstance(error, ConnectionError) else machine_fault(error)
+
+
+def _as_it_was(error: UlsamError) -> UlsamError:
+    """An error of a reading process without what PyTorch adds: where it arose, on lines before the last one."""
+    text = str(error)
+    return type(error)(text.rstrip().splitlines()[-1].partition(": ")[2]) if text.startswith("Caught ") else error
 
 
 def train_loader(
@@ -334,6 +358,7 @@ def _quiet(_: int) -> None:
     SIGTERM is also what ends a worker that hangs. Windows has no SIGTERM from outside, and no niceness.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_not_handed_over))  # noqa: B010
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
     parent = multiprocessing.parent_process()
@@ -342,6 +367,12 @@ def _quiet(_: int) -> None:
     torch.set_num_threads(1)
     if hasattr(os, "nice"):  # batches are read ahead, but a training step waits for each thread whose core is taken
         os.nice(5)
+
+
+def _not_handed_over(error: Exception, batch: Any) -> None:
+    """End this process with an exit code that says why: Python drops what cannot be sent, and it is waited for."""
+    codes = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+    os._exit(next((code for code in codes if os.strerror(code) in str(error)), 1))
 
 
 def _end_with(parent: Any) -> None:

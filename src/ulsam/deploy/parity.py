@@ -79,9 +79,7 @@ class Parity:
         ulsam.base.errors.UlsamError: the model for onnx gives other outputs than the model: 16 images: ...
         """
         if not self.within(TOLERANCE):
-            raise UlsamError(
-                f"the model for {format} gives other outputs than the model: {self}; nothing was written"
-            )
+            raise UlsamError(f"the model for {format} gives other outputs than the model: {self}; nothing was written")
 
     def __str__(self) -> str:
         return (

@@ -17,9 +17,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from ulsam.base.distributed import World
-from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
+from ulsam.base.errors import MachineError, UlsamError, first_line, is_out_of_memory
 from ulsam.base.logs import say
 from ulsam.base.processes import STOP_SIGNALS
+from ulsam.base.reading import machine_fault
 from ulsam.data import loading, opening, sources
 from ulsam.data.augment import TrainTransform
 from ulsam.data.cache import cache_for
@@ -229,6 +230,8 @@ def clear_errors() -> Iterator[None]:
         if is_out_of_memory(error):
             raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead") from error
         raise
+    except MemoryError as error:
+        raise MachineError(f"no memory is left for training: {machine_fault(error)}") from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
