@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ulsam.base.errors import MachineError, UlsamError
-from ulsam.base.reading import machine_errors, machine_fault
+from ulsam.base.reading import machine_errors, machine_fault, open_regular
 
 try:
     import simplejpeg
@@ -22,6 +22,9 @@ except ImportError:  # Pillow gives the same values, only slower
 
 MAX_PIXELS = 89_000_000
 """Largest width * height that is read: 267 MB as RGB. More is refused from the header, before anything is decoded."""
+
+MAX_BYTES = 1_000_000_000
+"""The largest file that is read: more than `MAX_PIXELS` take with four channels of 16 bits, stored as they are."""
 
 LONGEST = 100
 """The longest side that is read, in multiples of the other one, refused likewise: images are resized by their shorter
@@ -90,8 +93,8 @@ def read_image(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         A `PIL.Image.Image` of mode RGB with its pixels loaded; no file stays open.
 
     Raises:
-        UnreadableImage: the file is missing, may not be read, is empty, truncated, corrupt, larger than `MAX_PIXELS`,
-            longer than `LONGEST` allows, or no image.
+        UnreadableImage: the file is missing, may not be read, is empty, truncated, corrupt, larger than `MAX_PIXELS`
+            or `MAX_BYTES`, longer than `LONGEST` allows, no image, or no regular file.
         MachineError: it cannot be read because the machine lacks memory or open files, or its disk or network fails.
 
     >>> import io
@@ -169,7 +172,9 @@ def _decoded(path: str | os.PathLike[str] | BinaryIO, decode: Callable[[bytes], 
 
 def _content(path: str | os.PathLike[str] | BinaryIO) -> bytes:
     if isinstance(path, str | os.PathLike):
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise UnreadableImage(f"larger than {MAX_BYTES} bytes, the most that is read")
             return file.read()
     path.seek(0)
     return path.read()

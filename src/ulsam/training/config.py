@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 import yaml
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.reading import read_text
 
 
 def _option(default: Any, help: str) -> Any:
@@ -209,7 +210,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         UlsamError: no such file, not YAML, or not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UlsamError(f"cannot read the settings in {path}: {error}") from error
     except yaml.YAMLError as error:
