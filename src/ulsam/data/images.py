@@ -1,5 +1,6 @@
 """Any image file a person may have, as an upright 8-bit RGB image, or one line that says why not."""
 
+import contextlib
 import io
 import os
 import struct
@@ -14,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ulsam.base.errors import MachineError, UlsamError
 from ulsam.base.reading import machine_errors, machine_fault, open_regular
+from ulsam.data.image_structure import MAX_SCANNED, MAX_SCANS, count_scans, plain_jpeg, plain_png, tags_fit
 
 try:
     import simplejpeg
@@ -29,6 +31,9 @@ MAX_BYTES = 1_000_000_000
 LONGEST = 100
 """The longest side that is read, in multiples of the other one, refused likewise: images are resized by their shorter
 side, which would make gigabytes of a line one pixel wide."""
+
+JPEG = b"\xff\xd8\xff"
+"""How a JPEG file begins."""
 
 Image.init()
 FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000"} & Image.OPEN.keys())
@@ -193,7 +198,7 @@ def _pixels(content: bytes, reduction: Reduction, most: int) -> Pixels:
     """Decode; raises whatever Pillow raises."""
     if simplejpeg is None:
         return np.array(_read(content, reduction, most))
-    found = _jpeg(content, reduction, most) if content.startswith(b"\xff\xd8\xff") else None
+    found = _jpeg(content, reduction, most) if content.startswith(JPEG) else None
     return np.array(_read(content, most=most)) if found is None else found
 
 
@@ -217,6 +222,7 @@ def _jpeg(content: bytes, reduction: Reduction, most: int) -> Pixels | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         _check_size(width, height, most)
+        _check_scans(content, width * height)
         if colours not in ("YCbCr", "RGB", "Gray"):
             return None
         turn = _stored_turn(content) if _may_be_turned(content) else None
@@ -244,7 +250,7 @@ def _stored_turn(content: bytes) -> Image.Transpose | None:
     """What makes the JPEG upright, by its metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _TURNS.get(_orientation(Image.open(io.BytesIO(content), formats=("JPEG",))))
+        return _TURNS.get(_orientation(Image.open(io.BytesIO(plain_jpeg(content)), formats=("JPEG",))))
 
 
 _TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
@@ -262,11 +268,24 @@ def _read(content: bytes, reduction: Reduction = whole, most: int = MAX_PIXELS) 
     """Decode, an ordinary JPEG at the scale asked for, turn upright and convert; raises whatever Pillow raises."""
     if not content:
         raise EOFError("empty file (zero bytes)")
+    plain = plain_png(content, metadata=True)
+    bare = plain_png(content, metadata=False)
+    if plain != bare:
+        with contextlib.suppress(*_DAMAGE):  # or it is the metadata that cannot be read
+            return _read_plain(plain, reduction, most)
+    return _read_plain(plain_jpeg(bare) if bare.startswith(JPEG) else bare, reduction, most)
+
+
+def _read_plain(content: bytes, reduction: Reduction, most: int) -> Image.Image:
+    if not tags_fit(content):
+        raise UnreadableImage("corrupt (its tags ask for more bytes than the file has)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the image is read or it is not
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         stored = _opened(content)
         _check_size(*stored.size, most)
+        if stored.format in ("JPEG", "MPO"):
+            _check_scans(content, stored.width * stored.height)
         if stored.format in ("JPEG", "MPO") and stored.mode in ("RGB", "L"):
             factor = reduction(*stored.size)
             stored.draft(None, (stored.width // factor, stored.height // factor))
@@ -284,8 +303,19 @@ def _check_size(width: int, height: int, most: int) -> None:
         raise UnreadableImage(f"one side is more than {LONGEST} times as long as the other")
 
 
+def _check_scans(content: bytes, pixels: int) -> None:
+    """Raise where a JPEG of so many pixels has so many scans that decoding them all would take very long."""
+    scans = count_scans(content)
+    if scans > MAX_SCANS or scans * pixels > MAX_SCANNED:
+        most = min(MAX_SCANS, MAX_SCANNED // pixels)
+        raise UnreadableImage(f"{scans} scans of {pixels} pixels, and at most {most} are decoded: store it as baseline")
+
+
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation 1..8; 1 where there is none or the EXIF block is broken."""
+    exif = image.info.get("exif")
+    if isinstance(exif, bytes) and not tags_fit(exif.removeprefix(b"Exif\0\0")):
+        return 1
     try:
         value = image.getexif().get(0x0112, 1)
     except _DAMAGE:
