@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ulsam.base.errors import MachineError, UlsamError
 from ulsam.base.reading import machine_errors, machine_fault, open_regular
+from ulsam.data.image_colours import as_rgb
 from ulsam.data.image_structure import MAX_SCANNED, MAX_SCANS, count_scans, plain_jpeg, plain_png, tags_fit
 
 try:
@@ -32,6 +33,7 @@ LONGEST = 100
 """The longest side that is read, in multiples of the other one, refused likewise: images are resized by their shorter
 side, which would make gigabytes of a line one pixel wide."""
 
+TAGS = "corrupt (its tags ask for more bytes than the file has)"
 JPEG = b"\xff\xd8\xff"
 """How a JPEG file begins."""
 
@@ -144,6 +146,20 @@ def read_pixels(
     return _decoded(path, lambda content: _pixels(content, reduction, most))
 
 
+def image_pixels(path: str | os.PathLike[str] | BinaryIO, *, most: int = MAX_PIXELS) -> int:
+    """Width * height of an image, by its header alone.
+
+    Raises:
+        UnreadableImage, MachineError: as of :func:`read_image`, as far as the header shows it.
+
+    >>> stream = io.BytesIO()
+    >>> Image.new("RGB", (40, 30)).save(stream, "png")
+    >>> image_pixels(stream)
+    1200
+    """
+    return _decoded(path, lambda content: _header(content, most))
+
+
 def jpeg_of(pixels: Pixels, quality: int) -> bytes:
     """An image as a JPEG file, with half the colours' resolution.
 
@@ -166,6 +182,8 @@ def _decoded(path: str | os.PathLike[str] | BinaryIO, decode: Callable[[bytes], 
     try:
         with machine_errors(_name(path)):
             content = _content(path)
+        if not content:
+            raise EOFError("empty file (zero bytes)")
         return decode(content)
     except MachineError:
         raise
@@ -266,8 +284,6 @@ _TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
 
 def _read(content: bytes, reduction: Reduction = whole, most: int = MAX_PIXELS) -> Image.Image:
     """Decode, an ordinary JPEG at the scale asked for, turn upright and convert; raises whatever Pillow raises."""
-    if not content:
-        raise EOFError("empty file (zero bytes)")
     plain = plain_png(content, metadata=True)
     bare = plain_png(content, metadata=False)
     if plain != bare:
@@ -276,9 +292,22 @@ def _read(content: bytes, reduction: Reduction = whole, most: int = MAX_PIXELS) 
     return _read_plain(plain_jpeg(bare) if bare.startswith(JPEG) else bare, reduction, most)
 
 
+def _header(content: bytes, most: int) -> int:
+    """Width * height; raises whatever Pillow raises."""
+    plain = plain_png(content, metadata=False)
+    plain = plain_jpeg(plain) if plain.startswith(JPEG) else plain
+    if not tags_fit(plain):
+        raise UnreadableImage(TAGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        width, height = _opened(plain).size
+    _check_size(width, height, most)
+    return width * height
+
+
 def _read_plain(content: bytes, reduction: Reduction, most: int) -> Image.Image:
     if not tags_fit(content):
-        raise UnreadableImage("corrupt (its tags ask for more bytes than the file has)")
+        raise UnreadableImage(TAGS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the image is read or it is not
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -291,7 +320,7 @@ def _read_plain(content: bytes, reduction: Reduction, most: int) -> Image.Image:
             stored.draft(None, (stored.width // factor, stored.height // factor))
         stored.load()
         turn = _TURNS.get(_orientation(stored))
-        image = _rgb(stored)
+        image = as_rgb(stored)
     return image if turn is None else image.transpose(turn)
 
 
@@ -321,36 +350,6 @@ def _orientation(image: Image.Image) -> int:
     except _DAMAGE:
         return 1
     return value if isinstance(value, int) else 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode as a new RGB image."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _grey(image).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    over = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits (modes I;16*, I, F) as mode L; the rule is in `read_image`."""
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-        scale = next((s for top, s in ((1.0, 255.0), (255.0, 1.0)) if values.max() <= top), 1 / 256)
-        grey = np.rint(values * scale).clip(0, 255)
-    elif image.mode == "I" and image.format == "TIFF":  # Pillow opens a 16-bit PGM as mode I too
-        low, high = int(values.min()), int(values.max())
-        grey = values
-        if low < 0 or high > 255:
-            grey = np.rint((values - float(low)) * (255 / max(1, high - low)))
-    else:
-        grey = values >> 8
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        grey = np.where(values == key, 255, grey)
-    return Image.fromarray(grey.astype(np.uint8))
 
 
 def _name(path: str | os.PathLike[str] | BinaryIO) -> str:
