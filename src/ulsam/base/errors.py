@@ -41,6 +41,18 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def shortened(text: str, most: int = 300) -> str:
+    """``text`` without its middle where it is longer than a message may be; advice stands at the end.
+
+    >>> shortened("no model " + "x" * 500, most=40)
+    'no model xxxxxxxxxxxxxxx ... xxxxxxxxxxx'
+    """
+    if len(text) <= most:
+        return text
+    end = most // 4 + 1
+    return f"{text[: most - end - 5]} ... {text[-end:]}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its type where it has none.
 
