@@ -17,6 +17,9 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+MOST_WORKERS = 512
+"""Processes that read images at most: each is one more copy of the program."""
+
 STOP_SIGNALS: tuple[int, ...] = (int(signal.SIGINT), int(signal.SIGTERM))
 """What asks a program to end: Ctrl-C, kill(1), a container's stop; on Windows Ctrl-Break, too."""
 if sys.platform == "win32":

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ulsam.base.errors import MachineError, UlsamError
+from ulsam.base.processes import MOST_WORKERS
 from ulsam.base.reading import machine_errors, machine_fault
 from ulsam.data.augment import Box, EvalTransform, Normalise, Transform
 from ulsam.data.cache import ImageCache
@@ -201,6 +202,8 @@ class Loader(DataLoader[Item]):
     def __init__(
         self, dataset: Dataset[Item], normalise: Normalise, device: torch.device, workers: int, **options: Any
     ) -> None:
+        if not 0 <= workers <= MOST_WORKERS:
+            raise UlsamError(f"`workers` must be 0 to {MOST_WORKERS}, not {workers}")
         self.normalise, self.target = normalise, device
         super().__init__(
             dataset,
