@@ -475,7 +475,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> 
     state = read_checkpoint(run)
     assert state is not None
     assert 1 <= state["position"]["batch"] < 4
-    assert sorted(os.listdir(run)) == ["checkpoint.pt", "config.yaml"]
+    assert sorted(os.listdir(run)) == [".lock", "checkpoint.pt", "config.yaml"]
 
 
 def test_outputs_that_are_not_finite_stop_the_run(data: Path, tmp_path: Path) -> None:
