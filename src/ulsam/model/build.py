@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +25,7 @@ from ulsam.layer.ulsam import ULSAM
 from ulsam.model.presets import PLACEMENTS
 from ulsam.model.spec import Edit, Json, ModelSpec
 from ulsam.model.trained import locate, names
+from ulsam.model.weights import read_weights
 from ulsam.surgery.edited import changes, note_weights
 
 __all__ = [
@@ -243,24 +243,6 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
         old.load_state_dict(filled, False)
         note_weights(old, all(key in filled for key in keys if not key.endswith("num_batches_tracked")))
     return notes
-
-
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a safetensors file or a PyTorch checkpoint; nothing in the file is ever run.
-
-    Raises:
-        UlsamError: no such file, or not weights.
-    """
-    path = locate(path)
-    check_readable(path, "weight file")
-    try:
-        state = timm.models.load_state_dict(os.fspath(path), weights_only=True)
-    except Exception as error:  # whatever a broken file makes its reader raise
-        reason = re.sub(r"[^.]*weights_only=False[^.]*\.?", "", first_line(error))  # that advice is to run the file
-        raise UlsamError(f"{path} holds no weights that can be read safely: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UlsamError(f"{path} is no state dict: it holds more than named tensors")
-    return state
 
 
 def save(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> None:
