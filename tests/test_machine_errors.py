@@ -5,6 +5,9 @@ import errno
 import gc
 import io
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -108,7 +111,8 @@ def test_too_many_open_files_of_a_reading_process(left: int, folder: Path) -> No
     images = open_split(str(folder), "val")
     with open_files_left(left), pytest.raises(MachineError) as caught:
         list(eval_loader(images, EVAL, batch_size=2, workers=1))
-    assert str(caught.value) == f"cannot read images: {FILES}"
+    message = str(caught.value)
+    assert message in (f"cannot read images: {FILES}", f"cannot start processes that read images: {FILES}")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file here whose reading fails")
@@ -155,3 +159,30 @@ def test_a_command_ends_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["predict", "mobilenetv2_100.grocery81_slim75", str(broken)]) == 2
     error = f"ulsam: error: cannot read {broken}: input/output error: check the disk that it lies on\n"
     assert capsys.readouterr().err == error
+
+
+FULL_SHM = """
+import sys
+from test_machine_errors import EVAL
+from ulsam.base.errors import MachineError
+from ulsam.data.loading import eval_loader
+from ulsam.data.opening import open_split
+try:
+    print(len(list(eval_loader(open_split(sys.argv[1], "val"), EVAL, batch_size=9, workers=1))))
+except MachineError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("size", ["4k", "16k"])
+def test_a_full_dev_shm_is_named_with_its_remedies(size: str, folder: Path) -> None:
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    words = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", FULL_SHM, str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent)
+    assert re.fullmatch(
+        r"cannot (read images|start processes that read images): /dev/shm, where they hand them over, is full: "
+        r"enlarge it \(docker run --shm-size=2g\), or use `workers=0`\n",
+        done.stdout,
+    ), done

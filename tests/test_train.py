@@ -623,6 +623,24 @@ def test_another_image_is_a_warning(copied: Path, data: Path, tmp_path: Path, lo
     assert re.search(r"warning training images: 36 \(names \w{8}\) before, 36 ", logged())
 
 
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_image_that_was_exchanged_is_a_warning(
+    change: str, copied: Path, data: Path, tmp_path: Path, logged: Callable[[], str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    resume(shutil.copytree(copied, tmp_path / "same"), {"data": str(tmp_path / "data")})
+    assert "warning" not in logged()
+    one = tmp_path / "data" / "train" / "class0" / "000.png"
+    time = one.stat().st_mtime
+    if change == "size":
+        one.write_bytes(one.read_bytes() + b"x")
+    os.utime(one, (time, time + 60 * (change == "time")))
+    resume(copied, {"data": str(tmp_path / "data")})
+    digests = r"sizes (\w{8}), times (\w{8})"
+    found = re.search(f"warning image files: {digests} before, {digests} now; the weights", logged())
+    assert found and (found[1] != found[3], found[2] != found[4]) == (change == "size", change == "time")
+
+
 @pytest.mark.parametrize("change", [{"lr": 0.1}, {"edits": ["insert blocks.2"]}, {"epochs": 3}, {"opt": "adamw"}])
 def test_edited_settings_are_refused(change: dict[str, Any], copied: Path) -> None:
     settings = yaml.safe_load((copied / "config.yaml").read_text())

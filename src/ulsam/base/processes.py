@@ -21,9 +21,22 @@ MOST_WORKERS = 512
 """Processes that read images at most: each is one more copy of the program."""
 
 STOP_SIGNALS: tuple[int, ...] = (int(signal.SIGINT), int(signal.SIGTERM))
-"""What asks a program to end: Ctrl-C, kill(1), a container's stop; on Windows Ctrl-Break, too."""
+"""What asks a program to end: Ctrl-C, kill(1), a container's stop, the end of the terminal; on Windows Ctrl-Break."""
 if sys.platform == "win32":
     STOP_SIGNALS += (int(signal.SIGBREAK),)
+else:
+    STOP_SIGNALS += (int(signal.SIGHUP),)
+
+
+def heeded_signals() -> tuple[int, ...]:
+    """`STOP_SIGNALS`, but for the end of the terminal where that is ignored, as under nohup.
+
+    >>> set(heeded_signals()) <= set(STOP_SIGNALS)
+    True
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    return tuple(one for one in STOP_SIGNALS if one != hangup or signal.getsignal(one) != signal.SIG_IGN)
+
 
 GROUP: dict[str, Any] = {"start_new_session": True}
 """Options of `subprocess.Popen` for a process that a Ctrl-C in the terminal does not reach."""

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ulsam.base.errors import MachineError, UlsamError
-from ulsam.base.processes import MOST_WORKERS
-from ulsam.base.reading import machine_errors, machine_fault
+from ulsam.base.processes import MOST_WORKERS, heeded_signals
+from ulsam.base.reading import machine_fault
 from ulsam.data.augment import Box, EvalTransform, Normalise, Transform
 from ulsam.data.cache import ImageCache
 from ulsam.data.images import Pixels, UnreadableImage
@@ -224,8 +224,10 @@ class Loader(DataLoader[Item]):
             gc.collect()  # a forked process hangs when it collects what has threads, as an ONNX Runtime session has
             if multiprocessing.get_start_method() == "forkserver":  # on Linux by default from Python 3.14 on
                 multiprocessing.set_forkserver_preload(["__main__", __name__])  # else each imports it, for seconds
-        with machine_errors("images"):
+        try:
             batches = super().__iter__()
+        except OSError as error:
+            raise MachineError(f"cannot start processes that read images: {_fault(error, []) or error}") from error
         if child_ended and signal.getsignal(child_ended) is not handler:
             signal.signal(child_ended, handler)
         return map(self._finish, _alive(batches))
@@ -260,6 +262,9 @@ def _alive(batches: Iterator[Any]) -> Iterator[Batch]:
 
 def _fault(error: Exception, codes: list[int | None]) -> str | None:
     """What the machine lacked when a batch did not come, by the error here and the exit codes of the readers."""
+    full = os.strerror(errno.ENOSPC)
+    if full in str(error) or errno.ENOSPC in codes or -getattr(signal, "SIGBUS", 0) in codes:
+        return "/dev/shm, where they hand them over, is full: enlarge it (docker run --shm-size=2g), or use `workers=0`"
     if "Too many open files" in str(error):
         return machine_fault(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
     ended = [code for code in codes if code in errno.errorcode and code != 1]
@@ -355,15 +360,16 @@ def _mixed(*numbers: int) -> int:
 
 
 def _quiet(_: int) -> None:
-    """Ctrl-C and SIGTERM go to the whole process group, but it is the main process that ends its workers.
+    """Ctrl-C, SIGTERM and SIGHUP go to the whole process group, but it is the main process that ends its workers.
 
-    So a worker outlives SIGTERM by 5 seconds, in which the main process can finish its step; not for ever, because
+    So a worker outlives the others by 5 seconds, in which the main process can finish its step; not for ever, because
     SIGTERM is also what ends a worker that hangs. Windows has no SIGTERM from outside, and no niceness.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_not_handed_over))  # noqa: B010
     if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+        for number in set(heeded_signals()) - {signal.SIGINT}:
+            signal.signal(number, lambda *_: signal.alarm(5))
     parent = multiprocessing.parent_process()
     if parent and parent.pid != os.getppid():  # a fork server's child: PyTorch would wait for that one to go
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -1,6 +1,7 @@
 """Where images come from: an image folder, or a data set of timm's factory; `ulsam.data.opening` opens them."""
 
 import functools
+import hashlib
 import io
 import json
 import os
@@ -39,6 +40,20 @@ class FolderImages:
     def names(self) -> Sequence[str]:
         """What distinguishes these images from others, wherever they lie."""
         return _relative(path for path, _ in self.samples)
+
+    @property
+    def state(self) -> str:
+        """What shows that a file was changed, without reading it: digests of all sizes, and of all times in seconds."""
+        sizes, times = hashlib.sha256(), hashlib.sha256()
+        for path, _ in self.samples:
+            try:
+                found = os.stat(path)
+                size, changed = found.st_size, int(found.st_mtime)
+            except OSError:  # it is reported when it is read
+                size = changed = -1
+            sizes.update(f"{size} ".encode())
+            times.update(f"{changed} ".encode())
+        return f"sizes {sizes.hexdigest()[:8]}, times {times.hexdigest()[:8]}"
 
     def name(self, index: int) -> str:
         """What messages call the image."""
