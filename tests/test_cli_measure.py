@@ -150,7 +150,7 @@ def test_names_do_not_command_the_terminal(capsys, tmp_path):
     assert main(["eval", str(tmp_path / "model.safetensors"), str(folder), "--workers", "0"]) == 2
     captured = capsys.readouterr()
     assert "a?[2J" in captured.out and "b?c" in captured.out
-    assert "not trained on: d?" in captured.err and captured.err.count("\n") == 1
+    assert "not trained on: d?" in captured.err and captured.err.count("\n") == 2  # a note of the other one
     assert "\x1b" not in captured.out + captured.err
 
 
@@ -190,10 +190,10 @@ def test_a_model_file_that_may_not_be_read_is_one_line(world, capsys, monkeypatc
     root, _ = world
     file = str(root / "model.safetensors")
 
-    def denied(path, _):
+    def denied(path, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setattr("ulsam.base.files.open", denied, raising=False)
+    monkeypatch.setattr("ulsam.base.reading.open", denied, raising=False)
     for words in (["info", file], ["predict", file, str(root)], ["profile", file]):
         assert main(words) == 2
         assert capsys.readouterr().err == f"ulsam: error: cannot read {file}: permission denied\n"

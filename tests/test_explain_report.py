@@ -198,7 +198,9 @@ def test_a_folder_becomes_panels_a_report_and_numbers(root: Path, capsys: pytest
     words = ["explain", str(root / "model.safetensors"), str(root / "here"), str(root / "there")]
     assert main([*words, "--against", str(root / "plain.safetensors"), "--out", str(out), "--numbers"]) == 2
     told = capsys.readouterr()
-    assert told.err == "ulsam: error: 1 of 19 images could not be read; they are named above\n"
+    note, error = told.err.splitlines()
+    assert note.startswith("note    nothing says that the model was not trained on these images")
+    assert error == "ulsam: error: 1 of 19 images could not be read; they are named above"
     assert re.search(r"^unreadable .*bad\.png: not an image", told.out, re.MULTILINE)
     panels = sorted((out / "panels").iterdir())
     assert len(panels) == len({path.read_bytes() for path in panels}) == 18

@@ -89,6 +89,15 @@ def test_words_of_a_command() -> None:
         assert in_flags(message, parser) == expected
 
 
+@pytest.mark.parametrize(
+    "words", [["info", "x" * 5000], ["train", "data", "--" + "y" * 5000], ["predict", "m", "z" * 999]]
+)
+def test_a_line_is_never_longer_than_a_screen_holds(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and len(error) <= 320
+
+
 def test_no_error_of_the_library_names_an_option() -> None:
     for file in SOURCES.rglob("*.py"):
         if "cli" in file.relative_to(SOURCES).parts:

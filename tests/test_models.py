@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import (
     PLACEMENTS,
+    UNSAVED,
     build,
     load,
     load_weights,
@@ -501,7 +503,7 @@ HOSTILE = [
     ({"base": "resnet18"}, "layer number 17: the paper's numbers exist for"),
     ({"base": "resnet18", "edits": []}, "is not what its spec builds"),
     ({"base": "vit_giant_patch14_dinov2", "edits": []}, "is not what its spec builds"),
-    ({"base": "vit_tiny_patch16_224", "edits": [], "model_args": {"depth": 100_000}}, "tensors, that many more"),
+    ({"base": "vit_tiny_patch16_224", "edits": [], "model_args": {"depth": 10_000}}, "tensors, that many more"),
     ({"classes": "ab"}, "not the spec of a model"),
     ({"classes": [1, 2]}, "not the spec of a model"),
     ({"classes": ["x"] * 2}, "two classes are called 'x'"),
@@ -511,6 +513,9 @@ HOSTILE = [
     ({"edits": ["replace 14"] * 2}, "is a ULSAM layer already"),
     ({"edits": ["replace 14,17"]}, "is not what its spec builds"),
     ({"edits": ["replace 17 g=7"]}, "does not divide"),
+    ({"edits": ["replace " + 700_000 * "14," + "17"]}, "an edit has 2100010 characters: name its places by globs"),
+    ({"edits": ["replace 14 g=4"] * 201}, "a model has at most 200 edits, of 20000 characters in all; these are 201"),
+    ({"edits": ["replace " + "14," * 500 + "17"] * 20}, "of 20000 characters in all"),
     ({"edits": [["replace 17"]]}, "not the spec of a model"),
     ({"model_args": {"pretrained": True}}, "model arguments may not hold pretrained"),
     ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "model arguments may not hold checkpoint_path"),
@@ -521,11 +526,11 @@ HOSTILE = [
     ({"model_args": {"nonsense": [[[]]]}}, "timm cannot build"),
     ({"model_args": {"act_layer": "no_such"}}, "timm cannot build"),
     ({"model_args": {"in_chans": -1}}, "in_chans -1 is not input_size's 3"),
-    ({"model_args": {"depth": 10**8}}, "no argument of a model may be above 100000"),
+    ({"model_args": {"depth": 10**8}}, "no argument of a model may be above 10000"),
     ({"interpolation": "\x1b[2J"}, "interpolation is one of"),
     ({"crop_pct": 1e-9}, "crop_pct is between 0.1 and 1.5"),
     ({"model_args": {"block_args": 3}}, "timm cannot build"),
-    ({"model_args": {"head_conv": 100_000_000}}, "no argument of a model may be above 100000"),
+    ({"model_args": {"head_conv": 100_000_000}}, "no argument of a model may be above 10000"),
     ({"model_args": ["pretrained"]}, "not the spec of a model"),
     ({"input_size": [3, 10**9, 10**9]}, "input_size is C, H, W, each from 1 to 8192"),
     ({"input_size": [3, 0, 64]}, "input_size is C, H, W"),
@@ -576,6 +581,26 @@ def test_hostile_metadata_gives_one_line_and_fetches_and_allocates_nothing(
     assert len(str(caught.value)) < 600
     assert made == []
     assert allocated == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "arguments", "edits"),
+    [  # tables for each pair of positions of a large image, which no file holds
+        ("swin_tiny_patch4_window7_224", {"img_size": 8008, "embed_dim": 24, "num_heads": [1] * 4}, ()),
+        # blocks that were taken out, which no file holds either
+        ("resnet18", {"layers": [1, 1, 150, 1]}, ("remove " + ",".join(f"layer3.{n}" for n in range(1, 150)),)),
+    ],
+)
+def test_a_model_that_takes_far_more_memory_than_its_weights_is_refused(base, arguments, edits, tmp_path):
+    spec = ModelSpec(base, ("a", "b"), tuple(map(Edit.parse, edits)), arguments)
+    state = {name: torch.zeros(value.shape) for name, value in sketch(spec).state_dict().items()}
+    size = sum(value.nbytes for value in state.values())
+    save_file(state, tmp_path / "model.safetensors", {"ulsam": spec.to_json()})
+    with pytest.raises(
+        UlsamError, match=r"is not what its spec builds: \d+ MB in memory of [\d.]+ MB of wei"
+    ) as caught:
+        load(tmp_path / "model.safetensors")
+    assert int(re.search(r"(\d+) MB in memory", str(caught.value))[1]) * 1e6 > 4 * size + UNSAVED
 
 
 def test_a_file_with_its_own_spec_passes_through_the_same_door(file, tmp_path):

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -213,7 +214,12 @@ def test_killed_after_its_probe_it_does_not_probe_again(interpreter: Warm, data:
 # stopped
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+SIGHUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # not on Windows
+
+
+@pytest.mark.parametrize(
+    "number", [*(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, SIGHUP)), signal.SIGTERM]
+)
 def test_stopped_it_saves_and_says_how_to_resume(
     number: int, interpreter: Warm, data: Path, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -245,6 +251,27 @@ def test_stopped_it_saves_and_says_how_to_resume(
     assert state["position"]["batch"] > 0  # saved in mid-epoch
     assert interpreter.run(["train", "--resume", str(run)], log) == 0
     assert_same_end(run, unbroken)
+
+
+def test_a_terminal_that_is_closed_stops_a_run_and_under_nohup_does_not(data: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "ulsam", "train", str(data), *options({**FULL, "save_seconds": 1000, "epochs": 50})]
+    for name, launcher in (("alone", []), ("nohup", ["nohup"])):
+        run = tmp_path / name
+        pid, terminal = os.forkpty()
+        if not pid:
+            os.environ["OMP_NUM_THREADS"] = "1"
+            os.execvp((launcher or words)[0], [*launcher, *words, "--out", str(run)])
+        wait_for(lambda run=run: (run / "metrics.csv").exists(), 0.01)
+        os.close(terminal)
+        if name == "nohup":
+            rows = (run / "metrics.csv").read_text().count("\n")
+            wait_for(lambda run=run, rows=rows: (run / "metrics.csv").read_text().count("\n") > rows, 0.01)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        else:
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+            state = read_checkpoint(run)
+            assert state is not None and state["position"]["batch"] > 0
 
 
 def test_a_mistake_in_mid_run_ends_the_reading_processes(interpreter: Warm, data: Path, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_a_spec_prints_as_a_few_lines_whatever_its_classes_hold():
         ({"interpolation": "random"}, "interpolation is one of"),
         ({"classes": ("a", "b", "a")}, "two classes are called 'a'"),
         ({"model_args": {"in_chans": 1}}, "in_chans 1 is not input_size's 3"),
-        ({"model_args": {"depth": 10**8}}, "no argument of a model may be above 100000, but one is 100000000"),
+        ({"model_args": {"depth": 10**8}}, "no argument of a model may be above 10000, but one is 100000000"),
         ({"model_args": {"a": [1, {"b": -1e6}]}}, "but one is 1000000.0"),
         ({"model_args": {"a": float("inf")}}, "but one is inf"),
         ({"mean": (0.5,)}, "3 channels need as many means"),

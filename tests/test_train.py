@@ -476,7 +476,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> 
     state = read_checkpoint(run)
     assert state is not None
     assert 1 <= state["position"]["batch"] < 4
-    assert sorted(os.listdir(run)) == ["checkpoint.pt", "config.yaml"]
+    assert sorted(os.listdir(run)) == [".lock", "checkpoint.pt", "config.yaml"]
 
 
 def test_outputs_that_are_not_finite_stop_the_run(data: Path, tmp_path: Path) -> None:
@@ -624,6 +624,24 @@ def test_another_image_is_a_warning(copied: Path, data: Path, tmp_path: Path, lo
     (tmp_path / "data" / "train" / "class0" / "000.png").rename(tmp_path / "data" / "train" / "class0" / "0000.png")
     resume(copied, {"data": str(tmp_path / "data")})
     assert re.search(r"warning training images: 36 \(names \w{8}\) before, 36 ", logged())
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_image_that_was_exchanged_is_a_warning(
+    change: str, copied: Path, data: Path, tmp_path: Path, logged: Callable[[], str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    resume(shutil.copytree(copied, tmp_path / "same"), {"data": str(tmp_path / "data")})
+    assert "warning" not in logged()
+    one = tmp_path / "data" / "train" / "class0" / "000.png"
+    time = one.stat().st_mtime
+    if change == "size":
+        one.write_bytes(one.read_bytes() + b"x")
+    os.utime(one, (time, time + 60 * (change == "time")))
+    resume(copied, {"data": str(tmp_path / "data")})
+    digests = r"sizes (\w{8}), times (\w{8})"
+    found = re.search(f"warning image files: {digests} before, {digests} now; the weights", logged())
+    assert found and (found[1] != found[3], found[2] != found[4]) == (change == "size", change == "time")
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.1}, {"edits": ["insert blocks.2"]}, {"epochs": 3}, {"opt": "adamw"}])

@@ -104,7 +104,7 @@ CASES = {
     "data --min-lr -1": "min_lr must be 0 or more, not -1.0",
     "data --min-lr 0.1 --lr 0.01": "min_lr, where the cosine ends, is 0.1: above its peak lr, 0.01",
     "data --warmup-epochs 2 --epochs 2": "warmup_epochs is 2.0, which leaves nothing of 2 epochs",
-    "data --threads 1000000": "threads must be 1024 or fewer, not 1000000",
+    "data --threads 1000000": "threads must be 1024 or less, not 1000000",
     "data --momentum 0": "momentum must lie between 0 and 1, both excluded, not 0.0",
     "data --smoothing 2": "smoothing must lie between 0 and 1, not 2.0",
     "data --crop-pct 0": "crop_pct must lie between 0.1 and 1.5, not 0.0",
@@ -114,6 +114,8 @@ CASES = {
     "data --interpolation cubic": "interpolation must be bilinear or bicubic, not 'cubic'",
     "data --mixup 0.2 --batch-size 3": "mixup and cutmix need an even batch size, not 3",
     "data --rand-augment nonsense": "unknown policy --rand-augment nonsense; write e.g. rand-m7-n2-mstd0.5",
+    "data --rand-augment rand-m999999-n2": "rand_augment takes a number up to 30 after m, not 999999",
+    "data --workers 100000": "workers must be 512 or less, not 100000",
     "data --amp fp16": "--amp fp16 needs a CUDA GPU; on cpu use bf16 or none",
     "data --device toaster": "no device 'toaster' here",
     # settings file

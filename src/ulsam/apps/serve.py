@@ -19,7 +19,7 @@ from ulsam.apps.service_engine import Engine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
 from ulsam.base.errors import UlsamError
-from ulsam.base.processes import STOP_SIGNALS
+from ulsam.base.processes import heeded_signals
 from ulsam.deploy.classifier import open_classifier
 from ulsam.training.predict import softmax
 
@@ -114,7 +114,7 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Within it the first signal ends the service; the next one does what it would without the service."""
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        before = {number: signal.getsignal(number) for number in heeded_signals()}
 
         def restore() -> None:
             for number, handler in before.items():

@@ -24,7 +24,7 @@ from ulsam.apps.service_body import FORM, UploadedFile, images_sent
 from ulsam.apps.service_engine import Engine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
-from ulsam.base.errors import NotFinite
+from ulsam.base.errors import MachineError, NotFinite
 from ulsam.data.images import UnreadableImage
 from ulsam.training.predict import ranked
 
@@ -83,7 +83,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: "More bytes or images than the limits allow",
         415: "The body is neither an image nor a form",
         422: "No image could be read, too many pixels included, or top is not valid",
-        503: "Too many requests at once, or no answer in time: any replica may be asked again",
+        503: "Too many requests at once, no answer in time, or no memory: any replica may be asked again",
     }.items()
 }
 _LOCKED: dict[int | str, dict[str, Any]] = {401: {"model": Problem, "description": "No key, or another one"}}
@@ -157,6 +157,10 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None) -> "RequestL
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         detail = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
         return JSONResponse({"detail": detail}, 422)
+
+    @app.exception_handler(MachineError)
+    async def machine(_: Request, error: MachineError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 503, AGAIN)
 
     @app.exception_handler(NotFinite)
     async def not_finite(_: Request, error: NotFinite) -> JSONResponse:

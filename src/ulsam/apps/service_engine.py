@@ -15,9 +15,17 @@ from async_batcher.batcher import AsyncBatcher
 
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
-from ulsam.data.images import Pixels, read_pixels
+from ulsam.apps.service_readers import Readers
+from ulsam.base.processes import return_freed_memory
+from ulsam.data.images import Pixels, image_pixels, read_pixels
 from ulsam.deploy.classifier import Classifier
 from ulsam.training.predict import Logits, softmax
+
+LAST = 2.0
+"""Seconds for which the end waits for images that nobody waits for any more."""
+
+LARGE = 4_000_000
+"""Pixels of an image from which on the memory that it took is returned to the system."""
 
 
 class _Batches(AsyncBatcher):  # type: ignore[misc]  # carries no types
@@ -44,7 +52,7 @@ class Engine:
 
     def __init__(self, model: Classifier, limits: Limits, metrics: Metrics) -> None:
         self.model, self.limits, self.metrics = model, limits, metrics
-        self._readers = ThreadPoolExecutor(os.cpu_count(), "reader")
+        self._readers = Readers(os.cpu_count() or 1, limits.pixels)
         self._runner = ThreadPoolExecutor(1, "model")
         self._batches = _Batches(model, limits, metrics, self._runner)
 
@@ -55,18 +63,24 @@ class Engine:
             UnreadableImage: it is no image, damaged, or has too many pixels.
             NotFinite: the model's outputs are not finite.
         """
-        loop = asyncio.get_running_loop()
-        image = await loop.run_in_executor(self._readers, self._read, content)
+        image = await asyncio.wrap_future(self._readers.submit(self._read, content))
         # shielded: the batcher would take a request that was given up for an error of the whole batch
         row: Logits = await asyncio.shield(self._batches.process(image))
         return softmax(row[None])[0]
 
     async def close(self) -> None:
-        """End the threads; nothing may be waiting any more."""
+        """End the threads; nothing may be waiting any more. An image that is still being decoded is left."""
         await self._batches.stop(force=True)
-        self._readers.shutdown()
+        self._readers.close(LAST)
         self._runner.shutdown()
 
     def _read(self, content: bytes) -> Pixels:
-        look = self.model.preprocessing
-        return look.crop(read_pixels(io.BytesIO(content), look.reduction, most=self.limits.pixels))
+        look, most = self.model.preprocessing, self.limits.pixels
+        pixels = image_pixels(io.BytesIO(content), most=most)
+        self._readers.take(pixels)
+        try:
+            return look.crop(read_pixels(io.BytesIO(content), look.reduction, most=most))
+        finally:
+            if pixels >= LARGE:
+                return_freed_memory()
+            self._readers.give_back(pixels)

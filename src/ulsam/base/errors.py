@@ -15,6 +15,10 @@ class NotFinite(UlsamError):
     """A model outputs NaN or infinity."""
 
 
+class MachineError(UlsamError):
+    """The machine lacks something, or a disk or a network fails: not the fault of the file that was being read."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the state is saved, and the message says how to resume.
 
@@ -35,6 +39,18 @@ def printable(text: str) -> str:
     'a?[2Jwren?'
     """
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """``text`` without its middle where it is longer than a message may be; advice stands at the end.
+
+    >>> shortened("no model " + "x" * 500, most=40)
+    'no model xxxxxxxxxxxxxxx ... xxxxxxxxxxx'
+    """
+    if len(text) <= most:
+        return text
+    end = most // 4 + 1
+    return f"{text[: most - end - 5]} ... {text[-end:]}"
 
 
 def first_line(error: BaseException) -> str:

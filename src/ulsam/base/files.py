@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import stat
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.logs import LOGGER
+from ulsam.base.reading import open_regular, read_text
 
 
 def check_readable(path: str | os.PathLike[str], kind: str) -> None:
@@ -21,11 +21,8 @@ def check_readable(path: str | os.PathLike[str], kind: str) -> None:
         UlsamError: otherwise; ``kind`` is what the message calls it.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FileNotFoundError
-        with open(path, "rb"):
-            pass
-    except (FileNotFoundError, NotADirectoryError) as error:
+        open_regular(path).close()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UlsamError(f"no {kind} {path}") from error
     except OSError as error:
         raise UlsamError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
@@ -146,10 +143,10 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     {'top1': 0.5}
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except OSError as error:
         raise UlsamError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UlsamError(f"{path} is damaged: it holds no JSON ({error})") from error
     if not isinstance(value, dict):
         raise UlsamError(f"{path} is damaged: it holds no JSON object")

@@ -9,6 +9,8 @@ from ulsam.base.errors import printable
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+WARNING = logging.WARNING
+
 LOGGER = logging.getLogger("ulsam")
 
 _bars_shown = True

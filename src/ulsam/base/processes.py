@@ -1,5 +1,6 @@
 """Processes and signals where systems differ: Windows has no process groups, and other signals."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -16,10 +17,26 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+MOST_WORKERS = 512
+"""Processes that read images at most: each is one more copy of the program."""
+
 STOP_SIGNALS: tuple[int, ...] = (int(signal.SIGINT), int(signal.SIGTERM))
-"""What asks a program to end: Ctrl-C, kill(1), a container's stop; on Windows Ctrl-Break, too."""
+"""What asks a program to end: Ctrl-C, kill(1), a container's stop, the end of the terminal; on Windows Ctrl-Break."""
 if sys.platform == "win32":
     STOP_SIGNALS += (int(signal.SIGBREAK),)
+else:
+    STOP_SIGNALS += (int(signal.SIGHUP),)
+
+
+def heeded_signals() -> tuple[int, ...]:
+    """`STOP_SIGNALS`, but for the end of the terminal where that is ignored, as under nohup.
+
+    >>> set(heeded_signals()) <= set(STOP_SIGNALS)
+    True
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    return tuple(one for one in STOP_SIGNALS if one != hangup or signal.getsignal(one) != signal.SIG_IGN)
+
 
 GROUP: dict[str, Any] = {"start_new_session": True}
 """Options of `subprocess.Popen` for a process that a Ctrl-C in the terminal does not reach."""
@@ -33,3 +50,22 @@ def kill_group(process: "subprocess.Popen[Any]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
+
+
+def return_freed_memory() -> None:
+    """Return what was freed to the system where the C library keeps it: glibc does, for each thread.
+
+    Source: malloc_trim(3).
+    """
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def _glibc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # Windows, macOS, musl
+        return None
+
+
+_malloc_trim = _glibc_trim()

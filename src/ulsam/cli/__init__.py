@@ -11,8 +11,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from ulsam.base.errors import UlsamError, printable
+from ulsam.base.errors import UlsamError, printable, shortened
 from ulsam.base.processes import is_first_process
+from ulsam.base.reading import machine_fault
 from ulsam.cli.output import in_flags, shown
 from ulsam.cli.parser import COMMANDS, GUIDE, parse
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(words)
     except UlsamError as error:
-        print(f"ulsam: error: {printable(str(error))}", file=sys.stderr)
+        print(f"ulsam: error: {shortened(printable(str(error)))}", file=sys.stderr)
         return 2
     try:
         with shown(args, args.parser):
@@ -39,12 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UlsamError as error:
         if args.verbose:
             traceback.print_exc()
-        print(f"ulsam: error: {printable(in_flags(str(error), args.parser))}", file=sys.stderr)
+        print(f"ulsam: error: {shortened(printable(in_flags(str(error), args.parser)))}", file=sys.stderr)
+        return 2
+    except (OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        fault = machine_fault(error)
+        if fault is None and isinstance(error, OSError) and error.filename:
+            fault = f"{os.fsdecode(error.filename)}: {str(error.strerror).lower()}"
+        if fault is None:
+            raise
+        if args.verbose:
+            traceback.print_exc()
+        print(f"ulsam: error: {shortened(printable(in_flags(fault, args.parser)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         if is_first_process():  # of several processes, which all stop, the first one reports it
             print(f"ulsam: {in_flags(str(stop), args.parser) or 'interrupted'}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.model.build import load
     from ulsam.training.evaluate import read_batch, spec_transform
     from ulsam.training.summary import spec_entry
+    from ulsam.training.trained_on import note_trained_on
 
     if args.images < 1:
         raise UlsamError(f"--images must be 1 or more, not {args.images}")
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
     with only_json(args):
         layers = inspect(model, batches())
+    note_trained_on(args.model, paths, args.paths)
     if args.json:
         print_json(
             {

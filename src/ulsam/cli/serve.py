@@ -13,7 +13,7 @@ TEXTS = {
     "batch": "images that the model computes at once",
     "images": "images in one request",
     "megabytes": "megabytes of one request",
-    "pixels": "width times height of an image",
+    "pixels": "width times height of an image, and of all that are decoded at once",
     "requests": "requests at once",
     "timeout": "for a request to arrive and be answered",
     "idle": "for which a connection is kept without a whole header of a request, or without its answer being taken",

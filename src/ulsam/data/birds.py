@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_empty
+from ulsam.base.reading import read_text
 from ulsam.data.bird_drawing import Bill, Box, Marks, Spots, Tail, draw_bird
 
 VERSION = 1
@@ -159,8 +160,8 @@ def mark_boxes(image: str | os.PathLike[str]) -> tuple[int, dict[str, Box]] | No
 def _described(root: Path, changed: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
     """The size of a drawn set's images, and all its boxes; ``changed`` is when those were."""
     try:
-        facts = json.loads((root / "birds.json").read_bytes())
-        return int(facts["size"]), json.loads((root / "boxes.json").read_bytes())
+        facts = json.loads(read_text(root / "birds.json"))
+        return int(facts["size"]), json.loads(read_text(root / "boxes.json"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UlsamError(
             f"{root}: birds.json and boxes.json are not those of ulsam birds: draw the set again"

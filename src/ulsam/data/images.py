@@ -1,18 +1,22 @@
 """Any image file a person may have, as an upright 8-bit RGB image, or one line that says why not."""
 
+import contextlib
 import io
 import os
 import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import MachineError, UlsamError
+from ulsam.base.reading import machine_errors, machine_fault, open_regular
+from ulsam.data.image_colours import as_rgb
+from ulsam.data.image_structure import MAX_SCANNED, MAX_SCANS, count_scans, plain_jpeg, plain_png, tags_fit
 
 try:
     import simplejpeg
@@ -22,16 +26,23 @@ except ImportError:  # Pillow gives the same values, only slower
 MAX_PIXELS = 89_000_000
 """Largest width * height that is read: 267 MB as RGB. More is refused from the header, before anything is decoded."""
 
+MAX_BYTES = 1_000_000_000
+"""The largest file that is read: more than `MAX_PIXELS` take with four channels of 16 bits, stored as they are."""
+
 LONGEST = 100
 """The longest side that is read, in multiples of the other one, refused likewise: images are resized by their shorter
 side, which would make gigabytes of a line one pixel wide."""
+
+TAGS = "corrupt (its tags ask for more bytes than the file has)"
+JPEG = b"\xff\xd8\xff"
+"""How a JPEG file begins."""
 
 Image.init()
 FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000"} & Image.OPEN.keys())
 """Formats that are read, by Pillow's names (AVIF since Pillow 11.3); none that starts another program, as EPS does."""
 
 _DAMAGE = (
-    OSError,  # unidentified, truncated, decoder failed; and the file system's own errors
+    OSError,  # unidentified, truncated, decoder failed; the file system's own errors
     SyntaxError,  # broken PNG and TIFF structure
     ValueError,  # bad sizes, unsupported modes, oversized text chunks
     ArithmeticError,  # sizes and rationals out of range
@@ -41,7 +52,7 @@ _DAMAGE = (
     AttributeError,  # a decoder that was never set up because its header was broken
     AssertionError,  # Pillow asserts on a few header fields
     RuntimeError,  # NotImplementedError of exotic variants; AVIF and WebP decoders
-    MemoryError,  # a size that only claims to be small
+    MemoryError,  # see `_memory_is_full`
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -62,6 +73,8 @@ _TURNS = {
 
 Pixels = NDArray[np.uint8]
 """A decoded image, [H, W, 3]."""
+
+Decoded = TypeVar("Decoded")
 
 Reduction = Callable[[int, int], int]
 """By which of 1, 2, 4, 8 an image of this width and height is reduced when it is decoded."""
@@ -87,8 +100,9 @@ def read_image(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         A `PIL.Image.Image` of mode RGB with its pixels loaded; no file stays open.
 
     Raises:
-        UnreadableImage: the file is missing, empty, truncated, corrupt, larger than `MAX_PIXELS`, longer than
-            `LONGEST` allows, or no image.
+        UnreadableImage: the file is missing, may not be read, is empty, truncated, corrupt, larger than `MAX_PIXELS`
+            or `MAX_BYTES`, longer than `LONGEST` allows, no image, or no regular file.
+        MachineError: it cannot be read because the machine lacks memory or open files, or its disk or network fails.
 
     >>> import io
     >>> stream = io.BytesIO()
@@ -97,13 +111,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     >>> image.mode, image.size
     ('RGB', (4, 3))
     """
-    try:
-        if isinstance(path, str | os.PathLike):
-            with open(path, "rb") as file:
-                return _read(file)
-        return _read(path)
-    except _DAMAGE as error:
-        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+    return _decoded(path, _read)
 
 
 def whole(width: int, height: int) -> int:
@@ -128,20 +136,28 @@ def read_pixels(
         A uint8 array [H, W, 3], writable. At full size its values are those of :func:`read_image`.
 
     Raises:
-        UnreadableImage: as of :func:`read_image`.
+        UnreadableImage, MachineError: as of :func:`read_image`.
 
     >>> stream = io.BytesIO()
     >>> Image.new("RGB", (40, 30)).save(stream, "jpeg")
     >>> read_pixels(stream).shape, read_pixels(stream, lambda width, height: 4).shape
     ((30, 40, 3), (8, 10, 3))
     """
-    try:
-        if isinstance(path, str | os.PathLike):
-            with open(path, "rb") as file:
-                return _pixels(file, reduction, most)
-        return _pixels(path, reduction, most)
-    except _DAMAGE as error:
-        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+    return _decoded(path, lambda content: _pixels(content, reduction, most))
+
+
+def image_pixels(path: str | os.PathLike[str] | BinaryIO, *, most: int = MAX_PIXELS) -> int:
+    """Width * height of an image, by its header alone.
+
+    Raises:
+        UnreadableImage, MachineError: as of :func:`read_image`, as far as the header shows it.
+
+    >>> stream = io.BytesIO()
+    >>> Image.new("RGB", (40, 30)).save(stream, "png")
+    >>> image_pixels(stream)
+    1200
+    """
+    return _decoded(path, lambda content: _header(content, most))
 
 
 def jpeg_of(pixels: Pixels, quality: int) -> bytes:
@@ -158,23 +174,59 @@ def jpeg_of(pixels: Pixels, quality: int) -> bytes:
     return content
 
 
-def _pixels(file: BinaryIO, reduction: Reduction, most: int) -> Pixels:
+def _decoded(path: str | os.PathLike[str] | BinaryIO, decode: Callable[[bytes], Decoded]) -> Decoded:
+    """What ``decode`` makes of the content of a file or stream.
+
+    The whole file is read first, so that an error of the file system cannot pass for one of the image.
+    """
+    try:
+        with machine_errors(_name(path)):
+            content = _content(path)
+        if not content:
+            raise EOFError("empty file (zero bytes)")
+        return decode(content)
+    except MachineError:
+        raise
+    except _DAMAGE as error:
+        if isinstance(error, MemoryError) and _memory_is_full():
+            raise MachineError(f"cannot read {_name(path)}: {machine_fault(error)}") from error
+        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+
+
+def _content(path: str | os.PathLike[str] | BinaryIO) -> bytes:
+    if isinstance(path, str | os.PathLike):
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise UnreadableImage(f"larger than {MAX_BYTES} bytes, the most that is read")
+            return file.read()
+    path.seek(0)
+    return path.read()
+
+
+def _memory_is_full() -> bool:
+    """Whether there is no room for two of the largest images: otherwise a file asked for more than any image needs."""
+    try:
+        bytearray(8 * MAX_PIXELS)
+    except MemoryError:
+        return True
+    return False
+
+
+def _pixels(content: bytes, reduction: Reduction, most: int) -> Pixels:
     """Decode; raises whatever Pillow raises."""
-    file.seek(0)
-    start = file.read(3)
     if simplejpeg is None:
-        return np.array(_read(file, reduction, most))
-    found = _jpeg(start + file.read(), reduction, most) if start == b"\xff\xd8\xff" else None
-    return np.array(_read(file, most=most)) if found is None else found
+        return np.array(_read(content, reduction, most))
+    found = _jpeg(content, reduction, most) if content.startswith(JPEG) else None
+    return np.array(_read(content, most=most)) if found is None else found
 
 
-def _opened(file: BinaryIO) -> Image.Image:
-    """The image in a file, not yet decoded.
+def _opened(content: bytes) -> Image.Image:
+    """The image in a file's content, not yet decoded.
 
     Where Ultralytics is imported, Pillow's `open` is its own, which looks for a reader of HEIF in what is no image.
     """
     try:
-        return Image.open(file, formats=FORMATS)
+        return Image.open(io.BytesIO(content), formats=FORMATS)
     except ImportError as error:
         raise UnidentifiedImageError("cannot identify the image") from error
 
@@ -188,6 +240,7 @@ def _jpeg(content: bytes, reduction: Reduction, most: int) -> Pixels | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         _check_size(width, height, most)
+        _check_scans(content, width * height)
         if colours not in ("YCbCr", "RGB", "Gray"):
             return None
         turn = _stored_turn(content) if _may_be_turned(content) else None
@@ -215,7 +268,7 @@ def _stored_turn(content: bytes) -> Image.Transpose | None:
     """What makes the JPEG upright, by its metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _TURNS.get(_orientation(Image.open(io.BytesIO(content), formats=("JPEG",))))
+        return _TURNS.get(_orientation(Image.open(io.BytesIO(plain_jpeg(content)), formats=("JPEG",))))
 
 
 _TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
@@ -229,22 +282,45 @@ _TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
 }
 
 
-def _read(file: BinaryIO, reduction: Reduction = whole, most: int = MAX_PIXELS) -> Image.Image:
+def _read(content: bytes, reduction: Reduction = whole, most: int = MAX_PIXELS) -> Image.Image:
     """Decode, an ordinary JPEG at the scale asked for, turn upright and convert; raises whatever Pillow raises."""
-    file.seek(0)
-    if not file.read(1):
-        raise EOFError("empty file (zero bytes)")
+    plain = plain_png(content, metadata=True)
+    bare = plain_png(content, metadata=False)
+    if plain != bare:
+        with contextlib.suppress(*_DAMAGE):  # or it is the metadata that cannot be read
+            return _read_plain(plain, reduction, most)
+    return _read_plain(plain_jpeg(bare) if bare.startswith(JPEG) else bare, reduction, most)
+
+
+def _header(content: bytes, most: int) -> int:
+    """Width * height; raises whatever Pillow raises."""
+    plain = plain_png(content, metadata=False)
+    plain = plain_jpeg(plain) if plain.startswith(JPEG) else plain
+    if not tags_fit(plain):
+        raise UnreadableImage(TAGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        width, height = _opened(plain).size
+    _check_size(width, height, most)
+    return width * height
+
+
+def _read_plain(content: bytes, reduction: Reduction, most: int) -> Image.Image:
+    if not tags_fit(content):
+        raise UnreadableImage(TAGS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the image is read or it is not
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        stored = _opened(file)
+        stored = _opened(content)
         _check_size(*stored.size, most)
+        if stored.format in ("JPEG", "MPO"):
+            _check_scans(content, stored.width * stored.height)
         if stored.format in ("JPEG", "MPO") and stored.mode in ("RGB", "L"):
             factor = reduction(*stored.size)
             stored.draft(None, (stored.width // factor, stored.height // factor))
         stored.load()
         turn = _TURNS.get(_orientation(stored))
-        image = _rgb(stored)
+        image = as_rgb(stored)
     return image if turn is None else image.transpose(turn)
 
 
@@ -256,43 +332,24 @@ def _check_size(width: int, height: int, most: int) -> None:
         raise UnreadableImage(f"one side is more than {LONGEST} times as long as the other")
 
 
+def _check_scans(content: bytes, pixels: int) -> None:
+    """Raise where a JPEG of so many pixels has so many scans that decoding them all would take very long."""
+    scans = count_scans(content)
+    if scans > MAX_SCANS or scans * pixels > MAX_SCANNED:
+        most = min(MAX_SCANS, MAX_SCANNED // pixels)
+        raise UnreadableImage(f"{scans} scans of {pixels} pixels, and at most {most} are decoded: store it as baseline")
+
+
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation 1..8; 1 where there is none or the EXIF block is broken."""
+    exif = image.info.get("exif")
+    if isinstance(exif, bytes) and not tags_fit(exif.removeprefix(b"Exif\0\0")):
+        return 1
     try:
         value = image.getexif().get(0x0112, 1)
     except _DAMAGE:
         return 1
     return value if isinstance(value, int) else 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode as a new RGB image."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _grey(image).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    over = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits (modes I;16*, I, F) as mode L; the rule is in `read_image`."""
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-        scale = next((s for top, s in ((1.0, 255.0), (255.0, 1.0)) if values.max() <= top), 1 / 256)
-        grey = np.rint(values * scale).clip(0, 255)
-    elif image.mode == "I" and image.format == "TIFF":  # Pillow opens a 16-bit PGM as mode I too
-        low, high = int(values.min()), int(values.max())
-        grey = values
-        if low < 0 or high > 255:
-            grey = np.rint((values - float(low)) * (255 / max(1, high - low)))
-    else:
-        grey = values >> 8
-    key = image.info.get("transparency")
-    if isinstance(key, int):
-        grey = np.where(values == key, 255, grey)
-    return Image.fromarray(grey.astype(np.uint8))
 
 
 def _name(path: str | os.PathLike[str] | BinaryIO) -> str:
@@ -313,7 +370,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"larger than {MAX_PIXELS} pixels, the most that is read"
     if isinstance(error, MemoryError):
-        return "too large for memory"
+        return "corrupt (it asks for more memory than any image needs)"
     if "truncated" in text.lower() or (isinstance(error, EOFError) and "empty" not in text):
         return "truncated"
     if isinstance(error, EOFError):

@@ -4,9 +4,11 @@ Every random choice is a function of (seed, epoch, position in the epoch), which
 So a run can resume in mid-epoch with nothing saved but its position.
 """
 
+import errno
 import gc
 import itertools
 import multiprocessing
+import multiprocessing.queues
 import os
 import random
 import signal
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import MachineError, UlsamError
+from ulsam.base.processes import MOST_WORKERS, heeded_signals
+from ulsam.base.reading import machine_fault
 from ulsam.data.augment import Box, EvalTransform, Normalise, Transform
 from ulsam.data.cache import ImageCache
 from ulsam.data.images import Pixels, UnreadableImage
@@ -198,6 +202,8 @@ class Loader(DataLoader[Item]):
     def __init__(
         self, dataset: Dataset[Item], normalise: Normalise, device: torch.device, workers: int, **options: Any
     ) -> None:
+        if not 0 <= workers <= MOST_WORKERS:
+            raise UlsamError(f"`workers` must be 0 to {MOST_WORKERS}, not {workers}")
         self.normalise, self.target = normalise, device
         super().__init__(
             dataset,
@@ -218,7 +224,10 @@ class Loader(DataLoader[Item]):
             gc.collect()  # a forked process hangs when it collects what has threads, as an ONNX Runtime session has
             if multiprocessing.get_start_method() == "forkserver":  # on Linux by default from Python 3.14 on
                 multiprocessing.set_forkserver_preload(["__main__", __name__])  # else each imports it, for seconds
-        batches = super().__iter__()
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            raise MachineError(f"cannot start processes that read images: {_fault(error, []) or error}") from error
         if child_ended and signal.getsignal(child_ended) is not handler:
             signal.signal(child_ended, handler)
         return map(self._finish, _alive(batches))
@@ -233,18 +242,41 @@ class Loader(DataLoader[Item]):
 
 
 def _alive(batches: Iterator[Any]) -> Iterator[Batch]:
-    """The batches; a closed connection to the process that reads them, or its end, is one line."""
+    """The batches; what ends a process that reads them, or the connection to it, is one line."""
     while True:
         try:
             batch = next(batches, None)
-        except (ConnectionError, EOFError, RuntimeError) as error:
-            raised_there = str(error).startswith("Caught ")
-            if raised_there or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
+        except UlsamError as error:
+            raise _as_it_was(error) from error
+        except (OSError, EOFError, RuntimeError, MemoryError) as error:
+            lost = isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader worker")
+            if fault := _fault(error, [process.exitcode for process in getattr(batches, "_workers", ())]):
+                raise MachineError(f"cannot read images: {fault}") from error
+            if not lost:
                 raise
             raise UlsamError("a process that reads images was killed (memory full?): use fewer `workers`") from error
         if batch is None:
             return
         yield batch
+
+
+def _fault(error: Exception, codes: list[int | None]) -> str | None:
+    """What the machine lacked when a batch did not come, by the error here and the exit codes of the readers."""
+    full = os.strerror(errno.ENOSPC)
+    if full in str(error) or errno.ENOSPC in codes or -getattr(signal, "SIGBUS", 0) in codes:
+        return "/dev/shm, where they hand them over, is full: enlarge it (docker run --shm-size=2g), or use `workers=0`"
+    if "Too many open files" in str(error):
+        return machine_fault(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    ended = [code for code in codes if code in errno.errorcode and code != 1]
+    if ended and ended[0]:
+        return machine_fault(OSError(ended[0], os.strerror(ended[0])))
+    return None if isinstance(error, ConnectionError) else machine_fault(error)
+
+
+def _as_it_was(error: UlsamError) -> UlsamError:
+    """An error of a reading process without what PyTorch adds: where it arose, on lines before the last one."""
+    text = str(error)
+    return type(error)(text.rstrip().splitlines()[-1].partition(": ")[2]) if text.startswith("Caught ") else error
 
 
 def train_loader(
@@ -328,20 +360,28 @@ def _mixed(*numbers: int) -> int:
 
 
 def _quiet(_: int) -> None:
-    """Ctrl-C and SIGTERM go to the whole process group, but it is the main process that ends its workers.
+    """Ctrl-C, SIGTERM and SIGHUP go to the whole process group, but it is the main process that ends its workers.
 
-    So a worker outlives SIGTERM by 5 seconds, in which the main process can finish its step; not for ever, because
+    So a worker outlives the others by 5 seconds, in which the main process can finish its step; not for ever, because
     SIGTERM is also what ends a worker that hangs. Windows has no SIGTERM from outside, and no niceness.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_not_handed_over))  # noqa: B010
     if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+        for number in set(heeded_signals()) - {signal.SIGINT}:
+            signal.signal(number, lambda *_: signal.alarm(5))
     parent = multiprocessing.parent_process()
     if parent and parent.pid != os.getppid():  # a fork server's child: PyTorch would wait for that one to go
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     if hasattr(os, "nice"):  # batches are read ahead, but a training step waits for each thread whose core is taken
         os.nice(5)
+
+
+def _not_handed_over(error: Exception, batch: Any) -> None:
+    """End this process with an exit code that says why: Python drops what cannot be sent, and it is waited for."""
+    codes = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+    os._exit(next((code for code in codes if os.strerror(code) in str(error)), 1))
 
 
 def _end_with(parent: Any) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.extras import extra
+from ulsam.base.reading import read_text
 from ulsam.data.folder import class_counts, find_splits, image_paths, imbalance_note, index_like, scan, split
 from ulsam.data.sources import AnyImages, FactoryImages, FolderImages, StreamImages
 
@@ -204,7 +205,7 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
 
 def _read_names(path: str) -> tuple[str, ...]:
     try:
-        return tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
+        return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UlsamError(f"cannot read the class names in {path}: {error}") from error
 

@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import extra
-from ulsam.base.files import check_empty
+from ulsam.base.files import check_empty, check_readable
 from ulsam.base.logs import progress
 
 Split = dict[str, str]
@@ -241,6 +241,7 @@ def _folder_files(official: Official, folder: Path) -> Iterator[tuple[str, Binar
 def _archive_files(official: Official, archive: Path) -> Iterator[tuple[str, BinaryIO]]:
     """Regular files of an archive, open, in its order, by their path below `official.root`."""
     inside = f"{official.root}/" if official.root else ""
+    check_readable(archive, "archive")
     with tarfile.open(archive) as tar:
         for member in tar:
             path = member.name.removeprefix("./")

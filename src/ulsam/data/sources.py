@@ -1,10 +1,11 @@
 """Where images come from: an image folder, or a data set of timm's factory; `ulsam.data.opening` opens them."""
 
 import functools
+import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from PIL import Image
 from timm.data.readers.reader_wds import ReaderWds
 from torchvision.datasets import DatasetFolder
 
-from ulsam.base.errors import UlsamError, a_few
+from ulsam.base.errors import MachineError, UlsamError, a_few, first_line
+from ulsam.base.reading import machine_errors, machine_fault
 from ulsam.data.folder import IMAGE_SUFFIXES, Sample
 from ulsam.data.images import Pixels, Reduction, UnreadableImage, read_pixels, whole
 
@@ -39,12 +41,26 @@ class FolderImages:
         """What distinguishes these images from others, wherever they lie."""
         return _relative(path for path, _ in self.samples)
 
+    @property
+    def state(self) -> str:
+        """What shows that a file was changed, without reading it: digests of all sizes, and of all times in seconds."""
+        sizes, times = hashlib.sha256(), hashlib.sha256()
+        for path, _ in self.samples:
+            try:
+                found = os.stat(path)
+                size, changed = found.st_size, int(found.st_mtime)
+            except OSError:  # it is reported when it is read
+                size = changed = -1
+            sizes.update(f"{size} ".encode())
+            times.update(f"{changed} ".encode())
+        return f"sizes {sizes.hexdigest()[:8]}, times {times.hexdigest()[:8]}"
+
     def name(self, index: int) -> str:
         """What messages call the image."""
         return self.samples[index][0]
 
     def fetch(self, index: int, reduction: Reduction = whole) -> tuple[Pixels, int]:
-        """The image as of `read_pixels`, [H, W, 3], and its class index; raises `UnreadableImage`."""
+        """The image as of `read_pixels`, [H, W, 3], and its class index, with its errors."""
         path, label = self.samples[index]
         return read_pixels(path, reduction), label
 
@@ -109,16 +125,18 @@ class FactoryImages(_Named):
         if isinstance(self.dataset, DatasetFolder):
             path, number = self.dataset.samples[index]
             return read_pixels(path, reduction), self.label(number)
-        if hasattr(self.dataset, "reader"):
-            file, number = self.dataset.reader[index][:2]
-            if isinstance(file, io.BytesIO):
-                file.name = self.name(index)
-            return read_pixels(file, reduction), self.label(int(number))
+        name = self.name(index)
         try:
-            image, number = self.dataset[index]
-            return np.array(image.convert("RGB")), self.label(int(number))
+            with machine_errors(name):
+                if not hasattr(self.dataset, "reader"):
+                    image, number = self.dataset[index]
+                    return np.array(image.convert("RGB")), self.label(int(number))
+                file, number = self.dataset.reader[index][:2]
         except (OSError, SyntaxError) as error:
-            raise UnreadableImage(f"{self.name(index)}: {error}") from error
+            raise UnreadableImage(f"{name}: {first_line(error)}") from error
+        if isinstance(file, io.BytesIO):
+            file.name = name
+        return read_pixels(file, reduction), self.label(int(number))
 
 
 @dataclass(frozen=True)
@@ -130,7 +148,7 @@ class Member:
     number: int
 
     def read(self, reduction: Reduction = whole) -> Pixels:
-        """The image as of `read_pixels`, [H, W, 3]; raises `UnreadableImage`."""
+        """The image as of `read_pixels`, [H, W, 3], with its errors."""
         if self.file is None:
             raise UnreadableImage(f"{self.name}: no image, or no class number (.cls), under this name")
         if isinstance(self.file, Image.Image):
@@ -177,10 +195,20 @@ class StreamImages(_Named):
             import webdataset
 
             reader._lazy_init()
+            for stage in reader.ds.pipeline:
+                if "handler" in getattr(stage, "kw", {}):
+                    stage.kw["handler"] = functools.partial(_pass_over, stage.kw["handler"])
             unopened = webdataset.map(functools.partial(_member, alt_label=reader.split_info.alt_label))
             reader.ds.pipeline[-2:] = [unopened]  # in place of timm's decoding, which ends in RGB and skips the rest
         for count, (found, number) in enumerate(self.dataset):
             yield found if isinstance(found, Member) else Member(f"{self.title}, image {count}", found, int(number))
+
+
+def _pass_over(handler: Callable[[Exception], bool], error: Exception) -> bool:
+    """WebDataset passes over a shard, or a part of it, that cannot be read; not where that is the machine's fault."""
+    if fault := machine_fault(error):
+        raise MachineError(f"cannot read a shard: {fault}") from error
+    return handler(error)
 
 
 def _member(sample: dict[str, Any], alt_label: str) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from ulsam.base.errors import UlsamError, printable
 from ulsam.data.folder import find_splits
 from ulsam.data.loading import eval_loader
 from ulsam.data.opening import is_named, open_split
+from ulsam.data.sources import FolderImages
 from ulsam.deploy.exported_module import load_exported
 from ulsam.model.build import sketch
 from ulsam.model.given import model_and_spec
@@ -18,6 +19,7 @@ from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import cost
 from ulsam.training.evaluate import Scores, evaluate_batches, spec_transform
 from ulsam.training.summary import cost_entry, score_entry, spec_entry
+from ulsam.training.trained_on import note_trained_on
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def evaluate(
         images = open_split(
             data, split, spec.classes, data_dir=data_dir, class_names=class_names, by_number=classes_by_number
         )
+        if isinstance(images, FolderImages) and world.writes:
+            note_trained_on(model, [path for path, _ in images.samples], [data])
         batches = eval_loader(
             images,
             transform,

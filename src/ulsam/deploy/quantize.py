@@ -17,12 +17,13 @@ from ulsam.base.files import check_readable, check_writable, write_atomic
 from ulsam.base.logs import progress
 from ulsam.data.images import Pixels, UnreadableImage
 from ulsam.data.opening import open_data
-from ulsam.data.sources import AnyImages, MapImages, StreamImages
+from ulsam.data.sources import AnyImages, FolderImages, MapImages, StreamImages
 from ulsam.deploy.export import engine_of
 from ulsam.deploy.onnx_graph import ATTENTION, check_installed, drop_unused
 from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
 from ulsam.training.sample import pick
+from ulsam.training.trained_on import held_out_settings, note_trained_on
 
 QUANTIZATION = "quantization"
 """Key of the metadata that says how a file was quantised."""
@@ -94,7 +95,8 @@ def quantize(
     Args:
         model: a ``.onnx`` file of `ulsam.export`; or a model file or a model in memory, which is exported first.
         data: image folder or data set as for training, with classes of the model. Ranges are taken from its training
-            images, accuracy from the others.
+            images, accuracy from the others. Where the model file lies in the folder of its run, the same images are
+            held out as in that run.
         out: the file to write, NAME.onnx.
         spec: of a model in memory, as of `ulsam.load`.
         calibrate: images to calibrate on, at most; the same ones each time.
@@ -123,7 +125,9 @@ def quantize(
     whole = runtime.open_model(content, name)
     if QUANTIZATION in whole.metadata:
         raise UlsamError(f"{name} is quantised already: name the file in float32, or the model file")
-    train, others, _ = open_data(os.fspath(data))
+    train, others, _ = open_data(os.fspath(data), **held_out_settings(model, os.fspath(data), {}))
+    if isinstance(others, FolderImages):
+        note_trained_on(model, [path for path, _ in others.samples], [data])
     seen = [image for image, _ in _read(train, whole, calibrate, "calibrate")]
     if not seen:
         raise UlsamError(f"none of the images of {data} to calibrate on could be read")

@@ -25,6 +25,7 @@ from ulsam.explanation.panel import panel
 from ulsam.model.build import load
 from ulsam.model.spec import ModelSpec
 from ulsam.training.summary import spec_entry
+from ulsam.training.trained_on import note_trained_on
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def explain_images(
     models = {name: load(file) for name, file in (("this model", model), ("base", against)) if file is not None}
     found = list_images(images, models["this model"][1].classes)
     tallies = {name: MapNumbers(*pair) for name, pair in models.items()} if numbers else {}
+    if numbers:
+        note_trained_on(model, [one.path for one in found], images)
     explainers = [tallies[name].explainer if numbers else Explainer(*pair) for name, pair in models.items()]
     cards: list[Card] = []
     unreadable: list[str] = []

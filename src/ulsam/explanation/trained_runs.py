@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ulsam.base.errors import UlsamError, printable
+from ulsam.base.reading import read_text
 from ulsam.model.spec import ModelSpec
 from ulsam.study.statistics import right
 from ulsam.training.config import TrainConfig, read_config
@@ -141,7 +142,7 @@ def _read(folder: Path, number: int, name: str) -> TrainedRun:
 
 def _read_summary(path: Path) -> tuple[Mapping[str, Any], tuple[Row, ...], Result]:
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(read_text(path))
         spec = ModelSpec.from_json(json.dumps(summary["spec"]))
         rows = tuple({column: row[column] for column in COLUMNS} for row in summary["epochs"])
         found = {key: summary[key] for key in ("scores", "split", "cost", "base_cost", "command", "versions")}
@@ -162,11 +163,10 @@ def _read_summary(path: Path) -> tuple[Mapping[str, Any], tuple[Row, ...], Resul
 
 def _read_metrics(path: Path) -> tuple[Row, ...]:
     try:
-        with open(path, encoding="utf-8", newline="") as lines:
-            return tuple(
-                {column: float(row[column]) if row[column] else None for column in COLUMNS}
-                for row in csv.DictReader(lines)
-            )
+        return tuple(
+            {column: float(row[column]) if row[column] else None for column in COLUMNS}
+            for row in csv.DictReader(read_text(path).splitlines())
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UlsamError(f"{path} is damaged, or not of a run: {type(error).__name__} {error}") from error
 

@@ -5,8 +5,8 @@ Importing this module registers the presets of `ulsam.model.presets` with timm.
 
 import dataclasses
 import difflib
+import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from ulsam.layer.ulsam import ULSAM
 from ulsam.model.presets import PLACEMENTS
 from ulsam.model.spec import Edit, Json, ModelSpec
 from ulsam.model.trained import locate, names
+from ulsam.model.weights import read_weights
 from ulsam.surgery.edited import changes, note_weights
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "ulsam_parameters",
 ]
 
+UNSAVED = 256_000_000
+"""Bytes in memory beyond four times a model's weights: computed tables, and blocks that edits took out."""
 _KEY = "ulsam"  # of the spec among a model file's metadata
 _FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 
@@ -109,7 +112,7 @@ def spec_of(model: str, *, size: int | None = None, model_args: Mapping[str, Jso
         raise UlsamError(f"`size` must be 1 pixel or more, not {size}")
     if model.endswith(".safetensors") or model in names():
         spec = read_spec(model)
-    elif not timm.is_model(model) and (Path(model).suffix or Path(model).exists()):
+    elif not timm.is_model(model) and (Path(model).suffix or os.path.exists(model)):
         raise UlsamError(f"{model} is neither timm's name of a model nor a model file, NAME.safetensors")
     else:
         spec = make_spec(model, [], model_args=model_args)
@@ -242,24 +245,6 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
     return notes
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a safetensors file or a PyTorch checkpoint; nothing in the file is ever run.
-
-    Raises:
-        UlsamError: no such file, or not weights.
-    """
-    path = locate(path)
-    check_readable(path, "weight file")
-    try:
-        state = timm.models.load_state_dict(os.fspath(path), weights_only=True)
-    except Exception as error:  # whatever a broken file makes its reader raise
-        reason = re.sub(r"[^.]*weights_only=False[^.]*\.?", "", first_line(error))  # that advice is to run the file
-        raise UlsamError(f"{path} holds no weights that can be read safely: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UlsamError(f"{path} is no state dict: it holds more than named tensors")
-    return state
-
-
 def save(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> None:
     """Write a self-describing model file: safetensors, with the spec in its metadata.
 
@@ -351,7 +336,7 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 
 def _opened(path: str | os.PathLike[str]) -> Any:
     path = locate(path)
-    if not path.exists() and (near := difflib.get_close_matches(str(path), names(), n=1)):
+    if not os.path.exists(path) and (near := difflib.get_close_matches(str(path), names(), n=1)):
         raise UlsamError(f"no model file {path}; the package has a trained model {near[0]}")
     check_readable(path, "model file")
     if path.suffix in (".onnx", ".xml", ".pte"):
@@ -375,13 +360,21 @@ def _check_base(base: str) -> None:
 def _check_fit(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Compare shapes with the spec's model on the meta device, before any memory is taken.
 
-    A spec that makes far more parameters than there are shapes is refused while it makes them: a stranger's file can
-    ask for 100,000 blocks.
+    Nor may the model take far more memory than its weights: a table for each pair of positions of a large image is in
+    no file. A spec that makes far more parameters than there are shapes is refused while it makes them.
     """
     too_many = f"{source} is not what its spec builds: it holds {len(shapes)} tensors, that many more"
-    with AtMost(10_000 + 10 * len(shapes), too_many):  # far more, because edits take blocks out
-        expected = {name: tuple(value.shape) for name, value in sketch(spec).state_dict().items()}
+    with AtMost(4_000 + 10 * len(shapes), too_many):  # far more, because edits take blocks out
+        model = sketch(spec)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
         here, there = shapes.get(wrong[0], "nothing"), expected.get(wrong[0], "nothing")
         raise UlsamError(f"{source} is not what its spec builds: {wrong[0]} is {here}, expected {there}")
+    parts = [model, *changes(model)[1].values()]
+    asked = sum(value.nbytes for part in parts for value in [*part.parameters(), *part.buffers()])
+    held = 4 * sum(math.prod(shape) for shape in shapes.values())
+    if asked > 4 * held + UNSAVED:
+        raise UlsamError(
+            f"{source} is not what its spec builds: {asked / 1e6:.0f} MB in memory of {held / 1e6:.1f} MB of weights"
+        )

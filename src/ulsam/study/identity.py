@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.files import check_readable
 from ulsam.data.sources import AnyImages, FolderImages, StreamImages
 from ulsam.model.trained import locate
 from ulsam.training import parts
@@ -50,6 +51,8 @@ def file_digests(configs: Iterable[TrainConfig]) -> dict[str, str]:
     {}
     """
     files = sorted({name for config in configs for name in (config.weights, config.teacher) if name})
+    for name in files:
+        check_readable(locate(name), "file")
     return {name: hashlib.sha256(locate(name).read_bytes()).hexdigest() for name in files}
 
 

@@ -33,12 +33,13 @@ from ulsam.surgery.cost import cost
 from ulsam.surgery.places import match
 from ulsam.surgery.reconstruct import reconstruct
 from ulsam.training import parts, restore
-from ulsam.training.config import TrainConfig, config_beside, read_config
+from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.evaluate import evaluate_batches, spec_transform
 from ulsam.training.sample import draw_sample
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
 from ulsam.training.summary import cost_entry, score_entry
 from ulsam.training.train import resume, train
+from ulsam.training.trained_on import held_out_settings
 
 #: Of the reconstruction by which sets are compared; training starts with a longer one.
 STEPS = 200
@@ -163,16 +164,7 @@ def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, setti
         "weights": os.fspath(model),
         "teacher": os.fspath(model),
     }
-    return TrainConfig.from_mapping({**own, **_held_out(locate(model), data, settings), **settings})
-
-
-def _held_out(model: Path, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by which the run of this model file chose its held-out images; empty without such a run."""
-    before = config_beside(model)
-    if before is None or not Path(data).is_dir():
-        return {}
-    found = {"split_seed": before.seed if before.split_seed is None else before.split_seed}
-    return found if "val_split" in settings else {"val_fraction": before.val_fraction, **found}
+    return TrainConfig.from_mapping({**own, **held_out_settings(model, data, settings), **settings})
 
 
 def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, config: TrainConfig, model: Path) -> Store:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ulsam.base.errors import UlsamError
-from ulsam.base.files import write_atomic
+from ulsam.base.files import check_readable, write_atomic
 
 CHECKPOINT = "checkpoint.pt"
 VERSION = 3
@@ -47,6 +47,7 @@ def read_checkpoint(run: Path) -> dict[str, Any] | None:
     path = run / CHECKPOINT
     if not path.exists():
         return None
+    check_readable(path, "checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise

@@ -4,8 +4,11 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 import os
+import re
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +18,8 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 import yaml
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.processes import MOST_WORKERS
+from ulsam.base.reading import read_text
 
 
 def _option(default: Any, help: str) -> Any:
@@ -23,13 +28,33 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-_LEAST = {
-    **dict.fromkeys(("epochs", "batch_size", "accumulate", "val_every", "size", "threads"), 1),
-    **dict.fromkeys(("workers", "seed", "split_seed", "warmup_epochs", "weight_decay", "min_lr", "save_seconds"), 0),
-    **dict.fromkeys(("mixup", "cutmix", "color_jitter", "distill_features", "reconstruct_images"), 0),
+_LARGE = 1_000_000
+_RANGES: dict[str, tuple[float, float]] = {  # least and most, both included; no run needs more
+    **dict.fromkeys(("epochs", "val_every", "accumulate"), (1, _LARGE)),
+    **dict.fromkeys(("seed", "split_seed"), (0, 2**63 - 1)),
+    **dict.fromkeys(("mixup", "cutmix", "color_jitter", "weight_decay"), (0, 1000)),
+    **dict.fromkeys(("min_lr", "warmup_epochs", "save_seconds", "distill_features"), (0, 1e9)),
+    "batch_size": (1, 65_536),
+    "size": (1, 8192),
+    "threads": (1, 1024),  # OpenMP ends the process where it cannot make as many as it is asked for
+    "workers": (0, MOST_WORKERS),
+    "distill_temperature": (0, 1000),
+    "reconstruct_images": (0, 100 * _LARGE),
 }
-_MOST_THREADS = 1024  # OpenMP ends the process where it cannot make as many as it is asked for
-_SHARES = ("smoothing", "hflip", "random_erasing", "drop_rate", "drop_path", "ema", "max_unreadable", "distill")
+_POLICY = {"m": 30, "mmax": 10, "n": 16, "mstd": 1000, "p": 1, "inc": 1, "w": 16, "d": 16}  # most of each number
+_MOST_YAML = 1_000_000  # characters of settings
+_MOST_ENTRIES = 10_000  # of a setting, inner ones included: a few lines of YAML can stand for any number
+_SHARES = (
+    "smoothing",
+    "hflip",
+    "random_erasing",
+    "drop_rate",
+    "drop_path",
+    "ema",
+    "max_unreadable",
+    "distill",
+    "val_fraction",
+)
 _TAUGHT = {"distill": 0.5, "distill_temperature": 4.0, "distill_features": 0.0}  # where a teacher is given
 
 
@@ -136,10 +161,16 @@ class TrainConfig:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        for name, least in _LEAST.items():
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise UlsamError(f"{name} must be {least} or more, not {value}")
+            if value is not None and not least <= value:
+                raise UlsamError(f"{name} must be {least} or more, not {reprlib.repr(value)}")
+            if value is not None and value > most:
+                raise UlsamError(f"{name} must be {most:.15g} or less, not {reprlib.repr(value)}")
+        for key, number in re.findall(r"-([a-z]+)([\d.]+)", self.rand_augment or ""):
+            if not _is_number(number) or float(number) > _POLICY.get(key, 100):
+                most = _POLICY.get(key, 100)
+                raise UlsamError(f"rand_augment takes a number up to {most} after {key}, not {number}")
         for name in _SHARES:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -154,8 +185,6 @@ class TrainConfig:
             raise UlsamError(f"min_lr, where the cosine ends, is {self.min_lr}: above its peak lr, {self.lr}")
         if self.warmup_epochs >= self.epochs:
             raise UlsamError(f"warmup_epochs is {self.warmup_epochs}, which leaves nothing of {self.epochs} epochs")
-        if self.threads is not None and self.threads > _MOST_THREADS:
-            raise UlsamError(f"threads must be {_MOST_THREADS} or fewer, not {self.threads}")
         if self.opt == "sgd" and not 0 < self.momentum < 1:
             raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {self.momentum}")
         if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1.5:
@@ -209,10 +238,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
         UlsamError: no such file, not YAML, or not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = read_text(path)
+        if len(text) > _MOST_YAML:
+            raise UlsamError(f"{path} has {len(text)} characters: no settings have more than {_MOST_YAML}")
+        values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UlsamError(f"cannot read the settings in {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except UlsamError:
+        raise
+    except RecursionError as error:
+        raise UlsamError(f"{path} is not YAML of settings: too many brackets within each other") from error
+    except (yaml.YAMLError, ValueError) as error:  # and numbers and dates that are none
         raise UlsamError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UlsamError(f"{path} holds no settings; write lines such as 'epochs: 10'")
@@ -249,29 +285,49 @@ def config_beside(model: Path) -> TrainConfig | None:
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """``value`` as ``kind``; whole numbers pass for floats, and 1e-4, which YAML takes for text, for a number."""
+    if isinstance(value, list | tuple | dict) and not _is_small(value):
+        raise UlsamError(f"{name} has more than {_MOST_ENTRIES} entries")
     origin, choices = get_origin(kind), get_args(kind)
     if origin is Literal:
         if isinstance(value, bool):  # YAML's true and false
             value = str(value).lower()
         if value not in choices:
-            raise UlsamError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+            raise UlsamError(f"{name} must be one of {', '.join(choices)}, not {reprlib.repr(value)}")
         return value
     if origin is types.UnionType:
         return None if value is None else _checked(name, value, choices[0])
     if origin is list:
         if not isinstance(value, list | tuple):
-            raise UlsamError(f"{name} must be a list, not {value!r}")
+            raise UlsamError(f"{name} must be a list, not {reprlib.repr(value)}")
         return [_checked(name, item, choices[0]) for item in value]
     if origin is dict:
         kind = dict
     if kind is float and isinstance(value, str):
-        try:
+        if _is_number(value):
             return float(value)
-        except ValueError:
-            raise UlsamError(f"{name} must be a number, not {value!r}") from None
+        raise UlsamError(f"{name} must be a number, not {reprlib.repr(value)}")
     if kind is float and type(value) is int:
-        return float(value)
+        return float(value) if _is_number(value) else math.inf
     if type(value) is not kind:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a JSON object"}
-        raise UlsamError(f"{name} must be {words[kind]}, not {value!r}")
+        raise UlsamError(f"{name} must be {words[kind]}, not {reprlib.repr(value)}")
     return value
+
+
+def _is_number(value: str | int) -> bool:
+    try:
+        float(value)
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a value has at most `_MOST_ENTRIES`, counted as often as they are referred to."""
+    waiting, count = [value], 0
+    while waiting and count <= _MOST_ENTRIES:
+        item = waiting.pop()
+        count += 1
+        if isinstance(item, list | tuple | dict):
+            waiting += itertools.islice(item.values() if isinstance(item, dict) else item, _MOST_ENTRIES)
+    return count <= _MOST_ENTRIES

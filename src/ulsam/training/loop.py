@@ -77,6 +77,7 @@ class Trainer:
             notes.append("no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'")
         for note in notes:
             self._say(f"note    {note}")
+        self.image_state = self.train_images.state if isinstance(self.train_images, sources.FolderImages) else None
         self.at = Position()
         self.unreadable = {
             "train": parts.Unreadable(len(self.train_images), config.max_unreadable, world.writes),
@@ -126,6 +127,8 @@ class Trainer:
         else:
             self._say(f"resume  in epoch {self.at.epoch + 1}, after {self.at.batch} of its batches")
         for name, now in self._environment().items():
+            if name == "image files" and name not in saved["environment"]:
+                continue  # of a run that began before these were noted
             if now != saved["environment"].get(name):
                 change = f"{name}: {saved['environment'].get(name)} before, {now} now"
                 self._say(f"warning {change}; the weights will not be bit for bit those of an unbroken run", WARNING)
@@ -317,7 +320,8 @@ class Trainer:
         """What must be as it was for a resumed run to end in the same weights."""
         names = hashlib.sha256("\0".join(self.train_images.names).encode(errors="surrogateescape")).hexdigest()
         images = f"{len(self.train_images)} (names {names[:8]})"
-        return {**environment(), "device": self.world.device.type, "training images": images}
+        found = {**environment(), "device": self.world.device.type, "training images": images}
+        return {**found, "image files": self.image_state} if self.image_state else found
 
     def _say(self, line: str, level: int = INFO) -> None:
         if self.world.writes:

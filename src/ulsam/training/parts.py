@@ -17,9 +17,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from ulsam.base.distributed import World
-from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
+from ulsam.base.errors import MachineError, UlsamError, first_line, is_out_of_memory
 from ulsam.base.logs import say
-from ulsam.base.processes import STOP_SIGNALS
+from ulsam.base.processes import heeded_signals
+from ulsam.base.reading import machine_fault
 from ulsam.data import loading, opening, sources
 from ulsam.data.augment import TrainTransform
 from ulsam.data.cache import cache_for
@@ -229,6 +230,8 @@ def clear_errors() -> Iterator[None]:
         if is_out_of_memory(error):
             raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead") from error
         raise
+    except MemoryError as error:
+        raise MachineError(f"no memory is left for training: {machine_fault(error)}") from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -237,7 +240,7 @@ def clear_errors() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one acts as ever.
+    """Within it, the first Ctrl-C, SIGTERM or SIGHUP only makes the yielded function true; a second one acts as ever.
 
     Outside the main thread, where Python sets no handlers, signals act as ever.
     """
@@ -245,11 +248,15 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     seen: list[int] = []
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in heeded_signals()}
+    terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def note(number: int, _: Any) -> None:
         seen.append(number)
         signal.signal(number, before[number])
+        if number == getattr(signal, "SIGHUP", None):  # what is written to a terminal that is gone is an error
+            for output in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         os.write(2, b"\nulsam: saving and stopping; once more stops at once\n")
 
     for number in before:

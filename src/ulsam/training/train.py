@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ulsam.base.files import clear_parts, make_folder, write_atomic
+from ulsam.base.files import make_folder, write_atomic
 from ulsam.training import restore
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig, config_of
 from ulsam.training.loop import Trainer
 from ulsam.training.machine import session
+from ulsam.training.run_lock import check_idle, run_lock
 
 
 def train(
@@ -42,8 +44,8 @@ def train(
         settings: fields of `ulsam.TrainConfig`, such as ``edits`` or ``epochs``.
 
     Raises:
-        UlsamError: the folder is not empty, the data or the model is not usable, the teacher is not for it, the loss is
-            no longer finite, too many images cannot be read, or the disk is full.
+        UlsamError: the folder is not empty, or another process trains into it, the data or the model is not usable, the
+            teacher is not for it, the loss is no longer finite, too many images cannot be read, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM, after saving.
 
     >>> import tempfile
@@ -58,15 +60,20 @@ def train(
     run, prepared = Path(out), model if isinstance(model, nn.Module) else None
     config = config_of(data, settings if prepared or model is None else {**settings, "model": model})
     with session(config) as (config, world):
+        if world.writes:
+            check_idle(run)
         restore.check_free(run)
         trainer = Trainer(config, run, world, model=prepared)
         trainer.prepare()  # before the folder is made: most mistakes show here
         if world.writes:
             make_folder(run)
-            if prepared is not None:
-                trainer.save()  # settings cannot make this model, so the run begins with a checkpoint
-            write_atomic(run / "config.yaml", trainer.config.to_yaml())
-        return trainer.fit()
+        with run_lock(run) if world.writes else nullcontext():
+            if world.writes:
+                restore.check_free(run)  # another process may have begun since
+                if prepared is not None:
+                    trainer.save()  # settings cannot make this model, so the run begins with a checkpoint
+                write_atomic(run / "config.yaml", trainer.config.to_yaml())
+            return trainer.fit()
 
 
 def resume(
@@ -81,18 +88,16 @@ def resume(
         model: for a run that :func:`train` began with one, a model of the same shapes; its weights do not matter.
 
     Raises:
-        UlsamError: not the folder of a run, a finished one, a setting, a teacher or a number of processes that would
-            change the result, or a checkpoint that is not this run's.
+        UlsamError: not the folder of a run, a finished one, or one that another process trains into; a setting, a
+            teacher or a number of processes that would change the result; or a checkpoint that is not this run's.
     """
     run = Path(run)
     config = restore.resumed_config(run, overrides or {})
-    saved = read_checkpoint(run)
-    restore.check_prepared(run, saved, model is not None)
-    with session(config) as (config, world):
+    restore.check_prepared(run, read_checkpoint(run), model is not None)
+    with session(config) as (config, world), run_lock(run) if world.writes else nullcontext():
+        saved = read_checkpoint(run)  # as the last process left it
         trainer = Trainer(config, run, world, fresh=saved is None, model=model)
         trainer.prepare()
         if saved is not None:
             trainer.restore(saved)
-        if world.writes:
-            clear_parts(run)
         return trainer.fit()

@@ -1,0 +1,145 @@
+"""What an image file holds beside its pixels, and what its pixels would cost, from its structure alone.
+
+Whoever made the file may have made it to cost much: each of these functions takes time in proportion to its bytes.
+"""
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+
+MAX_SCANS = 100
+"""Scans of a JPEG that are decoded at most; ordinary progressive ones have 10, in four colours 18."""
+
+MAX_SCANNED = 2_000_000_000
+"""Scans of a JPEG times its pixels that are decoded at most: 22 scans of the largest image. Pillow takes about 3 ns
+for each, even where the scan changes nothing."""
+
+_MOST_SEGMENTS = 1000  # of a JPEG before its first scan; a colour profile, the largest of them, takes up to 255
+_LARGEST_BLOCK = 65_536  # of a PNG's metadata: as much as a JPEG has room for
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_TURNED_BY = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that say which side of an image is up
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # in the data of a scan FF 00 and restarts are no markers
+_TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+
+def count_scans(content: bytes) -> int:
+    """How many scans the first image of a JPEG file has; up to `MAX_SCANS`, it may be more than there are.
+
+    Source: ITU-T T.81, annex B.
+
+    >>> count_scans(b"\\xff\\xd8" + 101 * b"\\xff\\xda\\x00\\x02" + b"\\xff\\xd9" + b"\\xff\\xda")
+    101
+    """
+    found = content.count(b"\xff\xda")
+    if found <= MAX_SCANS:
+        return found
+    found, place = 0, 2
+    while marker := _MARKER.search(content, place):
+        kind, place = marker[1][0], marker.end()
+        if kind == 0xD9:  # end of the image
+            break
+        found += kind == 0xDA
+        if kind not in (0x01, 0xD8):  # these alone have no length
+            place += int.from_bytes(content[place : place + 2])
+    return found
+
+
+def plain_jpeg(content: bytes) -> bytes:
+    """A JPEG file; without metadata that would cost far more to read than it has bytes.
+
+    >>> plain_jpeg(b"\\xff\\xd8\\xff\\xda")
+    b'\\xff\\xd8\\xff\\xda'
+    """
+    segments, end = [], 2
+    exif = b""
+    unsound = False
+    for start, end in _segments(content):
+        segments.append((start, end))
+        if content[start + 1] == 0xE1 and content.startswith(b"Exif\0\0", start + 4):
+            exif += content[start + 10 : end]
+        elif content[start + 1] == 0xE2 and content.startswith(b"MPF\0", start + 4):
+            unsound |= not tags_fit(content[start + 8 : end])
+        if len(segments) > _MOST_SEGMENTS:
+            unsound = True
+    if not unsound and tags_fit(exif):
+        return content
+    # APP0 (JFIF) and APP14 (Adobe) say how colours are stored
+    kept = [content[a:b] for a, b in segments if content[a + 1] in (0xE0, 0xEE) or content[a + 1] < 0xE0]
+    return b"".join([content[:2], *kept, content[end:]])
+
+
+def _segments(content: bytes) -> Iterator[tuple[int, int]]:
+    """Where the segments before a JPEG's first scan begin and end, as far as they are regular."""
+    place = 2
+    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
+        kind, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4])
+        if not (0xC0 <= kind <= 0xFE) or 0xD0 <= kind <= 0xDA or length < 2:
+            return
+        yield place, place + 2 + length
+        place += 2 + length
+
+
+def tags_fit(block: bytes) -> bool:
+    """Whether the tags of a TIFF file, or of an EXIF block, ask for no more than twice the bytes that there are.
+
+    Readers copy the value of each tag, and 65,535 tags may all have the whole file as their value.
+
+    Source: TIFF 6.0, section 2; BigTIFF.
+
+    >>> tags_fit(b"II*\\x00\\x08\\x00\\x00\\x00\\x01\\x00" + b"\\x0f\\x01\\x02\\x00\\xff\\xff\\xff\\x7f")
+    True
+    >>> tags_fit(b"II*\\x00\\x08\\x00\\x00\\x00\\x01\\x00" + b"\\x0f\\x01\\x02\\x00\\xff\\xff\\xff\\x7f" + bytes(4))
+    False
+    """
+    order = {b"II": "<", b"MM": ">"}.get(block[:2])
+    if order is None or len(block) < 16:
+        return True
+    if block[2:4] in (b"+\0", b"\0+"):
+        place, head, entry = struct.unpack_from(f"{order}Q", block, 8)[0], f"{order}Q", f"{order}HHQ8x"
+    else:
+        place, head, entry = struct.unpack_from(f"{order}L", block, 4)[0], f"{order}H", f"{order}HHL4x"
+    if place + struct.calcsize(head) > len(block):
+        return True
+    count, size = struct.unpack_from(head, block, place)[0], struct.calcsize(entry)
+    place += struct.calcsize(head)
+    count = min(count, (len(block) - place) // size)
+    entries = struct.iter_unpack(entry, block[place : place + count * size])
+    return sum(_TAG_SIZES.get(kind, 1) * number for _, kind, number in entries) <= 2 * len(block)
+
+
+def plain_png(content: bytes, metadata: bool) -> bytes:
+    """A PNG file without what is not pixels; any other file as it is.
+
+    Text chunks that are too long, and checksums that are wrong, would cost the whole image otherwise. Animations lose
+    all but their first frame.
+
+    Args:
+        content: of the file.
+        metadata: whether sound EXIF and XMP stay, which say which side is up.
+
+    Source: PNG (third edition), section 5.
+    """
+    if not content.startswith(_PNG):
+        return content
+    kept, place = [_PNG], len(_PNG)
+    while place + 12 <= len(content):
+        length, kind = int.from_bytes(content[place : place + 4]), content[place + 4 : place + 8]
+        end = place + 12 + length
+        if kind in _PIXELS or kind[:1].isupper() or (metadata and length <= _LARGEST_BLOCK and _turns(content, place)):
+            kept.append(content[place:end])
+        elif not kind.isalpha():
+            break
+        place = end
+        if kind == b"IEND":
+            return b"".join(kept)
+    return b"".join([*kept, content[place:]])
+
+
+def _turns(content: bytes, place: int) -> bool:
+    """Whether the chunk of a PNG at this place is whole, and may say which side of the image is up."""
+    length, kind = int.from_bytes(content[place : place + 4]), content[place + 4 : place + 8]
+    data = content[place + 8 : place + 8 + length]
+    sound = zlib.crc32(kind + data).to_bytes(4) == content[place + 8 + length : place + 12 + length]
+    return sound and (kind == b"eXIf" or (kind in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(_TURNED_BY)))

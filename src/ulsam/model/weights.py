@@ -1,0 +1,127 @@
+"""Weights from elsewhere: the state dict in a safetensors file, or in a checkpoint as other programs write them."""
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, cast
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ulsam.base.errors import UlsamError, a_few, first_line
+from ulsam.base.files import check_readable
+from ulsam.base.logs import say
+from ulsam.model.trained import locate
+
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+_PLAIN = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")  # of DataParallel, torch.compile, Lightning
+_COUNTERS = ("total_ops", "total_params")  # thop leaves them in every layer
+_OTHERS = ("optim", "sched", "scaler", "loss", "criterion")  # parts of names of what holds tensors, but no model
+_DEPTH = 3  # of dictionaries within each other that are searched
+
+# what checkpoints hold beside tensors, all of it plain values; the names are those of NumPy 1 and 2
+_scalar = np.float64(0).__reduce__()[0]
+_VALUES: list[Any] = [
+    argparse.Namespace,
+    (PurePosixPath, "pathlib.PosixPath"),
+    (PureWindowsPath, "pathlib.WindowsPath"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")),
+]
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a safetensors file or a PyTorch checkpoint; nothing in the file is ever run.
+
+    In a checkpoint it may lie among other entries. Averaged weights are preferred, and a line of the log says so. A
+    prefix that all names have in common, such as that of DataParallel or Lightning, is taken off.
+
+    Args:
+        path: of the file, or the name of a trained model of the package.
+
+    Raises:
+        UlsamError: no such file, not weights, or several state dicts with nothing to prefer one.
+    """
+    path = locate(path)
+    check_readable(path, "weight file")
+    content = _content(path)
+    name, state = _found(content, path)
+    if name in _AVERAGED or "n_averaged" in state:
+        say(f"note    {path}: takes the averaged weights, {name or 'n_averaged'}")
+    state = {key: value for key, value in state.items() if key.rpartition(".")[2] not in (*_COUNTERS, "n_averaged")}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if "pytorch-lightning_version" in content:  # it saves losses and metrics beside the model
+        tensors = {key: value for key, value in tensors.items() if key.startswith("model.")} or tensors
+    while prefix := next((one for one in _WRAPPERS if tensors and all(key.startswith(one) for key in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def _content(path: Path) -> dict[Any, Any]:
+    """What the file holds."""
+    try:
+        if path.suffix == ".safetensors":
+            return cast(dict[Any, Any], safetensors.torch.load_file(path))
+        with torch.serialization.safe_globals(_VALUES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken file makes its reader raise
+        raise UlsamError(f"{path} holds no weights that can be read safely: {_reason(path, error)}") from error
+    if not isinstance(content, dict):
+        raise UlsamError(
+            f"{path} is no state dict, but a {type(content).__name__}: save the model's state_dict() alone"
+        )
+    return content
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why the file could not be read, without PyTorch's advice to run what is in it."""
+    try:
+        with torch.serialization.safe_globals(_VALUES):
+            code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # as above
+        code = []
+    if code:
+        return f"it needs the code of {a_few(sorted(code))}; save the model's state_dict() alone"
+    return first_line(error).partition("This file can still be loaded")[0].strip() or type(error).__name__
+
+
+def _found(content: Mapping[Any, Any], path: Path) -> tuple[str, Mapping[str, Any]]:
+    """The state dict, and under which name the file holds it."""
+    states = dict(_states(content))
+    for name in (*_AVERAGED, *_PLAIN):
+        if name in states:
+            return name, states[name]
+    if "" in states:
+        return "", states[""]
+    if len(states) == 1:
+        return next(iter(states.items()))
+    keys = a_few([repr(key) for key in states or content])
+    if states:
+        raise UlsamError(f"{path} holds several state dicts, {keys}: save the one of the model alone")
+    raise UlsamError(f"{path} is no state dict: it holds {keys or 'nothing'}; save the model's state_dict() alone")
+
+
+def _states(content: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All that could be the state dict of a model, with their names; what lies within one is no other one."""
+    if _is_state(content):
+        yield name, content
+    elif depth < _DEPTH:
+        for key, value in content.items():
+            if isinstance(key, str) and isinstance(value, dict) and not any(o in key for o in _OTHERS):
+                yield from _states(value, f"{name}.{key}" if name else key, depth + 1)
+
+
+def _is_state(value: Mapping[Any, Any]) -> bool:
+    """Whether this has names alone as keys, and tensors, and beside them nothing but plain numbers and texts."""
+    plain = all(isinstance(item, Tensor | np.generic | int | float | str | None) for item in value.values())
+    return (
+        plain
+        and all(isinstance(key, str) for key in value)
+        and any(isinstance(item, Tensor) for item in value.values())
+    )

@@ -1,0 +1,89 @@
+"""Whether a model is measured on images that it was trained on."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ulsam.base.errors import UlsamError
+from ulsam.base.logs import WARNING, say
+from ulsam.data.sources import FolderImages
+from ulsam.model.trained import locate
+from ulsam.training import parts
+from ulsam.training.config import TrainConfig, config_beside
+
+_HELD_OUT = {"val", "valid", "validation", "test"}  # folders of images that nobody trains on
+
+
+def run_of(model: object) -> TrainConfig | None:
+    """The settings of the run in whose folder a model file, or what was exported from it, lies; None for others.
+
+    >>> run_of("elsewhere/model.onnx")
+    """
+    if not isinstance(model, str | os.PathLike):
+        return None
+    return config_beside(locate(model).with_name("model.safetensors"))
+
+
+def held_out_settings(model: object, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by which the run of this model chose its held-out images; empty without such a run.
+
+    Args:
+        model: as of :func:`run_of`.
+        data: an image folder, or the name of a data set, which has splits of its own.
+        settings: that were given; a ``val_split`` among them needs no share.
+    """
+    before = run_of(model)
+    if before is None or not Path(data).is_dir():
+        return {}
+    found = {"split_seed": before.seed if before.split_seed is None else before.split_seed}
+    return found if "val_split" in settings else {"val_fraction": before.val_fraction, **found}
+
+
+def note_trained_on(model: object, paths: Sequence[str], roots: Sequence[str | os.PathLike[str]]) -> None:
+    """Log a warning if the model was trained on some of these images, or if nothing says that it was not.
+
+    Args:
+        model: a model file or an exported one; of a model in memory nothing is known.
+        paths: of the images that it is measured on.
+        roots: the folders, or the files, that were named to find them in.
+    """
+    before = run_of(model)
+    known = _training_images(before) if before else None
+    if known is not None:
+        ours = [os.path.realpath(path) for path in paths]
+        seen = sum(path in known for path in ours)
+        if seen:
+            say(
+                f"note    the model was trained on {seen} of these {len(ours)} images: they are no fair test",
+                level=WARNING,
+            )
+        if seen or (before and _lie_in(ours, before.data)):
+            return
+    if not all(_is_held_out(path, roots) for path in paths):
+        say(
+            "note    nothing says that the model was not trained on these images: to be sure, measure on a folder val "
+            "or test, or on a model file in the folder of its run",
+            level=WARNING,
+        )
+
+
+def _training_images(run: TrainConfig) -> set[str] | None:
+    """The files that a run was trained on; None where its data is no folder, or is gone."""
+    try:
+        images = parts.open_images(run)[0] if Path(run.data).is_dir() else None
+    except UlsamError:
+        return None
+    return {os.path.realpath(path) for path, _ in images.samples} if isinstance(images, FolderImages) else None
+
+
+def _lie_in(paths: Sequence[str], folder: str) -> bool:
+    whole = os.path.realpath(folder) + os.sep
+    return all(path.startswith(whole) for path in paths)
+
+
+def _is_held_out(path: str, roots: Sequence[str | os.PathLike[str]]) -> bool:
+    """Whether a folder around the image, from the root on that it lies in, is called so."""
+    whole = Path(os.path.abspath(path))
+    root = next((one for one in map(os.path.abspath, roots) if whole.is_relative_to(one)), str(whole.parent))
+    return any(part.lower() in _HELD_OUT for part in whole.relative_to(Path(root).parent).parts[:-1])
