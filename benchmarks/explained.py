@@ -4,9 +4,11 @@ Deletion, insertion, average drop and increase in confidence of Grad-CAM++; entr
 of the subspaces; and, on the images of `ulsam birds`, the share of each map on the bird and its field marks. Numbers
 alone are written, no image.
 
-    ulsam demo --out runs/demo
-    python benchmarks/explained.py birds runs/demo/ulsam/model.safetensors runs/demo/birds/val \\
-        --against runs/demo/base/model.safetensors     # results/explained_birds.json; a few minutes
+    python benchmarks/explained.py birds runs/ulsam/model.safetensors birds/val \\
+        --against runs/base/model.safetensors     # results/explained_birds.json; a few minutes
+
+The committed result is of mobilenetv1_050 and its block 12 replaced with g=4, each trained from scratch for 9 epochs on
+400 birds a class of broadbar and finebar, spotted and speckled, with short bills, at 96 pixels.
 """
 
 import argparse

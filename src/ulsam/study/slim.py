@@ -223,7 +223,7 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
                     store.put("reconstructed", {found.name: found.explained for found in switched.reconstruct(shown())})
 
             def reconstructed(names: Sequence[str]) -> Score:
-                model = switched.edited(names)
+                model = switched.edited(names, world.device)
                 reconstruct(model, shown(), steps=STEPS)
                 return score(model, sample, spec.classes, world)
 

@@ -90,8 +90,10 @@ class SwitchableModel:
             module.to(batches[0].device)
         return reconstruct_each(self.model, self.new, batches)
 
-    def edited(self, blocks: Sequence[str]) -> nn.Module:
+    def edited(self, blocks: Sequence[str], device: torch.device) -> nn.Module:
         """A copy of the model in which these blocks are replaced for good: an edited model, which knows its blocks."""
+        for module in (self.model, *self.new.values()):  # timing leaves them on the CPU
+            module.to(device)
         model = copy.deepcopy(self.model)
         with torch.random.fork_rng(devices=[]):
             edit_of(blocks, self._layer).apply(model, self._input_size)

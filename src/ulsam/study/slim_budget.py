@@ -88,7 +88,9 @@ def edit_of(places: Sequence[str], layer: Mapping[str, Any]) -> Edit:
     at = ",".join(places)
     if layer.get("layer") != "none":
         return Edit("replace", at, **layer)
-    return Edit("remove", at, **{name: value for name, value in layer.items() if name != "layer"})
+    if len(layer) > 1:
+        raise UlsamError("the layer none takes no groups, width or form: the blocks are removed")
+    return Edit("remove", at)
 
 
 def budget(

@@ -8,6 +8,7 @@ from typing import Any
 from ulsam.base.text_table import text_table
 from ulsam.study.slim_budget import WORDS
 
+RECONSTRUCTED = "measured_reconstructed"
 SHOWN = 10  # sets of the search in the table; all are in slim.json
 
 Data = Mapping[str, Any]
@@ -89,23 +90,23 @@ def _set_table(data: Data) -> list[str]:
     timed = {tuple(entry["blocks"]): entry for entry in data.get("timed", [])}
     by_time = chosen["how"] in ("timed", "all")
     title = "sets of blocks that were timed" if by_time else "sets of blocks that reach the budget"
-    reconstructed = bool(data.get("measured_reconstructed"))
+    reconstructed = bool(data.get(RECONSTRUCTED))
     cells = [
         [
             *(title, "params left", "MACs left", *["time left"] * by_time, "loss change", "top-1 change"),
             *["reconstructed: loss", "top-1"] * reconstructed,
         ]
     ]
-    for places in chosen["rivals"][:SHOWN]:
+    rivals = chosen["rivals"]
+    shown = [places for number, places in enumerate(rivals) if number < SHOWN or places == chosen["blocks"]]
+    for places in shown:
         left = [f"{1 - sum(blocks[place][key] for place in places) / model[key]:.2%}" for key in ("params", "macs")]
         time = [f"{timed[tuple(places)]['ratio']:.2%}"] if by_time else []
-        after = _score(data, places, "measured_reconstructed")
+        after = _score(data, places, RECONSTRUCTED)
         mended = _damage(after, base) if after else ("", "")
         cells.append([", ".join(places), *left, *time, *_damage(_score(data, places), base), *mended * reconstructed])
     lines = text_table(cells, right=range(1, len(cells[0])))
-    if more := len(chosen["rivals"]) - SHOWN:
-        lines += [f"and {more} more, in slim.json"] if more > 0 else []
-    return lines
+    return lines + [f"and {len(rivals) - len(shown)} more, in slim.json"] * (len(rivals) > len(shown))
 
 
 def _reason(data: Data) -> str:
@@ -121,8 +122,8 @@ def _reason(data: Data) -> str:
         why = (
             f"the least damage of the sets whose blocks promise {budget}, and timed it reaches that"
             if number == 1
-            else f"of {number} sets that were timed, by damage, the first that reaches {budget}; "
-            "the others are too slow, and one that was not timed may be better"
+            else f"of {number} sets that were timed, by damage, the first that reaches {budget}, as {_others(data)}; "
+            "one that was not timed may be better"
         )
     elif chosen["how"] == "all":
         why = f"all blocks that save time reach {budget}; no smaller set was found"
@@ -133,7 +134,7 @@ def _reason(data: Data) -> str:
             f"the least damage of {number} sets that reach {budget}: the greedy one and exchanges of its blocks; "
             "there are too many for all to be measured, and a better one may exist"
         )
-    if (measured := len(data.get("measured_reconstructed", []))) > 1:
+    if (measured := sum(_score(data, places, RECONSTRUCTED) is not None for places in chosen["rivals"])) > 1:
         first = chosen["rivals"][0]
         if chosen["blocks"] == first:
             why += f"; of {measured} sets it is the best after reconstruction too"
@@ -143,6 +144,15 @@ def _reason(data: Data) -> str:
     if chosen["how"] in ("exact", "greedy") and chosen["greedy"] != chosen["blocks"]:
         why += f"; greedy: {', '.join(chosen['greedy'])}"
     return why
+
+
+def _others(data: Data) -> str:
+    """Which of the other timed sets reach the budget too."""
+    share, rivals = data["budget"]["share"], data["chosen"]["rivals"]
+    ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in data["timed"]}
+    fast = sum(ratios[tuple(places)] <= share for places in rivals) - 1
+    slow = len(rivals) - 1 - fast
+    return " and ".join([*[f"{fast} others do"] * (fast > 0), *[f"{slow} are too slow"] * (slow > 0)])
 
 
 def _score(data: Data, places: Sequence[str], of: str = "measured") -> Any:

@@ -658,7 +658,7 @@ INLINE vf plane_window(const float *row, int64_t W) { return max3(get(row - W), 
 /* Where rows fill most of their vectors, the sums are kept a row in vectors of its own: nothing is written between. */
 INLINE int64_t row_vectors(const struct job *job) {
     int64_t n = (job->W + V - 1) / V;
-    return n * V * 4 <= job->W * 5 ? n : 0;
+    return job->H && n * V * 4 <= job->W * 5 ? n : 0;
 }
 /* the maxima of each 3 pixels of a row, V of them from p on */
 INLINE vf row_window(const void *x, int64_t p, vf scale, vi first, vi last, int bf16) {
@@ -910,7 +910,7 @@ static void *take(char **from, int64_t n, int64_t size) {
 static char *lay_out(struct unit *u, char *at, int64_t groups) {
     const struct job *job = u->job;
     int64_t pixels = u->pixels, channels = groups * (job->C / job->g), room = job->W + 2 * V;
-    int back = (job->stages & INPUT_BACK) != 0, pooling = (job->stages & LOGITS) || back;
+    int back = (job->stages & INPUT_BACK) != 0, pooling = back || (job->stages & LOGITS && !row_vectors(job));
     u->ld = round_up(pixels, V);
     u->width = round_up(groups, V) + V;
     u->inside = take(&at, u->ld, 4);
@@ -946,7 +946,7 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
 static void prepare(struct unit *u, int64_t groups) {
     const struct job *job = u->job;
     int64_t W = job->W, G = job->C / job->g, room = W + 2 * V;
-    int back = (job->stages & INPUT_BACK) != 0, pooling = (job->stages & LOGITS) || back;
+    int back = (job->stages & INPUT_BACK) != 0, pooling = back || (job->stages & LOGITS && !row_vectors(job));
     for (int64_t p = 0; p < u->ld; p++) u->inside[p] = p < u->pixels ? -1 : 0;
     if (job->channels_last) {
         int32_t n = 0, left = (int32_t)G;
