@@ -360,6 +360,44 @@ def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, sin
     assert any(entry["blocks"] == found["blocks"] for entry in store.get("measured"))
 
 
+def test_several_sets_that_are_fast_enough_are_compared_after_reconstruction(tmp_path):
+    """Four blocks, of which one is to go; b1 is too slow, and reconstruction turns the order of the others round."""
+    blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(4)]
+    asked = Budget("latency", 0.9, reconstruct_sets=2)
+    store = Store(tmp_path / "out", asked.entry())
+    sets = [((), 1.0), ((0,), 0.85), ((1,), 0.85), ((2,), 0.85), ((3,), 0.85)]
+    entries = [{"blocks": [str(n) for n in key], "seconds": 1.0, "ratio": ratio, "turns": 15} for key, ratio in sets]
+    store.put("timings", entries)
+    together = {**entries[0], "blocks": ["0", "1", "2", "3"], "ratio": 0.5}
+    store.put("timed", [entries[1], {**entries[2], "ratio": 0.95}, entries[3], entries[4], together])
+    model = nn.Conv2d(3, 3, 1)
+    BlockSearch(
+        asked,
+        blocks,
+        SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
+        cost(model, SIZE),
+        lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
+        store,
+        lambda: None,
+        lambda names: Score(1.0 - 0.1 * int(names[0][1:]), 0.5),
+    ).choose()
+    found = store.get("chosen")
+    assert (found["blocks"], found["rivals"]) == (["2"], [["0"], ["2"], ["1"]])  # the fourth is not needed
+    assert [entry["blocks"] for entry in store.get("measured_reconstructed")] == [["0"], ["2"]]
+    store.data["model"] = {"params": 100, "macs": 100}
+    store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+    reason = choice_lines(store.data)[-1]
+    assert reason.startswith(
+        "chosen  2: the least loss after reconstruction of 2 sets; before it 0 was first: of 3 sets"
+    )
+    assert "1 more reaches it and 1 is too slow, and one that was not timed may be better" in reason
+
+
+def test_layer_none_takes_no_options():
+    with pytest.raises(UlsamError, match="the layer none takes no groups, width or form: the blocks are removed"):
+        Budget("macs", 0.75, layer={"layer": "none", "groups": 4})
+
+
 def test_a_set_that_was_fast_enough_by_chance_is_not_taken(tmp_path):
     """Three blocks, of which one is to go; b1, of less damage than b2, is fast enough at its first timing alone."""
     readings = {(0, 1, 2): [0.7, 0.7], (0,): [0.95], (1,): [0.89, 0.92], (2,): [0.88, 0.86]}
@@ -583,7 +621,6 @@ def test_killed_and_stopped_it_resumes_to_the_same_end(model, data, slimmed, int
     assert models[0] == models[1]
 
 
-@pytest.mark.slow
 def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, logged):
     """Class folders, where a run holds images out by its seed."""
     run = tmp_path / "run"

@@ -122,8 +122,8 @@ def _reason(data: Data) -> str:
         why = (
             f"the least damage of the sets whose blocks promise {budget}, and timed it reaches that"
             if number == 1
-            else f"of {number} sets that were timed, by damage, the first that reaches {budget}, as {_others(data)}; "
-            "one that was not timed may be better"
+            else f"of {number} sets that were timed, by damage, the first that reaches {budget}; {_others(data)}, "
+            "and one that was not timed may be better"
         )
     elif chosen["how"] == "all":
         why = f"all blocks that save time reach {budget}; no smaller set was found"
@@ -152,7 +152,12 @@ def _others(data: Data) -> str:
     ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in data["timed"]}
     fast = sum(ratios[tuple(places)] <= share for places in rivals) - 1
     slow = len(rivals) - 1 - fast
-    return " and ".join([*[f"{fast} others do"] * (fast > 0), *[f"{slow} are too slow"] * (slow > 0)])
+    return " and ".join(
+        [
+            *[f"{fast} more reach{'es' if fast == 1 else ''} it"] * (fast > 0),
+            *[f"{slow} {'is' if slow == 1 else 'are'} too slow"] * (slow > 0),
+        ]
+    )
 
 
 def _score(data: Data, places: Sequence[str], of: str = "measured") -> Any:

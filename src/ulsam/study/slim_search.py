@@ -22,8 +22,8 @@ class SearchResult:
 
     ``how`` is "exact" where all minimal sets were measured, else "greedy". ``rivals`` are the minimal sets that were
     measured, by damage, the chosen one first; ``greedy`` is where the greedy search ended. Where time decides, ``how``
-    is "timed", or "all" for all blocks, and ``rivals`` are the sets that are fast enough, by damage, and then those that
-    were timed and are too slow.
+    is "timed", or "all" for all blocks, and ``rivals`` are the sets that are fast enough, by damage, and then those
+    that were timed and are too slow.
     """
 
     blocks: Blocks
