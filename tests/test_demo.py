@@ -19,6 +19,7 @@ def test_a_bad_seed_is_reported_before_anything_is_drawn(tmp_path, capsys):
 def test_the_demo_shows_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "BIRDS", {"classes": 2, "train": 12, "val": 6, "size": 32})
     monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 1, "batch_size": 8, "size": 32, "workers": 0})
+    monkeypatch.setattr(demo, "STEPS", 20)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--seed", "3"]) == 0
     text = capsys.readouterr().out

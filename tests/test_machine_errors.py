@@ -53,7 +53,7 @@ def limit(kind: int, soft: int) -> Iterator[None]:
 def open_files_left(count: int) -> Iterator[None]:
     """Within it this process can open so many files more."""
     gc.collect()  # what is freed within it would leave more
-    taken = [os.open(os.devnull, os.O_RDONLY)]
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(count + 1)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(limit(resource.RLIMIT_NOFILE, max(map(int, os.listdir("/proc/self/fd"))) + 1))
         with contextlib.suppress(OSError):

@@ -128,7 +128,7 @@ def test_killed_before_its_first_step_it_resumes_from_the_weights_it_had(
     with monkeypatch.context() as patch, pytest.raises(SystemError):
         patch.setattr(loading, "check_labels", power_cut)
         train(config(data, ema=0.5), tmp_path / "run", model=narrow())
-    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.pt", "config.yaml"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "checkpoint.pt", "config.yaml"]
     resume(tmp_path / "run", model=narrow(seed=7))
     assert (tmp_path / "run" / "weights.safetensors").read_bytes() == (unbroken / "weights.safetensors").read_bytes()
 

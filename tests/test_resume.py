@@ -253,6 +253,7 @@ def test_stopped_it_saves_and_says_how_to_resume(
     assert_same_end(run, unbroken)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_stops_a_run_and_under_nohup_does_not(data: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "ulsam", "train", str(data), *options({**FULL, "save_seconds": 1000, "epochs": 50})]
     for name, launcher in (("alone", []), ("nohup", ["nohup"])):

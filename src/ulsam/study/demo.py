@@ -44,6 +44,7 @@ FINE_TUNING: dict[str, Any] = {"epochs": 2, "lr": 5e-4, "warmup_epochs": 0, "rec
 BLOCKS = "10,11,12"  # three of the five equal ones
 EDITS = {"blocks removed": f"remove {BLOCKS}", "ULSAM in their place": f"replace {BLOCKS} g=4"}
 IMAGES = 512  # for reconstruction
+STEPS = 500  # of it
 STAGES = ("at once", "reconstructed", "fine-tuned")
 
 
@@ -85,7 +86,7 @@ def run_demo(out: str | Path, seed: int = 0) -> list[Row]:
         spec = dataclasses.replace(spec, edits=(*spec.edits, edit))
         top1 = {"at once": _top1(model, spec, data)}
         say(f"{name}: {100 * top1['at once']:.1f} % at once; reconstructing")
-        reconstruct(model, draw_sample(open_data(str(data))[0], spec, IMAGES, ALONE).images)
+        reconstruct(model, draw_sample(open_data(str(data))[0], spec, IMAGES, ALONE).images, steps=STEPS)
         top1["reconstructed"] = _top1(model, spec, data)
         say(f"{name}: {100 * top1['reconstructed']:.1f} % reconstructed, without labels; fine-tuning")
         save(model, spec, out / f"{text.split()[0]}.safetensors")

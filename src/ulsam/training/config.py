@@ -33,7 +33,8 @@ _RANGES: dict[str, tuple[float, float]] = {  # least and most, both included; no
     **dict.fromkeys(("epochs", "val_every", "accumulate"), (1, _LARGE)),
     **dict.fromkeys(("seed", "split_seed"), (0, 2**63 - 1)),
     **dict.fromkeys(("mixup", "cutmix", "color_jitter", "weight_decay"), (0, 1000)),
-    **dict.fromkeys(("min_lr", "warmup_epochs", "save_seconds", "distill_features"), (0, 1e9)),
+    **dict.fromkeys(("min_lr", "warmup_epochs", "save_seconds"), (0, 1e9)),
+    "distill_features": (0, 3e38),
     "batch_size": (1, 65_536),
     "size": (1, 8192),
     "threads": (1, 1024),  # OpenMP ends the process where it cannot make as many as it is asked for
