@@ -14,7 +14,7 @@ from ulsam.training.config import TrainConfig, read_config
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 NUMBERS = [name for name, field in FIELDS.items() if str(field.type).split(" ")[0] in ("int", "float")]
-UNBOUNDED = ("lr", "ulsam_lr", "clip_grad")  # any number that is finite
+UNBOUNDED = ("lr", "ulsam_lr", "clip_grad", "distill_features")  # any number that is finite
 TAUGHT = {"teacher": "teacher.safetensors"}
 
 
