@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ulsam.base.extras import check_plots
@@ -82,7 +83,9 @@ def run_demo(out: str | Path, seed: int = 0) -> list[Row]:
     for name, text in EDITS.items():
         model, spec = load(weights)
         edit = Edit.parse(text)
-        edit.apply(model, spec.input_size)
+        with torch.random.fork_rng(devices=[]):  # the new layers' weights are of this seed too
+            torch.manual_seed(seed)
+            edit.apply(model, spec.input_size)
         spec = dataclasses.replace(spec, edits=(*spec.edits, edit))
         top1 = {"at once": _top1(model, spec, data)}
         say(f"{name}: {100 * top1['at once']:.1f} % at once; reconstructing")
