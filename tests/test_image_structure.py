@@ -5,6 +5,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,3 +196,23 @@ def test_a_sound_jpeg_stays_as_it_is() -> None:
     exif[0x0112], exif[0x010E] = 6, "a bird"
     content = encoded(SCENE, "JPEG", exif=exif, icc_profile=bytes(200_000), comment=b"x")
     assert plain_jpeg(content) is content
+
+
+def test_what_lies_behind_a_large_jpeg_is_no_scan_of_it(tmp_path: Path) -> None:
+    """As in photos that hold a film, too."""
+    content = io.BytesIO()
+    Image.new("L", (7000, 7000)).save(content, "JPEG")
+    path = tmp_path / "motion.jpg"
+    path.write_bytes(content.getvalue() + 50 * b"\xff\xda\x00\x08")
+    assert read_pixels(str(path), lambda width, height: 8).shape[:2] == (875, 875)
+
+
+def test_one_tag_that_is_cut_off_does_not_turn_an_image(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20))
+    exif = image.getexif()
+    exif[0x0112], exif[0x010F] = 6, "make"
+    block = exif.tobytes()
+    order = "<" if block[6:8] == b"II" else ">"
+    at = block.index(struct.pack(f"{order}HH", 0x010F, 2)) + 4
+    image.save(tmp_path / "turned.jpg", exif=block[:at] + struct.pack(f"{order}L", 60_000) + block[at + 4 :])
+    assert read_pixels(str(tmp_path / "turned.jpg"), lambda width, height: 1).shape[:2] == (40, 20)

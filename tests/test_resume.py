@@ -261,6 +261,7 @@ def test_a_terminal_that_is_closed_stops_a_run_and_under_nohup_does_not(data: Pa
         pid, terminal = os.forkpty()
         if not pid:
             os.environ["OMP_NUM_THREADS"] = "1"
+            os.chdir(tmp_path)  # where nohup writes
             os.execvp((launcher or words)[0], [*launcher, *words, "--out", str(run)])
         wait_for(lambda run=run: (run / "metrics.csv").exists(), 0.01)
         os.close(terminal)

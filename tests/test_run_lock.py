@@ -46,7 +46,9 @@ def holder(tmp_path: Path) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
 def test_the_other_process_is_named(holder: tuple[Path, "subprocess.Popen[str]"], data: Path, capsys) -> None:
     run, process = holder
     message = f"process {process.pid} already trains into {run}: wait for its end, or name another"
-    with pytest.raises(UlsamError, match=f"^{message} `out`$"):
+    with pytest.raises(
+        UlsamError, match=f"^{message} `out`; if it ran on a machine that is gone, delete {run / '.lock'}$"
+    ):
         train(TrainConfig(str(data), **SETTINGS), run)
     (run / "config.yaml").write_text(
         TrainConfig(str(data), layout="contiguous", amp="none", compile="none", **SETTINGS).to_yaml()

@@ -106,3 +106,20 @@ def test_objects_in_the_guise_of_a_scalar_run_nothing(tmp_path: Path) -> None:
     with pytest.raises(UlsamError):
         read_weights(tmp_path / "x.pt")
     assert not (tmp_path / "made").exists()
+
+
+def test_counters_of_an_average_are_no_weights(tmp_path: Path) -> None:
+    weights, averaged = {"a.weight": torch.ones(2)}, {"a.weight": torch.zeros(2)}
+    for number, (ema, expected) in enumerate(
+        [({"decay": torch.tensor(0.9), "n": 3}, weights), ({"model": averaged, "decay": 0.9}, averaged)]
+    ):
+        torch.save({"model": weights, "ema": ema}, tmp_path / f"{number}.pt")
+        found = read_weights(tmp_path / f"{number}.pt")
+        assert found.keys() == expected.keys() and torch.equal(found["a.weight"], expected["a.weight"])
+
+
+def test_another_models_weights_do_not_stand_in(tmp_path: Path) -> None:
+    mixed = {"a.weight": torch.ones(2), "extra": {"b": [1]}}
+    torch.save({"model": mixed, "teacher": {"a.weight": torch.zeros(2)}}, tmp_path / "two.pt")
+    with pytest.raises(UlsamError, match="'model' holds no state dict alone; save the model's state_dict"):
+        read_weights(tmp_path / "two.pt")

@@ -16,7 +16,8 @@ MAX_SCANNED = 2_000_000_000
 for each, even where the scan changes nothing."""
 
 _MOST_SEGMENTS = 1000  # of a JPEG before its first scan; a colour profile, the largest of them, takes up to 255
-_LARGEST_BLOCK = 65_536  # of a PNG's metadata: as much as a JPEG has room for
+_LARGEST_BLOCK = 65_536  # of a PNG's texts: as much as a JPEG has room for
+_LARGEST_EXIF = 1_000_000
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TURNED_BY = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that say which side of an image is up
@@ -24,8 +25,8 @@ _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # in the data of a scan F
 _TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
-def count_scans(content: bytes) -> int:
-    """How many scans the first image of a JPEG file has; up to `MAX_SCANS`, it may be more than there are.
+def count_scans(content: bytes, pixels: int = 0) -> int:
+    """How many scans the first image of a JPEG file has; more than there are only where both counts may be decoded.
 
     Source: ITU-T T.81, annex B.
 
@@ -33,8 +34,8 @@ def count_scans(content: bytes) -> int:
     101
     """
     found = content.count(b"\xff\xda")
-    if found <= MAX_SCANS:
-        return found
+    if found <= MAX_SCANS and found * pixels <= MAX_SCANNED:
+        return found  # what lies behind the image may look like scans, too
     found, place = 0, 2
     while marker := _MARKER.search(content, place):
         kind, place = marker[1][0], marker.end()
@@ -60,10 +61,10 @@ def plain_jpeg(content: bytes) -> bytes:
         if content[start + 1] == 0xE1 and content.startswith(b"Exif\0\0", start + 4):
             exif += content[start + 10 : end]
         elif content[start + 1] == 0xE2 and content.startswith(b"MPF\0", start + 4):
-            unsound |= not tags_fit(content[start + 8 : end])
+            unsound |= not tags_fit(content[start + 8 : end], cut_off=True)
         if len(segments) > _MOST_SEGMENTS:
             unsound = True
-    if not unsound and tags_fit(exif):
+    if not unsound and tags_fit(exif, cut_off=True):
         return content
     # APP0 (JFIF) and APP14 (Adobe) say how colours are stored
     kept = [content[a:b] for a, b in segments if content[a + 1] in (0xE0, 0xEE) or content[a + 1] < 0xE0]
@@ -81,17 +82,21 @@ def _segments(content: bytes) -> Iterator[tuple[int, int]]:
         place += 2 + length
 
 
-def tags_fit(block: bytes) -> bool:
-    """Whether the tags of a TIFF file, or of an EXIF block, ask for no more than twice the bytes that there are.
+def tags_fit(block: bytes, cut_off: bool = False) -> bool:
+    """Whether the tags of a TIFF file, or of an EXIF block, make readers copy no more than four times its bytes.
 
-    Readers copy the value of each tag, and 65,535 tags may all have the whole file as their value.
+    Readers copy the value of each tag, and 65,535 tags may all have the whole file as theirs.
+
+    Args:
+        block: from its byte order on.
+        cut_off: values end where the block does, as readers of EXIF take them, who skip such a tag.
 
     Source: TIFF 6.0, section 2; BigTIFF.
 
-    >>> tags_fit(b"II*\\x00\\x08\\x00\\x00\\x00\\x01\\x00" + b"\\x0f\\x01\\x02\\x00\\xff\\xff\\xff\\x7f")
-    True
-    >>> tags_fit(b"II*\\x00\\x08\\x00\\x00\\x00\\x01\\x00" + b"\\x0f\\x01\\x02\\x00\\xff\\xff\\xff\\x7f" + bytes(4))
-    False
+    >>> wild = b"\\x0f\\x01\\x02\\x00\\xff\\xff\\xff\\x7f" + bytes(4)
+    >>> one, five = (b"II*\\x00\\x08\\x00\\x00\\x00" + bytes([n, 0]) + n * wild for n in (1, 5))
+    >>> tags_fit(one), tags_fit(one, cut_off=True), tags_fit(five, cut_off=True)
+    (False, True, False)
     """
     order = {b"II": "<", b"MM": ">"}.get(block[:2])
     if order is None or len(block) < 16:
@@ -106,7 +111,8 @@ def tags_fit(block: bytes) -> bool:
     place += struct.calcsize(head)
     count = min(count, (len(block) - place) // size)
     entries = struct.iter_unpack(entry, block[place : place + count * size])
-    return sum(_TAG_SIZES.get(kind, 1) * number for _, kind, number in entries) <= 2 * len(block)
+    sizes = (_TAG_SIZES.get(kind, 1) * number for _, kind, number in entries)
+    return sum(min(size, len(block)) if cut_off else size for size in sizes) <= 4 * len(block)
 
 
 def plain_png(content: bytes, metadata: bool) -> bytes:
@@ -127,7 +133,8 @@ def plain_png(content: bytes, metadata: bool) -> bytes:
     while place + 12 <= len(content):
         length, kind = int.from_bytes(content[place : place + 4]), content[place + 4 : place + 8]
         end = place + 12 + length
-        if kind in _PIXELS or kind[:1].isupper() or (metadata and length <= _LARGEST_BLOCK and _turns(content, place)):
+        most = _LARGEST_EXIF if kind == b"eXIf" else _LARGEST_BLOCK
+        if kind in _PIXELS or kind[:1].isupper() or (metadata and length <= most and _turns(content, place)):
             kept.append(content[place:end])
         elif not kind.isalpha():
             break

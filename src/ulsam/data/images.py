@@ -334,7 +334,7 @@ def _check_size(width: int, height: int, most: int) -> None:
 
 def _check_scans(content: bytes, pixels: int) -> None:
     """Raise where a JPEG of so many pixels has so many scans that decoding them all would take very long."""
-    scans = count_scans(content)
+    scans = count_scans(content, pixels)
     if scans > MAX_SCANS or scans * pixels > MAX_SCANNED:
         most = min(MAX_SCANS, MAX_SCANNED // pixels)
         raise UnreadableImage(f"{scans} scans of {pixels} pixels, and at most {most} are decoded: store it as baseline")
@@ -343,7 +343,7 @@ def _check_scans(content: bytes, pixels: int) -> None:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation 1..8; 1 where there is none or the EXIF block is broken."""
     exif = image.info.get("exif")
-    if isinstance(exif, bytes) and not tags_fit(exif.removeprefix(b"Exif\0\0")):
+    if isinstance(exif, bytes) and not tags_fit(exif.removeprefix(b"Exif\0\0"), cut_off=True):
         return 1
     try:
         value = image.getexif().get(0x0112, 1)

@@ -263,7 +263,7 @@ def _alive(batches: Iterator[Any]) -> Iterator[Batch]:
 def _fault(error: Exception, codes: list[int | None]) -> str | None:
     """What the machine lacked when a batch did not come, by the error here and the exit codes of the readers."""
     full = os.strerror(errno.ENOSPC)
-    if full in str(error) or errno.ENOSPC in codes or -getattr(signal, "SIGBUS", 0) in codes:
+    if full in str(error) or errno.ENOSPC in codes or (hasattr(signal, "SIGBUS") and -signal.SIGBUS in codes):
         return "/dev/shm, where they hand them over, is full: enlarge it (docker run --shm-size=2g), or use `workers=0`"
     if "Too many open files" in str(error):
         return machine_fault(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))

@@ -305,7 +305,7 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
         spec = ModelSpec.from_json(metadata[_KEY])
     except UlsamError as error:
         raise UlsamError(f"{path}: {error}") from error
-    _check_fit(spec, shapes, str(path))
+    _check_memory(_check_fit(spec, shapes, str(path)), shapes, str(path))
     return spec
 
 
@@ -357,11 +357,10 @@ def _check_base(base: str) -> None:
         raise UlsamError(f"timm has no model {base!r}: {first_line(error)}") from error
 
 
-def _check_fit(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Compare shapes with the spec's model on the meta device, before any memory is taken.
+def _check_fit(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], source: str) -> nn.Module:
+    """Compare shapes with the spec's model on the meta device, which is returned, before any memory is taken.
 
-    Nor may the model take far more memory than its weights: a table for each pair of positions of a large image is in
-    no file. A spec that makes far more parameters than there are shapes is refused while it makes them.
+    A spec that makes far more parameters than there are shapes is refused while it makes them.
     """
     too_many = f"{source} is not what its spec builds: it holds {len(shapes)} tensors, that many more"
     with AtMost(4_000 + 10 * len(shapes), too_many):  # far more, because edits take blocks out
@@ -371,6 +370,11 @@ def _check_fit(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], source: s
     if wrong:
         here, there = shapes.get(wrong[0], "nothing"), expected.get(wrong[0], "nothing")
         raise UlsamError(f"{source} is not what its spec builds: {wrong[0]} is {here}, expected {there}")
+    return model
+
+
+def _check_memory(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raise where a model takes far more memory than its weights: tables for each pair of positions are in no file."""
     parts = [model, *changes(model)[1].values()]
     asked = sum(value.nbytes for part in parts for value in [*part.parameters(), *part.buffers()])
     held = 4 * sum(math.prod(shape) for shape in shapes.values())

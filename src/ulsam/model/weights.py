@@ -52,8 +52,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     check_readable(path, "weight file")
     content = _content(path)
     name, state = _found(content, path)
-    if name in _AVERAGED or "n_averaged" in state:
+    if name.partition(".")[0] in _AVERAGED or "n_averaged" in state:
         say(f"note    {path}: takes the averaged weights, {name or 'n_averaged'}")
+    elif name and name.partition(".")[0] not in _PLAIN:
+        say(f"note    {path}: takes the weights named {name}")
     state = {key: value for key, value in state.items() if key.rpartition(".")[2] not in (*_COUNTERS, "n_averaged")}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if "pytorch-lightning_version" in content:  # it saves losses and metrics beside the model
@@ -94,9 +96,15 @@ def _reason(path: Path, error: Exception) -> str:
 def _found(content: Mapping[Any, Any], path: Path) -> tuple[str, Mapping[str, Any]]:
     """The state dict, and under which name the file holds it."""
     states = dict(_states(content))
-    for name in (*_AVERAGED, *_PLAIN):
-        if name in states:
+    plain = next((name for name in states if name.partition(".")[0] in _PLAIN), None)
+    averaged = [name for name in states if name.partition(".")[0] in _AVERAGED]
+    for name in averaged:  # and not the average's own counters
+        if plain is None or _names(states[name]) == _names(states[plain]):
             return name, states[name]
+    if plain is not None:
+        return plain, states[plain]
+    if named := [name for name in _PLAIN if isinstance(content.get(name), dict)]:
+        raise UlsamError(f"{path}: {named[0]!r} holds no state dict alone; save the model's state_dict() alone")
     if "" in states:
         return "", states[""]
     if len(states) == 1:
@@ -105,6 +113,14 @@ def _found(content: Mapping[Any, Any], path: Path) -> tuple[str, Mapping[str, An
     if states:
         raise UlsamError(f"{path} holds several state dicts, {keys}: save the one of the model alone")
     raise UlsamError(f"{path} is no state dict: it holds {keys or 'nothing'}; save the model's state_dict() alone")
+
+
+def _names(state: Mapping[str, Any]) -> set[str]:
+    """The names of its tensors without what stands before all of them."""
+    names = [key for key, value in state.items() if isinstance(value, Tensor) and key != "n_averaged"]
+    while prefix := next((one for one in _WRAPPERS if names and all(name.startswith(one) for name in names)), None):
+        names = [name.removeprefix(prefix) for name in names]
+    return {name for name in names if name.rpartition(".")[2] not in _COUNTERS}
 
 
 def _states(content: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:

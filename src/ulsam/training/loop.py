@@ -77,7 +77,8 @@ class Trainer:
             notes.append("no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'")
         for note in notes:
             self._say(f"note    {note}")
-        self.image_state = self.train_images.state if isinstance(self.train_images, sources.FolderImages) else None
+        images = self.train_images
+        self.image_state = images.state if isinstance(images, sources.FolderImages) and world.writes else None
         self.at = Position()
         self.unreadable = {
             "train": parts.Unreadable(len(self.train_images), config.max_unreadable, world.writes),

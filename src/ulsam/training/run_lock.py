@@ -1,6 +1,7 @@
 """One process at a time trains into a folder."""
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from filelock import FileLock
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import clear_parts, write_atomic
 from ulsam.base.locks import take_lock
+from ulsam.base.logs import WARNING, say
 
 LOCK, HOLDER = ".lock", ".lock.pid"
 """Hidden files in the folder of a run that has not ended; the second one says which process has locked the first."""
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 ORPHANS = 10.0
 """Seconds for which the reading processes of a process that was killed may still hold its lock."""
@@ -27,8 +31,8 @@ def check_idle(run: Path) -> None:
     Raises:
         UlsamError: one does.
     """
-    if (run / LOCK).exists():
-        _lock(run).release()
+    if (run / LOCK).exists() and (lock := _lock(run)):
+        lock.release()
 
 
 @contextmanager
@@ -45,9 +49,12 @@ def run_lock(run: Path) -> Iterator[None]:
     >>> with run_lock(folder), run_lock(folder):  # doctest: +ELLIPSIS
     ...     pass
     Traceback (most recent call last):
-    ulsam.base.errors.UlsamError: process ... already trains into ...: wait for its end, or name another `out`
+    ulsam.base.errors.UlsamError: process ... already trains into ...: wait for its end, or name another `out`; ...
     """
     lock = _lock(run)
+    if lock is None:
+        yield
+        return
     try:
         clear_parts(run)
         write_atomic(run / HOLDER, str(os.getpid()), flush=False)
@@ -60,17 +67,24 @@ def run_lock(run: Path) -> Iterator[None]:
                 (run / LOCK).unlink(missing_ok=True)
 
 
-def _lock(run: Path) -> FileLock:
+def _lock(run: Path) -> FileLock | None:
+    """None where the file system has no locks."""
     end = time.monotonic() + ORPHANS
     try:
         while (lock := take_lock(run / LOCK)) is None and not _is_alive(_pid(run)) and time.monotonic() < end:
             time.sleep(0.1)
     except (OSError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
+            say(f"note    {run}: no locks on this file system: let one process at a time train there", level=WARNING)
+            return None
         raise UlsamError(f"cannot lock the folder {run}: {error}; name another `out`") from error
     if lock is None:
         pid = _pid(run)
         holder = f"process {pid}" if pid else "another process"  # it has just begun, or ended
-        raise UlsamError(f"{holder} already trains into {run}: wait for its end, or name another `out`")
+        raise UlsamError(
+            f"{holder} already trains into {run}: wait for its end, or name another `out`; if it ran on a machine that "
+            f"is gone, delete {run / LOCK}"
+        )
     return lock
 
 

@@ -1,12 +1,14 @@
 """Whether a model is measured on images that it was trained on."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.logs import WARNING, say
+from ulsam.data.folder import find_splits
 from ulsam.data.sources import FolderImages
 from ulsam.model.trained import locate
 from ulsam.training import parts
@@ -36,6 +38,8 @@ def held_out_settings(model: object, data: str, settings: Mapping[str, Any]) -> 
     before = run_of(model)
     if before is None or not Path(data).is_dir():
         return {}
+    if find_splits(data) and os.path.realpath(data) != os.path.realpath(before.data):
+        return {}  # another data set, with splits of its own
     found = {"split_seed": before.seed if before.split_seed is None else before.split_seed}
     return found if "val_split" in settings else {"val_fraction": before.val_fraction, **found}
 
@@ -51,7 +55,7 @@ def note_trained_on(model: object, paths: Sequence[str], roots: Sequence[str | o
     before = run_of(model)
     known = _training_images(before) if before else None
     if known is not None:
-        ours = [os.path.realpath(path) for path in paths]
+        ours = _real(paths)
         seen = sum(path in known for path in ours)
         if seen:
             say(
@@ -72,9 +76,15 @@ def _training_images(run: TrainConfig) -> set[str] | None:
     """The files that a run was trained on; None where its data is no folder, or is gone."""
     try:
         images = parts.open_images(run)[0] if Path(run.data).is_dir() else None
-    except UlsamError:
+    except (UlsamError, OSError):
         return None
-    return {os.path.realpath(path) for path, _ in images.samples} if isinstance(images, FolderImages) else None
+    return set(_real(path for path, _ in images.samples)) if isinstance(images, FolderImages) else None
+
+
+def _real(paths: Iterable[str]) -> list[str]:
+    """Without links in the folders: looked up once a folder, of which there are far fewer than images."""
+    folder = cache(os.path.realpath)
+    return [os.path.join(folder(os.path.dirname(path)), os.path.basename(path)) for path in paths]
 
 
 def _lie_in(paths: Sequence[str], folder: str) -> bool:
