@@ -308,6 +308,21 @@ def test_a_budget_of_time_is_met_by_the_model_that_was_timed(model, data, tmp_pa
     assert f"chosen  {', '.join(found['chosen']['blocks'])}: " in printed
 
 
+def search_of(asked, blocks, store, reconstructed=None, kind=BlockSearch):
+    """A search among blocks b0, b1, ... whose damage is their number plus 1; nothing is built or timed for it."""
+    model = nn.Conv2d(3, 3, 1)
+    return kind(
+        asked,
+        blocks,
+        SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
+        cost(model, SIZE),
+        lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
+        store,
+        lambda: None,
+        reconstructed,
+    )
+
+
 @pytest.mark.parametrize(
     ("single", "times", "chosen", "how"),
     [
@@ -332,17 +347,7 @@ def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, sin
     }
     store.put("timings", [entries[key] for key in ratios])
     store.put("timed", [entry for key, entry in entries.items() if key not in ratios])
-    model = nn.Conv2d(3, 3, 1)
-    chooser = BlockSearch(
-        asked,
-        blocks,
-        SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
-        cost(model, SIZE),
-        lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
-        store,
-        lambda: None,
-    )
-    chooser.choose()
+    search_of(asked, blocks, store).choose()
     found = Store(tmp_path / "out", asked.entry()).get("chosen")
     assert found["blocks"] == [str(n) for n in chosen]
     assert found["how"] == how
@@ -370,17 +375,7 @@ def test_several_sets_that_are_fast_enough_are_compared_after_reconstruction(tmp
     store.put("timings", entries)
     together = {**entries[0], "blocks": ["0", "1", "2", "3"], "ratio": 0.5}
     store.put("timed", [entries[1], {**entries[2], "ratio": 0.95}, entries[3], entries[4], together])
-    model = nn.Conv2d(3, 3, 1)
-    BlockSearch(
-        asked,
-        blocks,
-        SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
-        cost(model, SIZE),
-        lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
-        store,
-        lambda: None,
-        lambda names: Score(1.0 - 0.1 * int(names[0][1:]), 0.5),
-    ).choose()
+    search_of(asked, blocks, store, lambda names: Score(1.0 - 0.1 * int(names[0][1:]), 0.5)).choose()
     found = store.get("chosen")
     assert (found["blocks"], found["rivals"]) == (["2"], [["0"], ["2"], ["1"]])  # the fourth is not needed
     assert [entry["blocks"] for entry in store.get("measured_reconstructed")] == [["0"], ["2"]]
@@ -411,16 +406,8 @@ def test_a_set_that_was_fast_enough_by_chance_is_not_taken(tmp_path):
 
     asked = Budget("latency", 0.9)
     store = Store(tmp_path / "out", asked.entry())
-    model = nn.Conv2d(3, 3, 1)
-    Clocked(
-        asked,
-        [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(3)],
-        SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
-        cost(model, SIZE),
-        lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
-        store,
-        lambda: None,
-    ).choose()
+    blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(3)]
+    search_of(asked, blocks, store, kind=Clocked).choose()
     assert store.get("chosen")["blocks"] == ["2"]
     assert {tuple(entry["blocks"]): entry["ratio"] for entry in store.get("timed")} == {
         ("0", "1", "2"): 0.7,

@@ -56,13 +56,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         say(f"note    {path}: takes the averaged weights, {name or 'n_averaged'}")
     elif name and name.partition(".")[0] not in _PLAIN:
         say(f"note    {path}: takes the weights named {name}")
-    state = {key: value for key, value in state.items() if key.rpartition(".")[2] not in (*_COUNTERS, "n_averaged")}
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = _tensors(state)
     if "pytorch-lightning_version" in content:  # it saves losses and metrics beside the model
         tensors = {key: value for key, value in tensors.items() if key.startswith("model.")} or tensors
-    while prefix := next((one for one in _WRAPPERS if tensors and all(key.startswith(one) for key in tensors)), None):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+    return _unwrapped(tensors)
 
 
 def _content(path: Path) -> dict[Any, Any]:
@@ -99,7 +96,7 @@ def _found(content: Mapping[Any, Any], path: Path) -> tuple[str, Mapping[str, An
     plain = next((name for name in states if name.partition(".")[0] in _PLAIN), None)
     averaged = [name for name in states if name.partition(".")[0] in _AVERAGED]
     for name in averaged:  # and not the average's own counters
-        if plain is None or _names(states[name]) == _names(states[plain]):
+        if plain is None or _unwrapped(_tensors(states[name])).keys() == _unwrapped(_tensors(states[plain])).keys():
             return name, states[name]
     if plain is not None:
         return plain, states[plain]
@@ -115,12 +112,20 @@ def _found(content: Mapping[Any, Any], path: Path) -> tuple[str, Mapping[str, An
     raise UlsamError(f"{path} is no state dict: it holds {keys or 'nothing'}; save the model's state_dict() alone")
 
 
-def _names(state: Mapping[str, Any]) -> set[str]:
-    """The names of its tensors without what stands before all of them."""
-    names = [key for key, value in state.items() if isinstance(value, Tensor) and key != "n_averaged"]
-    while prefix := next((one for one in _WRAPPERS if names and all(name.startswith(one) for name in names)), None):
-        names = [name.removeprefix(prefix) for name in names]
-    return {name for name in names if name.rpartition(".")[2] not in _COUNTERS}
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Its tensors, without what other programs count in them."""
+    others = (*_COUNTERS, "n_averaged")
+    return {
+        key: value for key, value in state.items() if isinstance(value, Tensor) and key.rpartition(".")[2] not in others
+    }
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that all names have in common."""
+    found = dict(tensors)
+    while prefix := next((one for one in _WRAPPERS if found and all(key.startswith(one) for key in found)), None):
+        found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found
 
 
 def _states(content: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
