@@ -7,8 +7,8 @@ from typing import Any
 
 from ulsam.base.text_table import text_table
 from ulsam.study.slim_budget import WORDS
+from ulsam.study.slim_store import RECONSTRUCTED
 
-RECONSTRUCTED = "measured_reconstructed"
 SHOWN = 10  # sets of the search in the table; all are in slim.json
 
 Data = Mapping[str, Any]

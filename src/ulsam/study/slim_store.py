@@ -10,7 +10,8 @@ from ulsam.base.provenance import command_line, versions
 from ulsam.study.slim_damage import Score
 
 NAME = "slim.json"
-_KEYS = ("measured", "measured_reconstructed")
+RECONSTRUCTED = "measured_reconstructed"  # scores of sets after reconstruction
+_KEYS = ("measured", RECONSTRUCTED)
 
 
 class Store:
