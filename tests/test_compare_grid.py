@@ -13,7 +13,7 @@ from tiny import NET, SETTINGS, draw, draw_splits
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
 from ulsam.study.arms import Arm, check_arms, check_choosing, parse_arms
-from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge, most_epochs
+from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge, close_call, most_epochs
 from ulsam.study.paths import without_paths
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
@@ -140,6 +140,7 @@ def test_a_shared_rate_of_ulsam_layers_is_for_the_arms_that_have_some(data: Path
         ({"seeds": 0}, "1 seed or more"),
         ({"tried_seeds": 0, "epochs": (1, 2)}, "tried with 1 seed or more"),
         ({"tried_seeds": 2}, "nothing to try"),
+        ({"close": -0.1}, "0 to 100 points"),
         ({"epochs": (2, 2)}, "number of epochs is given twice"),
         ({"settings": {"min_lr": 0.02, "lr": 0.05}, "rates": (0.01,)}, "sets lr|min_lr"),
     ],
@@ -264,6 +265,27 @@ def test_the_lower_loss_chooses_where_as_many_images_are_right() -> None:
     tries = plan.tried(base, look)
     assert [entry.loss for entry in tries] == pytest.approx([1.05, 0.95, 0.2, 0.93])
     assert at_the_edge(tries) is None  # the smallest rate is as good, but for its loss
+
+
+def test_rates_close_to_the_best_get_the_further_epochs_too() -> None:
+    plan = grid("base", "size=24", rates=(0.01, 0.02, 0.04, 0.08), epochs=(1, 3), seeds=1, close=0.01)
+    base, look = plan.arms[0], Results()
+    top1 = {(0.01, 1): 0.594, (0.02, 1): 0.6, (0.04, 1): 0.58, (0.08, 1): None, (0.01, 3): 0.72, (0.02, 3): 0.71}
+    while due := [run for run in plan.due(look) if run.arm == base and run.is_try]:
+        look.add(due[0], top1.pop((due[0].config.lr, due[0].config.epochs)))
+    assert not top1 and plan.chosen(base, look) == (0.01, 3)
+    assert Grid.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    before = {name: value for name, value in plan.to_json().items() if name != "close"}
+    assert Grid.from_json(before).close == 0  # a plan of before tried the best rate alone
+
+
+def test_a_choice_against_the_loss_by_less_than_a_point_is_close() -> None:
+    best, far, wild = Try(0.02, 2, 0.6, loss=1.5), Try(0.01, 2, 0.58, loss=1.2), Try(0.04, 2, None, "diverged")
+    assert close_call([best, far, wild]) is None
+    assert close_call([best, far, Try(0.04, 2, None)]) is None  # it has not ended
+    near, nearer = Try(0.005, 2, 0.592, loss=1.4), Try(0.03, 2, 0.599, loss=1.45)
+    assert close_call([far, nearer, best, near, wild]) == (best, near)
+    assert close_call([best, Try(0.005, 2, 0.599, loss=1.6)]) is None
 
 
 def test_a_try_counts_only_with_all_its_seeds() -> None:

@@ -31,6 +31,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--tried-epochs", type=numbers(int), metavar="N,...", help="epochs to try")
     plan.add_argument("--tried-seeds", type=int, metavar="N", help="runs of each try, the mean counts (default: 1)")
     plan.add_argument(
+        "--tried-within",
+        type=float,
+        metavar="POINTS",
+        help="rates this near to the best at the first --tried-epochs are tried at the others too (default: 1)",
+    )
+    plan.add_argument(
         "--choose-split", metavar="NAME", help="choose on this split (default: on held-out training images)"
     )
     parser.add_argument(
@@ -65,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
 
     margin = {} if args.margin is None else {"margin": args.margin / 100}
     plan = {name: value for name in PLAN if (value := getattr(args, name)) is not None}
+    if args.tried_within is not None:
+        plan["tried_within"] = args.tried_within / 100
     if args.report_only:
         if args.data or args.arms or args.config or plan or given_settings(args):
             raise UlsamError("--report-only trains nothing: leave all but --margin, --from and --publish out")

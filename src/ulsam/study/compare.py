@@ -13,7 +13,7 @@ from ulsam.base.packed import check_packed_name
 from ulsam.base.provenance import command_line
 from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arms
 from ulsam.study.compare_report import measure_latency, summarise, write_reports
-from ulsam.study.grid import Grid
+from ulsam.study.grid import CLOSE, Grid
 from ulsam.study.identity import data_digest, file_digests, seen_before
 from ulsam.study.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.study.ray_launcher import RayLauncher, require_ray
@@ -35,6 +35,7 @@ def compare(
     rates: Sequence[float] = (),
     tried_epochs: Sequence[int] = (),
     tried_seeds: int = 1,
+    tried_within: float = CLOSE,
     choose_split: str | None = None,
     settings: Mapping[str, Any] | None = None,
     jobs: int | None = None,
@@ -60,6 +61,8 @@ def compare(
         rates: learning rates to try; one or none is no choice.
         tried_epochs: numbers of epochs to try, likewise.
         tried_seeds: how many seeds of each try, which hold out other images each; the best mean is chosen.
+        tried_within: share of top-1: rates that are this near to the best one at the first of ``tried_epochs`` are
+            tried at the others too.
         choose_split: the split of ``data`` to choose on, instead of held-out training images; the final runs are
             measured on another one.
         settings: of `ulsam.training.config.TrainConfig`, shared by all arms.
@@ -99,7 +102,8 @@ def compare(
         if launcher == "local"
         else dataclasses.replace(shared, threads=shared.threads or 1)
     )
-    grid = Grid(parsed, shared, tuple(map(float, rates)), tuple(tried_epochs), seeds, tried_seeds, choose_split)
+    tried = (tuple(map(float, rates)), tuple(tried_epochs))
+    grid = Grid(parsed, shared, *tried, seeds, tried_seeds, choose_split, tried_within)
     if grid.choosing:
         check_choosing(shared, choose_split)
     check_arms(parsed, shared)

@@ -14,7 +14,7 @@ from ulsam.study import compare_plot as plot
 from ulsam.study import compare_table as table
 from ulsam.study import latency
 from ulsam.study.arms import Arm
-from ulsam.study.grid import Failed, Grid, Try, at_the_edge, most_epochs
+from ulsam.study.grid import Failed, Grid, Try, at_the_edge, close_call, most_epochs
 from ulsam.study.run_store import Store
 from ulsam.study.statistics import Difference, check_paired, difference, pooled_seed_variance
 
@@ -181,6 +181,12 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         if edge := at_the_edge(tries):
             side = "larger" if edge == "largest" else "smaller"
             notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones, --rates")
+        if call := close_call(tries):
+            best, other = call
+            notes.append(
+                f"{entry['name']}: chance may have chosen {_settings(best)} over {_settings(other)}, whose loss is "
+                "lower; try with more seeds, --tried-seeds"
+            )
         if most_epochs(tries):
             longest.append(entry["name"])
         minus = entry["minus_base"]
@@ -206,6 +212,11 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         if len(used) > 1:
             notes.append(f"the runs were not all made with the same {name}: {', '.join(used)}")
     return notes
+
+
+def _settings(tried: Try) -> str:
+    top1, loss = 100 * (tried.top1 or 0), tried.loss or 0
+    return f"{tried.rate:g}, {tried.epochs} epochs ({top1:.1f}, loss {loss:.3f})"
 
 
 def _values(measured: list[Mapping[str, Any]], name: str) -> list[str]:

@@ -13,6 +13,7 @@ from ulsam.training.config import TrainConfig
 from ulsam.training.parts import DIVERGED
 
 HELD_OUT = 0.2  # of the training images, to choose on
+CLOSE = 0.01  # share of top-1: of a few hundred images, less is as likely chance
 SPLIT_SEED = 0  # of what is held out: the same images for every arm; further seeds of the tries hold out others
 
 
@@ -72,8 +73,9 @@ class Try:
 class Grid:
     """All arms, what they share, and what is tried.
 
-    Each arm is tried with every rate at the first number of epochs, then with its best rate at the further numbers,
-    each with ``tried_seeds`` seeds, which hold out other training images each, or are measured on ``choose_split``.
+    Each arm is tried with every rate at the first number of epochs, then with its best rate at the further numbers, and
+    with those that were ``close`` to it; each with ``tried_seeds`` seeds, which hold out other training images each, or
+    are measured on ``choose_split``.
     The best mean top-1 is chosen; where two are equal, as happens on a few hundred images, the lower mean loss. With
     one rate and one number of epochs nothing is chosen.
 
@@ -89,6 +91,7 @@ class Grid:
     seeds: int = 5
     tried_seeds: int = 1
     choose_split: str | None = None  # none: held-out training images
+    close: float = 0.0  # share of top-1 below the best rate
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -99,6 +102,8 @@ class Grid:
             raise UlsamError("several seeds for each try, but nothing to try: give several learning rates or epochs")
         if self.choose_split is not None and not self.choosing:
             raise UlsamError(f"nothing to choose on {self.choose_split}: give several learning rates or epochs")
+        if not 0 <= self.close < 1:
+            raise UlsamError(f"rates are close within 0 to 100 points of top-1, not {100 * self.close:g}")
         for name, values in (("learning rate", self.rates), ("number of epochs", self.epochs)):
             if len(set(values)) < len(values):
                 raise UlsamError(f"a {name} is given twice: {', '.join(f'{value:g}' for value in values)}")
@@ -116,7 +121,7 @@ class Grid:
 
     @property
     def size(self) -> int:
-        """The number of runs."""
+        """The number of runs, without further epochs of rates that turn out close."""
         tries = max(1, len(self.rates)) + max(1, len(self.epochs)) - 1 if self.choosing else 0
         return len(self.arms) * (tries * self.tried_seeds + self.seeds)
 
@@ -189,6 +194,7 @@ class Grid:
                 seeds=values["seeds"],
                 tried_seeds=values.get("tried_seeds", 1),
                 choose_split=values.get("choose_split"),
+                close=values.get("close", 0.0),
             )
         except (KeyError, TypeError) as error:
             raise UlsamError(f"not the plan of a comparison: {type(error).__name__} {error}") from error
@@ -209,8 +215,10 @@ class Grid:
             return []
         rates, epochs = self._tried(arm)
         first = [self._try(arm, rate, epochs[0]) for rate in rates]
-        best = _best([_outcome(runs, look) for runs in first])
-        return first + [self._try(arm, best.rate, more) for more in epochs[1:] if best]
+        found = [_outcome(runs, look) for runs in first]
+        best = _best(found)
+        close = [entry.rate for entry in found if best and (entry is best or _behind(entry, best) < self.close)]
+        return first + [self._try(arm, rate, more) for more in epochs[1:] for rate in close]
 
     def _try(self, arm: Arm, rate: float, epochs: int) -> list[Run]:
         runs = []
@@ -246,6 +254,25 @@ def at_the_edge(tries: Sequence[Try]) -> str | None:
     return "largest" if best == max(rates) else "smallest" if best == min(rates) else None
 
 
+def close_call(tries: Sequence[Try]) -> tuple[Try, Try] | None:
+    """The best try and another one whose loss is lower, though its top-1 is less than a point lower: chance may choose.
+
+    None while a try has not ended.
+
+    >>> best, other = close_call([Try(0.01, 4, 0.595, loss=1.4), Try(0.02, 4, 0.6, loss=1.5)])
+    >>> best.rate, other.rate
+    (0.02, 0.01)
+    >>> close_call([Try(0.01, 4, 0.595, loss=1.6), Try(0.02, 4, 0.6, loss=1.5)])
+    """
+    best = _best(tries)
+    if best is None or best.loss is None:
+        return None
+    others = [
+        entry for entry in tries if entry.loss is not None and entry.loss < best.loss and _behind(entry, best) < CLOSE
+    ]
+    return (best, min(others, key=lambda entry: entry.loss or 0.0)) if others else None
+
+
 def most_epochs(tries: Sequence[Try]) -> bool:
     """Whether, of several numbers of epochs, the largest was the best one, so that more may be better still.
 
@@ -272,6 +299,11 @@ def _outcome(runs: Sequence[Run], look: Look) -> Try:
     failed = bad and (f"seed {bad[0].config.seed}: {bad[1]}" if len(runs) > 1 else bad[1])
     mean = statistics.fmean(each) if len(each) == len(runs) else None
     return Try(config.lr, config.epochs, mean, failed, each, loss)
+
+
+def _behind(entry: Try, best: Try) -> float:
+    """How much top-1 the try has less than the best one; infinite where a run failed."""
+    return math.inf if entry.top1 is None else round(best.rank[0] - entry.rank[0], 9)
 
 
 def _best(tries: Sequence[Try]) -> Try | None:
