@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -453,6 +454,25 @@ def file(tmp_path_factory) -> Path:
 def entries(file) -> dict[str, Any]:
     """What the file's spec holds."""
     return json.loads(read_spec(file).to_json())
+
+
+@pytest.mark.parametrize("where", [".", "run"])
+def test_the_folder_of_a_run_is_its_model(file, tmp_path, where):
+    (tmp_path / where).mkdir(exist_ok=True)
+    shutil.copy(file, tmp_path / where / "model.safetensors")
+    model, spec = load(tmp_path)
+    assert spec == read_spec(file)
+    assert all(map(torch.equal, model.state_dict().values(), load(file)[0].state_dict().values()))
+
+
+def test_a_folder_without_a_model_names_those_in_it(file, tmp_path):
+    with pytest.raises(UlsamError, match=r"is a folder without model\.safetensors$"):
+        load(tmp_path)
+    for seed in "ab":
+        (tmp_path / seed).mkdir()
+        shutil.copy(file, tmp_path / seed / "model.safetensors")
+    with pytest.raises(UlsamError, match=r"; it has a/model\.safetensors, b/model\.safetensors$"):
+        read_spec(tmp_path)
 
 
 def test_a_file_cut_off_anywhere_gives_one_line(file, tmp_path):

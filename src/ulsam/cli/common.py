@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.processes import is_first_process
-from ulsam.model.trained import names
+from ulsam.model.trained import locate, names
 
 if TYPE_CHECKING:
     from ulsam.model.spec import Edit, ModelSpec
@@ -174,4 +174,4 @@ def beside(model: str, ending: str) -> str:
     >>> beside("runs/mine/model.safetensors", ".onnx"), beside("runs/mine/model.onnx", "-int8.onnx")
     ('runs/mine/model.onnx', 'runs/mine/model-int8.onnx')
     """
-    return (model if model in names() else str(Path(model).with_suffix(""))) + ending
+    return (model if model in names() else str(locate(model).with_suffix(""))) + ending

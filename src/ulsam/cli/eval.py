@@ -11,7 +11,9 @@ EXAMPLE = "ulsam eval runs/mine/model.safetensors images --split test"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a model file, a trained model of the package, or NAME.onnx of ulsam export"
+        "model",
+        metavar="MODEL",
+        help="a model file, a run's folder, a trained model of the package, or NAME.onnx of ulsam export",
     )
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
     data = parser.add_argument_group("data")

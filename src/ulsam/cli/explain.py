@@ -11,7 +11,7 @@ EXAMPLE = "ulsam explain runs/mine/model.safetensors images/test --out runs/expl
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a .safetensors model file of ulsam train, or a trained model of the package"
+        "model", metavar="MODEL", help="a model file of ulsam train, its folder, or a trained model of the package"
     )
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, or folders; class folders give the true classes"

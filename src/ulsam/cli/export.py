@@ -12,7 +12,7 @@ FORMATS = ("onnx", "openvino", "executorch")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a .safetensors model file of ulsam train, or a trained model of the package"
+        "model", metavar="MODEL", help="a model file of ulsam train, its folder, or a trained model of the package"
     )
     parser.add_argument(
         "--to", choices=FORMATS, default="onnx", metavar="FORMAT", help="onnx (default), openvino or executorch"

@@ -19,7 +19,7 @@ BATCH = 32
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a .safetensors model file of ulsam train")
+    parser.add_argument("model", metavar="MODEL", help="a model file of ulsam train, or its folder")
     parser.add_argument("paths", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument(
         "--images", type=int, default=256, metavar="N", help="at most this many, spread evenly (default: 256)"

@@ -10,7 +10,9 @@ EXAMPLE = "ulsam predict runs/mine/model.safetensors images/test --top 1"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a model file, a trained model of the package, or NAME.onnx of ulsam export"
+        "model",
+        metavar="MODEL",
+        help="a model file, a run's folder, a trained model of the package, or NAME.onnx of ulsam export",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each image (default: 3)")

@@ -9,7 +9,7 @@ EXAMPLE = "ulsam quantize runs/mine/model.safetensors images --calibrate 256"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="NAME.onnx of ulsam export, or a .safetensors model file")
+    parser.add_argument("model", metavar="MODEL", help="NAME.onnx of ulsam export, a model file, or a run's folder")
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the model")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: MODEL's name with -int8.onnx)")
     parser.add_argument(

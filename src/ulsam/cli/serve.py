@@ -24,7 +24,9 @@ SECONDS = ("timeout", "idle")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a model file, a trained model of the package, or NAME.onnx of ulsam export"
+        "model",
+        metavar="MODEL",
+        help="a model file, a run's folder, a trained model of the package, or NAME.onnx of ulsam export",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); others need ULSAM_API_KEY"

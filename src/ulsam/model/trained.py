@@ -1,4 +1,4 @@
-"""The trained models that come with the package: each a model file and, beside it, its card in Markdown."""
+"""Where a model's file is; and the trained models of the package: each a model file and, beside it, its card."""
 
 import os
 import re
@@ -19,14 +19,29 @@ def names() -> list[str]:
 
 
 def locate(model: str | os.PathLike[str]) -> Path:
-    """The file that is meant: the package's own for one of :func:`names`, otherwise the path itself.
+    """The file that is meant: the package's own for one of :func:`names`, a run's for its folder, else the path itself.
 
     A file of your own with such a name is meant by ``./NAME``, or by a `Path`.
+
+    Args:
+        model: a file, a name, or the folder of `ulsam train` or `ulsam slim`.
+
+    Raises:
+        UlsamError: a folder without the model of a run, of none or of several.
 
     >>> locate("runs/mine/model.safetensors").as_posix()
     'runs/mine/model.safetensors'
     """
-    return _FOLDER / f"{model}.safetensors" if isinstance(model, str) and model in names() else Path(model)
+    if isinstance(model, str) and model in names():
+        return _FOLDER / f"{model}.safetensors"
+    path = Path(model)
+    if not path.is_dir():
+        return path
+    for file in (path / "model.safetensors", path / "run" / "model.safetensors"):  # of a run; of what `slim` trained
+        if file.exists():
+            return file
+    others = ", ".join(sorted(file.relative_to(path).as_posix() for file in path.glob("*/model.safetensors"))[:3])
+    raise UlsamError(f"{path} is a folder without model.safetensors" + (f"; it has {others}" if others else ""))
 
 
 def card(name: str) -> str:
