@@ -210,6 +210,7 @@ def test_a_file_for_any_size_is_measured_at_the_one_asked_for(folder, tmp_path):
         assert process.time() > 0
 
 
+@pytest.mark.slow
 def test_other_answers_are_refused_before_timing(folder, tmp_path):
     model = open_bench_model(str(folder / "model.onnx"), ["onnxruntime"], tmp_path)
     model.files["onnxruntime"] = str(folder / "other.onnx")

@@ -452,6 +452,7 @@ def test_a_failed_run_is_reported_and_the_others_continue(
     assert started == ["wild, seed-0"]  # tried again, once
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_too_high_is_a_result_and_no_failure(data: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"rates": (0.02, 1e30), "seeds": 1, "settings": {"clip_grad": 1e30}}
     result, _ = run_here(tmp_path, data, ARMS, **given)

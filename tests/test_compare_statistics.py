@@ -63,6 +63,7 @@ def test_one_seed_is_the_paired_t_interval_over_images() -> None:
     assert crossed_interval(values[None]) == pytest.approx((values.mean(), low, high))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("of_seeds", "of_images"),
     [pytest.param(0.0, 0.3, marks=pytest.mark.slow), (0.02, 0.2), pytest.param(0.05, 0.0, marks=pytest.mark.slow)],

@@ -113,6 +113,7 @@ def agree(one: list[Tensor], two: list[Tensor]) -> bool:
 
 #: Of those with outputs of the same kind, all but one or two.
 SLOW = (
+    "faster r-cnn",
     "ssdlite",
     "lraspp",
     "hf segmenter",

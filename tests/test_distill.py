@@ -419,6 +419,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert (run / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_these_settings_resumes(data: Path, tmp_path: Path) -> None:
     chosen = config(data, epochs=2, lr=0.01)
     train(chosen, tmp_path / "unbroken")

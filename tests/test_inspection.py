@@ -222,6 +222,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_says_what_the_library_finds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["inspect", str(root / "model.safetensors"), str(root / "data")]
     assert main(words) == 0

@@ -129,6 +129,7 @@ def test_fold_keeps_the_outputs(layer: str, kind: str) -> None:
         torch.testing.assert_close(ulsam.fold(model, SIZE)(images()), model(images()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_layers_compile_without_a_graph_break() -> None:
     model = timm.create_model(NET)
     for number, layer in enumerate(KINDS):

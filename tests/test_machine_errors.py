@@ -174,6 +174,7 @@ except MachineError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["4k", "16k"])
 def test_a_full_dev_shm_is_named_with_its_remedies(size: str, folder: Path) -> None:
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"

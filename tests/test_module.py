@@ -310,6 +310,7 @@ def test_exact_zeros_leave_the_gradient_finite():
     assert layer.depthwise.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_the_package_is_light_and_its_names_are_what_they_say():
     code = (
         "import sys, ulsam\n"

@@ -766,6 +766,7 @@ def without_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_without_kernels_the_reference_does_it_and_one_warning_says_so(how: str, without_kernels: Path) -> None:
     path = os.pathsep.join([str(without_kernels), *filter(None, [os.environ.get("PYTHONPATH")])])

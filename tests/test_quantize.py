@@ -80,6 +80,7 @@ def exported(birds, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_only_normalisation_other_attention_and_logits_stay_in_float(birds, exported, tmp_path):
     out = tmp_path / "small.onnx"
     report = quantize(exported, str(birds), out, calibrate=8, measure=10)
@@ -124,6 +125,7 @@ def test_a_range_leaves_out_what_few_images_reach(exported):
     assert alone == pytest.approx((seen.min(), seen.max()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_biases_take_up_what_rounding_the_weights_loses(birds, tmp_path):
     """In the means of each convolution's channels, on the maps of the model in float32."""
     torch.manual_seed(0)

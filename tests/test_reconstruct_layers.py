@@ -115,6 +115,7 @@ def test_a_width_that_cannot_be(make: Callable[..., nn.Module]) -> None:
         make(channels=8, width=0)
 
 
+@pytest.mark.slow
 def test_a_fit_finds_a_block_of_the_same_kind() -> None:
     whole = small_model()
     whole[1] = random_residual(6, 3)
@@ -399,6 +400,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_splits(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.slow
 def test_training_starts_from_reconstructed_layers(data: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
     """From weights of the base model; not without weights or images, nor from weights of the edited one."""
 
@@ -447,6 +449,7 @@ def test_a_stream_cannot_be_reconstructed_on(data: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_reconstruction_moves_no_random_generator(data: Path, tmp_path: Path) -> None:
     """The run continues with the same numbers, whether it reconstructed or not."""
     torch.save(timm.create_model(NET, num_classes=3).state_dict(), tmp_path / "base.pt")

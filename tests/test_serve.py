@@ -373,6 +373,7 @@ def test_asked_to_stop_it_answers_what_is_in_flight_and_loses_nothing(world):
     assert printed == f"stopped: {len(answered) + 1} requests answered\n"
 
 
+@pytest.mark.slow
 def test_a_request_that_comes_as_its_connection_is_closed_is_answered_or_not_begun(world):
     """Idle connections are closed half a second after the signal; requests come from before that on until after it."""
     image = grey(9)
@@ -455,6 +456,7 @@ def check_conforms(one: Service, examples: int) -> None:
         conforms()
 
 
+@pytest.mark.slow
 def test_requests_made_from_the_schema_get_answers_that_it_names(served):
     check_conforms(served, 15)
 

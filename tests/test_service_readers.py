@@ -79,6 +79,7 @@ def test_pixels_are_counted_by_the_header(format: str) -> None:
         image_pixels(io.BytesIO(), most=MAX_PIXELS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no size of a process to go by")
 def test_large_images_of_many_clients_take_the_memory_of_one_and_return_it(tmp_path: Path) -> None:
     spec = make_spec(NET, ("a", "b"), size=32)

@@ -52,6 +52,7 @@ print(json.dumps([before, state()]))
 )
 
 
+@pytest.mark.slow
 def test_importing_every_module_changes_and_reads_nothing() -> None:
     wrong = {"ULSAM_BACKEND": "no such backend", "ULSAM_ISA": "no such set", "TRITON_INTERPRET": "1"}
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
@@ -63,6 +64,7 @@ def test_importing_every_module_changes_and_reads_nothing() -> None:
     assert after == before
 
 
+@pytest.mark.slow
 def test_the_environment_is_read_when_it_is_needed() -> None:
     code = (
         "import os, torch; from ulsam.layer.ops import which_backend; os.environ['ULSAM_BACKEND'] = 'reference'; "
@@ -86,6 +88,7 @@ print(json.dumps([before, state()]))
 )
 
 
+@pytest.mark.slow
 def test_training_leaves_the_process_as_it_was(tmp_path: Path) -> None:
     data = draw_splits(tmp_path / "data")
     threads = 2 if torch.get_num_threads() != 2 else 1

@@ -149,6 +149,7 @@ def test_a_switched_model_is_the_edited_one_and_then_as_it_was():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_narrow_blocks_are_fitted_to_the_blocks_before_the_damage_is_measured():
     torch.manual_seed(0)
     model = timm.create_model("mobilenetv2_035", num_classes=3)
@@ -171,6 +172,7 @@ def test_narrow_blocks_are_fitted_to_the_blocks_before_the_damage_is_measured():
         assert torch.equal(model.forward_features(x), before)
 
 
+@pytest.mark.slow
 def test_slimming_fits_on_the_images_of_the_fine_tuning_or_not_at_all(model, data, tmp_path):
     losses = []
     for number in (16, 0):
@@ -487,6 +489,7 @@ def test_sets_are_compared_by_what_reconstruction_leaves(calibrated, data, tmp_p
     assert yaml.safe_load((tmp_path / "out" / "train.yaml").read_text())["edits"] == [f"remove {best['blocks'][0]}"]
 
 
+@pytest.mark.slow
 def test_images_for_reconstruction_are_used_in_the_choice(calibrated, data, tmp_path):
     losses = []
     for folder in ("train", "val"):

@@ -61,6 +61,7 @@ def test_commands_that_measure(
     assert errors.startswith(note) if note else "note" not in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["run/model.safetensors", "run/model.onnx", "alone/model.onnx"])
 def test_quantization_measures_on_what_the_run_held_out(model: str, world: Path, tmp_path: Path, capsys) -> None:
     words = [

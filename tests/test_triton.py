@@ -27,20 +27,14 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 LAYOUTS = ("contiguous", "channels_last")
 CHECKS: dict[str, Callable[[], None]] = {}
-SLOW: set[str] = set()  # of these, what differs little from another one
 
 
-def add(
-    shape: tuple[int, ...], groups: int, form: str, kind: str, layout: str, dtype: torch.dtype, *, slow: bool = False
-) -> None:
+def add(shape: tuple[int, ...], groups: int, form: str, kind: str, layout: str, dtype: torch.dtype) -> None:
     def run() -> None:
         case = Case(shape, groups, form, kind, layout, dtype, 0)
         check(case.run("triton"), case.run("reference", torch.float64), case, dtype)
 
-    name = f"{form}, {kind}, {'x'.join(map(str, shape))}, g = {groups}, {layout}, {dtype}"
-    CHECKS[name] = run
-    if slow:
-        SLOW.add(name)
+    CHECKS[f"{form}, {kind}, {'x'.join(map(str, shape))}, g = {groups}, {layout}, {dtype}"] = run
 
 
 SHAPES: list[tuple[tuple[int, ...], int, str, str, torch.dtype]] = [
@@ -62,11 +56,11 @@ SHAPES += [
     ((1, 4, 1, 8), 2, "folded", "normal", torch.float32),
     ((1, 4, 6, 1), 2, "folded", "normal", torch.float32),
 ]
-for n, (*about, dtype) in enumerate(SHAPES):
-    for m, layout in enumerate(LAYOUTS):
-        add(*about, layout, dtype, slow=(n + m) % 2 == 1 or about[2] in UNUSUAL)
+for *about, dtype in SHAPES:
+    for layout in LAYOUTS:
+        add(*about, layout, dtype)
 for layout in ("slice", "transposed", "expanded"):
-    add((2, 4, 2, 3), 2, "folded", "normal", layout, torch.float32, slow=layout != "slice")
+    add((2, 4, 2, 3), 2, "folded", "normal", layout, torch.float32)
 
 
 def named(function: Callable[..., None], *arguments: Any) -> None:
@@ -132,7 +126,6 @@ def the_interpreter_is_chosen_where_it_is_asked_for() -> None:
 for layout in LAYOUTS:
     named(ties_go_to_the_first_in_row_major_order, layout)
     named(a_nan_spreads_as_in_pytorch, layout, (1, 3, 2, 2))
-SLOW.add(f"a_nan_spreads_as_in_pytorch: {('contiguous', (1, 3, 2, 2))}")
 for broken in ("scale", "shift", "weight", "bias"):
     named(a_nan_among_the_parameters_spreads_too, broken)
 for form in ("folded", "batch statistics"):
@@ -141,12 +134,10 @@ named(opcheck)
 named(the_interpreter_is_chosen_where_it_is_asked_for)
 
 
-def run_checks(*, slow: bool) -> dict[str, str]:
-    """What went wrong in each check, of the slow ones or of the others, or nothing."""
+def run_checks() -> dict[str, str]:
+    """What went wrong in each check, or nothing."""
     found = {}
     for name, run in CHECKS.items():
-        if (name in SLOW) != slow:
-            continue
         try:
             run()
             found[name] = ""
@@ -165,13 +156,14 @@ def script(*, interpret: bool, argument: str) -> str:
 
 
 @functools.cache
-def interpreted(*, slow: bool) -> Any:
-    return json.loads(script(interpret=True, argument="slow" if slow else "interpreted"))
+def interpreted() -> Any:
+    return json.loads(script(interpret=True, argument="interpreted"))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CHECKS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
 def test_interpreted(name: str) -> None:
-    assert not interpreted(slow=name in SLOW)[name]
+    assert not interpreted()[name]
 
 
 def compile_kernels(capability: int) -> dict[str, int]:
@@ -252,6 +244,7 @@ def test_without_triton_the_reference_does_it(on_a_gpu: Tensor, monkeypatch: pyt
     assert why.startswith("triton cannot be imported: ")
 
 
+@pytest.mark.slow
 def test_triton_is_not_imported_before_it_is_needed() -> None:
     code = """
 import sys, torch
@@ -265,8 +258,8 @@ assert "triton" not in sys.modules
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("interpreted", "slow"):
-        print(json.dumps(run_checks(slow=sys.argv[1] == "slow")))
+    if sys.argv[1] == "interpreted":
+        print(json.dumps(run_checks()))
     else:
         with tempfile.TemporaryDirectory() as cache:
             os.environ["TRITON_CACHE_DIR"] = str(Path(cache))

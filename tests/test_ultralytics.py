@@ -138,6 +138,7 @@ def check_life(yolo: Any, edits: list[str], options: dict[str, Any]) -> None:
     assert ulsam.edits_of(again.model) == edits and layers(again.model) == expected
 
 
+@pytest.mark.slow
 def test_a_trained_edit_lives(tmp_path: Path) -> None:
     check_life(edited(tmp_path), TINY_EDITS, settings(tmp_path))
 
