@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from PIL import Image
 
 import ulsam
@@ -16,6 +17,7 @@ def test_a_bad_seed_is_reported_before_anything_is_drawn(tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "BIRDS", {"classes": 2, "train": 12, "val": 6, "size": 32})
     monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 1, "batch_size": 8, "size": 32, "workers": 0})

@@ -156,9 +156,8 @@ def test_a_whole_model_is_edited(name: str) -> None:
     assert agree(outputs(model), before)
 
 
-@pytest.mark.parametrize(
-    "name", ["hf resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lraspp", "smp fpn"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf resnet", "lraspp", "smp fpn"])
 def test_every_candidate_is_accepted(name: str) -> None:
     model = MODELS[name][0]()
     before = outputs(model)

@@ -400,6 +400,7 @@ def test_a_stopped_run_resumes_with_the_same_teacher_alone(
     assert summary["scores"] == json.loads((unbroken / "summary.json").read_text())["scores"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
 def test_a_killed_run_resumes_to_the_same_weights(
     interpreter: Warm, data: Path, teacher: Path, unbroken: Path, tmp_path: Path

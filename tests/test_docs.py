@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 IDS = [page.name for page in PAGES]
 # Their examples train or compile models.
-SLOW = ("compare.md", "deploy.md", "slim.md", "detectors.md", "surgery.md", "works_with.md")
+SLOW = ("compare.md", "deploy.md", "slim.md", "detectors.md", "surgery.md", "training.md", "works_with.md")
 NEEDED = {"detectors.md": ("ultralytics", "segmentation_models_pytorch", "transformers")}
 # Of a page with Python: what must be true of its names, and of what it printed, after its last example.
 Promise = Callable[[dict[str, Any], str], bool]
@@ -244,6 +244,7 @@ def test_a_page_that_was_changed_by_hand_is_noticed(copied, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_changed_by_hand_is_noticed(copied, capsys):
     tables = load_benchmark("tables")
     file = copied / "results" / "compare_cub100.jsonl.gz"

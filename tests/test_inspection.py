@@ -250,6 +250,7 @@ def test_the_command_says_what_the_library_finds(root: Path, capsys: pytest.Capt
         )
 
 
+@pytest.mark.slow
 def test_so_many_images_are_spread_over_all(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [str(root / "data" / f"class{n}") for n in (0, 2)]
     assert main(["inspect", str(root / "model.safetensors"), *good, "--images", "4"]) == 0

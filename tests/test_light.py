@@ -57,6 +57,9 @@ REFUSED = [
 ]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
     """The folder of an interpreter that lacks them; status, output and errors of each command."""
@@ -70,7 +73,6 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     return folder, {" ".join(words): found for words, found in zip(commands, answers, strict=True)}
 
 
-@pytest.mark.slow
 def test_layer_surgery_training_and_measuring_need_none_of_them(light: tuple[Path, dict[str, list[Any]]]) -> None:
     folder, answers = light
     for words in DONE:

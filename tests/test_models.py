@@ -656,6 +656,7 @@ def test_the_spec_of_a_model_has_timms_data_configuration():
     assert (grey.input_size, len(grey.mean), len(grey.std)) == ((1, 224, 224), 1, 1)
 
 
+@pytest.mark.slow
 def test_edits_are_traced_at_the_specs_size():
     """A model with a fixed input size runs at that size alone; one that folds pixels into channels hides these."""
     fixed = make_spec(

@@ -792,6 +792,7 @@ def test_the_environment_chooses_the_instruction_set(name: str) -> None:
 BEYOND = [name for name in cpu.ISA_NAMES[ISAS[-1] + 1 :] if cpu.LIBRARY]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SSE9", *(pytest.param(name, marks=pytest.mark.slow) for name in BEYOND)])
 def test_an_instruction_set_that_is_not_there_is_refused(name: str) -> None:
     """The second kind runs where the processor lacks one."""

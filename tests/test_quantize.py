@@ -108,6 +108,7 @@ def test_only_normalisation_other_attention_and_logits_stay_in_float(birds, expo
     ]  # normalised by rows, in float
 
 
+@pytest.mark.slow
 def test_a_range_leaves_out_what_few_images_reach(exported):
     """Of the normalised images, known exactly: 19 grey ones, and a black and white one."""
     greys = range(100, 119)

@@ -417,6 +417,7 @@ def test_no_points_no_chart() -> None:
     assert chart("x", "X", [Line("A", 0, "a", ())], unit="%", epochs=(1, 2)) is None
 
 
+@pytest.mark.slow
 def test_latency_is_that_of_the_model_beside_its_base(root: Path, tmp_path: Path) -> None:
     times = time_runs(read_runs([root / name for name in NAMES]))
     assert times and times.runs["A"] == times.bases["A"] == times.bases["B"]

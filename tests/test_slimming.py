@@ -611,6 +611,7 @@ def test_killed_and_stopped_it_resumes_to_the_same_end(model, data, slimmed, int
     assert models[0] == models[1]
 
 
+@pytest.mark.slow
 def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, data, tmp_path, logged):
     """Class folders, where a run holds images out by its seed."""
     run = tmp_path / "run"
