@@ -543,8 +543,10 @@ def test_second_derivatives(form: str) -> None:
         first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
 
-    for found, exact in zip(penalty(torch.float32), penalty(torch.float64), strict=True):
-        assert (found - exact).abs().max() <= 1e-4 * max(1.0, exact.abs().max().item())
+    gradients, wanted = penalty(torch.float32), penalty(torch.float64)
+    largest = max(exact.abs().max().item() for exact in wanted)  # some are 0, as a sum of such values
+    for found, exact in zip(gradients, wanted, strict=True):
+        assert (found - exact).abs().max() <= 1e-4 * max(1.0, exact.abs().max().item()) + 1e-6 * largest
 
 
 def test_transforms_of_torch_func() -> None:

@@ -220,7 +220,7 @@ INLINE vf sums(vf a[V]) {
 /* exp of a <= 0, to 2 units in the last place; 0 below -87 */
 INLINE vf exponential(vf a) {
     vi tiny = a < -87.0f;
-    a = pick(tiny, splat(-87.0f), a);
+    a = vmax(splat(-87.0f), a);
     vf shifted = a * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the nearest integer lands in the low bits */
     vf n = shifted - 12582912.0f;
     vf r = a - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
@@ -228,6 +228,10 @@ INLINE vf exponential(vf a) {
     p = p * r + 1.0f / 120, p = p * r + 1.0f / 24, p = p * r + 1.0f / 6, p = p * r + 0.5f;
     return keep(~tiny, (p * r * r + r + 1.0f) * (vf)(((vi)shifted << 23) + (127 << 23)));
 }
+
+/* so many maps of so many floats in all are turned into attention together: half a cache */
+#define SOFTMAX_MAPS 16
+#define SOFTMAX_FLOATS 4096
 
 /* one unit's memory; maps are [groups][ld] floats, ld = H * W and the rest of the last vector */
 
@@ -262,23 +266,47 @@ INLINE void add_bias(const struct unit *u, float *map, float bias) {
         for (int64_t p = 0; nan[k] && p < u->pixels; p += V) put(map + p, splat(NAN));
 }
 
-/* l to softmax(relu?(l)), in place */
-INLINE void softmax(const struct unit *u, float *l, int relu) {
-    vf least = splat(-INFINITY), most = least, total = {0};
-    for (int64_t p = 0; p < u->pixels; p += V) {
-        vf h = relu ? positive(get(l + p)) : get(l + p);
-        h = pick(get_ints(u->inside + p), h, least);
-        most = vmax(most, h);
-        put(l + p, h);
+/* l + bias, of V pixels, with the ReLU; and the largest so far */
+INLINE void add_and_compare(const struct unit *u, float *l, int64_t p, float bias, int relu, vf *most) {
+    vf h = get(l + p) + bias;
+    if (relu) h = positive(h);
+    if (p + V > u->pixels) h = pick(get_ints(u->inside + p), h, splat(-INFINITY));
+    *most = vmax(*most, h);
+    put(l + p, h);
+}
+
+/* Maps l to plus + softmax(relu?(l + bias)), in place. A step of all maps comes before the next one: the steps of one
+   map wait for each other. */
+INLINE void softmax(const struct unit *u, int groups, const float *bias, int relu, float plus) {
+    int64_t pixels = u->pixels, whole = pixels / V * V, many = SOFTMAX_FLOATS / u->ld;
+    if (many < 1) many = 1;
+    if (many > SOFTMAX_MAPS) many = SOFTMAX_MAPS;
+    for (int64_t first = 0; first < groups; first += many) {
+        float each[SOFTMAX_MAPS]; /* the largest value, then the share of 1 */
+        int64_t maps = groups - first < many ? groups - first : many;
+        float *all = u->maps + first * u->ld;
+        for (int64_t n = 0; n < maps; n++) {
+            float *l = all + n * u->ld, more = bias ? bias[first + n] : 0;
+            vf most = splat(-INFINITY);
+            for (int64_t p = 0; p < whole; p += V) add_and_compare(u, l, p, more, relu, &most);
+            if (whole < pixels) add_and_compare(u, l, whole, more, relu, &most);
+            each[n] = lanes_max(most);
+        }
+        for (int64_t n = 0; n < maps; n++) {
+            float *l = all + n * u->ld;
+            vf top = splat(each[n]), total = {0};
+            for (int64_t p = 0; p < pixels; p += V) {
+                vf e = exponential(get(l + p) - top);
+                total += e;
+                put(l + p, e);
+            }
+            each[n] = 1 / lanes_sum(total);
+        }
+        for (int64_t n = 0; n < maps; n++) {
+            float *l = all + n * u->ld;
+            for (int64_t p = 0; p < pixels; p += V) put(l + p, get(l + p) * each[n] + plus);
+        }
     }
-    float top = lanes_max(most);
-    for (int64_t p = 0; p < u->pixels; p += V) {
-        vf e = exponential(get(l + p) - top);
-        total += keep(get_ints(u->inside + p), e);
-        put(l + p, e);
-    }
-    float share = 1 / lanes_sum(total);
-    for (int64_t p = 0; p < u->pixels; p += V) put(l + p, get(l + p) * share);
 }
 
 /* da, the gradient of a = softmax(relu?(l)), to that of l, in place; returns its sum */
@@ -313,12 +341,15 @@ INLINE void gather(const struct unit *u, vf products[V], const int32_t *group, i
     }
 }
 
-/* add + maps of V pixels from p0 on, to rows [V][width]: the value of channel c's group is then at rows[k][group[c]] */
-INLINE void turn(const struct unit *u, const float *maps, int64_t p0, float add, float *rows) {
+/* maps, or 1 + maps, of V pixels from p0 on, to rows [V][width]: channel c's group is then at rows[k][group[c]] */
+INLINE void turn(const struct unit *u, const float *maps, int64_t p0, int plus_one, float *rows) {
     int groups = u->n1 - u->n0;
     for (int n = 0; n < groups; n += V) {
         vf block[V];
-        for (int k = 0; k < V; k++) block[k] = n + k < groups ? get(maps + (n + k) * u->ld + p0) + add : (vf){0};
+        for (int k = 0; k < V; k++) {
+            block[k] = n + k < groups ? get(maps + (n + k) * u->ld + p0) : (vf){0};
+            if (plus_one) block[k] += 1;
+        }
         transpose(block);
         for (int k = 0; k < V; k++) put(rows + k * u->width + n, block[k]);
     }
@@ -387,7 +418,7 @@ INLINE void sum_windows(
             vf sum = how == MORE ? *sums : (vf){0};
             UNROLL for (int t = 0; t < tile; t++) {
                 vf m = max3(above[t], here[t], below[t]);
-                vf product = lanes_from(weight[t] * (relu ? positive(m + shift[t]) : m), counted);
+                vf product = lanes_from(weight[t] * (relu ? positive(m + shift[t]) : m), t ? 0 : counted);
                 if (how == APART)
                     sums[t * u->ld] = product;
                 else
@@ -424,6 +455,10 @@ INLINE void logits_last(const struct unit *u, int bf16, int relu) {
         vf block[V];
         int64_t end = group_end(u, n);
         for (c = end - G; c + TILE * V <= end; c += TILE * V) group_tile(u, n, c, 0, TILE, bf16, relu);
+        if (G >= 2 * V && c + V < end) { /* two vectors, of which the first may have been counted in part */
+            int64_t next = c + 2 * V < end ? c + 2 * V : end;
+            group_tile(u, n, next - 2 * V, c - (next - 2 * V), 2, bf16, relu), c = next;
+        }
         for (; c + V <= end; c += V) group_tile(u, n, c, 0, 1, bf16, relu);
         if (c < end) group_tile(u, n, end - V, c - (end - V), 1, bf16, relu), c = end;
         for (int64_t p = 0; p < u->pixels; p += V) get_sums(u, 0, p, block), put(u->maps + n * u->ld + p, sums(block));
@@ -432,6 +467,7 @@ INLINE void logits_last(const struct unit *u, int bf16, int relu) {
     for (; c < u->c1; c += V) mixed_tile(u, c, 1, lanes_at(c, u->c1), bf16, relu);
 }
 
+/* y = x * maps, which are 1 + attention */
 INLINE void multiply_last(const struct unit *u, int bf16) {
     const struct job *job = u->job;
     const void *x = job->x; /* copied, as are others below: a store might else change them for all that C knows */
@@ -442,7 +478,7 @@ INLINE void multiply_last(const struct unit *u, int bf16) {
             const float *map = u->maps + p;
             int64_t at = (u->b * u->pixels + p) * job->C;
             for (int64_t c = c0; c < c1; map += ld) {
-                vf factor = splat(1 + *map);
+                vf factor = splat(*map);
                 for (int64_t end = c + G; c < end; c += V)
                     store(y, at + c, bf16, V, load(x, at + c, bf16, V) * factor);
             }
@@ -450,7 +486,7 @@ INLINE void multiply_last(const struct unit *u, int bf16) {
         return;
     }
     for (int64_t p0 = 0; p0 < u->pixels; p0 += V) {
-        turn(u, u->maps, p0, 1, u->by_pixel);
+        turn(u, u->maps, p0, 0, u->by_pixel);
         for (int64_t p = p0; p < p0 + V && p < u->pixels; p++) {
             const float *row = u->by_pixel + (p - p0) * u->width;
             const int32_t *group = u->group, *place = u->place;
@@ -725,14 +761,14 @@ INLINE void logits_planes(const struct unit *u, int bf16, int relu) {
     }
 }
 
+/* y = x * maps, which are 1 + attention */
 INLINE void multiply_planes(const struct unit *u, int bf16) {
     const struct job *job = u->job;
     const char *x = job->x;
     char *y = job->y;
     int64_t G = job->C / job->g, pixels = u->pixels, lanes = pixels < V ? pixels : V;
     for (int64_t n = 0; n < u->n1 - u->n0; n++) {
-        float *map = u->maps + n * u->ld;
-        for (int64_t p = 0; p < u->ld; p += V) put(map + p, 1 + get(map + p));
+        const float *map = u->maps + n * u->ld;
         int64_t at = (u->b * job->C + u->c0 + n * G) * pixels;
         for (int64_t k = 0; k < G; k++, at += pixels) {
             for (int64_t p = 0; p + V <= pixels; p += V)
@@ -854,15 +890,17 @@ INLINE void run_unit(const struct unit *u, int last, int bf16, int relu) {
     if (stages & LOGITS) {
         memset(u->maps, 0, groups * u->ld * sizeof(float));
         last ? logits_last(u, bf16, relu) : logits_planes(u, bf16, relu);
-        for (int64_t n = 0; n < groups; n++) {
+        for (int64_t n = 0; l && n < groups; n++) {
             float *map = u->maps + n * u->ld;
             add_bias(u, map, job->bias ? job->bias[u->n0 + n] : 0);
-            if (l) memcpy(l + n * u->pixels, map, row);
+            memcpy(l + n * u->pixels, map, row);
         }
     } else if (stages & (MULTIPLY | MAPS_BACK | INPUT_BACK))
         for (int64_t n = 0; n < groups; n++) memcpy(u->maps + n * u->ld, l + n * u->pixels, row);
-    if (stages & (MULTIPLY | MAPS_BACK | INPUT_BACK))
-        for (int64_t n = 0; n < groups; n++) softmax(u, u->maps + n * u->ld, relu);
+    if (stages & (MULTIPLY | MAPS_BACK | INPUT_BACK)) {
+        const float *bias = stages & LOGITS && !l && job->bias ? job->bias + u->n0 : NULL;
+        softmax(u, groups, bias, relu, stages & MULTIPLY ? 1 : 0);
+    }
     if (stages & MULTIPLY) last ? multiply_last(u, bf16) : multiply_planes(u, bf16);
     if (stages & MAPS_BACK) {
         memset(u->dmaps, 0, groups * u->ld * sizeof(float));
