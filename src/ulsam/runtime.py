@@ -90,14 +90,14 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
     return open_model(os.fspath(path), os.fspath(path), threads)
 
 
-def open_model(model: str | bytes, name: str, threads: int | None = None) -> Model:
-    """A model from its path, or from what a file would hold; messages call it ``name``.
+def open_model(model: str | bytes, name: str, threads: int | None = None, *, as_written: bool = False) -> Model:
+    """A model from its path, or from what a file would hold; messages call it ``name``; see :func:`open_session`.
 
     Raises:
         UlsamError: as of :func:`load`.
     """
     try:
-        session = open_session(model, threads)
+        session = open_session(model, threads, as_written=as_written)
     except ImportError as error:
         raise UlsamError(f"{name}: {error}; pip install onnxruntime") from error
     except Exception as error:  # as above
@@ -126,11 +126,16 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(model: str | bytes, threads: int | None = None) -> Any:
-    """ONNX Runtime's session on the CPU for a file, or for what one would hold; a thread for each core by default."""
+def open_session(model: str | bytes, threads: int | None = None, *, as_written: bool = False) -> Any:
+    """ONNX Runtime's session on the CPU for a file, or for what one would hold; a thread for each core by default.
+
+    With ``as_written`` each operation of the file runs by itself: a quantised model's in float32, exactly.
+    """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads or 0
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads leave the cores
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
