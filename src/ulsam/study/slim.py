@@ -82,10 +82,20 @@ def slim(
         model: a trained model's model file.
         data: an image folder, or timm's name of a data set; with the model's classes.
         out: a new folder, or that of the same slimming.
-        macs, params, latency: the budget, exactly one of them: the share of the model's own to keep, such as 0.75.
-        layer, at, images, most_sets, reconstruct_sets: how blocks are replaced and chosen, see
-            `ulsam.study.slim_budget.Budget`.
-        engine, batch, threads, seconds: how latency is measured, see there.
+        macs: the share of the model's own MACs to keep, such as 0.75. Give exactly one of ``macs``, ``params`` and
+            ``latency``.
+        params: the share of its parameters to keep.
+        latency: the share of its latency on this machine to keep.
+        layer: the new layers, as keyword arguments of :class:`ulsam.Edit`: ``layer``, ``width``, ``groups``, ``form``;
+            ULSAM by default; the layer "none" removes the blocks.
+        at: names, globs or layer numbers of the blocks to choose from; None: all that can be replaced.
+        images: how many training images to measure the damage on.
+        most_sets: how many sets of blocks to measure after the greedy search.
+        reconstruct_sets: how many of the sets of least damage to reconstruct.
+        engine: what runs the model where latency is measured, ``eager`` or ``onnxruntime``.
+        batch: images at a time, where latency is measured.
+        threads: CPU threads, where latency is measured; None: PyTorch's own number.
+        seconds: how long latency is measured, of all blocks in turn, and of each set.
         fine_tune: whether to continue after the choice.
         settings: of `ulsam.training.config.TrainConfig`, for the fine-tuning, but for `DECIDED`; how images are read
             (``size``, ``mean``, ...) is by default as in the model file.
