@@ -25,7 +25,7 @@ if [[ ! -e $work/packages/.installed ]]; then
         --python-version 3.11 --only-binary :all: --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 \
         torch==2.10.0 torchvision==0.25.0 timm numpy pillow safetensors pyyaml huggingface_hub tqdm filelock \
         typing_extensions sympy mpmath networkx jinja2 MarkupSafe fsspec packaging \
-        pytest pluggy iniconfig pygments hypothesis sortedcontainers attrs
+        psutil pytest pluggy iniconfig pygments hypothesis sortedcontainers attrs
     touch "$work/packages/.installed"
 fi
 

@@ -264,8 +264,8 @@ def test_mistakes_are_one_line(birds, exported, tmp_path, capsys):
         (tmp_path / "dodos" / name / "1.jpg").write_bytes(first.read_bytes())
     capsys.readouterr()
     for words, message in [
-        ([small, str(birds)], "is quantised already"),
-        ([str(exported), str(birds), "--out", str(tmp_path)], "a quantised model is a file called NAME.onnx"),
+        ([small, str(birds)], "is quantized already"),
+        ([str(exported), str(birds), "--out", str(tmp_path)], "a quantized model is a file called NAME.onnx"),
         ([str(exported), str(birds), "--out", str(tmp_path / "no" / "a.onnx")], "no such folder"),
         (
             [str(exported), str(birds), "--out", str(exported)],

@@ -129,7 +129,7 @@ def import_onnxruntime() -> Any:
 def open_session(model: str | bytes, threads: int | None = None, *, as_written: bool = False) -> Any:
     """ONNX Runtime's session on the CPU for a file, or for what one would hold; a thread for each core by default.
 
-    With ``as_written`` each operation of the file runs by itself: a quantised model's in float32, exactly.
+    With ``as_written`` each operation of the file runs by itself: a quantized model's in float32, exactly.
     """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()

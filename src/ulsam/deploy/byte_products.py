@@ -7,7 +7,7 @@ import numpy as np
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 
-#: The processor that a quantised model is made for: this one, x86 without VNNI, x86 with it, or ARM.
+#: The processor that a quantized model is made for: this one, x86 without VNNI, x86 with it, or ARM.
 Target = Literal["this", "avx2", "vnni", "arm"]
 
 

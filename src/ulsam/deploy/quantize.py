@@ -29,7 +29,7 @@ from ulsam.training.sample import pick
 from ulsam.training.trained_on import held_out_settings, note_trained_on
 
 QUANTIZATION = "quantization"
-"""Key of the metadata that says how a file was quantised."""
+"""Key of the metadata that says how a file was quantized."""
 
 MOST_LOST = 0.01
 """Share of top-1 that may be lost, as far as the images can show it."""
@@ -51,12 +51,12 @@ _BATCH = 4  # all maps of a batch are in memory at once
 
 @dataclass(frozen=True)
 class Quantized:
-    """How a quantised model compares with the model in float32, on images that it was not calibrated on.
+    """How a quantized model compares with the model in float32, on images that it was not calibrated on.
 
     Attributes:
         calibrated: images from which the ranges were taken.
         images: that both models were measured on.
-        top1, top1_before: of the quantised model and of the model in float32, shares.
+        top1, top1_before: of the quantized model and of the model in float32, shares.
         same: share of the images for which both name the same class first.
         error: standard error of ``top1 - top1_before``, over the choice of the images.
         bytes, bytes_before: sizes of the files.
@@ -97,7 +97,7 @@ def quantize(
 
     ONNX Runtime's static quantisation after training (Jacob et al. 2018, arXiv 1712.05877): weights as int8, each
     output channel with a scale of its own, maps as uint8 with ranges from images (:func:`map_statistics`), ULSAM
-    layers included. The normalisation, what other attention multiplies, and the logits stay in float32. Biases take up
+    layers included. The normalization, what other attention multiplies, and the logits stay in float32. Biases take up
     what rounding the weights changes on average.
 
     Args:
@@ -115,7 +115,7 @@ def quantize(
 
     Raises:
         UlsamError: an unknown target; top-1 falls by more than `MOST_LOST`, beyond what the choice of images explains
-            at 95 %; the model is quantised already; the images have other classes, or come in a stream; a package is
+            at 95 %; the model is quantized already; the images have other classes, or come in a stream; a package is
             missing; the file cannot be written. There is no new file then.
 
     >>> quantize("missing.onnx", "images", "model.onnx")
@@ -127,7 +127,7 @@ def quantize(
     check_installed("ulsam quantize")
     out = os.fspath(out)
     if not out.endswith(".onnx"):
-        raise UlsamError(f"a quantised model is a file called NAME.onnx, not {out}")
+        raise UlsamError(f"a quantized model is a file called NAME.onnx, not {out}")
     check_writable(out)
     bits = weight_bits(target)
     name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
@@ -136,7 +136,7 @@ def quantize(
     content = _content(model, spec)
     whole = runtime.open_model(content, name)
     if QUANTIZATION in whole.metadata:
-        raise UlsamError(f"{name} is quantised already: name the file in float32, or the model file")
+        raise UlsamError(f"{name} is quantized already: name the file in float32, or the model file")
     train, others, _ = open_data(os.fspath(data), **held_out_settings(model, os.fspath(data), {}))
     if isinstance(others, FolderImages):
         note_trained_on(model, [path for path, _ in others.samples], [data])
@@ -158,13 +158,13 @@ def quantize(
     )
     lost = report.top1_before - report.top1
     if lost - 1.96 * report.error > MOST_LOST:
-        raise UlsamError(f"the quantised model is worse than {100 * MOST_LOST:g} point: {report}; nothing was written")
+        raise UlsamError(f"the quantized model is worse than {100 * MOST_LOST:g} point: {report}; nothing was written")
     write_atomic(out, quantized)
     return report
 
 
 def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str, str], *, bits: int = 8) -> bytes:
-    """The content of an ONNX file, quantised with the ranges that its maps take on these images.
+    """The content of an ONNX file, quantized with the ranges that its maps take on these images.
 
     Args:
         content: of a file of `ulsam.export`.
@@ -258,7 +258,7 @@ def map_statistics(content: bytes, images: Sequence[Pixels]) -> dict[str, MapSta
 
 
 def _correct_biases(model: Any, whole: Any, means: Mapping[str, NDArray[np.float64]]) -> None:
-    """Add to each bias of the quantised model what its channel's mean loses as the weights are rounded, in place.
+    """Add to each bias of the quantized model what its channel's mean loses as the weights are rounded, in place.
 
     The loss is the sum of what each weight loses times the mean of what it multiplies, which at the borders of a map is
     an approximation. Where a channel is the small difference of large products it may be as large as the channel's

@@ -125,9 +125,9 @@ def legend(result: Mapping[str, Any]) -> str:
     machine = f"{result['processor']}, threads: {result['threads']}" if result["processor"] else "CPU"
     return (
         f"Top-1 in %, mean ± standard deviation over seeds{_where(result)}. Minus base: points, paired by {paired}, "
-        f"{interval}. "
-        f"non-inferior: its lower end is above -{margin:g}; gain, loss: it leaves 0 out; inconclusive: neither. "
-        f"Latency: one image, folded model, {machine}; of others its ratio to the base's. MACs: multiply-adds."
+        f"{interval}. Gain, loss: the interval excludes 0. Non-inferior: its lower end is above -{margin:g}. "
+        f"Inconclusive: neither. Latency: the base's time of one image, folded model, {machine}; of other arms the "
+        "ratio to it. MACs: multiply-adds."
     )
 
 

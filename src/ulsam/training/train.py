@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from ulsam.training.config import TrainConfig, config_of
 from ulsam.training.loop import Trainer
 from ulsam.training.machine import session
 from ulsam.training.run_lock import check_idle, run_lock
+from ulsam.training.settings import TrainSettings
 
 
 def train(
@@ -22,7 +23,7 @@ def train(
     out: str | os.PathLike[str],
     *,
     model: nn.Module | str | None = None,
-    **settings: Any,
+    **settings: Unpack[TrainSettings],
 ) -> dict[str, Any]:
     """Train a model and write everything about it into the new folder ``out``.
 
