@@ -35,6 +35,7 @@ _HOME = {
     # training and studies
     "TrainConfig": "ulsam.training.config",
     "TrainSettings": "ulsam.training.settings",
+    "Callback": "ulsam.training.callbacks",
     "train": "ulsam.training.train",
     "resume": "ulsam.training.train",
     "compare": "ulsam.study.compare",

@@ -143,6 +143,7 @@ class TrainConfig:
     # run
     val_every: int = _option(1, "measure every N epochs, and after the last one")
     save_seconds: float = _option(120.0, "at least this long between two checkpoints within an epoch")
+    track: list[str] = _option([], "trackers to report to: tensorboard, wandb, mlflow")
 
     def __post_init__(self) -> None:
         for spec in fields(self):

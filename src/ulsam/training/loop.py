@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from ulsam.model.build import build, sketch
 from ulsam.surgery.cost import cost
 from ulsam.training import distill, parts, restore
 from ulsam.training import summary as report
+from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import Position, write_checkpoint
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, outcomes
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
 from ulsam.training.step import TrainingStep
+from ulsam.training.trackers import open_trackers
 
 
 class Trainer:
@@ -43,9 +45,16 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, run: Path, world: World, fresh: bool = True, model: nn.Module | None = None
+        self,
+        config: TrainConfig,
+        run: Path,
+        world: World,
+        fresh: bool = True,
+        model: nn.Module | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.run, self.world = config, run, world
+        self.callbacks = [*callbacks, *open_trackers(config.track)] if world.writes else []
         self.fresh, self.prepared = fresh, model is not None
         loading.seed_all(config.seed)
 
@@ -153,7 +162,18 @@ class Trainer:
             write_checkpoint(self.run, state)
 
     def fit(self) -> dict[str, Any]:
-        """Run the epochs that are left, measure, and write the result."""
+        """Run the epochs that are left, measure, and write the result; the callbacks hear of it."""
+        summary = None
+        for callback in self.callbacks:
+            callback.start(self.run, dataclasses.asdict(self.config), self.at.updates)
+        try:
+            summary = self._fit()
+            return summary
+        finally:
+            for callback in self.callbacks:
+                callback.end(summary)
+
+    def _fit(self) -> dict[str, Any]:
         config, world = self.config, self.world
         scores: Scores | None = None
         update_images = config.accumulate * config.batch_size * world.size
@@ -175,6 +195,8 @@ class Trainer:
                     loss, stop, save = self._update(batches, stopping(), late)
                     bar.update(update_images)
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    for callback in self.callbacks:
+                        callback.step(self.at.updates, {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"]})
                     if (stop or save) and (self.order or self.at.batch == epoch_batches):
                         self.save()
                         saved_at = time.monotonic()
@@ -275,6 +297,8 @@ class Trainer:
         if self.world.writes:
             report.write_metrics(self.run, self.at.rows)
         self.save()
+        for callback in self.callbacks:
+            callback.epoch(row, self.at.updates)
         split = self.val_images.split
         measured = f"{split} top-1 {100 * scores.top1:.2f} %, loss {scores.loss:.4f}" if scores else "not measured"
         self._say(

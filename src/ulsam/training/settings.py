@@ -66,3 +66,4 @@ class TrainSettings(TypedDict, total=False):
     seed: int
     val_every: int
     save_seconds: float
+    track: list[str]
