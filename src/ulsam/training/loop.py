@@ -79,6 +79,7 @@ class Trainer:
         for note in notes:
             self._say(f"note    {note}")
         images = self.train_images
+        self.image_names = hashlib.sha256("\0".join(images.names).encode(errors="surrogateescape")).hexdigest()
         self.image_state = images.state if isinstance(images, sources.FolderImages) and world.writes else None
         self.at = Position()
         self.unreadable = {
@@ -330,8 +331,7 @@ class Trainer:
 
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""
-        names = hashlib.sha256("\0".join(self.train_images.names).encode(errors="surrogateescape")).hexdigest()
-        images = f"{len(self.train_images)} (names {names[:8]})"
+        images = f"{len(self.train_images)} (names {self.image_names[:8]})"
         found = {**environment(), "device": self.world.device.type, "training images": images}
         return {**found, "image files": self.image_state} if self.image_state else found
 
