@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from stopping import after
 from tiny import SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session
 from ulsam.cli import main
 from ulsam.model.build import load
@@ -319,6 +320,17 @@ def test_a_full_disk_keeps_the_last_checkpoint(interpreter: Warm, data: Path, tm
 
 
 # several processes
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="who may write anywhere")
+def test_a_folder_that_becomes_read_only_is_one_line(data: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    with after(1, lambda: run.chmod(0o555)):
+        assert main(["train", str(data), "--out", str(run), *options({**SETTINGS, "save_seconds": 0})]) == 2
+    run.chmod(0o755)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"ulsam: error: cannot write {run / 'checkpoint.pt'}: Permission denied"
+    assert main(["train", "--resume", str(run)]) == 0
 
 
 @pytest.fixture(scope="module")

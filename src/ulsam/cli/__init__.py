@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         fault = machine_fault(error)
-        if fault is None and isinstance(error, OSError) and error.filename:
-            fault = f"{os.fsdecode(error.filename)}: {str(error.strerror).lower()}"
+        if isinstance(error, OSError) and error.filename:
+            fault = f"{os.fsdecode(error.filename)}: {fault or str(error.strerror).lower()}"
         if fault is None:
             raise
         if args.verbose:

@@ -218,7 +218,7 @@ class StreamImages(_Named):
 def _pass_over(handler: Callable[[Exception], bool], error: Exception) -> bool:
     """WebDataset passes over a shard, or a part of it, that cannot be read; not where that is the machine's fault."""
     if fault := machine_fault(error):
-        raise MachineError(f"cannot read a shard: {fault}") from error
+        raise MachineError(f"cannot read {getattr(error, 'filename', None) or 'a shard'}: {fault}") from error
     return handler(error)
 
 
