@@ -23,6 +23,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TURNED_BY = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that say which side of an image is up
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # in the data of a scan FF 00 and restarts are no markers
+_SEGMENT = re.compile(rb"\xff+([^\x00\xff\xd0-\xd9])")  # a marker that a length follows
 _TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
@@ -76,11 +77,9 @@ def plain_jpeg(content: bytes) -> bytes:
 def _segments(content: bytes) -> Iterator[tuple[int, int]]:
     """Where the segments before a JPEG's first scan begin and end; what lies between them is passed over."""
     place = 2
-    while (marker := _MARKER.search(content, place)) and marker.end() + 2 <= len(content):
+    while (marker := _SEGMENT.search(content, place)) and marker.end() + 2 <= len(content):
         kind, length = marker[1][0], int.from_bytes(content[marker.end() : marker.end() + 2])
         place = marker.end()
-        if kind in (0xD8, 0xD9):  # these have no length
-            continue
         if kind < 0xC0 or kind == 0xDA or length < 2:
             return
         place += length
