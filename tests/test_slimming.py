@@ -553,6 +553,18 @@ def test_a_finished_slimming_is_reported_again_and_nothing_is_done_twice(model, 
 
 
 @pytest.mark.slow
+def test_what_another_version_wrote_is_refused_in_one_line(model, data, slimmed, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    found = kept(slimmed)
+    del found["budget"]["reconstruct_sets"]
+    (out / "slim.json").write_text(json.dumps(found))
+    argv = ["slim", str(model), str(data), "--out", str(out), "--params", "0.85", "--at", AT, *options(SETTINGS)]
+    assert main(argv) == 2
+    line = f"{out / 'slim.json'} is of another version of ulsam, which knew no reconstruct_sets: choose another --out"
+    assert capsys.readouterr().err.splitlines()[-1] == f"ulsam: error: {line}"
+
+
 def test_a_model_with_edits_is_slimmed_further(data, tmp_path, capsys):
     spec = make_spec("mobilenetv2_035", CLASSES, [Edit("replace", "17", 2)], size=32)
     save(build(spec)[0], spec, tmp_path / "model.safetensors")

@@ -30,7 +30,8 @@ class Model:
 
     def __init__(self, session: Any, metadata: dict[str, str]) -> None:
         self.metadata = metadata
-        self.classes: tuple[str, ...] = tuple(json.loads(metadata[CLASSES]))
+        outputs = session.get_outputs()[0].shape
+        self.classes = _class_names(metadata[CLASSES], outputs[1] if len(outputs) == 2 else None)
         self.preprocessing = Preprocessing.from_json(metadata[PREPROCESSING])
         self._session = session
         given = session.get_inputs()[0]
@@ -111,8 +112,22 @@ def open_model(model: str | bytes, name: str, threads: int | None = None, *, as_
         )
     try:
         return Model(session, metadata)
-    except ValueError as error:  # no JSON, or an UlsamError
+    except (ValueError, RecursionError) as error:  # no JSON, or an UlsamError
         raise UlsamError(f"{name} has metadata that cannot be read: {first_line(error)}") from error
+
+
+def _class_names(text: str, outputs: object) -> tuple[str, ...]:
+    """The names in the metadata: one for each output of the model.
+
+    Raises:
+        ValueError: other things, or not as many.
+    """
+    names = json.loads(text)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("its classes are no list of names")
+    if outputs != len(names):
+        raise ValueError(f"it names {len(names)} classes, and has {outputs} outputs")
+    return tuple(names)
 
 
 def import_onnxruntime() -> Any:

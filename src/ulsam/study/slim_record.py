@@ -40,10 +40,14 @@ class SlimRecord:
             return
         before = _read(self.path)
         for name, value in budget.items():
-            free = name == "share" and "chosen" not in before
-            if before["budget"].get(name) != value and not free:
+            if name not in before["budget"]:
                 raise UlsamError(
-                    f"{out} holds a slimming with other settings: {name} was {before['budget'].get(name)!r} and is "
+                    f"{self.path} is of another version of ulsam, which knew no {name}: choose another `out`"
+                )
+            free = name == "share" and "chosen" not in before
+            if before["budget"][name] != value and not free:
+                raise UlsamError(
+                    f"{out} holds a slimming with other settings: {name} was {before['budget'][name]!r} and is "
                     f"{value!r} now; choose another `out`"
                 )
         self.data = {**before, "budget": dict(budget)}

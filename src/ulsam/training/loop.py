@@ -9,6 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ulsam.base import logs
-from ulsam.base.distributed import World
-from ulsam.base.errors import Interrupted, NotFinite, UlsamError
+from ulsam.base.distributed import World, lost_processes
+from ulsam.base.errors import Interrupted, LostProcess, NotFinite, UlsamError
 from ulsam.base.extras import installed
 from ulsam.base.provenance import command_line, environment, versions
 from ulsam.data import loading, sources
@@ -87,6 +88,7 @@ class Trainer:
         for note in notes:
             self._say(f"note    {note}")
         images = self.train_images
+        self.image_names = hashlib.sha256("\0".join(images.names).encode(errors="surrogateescape")).hexdigest()
         self.image_state = images.state if isinstance(images, sources.FolderImages) and world.writes else None
         self.at = Position()
         self.unreadable = {
@@ -184,7 +186,7 @@ class Trainer:
             leave=True,
             shown=world.writes,
         )
-        with bar, parts.clear_errors(), parts.stop_signals() as stopping:
+        with bar, parts.stop_signals() as stopping, self._resumable(), parts.clear_errors():
             saved_at = time.monotonic()
             while self.at.epoch < config.epochs:
                 bar.set_description(f"epoch {self.at.epoch + 1}/{config.epochs}")
@@ -341,10 +343,19 @@ class Trainer:
         call = restore.resume_call(self.run, self.prepared)
         return Interrupted(f"stopped in {where}", f"resume with: {call}", None if self.prepared else self.run)
 
+    @contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """Within it the end of another process says how to resume."""
+        try:
+            with lost_processes():
+                yield
+        except LostProcess as lost:
+            call = restore.resume_call(self.run, self.prepared)
+            raise LostProcess(lost.where, f"resume with: {call}", None if self.prepared else self.run) from lost
+
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""
-        names = hashlib.sha256("\0".join(self.train_images.names).encode(errors="surrogateescape")).hexdigest()
-        images = f"{len(self.train_images)} (names {names[:8]})"
+        images = f"{len(self.train_images)} (names {self.image_names[:8]})"
         found = {**environment(), "device": self.world.device.type, "training images": images}
         return {**found, "image files": self.image_state} if self.image_state else found
 
