@@ -169,6 +169,8 @@ def _answer(one: Service, request: bytes) -> int:
             connection.sendall(request)
             line = connection.recv(15)
             return int(line[9:12]) if line.startswith(b"HTTP/1.1 ") else 0
+    except ConnectionRefusedError:
+        return 599  # as if it were gone: it fell
     except (OSError, ValueError):
         return 0
 

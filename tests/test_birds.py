@@ -248,3 +248,13 @@ def test_a_linear_classifier_fails() -> None:
             train, val = ((pixels[split], labels[split]) for split in ("train", "val"))
             assert ridge_accuracy(train, train, 1e-4) > 0.5, "the fit itself must work"
             assert ridge_accuracy(train, val, penalty) < 0.27, (side, penalty)
+
+
+def test_a_folder_that_is_there_stays_and_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a mount, or the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f".{tmp_path.name}.partial").mkdir()  # of a killed process
+    before = os.stat(".").st_ino
+    draw_birds(".", classes=2, train=1, val=1, size=32)
+    assert sorted(os.listdir(".")) == ["birds.json", "boxes.json", "train", "val"]
+    assert os.stat(tmp_path).st_ino == before

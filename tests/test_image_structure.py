@@ -94,7 +94,9 @@ def test_restarts_and_fill_bytes_are_no_scans() -> None:
 
 
 @pytest.mark.parametrize(
-    "between", [b"\xff" * 3_000_000, b"x" * 3_000_000, b"\xff\xd8" * 1_000_000], ids=["ff", "x", "d8"]
+    "between",
+    [b"\xff" * 3_000_000, b"\xff" * 3_000_000 + b"\0", b"x" * 3_000_000, b"\xff\xd8" * 1_000_000],
+    ids=["ff", "ff 00", "x", "d8"],
 )
 def test_bytes_between_the_segments_of_a_header_cost_nothing(between: bytes, decoder: None) -> None:
     content = encoded(SCENE, "JPEG")

@@ -549,6 +549,19 @@ def test_second_derivatives(form: str) -> None:
         assert (found - exact).abs().max() <= 1e-4 * max(1.0, exact.abs().max().item()) + 1e-6 * largest
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 0, 5), (2, 8, 5, 0), (0, 8, 5, 5)])
+@pytest.mark.parametrize("form", ["equations", "released"])
+def test_an_empty_map_stays_one(shape: tuple[int, ...], form: Any) -> None:
+    for layout in ("contiguous", "channels_last"):
+        x = laid_out(torch.randn(shape), layout).requires_grad_()
+        y = ULSAM(8, 2, form=form).eval()(x)
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+        with torch.inference_mode():
+            assert ULSAM(8, 2, form=form).eval()(x).shape == x.shape
+
+
 def test_transforms_of_torch_func() -> None:
     layer, x = ULSAM(8, 4), torch.randn(2, 8, 5, 5)
     exact = copy.deepcopy(layer).double()

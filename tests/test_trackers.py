@@ -76,6 +76,23 @@ def test_an_error_of_a_callback_ends_a_run_that_resumes_to_the_same_weights(data
     assert all(map(torch.equal, one.values(), two.values()))
 
 
+def test_each_callback_hears_of_the_end_whatever_another_one_does(data: Path, tmp_path: Path) -> None:
+    class Bad(Heard):
+        def end(self, summary: Any) -> None:
+            raise ValueError("cannot end")
+
+    class Late(Heard):
+        def start(self, run: Path, settings: Any, updates: int) -> None:
+            raise ValueError("cannot start")
+
+    for other, number in ((Bad(), "one"), (Late(), "two")):
+        heard = [Heard(), Heard()]
+        with pytest.raises(ValueError, match="cannot"):
+            ulsam.train(data, tmp_path / number, callbacks=[heard[0], other, heard[1]], **settings(epochs=1))
+        began = [one for one in heard if one.calls]
+        assert began and all(one.calls[-1][0] == "end" for one in began)
+
+
 def test_a_tracker_that_is_unknown_is_named_before_the_run_begins(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UlsamError, match="unknown tracker 'tensorbord'; valid: tensorboard, wandb, mlflow"):
         ulsam.train(data, tmp_path / "run", **settings(track=["tensorbord"]))
@@ -117,16 +134,21 @@ def test_weights_and_biases_works_offline(data: Path, tmp_path: Path, monkeypatc
 @pytest.mark.slow
 def test_mlflow_has_the_metrics_by_update(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
+    whole = settings(track=["mlflow"], save_seconds=0.0)
     code = (
         "import sys, ulsam, json\n"
         "from mlflow.tracking import MlflowClient\n"
-        "summary = ulsam.train(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))\n"
+        "class Stop(ulsam.Callback):\n"
+        "    def step(self, update, values):\n"
+        "        if update == 5: raise ValueError('no more')\n"
+        "try: ulsam.train(sys.argv[1], sys.argv[2], callbacks=[Stop()], **json.loads(sys.argv[3]))\n"
+        "except ValueError: summary = ulsam.resume(sys.argv[2])\n"
         "client = MlflowClient()\n"
         "(run,) = client.search_runs([client.get_experiment_by_name('ulsam').experiment_id])\n"
         "top1 = [one.value for one in client.get_metric_history(run.info.run_id, 'epoch/val_top1')]\n"
         "print(run.info.status, run.data.params['lr'], top1 == [row['val_top1'] for row in summary['epochs']])\n"
     )
-    words = [sys.executable, "-c", code, str(data), str(tmp_path / "run"), json.dumps(settings(track=["mlflow"]))]
+    words = [sys.executable, "-c", code, str(data), str(tmp_path / "run"), json.dumps(whole)]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": (tmp_path / "tracked").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1:] == ["FINISHED 0.05 True"], done.stderr

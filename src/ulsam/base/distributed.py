@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from ulsam.base.errors import LostProcess, UlsamError, first_line
 
@@ -100,6 +100,8 @@ def _joined(rank: int, size: int, place: torch.device) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, place)
         return
+    from torch.distributed.rendezvous import rendezvous  # which not every build of PyTorch has
+
     patience = datetime.timedelta(minutes=30)
     store = next(rendezvous("env://", timeout=patience))[0]
     dist.init_process_group(
@@ -129,11 +131,12 @@ def lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+        among_others = dist.is_available() and dist.is_initialized()
+        if not among_others or not (isinstance(error, dist.DistError) or re.search(r"[\\/]gloo[\\/]", str(error))):
             raise
-        size = dist.get_world_size()
         raise LostProcess(
-            f"one of the {size} processes is gone (killed? memory full?): what is saved is whole"
+            f"one of the {dist.get_world_size()} processes is gone or does not answer (killed? memory full?): "
+            "what is saved is whole"
         ) from error
 
 

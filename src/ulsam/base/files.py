@@ -84,10 +84,12 @@ def check_empty(path: Path, advice: str = "", *, hidden: bool = False) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside ``path``, to be filled within it, which takes that name in one step at the end.
 
-    Whatever goes wrong, a part of the folder is never there under its name; what a killed process left is cleared.
+    Whatever goes wrong, a part of the folder is never there under its name; what a killed process left is cleared. A
+    folder that is there, and may be a mount or someone's working directory, stays: the hidden one lies in it, and what
+    it holds is moved out of it at the end.
 
     Args:
-        path: of a folder that does not exist yet, or is empty.
+        path: of a folder that does not exist yet, or is empty but for what a killed process left.
 
     >>> import tempfile
     >>> out = Path(tempfile.mkdtemp()) / "out"
@@ -99,14 +101,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
     ['a.txt']
     """
     path = Path(os.path.realpath(path))
-    part = path.with_name(f".{path.name}.partial")
+    name = f".{path.name}.partial"
+    part = path / name if path.exists() else path.with_name(name)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
-        if path.exists():
-            path.rmdir()
-        part.rename(path)
+        if part.parent == path:
+            for entry in list(part.iterdir()):
+                entry.rename(path / entry.name)
+        else:
+            part.rename(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 
@@ -33,12 +34,21 @@ def as_csv(rows: Iterable[Sequence[object]]) -> str:
     >>> print(as_csv([["arm", "top1"], ["=1+1, 2", -0.5]]), end="")
     arm,top1
     "'=1+1, 2",-0.5
+    >>> as_csv([[" @sum", "-0.5", "-x", ""]])
+    "' @sum,-0.5,'-x,\\n"
     """
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     for row in rows:
-        table.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULAS else cell for cell in row])
+        table.writerow([f"'{cell}" if isinstance(cell, str) and _may_be_formula(cell) else cell for cell in row])
     return out.getvalue()
 
 
-_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+def _may_be_formula(cell: str) -> bool:
+    if cell.strip()[:1] not in _FORMULAS and cell[:1] not in _BLANKS:
+        return False
+    return re.fullmatch(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", cell) is None  # a number is none
+
+
+_FORMULAS = ("=", "+", "-", "@")
+_BLANKS = ("\t", "\r", "\n")

@@ -1,6 +1,7 @@
 """`ulsam train DATA`: train a model on a folder of images, or resume a run."""
 
 import argparse
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ulsam.training import parts
     from ulsam.training.machine import keep_freed_memory
     from ulsam.training.summary import result_lines
     from ulsam.training.train import resume, train
 
     keep_freed_memory()
+    parts.AFTER_LOSS = signal.SIG_IGN
     if args.resume:
         if args.out or args.config:
             raise UlsamError("--resume continues in its own folder with its own settings: leave --out and --config out")

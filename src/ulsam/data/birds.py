@@ -111,7 +111,7 @@ def draw_birds(
     if not MIN_SIZE <= size <= MAX_SIZE:
         raise UlsamError(f"size must be {MIN_SIZE} to {MAX_SIZE} pixels: got {size}")
     try:
-        check_empty(root)
+        check_empty(root, hidden=True)
         with whole_folder(root) as part:
             boxes = _draw_all(part, named, counts, size, seed, progress)
             asked = {"generator": "ulsam birds", "version": VERSION, "seed": seed, "size": size, **counts}

@@ -22,8 +22,8 @@ _LARGEST_EXIF = 1_000_000
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TURNED_BY = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that say which side of an image is up
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # in the data of a scan FF 00 and restarts are no markers
-_SEGMENT = re.compile(rb"\xff+([^\x00\xff\xd0-\xd9])")  # a marker that a length follows
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # in the data of a scan FF 00 and restarts are no markers
+_SEGMENT = re.compile(rb"\xff([^\x00\xff\xd0-\xd9])")  # a marker that a length follows
 _TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 

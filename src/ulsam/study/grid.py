@@ -102,7 +102,7 @@ class Grid:
             raise UlsamError("several seeds for each try, but nothing to try: give several learning rates or epochs")
         if self.choose_split is not None and not self.choosing:
             raise UlsamError(f"nothing to choose on {self.choose_split}: give several learning rates or epochs")
-        if not 0 <= self.close < 1:
+        if not 0 <= self.close <= 1:
             raise UlsamError(f"rates are close within 0 to 100 points of top-1, not {100 * self.close:g}")
         for name, values in (("learning rate", self.rates), ("number of epochs", self.epochs)):
             if len(set(values)) < len(values):

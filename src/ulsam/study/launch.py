@@ -234,8 +234,9 @@ def _tail(file: IO[bytes]) -> bytes:
 def _progress(grid: Grid, comparison: ComparisonFolder, launcher: Launcher) -> str:
     """Runs that have ended, of all."""
     busy = map(str, launcher.running())
-    ended = {str(run) for run in grid.known(comparison.outcome) if comparison.outcome(run) is not None}.difference(busy)
-    return f"[{len(ended)}/{grid.size}]"
+    known = grid.known(comparison.outcome)
+    ended = {str(run) for run in known if comparison.outcome(run) is not None}.difference(busy)
+    return f"[{len(ended)}/{max(grid.size, len(known))}]"  # rates that turn out close make more of them
 
 
 def _result(comparison: ComparisonFolder, run: Run) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -165,15 +165,17 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Run the epochs that are left, measure, and write the result; the callbacks hear of it."""
-        summary = None
-        for callback in self.callbacks:
-            callback.start(self.run, dataclasses.asdict(self.config), self.at.updates)
-        try:
-            summary = self._fit()
-            return summary
-        finally:
+        result: dict[str, Any] | None = None
+
+        def end(callback: Callback) -> None:
+            callback.end(result)
+
+        with ExitStack() as ending:
             for callback in self.callbacks:
-                callback.end(summary)
+                callback.start(self.run, dataclasses.asdict(self.config), self.at.updates)
+                ending.callback(end, callback)
+            result = summary = self._fit()
+        return summary
 
     def _fit(self) -> dict[str, Any]:
         config, world = self.config, self.world

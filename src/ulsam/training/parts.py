@@ -238,12 +238,17 @@ def clear_errors() -> Iterator[None]:
         raise UlsamError("BatchNorm cannot train on one image at a time here: use `batch_size=2` or more") from error
 
 
+#: What SIGTERM does for good once another process was lost; None: what it did before. The command line, whose process
+#: is all its own, ignores it, so that it can say how to resume.
+AFTER_LOSS: Any = None
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Within it, the first Ctrl-C, SIGTERM or SIGHUP only makes the yielded function true; a second one acts as ever.
 
     Outside the main thread, where Python sets no handlers, signals act as ever. Where another process is gone, torchrun
-    sends SIGTERM to the rest at once: it is then ignored, so that they can say how to resume.
+    sends SIGTERM to the rest at once: see `AFTER_LOSS`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -265,7 +270,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(seen)
     except LostProcess:
-        before[signal.SIGTERM] = signal.SIG_IGN
+        if AFTER_LOSS is not None:
+            before[signal.SIGTERM] = AFTER_LOSS
         raise
     finally:
         for number, handler in before.items():

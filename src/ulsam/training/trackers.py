@@ -1,11 +1,12 @@
 """Trackers of experiments, each a callback of a run: TensorBoard, Weights & Biases, MLflow.
 
 Where each one writes is the user's choice by its own variables, such as ``WANDB_MODE`` or ``MLFLOW_TRACKING_URI``. Runs
-of a comparison are grouped by their arm.
+of a comparison are one group, named after its folder.
 """
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,10 @@ class MLflow(Callback):
     """A run of MLflow; a resumed one goes on in the same."""
 
     def __init__(self) -> None:
+        from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient()
+        self._client, self._metric, self._param = MlflowClient(), Metric, Param
 
     def start(self, run: Path, settings: Mapping[str, Any], updates: int) -> None:
         name, group = place(run)
@@ -141,8 +143,9 @@ class MLflow(Callback):
             return
         tags = {"ulsam_run": identity(run), "mlflow.runName": name, **({"group": group} if group else {})}
         self._run = self._client.create_run(number, tags=tags).info.run_id
-        for key, value in settings.items():
-            self._client.log_param(self._run, key, str(value)[:500])
+        self._client.log_batch(
+            self._run, params=[self._param(key, str(value)[:500]) for key, value in settings.items()]
+        )
 
     def step(self, update: int, values: Mapping[str, float]) -> None:
         self._log("step", values, update)
@@ -151,8 +154,9 @@ class MLflow(Callback):
         self._log("epoch", numbers(row), update)
 
     def _log(self, kind: str, values: Mapping[str, float], update: int) -> None:
-        for name, value in values.items():
-            self._client.log_metric(self._run, f"{kind}/{name}", value, step=update)
+        now = int(1000 * time.time())
+        metrics = [self._metric(f"{kind}/{name}", value, now, update) for name, value in values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
 
     def end(self, summary: Mapping[str, Any] | None) -> None:
         self._client.set_terminated(self._run, "FAILED" if summary is None else "FINISHED")

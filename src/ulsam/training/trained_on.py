@@ -81,8 +81,9 @@ def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
         splits = find_splits(run.data) if Path(run.data).is_dir() else {}
         if run.train_split in splits and run.val_fraction is None and len(splits) > 1:
             train = splits[run.train_split]
-            linked = [entry.path for entry in os.scandir(train) if entry.is_symlink()]  # classes
-            roots = tuple(os.path.join(os.path.realpath(one), "") for one in (str(train), *linked))
+            below = (os.path.join(folder, name) for folder, names, _ in os.walk(train) for name in names)
+            folders = (str(train), *filter(os.path.islink, below))
+            roots = tuple(os.path.join(os.path.realpath(one), "") for one in folders)
             return lambda path: path.startswith(roots)
         images = parts.open_images(run)[0] if Path(run.data).is_dir() else None
     except (UlsamError, OSError):

@@ -278,8 +278,8 @@ INLINE void add_and_compare(const struct unit *u, float *l, int64_t p, float bia
 /* Maps l to plus + softmax(relu?(l + bias)), in place. A step of all maps comes before the next one: the steps of one
    map wait for each other. */
 INLINE void softmax(const struct unit *u, int groups, const float *bias, int relu, float plus) {
-    int64_t pixels = u->pixels, whole = pixels / V * V, many = SOFTMAX_FLOATS / u->ld;
-    if (many < 1) many = 1;
+    int64_t pixels = u->pixels, whole = pixels / V * V, many = 1;
+    if (u->ld && u->ld < SOFTMAX_FLOATS) many = SOFTMAX_FLOATS / u->ld; /* a map may be empty */
     if (many > SOFTMAX_MAPS) many = SOFTMAX_MAPS;
     for (int64_t first = 0; first < groups; first += many) {
         float each[SOFTMAX_MAPS]; /* the largest value, then the share of 1 */
