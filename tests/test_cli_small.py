@@ -173,7 +173,7 @@ MISTAKES = [
     (["profile", "tests"], "tests is neither timm's name of a model nor a model file"),
     (["candidates", "nothing.safetensors"], "no model file nothing.safetensors"),
     (["info", "nothing.safetensors"], "no model file nothing.safetensors"),
-    (["info", "."], "no model file ."),
+    (["info", "."], ". is a folder without model.safetensors"),
 ]
 
 

@@ -275,7 +275,7 @@ def test_images_to_compare_on_are_spread_over_all(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("{folder}", "no model file {folder}"),
+        ("{folder}", "{folder} is a folder without model.safetensors"),
         ("{model} --to tensorrt", "--to: 'tensorrt' is not one of onnx, openvino, executorch"),
         ("{model} --out {folder}/none/model.onnx", "cannot write {folder}/none/model.onnx: no such folder"),
         ("{model} --out {folder}/model.pt", "a file for onnx is called NAME.onnx, not {folder}/model.pt"),

@@ -4,17 +4,13 @@ import argparse
 from pathlib import Path
 
 from ulsam.base.processes import is_first_process
-from ulsam.cli.common import print_json
+from ulsam.cli.common import add_model, model_from, print_json
 
 EXAMPLE = "ulsam eval runs/mine/model.safetensors images --split test"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a model file, a run's folder, a trained model of the package, or NAME.onnx of ulsam export",
-    )
+    add_model(parser, exported=True)
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -41,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.deploy.evaluate import evaluate
 
     found = evaluate(
-        args.model,
-        args.data,
+        **model_from(args),
+        data=args.data,
         split=args.split,
         data_dir=args.data_dir,
         class_names=args.class_names,

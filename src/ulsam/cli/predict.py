@@ -3,17 +3,13 @@
 import argparse
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.cli.common import print_json
+from ulsam.cli.common import add_model, model_from, print_json
 
 EXAMPLE = "ulsam predict runs/mine/model.safetensors images/test --top 1"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a model file, a run's folder, a trained model of the package, or NAME.onnx of ulsam export",
-    )
+    add_model(parser, exported=True)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each image (default: 3)")
 
@@ -23,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.deploy.predict import predict
 
     failed = total = 0
-    for prediction in predict(args.model, args.images, top=args.top):
+    for prediction in predict(**model_from(args), images=args.images, top=args.top):
         total += 1
         failed += prediction.error is not None
         if args.json:

@@ -2,14 +2,14 @@
 
 import argparse
 
-from ulsam.cli.common import beside, print_json
+from ulsam.cli.common import add_model, beside, model_from, print_json
 
 EXAMPLE = "ulsam quantize runs/mine/model.safetensors images --calibrate 256"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="NAME.onnx of ulsam export, a model file, or a run's folder")
+    add_model(parser, exported=True)
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the model")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: MODEL's name with -int8.onnx)")
     parser.add_argument(
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.deploy.quantize import quantize
 
     out = args.out or beside(args.model, "-int8.onnx")
-    found = quantize(args.model, args.data, out, calibrate=args.calibrate, measure=args.measure)
+    found = quantize(**model_from(args), data=args.data, out=out, calibrate=args.calibrate, measure=args.measure)
     if args.json:
         print_json({"file": out, **vars(found)})
         return

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ulsam.base.errors import UlsamError
@@ -130,15 +131,34 @@ def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:
     >>> index_like(val, ("robin", "wren")).samples
     (('val/wren/1.jpg', 1),)
     """
-    unknown = [name for name in folder.classes if name not in classes]
-    if unknown:
+    found = class_numbers(folder.classes, classes)
+    if unknown := [name for name in folder.classes if name not in found]:
         raise UlsamError(
             f"{folder.root} has classes that were not trained on: {', '.join(unknown)};"
             f" known are {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
         )
-    index = {name: number for number, name in enumerate(classes)}
-    samples = tuple((path, index[folder.classes[label]]) for path, label in folder.samples)
+    samples = tuple((path, found[folder.classes[label]]) for path, label in folder.samples)
     return dataclasses.replace(folder, classes=tuple(classes), samples=samples)
+
+
+def class_numbers(names: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
+    """Which of a model's classes these names mean, by their positions: the same name, or the same WordNet id in front.
+
+    What means none of them is left out, as is a WordNet id that two classes begin with.
+
+    >>> class_numbers(["n01440764", "wren", "n02085620-Chihuahua"], ["n02085620 Chihuahua", "n01440764 tench", "wren"])
+    {'n01440764': 1, 'wren': 2, 'n02085620-Chihuahua': 0}
+    """
+    exact = {name: number for number, name in enumerate(classes)}
+    ids = [_wordnet_id(name) for name in classes]
+    by_id = {found: number for number, found in enumerate(ids) if found and ids.count(found) == 1}
+    numbers = {name: exact.get(name, by_id.get(_wordnet_id(name) or "")) for name in names}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _wordnet_id(name: str) -> str | None:
+    found = re.match(r"n\d{8}(?!\w)|n\d{8}(?=_)", name)
+    return found and found[0]
 
 
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
