@@ -155,7 +155,8 @@ def test_a_subset_of_imagenet_is_measured_by_its_ids(
     assert main(["eval", NET, str(data), *options]) == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert (scores["images"], scores["top1"]) == (8, 0.5)
-    assert scores["per_class"]["n03888257 parachute, chute"] == {"images": 4, "top1": 1.0}
+    row = scores["per_class"]["n03888257 parachute, chute"]
+    assert (row["images"], row["named"], row["top1"], row["precision"]) == (4, 8, 1.0, 0.5)
 
 
 def test_commands_take_a_model_by_name(

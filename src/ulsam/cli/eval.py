@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from ulsam.base.errors import UlsamError
+from ulsam.base.extras import check_plots
+from ulsam.base.files import check_writable, write_atomic
 from ulsam.base.processes import is_first_process
 from ulsam.cli.common import add_model, model_from, print_json
 
@@ -23,6 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the data's classes for the model's by their position, whatever their names",
     )
+    written = parser.add_argument_group("what is written")
+    written.add_argument("--csv", metavar="FILE", help="precision, recall, F1, specificity and AUC of each class")
+    written.add_argument("--confusion", metavar="FILE.png", help="the confusion matrix as a picture")
     machine = parser.add_argument_group("machine")
     machine.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="images a step (default: 64)")
     machine.add_argument(
@@ -34,8 +40,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, and print the scores; only the first of several processes prints."""
     from ulsam.base.provenance import command_line, versions
+    from ulsam.deploy.confusion_picture import confusion_png
     from ulsam.deploy.evaluate import evaluate
 
+    if args.confusion:
+        check_plots("ulsam eval --confusion")
+        if not args.confusion.endswith(".png"):
+            raise UlsamError(f"--confusion writes a picture called NAME.png, not {args.confusion}")
+    for file in filter(None, (args.csv, args.confusion)):
+        check_writable(file)
     found = evaluate(
         **model_from(args),
         data=args.data,
@@ -49,6 +62,10 @@ def run(args: argparse.Namespace) -> None:
     )
     if not is_first_process():
         return
+    if args.csv:
+        write_atomic(args.csv, found.csv())
+    if args.confusion:
+        write_atomic(args.confusion, confusion_png(found.by_class))
     unreadable = dict(found.scores.unreadable)
     if args.json:
         about = {"command": command_line(), "model": Path(args.model).name, "versions": versions()}
