@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.processes import is_first_process
+from ulsam.data.folder import IMAGE_SUFFIXES
 from ulsam.model.trained import locate, names
 
 if TYPE_CHECKING:
@@ -152,12 +153,36 @@ def model_from(args: argparse.Namespace, dest: str = "model") -> dict[str, Any]:
     {'model': 'runs/mine'}
     """
     name = getattr(args, dest)
+    _check_order(args, dest)
     if not args.pretrained and args.weights is None:
         return {"model": name}
     from ulsam.model.build import load
 
     model, spec = load(name, pretrained=args.pretrained, weights=args.weights)
     return {"model": model, "spec": spec}
+
+
+def _check_order(args: argparse.Namespace, dest: str) -> None:
+    """Raise if MODEL is a folder of images, or an image, and what follows it is a model."""
+    name = getattr(args, dest)
+    followed = next((getattr(args, other) for other in ("data", "paths", "images") if hasattr(args, other)), None)
+    others = [followed] if isinstance(followed, str) else list(followed or ())
+    if not others or _is_model(name) or not (os.path.isdir(name) or name.lower().endswith(IMAGE_SUFFIXES)):
+        return
+    found = next((other for other in others if _is_model(other)), None)
+    if found is None and not any(map(os.path.exists, others)):
+        from ulsam.model.pretrained import is_pretrained_name
+
+        found = next(filter(is_pretrained_name, others), None)
+    if found is not None:
+        raise UlsamError(f"the model comes first: ulsam {args.command} {found} {name}")
+
+
+def _is_model(name: str) -> bool:
+    """Whether this is a model file, a run's folder, or a trained model of the package."""
+    if os.path.isdir(name):
+        return any(os.path.exists(os.path.join(name, *where, "model.safetensors")) for where in ((), ("run",)))
+    return name in names() or (name.endswith((".safetensors", ".onnx")) and os.path.exists(name))
 
 
 def numbers(kind: type[Any]) -> Callable[[str], tuple[Any, ...]]:

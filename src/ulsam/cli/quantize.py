@@ -24,8 +24,9 @@ def run(args: argparse.Namespace) -> None:
     """Quantise, and print how the result compares with the model."""
     from ulsam.deploy.quantize import quantize
 
+    model = model_from(args)
     out = args.out or beside(args.model, "-int8.onnx")
-    found = quantize(**model_from(args), data=args.data, out=out, calibrate=args.calibrate, measure=args.measure)
+    found = quantize(**model, data=args.data, out=out, calibrate=args.calibrate, measure=args.measure)
     if args.json:
         print_json({"file": out, **vars(found)})
         return

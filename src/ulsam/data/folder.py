@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -76,7 +77,10 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
         ignored += passed
     classes = tuple(name for name in names if found[name])
     if not classes:
-        raise UlsamError(f"no image in any of the {len(names)} class folders of {root}: {_LAYOUT.format(root=root)}")
+        others = _others(path for path in ignored if os.path.dirname(path) != str(root))
+        raise UlsamError(
+            f"no image in any of the {len(names)} class folders of {root}: {others or _LAYOUT.format(root=root)}"
+        )
     if len(classes) < min_classes:
         raise UlsamError(
             f"{root} holds images of {len(classes)} class ({', '.join(classes)}), at least {min_classes} are needed:"
@@ -281,11 +285,22 @@ def image_paths(names: Sequence[str]) -> list[str]:
     """
     paths: list[str] = []
     for name in names:
-        found = images_below(name)[0] if os.path.isdir(name) else [name]
+        found, passed = images_below(name) if os.path.isdir(name) else ([name], [])
         if not found:
-            raise UlsamError(f"no images in the folder {name}")
+            others = _others(passed)
+            raise UlsamError(f"no images in the folder {name}{others and ': '}{others}")
         paths += found
     return paths
+
+
+def _others(files: Iterable[str]) -> str:
+    """What files are that were looked through for images, in vain; nothing to say if there are none."""
+    endings = Counter(os.path.splitext(path)[1].lower() for path in files)
+    if not endings:
+        return ""
+    ending, count = endings.most_common(1)[0]
+    remedy = ", which are not read: convert them to JPEG" if ending in (".heic", ".heif") else ", and no images by name"
+    return f"it holds {count} files {ending or 'without an ending'}{remedy}"
 
 
 def _is_image(path: str) -> bool:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ulsam.base.errors import MachineError, UlsamError
+from ulsam.base.kinds import kind_of
 from ulsam.base.reading import machine_errors, machine_fault, open_regular
 from ulsam.data.image_colours import as_rgb
 from ulsam.data.image_structure import MAX_SCANNED, MAX_SCANS, count_scans, plain_jpeg, plain_png, tags_fit
@@ -179,6 +180,7 @@ def _decoded(path: str | os.PathLike[str] | BinaryIO, decode: Callable[[bytes], 
 
     The whole file is read first, so that an error of the file system cannot pass for one of the image.
     """
+    content = b""
     try:
         with machine_errors(_name(path)):
             content = _content(path)
@@ -190,7 +192,10 @@ def _decoded(path: str | os.PathLike[str] | BinaryIO, decode: Callable[[bytes], 
     except _DAMAGE as error:
         if isinstance(error, MemoryError) and _memory_is_full():
             raise MachineError(f"cannot read {_name(path)}: {machine_fault(error)}") from error
-        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+        known = content.startswith((JPEG, b"\x89PNG")) or (content[8:12] == b"avif" and "AVIF" in FORMATS)
+        damaged = known or isinstance(error, UnreadableImage)
+        reason = (None if damaged else kind_of(content)) or _reason(error)
+        raise UnreadableImage(f"{_name(path)}: {reason}") from error
 
 
 def _content(path: str | os.PathLike[str] | BinaryIO) -> bytes:

@@ -19,6 +19,8 @@ from torch import nn
 
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.files import check_readable, read_json, write_atomic
+from ulsam.base.kinds import kind_of
+from ulsam.base.reading import open_regular
 from ulsam.base.tensor_limit import AtMost
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.hub import hub_folder, timm_weights
@@ -282,7 +284,8 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if _KEY not in metadata:
         raise UlsamError(
-            f"{path} holds weights without a spec; start `ulsam.train` from it by `weights`, or pass a model file"
+            f"{path} holds weights without a spec: name timm's model in its place, and this file as its `weights`; "
+            "or name a model file"
         )
     try:
         spec = ModelSpec.from_json(metadata[_KEY])
@@ -314,7 +317,13 @@ def _opened(path: str | os.PathLike[str]) -> Any:
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise UlsamError(f"{path} is no safetensors file, or is cut off: {first_line(error)}") from error
+        with open_regular(path) as file:
+            head = file.read(64)
+        if head.startswith((b"PK", b"\x80")):
+            reason = "it is a checkpoint of PyTorch: name timm's model in its place, and the file as its `weights`"
+        else:
+            reason = kind_of(head) or first_line(error)
+        raise UlsamError(f"{path} is no safetensors file, or is cut off: {reason}") from error
 
 
 def _check_fit(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], source: str) -> nn.Module:

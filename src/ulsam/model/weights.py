@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.files import check_readable
+from ulsam.base.kinds import kind_of
 from ulsam.base.logs import say
+from ulsam.base.reading import open_regular
 from ulsam.model.trained import locate
 from ulsam.surgery.edited import changes, note_weights
 
@@ -142,6 +145,14 @@ def heads(model: nn.Module) -> list[nn.Module]:
 
 def _content(path: Path) -> dict[Any, Any]:
     """What the file holds."""
+    with open_regular(path) as file:
+        kind = kind_of(file.read(64))
+    if path.suffix in (".onnx", ".xml", ".pte"):
+        kind = "an exported model, whose weights are folded: name the model file or the checkpoint it was made from"
+    elif _is_torchscript(path):
+        kind = "a TorchScript archive, which is a whole program: save the model's state_dict() alone"
+    if kind:
+        raise UlsamError(f"{path} holds no weights that can be read safely: it is {kind}")
     try:
         if path.suffix == ".safetensors":
             return cast(dict[Any, Any], safetensors.torch.load_file(path))
@@ -156,6 +167,13 @@ def _content(path: Path) -> dict[Any, Any]:
     return content
 
 
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def _reason(path: Path, error: Exception) -> str:
     """Why the file could not be read, without PyTorch's advice to run what is in it."""
     try:
@@ -164,7 +182,9 @@ def _reason(path: Path, error: Exception) -> str:
     except Exception:  # as above
         code = []
     if code:
-        return f"it needs the code of {a_few(sorted(code))}; save the model's state_dict() alone"
+        needed = a_few(sorted(code, key=lambda name: (not name.startswith(("torch.nn", "timm.")), name))[:2])
+        advice = "save the model's state_dict() alone"
+        return f"it holds a whole model, or other objects than weights: {advice} (it needs the code of {needed})"
     return first_line(error).partition("This file can still be loaded")[0].strip() or type(error).__name__
 
 

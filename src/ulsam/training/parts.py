@@ -66,6 +66,10 @@ def spec_of(config: TrainConfig, classes: Sequence[str]) -> ModelSpec:
     )
 
 
+SMALLEST = 16
+"""Pixels; smaller images are hardly meant: compact models halve the size five times."""
+
+
 def prepared_model(model: nn.Module, config: TrainConfig, spec: ModelSpec) -> nn.Module:
     """``model``, which is trained in place of the spec's, if it can be.
 
