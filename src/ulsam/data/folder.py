@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = (
 )
 """File name endings (lower case) that mark an image; what is inside decides how it is read."""
 
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _LAYOUT = "expected one subfolder of images for each class, e.g. {root}/robin/1.jpg and {root}/wren/1.jpg"
 
 
@@ -112,7 +112,7 @@ def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
     root = Path(root)
     found: dict[str, Path] = {}
     for name in _subfolders(root):
-        split = _SPLITS.get(name.lower())
+        split = SPLITS.get(name.lower())
         if split is None:
             continue
         if split in found:

@@ -88,11 +88,9 @@ def prepared_model(model: nn.Module, config: TrainConfig, spec: ModelSpec) -> nn
     return model
 
 
-def batches_of(
-    config: TrainConfig, spec: ModelSpec, images: sources.AnyImages, world: World
-) -> tuple[loading.Loader, loading.EpochOrder | None, int, str | None]:
-    """The loader, its order (None for a stream), the optimizer updates in an epoch, and what to say of the cache."""
-    transform = TrainTransform(
+def train_transform(config: TrainConfig, spec: ModelSpec) -> TrainTransform:
+    """What training makes of an image."""
+    return TrainTransform(
         spec.input_size,
         mean=spec.mean,
         std=spec.std,
@@ -103,6 +101,13 @@ def batches_of(
         rand_augment=config.rand_augment,
         random_erasing=config.random_erasing,
     )
+
+
+def batches_of(
+    config: TrainConfig, spec: ModelSpec, images: sources.AnyImages, world: World
+) -> tuple[loading.Loader, loading.EpochOrder | None, int, str | None]:
+    """The loader, its order (None for a stream), the optimizer updates in an epoch, and what to say of the cache."""
+    transform = train_transform(config, spec)
     order = None
     if isinstance(images, sources.StreamImages):
         batches = images.batches(config.batch_size, config.workers)
