@@ -35,9 +35,9 @@ from ulsam.deploy.export import export
 from ulsam.deploy.exported_module import load_exported
 from ulsam.deploy.quantize import quantize
 from ulsam.model.build import load
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Run
 from ulsam.study.paths import without_paths
-from ulsam.study.run_store import Store
 from ulsam.study.statistics import difference
 from ulsam.training import parts
 from ulsam.training.evaluate import ALONE, evaluate_batches, outcomes
@@ -58,12 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.seeds is not None and args.seeds < 1:
         parser.error(f"--seeds takes 1 or more, not {args.seeds}")
-    store = Store(args.compared)
+    comparison = ComparisonFolder(args.compared)
     arms = {}
     with tempfile.TemporaryDirectory() as folder:
         files: dict[tuple[str, str], Path] = {}
-        for arm, runs in finals(store, args.seeds).items():
-            found = {run.config.seed: shipped(run, store, Path(folder, f"{run.arm.slug}-{run.name}")) for run in runs}
+        for arm, runs in finals(comparison, args.seeds).items():
+            found = {
+                run.config.seed: shipped(run, comparison, Path(folder, f"{run.arm.slug}-{run.name}")) for run in runs
+            }
             arms[arm] = summary(found)
             files |= {(arm, precision): found[runs[0].config.seed][precision]["file"] for precision in PRECISIONS}
             print(f"{arm}: {arms[arm]['int8']['minus_float32']['mean']:+.4f} by int8", flush=True)
@@ -87,33 +89,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_atomic(ROOT / "results" / f"deployed_{args.name}.json", json.dumps(without_paths(result), indent=1) + "\n")
 
 
-def finals(store: Store, most: int | None) -> dict[str, list[Run]]:
+def finals(comparison: ComparisonFolder, most: int | None) -> dict[str, list[Run]]:
     """The final runs of each arm, the first ``most`` seeds.
 
     Raises:
         UlsamError: one is not finished, or left no model file.
     """
-    grid = store.grid()
+    grid = comparison.grid()
     found = {}
     for arm in grid.arms:
-        found[arm.name] = grid.finals(arm, store.outcome)[:most]
+        found[arm.name] = grid.finals(arm, comparison.outcome)[:most]
         if not found[arm.name] or not all(
-            (store.folder(run) / "model.safetensors").exists() for run in found[arm.name]
+            (comparison.folder(run) / "model.safetensors").exists() for run in found[arm.name]
         ):
             raise UlsamError(f"not all final runs of {arm.name} are finished: continue with ulsam compare")
     return found
 
 
-def shipped(run: Run, store: Store, stem: Path) -> dict[str, dict[str, Any]]:
+def shipped(run: Run, comparison: ComparisonFolder, stem: Path) -> dict[str, dict[str, Any]]:
     """Export and quantise the model of a run; both files, with their answers on the images of the run's own measure."""
     files = dict(zip(PRECISIONS, (Path(f"{stem}.onnx"), Path(f"{stem}-int8.onnx")), strict=True))
     _, images, _ = parts.open_images(run.config)
-    model, spec = load(store.folder(run) / "model.safetensors")
+    model, spec = load(comparison.folder(run) / "model.safetensors")
     paths = [path for path, _ in images.samples]  # type: ignore[union-attr]  # of an image folder
     export(model, files["float32"], spec=spec, images=paths)
     quantize(files["float32"], run.config.data, files["int8"], measure=300)
     found = {precision: {"file": file, **answers(file, images)} for precision, file in files.items()}
-    return {**found, "pytorch": dict(store.outcome(run) or {})}
+    return {**found, "pytorch": dict(comparison.outcome(run) or {})}
 
 
 def answers(file: Path, images: Any) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from ulsam.data import loading
 from ulsam.model.build import build
 from ulsam.model.spec import ModelSpec
 from ulsam.study.arms import Arm
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Failed, Grid, at_the_edge
 from ulsam.study.identity import data_digest, file_digests
 from ulsam.study.latency import measure as measure_latency
 from ulsam.study.launch import lock_of
-from ulsam.study.run_store import Store
 from ulsam.surgery.cost import Cost, cost
 from ulsam.training import parts
 from ulsam.training import summary as report
@@ -41,7 +41,7 @@ HAS_WEIGHTS = {"weights": None, "pretrained": False, "drop_rate": 0.0, "drop_pat
 class Host:
     """A comparison, and the plain model of its first arm with the weights that it starts from."""
 
-    store: Store
+    comparison: ComparisonFolder
     grid: Grid
     spec: ModelSpec
     model: nn.Module
@@ -53,16 +53,16 @@ def host(out: str) -> Host:
     Raises:
         UlsamError: there is none, or its first arm is an edited model.
     """
-    store = Store(out)
-    grid = store.grid()
+    comparison = ComparisonFolder(out)
+    grid = comparison.grid()
     config = grid.arms[0].config(grid.shared)
-    store.check_identity(config.data, data_digest(config, grid.choose_split), file_digests([config]))
+    comparison.check_identity(config.data, data_digest(config, grid.choose_split), file_digests([config]))
     spec = parts.spec_of(config, parts.open_images(config)[0].classes)
     if spec.edits:
         raise UlsamError(f"the first arm of {out} is an edited model: compare with the plain one first")
     loading.seed_all(0)
     model, _ = build(spec, weights=config.weights, pretrained=config.pretrained)
-    return Host(store, grid, spec, model)
+    return Host(comparison, grid, spec, model)
 
 
 def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
@@ -78,46 +78,46 @@ def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
         UlsamError: there is an arm of that name with another model, or another process trains it at the moment.
         Interrupted: Ctrl-C or SIGTERM in training, after the run has saved.
     """
-    store, size = host.store, host.spec.input_size
+    comparison, size = host.comparison, host.spec.input_size
     arm = Arm(name, (), {**host.grid.arms[0].settings, **HAS_WEIGHTS})
     before, after = cost(host.model, size), cost(model, size)
-    make_folder(store.root / "arms" / arm.slug)
+    make_folder(comparison.root / "arms" / arm.slug)
     about = f"arms/{arm.slug}/external_arm.json"
     found = {"name": name, "settings": arm.settings, **_shares(before, after), **entry}
-    kept = store.read(about)
+    kept = comparison.read(about)
     if kept and kept["cost"] != found["cost"]:
         raise UlsamError(
-            f"{store.root / about} is of a model of another cost: move that arm away, or name this one else"
+            f"{comparison.root / about} is of a model of another cost: move that arm away, or name this one else"
         )
-    store.write(about, {**found, **(kept or {})})
+    comparison.write(about, {**found, **(kept or {})})
     print(f"{name}: {after.macs / before.macs:.4f} of the MACs, {after.params / before.params:.4f} of the parameters")
 
     grid = dataclasses.replace(host.grid, arms=(arm,))
-    for run in grid.known(store.outcome):
-        store.allow_retry(run)
-    while due := grid.due(store.outcome):
-        store.check(due[0])
-        lock = take_lock(lock_of(store.folder(due[0])))
+    for run in grid.known(comparison.outcome):
+        comparison.allow_retry(run)
+    while due := grid.due(comparison.outcome):
+        comparison.check(due[0])
+        lock = take_lock(lock_of(comparison.folder(due[0])))
         if lock is None:
             raise UlsamError(f"{due[0]} is being trained by another process: wait for it")
         try:
-            if store.outcome(due[0]) is None:  # else another process has ended it since
-                _train(model, due[0].config, store.folder(due[0]))
+            if comparison.outcome(due[0]) is None:  # else another process has ended it since
+                _train(model, due[0].config, comparison.folder(due[0]))
         except UlsamError as error:
-            store.fail(due[0], str(error))
+            comparison.fail(due[0], str(error))
         except (RuntimeError, OSError) as error:  # of torch, or of the disk
-            store.fail(due[0], f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            comparison.fail(due[0], f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         except Interrupted:
             raise Interrupted(f"stopped, {due[0]} is saved", "resume with the same command") from None
         finally:
             lock.release()
-    tries = grid.tried(arm, store.outcome)
+    tries = grid.tried(arm, comparison.outcome)
     for tried in tries:
         reading = tried.failed or f"{grid.choose_split or 'held-out'} top-1 {100 * (tried.top1 or 0.0):.2f}"
         print(f"{name}: lr {tried.rate:g}, epochs {tried.epochs}: {reading}")
     if edge := at_the_edge(tries):
         print(f"note: the best rate is the {edge} of those tried: give more --rates")
-    finals = [(run, store.outcome(run)) for run in grid.known(store.outcome) if not run.is_try]
+    finals = [(run, comparison.outcome(run)) for run in grid.known(comparison.outcome) if not run.is_try]
     tested = [100 * found["scores"]["top1"] for _, found in finals if isinstance(found, Mapping)]
     if tested:
         print(f"{name}: top-1 {', '.join(f'{value:.2f}' for value in tested)}; mean {statistics.mean(tested):.2f}")
@@ -125,9 +125,9 @@ def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
         if isinstance(found, Failed):
             print(f"{run} failed: {found.reason}")
     done = bool(finals) and len(tested) == len(finals)
-    if done and "latency" not in store.read(about):
+    if done and "latency" not in comparison.read(about):
         times = measure_latency({"base": (host.model, size), name: (model, size)})
-        store.write(about, {**store.read(about), "latency": times[name].to_json()})
+        comparison.write(about, {**comparison.read(about), "latency": times[name].to_json()})
     return done
 
 

@@ -44,11 +44,11 @@ from ulsam.cli.common import add_layer_options, layer_options
 from ulsam.data.loading import eval_loader
 from ulsam.model.build import load, read_spec, save
 from ulsam.model.spec import ModelSpec
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge
 from ulsam.study.latency import measure
 from ulsam.study.launch import lock_of
 from ulsam.study.paths import without_paths
-from ulsam.study.run_store import Store
 from ulsam.study.slim import DECIDED, fine_tuning, slim
 from ulsam.study.statistics import difference
 from ulsam.training import parts
@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--package", metavar="NAME", help="put the first seed's model there, as ARCHITECTURE.DATA_WHAT")
     args = parser.parse_args(argv)
 
-    store = Store(args.compared)
-    grid = store.grid()
-    whole, finals = base_runs(grid, store, args.seeds)
+    comparison = ComparisonFolder(args.compared)
+    grid = comparison.grid()
+    whole, finals = base_runs(grid, comparison, args.seeds)
     wanted = {name: share for name in BUDGETS if (share := getattr(args, name)) is not None}
     asked = {
         **wanted,
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         given = dataclasses.asdict(run.config)  # all but what slimming decides is as in the run of the whole model
         settings = {name: value for name, value in given.items() if name not in DECIDED and value is not None}
         settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs}
-        return {"model": store.folder(run) / "model.safetensors", "out": folder, "settings": settings}
+        return {"model": comparison.folder(run) / "model.safetensors", "out": folder, "settings": settings}
 
     best, tries = args.rates[0], {}
     if len(args.rates) > 1:
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = _in_processes(calls, args.jobs)[: len(jobs)]
 
     folders = {
-        "whole": [store.folder(run) for run in finals],
+        "whole": [comparison.folder(run) for run in finals],
         "slimmed": [each["out"] / "run" for each in jobs],
         "longer": [each["out"] for each in on],
     }
@@ -175,21 +175,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def base_runs(grid: Grid, store: Store, most: int | None = None) -> tuple[Run, list[Run]]:
+def base_runs(grid: Grid, comparison: ComparisonFolder, most: int | None = None) -> tuple[Run, list[Run]]:
     """The comparison's best try of its base model, and the final runs, the first ``most`` seeds.
 
     Raises:
         UlsamError: one of them is not finished, or left no model file.
     """
     arm = grid.arms[0]
-    chosen = grid.chosen(arm, store.outcome) if grid.choosing else None
+    chosen = grid.chosen(arm, comparison.outcome) if grid.choosing else None
     if chosen is None:
-        raise UlsamError(f"{store.root} has not chosen a learning rate for its base model: continue with ulsam compare")
-    runs = [run for run in grid.tries(arm, store.outcome) if (run.config.lr, run.config.epochs) == chosen][:1]
-    runs += grid.finals(arm, store.outcome)[:most]
+        raise UlsamError(
+            f"{comparison.root} has not chosen a learning rate for its base model: continue with ulsam compare"
+        )
+    runs = [run for run in grid.tries(arm, comparison.outcome) if (run.config.lr, run.config.epochs) == chosen][:1]
+    runs += grid.finals(arm, comparison.outcome)[:most]
     for run in runs:
-        summary = store.outcome(run)
-        if summary is None or isinstance(summary, Failed) or not (store.folder(run) / "model.safetensors").exists():
+        summary = comparison.outcome(run)
+        if (
+            summary is None
+            or isinstance(summary, Failed)
+            or not (comparison.folder(run) / "model.safetensors").exists()
+        ):
             raise UlsamError(f"{run} is not finished: continue with ulsam compare")
     return runs[0], runs[1:]
 

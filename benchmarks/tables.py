@@ -14,6 +14,7 @@ import tables_compare as compare
 import tables_deploy as deploy
 import tables_explain as explain
 import tables_headline as headline
+import tables_imagenet as imagenet
 import tables_performance as performance
 import tables_slim as slim
 
@@ -28,6 +29,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "cub100": lambda results: compare.comparison_table(results, "compare_cub100"),
         "more_cub100": lambda results: compare.comparison_table(results, "more_cub100"),
         "grocery81": lambda results: compare.comparison_table(results, "compare_grocery81"),
+        "imagenet": imagenet.imagenet_table,
         "v1_cub100": lambda results: compare.comparison_table(results, "compare_v1_cub100"),
         "slimmed_cub100": lambda results: slim.slimmed_table(results, "cub100_macs75"),
         "slimmed_grocery81": lambda results: slim.slimmed_table(results, "grocery81_macs75"),

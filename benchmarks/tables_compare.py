@@ -11,7 +11,7 @@ from ulsam.study import compare_plot as plot
 from ulsam.study import compare_table as table
 from ulsam.study.compare import MARGIN
 from ulsam.study.compare_report import summarise
-from ulsam.study.run_store import Store
+from ulsam.study.comparison_folder import ComparisonFolder
 
 
 @functools.cache
@@ -23,8 +23,8 @@ def comparison(results: Path, name: str) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         unpack(read_packed(results / f"{name}{SUFFIX}"), folder)
-        store = Store(folder)
-        return summarise(store.grid(), store, MARGIN, store.read("grid.json")["command"])
+        unpacked = ComparisonFolder(folder)
+        return summarise(unpacked.grid(), unpacked, MARGIN, unpacked.read("grid.json")["command"])
 
 
 def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> str:

@@ -12,10 +12,14 @@ import griffe
 def markdown(docstring: str) -> str:
     """A docstring as Markdown.
 
+    >>> markdown("It computes::")
+    'It computes:'
+
     >>> markdown("See :func:`ulsam.load`.\\n\\n>>> 1 + 1\\n2").splitlines()
     ['See `ulsam.load`.', '', '```pycon', '>>> 1 + 1', '2', '```']
     """
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", docstring)
+    text = re.sub(r"(?m)::$", ":", text)
     return re.sub(r"(?m)^>>> (?:.+\n?)+", lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", text).rstrip()
 
 

@@ -24,8 +24,8 @@ from ulsam.base.errors import Interrupted
 from ulsam.cli import main
 from ulsam.deploy.bench_process import Process
 from ulsam.deploy.bench_worker import Case
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.launch import lock_run, reason_of, start_process
-from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
 from ulsam.training.train import resume, train
 
@@ -61,7 +61,7 @@ def steps(root: Path) -> dict[str, Any]:
     found["export"] = main(["export", model, "--out", exported])
     found["onnx"] = main(["predict", exported, str(data / "val" / "class0")])
 
-    with Store(root / "comparison").locked():
+    with ComparisonFolder(root / "comparison").locked():
         pass
     np.save(root / "images.npy", np.zeros((1, 32, 32, 3), np.uint8))
     files = (str(root / name) for name in ("images.npy", "logits.npy"))

@@ -3,7 +3,11 @@
 import dataclasses
 import itertools
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +188,20 @@ def test_an_interrupted_drawing_leaves_no_set_and_can_be_repeated(tmp_path: Path
     assert not list(tmp_path.iterdir())
     draw_birds(tmp_path, 2, train=2, val=1, size=32)
     assert (tmp_path / "birds.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no such signal")
+def test_what_a_killed_drawing_left_is_cleared(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from ulsam.data.birds import draw_birds\n"
+        "kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done == 3 else None\n"
+        "draw_birds(sys.argv[1], 2, train=2, val=1, size=32, progress=kill)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")]).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    draw_birds(tmp_path / "out", 2, train=2, val=1, size=32)
+    assert contents(tmp_path / "out") == contents(draw_birds(tmp_path / "same", 2, train=2, val=1, size=32))
+    assert sorted(os.listdir(tmp_path)) == ["out", "same"]
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,11 +28,11 @@ from ulsam.study.arms import Arm, parse_arms
 from ulsam.study.compare import _reported, report
 from ulsam.study.compare_report import measure_latency
 from ulsam.study.compare_table import legend, pairs
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Failed, Grid, Run
 from ulsam.study.identity import data_digest, file_digests, seen_before
 from ulsam.study.launch import EndedRun, LocalLauncher, lock_of, run_all
 from ulsam.study.paths import without_paths
-from ulsam.study.run_store import Store
 from ulsam.study.statistics import right
 from ulsam.training.config import TrainConfig
 from ulsam.training.parts import open_images
@@ -45,16 +45,16 @@ ARMS = ("base", "slim: insert blocks.2 g=4; size=24")
 class Here:
     """Runs one after the other in this process, which is fast; notes which ones it started."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, comparison: ComparisonFolder) -> None:
+        self.comparison = comparison
         self.started: list[str] = []
         self.over: list[EndedRun] = []
 
     def start(self, run: Run) -> bool:
-        self.store.check(run)
+        self.comparison.check(run)
         self.started.append(str(run))
         try:
-            train(run.config, self.store.folder(run))
+            train(run.config, self.comparison.folder(run))
             self.over.append(EndedRun(run))
         except UlsamError as error:
             self.over.append(EndedRun(run, str(error)))
@@ -79,13 +79,13 @@ def run_here(
 ) -> tuple[dict[str, Any], list[str]]:
     """As `ulsam.compare`, with :class:`Here`; what it returns, and the runs that it started."""
     shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data), **(settings or {})})
-    grid, store = Grid(parse_arms(arms), shared, **given), Store(out)
-    with store.locked():
-        store.begin(grid, f"ulsam compare {data}", data_digest(shared, grid.choose_split), {})
-    launcher = Here(store)
-    run_all(grid, store, launcher, "ulsam compare")
-    measure_latency(grid, store)
-    return _reported(grid, store, 0.005, f"ulsam compare {data}"), launcher.started
+    grid, comparison = Grid(parse_arms(arms), shared, **given), ComparisonFolder(out)
+    with comparison.locked():
+        comparison.begin(grid, f"ulsam compare {data}", data_digest(shared, grid.choose_split), {})
+    launcher = Here(comparison)
+    run_all(grid, comparison, launcher, "ulsam compare")
+    measure_latency(grid, comparison)
+    return _reported(grid, comparison, 0.005, f"ulsam compare {data}"), launcher.started
 
 
 @pytest.fixture(scope="module")
@@ -217,12 +217,12 @@ def test_runs_of_another_spec_are_never_mixed_in(
 def test_data_that_changed_is_refused_before_training(what: str, tmp_path: Path) -> None:
     data = draw_splits(tmp_path / "data", train=3, val=2)
     shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data)})
-    grid, store = Grid(parse_arms(ARMS), shared), Store(tmp_path / "out")
-    store.root.mkdir()
-    store.write("grid.json", grid.to_json())  # as an earlier version left it
-    store.begin(grid, "ulsam compare", data_digest(shared), {})
+    grid, comparison = Grid(parse_arms(ARMS), shared), ComparisonFolder(tmp_path / "out")
+    comparison.root.mkdir()
+    comparison.write("grid.json", grid.to_json())  # as an earlier version left it
+    comparison.begin(grid, "ulsam compare", data_digest(shared), {})
     moved = data.rename(tmp_path / "moved")
-    store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved), workers=1)), {})
+    comparison.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved), workers=1)), {})
     image = moved / "train" / "class1" / "000.png"
     if what == "longer":
         image.write_bytes(image.read_bytes() + b"0")
@@ -236,7 +236,7 @@ def test_data_that_changed_is_refused_before_training(what: str, tmp_path: Path)
         for split in ("train", "val"):
             (moved / split / "class1").rename(moved / split / "class9")
     with pytest.raises(UlsamError, match=r"on other images than .*data holds now: name another `out`$"):
-        store.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved))), {})
+        comparison.begin(grid, "ulsam compare", data_digest(dataclasses.replace(shared, data=str(moved))), {})
 
 
 def test_another_weight_file_or_teacher_of_the_same_name_is_refused(tmp_path: Path) -> None:
@@ -249,12 +249,12 @@ def test_another_weight_file_or_teacher_of_the_same_name_is_refused(tmp_path: Pa
         *parse_arms(ARMS),
         dataclasses.replace(parse_arms(ARMS)[1], name="taught", settings={"teacher": str(teacher)}),
     ]
-    store = Store(tmp_path / "out")
-    store.root.mkdir()
+    comparison = ComparisonFolder(tmp_path / "out")
+    comparison.root.mkdir()
 
     def begin(arms: Sequence[Arm]) -> None:
         files = file_digests(arm.config(shared) for arm in arms)
-        store.begin(Grid(tuple(arms), shared), "ulsam compare", None, files)
+        comparison.begin(Grid(tuple(arms), shared), "ulsam compare", None, files)
 
     begin(arms)
     begin(arms)
@@ -302,7 +302,7 @@ def test_an_external_arm_without_finished_runs_is_published(
 ) -> None:
     out, file = shutil.copytree(finished[0], tmp_path / "out"), tmp_path / "published.jsonl.gz"
     (out / "arms" / "begun").mkdir()
-    Store(out).write(
+    ComparisonFolder(out).write(
         "arms/begun/external_arm.json",
         {"name": "begun", "settings": {}, "what": "its first run is not finished", "cost": {}},
     )
@@ -320,7 +320,7 @@ def test_a_published_comparison_is_extended_by_an_arm(
     report(out, publish=file)
     (tmp_path / data.name).symlink_to(data)  # the name that stands in what was published
     monkeypatch.chdir(tmp_path)
-    Store(new).start_from(file)
+    ComparisonFolder(new).start_from(file)
     more, started = run_here(new, Path(data.name), [*ARMS, "size=28"], rates=(0.02, 0.1), seeds=2)
     assert started and all(run.startswith("size=28,") for run in started)
     interval = ("low", "high", "verdict")  # over the seeds of all arms
@@ -360,7 +360,7 @@ def test_other_runs_than_those_of_the_folder_are_not_taken_over(
     file, out = tmp_path / "published.jsonl.gz", shutil.copytree(finished[0], tmp_path / "out")
     report(out, publish=file)
     grid = json.loads((out / "grid.json").read_text())
-    Store(out).write("grid.json", {**grid, "data_sha256": "0" * 64})
+    ComparisonFolder(out).write("grid.json", {**grid, "data_sha256": "0" * 64})
     with pytest.raises(UlsamError, match=r"compares models on other images than .*published"):
         report(out, start_from=file)
     write_packed(file, {"a.json": {}})
@@ -592,7 +592,7 @@ def test_a_locked_run_is_left_to_the_other_process(
 ) -> None:
     """What another process has in hand is waited for, said once, and taken over from it without training."""
     shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data)})
-    grid, store = Grid(parse_arms(ARMS[:2]), shared, seeds=1), Store(tmp_path)
+    grid, comparison = Grid(parse_arms(ARMS[:2]), shared, seeds=1), ComparisonFolder(tmp_path)
     caplog.set_level(logging.INFO, logger="ulsam")
 
     def said() -> list[str]:
@@ -601,16 +601,16 @@ def test_a_locked_run_is_left_to_the_other_process(
     class Locked(LocalLauncher):
         def start(self, run: Run) -> bool:
             if len(said()) == 2:  # both were seen: the other process is done with one, then with the other
-                for other in grid.known(self.store.outcome):
-                    if self.store.outcome(other) is None:
-                        train(other.config, self.store.folder(other))
+                for other in grid.known(self.comparison.outcome):
+                    if self.comparison.outcome(other) is None:
+                        train(other.config, self.comparison.folder(other))
             return super().start(run)
 
-    for run in grid.known(store.outcome):
-        make_folder(store.folder(run).parent)
-    held = [take_lock(lock_of(store.folder(run))) for run in grid.known(store.outcome)]
+    for run in grid.known(comparison.outcome):
+        make_folder(comparison.folder(run).parent)
+    held = [take_lock(lock_of(comparison.folder(run))) for run in grid.known(comparison.outcome)]
     assert None not in held
-    launcher = Locked(store, jobs=2)
-    run_all(grid, store, launcher, "again")
+    launcher = Locked(comparison, jobs=2)
+    run_all(grid, comparison, launcher, "again")
     assert said() == ["wait", "wait"]
-    assert not any(isinstance(store.outcome(run), Failed | None) for run in grid.known(store.outcome))
+    assert not any(isinstance(comparison.outcome(run), Failed | None) for run in grid.known(comparison.outcome))

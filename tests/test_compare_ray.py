@@ -12,9 +12,9 @@ import pytest
 from tiny import SETTINGS, draw_splits
 from ulsam.study.arms import Arm, parse_arms
 from ulsam.study.compare import compare
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Grid, Run
 from ulsam.study.ray_launcher import receive, train_there
-from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
 
 RESOLVED = {**SETTINGS, "layout": "contiguous", "amp": "none", "compile": "none"}
@@ -29,36 +29,36 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_files_of_a_run_come_back_from_a_node_of_its_own(data: Path, tmp_path: Path) -> None:
     arms = parse_arms(["base", "size=24"])
     shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data), "epochs": 1})
-    store, grid = Store(tmp_path), Grid(arms, shared, seeds=1)
-    run = grid.known(store.outcome)[0]
-    folder = store.folder(run)
+    comparison, grid = ComparisonFolder(tmp_path), Grid(arms, shared, seeds=1)
+    run = grid.known(comparison.outcome)[0]
+    folder = comparison.folder(run)
     here, token = str(Path.cwd()), str(tmp_path / "no-such-token")
     reason, files = train_there(str(folder), run.config.to_yaml(), token, here)
     assert reason is None
     assert not folder.exists()
     assert "checkpoint.pt" not in files
     receive(folder, files)
-    assert store.outcome(run)["scores"]["images"] == 12  # type: ignore[index,call-overload]
+    assert comparison.outcome(run)["scores"]["images"] == 12  # type: ignore[index,call-overload]
     assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "config.yaml", "metrics.csv"}
     assert "result " in folder.with_name("seed-0.log").read_text()
 
     broken = Run(Arm.parse("base"), "seed-1", TrainConfig("no such folder", threads=1))
-    reason, files = train_there(str(store.folder(broken)), broken.config.to_yaml(), token, here)
+    reason, files = train_there(str(comparison.folder(broken)), broken.config.to_yaml(), token, here)
     assert reason is not None and "no such folder" in reason
-    receive(store.folder(broken), files)
-    assert store.outcome(broken) is None
+    receive(comparison.folder(broken), files)
+    assert comparison.outcome(broken) is None
 
 
 @pytest.mark.slow
 def test_relative_paths_are_seen_from_where_the_command_was_given(data: Path, tmp_path: Path) -> None:
     config = TrainConfig.from_mapping({**RESOLVED, "data": data.name, "epochs": 1})
     run = Run(Arm.parse("base"), "seed-0", config)
-    store, token = Store(tmp_path), str(tmp_path / "no-such-token")
-    reason, files = train_there(str(store.folder(run)), config.to_yaml(), token, str(data.parent))
+    comparison, token = ComparisonFolder(tmp_path), str(tmp_path / "no-such-token")
+    reason, files = train_there(str(comparison.folder(run)), config.to_yaml(), token, str(data.parent))
     assert reason is None
-    receive(store.folder(run), files)
-    assert store.outcome(run) is not None  # with the settings as they were given
-    reason, files = train_there(str(store.folder(run)), config.to_yaml(), token, str(tmp_path / "gone"))
+    receive(comparison.folder(run), files)
+    assert comparison.outcome(run) is not None  # with the settings as they were given
+    reason, files = train_there(str(comparison.folder(run)), config.to_yaml(), token, str(tmp_path / "gone"))
     assert reason is not None and reason.endswith("gone, from where the command was given") and not files
 
 

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 import ulsam
+from stopping import stop_after
 from ulsam.cli import main
 from ulsam.model.build import load
 from ulsam.study import demo
@@ -15,6 +16,15 @@ def test_a_bad_seed_is_reported_before_anything_is_drawn(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo"), "--seed", "-1"]) == 2
     assert capsys.readouterr().err == "ulsam: error: seed must be 0 or more, not -1\n"
     assert not (tmp_path / "demo").exists()
+
+
+def test_stopped_it_says_how_to_begin_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "BIRDS", {"classes": 2, "train": 12, "val": 6, "size": 32})
+    monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 9, "batch_size": 8, "size": 32, "workers": 0})
+    with stop_after(1):
+        assert main(["demo", "--out", str(tmp_path / "demo")]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "ulsam: stopped in epoch 1, step 2; the demonstration begins anew: run it with another --out"
 
 
 @pytest.mark.slow

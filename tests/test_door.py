@@ -1,6 +1,7 @@
 """`import ulsam`: lazy, typed, and without a public function that needs a private type."""
 
 import ast
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -37,17 +38,51 @@ def test_the_stub_and_the_table_agree() -> None:
 
 @pytest.mark.slow  # with an empty cache mypy reads all of PyTorch
 def test_every_name_has_a_type(tmp_path: Path) -> None:
-    file = tmp_path / "user.py"
     lines = ["import ulsam", *(f"reveal_type(ulsam.{name})" for name in NAMES), "ulsam.no_such_name"]
-    file.write_text("\n".join(lines))
-    printed, wrong, _ = api.run([str(file), "--cache-dir", str(Path.cwd() / ".mypy_cache"), "--no-error-summary"])
-    assert not wrong
+    printed = check_types(tmp_path / "user.py", lines)
     revealed = dict(re.findall(r"user\.py:(\d+): note: Revealed type is \"(.*)\"", printed))
     types = {name: revealed[str(number)] for number, name in enumerate(NAMES, start=2)}
     for name, kind in types.items():
         assert kind not in ("Any", "builtins.object") and not kind.endswith("-> Any"), (name, kind)
     assert f'user.py:{len(lines)}: error: Module has no attribute "no_such_name"' in printed
     assert "-> ulsam.surgery.cost.Cost" in types["cost"]
+
+
+@pytest.mark.slow  # with an empty cache mypy reads all of PyTorch
+def test_the_settings_of_training_are_checked(tmp_path: Path) -> None:
+    printed = check_types(
+        tmp_path / "user.py",
+        [
+            "import ulsam",
+            "settings: ulsam.TrainSettings = {'edits': ['remove 14'], 'lr': 1}",
+            "ulsam.train('birds', 'run', model='mobilenetv2_100', **settings)",
+            "ulsam.train('birds', 'run', epoch=3)",
+            "ulsam.train('birds', 'run', epochs='3')",
+            "ulsam.train('birds', 'run', opt='adam')",
+        ],
+    )
+    errors = re.findall(r"user\.py:(\d+): error: (.*?)  \[", printed)
+    assert [(int(line), text.replace('"', "")) for line, text in errors] == [
+        (4, "Unexpected keyword argument epoch for train; did you mean epochs?"),
+        (5, "Argument epochs to train has incompatible type str; expected int"),
+        (6, "Argument opt to train has incompatible type Literal['adam']; expected Literal['sgd', 'adamw']"),
+    ]
+
+
+def test_the_types_of_settings_are_those_of_the_config() -> None:
+    config = typing.get_type_hints(ulsam.TrainConfig)
+    assert [*config] == [field.name for field in dataclasses.fields(ulsam.TrainConfig)]
+    del config["data"], config["model"]  # arguments of their own
+    assert typing.get_type_hints(ulsam.TrainSettings) == config
+
+
+def test_a_wrong_setting_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    misspelt: dict[str, typing.Any] = {"epoch": 3}
+    with pytest.raises(ulsam.UlsamError, match=r"^unknown setting 'epoch'; did you mean epochs\?$"):
+        ulsam.train("birds", tmp_path / "run", **misspelt)
+    with pytest.raises(ulsam.UlsamError, match=r"^epochs must be a whole number, not '3'$"):
+        ulsam.train("birds", tmp_path / "run", epochs="3")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_public_function_needs_a_private_type() -> None:
@@ -84,6 +119,14 @@ def test_from_training_to_a_deployed_model(tmp_path: Path) -> None:
         ulsam.evaluate(model, data)
     with pytest.raises(ulsam.UlsamError, match="holds its own spec: leave `spec` out"):
         ulsam.predict(file, paths, spec=spec)
+
+
+def check_types(file: Path, lines: list[str]) -> str:
+    """What mypy prints about a file of these lines."""
+    file.write_text("\n".join(lines))
+    printed, wrong, _ = api.run([str(file), "--cache-dir", str(Path.cwd() / ".mypy_cache"), "--no-error-summary"])
+    assert not wrong
+    return printed
 
 
 def _late_names() -> dict[str, object]:

@@ -147,7 +147,7 @@ def test_a_long_page_lists_all_and_shows_the_first() -> None:
     assert text.count("<article") == MOST_CARDS
     assert text.count("<tr data-verdict") == MOST_CARDS + 3
     assert f"The first {MOST_CARDS} are shown" in text
-    assert "No true classes are known" in text
+    assert "The true classes are not known." in text
 
 
 def test_a_model_without_ulsam_says_so() -> None:

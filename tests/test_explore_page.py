@@ -144,7 +144,7 @@ def test_cam_and_image_are_switched_for_both_models(page: Page, bird: Path) -> N
     plain = [seen(page, model) for model in range(2)]
     assert differ(plain[0], cams[0]) and not differ(plain[1], attention[1])
     page.get_by_role("radio", name="Grad-CAM++").check(force=True)
-    page.get_by_role("slider", name="Strength of the map").fill("10")
+    page.get_by_role("slider", name="Map opacity").fill("10")
     assert differ(seen(page), cams[0])
 
 
@@ -198,7 +198,7 @@ def test_a_file_that_is_too_large_is_not_even_sent(page: Page) -> None:
     page.on("request", lambda request: sent.append(request.url))
     choose(page, {"name": "large.jpg", "mimeType": "image/jpeg", "buffer": bytes(LIMIT + 100_000)})
     expect(page.get_by_role("alert")).to_have_text(
-        "large.jpg has 0.3 MB, and 0.2 MB is the most that is taken (see --max-mb)."
+        "large.jpg is too large: it has 0.3 MB, and the limit is 0.2 MB (--max-mb)."
     )
     assert not sent and page.locator("#result").is_hidden()
 
@@ -297,7 +297,7 @@ def test_every_image_has_a_text_and_every_control_a_name(page: Page, bird: Path)
     assert unnamed == []
     for role, names in (
         ("radio", ["Attention", "Grad-CAM++", "Image"]),
-        ("slider", ["Strength of the map", "Subspace"]),
+        ("slider", ["Map opacity", "Subspace"]),
         ("combobox", ["Layer"]),
         ("article", [f"Model A: {two()[0].name}", f"Model B: {two()[1].name}"]),
         ("group", ["Show"]),

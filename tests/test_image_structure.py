@@ -90,6 +90,32 @@ def test_restarts_and_fill_bytes_are_no_scans() -> None:
     assert count_scans(content[:-2] + b"\xff\xff\xd9" + b"\xff\xda" * 200) == 1
 
 
+# what stands between the segments of a JPEG
+
+
+@pytest.mark.parametrize(
+    "between", [b"\xff" * 3_000_000, b"x" * 3_000_000, b"\xff\xd8" * 1_000_000], ids=["ff", "x", "d8"]
+)
+def test_bytes_between_the_segments_of_a_header_cost_nothing(between: bytes, decoder: None) -> None:
+    content = encoded(SCENE, "JPEG")
+    place = 4 + int.from_bytes(content[4:6])
+    assert np.array_equal(read(content[:place] + between + content[place:]), read(content))
+
+
+def test_tags_behind_a_fill_byte_count(decoder: None) -> None:
+    wild = b"II*\0\x08\0\0\0" + struct.pack("<H", 5_000) + 5_000 * (b"\x0f\x01\x02\x00\xff\xff\xff\x7f" + bytes(4))
+    exif = b"\xff\xe1" + struct.pack(">H", len(wild) + 8) + b"Exif\0\0" + wild
+    content = encoded(SCENE, "JPEG")
+    assert plain_jpeg(content[:2] + b"\xff" + 60 * exif + content[2:]) == content
+
+
+def test_pixels_as_text_are_read_up_to_a_size() -> None:
+    content = b"P3 200 200 255\n" + b"1 " * 120_000
+    assert (read(content) == 1).all()
+    with pytest.raises(UnreadableImage, match="text of more than 10000000 bytes: store its pixels as bytes"):
+        read(content + b" " * 10_000_000)
+
+
 # texts and checksums of PNG
 
 

@@ -347,6 +347,13 @@ def test_pixels_of_a_jpeg_are_those_of_the_image(mode, options):
     assert pixels.flags.writeable
 
 
+def test_pixels_of_a_large_image_come_in_stripes_that_leave_none_out():
+    image = Image.effect_noise((3_001, 2_999), 90).convert("RGB")
+    stream = io.BytesIO()
+    image.save(stream, "BMP")
+    assert np.array_equal(read_pixels(stream), np.array(image))
+
+
 def test_pixels_of_a_jpeg_stored_as_rgb():
     content = encoded(scene(), "JPEG", keep_rgb=True)
     assert np.array_equal(read_pixels(content), np.asarray(read_image(content)))

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -51,7 +52,7 @@ def augmented(policy: str | None = "rand-m9-n2-mstd0.5", erasing: float = 0.5) -
 class Numbers:
     """Images in memory whose colour is their number; ``bad`` ones cannot be read."""
 
-    def __init__(self, n: int, labels: list[int] | None = None, bad: set[int] | None = None) -> None:
+    def __init__(self, n: int, labels: Any = None, bad: set[int] | None = None) -> None:
         self.n, self.labels, self.bad = n, labels, bad or set()
         self.classes = ("even", "odd")
 
@@ -139,6 +140,59 @@ def test_balanced_draws_every_class_equally_often() -> None:
     statistic = sum((count - 1000) ** 2 / 1000 for count in drawn.values())
     assert sum(drawn.values()) == 3000
     assert statistic < 13.8  # chi-square with 2 degrees of freedom exceeds this once in 1000
+
+
+def test_balanced_draws_each_image_of_a_class_and_no_class_that_has_none() -> None:
+    labels = [3, 0, 3, 3, 0, 3]
+    order = EpochOrder(Numbers(6, labels), 6, seed=0, balanced=True)  # type: ignore[arg-type]
+    drawn: Counter[int] = Counter()
+    for order.epoch in range(500):
+        drawn.update(index for keys in order for *_, index in keys)
+    assert all(abs(drawn[index] - (750 if label == 0 else 375)) < 100 for index, label in enumerate(labels)), drawn
+
+
+@pytest.mark.slow
+def test_balanced_draws_from_more_images_than_torch_does() -> None:
+    number = 2**24 + 2**20
+    labels = np.zeros(number, np.int32)
+    labels[-3:] = 1
+    order = EpochOrder(Numbers(number, labels), 1024, seed=0, balanced=True)  # type: ignore[arg-type]
+    rare = [index for keys in itertools.islice(order, 4) for *_, index in keys if index >= number - 3]
+    assert abs(len(rare) - 2048) < 200
+    assert set(rare) == {number - 3, number - 2, number - 1}
+
+
+def private_memory() -> int:
+    """Bytes that only this process has."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
+
+
+def walk(images: FolderImages, found: Any) -> None:
+    """As a reading process does, look at every image's path."""
+    gc.disable()  # a collection writes to all that it looks at
+    images.name(0)
+    before = private_memory()
+    for number in range(len(images)):
+        last = images.name(number)
+    found.put((private_memory() - before, last, list(map(int, images.labels[-2:]))))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this system does not tell who has memory")
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_paths_are_not_copied_into_the_reading_processes(method: str) -> None:
+    number = 100_000  # of strings 20 MB are copied
+    images = FolderImages(
+        tuple((f"/data/n{n // 1000:08}/n{n // 1000:08}_{n}.JPEG", n // 1000) for n in range(number)), ()
+    )
+    context: Any = multiprocessing.get_context(method)
+    found = context.SimpleQueue()
+    process = context.Process(target=walk, args=(images, found))
+    process.start()
+    grown, last, labels = found.get()
+    process.join()
+    assert (last, labels) == (images.name(number - 1), [99, 99])
+    assert grown < 4_000_000
 
 
 def test_balanced_needs_labels() -> None:

@@ -623,6 +623,13 @@ def test_a_model_that_takes_far_more_memory_than_its_weights_is_refused(base, ar
     assert int(re.search(r"(\d+) MB in memory", str(caught.value))[1]) * 1e6 > 4 * size + UNSAVED
 
 
+def test_a_model_that_fills_huge_tables_value_by_value_is_refused_on_the_way(file, tmp_path):
+    spec = ModelSpec("maxvit_tiny_tf_224", ("a", "b"), model_args={"img_size": 9999})
+    path = with_spec(file, tmp_path / "model.safetensors", spec.to_json())
+    with pytest.raises(UlsamError, match=r"is not what its spec builds: it holds \d+ tensors, that many more"):
+        load(path)
+
+
 def test_a_file_with_its_own_spec_passes_through_the_same_door(file, tmp_path):
     path = with_spec(file, tmp_path / "kind.safetensors", read_spec(file).to_json())
     assert load(path)[1] == read_spec(file)

@@ -21,9 +21,9 @@ from ulsam.model.build import build
 from ulsam.model.spec import ModelSpec
 from ulsam.study.arms import Arm
 from ulsam.study.compare import report
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Grid
 from ulsam.study.launch import lock_of
-from ulsam.study.run_store import Store
 from ulsam.surgery.cost import cost
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig
@@ -111,17 +111,17 @@ def test_ctrl_c_saves_and_is_one_line(
     data = draw_splits(tmp_path / "data", train=12, val=4)
     resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "save_seconds": 1e6}
     base = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
-    store, name = Store(tmp_path / "out"), "pruned-uniform-params-0.95"
-    store.root.mkdir()
-    store.write("grid.json", Grid((Arm.parse("base"),), base, seeds=1).to_json())
-    monkeypatch.setattr("sys.argv", ["pruning.py", str(store.root), "--params", "0.95", "--uniform"])
+    comparison, name = ComparisonFolder(tmp_path / "out"), "pruned-uniform-params-0.95"
+    comparison.root.mkdir()
+    comparison.write("grid.json", Grid((Arm.parse("base"),), base, seeds=1).to_json())
+    monkeypatch.setattr("sys.argv", ["pruning.py", str(comparison.root), "--params", "0.95", "--uniform"])
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     with stop_after(1), pytest.raises(SystemExit) as stop:
         runpy.run_path(str(BENCHMARKS / "pruning.py"), run_name="__main__")
     assert stop.value.code == 130
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line == f"pruning.py: stopped, {name}, seed-0 is saved; resume with the same command"
-    saved = read_checkpoint(store.root / "arms" / name / "seed-0")
+    saved = read_checkpoint(comparison.root / "arms" / name / "seed-0")
     assert saved is not None
     assert saved["position"]["updates"] == 2
 
@@ -134,11 +134,11 @@ def test_a_run_that_fails_does_not_stop_the_others(
     data = draw_splits(tmp_path / "data", train=12, val=4)
     resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "clip_grad": 1e30}
     base = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
-    grid, store = Grid((Arm.parse("base"),), base, rates=(0.01, 1e30), seeds=2), Store(tmp_path / "out")
-    store.root.mkdir()
-    store.write("grid.json", grid.to_json())
-    words = [str(store.root), "--params", "0.95", "--uniform"]
-    arm = store.root / "arms" / "pruned-uniform-params-0.95"
+    grid, comparison = Grid((Arm.parse("base"),), base, rates=(0.01, 1e30), seeds=2), ComparisonFolder(tmp_path / "out")
+    comparison.root.mkdir()
+    comparison.write("grid.json", grid.to_json())
+    words = [str(comparison.root), "--params", "0.95", "--uniform"]
+    arm = comparison.root / "arms" / "pruned-uniform-params-0.95"
     arm.mkdir(parents=True)
     (arm / "seed-1-0.01-1").write_text("in the way")
     with pytest.raises(SystemExit) as stop:
@@ -164,14 +164,14 @@ def test_its_runs(
     base = TrainConfig.from_mapping(
         {**SETTINGS, "data": str(data), "epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none"}
     )
-    store, words = Store(tmp_path / "out"), [str(tmp_path / "out"), "--params", "0.95", "--uniform"]
+    comparison, words = ComparisonFolder(tmp_path / "out"), [str(tmp_path / "out"), "--params", "0.95", "--uniform"]
     with pytest.raises(UlsamError, match=r"is not the folder of a comparison: there is no grid.json in it$"):
         pruning.main(words)
     grid = Grid((Arm.parse("base"),), base, rates=(0.01, 0.02), epochs=(1,), seeds=1)
-    store.root.mkdir()
-    store.write("grid.json", grid.to_json())
-    while due := grid.due(store.look):
-        train(due[0].config, store.folder(due[0]))
+    comparison.root.mkdir()
+    comparison.write("grid.json", grid.to_json())
+    while due := grid.due(comparison.look):
+        train(due[0].config, comparison.folder(due[0]))
     steps = 0
 
     def kill(*_: object) -> None:
@@ -206,7 +206,7 @@ def test_its_runs(
         )
     assert " of those tried: give more --rates" in capsys.readouterr().out
 
-    result = report(store.root, publish=tmp_path / "published.jsonl.gz")
+    result = report(comparison.root, publish=tmp_path / "published.jsonl.gz")
     assert [arm["name"] for arm in result["arms"]] == ["base", "pruned-uniform-params-0.95"]
     _, external = result["arms"]
     assert external["cost"]["params"] == pruned["cost"]["params"]
@@ -224,14 +224,14 @@ def test_its_runs(
     assert held is not None
     held.release()
     other = {**pruned, "cost": {**pruned["cost"], "params": 1}}
-    store.write("arms/pruned-uniform-params-0.95/external_arm.json", other)
+    comparison.write("arms/pruned-uniform-params-0.95/external_arm.json", other)
     with pytest.raises(UlsamError, match=r"external_arm.json is of a model of another cost: move that arm away"):
         pruning.main(words)
-    store.write("arms/pruned-uniform-params-0.95/external_arm.json", pruned)
+    comparison.write("arms/pruned-uniform-params-0.95/external_arm.json", pruned)
 
-    store.write("grid.json", dataclasses.replace(grid, shared=dataclasses.replace(base, hflip=0.4)).to_json())
+    comparison.write("grid.json", dataclasses.replace(grid, shared=dataclasses.replace(base, hflip=0.4)).to_json())
     with pytest.raises(UlsamError, match=r"holds a run with hflip 0.5, not 0.4: put that back, move it away"):
         pruning.main(words)
-    store.write("grid.json", {**grid.to_json(), "data_sha256": "of others"})
+    comparison.write("grid.json", {**grid.to_json(), "data_sha256": "of others"})
     with pytest.raises(UlsamError, match=r"compares models on other images than .* holds now"):
         pruning.main(words)

@@ -1,6 +1,9 @@
 """Quantised models: from drawn birds to int8, what stays in float32, and what is refused."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.birds import draw_birds
 from ulsam.data.images import read_image
+from ulsam.deploy.byte_products import saturates
 from ulsam.deploy.export import export
 from ulsam.deploy.onnx_graph import ATTENTION
 from ulsam.deploy.predict import predict
@@ -42,7 +46,9 @@ def test_round_trip_from_images_to_int8(birds, tmp_path, capsys):
     assert main(["export", str(model), "--images", str(birds / "val")]) == 0
     assert main(["quantize", str(whole), str(birds), "--calibrate", "24"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith(f"wrote     {small}, {small.stat().st_size:,} bytes, ")
+    assert lines[-4].startswith(f"wrote     {small}, {small.stat().st_size:,} bytes, ")
+    assert re.fullmatch(r"time      of an image x \d\.\d\d(: no faster here, .*)?", lines[-2])
+    assert lines[-1].startswith("weights   7 bits" if saturates() else "weights   8 bits, for x86 with VNNI")
     assert small.stat().st_size < 0.6 * whole.stat().st_size  # of a model of 0.1 M parameters
 
     paths = sorted(map(str, (birds / "val").rglob("*.jpg")))
@@ -58,7 +64,7 @@ def test_round_trip_from_images_to_int8(birds, tmp_path, capsys):
     first = [[one.classes[0][0] for one in answer] for answer in answers.values()]
     same = np.mean([one == other for one, other in zip(*first, strict=True)])
     assert same >= 0.85
-    shown = re.search(r"(\d+\.\d\d) % -> (\d+\.\d\d) %.* on 40 images; the same first class for (\d+\.\d) %", lines[-1])
+    shown = re.search(r"(\d+\.\d\d) % -> (\d+\.\d\d) %.* on 40 images; the same first class for (\d+\.\d) %", lines[-3])
     assert shown is not None
     truth = [Path(path).parent.name for path in paths]
     shares = [100 * np.mean([name == true for name, true in zip(names, truth, strict=True)]) for names in first]
@@ -78,6 +84,36 @@ def exported(birds, tmp_path_factory) -> Path:
     save(build(spec)[0], spec, path.with_suffix(".safetensors"))
     assert main(["export", str(path.with_suffix(".safetensors"))]) == 0
     return path
+
+
+def test_two_products_of_a_model_for_x86_without_vnni_fit_into_16_bits(birds, exported, tmp_path):
+    """And it runs exactly everywhere, this machine's kernels included; a model of 8 bits would not fit."""
+    out, largest = tmp_path / "small.onnx", {}
+    for target in ("avx2", "vnni"):
+        report = quantize(exported, str(birds), out, calibrate=4, measure=10, target=target)
+        assert report.time_ratio is None and report.weight_bits == (7 if target == "avx2" else 8)
+        weights = [to_array(tensor).astype(int) for tensor in onnx.load(out).graph.initializer if tensor.data_type == 3]
+        largest[target] = max(abs(values).max() for values in weights)
+        if target == "avx2":
+            pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+            fast, exact = (runtime.open_model(out.read_bytes(), "it", as_written=way) for way in (False, True))
+            close = np.abs(fast.logits(pixels) - exact.logits(pixels)).max()
+            assert close < 0.05 * np.abs(exact.logits(pixels)).max()  # but for rounding
+    assert 2 * 255 * largest["avx2"] < 2**15 <= 2 * 255 * largest["vnni"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("qemu-x86_64-static") is None, reason="no emulator of another processor")
+def test_a_processor_without_vnni_is_known_by_its_products():
+    code = "from ulsam.deploy.byte_products import saturates; print(saturates())"
+    emulated = ["qemu-x86_64-static", "-cpu", "Haswell", sys.executable, "-c", code]
+    done = subprocess.run(emulated, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_an_unknown_target_is_named(exported, birds, tmp_path):
+    with pytest.raises(UlsamError, match="unknown target 'sse'; valid: this, avx2, vnni, arm"):
+        quantize(exported, str(birds), tmp_path / "small.onnx", target="sse")
 
 
 @pytest.mark.slow
@@ -228,8 +264,8 @@ def test_mistakes_are_one_line(birds, exported, tmp_path, capsys):
         (tmp_path / "dodos" / name / "1.jpg").write_bytes(first.read_bytes())
     capsys.readouterr()
     for words, message in [
-        ([small, str(birds)], "is quantised already"),
-        ([str(exported), str(birds), "--out", str(tmp_path)], "a quantised model is a file called NAME.onnx"),
+        ([small, str(birds)], "is quantized already"),
+        ([str(exported), str(birds), "--out", str(tmp_path)], "a quantized model is a file called NAME.onnx"),
         ([str(exported), str(birds), "--out", str(tmp_path / "no" / "a.onnx")], "no such folder"),
         (
             [str(exported), str(birds), "--out", str(exported)],

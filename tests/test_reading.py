@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import read_json
 from ulsam.base.packed import read_packed
+from ulsam.base.reading import read_text
 from ulsam.cli import main
 from ulsam.data.images import MAX_BYTES, UnreadableImage, read_image, read_pixels
 from ulsam.data.opening import open_split
@@ -20,6 +23,8 @@ from ulsam.model.build import load, read_spec, read_weights
 from ulsam.study.identity import file_digests
 from ulsam.training.checkpoint import CHECKPOINT, read_checkpoint
 from ulsam.training.config import TrainConfig, read_config
+
+fcntl = pytest.importorskip("fcntl")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 
@@ -44,6 +49,29 @@ def odd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         else:
             one.bind(str(path))
         yield path
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETLEASE"), reason="this system has no leases")
+def test_a_file_that_another_program_has_a_lease_on_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "model.txt"
+    path.write_text("whole")
+    code = (
+        "import fcntl, os, signal, sys\n"
+        "file = os.open(sys.argv[1], os.O_RDWR)\n"
+        "def give_up(*_): fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK); os._exit(0)\n"
+        "signal.signal(signal.SIGIO, give_up)\n"
+        "fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n"
+        "print('taken', flush=True)\n"
+        "while True: signal.pause()\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        if not holder.stdout or holder.stdout.readline() != "taken\n":
+            pytest.skip("this file system has no leases")
+        assert read_text(path) == "whole"
+        assert holder.wait(timeout=20) == 0
+    finally:
+        holder.kill()
 
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {

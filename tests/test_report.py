@@ -146,7 +146,7 @@ def test_confusions_are_those_of_the_models(root: Path, tmp_path: Path, capsys: 
             counts = Counter(pairs.values())
             one, other = counts[first, second], counts[second, first]
             assert f"{key} {one + other} error" in read
-            assert f"{one} × {first} taken for {second}, {other} × the other way round" in read
+            assert f"{one} × {first} predicted as {second}, {other} × the reverse" in read
         wrong = [
             path for path, (truth, _) in plain["A"].items()
             if any((truth, pairs[path][1]) in ((first, second), (second, first)) for pairs in plain.values())

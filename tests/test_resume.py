@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from stopping import after
 from tiny import SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session
 from ulsam.cli import main
 from ulsam.model.build import load
@@ -320,6 +322,17 @@ def test_a_full_disk_keeps_the_last_checkpoint(interpreter: Warm, data: Path, tm
 # several processes
 
 
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="who may write anywhere")
+def test_a_folder_that_becomes_read_only_is_one_line(data: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    with after(1, lambda: run.chmod(0o555)):
+        assert main(["train", str(data), "--out", str(run), *options({**SETTINGS, "save_seconds": 0})]) == 2
+    run.chmod(0o755)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"ulsam: error: cannot write {run / 'checkpoint.pt'}: Permission denied"
+    assert main(["train", "--resume", str(run)]) == 0
+
+
 @pytest.fixture(scope="module")
 def odd_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """72 training images and 13 validation images, one of which cannot be read."""
@@ -498,6 +511,44 @@ def test_torchrun_stopped_and_resumed(pair: tuple[Path, str, str], odd_data: Pat
     process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     assert_same_end(run, pair[0])
+
+
+LOST = "ulsam: error: one of the 2 processes is gone (killed? memory full?): what is saved is whole; resume with: "
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_who_loses_the_other_process_says_how_to_resume(
+    interpreter: Warm, pair: tuple[Path, str, str], odd_data: Path, tmp_path: Path, lost: int
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = ["train", str(odd_data), "--out", str(run), *options({**PAIR, "save_seconds": 0})]
+    pids = start_pair(interpreter, words, log)
+    wait_for(changed(run / "checkpoint.pt", 1))
+    interpreter.kill(pids[lost])
+    assert interpreter.ask(wait=pids[1 - lost]) == 2
+    printed = Path(f"{log}{1 - lost}").read_text()
+    assert printed.endswith(f"{LOST}torchrun --nproc-per-node 2 -m ulsam train --resume {run}\n")
+    assert "Traceback" not in printed
+    pids = start_pair(interpreter, ["train", "--resume", str(run)], log)
+    assert [interpreter.ask(wait=pid) for pid in pids] == [0, 0]
+    assert_same_end(run, pair[0])
+
+
+@pytest.mark.slow
+def test_under_real_torchrun_one_process_says_that_another_is_gone(odd_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launcher = [*(word if word != "2" else "3" for word in TORCHRUN), free_port()]
+    process = command(
+        ["train", str(odd_data), "--out", str(run), *options({**PAIR, "epochs": 200, "save_seconds": 0})],
+        launcher=launcher,
+    )
+    wait_for(changed(run / "checkpoint.pt", 1))
+    first = next(one for one in psutil.Process(process.pid).children() if one.environ()["RANK"] == "0")
+    first.kill()
+    _, err = process.communicate(timeout=PATIENCE)
+    assert err.count("resume with: torchrun --nproc-per-node 3 -m ulsam train --resume") == 1
+    assert "gloo" not in err
 
 
 @pytest.mark.slow

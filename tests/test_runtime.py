@@ -222,12 +222,26 @@ def renamed(source: Path, target: Path, **changes: str | None) -> str:
     return str(target)
 
 
+def look(**changes: object) -> str:
+    """Preprocessing with one mistake in it."""
+    sound = {"size": [64, 64], "interpolation": "bicubic", "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3}
+    return json.dumps({**sound, **changes})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"classes": None}, "was not exported by ulsam: its metadata has no classes; write it by `ulsam.export`"),
         ({"classes": None, "preprocessing": None}, "its metadata has no classes and no preprocessing; "),
         ({"classes": "wren"}, "has metadata that cannot be read"),
+        ({"classes": "[" * 100_000}, "has metadata that cannot be read: "),
+        ({"classes": "9"}, "has metadata that cannot be read: its classes are no list of names"),
+        ({"classes": "[1, {}, null]"}, "has metadata that cannot be read: its classes are no list of names"),
+        ({"classes": '["a"]'}, "has metadata that cannot be read: it names 1 classes, and has "),
+        ({"preprocessing": "[" * 100_000}, "no preprocessing of images: RecursionError"),
+        ({"preprocessing": look(size=[10**9, 10**9])}, "no preprocessing of images: ValueError"),
+        ({"preprocessing": look(std=[1, 0, 1])}, "no preprocessing of images: ValueError"),
+        ({"preprocessing": look(mean=[float("nan")] * 3)}, "no preprocessing of images: ValueError"),
         ({"preprocessing": "{}"}, "has metadata that cannot be read: no preprocessing of images: KeyError 'size'"),
     ],
 )
@@ -239,6 +253,22 @@ def test_a_file_that_is_not_ours_says_what_is_missing(world, tmp_path, changes, 
     image = str(world / "data" / "val" / "class0" / "000.png")
     assert main(["predict", path, image]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["../weights", "{folder}/weights", "/etc/passwd"])
+def test_weights_outside_the_folder_of_the_file_are_not_read(world, tmp_path, place):
+    model = onnx.load(world / "model.onnx")
+    largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    (tmp_path / "weights").write_bytes(largest.raw_data)
+    largest.ClearField("raw_data")
+    largest.data_location = onnx.TensorProto.EXTERNAL
+    entry = largest.external_data.add()
+    entry.key, entry.value = "location", place.format(folder=tmp_path)
+    path = tmp_path / "inner" / "model.onnx"
+    path.parent.mkdir()
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UlsamError, match="is no ONNX file that can be run here"):
+        runtime.load(path)
 
 
 def test_what_is_no_exported_model(world, tmp_path, capsys):

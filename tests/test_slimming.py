@@ -33,8 +33,8 @@ from ulsam.study.slim_budget import Budget
 from ulsam.study.slim_choose import BlockSearch
 from ulsam.study.slim_damage import Score, score
 from ulsam.study.slim_latency import call_of, check_engine
+from ulsam.study.slim_record import SlimRecord
 from ulsam.study.slim_report import choice_lines
-from ulsam.study.slim_store import Store
 from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
@@ -310,7 +310,7 @@ def test_a_budget_of_time_is_met_by_the_model_that_was_timed(model, data, tmp_pa
     assert f"chosen  {', '.join(found['chosen']['blocks'])}: " in printed
 
 
-def search_of(asked, blocks, store, reconstructed=None, kind=BlockSearch):
+def search_of(asked, blocks, record, reconstructed=None, kind=BlockSearch):
     """A search among blocks b0, b1, ... whose damage is their number plus 1; nothing is built or timed for it."""
     model = nn.Conv2d(3, 3, 1)
     return kind(
@@ -319,7 +319,7 @@ def search_of(asked, blocks, store, reconstructed=None, kind=BlockSearch):
         SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
         cost(model, SIZE),
         lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
-        store,
+        record,
         lambda: None,
         reconstructed,
     )
@@ -340,50 +340,50 @@ def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, sin
     """Four blocks that save the same time each; 0.8 is asked for."""
     blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(4)]
     asked = Budget("latency", 0.8)
-    store = Store(tmp_path / "out", asked.entry())
+    record = SlimRecord(tmp_path / "out", asked.entry())
     ratios = {(): 1.0, **{(n,): single for n in range(4)}}
     others = {key: {2: 0.85, 3: 1.05}[size] for size in (2, 3) for key in itertools.combinations(range(4), size)}
     entries = {
         key: {"blocks": [str(n) for n in key], "seconds": 1.0, "ratio": ratio, "turns": 15}
         for key, ratio in {**ratios, **others, (0, 1, 2, 3): 0.7, **times}.items()
     }
-    store.put("timings", [entries[key] for key in ratios])
-    store.put("timed", [entry for key, entry in entries.items() if key not in ratios])
-    search_of(asked, blocks, store).choose()
-    found = Store(tmp_path / "out", asked.entry()).get("chosen")
+    record.put("timings", [entries[key] for key in ratios])
+    record.put("timed", [entry for key, entry in entries.items() if key not in ratios])
+    search_of(asked, blocks, record).choose()
+    found = SlimRecord(tmp_path / "out", asked.entry()).get("chosen")
     assert found["blocks"] == [str(n) for n in chosen]
     assert found["how"] == how
     slow = [rival for rival in found["rivals"] if rival != found["blocks"]]
     assert all(entries[tuple(map(int, rival))]["ratio"] > 0.8 for rival in slow)
-    store.data["model"] = {"params": 100, "macs": 100}
-    store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+    record.data["model"] = {"params": 100, "macs": 100}
+    record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
     reason = {
         "timed": f"of {1 + len(slow)} sets that were timed, by damage, the first"
         if slow
         else "the least damage of the",
         "all": "all blocks that save time reach 0.8 of the time; no smaller set was found",
     }[how]
-    assert choice_lines(store.data)[-1].startswith(f"chosen  {', '.join(found['blocks'])}: {reason}")
-    assert any(entry["blocks"] == found["blocks"] for entry in store.get("measured"))
+    assert choice_lines(record.data)[-1].startswith(f"chosen  {', '.join(found['blocks'])}: {reason}")
+    assert any(entry["blocks"] == found["blocks"] for entry in record.get("measured"))
 
 
 def test_several_sets_that_are_fast_enough_are_compared_after_reconstruction(tmp_path):
     """Four blocks, of which one is to go; b1 is too slow, and reconstruction turns the order of the others round."""
     blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(4)]
     asked = Budget("latency", 0.9, reconstruct_sets=2)
-    store = Store(tmp_path / "out", asked.entry())
+    record = SlimRecord(tmp_path / "out", asked.entry())
     sets = [((), 1.0), ((0,), 0.85), ((1,), 0.85), ((2,), 0.85), ((3,), 0.85)]
     entries = [{"blocks": [str(n) for n in key], "seconds": 1.0, "ratio": ratio, "turns": 15} for key, ratio in sets]
-    store.put("timings", entries)
+    record.put("timings", entries)
     together = {**entries[0], "blocks": ["0", "1", "2", "3"], "ratio": 0.5}
-    store.put("timed", [entries[1], {**entries[2], "ratio": 0.95}, entries[3], entries[4], together])
-    search_of(asked, blocks, store, lambda names: Score(1.0 - 0.1 * int(names[0][1:]), 0.5)).choose()
-    found = store.get("chosen")
+    record.put("timed", [entries[1], {**entries[2], "ratio": 0.95}, entries[3], entries[4], together])
+    search_of(asked, blocks, record, lambda names: Score(1.0 - 0.1 * int(names[0][1:]), 0.5)).choose()
+    found = record.get("chosen")
     assert (found["blocks"], found["rivals"]) == (["2"], [["0"], ["2"], ["1"]])  # the fourth is not needed
-    assert [entry["blocks"] for entry in store.get("measured_reconstructed")] == [["0"], ["2"]]
-    store.data["model"] = {"params": 100, "macs": 100}
-    store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
-    reason = choice_lines(store.data)[-1]
+    assert [entry["blocks"] for entry in record.get("measured_reconstructed")] == [["0"], ["2"]]
+    record.data["model"] = {"params": 100, "macs": 100}
+    record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+    reason = choice_lines(record.data)[-1]
     assert reason.startswith(
         "chosen  2: the least loss after reconstruction of 2 sets; before it 0 was first: of 3 sets"
     )
@@ -407,11 +407,11 @@ def test_a_set_that_was_fast_enough_by_chance_is_not_taken(tmp_path):
             return {frozenset(numbers): Timing(1.0, ratio, (ratio, ratio), 15) for numbers, ratio in ratios.items()}
 
     asked = Budget("latency", 0.9)
-    store = Store(tmp_path / "out", asked.entry())
+    record = SlimRecord(tmp_path / "out", asked.entry())
     blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, 1) for n in range(3)]
-    search_of(asked, blocks, store, kind=Clocked).choose()
-    assert store.get("chosen")["blocks"] == ["2"]
-    assert {tuple(entry["blocks"]): entry["ratio"] for entry in store.get("timed")} == {
+    search_of(asked, blocks, record, kind=Clocked).choose()
+    assert record.get("chosen")["blocks"] == ["2"]
+    assert {tuple(entry["blocks"]): entry["ratio"] for entry in record.get("timed")} == {
         ("0", "1", "2"): 0.7,
         ("0",): 0.95,
         ("1",): 0.92,
@@ -433,23 +433,23 @@ def test_of_the_sets_of_least_damage_the_best_after_reconstruction_is_chosen(tmp
 
     blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, cost(model, SIZE).macs // 5) for n in range(3)]
     for _ in range(2):  # what was measured is not measured again
-        store = Store(tmp_path / "out", asked.entry())
+        record = SlimRecord(tmp_path / "out", asked.entry())
         BlockSearch(
             asked,
             blocks,
             SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
             cost(model, SIZE),
             lambda names: Score(1.0 + sum(1 + int(name[1:]) for name in names), 0.5),
-            store,
+            record,
             lambda: None,
             reconstructed,
         ).choose()
-        assert store.get("chosen")["blocks"] == [chosen]
+        assert record.get("chosen")["blocks"] == [chosen]
     assert calls == [[f"b{number}"] for number in measured]
-    assert store.get("chosen")["rivals"] == [["0"], ["1"], ["2"]]
-    store.data["model"] = {"params": 100, "macs": 100}
-    store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
-    lines = choice_lines(store.data)
+    assert record.get("chosen")["rivals"] == [["0"], ["1"], ["2"]]
+    record.data["model"] = {"params": 100, "macs": 100}
+    record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+    lines = choice_lines(record.data)
     assert ("before it 0 was first" in lines[-1]) == (chosen != "0")
     assert any(("reconstructed: loss" in line) == bool(measured) for line in lines if "loss change" in line)
     assert ("damage  1: loss +2.0000, +0.4000 after reconstruction" in logged()) == (most > 1)
@@ -553,6 +553,18 @@ def test_a_finished_slimming_is_reported_again_and_nothing_is_done_twice(model, 
 
 
 @pytest.mark.slow
+def test_what_another_version_wrote_is_refused_in_one_line(model, data, slimmed, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    found = kept(slimmed)
+    del found["budget"]["reconstruct_sets"]
+    (out / "slim.json").write_text(json.dumps(found))
+    argv = ["slim", str(model), str(data), "--out", str(out), "--params", "0.85", "--at", AT, *options(SETTINGS)]
+    assert main(argv) == 2
+    line = f"{out / 'slim.json'} is of another version of ulsam, which knew no reconstruct_sets: choose another --out"
+    assert capsys.readouterr().err.splitlines()[-1] == f"ulsam: error: {line}"
+
+
 def test_a_model_with_edits_is_slimmed_further(data, tmp_path, capsys):
     spec = make_spec("mobilenetv2_035", CLASSES, [Edit("replace", "17", 2)], size=32)
     save(build(spec)[0], spec, tmp_path / "model.safetensors")

@@ -109,7 +109,7 @@ CASES = {
     "data --smoothing 2": "smoothing must lie between 0 and 1, not 2.0",
     "data --crop-pct 0": "crop_pct must lie between 0.1 and 1.5, not 0.0",
     "data --crop-scale 0.5": "crop_scale takes two shares of the area",
-    "data --mean 0.5": "mean takes three numbers, one a colour channel, not [0.5]",
+    "data --mean 0.5": "mean takes three numbers, one a color channel, not [0.5]",
     "data --std 0.5 0.5 0": "std must be above 0 in every channel",
     "data --interpolation cubic": "interpolation must be bilinear or bicubic, not 'cubic'",
     "data --mixup 0.2 --batch-size 3": "mixup and cutmix need an even batch size, not 3",

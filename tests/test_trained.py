@@ -15,8 +15,8 @@ from ulsam.base.packed import read_packed
 from ulsam.model import trained
 from ulsam.model.build import load
 from ulsam.study.arms import Arm
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Grid
-from ulsam.study.run_store import Store
 from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig
 from ulsam.training.train import train
@@ -67,29 +67,29 @@ def test_the_script_slims_what_a_comparison_trained(
     data = draw_splits(tmp_path / "data", train=12, val=4)
     resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
     base = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
-    grid, store = Grid((Arm.parse("base"),), base, rates=(0.01, 0.02), seeds=2), Store(tmp_path / "out")
-    store.root.mkdir()
-    store.write("grid.json", grid.to_json())
+    grid, comparison = Grid((Arm.parse("base"),), base, rates=(0.01, 0.02), seeds=2), ComparisonFolder(tmp_path / "out")
+    comparison.root.mkdir()
+    comparison.write("grid.json", grid.to_json())
     monkeypatch.setattr(script, "ROOT", tmp_path)
     (tmp_path / "src" / "ulsam" / "model" / "weights").mkdir(parents=True)
     (tmp_path / "results").mkdir()
-    words = f"{store.root} birds --package model --macs 0.9 --width 4 --rates 0.01 0.02 --epochs 1".split()
+    words = f"{comparison.root} birds --package model --macs 0.9 --width 4 --rates 0.01 0.02 --epochs 1".split()
     with pytest.raises(
         UlsamError, match="has not chosen a learning rate for its base model: continue with ulsam compare"
     ):
         script.main(words)
-    while due := grid.due(store.outcome):
-        train(due[0].config, store.folder(due[0]))
+    while due := grid.due(comparison.outcome):
+        train(due[0].config, comparison.folder(due[0]))
     script.main([*words, "--seeds", "1"])
     assert json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())["slimmed"]["seeds"] == [0]
     script.main(words)
     made = tmp_path / "src" / "ulsam" / "model" / "weights" / "model.safetensors"
     result = json.loads((tmp_path / "results" / "slimmed_birds.json").read_text())
     model, spec = load(made)
-    slimmed, _ = load(store.root / "slimmed" / "birds" / "seed-0" / "run" / "model.safetensors")
+    slimmed, _ = load(comparison.root / "slimmed" / "birds" / "seed-0" / "run" / "model.safetensors")
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(model(x), slimmed(x), rtol=0, atol=1e-2)
-    assert made.stat().st_size < 0.6 * (store.root / "slimmed/birds/seed-0/run/model.safetensors").stat().st_size
+    assert made.stat().st_size < 0.6 * (comparison.root / "slimmed/birds/seed-0/run/model.safetensors").stat().st_size
     found = cost(model, (3, 32, 32))
     assert found.macs <= 0.9 * result["whole_cost"]["macs"] and found.params == result["slimmed"]["cost"]["params"]
     assert spec.classes == ("class0", "class1", "class2")
@@ -100,7 +100,8 @@ def test_the_script_slims_what_a_comparison_trained(
     assert result["packed"] == {**result["packed"], "name": "model", "seed": 0, "bytes": made.stat().st_size}
     assert str(tmp_path) not in (tmp_path / "results" / "slimmed_birds.json").read_text()
     sets = [
-        json.loads((store.root / "slimmed" / "birds" / f"choose{lr}" / "slim.json").read_text()) for lr in ("", "-0.02")
+        json.loads((comparison.root / "slimmed" / "birds" / f"choose{lr}" / "slim.json").read_text())
+        for lr in ("", "-0.02")
     ]
     assert sets[0]["measured"] == sets[1]["measured"]  # they differ in nothing that chooses blocks
     published = read_packed(tmp_path / "results" / "slimmed_birds.jsonl.gz")
@@ -110,13 +111,13 @@ def test_the_script_slims_what_a_comparison_trained(
         [f"replace {','.join(result['blocks'][1])} layer=inverted_residual width=4"],
         [],
     )
-    trained = [*(store.root / "slimmed").glob("*/seed-1*/**/summary.json")]
+    trained = [*(comparison.root / "slimmed").glob("*/seed-1*/**/summary.json")]
     assert len(trained) == 2  # slimmed, and trained on
     before = made.stat().st_mtime_ns, [file.stat().st_mtime_ns for file in trained]
     script.main(words)
     assert made.stat().st_mtime_ns > before[0]
     rate = f"{result['lr']:g}"
-    script.main(f"{store.root} paper --macs 0.99 --at 16,17 --width 4 --rates {rate} --epochs 1".split())
+    script.main(f"{comparison.root} paper --macs 0.99 --at 16,17 --width 4 --rates {rate} --epochs 1".split())
     other = json.loads((tmp_path / "results" / "slimmed_paper.json").read_text())
     assert (other["tries"], other["lr"], other["longer"]) == ({}, result["lr"], result["longer"])
     assert all(set(blocks) <= {"16", "17"} for blocks in other["blocks"])

@@ -8,6 +8,7 @@ import pytest
 
 from tiny import SETTINGS, draw, draw_splits
 from ulsam.cli import main
+from ulsam.data.folder import image_paths
 from ulsam.deploy.export import export
 from ulsam.training.config import TrainConfig
 from ulsam.training.parts import open_images
@@ -94,6 +95,24 @@ def test_held_out_images_of_the_run_are_no_training_images(world: Path, logged: 
     assert SEEN in logged()
     note_trained_on(None, paths, [link])
     assert UNKNOWN in logged()
+
+
+def test_of_a_run_with_splits_the_folder_says_what_it_was_trained_on(
+    world: Path, tmp_path: Path, logged: Callable[[], str]
+) -> None:
+    data, elsewhere = draw_splits(tmp_path / "data", train=2, val=2), tmp_path / "elsewhere"
+    (data / "train" / "class2").rename(elsewhere)
+    (data / "train" / "class2").symlink_to(elsewhere)
+    model = tmp_path / "run" / "model.safetensors"
+    model.parent.mkdir()
+    model.with_name("config.yaml").write_text(TrainConfig(str(data)).to_yaml())
+    for folder, said in (
+        (data / "val", ""),
+        (data / "train", SEEN + "4 of these 4 images: they are no fair test\n"),
+        (elsewhere, SEEN + "2 of these 2 images: they are no fair test\n"),
+    ):
+        note_trained_on(model, image_paths([str(folder)]), [folder])
+        assert logged() == said
 
 
 def test_settings_are_those_of_the_run(world: Path) -> None:

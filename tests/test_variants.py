@@ -12,8 +12,8 @@ from scripts import load_benchmark
 from tiny import SETTINGS, draw_splits
 from ulsam.study.arms import Arm
 from ulsam.study.compare import report
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Grid
-from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
 from ulsam.training.train import train
 
@@ -50,13 +50,13 @@ def test_a_variant_joins_a_comparison(variants: ModuleType, tmp_path: Path) -> N
     data = draw_splits(tmp_path / "data", train=8, val=4)
     resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
     base = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
-    grid, store = Grid((Arm.parse("base"),), base, seeds=1), Store(tmp_path / "out")
-    store.root.mkdir()
-    store.write("grid.json", grid.to_json())
-    for run in grid.due(store.look):
-        train(run.config, store.folder(run))
-    variants.main([str(store.root), "gated", "14", "--groups", "2"])
-    arms = report(store.root)["arms"]
+    grid, comparison = Grid((Arm.parse("base"),), base, seeds=1), ComparisonFolder(tmp_path / "out")
+    comparison.root.mkdir()
+    comparison.write("grid.json", grid.to_json())
+    for run in grid.due(comparison.look):
+        train(run.config, comparison.folder(run))
+    variants.main([str(comparison.root), "gated", "14", "--groups", "2"])
+    arms = report(comparison.root)["arms"]
     assert [arm["name"] for arm in arms] == ["base", "gated 14 g=2"]
     assert arms[1]["cost"]["macs"] < arms[0]["cost"]["macs"] and arms[1]["top1_mean"] is not None
-    assert json.loads((store.root / "arms" / "gated-14-g-2" / "external_arm.json").read_text())["kind"] == "gated"
+    assert json.loads((comparison.root / "arms" / "gated-14-g-2" / "external_arm.json").read_text())["kind"] == "gated"

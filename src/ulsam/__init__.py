@@ -34,6 +34,8 @@ _HOME = {
     "save": "ulsam.model.build",
     # training and studies
     "TrainConfig": "ulsam.training.config",
+    "TrainSettings": "ulsam.training.settings",
+    "Callback": "ulsam.training.callbacks",
     "train": "ulsam.training.train",
     "resume": "ulsam.training.train",
     "compare": "ulsam.study.compare",

@@ -31,7 +31,9 @@ from ulsam.surgery.edit import undo as undo
 from ulsam.surgery.find import candidates as candidates
 from ulsam.surgery.fold import fold as fold
 from ulsam.surgery.reconstruct import reconstruct as reconstruct
+from ulsam.training.callbacks import Callback as Callback
 from ulsam.training.config import TrainConfig as TrainConfig
+from ulsam.training.settings import TrainSettings as TrainSettings
 from ulsam.training.train import resume as resume
 from ulsam.training.train import train as train
 

@@ -30,7 +30,8 @@ class Model:
 
     def __init__(self, session: Any, metadata: dict[str, str]) -> None:
         self.metadata = metadata
-        self.classes: tuple[str, ...] = tuple(json.loads(metadata[CLASSES]))
+        outputs = session.get_outputs()[0].shape
+        self.classes = _class_names(metadata[CLASSES], outputs[1] if len(outputs) == 2 else None)
         self.preprocessing = Preprocessing.from_json(metadata[PREPROCESSING])
         self._session = session
         given = session.get_inputs()[0]
@@ -90,14 +91,14 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
     return open_model(os.fspath(path), os.fspath(path), threads)
 
 
-def open_model(model: str | bytes, name: str, threads: int | None = None) -> Model:
-    """A model from its path, or from what a file would hold; messages call it ``name``.
+def open_model(model: str | bytes, name: str, threads: int | None = None, *, as_written: bool = False) -> Model:
+    """A model from its path, or from what a file would hold; messages call it ``name``; see :func:`open_session`.
 
     Raises:
         UlsamError: as of :func:`load`.
     """
     try:
-        session = open_session(model, threads)
+        session = open_session(model, threads, as_written=as_written)
     except ImportError as error:
         raise UlsamError(f"{name}: {error}; pip install onnxruntime") from error
     except Exception as error:  # as above
@@ -111,8 +112,22 @@ def open_model(model: str | bytes, name: str, threads: int | None = None) -> Mod
         )
     try:
         return Model(session, metadata)
-    except ValueError as error:  # no JSON, or an UlsamError
+    except (ValueError, RecursionError) as error:  # no JSON, or an UlsamError
         raise UlsamError(f"{name} has metadata that cannot be read: {first_line(error)}") from error
+
+
+def _class_names(text: str, outputs: object) -> tuple[str, ...]:
+    """The names in the metadata: one for each output of the model.
+
+    Raises:
+        ValueError: other things, or not as many.
+    """
+    names = json.loads(text)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("its classes are no list of names")
+    if outputs != len(names):
+        raise ValueError(f"it names {len(names)} classes, and has {outputs} outputs")
+    return tuple(names)
 
 
 def import_onnxruntime() -> Any:
@@ -126,11 +141,16 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(model: str | bytes, threads: int | None = None) -> Any:
-    """ONNX Runtime's session on the CPU for a file, or for what one would hold; a thread for each core by default."""
+def open_session(model: str | bytes, threads: int | None = None, *, as_written: bool = False) -> Any:
+    """ONNX Runtime's session on the CPU for a file, or for what one would hold; a thread for each core by default.
+
+    With ``as_written`` each operation of the file runs by itself: a quantized model's in float32, exactly.
+    """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads or 0
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads leave the cores
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -26,7 +26,7 @@ async function look(image) {
   fail("");
   if (image.size > settings.max_bytes) {
     const size = (image.size / 1e6).toFixed(1), most = settings.max_bytes / 1e6;
-    return fail(`${image.name} has ${size} MB, and ${most} MB is the most that is taken (see --max-mb).`);
+    return fail(`${image.name} is too large: it has ${size} MB, and the limit is ${most} MB (--max-mb).`);
   }
   next = image;
   if (working) return;

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from ulsam.base.errors import UlsamError, first_line
+from ulsam.base.errors import LostProcess, UlsamError, first_line
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,46 @@ def _joined(rank: int, size: int, place: torch.device) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, place)
         return
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    patience = datetime.timedelta(minutes=30)
+    store = next(rendezvous("env://", timeout=patience))[0]
+    dist.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=patience
+    )
     try:
-        yield World(rank, size, place)
+        with lost_processes():
+            yield World(rank, size, place)
+    except LostProcess as lost:
+        lost.reports = _is_first(store, rank)
+        raise
     except UlsamError:
         if rank:
             time.sleep(5)  # the first process reports what all have met; torchrun then ends the others before they do
         raise
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_processes() -> Iterator[None]:
+    """Within it the end of another process, on which this one waits, is one line.
+
+    Raises:
+        LostProcess: it is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        size = dist.get_world_size()
+        raise LostProcess(
+            f"one of the {size} processes is gone (killed? memory full?): what is saved is whole"
+        ) from error
+
+
+def _is_first(store: Any, rank: int) -> bool:
+    """Whether no other process has asked; where the first process kept the store and is gone, the second one is it."""
+    try:
+        return bool(store.add("ulsam: lost", 1) == 1)
+    except RuntimeError:
+        return rank == 1

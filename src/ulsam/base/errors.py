@@ -32,6 +32,20 @@ class Interrupted(KeyboardInterrupt):
         self.where, self.run = where, run
 
 
+class LostProcess(MachineError):
+    """One of several processes is gone, so the others cannot go on; the message says how to resume.
+
+    Attributes:
+        where: what happened.
+        run: the folder that `ulsam.resume` takes; None for other work than a run.
+        reports: whether this process is the one of those left that should say so.
+    """
+
+    def __init__(self, where: str, how: str = "start them all again", run: Path | None = None) -> None:
+        super().__init__(f"{where}; {how}")
+        self.where, self.run, self.reports = where, run, True
+
+
 def printable(text: str) -> str:
     """``text`` with ? for what would not print on one line; a stranger's names can hold commands to a terminal.
 

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,37 @@ def check_empty(path: Path, advice: str = "", *, hidden: bool = False) -> None:
         raise UlsamError(f"cannot list the folder {path}: {error.strerror}") from error
     if taken:
         raise UlsamError(f"{path} is not an empty folder: {advice}name one that does not exist yet, or empty it first")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside ``path``, to be filled within it, which takes that name in one step at the end.
+
+    Whatever goes wrong, a part of the folder is never there under its name; what a killed process left is cleared.
+
+    Args:
+        path: of a folder that does not exist yet, or is empty.
+
+    >>> import tempfile
+    >>> out = Path(tempfile.mkdtemp()) / "out"
+    >>> with whole_folder(out) as part:
+    ...     _ = (part / "a.txt").write_text("x")
+    ...     out.exists()
+    False
+    >>> os.listdir(out)
+    ['a.txt']
+    """
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        if path.exists():
+            path.rmdir()
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str, *, flush: bool = True) -> None:

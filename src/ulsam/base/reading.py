@@ -56,7 +56,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     OSError: [Errno 22] not a regular file, but a pipe, a device or a socket: '/dev/null'
     """
     _check_regular(os.stat(path), path)
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    except BlockingIOError:  # another program has a lease on the file, as Samba takes: it is waited for
+        file = open(path, "rb")  # noqa: SIM115
     try:
         _check_regular(os.fstat(file.fileno()), path)  # another file may have come under this name
     except BaseException:

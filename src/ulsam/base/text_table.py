@@ -1,6 +1,8 @@
-"""Tables of text for the terminal."""
+"""Tables as text: for the terminal, and as CSV."""
 
-from collections.abc import Collection, Sequence
+import csv
+import io
+from collections.abc import Collection, Iterable, Sequence
 
 
 def text_table(cells: Sequence[Sequence[str]], right: Collection[int]) -> list[str]:
@@ -21,3 +23,22 @@ def text_table(cells: Sequence[Sequence[str]], right: Collection[int]) -> list[s
         pairs = enumerate(zip(line, widths, strict=True))
         lines.append("  ".join(cell.rjust(w) if n in right else cell.ljust(w) for n, (cell, w) in pairs).rstrip())
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def as_csv(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV; text that a spreadsheet would take for a formula gets an apostrophe before it.
+
+    Names can be a stranger's: of the arms in a published comparison, or of files.
+
+    >>> print(as_csv([["arm", "top1"], ["=1+1, 2", -0.5]]), end="")
+    arm,top1
+    "'=1+1, 2",-0.5
+    """
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    for row in rows:
+        table.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULAS else cell for cell in row])
+    return out.getvalue()
+
+
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from ulsam.base.errors import UlsamError, printable, shortened
+from ulsam.base.errors import LostProcess, UlsamError, printable, shortened
 from ulsam.base.processes import is_first_process
 from ulsam.base.reading import machine_fault
 from ulsam.cli.output import in_flags, shown
@@ -40,15 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UlsamError as error:
         if args.verbose:
             traceback.print_exc()
-        print(f"ulsam: error: {shortened(printable(in_flags(str(error), args.parser)))}", file=sys.stderr)
+        if not isinstance(error, LostProcess) or error.reports:
+            print(f"ulsam: error: {shortened(printable(in_flags(str(error), args.parser)))}", file=sys.stderr)
         return 2
     except (OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         fault = machine_fault(error)
-        if fault is None and isinstance(error, OSError) and error.filename:
-            fault = f"{os.fsdecode(error.filename)}: {str(error.strerror).lower()}"
+        if isinstance(error, OSError) and error.filename:
+            fault = f"{os.fsdecode(error.filename)}: {fault or str(error.strerror).lower()}"
         if fault is None:
             raise
         if args.verbose:

@@ -24,7 +24,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of eager, compile, onnxruntime, openvino (default: eager,onnxruntime)",
     )
     parser.add_argument(
-        "--batch", type=numbers(int), default=(1, 32), metavar="N,...", help="images a call (default: 1,32)"
+        "--batch",
+        dest="batches",
+        type=numbers(int),
+        default=(1, 32),
+        metavar="N,...",
+        help="images a call (default: 1,32)",
     )
     parser.add_argument("--threads", type=numbers(int), default=(1,), metavar="N,...", help="CPU threads (default: 1)")
     parser.add_argument(
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             args.models,
             out,
             backends=args.backends,
-            batches=args.batch,
+            batches=args.batches,
             threads=args.threads,
             seconds=args.seconds,
             size=args.size,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.processes import is_first_process
-from ulsam.data.folder import IMAGE_SUFFIXES
 from ulsam.model.trained import locate, names
 
 if TYPE_CHECKING:
@@ -164,9 +163,12 @@ def model_from(args: argparse.Namespace, dest: str = "model") -> dict[str, Any]:
 
 def _check_order(args: argparse.Namespace, dest: str) -> None:
     """Raise if MODEL is a folder of images, or an image, and what follows it is a model."""
+    from ulsam.data.folder import IMAGE_SUFFIXES
+
     name = getattr(args, dest)
-    followed = next((getattr(args, other) for other in ("data", "paths", "images") if hasattr(args, other)), None)
-    others = [followed] if isinstance(followed, str) else list(followed or ())
+    values = (getattr(args, other, None) for other in ("data", "paths", "images"))
+    followed = next((value for value in values if isinstance(value, str | list)), [])  # some are numbers of images
+    others = [followed] if isinstance(followed, str) else followed
     if not others or _is_model(name) or not (os.path.isdir(name) or name.lower().endswith(IMAGE_SUFFIXES)):
         return
     found = next((other for other in others if _is_model(other)), None)

@@ -2,8 +2,8 @@
 
 import argparse
 
+from ulsam.base.errors import Interrupted
 from ulsam.cli.common import free_folder, only_json, print_json
-from ulsam.cli.train import resumable
 
 EXAMPLE = "ulsam demo --out runs/demo"
 
@@ -24,8 +24,11 @@ def run(args: argparse.Namespace) -> None:
     keep_freed_memory()
 
     out = args.out or free_folder("demo")
-    with only_json(args), resumable():
-        rows = run_demo(out, args.seed)
+    try:
+        with only_json(args):
+            rows = run_demo(out, args.seed)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(f"{stop.where}; the demonstration begins anew: run it with another --out") from None
     if args.json:
         for row in rows:
             print_json(asdict(row))

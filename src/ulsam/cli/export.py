@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--no-preprocessing",
         dest="preprocessing",
         action="store_false",
-        help="take normalised floats [batch, 3, H, W] in place of RGB bytes [batch, H, W, 3]",
+        help="take normalized floats [batch, 3, H, W] in place of RGB bytes [batch, H, W, 3]",
     )
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="compare on these, or on folders of them (default: generated ones)"

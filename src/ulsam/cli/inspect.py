@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ulsam.base.errors import UlsamError, printable
 from ulsam.cli.common import add_model, model_from, only_json, print_json
-from ulsam.data.folder import image_paths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ulsam.base.logs import progress
     from ulsam.base.provenance import command_line, versions
+    from ulsam.data.folder import image_paths
     from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
     from ulsam.model.given import model_and_spec
     from ulsam.training.evaluate import read_batch, spec_transform

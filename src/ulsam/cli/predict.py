@@ -12,7 +12,6 @@ from ulsam.base.errors import UlsamError, printable
 from ulsam.base.extras import installed
 from ulsam.base.files import check_writable, write_atomic
 from ulsam.cli.common import add_model, model_from, print_json
-from ulsam.data.folder import image_paths
 
 if TYPE_CHECKING:
     from ulsam.training.predict import Prediction
@@ -40,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a line an image; fails in the end if one of them cannot be read."""
     from ulsam.base.logs import progress
+    from ulsam.data.folder import image_paths
     from ulsam.deploy.predict import predict
 
     if args.features and not args.features.endswith((".npz", ".csv")):

@@ -6,7 +6,6 @@ import sys
 from ulsam.base.errors import UlsamError
 from ulsam.cli.common import print_json
 from ulsam.data.prepare import OFFICIAL, mismatch, prepare
-from ulsam.data.prepare_table import prepare_table
 
 EXAMPLE = "ulsam prepare food101 food-101.tar.gz data/food101"
 
@@ -40,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _prepare_csv(args: argparse.Namespace) -> None:
+    from ulsam.data.prepare_table import prepare_table
+
     if len(args.archive) != 1:
         raise UlsamError(f"one table is made into a folder, not {len(args.archive)}")
     counts = prepare_table(args.archive[0], args.out)

@@ -1,12 +1,11 @@
 """`ulsam profile`: what a model costs, block by block, before and after edits."""
 
 import argparse
-import csv
 import dataclasses
-import io
 from typing import TYPE_CHECKING
 
 from ulsam.base.files import write_atomic
+from ulsam.base.text_table import as_csv
 from ulsam.cli.common import add_edit_options, add_model_arguments, edits_from, print_json, spec_from
 
 if TYPE_CHECKING:
@@ -61,10 +60,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _csv(found: "Cost") -> str:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["block", "type", "channels", "height", "width", "params", "macs", "activations"])
+    rows: list[list[object]] = [["block", "type", "channels", "height", "width", "params", "macs", "activations"]]
     for row in found.rows:
         shape = row.output_shape[1:] if row.output_shape and len(row.output_shape) == 4 else ("", "", "")
-        table.writerow([row.name, row.type, *shape, row.params, row.macs, row.activations])
-    return text.getvalue()
+        rows.append([row.name, row.type, *shape, row.params, row.macs, row.activations])
+    return as_csv(rows)

@@ -6,6 +6,8 @@ from ulsam.cli.common import add_model, beside, model_from, print_json
 
 EXAMPLE = "ulsam quantize runs/mine/model.safetensors images --calibrate 256"
 
+_PROCESSORS = {7: "every processor, also x86 without VNNI", 8: "x86 with VNNI, and ARM; elsewhere sums saturate"}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
@@ -18,6 +20,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure", type=int, default=1000, metavar="N", help="other images to measure on, at most (default: 1000)"
     )
+    parser.add_argument(
+        "--for",
+        dest="target",
+        choices=("this", "avx2", "vnni", "arm"),
+        default="this",
+        metavar="PROCESSOR",
+        help="this machine's (default), avx2 (x86 without VNNI, runs everywhere), vnni or arm",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,9 +36,15 @@ def run(args: argparse.Namespace) -> None:
 
     model = model_from(args)
     out = args.out or beside(args.model, "-int8.onnx")
-    found = quantize(**model, data=args.data, out=out, calibrate=args.calibrate, measure=args.measure)
+    found = quantize(
+        **model, data=args.data, out=out, calibrate=args.calibrate, measure=args.measure, target=args.target
+    )
     if args.json:
         print_json({"file": out, **vars(found)})
         return
     print(f"wrote     {out}, {found.bytes:,} bytes, {100 * found.bytes / found.bytes_before:.0f} % of float32")
     print(f"measured  {found}")
+    if found.time_ratio is not None:
+        slower = ": no faster here, ship the model in float32 to such machines" if found.time_ratio >= 1 else ""
+        print(f"time      of an image x {found.time_ratio:.2f}{slower}")
+    print(f"weights   {found.weight_bits} bits, for {_PROCESSORS[found.weight_bits]}")

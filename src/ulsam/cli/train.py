@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ulsam.base.errors import Interrupted, UlsamError, printable
+from ulsam.base.errors import Interrupted, LostProcess, UlsamError, printable
 from ulsam.base.processes import is_first_process
 from ulsam.cli.common import add_edit_options, edits_from, free_folder, only_json, preset_arguments, print_json
 from ulsam.cli.settings import add_settings, given_settings
@@ -56,16 +56,19 @@ def run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Within it a run that is interrupted names the command that resumes it."""
+    """Within it a run that is interrupted, or loses a process, names the command that resumes it."""
     from ulsam.base.distributed import launch_line
 
     try:
         yield
-    except Interrupted as stop:
+    except (Interrupted, LostProcess) as stop:
         if stop.run is None:
             raise
-        command = launch_line(["train", "--resume", str(stop.run)])
-        raise KeyboardInterrupt(f"{stop.where}; resume with: {command}") from None
+        how = f"resume with: {launch_line(['train', '--resume', str(stop.run)])}"
+        if isinstance(stop, Interrupted):
+            raise KeyboardInterrupt(f"{stop.where}; {how}") from None
+        stop.args = (f"{stop.where}; {how}",)
+        raise
 
 
 def config_from(args: argparse.Namespace) -> TrainConfig:

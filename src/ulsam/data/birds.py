@@ -11,13 +11,12 @@ import itertools
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from ulsam.base.errors import UlsamError
-from ulsam.base.files import check_empty
+from ulsam.base.files import check_empty, whole_folder
 from ulsam.base.reading import read_text
 from ulsam.data.bird_drawing import Bill, Box, Marks, Spots, Tail, draw_bird
 
@@ -81,8 +80,8 @@ def draw_birds(
 
     Each image depends on seed, split, class, number and size alone: a set with more classes or images begins with
     those of the smaller one. ``root/birds.json`` holds what was asked for and the marks of each class,
-    ``root/boxes.json`` where each mark lies in each image. Until all is drawn it lies in the hidden folder
-    ``root/.drawing``; whatever goes wrong, an unfinished set is never left behind as if it were whole.
+    ``root/boxes.json`` where each mark lies in each image. Whatever goes wrong, an unfinished set is never left behind
+    as if it were whole; what a killed drawing left in a hidden folder beside ``root`` is cleared by the next one.
 
     Args:
         root: a folder that does not exist yet, or is empty.
@@ -113,18 +112,12 @@ def draw_birds(
         raise UlsamError(f"size must be {MIN_SIZE} to {MAX_SIZE} pixels: got {size}")
     try:
         check_empty(root)
-        part = root / ".drawing"
-        part.mkdir(parents=True)
-        try:
+        with whole_folder(root) as part:
             boxes = _draw_all(part, named, counts, size, seed, progress)
             asked = {"generator": "ulsam birds", "version": VERSION, "seed": seed, "size": size, **counts}
             facts = {**asked, "classes": {name: _facts(marks) for name, marks in named}}
             (part / "birds.json").write_bytes(json.dumps(facts, indent=2).encode() + b"\n")
             (part / "boxes.json").write_bytes(json.dumps(boxes, separators=(",", ":")).encode() + b"\n")
-            for done in sorted(part.iterdir(), reverse=True):  # the splits before the files that describe them
-                done.rename(root / done.name)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise UlsamError(f"cannot write {root}: {(error.strerror or str(error)).lower()}") from error
     return root

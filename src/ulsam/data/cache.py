@@ -1,8 +1,6 @@
 """Decoded images kept in memory, which the reading processes fill and share without a copy of it for each."""
 
 import multiprocessing
-import os
-import weakref
 from multiprocessing.heap import Arena
 from multiprocessing.synchronize import Lock
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import psutil
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.shared_memory import shared_memory
 from ulsam.data.images import Pixels, Reduction, UnreadableImage
 from ulsam.data.sources import AnyImages, MapImages, StreamImages
 
@@ -27,9 +26,7 @@ SHARE = 4
 class ImageCache:
     """Decoded images with their labels by number, in memory that this process shares with those that it starts.
 
-    They get it however they are started: forked, or by pickle as an argument of theirs. On Linux the memory is an
-    anonymous file: unlike /dev/shm, it has no limit of its own, which containers set at 64 MB, and it is only taken as
-    it is filled. An image for which there is no room is not kept.
+    They get it however they are started: see `shared_memory`. An image for which there is no room is not kept.
 
     Args:
         images: how many there are.
@@ -45,7 +42,8 @@ class ImageCache:
     """
 
     def __init__(self, images: int, capacity: int) -> None:
-        self.__setstate__((capacity, _memory(max(1, capacity)), _memory(8 * (4 * images + 1)), multiprocessing.Lock()))
+        memories = shared_memory(max(1, capacity)), shared_memory(8 * (4 * images + 1))
+        self.__setstate__((capacity, *memories, multiprocessing.Lock()))
 
     def __getstate__(self) -> tuple[int, Arena, Arena, Lock]:
         return self.capacity, self._pixel_memory, self._entry_memory, self._lock
@@ -74,21 +72,6 @@ class ImageCache:
         self._pixels[offset : offset + pixels.size] = pixels.reshape(-1)
         with self._lock:  # only now can others see it
             self._entries[number] = offset, pixels.shape[0], pixels.shape[1], label
-
-
-def _memory(size: int) -> Arena:
-    """So many zero bytes, which other processes can have as well."""
-    if not hasattr(os, "memfd_create"):
-        return Arena(size)
-    file = os.memfd_create("ulsam")
-    try:
-        os.ftruncate(file, size)
-        arena = Arena(size, file)
-    except BaseException:
-        os.close(file)
-        raise
-    weakref.finalize(arena, os.close, file)
-    return arena
 
 
 def cache_for(

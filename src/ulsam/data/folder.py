@@ -5,13 +5,13 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ulsam.base.errors import UlsamError
+import numpy as np
 
-Sample = tuple[str, int]
-"""An image's path and the index of its class."""
+from ulsam.base.errors import UlsamError
+from ulsam.data.sample_list import Sample, SampleList
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
@@ -37,7 +37,7 @@ class Folder:
 
     root: Path
     classes: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    samples: SampleList
     ignored: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
 
@@ -71,11 +71,16 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
     if not names:
         raise UlsamError(f"{root} has no class folders: {_LAYOUT.format(root=root)}")
     ignored = [str(root / name) for name in sorted(os.listdir(root)) if name not in names and not _hidden(name)]
-    found = {}
-    for name in names:
-        found[name], passed = images_below(root / name)
-        ignored += passed
-    classes = tuple(name for name in names if found[name])
+    classes: list[str] = []
+
+    def found() -> Iterator[Sample]:
+        for name in names:
+            paths, passed = images_below(root / name)
+            ignored.extend(passed)
+            yield from ((path, len(classes)) for path in paths)
+            classes.extend([name] if paths else [])
+
+    samples = SampleList(found())
     if not classes:
         others = _others(path for path in ignored if os.path.dirname(path) != str(root))
         raise UlsamError(
@@ -86,8 +91,8 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
             f"{root} holds images of {len(classes)} class ({', '.join(classes)}), at least {min_classes} are needed:"
             f" {_LAYOUT.format(root=root)}"
         )
-    samples = tuple((path, index) for index, name in enumerate(classes) for path in found[name])
-    return Folder(root, classes, samples, tuple(ignored), tuple(name for name in names if not found[name]))
+    empty = tuple(name for name in names if name not in set(classes))
+    return Folder(root, tuple(classes), samples, tuple(ignored), empty)
 
 
 def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
@@ -131,9 +136,9 @@ def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:
     Raises:
         UlsamError: the folder has a class that is not among `classes`.
 
-    >>> val = Folder(Path("val"), ("wren",), (("val/wren/1.jpg", 0),))
-    >>> index_like(val, ("robin", "wren")).samples
-    (('val/wren/1.jpg', 1),)
+    >>> val = Folder(Path("val"), ("wren",), SampleList([("val/wren/1.jpg", 0)]))
+    >>> list(index_like(val, ("robin", "wren")).samples)
+    [('val/wren/1.jpg', 1)]
     """
     found = class_numbers(folder.classes, classes)
     if unknown := [name for name in folder.classes if name not in found]:
@@ -141,7 +146,8 @@ def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:
             f"{folder.root} has classes that were not trained on: {', '.join(unknown)};"
             f" known are {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
         )
-    samples = tuple((path, found[folder.classes[label]]) for path, label in folder.samples)
+    numbers = np.array([found[name] for name in folder.classes])
+    samples = folder.samples.with_labels(numbers[folder.samples.labels])
     return dataclasses.replace(folder, classes=tuple(classes), samples=samples)
 
 
@@ -165,7 +171,7 @@ def _wordnet_id(name: str) -> str | None:
     return found and found[0]
 
 
-def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[SampleList, SampleList]:
     """Hold out a fraction of every class, the same one for the same samples, fraction and seed on any machine.
 
     A class of two images or more keeps at least one and holds out at least one; a class of one keeps it. Which
@@ -188,18 +194,17 @@ def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[tuple[
     """
     if not 0 < fraction < 1:
         raise UlsamError(f"the fraction to hold out must lie between 0 and 1, both excluded: got {fraction}")
-    by_class: dict[int, list[int]] = {}
-    for number, (_, label) in enumerate(samples):
-        by_class.setdefault(label, []).append(number)
-    chosen: set[int] = set()
-    for label, numbers in by_class.items():
+    listed = SampleList(samples)
+    by_class = np.argsort(listed.labels, kind="stable")
+    sizes = np.bincount(listed.labels)
+    chosen = np.zeros(len(listed), bool)
+    for label, numbers in enumerate(np.split(by_class, np.cumsum(sizes)[:-1])):
         count = min(max(int(len(numbers) * fraction + 0.5), 1), len(numbers) - 1)
         draws = [hashlib.sha256(f"{seed}/{label}/{position}".encode()).digest() for position in range(len(numbers))]
-        chosen.update(number for _, number in sorted(zip(draws, numbers, strict=True))[:count])
-    if not chosen:
+        chosen[[number for _, number in sorted(zip(draws, numbers, strict=True))[: max(0, count)]]] = True
+    if not chosen.any():
         raise UlsamError("nothing to hold out: no class has two images or more")
-    kept = tuple(sample for number, sample in enumerate(samples) if number not in chosen)
-    return kept, tuple(sample for number, sample in enumerate(samples) if number in chosen)
+    return listed.take(np.flatnonzero(~chosen)), listed.take(np.flatnonzero(chosen))
 
 
 def class_counts(samples: Sequence[Sample], n_classes: int) -> list[int]:
@@ -208,10 +213,7 @@ def class_counts(samples: Sequence[Sample], n_classes: int) -> list[int]:
     >>> class_counts([("a", 0), ("b", 2), ("c", 2)], 3)
     [1, 0, 2]
     """
-    counts = [0] * n_classes
-    for _, label in samples:
-        counts[label] += 1
-    return counts
+    return np.bincount(SampleList(samples).labels, minlength=n_classes).tolist()
 
 
 def imbalance_note(classes: Sequence[str], counts: Sequence[int]) -> str | None:

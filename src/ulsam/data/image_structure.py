@@ -16,12 +16,14 @@ MAX_SCANNED = 2_000_000_000
 for each, even where the scan changes nothing."""
 
 _MOST_SEGMENTS = 1000  # of a JPEG before its first scan; a colour profile, the largest of them, takes up to 255
+_MOST_FILL = 1000  # bytes between them, each of which Pillow reads on its own
 _LARGEST_BLOCK = 65_536  # of a PNG's texts: as much as a JPEG has room for
 _LARGEST_EXIF = 1_000_000
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TURNED_BY = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that say which side of an image is up
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # in the data of a scan FF 00 and restarts are no markers
+_SEGMENT = re.compile(rb"\xff+([^\x00\xff\xd0-\xd9])")  # a marker that a length follows
 _TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
@@ -53,17 +55,18 @@ def plain_jpeg(content: bytes) -> bytes:
     >>> plain_jpeg(b"\\xff\\xd8\\xff\\xda")
     b'\\xff\\xd8\\xff\\xda'
     """
-    segments, end = [], 2
+    segments: list[tuple[int, int]] = []
+    end, fill = 2, 0
     exif = b""
     unsound = False
     for start, end in _segments(content):
+        fill += start - (segments[-1][1] if segments else 2)
         segments.append((start, end))
         if content[start + 1] == 0xE1 and content.startswith(b"Exif\0\0", start + 4):
             exif += content[start + 10 : end]
         elif content[start + 1] == 0xE2 and content.startswith(b"MPF\0", start + 4):
             unsound |= not tags_fit(content[start + 8 : end], cut_off=True)
-        if len(segments) > _MOST_SEGMENTS:
-            unsound = True
+    unsound |= len(segments) > _MOST_SEGMENTS or fill > _MOST_FILL
     if not unsound and tags_fit(exif, cut_off=True):
         return content
     # APP0 (JFIF) and APP14 (Adobe) say how colours are stored
@@ -72,14 +75,15 @@ def plain_jpeg(content: bytes) -> bytes:
 
 
 def _segments(content: bytes) -> Iterator[tuple[int, int]]:
-    """Where the segments before a JPEG's first scan begin and end, as far as they are regular."""
+    """Where the segments before a JPEG's first scan begin and end; what lies between them is passed over."""
     place = 2
-    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
-        kind, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4])
-        if not (0xC0 <= kind <= 0xFE) or 0xD0 <= kind <= 0xDA or length < 2:
+    while (marker := _SEGMENT.search(content, place)) and marker.end() + 2 <= len(content):
+        kind, length = marker[1][0], int.from_bytes(content[marker.end() : marker.end() + 2])
+        place = marker.end()
+        if kind < 0xC0 or kind == 0xDA or length < 2:
             return
-        yield place, place + 2 + length
-        place += 2 + length
+        place += length
+        yield marker.end() - 2, place
 
 
 def tags_fit(block: bytes, cut_off: bool = False) -> bool:

@@ -35,8 +35,10 @@ LONGEST = 100
 side, which would make gigabytes of a line one pixel wide."""
 
 TAGS = "corrupt (its tags ask for more bytes than the file has)"
-JPEG = b"\xff\xd8\xff"
-"""How a JPEG file begins."""
+LONGEST_TEXT = 10_000_000
+"""The largest file that is read of those that hold their pixels as text (PBM, PGM, PPM)."""
+
+JPEG = b"\xff\xd8\xff"  # how a JPEG file begins
 
 Image.init()
 FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000"} & Image.OPEN.keys())
@@ -192,10 +194,9 @@ def _decoded(path: str | os.PathLike[str] | BinaryIO, decode: Callable[[bytes], 
     except _DAMAGE as error:
         if isinstance(error, MemoryError) and _memory_is_full():
             raise MachineError(f"cannot read {_name(path)}: {machine_fault(error)}") from error
-        known = content.startswith((JPEG, b"\x89PNG")) or (content[8:12] == b"avif" and "AVIF" in FORMATS)
-        damaged = known or isinstance(error, UnreadableImage)
-        reason = (None if damaged else kind_of(content)) or _reason(error)
-        raise UnreadableImage(f"{_name(path)}: {reason}") from error
+        read = content.startswith((JPEG, b"\x89PNG")) or (content[8:12] == b"avif" and "AVIF" in FORMATS)
+        kind = None if read or isinstance(error, UnreadableImage) else kind_of(content)
+        raise UnreadableImage(f"{_name(path)}: {kind or _reason(error)}") from error
 
 
 def _content(path: str | os.PathLike[str] | BinaryIO) -> bytes:
@@ -220,9 +221,23 @@ def _memory_is_full() -> bool:
 def _pixels(content: bytes, reduction: Reduction, most: int) -> Pixels:
     """Decode; raises whatever Pillow raises."""
     if simplejpeg is None:
-        return np.array(_read(content, reduction, most))
+        return _array_of(_read(content, reduction, most))
     found = _jpeg(content, reduction, most) if content.startswith(JPEG) else None
-    return np.array(_read(content, most=most)) if found is None else found
+    return _array_of(_read(content, most=most)) if found is None else found
+
+
+def _array_of(image: Image.Image) -> Pixels:
+    """The pixels of an RGB image, a stripe at a time: Pillow would hand out a large one in two copies at once."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    step = max(1, _STRIPE // image.width)
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        stripe = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
+        pixels[top:bottom] = np.asarray(stripe)
+    return pixels
+
+
+_STRIPE = 1 << 22  # pixels
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -313,6 +328,8 @@ def _header(content: bytes, most: int) -> int:
 def _read_plain(content: bytes, reduction: Reduction, most: int) -> Image.Image:
     if not tags_fit(content):
         raise UnreadableImage(TAGS)
+    if content[:2] in (b"P1", b"P2", b"P3") and len(content) > LONGEST_TEXT:
+        raise UnreadableImage(f"text of more than {LONGEST_TEXT} bytes: store its pixels as bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the image is read or it is not
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
@@ -166,12 +167,12 @@ class EpochOrder(Sampler[list[Key]]):
         self.n, self.batch_size, self.seed = len(images), batch_size, seed
         self.rank, self.world = rank, world
         self.epoch = self.start = 0
-        self.weights: Tensor | None = None
+        self.by_class: NDArray[np.int64] | None = None
         if balanced:
             if images.labels is None:
                 raise UlsamError("balanced sampling needs a data set that lists its labels; use `sampler=shuffle`")
-            labels = torch.as_tensor(images.labels)
-            self.weights = 1.0 / torch.bincount(labels)[labels].double()
+            labels = np.asarray(images.labels)
+            self.by_class, self.sizes = np.argsort(labels, kind="stable"), np.unique(labels, return_counts=True)[1]
         if len(self) == 0:
             raise UlsamError(
                 f"{self.n} training images do not fill one batch of {batch_size} for {world} process(es): "
@@ -183,13 +184,15 @@ class EpochOrder(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         generator = torch.Generator().manual_seed(_mixed(self.seed, 0, self.epoch))
-        if self.weights is None:
-            order = torch.randperm(self.n, generator=generator).tolist()
-        else:
-            order = torch.multinomial(self.weights, self.n, replacement=True, generator=generator).tolist()
+        if self.by_class is None:
+            order = torch.randperm(self.n, generator=generator).numpy()
+        else:  # torch.multinomial takes no more than 2^24
+            drawn = torch.randint(len(self.sizes), (self.n,), generator=generator).numpy()
+            within = torch.rand(self.n, dtype=torch.float64, generator=generator).numpy() * self.sizes[drawn]
+            order = self.by_class[(np.cumsum(self.sizes) - self.sizes)[drawn] + within.astype(np.int64)]
         for batch in range(self.start, len(self)):
             first = (batch * self.world + self.rank) * self.batch_size
-            yield [(self.epoch, place, order[place]) for place in range(first, first + self.batch_size)]
+            yield [(self.epoch, place, int(order[place])) for place in range(first, first + self.batch_size)]
 
 
 class Loader(DataLoader[Item]):

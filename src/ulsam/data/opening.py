@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
@@ -14,6 +14,7 @@ from ulsam.base.extras import extra
 from ulsam.base.reading import read_text
 from ulsam.data.folder import class_counts, find_splits, image_paths, imbalance_note, index_like, scan, split
 from ulsam.data.layouts import with_advice
+from ulsam.data.sample_list import SampleList
 from ulsam.data.sources import AnyImages, FactoryImages, FolderImages, StreamImages
 
 _FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
@@ -74,8 +75,8 @@ def open_data(
                 "a stream of shards: epochs are whole batches, and a resumed run goes back to the start of an epoch"
             )
         elif train.labels is not None:
-            counts = Counter(train.labels)
-            if note := imbalance_note(train.classes, [counts[label] for label in range(len(train.classes))]):
+            counts = np.bincount(train.labels[train.labels >= 0], minlength=len(train.classes)).tolist()
+            if note := imbalance_note(train.classes, counts[: len(train.classes)]):
                 notes.append(note)
         return train, val, notes
     return _open_folder(data, train_split, val_split, val_fraction, seed if split_seed is None else split_seed)
@@ -93,7 +94,9 @@ def unlabelled(folder: str | os.PathLike[str]) -> FolderImages:
     """
     if not os.path.isdir(folder):
         raise UlsamError(f"no folder {os.fspath(folder)}")
-    return FolderImages(tuple((path, 0) for path in image_paths([os.fspath(folder)])), ("unlabelled",), "unlabelled")
+    return FolderImages(
+        SampleList((path, 0) for path in image_paths([os.fspath(folder)])), ("unlabelled",), "unlabelled"
+    )
 
 
 def is_named(data: str) -> bool:

@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import extra
-from ulsam.base.files import check_empty, check_readable
+from ulsam.base.files import check_empty, check_readable, whole_folder
 from ulsam.base.logs import progress
 
 Split = dict[str, str]
@@ -143,19 +143,11 @@ def prepare(
             import scipy.io  # noqa: F401
     out = Path(os.path.abspath(out))
     check_empty(out)
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        counts = _write(official, sources, partial)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        with whole_folder(out) as partial:
+            return _write(official, sources, partial)
     except OSError as error:
         raise UlsamError(f"cannot make {out}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return counts
 
 
 def mismatch(name: str, counts: dict[str, int]) -> str | None:

@@ -1,6 +1,7 @@
 """From a decoded image to a model's input, by NumPy and Pillow alone: resize, centre crop, normalise."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -10,6 +11,9 @@ from PIL import Image
 
 from ulsam.base.errors import UlsamError
 from ulsam.data.images import Pixels
+
+MOST_SIDE = 4096
+"""The longest side of a model's input that a file may ask for."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,11 @@ class Preprocessing:
             height, width = map(int, found.pop("size"))
             mean, std = (tuple(map(float, found.pop(name))) for name in ("mean", "std"))
             made = cls((height, width), mean=mean, std=std, **found)
-            sound = min(height, width) >= 1 and 0.1 <= made.crop_pct <= 1.5 and len(mean) == len(std) == 3
+            sound = min(height, width) >= 1 and max(height, width) <= MOST_SIDE and 0.1 <= made.crop_pct <= 1.5
+            sound &= len(mean) == len(std) == 3 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0
             if not sound or made.interpolation.upper() not in Image.Resampling.__members__:
                 raise ValueError(made)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UlsamError(f"no preprocessing of images: {type(error).__name__} {error}") from error
         return made
 

@@ -10,28 +10,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data.readers.reader_wds import ReaderWds
 from torchvision.datasets import DatasetFolder
 
 from ulsam.base.errors import MachineError, UlsamError, a_few, first_line
 from ulsam.base.reading import machine_errors, machine_fault
-from ulsam.data.folder import IMAGE_SUFFIXES, Sample, class_numbers
+from ulsam.data.folder import IMAGE_SUFFIXES, class_numbers
 from ulsam.data.images import Pixels, Reduction, UnreadableImage, read_pixels, whole
+from ulsam.data.sample_list import Sample, SampleList
 
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Images of an image folder."""
+    """Images of an image folder; what they are made of is kept as a :class:`SampleList`."""
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     classes: tuple[str, ...]
     split: str = "training"  # what to call them
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", SampleList(self.samples))
+
     @property
-    def labels(self) -> Sequence[int]:
+    def labels(self) -> NDArray[np.int32]:
         """The class index of every image."""
-        return [label for _, label in self.samples]
+        return SampleList(self.samples).labels
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -71,6 +76,10 @@ class _Named:
     def __init__(self, dataset: Any, title: str, classes: tuple[str, ...], split: str = "training") -> None:
         self.dataset, self.title, self.classes, self.split = dataset, title, classes, split
         self.numbers: dict[int, int] | None = None
+        if isinstance(dataset, DatasetFolder):
+            dataset.samples = SampleList(dataset.samples)
+            dataset.targets = dataset.samples.labels
+            dataset.__dict__.pop("imgs", None)  # an image folder's other name for them
 
     def number_like(self, classes: tuple[str, ...], by_number: bool = False) -> None:
         """Number the labels as in ``classes``, by the classes' names, or leave them as they are.
@@ -100,17 +109,19 @@ class FactoryImages(_Named):
     """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderImages`."""
 
     @property
-    def labels(self) -> Sequence[int] | None:
+    def labels(self) -> NDArray[np.int32] | None:
         """The class index of every image, None where it is unknown without reading."""
         targets = getattr(self.dataset, "targets", None)
-        return None if targets is None else [self.label(int(number)) for number in targets]
+        return None if targets is None else np.array([self.label(int(number)) for number in targets], np.int32)
 
     @property
     def names(self) -> Sequence[str]:
         """As of :class:`FolderImages`; without file names, the labels."""
         samples = getattr(self.dataset, "samples", None)
         return (
-            _relative(str(sample[0]) for sample in samples) if samples else [str(label) for label in self.labels or ()]
+            _relative(str(sample[0]) for sample in samples)
+            if samples
+            else [str(label) for label in (() if self.labels is None else self.labels)]
         )
 
     def __len__(self) -> int:
@@ -208,7 +219,7 @@ class StreamImages(_Named):
 def _pass_over(handler: Callable[[Exception], bool], error: Exception) -> bool:
     """WebDataset passes over a shard, or a part of it, that cannot be read; not where that is the machine's fault."""
     if fault := machine_fault(error):
-        raise MachineError(f"cannot read a shard: {fault}") from error
+        raise MachineError(f"cannot read {getattr(error, 'filename', None) or 'a shard'}: {fault}") from error
     return handler(error)
 
 

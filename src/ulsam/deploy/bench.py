@@ -199,9 +199,9 @@ def _check(
             raise UlsamError(f"nothing to measure: no {what} given")
         if len(set(values)) < len(values):
             raise UlsamError(f"{what} given twice: {', '.join(map(str, values))}")
-    for what, numbers in (("batch", batches), ("threads", threads)):
+    for what, numbers in (("batches", batches), ("threads", threads)):
         if min(numbers) < 1:
-            raise UlsamError(f"--{what} must be 1 or more, not {min(numbers)}")
+            raise UlsamError(f"`{what}` must be 1 or more, not {min(numbers)}")
     if not 0 <= seconds < float("inf"):
         raise UlsamError(f"`seconds` must be 0 or more, not {seconds:g}")
     check_backends(backends)

@@ -1,6 +1,5 @@
 """What was measured, as figures, as a table, as CSV with timm's column names, and as an image."""
 
-import csv
 import io
 import math
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ulsam.base.plot_style import style
-from ulsam.base.text_table import text_table
+from ulsam.base.text_table import as_csv, text_table
 from ulsam.deploy.bench_worker import Backend
 from ulsam.surgery.cost import Cost
 from ulsam.training.summary import cost_entry
@@ -99,9 +98,7 @@ Model: the file that was run, or parameters and buffers in PyTorch. MB: a millio
 
 def csv_text(rows: Sequence[Row]) -> str:
     """As CSV, a line a row, with the columns `COLUMNS`; a cell is empty where there is nothing to say."""
-    out = io.StringIO()
-    table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    table.writeheader()
+    found: list[list[object]] = [list(COLUMNS)]
     for row in rows:
         low, high = row.ratio_interval or (None, None)
         values: dict[str, Any] = {
@@ -123,8 +120,8 @@ def csv_text(rows: Sequence[Row]) -> str:
             "model_size_mb": row.model_size / 1e6,
             "turns": row.turns,
         }
-        table.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()})
-    return out.getvalue()
+        found.append([f"{value:.6g}" if isinstance(value := values[name], float) else value for name in COLUMNS])
+    return as_csv(found)
 
 
 def draw(rows: Sequence[Row]) -> bytes:

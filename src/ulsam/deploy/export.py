@@ -30,7 +30,7 @@ _ENGINES = {"onnx": onnx_engine, "openvino": openvino_engine, "executorch": exec
 
 
 class FromPixels(nn.Module):
-    """A model with its normalisation before it: RGB bytes [B, H, W, 3] -> the model's outputs.
+    """A model with its normalization before it: RGB bytes [B, H, W, 3] -> the model's outputs.
 
     >>> model = FromPixels(nn.AdaptiveAvgPool2d(1), mean=[0.5] * 3, std=[0.25] * 3)
     >>> model(torch.full((1, 4, 4, 3), 255, dtype=torch.uint8)).flatten()
@@ -49,7 +49,7 @@ class FromPixels(nn.Module):
 
     def forward(self, pixels: Tensor) -> Any:
         width, channels = pixels.shape[2:]
-        # by rows: ONNX Runtime keeps the channels of a quantised model last, and is slow at steps of three values
+        # by rows: ONNX Runtime keeps the channels of a quantized model last, and is slow at steps of three values
         rows = pixels.flatten(2).float() * self.scale.repeat(width) + self.shift.repeat(width)
         # contiguous: PyTorch's pooling in channels_last is exported with a dozen operations on indices
         return self.model(rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2).contiguous())
@@ -69,7 +69,7 @@ def export(
     """Write a model as a file for another engine, after running that file beside the model.
 
     The model is folded (`ulsam.fold`). The file's input is ``pixels``, RGB bytes [batch, H, W, 3], as cameras and
-    image decoders give them, which it normalises itself; its output is ``logits`` [batch, classes]. Resizing is left
+    image decoders give them, which it normalizes itself; its output is ``logits`` [batch, classes]. Resizing is left
     outside: no engine's equals Pillow's, with which the model was trained; `ulsam.runtime` does it. The file holds the
     names of the classes, the preprocessing, the spec and ulsam's version (`ulsam.runtime` names the keys).
 
@@ -79,7 +79,7 @@ def export(
         to: the format. ExecuTorch's files take one image at a time.
         spec: of a model in memory, as of `ulsam.load`.
         dynamic_size: whether H and W are free too; not for ExecuTorch.
-        preprocessing: False for an input ``x``, float [batch, 3, H, W], which is normalised already.
+        preprocessing: False for an input ``x``, float [batch, 3, H, W], which is normalized already.
         images: files, or folders of them, to compare on, 64 of them at most; by default 16 generated ones.
 
     Returns:

@@ -1,5 +1,6 @@
 """An exported model in 8-bit integers: a quarter of the file, and faster where the processor multiplies bytes."""
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +16,12 @@ from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_readable, check_writable, write_atomic
 from ulsam.base.logs import progress
+from ulsam.base.timing import time_in_turn
 from ulsam.data.folder import class_numbers
 from ulsam.data.images import Pixels, UnreadableImage
 from ulsam.data.opening import open_data
 from ulsam.data.sources import AnyImages, FolderImages, MapImages, StreamImages
+from ulsam.deploy.byte_products import Target, saturates, weight_bits
 from ulsam.deploy.export import engine_of
 from ulsam.deploy.onnx_graph import ATTENTION, check_installed, drop_unused
 from ulsam.model.given import model_and_spec
@@ -27,7 +30,7 @@ from ulsam.training.sample import pick
 from ulsam.training.trained_on import held_out_settings, note_trained_on
 
 QUANTIZATION = "quantization"
-"""Key of the metadata that says how a file was quantised."""
+"""Key of the metadata that says how a file was quantized."""
 
 MOST_LOST = 0.01
 """Share of top-1 that may be lost, as far as the images can show it."""
@@ -49,15 +52,17 @@ _BATCH = 4  # all maps of a batch are in memory at once
 
 @dataclass(frozen=True)
 class Quantized:
-    """How a quantised model compares with the model in float32, on images that it was not calibrated on.
+    """How a quantized model compares with the model in float32, on images that it was not calibrated on.
 
     Attributes:
         calibrated: images from which the ranges were taken.
         images: that both models were measured on.
-        top1, top1_before: of the quantised model and of the model in float32, shares.
+        top1, top1_before: of the quantized model and of the model in float32, shares.
         same: share of the images for which both name the same class first.
         error: standard error of ``top1 - top1_before``, over the choice of the images.
         bytes, bytes_before: sizes of the files.
+        weight_bits: that are used of each weight: 7 where products of bytes saturate.
+        time_ratio: of one image, over that of the model in float32, on this machine; None for another kind of it.
     """
 
     calibrated: int
@@ -68,6 +73,8 @@ class Quantized:
     error: float
     bytes: int
     bytes_before: int
+    weight_bits: int
+    time_ratio: float | None
 
     def __str__(self) -> str:
         return (
@@ -85,12 +92,13 @@ def quantize(
     spec: ModelSpec | None = None,
     calibrate: int = 256,
     measure: int = 1000,
+    target: Target = "this",
 ) -> Quantized:
     """Write a model with 8-bit weights and maps, and measure it beside the model in float32.
 
     ONNX Runtime's static quantisation after training (Jacob et al. 2018, arXiv 1712.05877): weights as int8, each
     output channel with a scale of its own, maps as uint8 with ranges from images (:func:`map_statistics`), ULSAM
-    layers included. The normalisation, what other attention multiplies, and the logits stay in float32. Biases take up
+    layers included. The normalization, what other attention multiplies, and the logits stay in float32. Biases take up
     what rounding the weights changes on average.
 
     Args:
@@ -102,11 +110,14 @@ def quantize(
         spec: of a model in memory, as of `ulsam.load`.
         calibrate: images to calibrate on, at most; the same ones each time.
         measure: images to measure on, likewise.
+        target: the processor that the file is for. x86 without VNNI multiplies bytes with sums that saturate: weights
+            for it have 7 bits, and run exactly everywhere. With 8 bits for another processor than this one, accuracy
+            is measured by the operations one by one, which are exact.
 
     Raises:
-        UlsamError: top-1 falls by more than `MOST_LOST`, beyond what the choice of images explains at 95 %; the model
-            is quantised already; the images have other classes, or come in a stream; a package is missing; the file
-            cannot be written. There is no new file then.
+        UlsamError: an unknown target; top-1 falls by more than `MOST_LOST`, beyond what the choice of images explains
+            at 95 %; the model is quantized already; the images have other classes, or come in a stream; a package is
+            missing; the file cannot be written. There is no new file then.
 
     >>> quantize("missing.onnx", "images", "model.onnx")
     Traceback (most recent call last):
@@ -117,44 +128,50 @@ def quantize(
     check_installed("ulsam quantize")
     out = os.fspath(out)
     if not out.endswith(".onnx"):
-        raise UlsamError(f"a quantised model is a file called NAME.onnx, not {out}")
+        raise UlsamError(f"a quantized model is a file called NAME.onnx, not {out}")
     check_writable(out)
+    bits = weight_bits(target)
     name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
     if os.path.realpath(out) == os.path.realpath(name):
         raise UlsamError(f"{out} is the model in float32, and would be lost: name another file to write")
     content = _content(model, spec)
     whole = runtime.open_model(content, name)
     if QUANTIZATION in whole.metadata:
-        raise UlsamError(f"{name} is quantised already: name the file in float32, or the model file")
+        raise UlsamError(f"{name} is quantized already: name the file in float32, or the model file")
     train, others, _ = open_data(os.fspath(data), **held_out_settings(model, os.fspath(data), {}))
     if isinstance(others, FolderImages):
         note_trained_on(model, [path for path, _ in others.samples], [data])
     seen = [image for image, _ in _read(train, whole, calibrate, "calibrate")]
     if not seen:
         raise UlsamError(f"none of the images of {data} to calibrate on could be read")
-    quantized = quantize_graph(content, seen, whole.metadata)
+    quantized = quantize_graph(content, seen, whole.metadata, bits=bits)
+    elsewhere = bits == 8 and saturates()
+    small = runtime.open_model(quantized, out, as_written=elsewhere)
     report = _measured(
         whole,
-        runtime.open_model(quantized, out),
+        small,
         _read(others, whole, measure, "measure"),
         calibrated=len(seen),
         bytes=len(quantized),
         bytes_before=len(content),
+        weight_bits=bits,
+        time_ratio=None if target != "this" else _time_ratio(whole, small),
     )
     lost = report.top1_before - report.top1
     if lost - 1.96 * report.error > MOST_LOST:
-        raise UlsamError(f"the quantised model is worse than {100 * MOST_LOST:g} point: {report}; nothing was written")
+        raise UlsamError(f"the quantized model is worse than {100 * MOST_LOST:g} point: {report}; nothing was written")
     write_atomic(out, quantized)
     return report
 
 
-def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str, str]) -> bytes:
-    """The content of an ONNX file, quantised with the ranges that its maps take on these images.
+def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str, str], *, bits: int = 8) -> bytes:
+    """The content of an ONNX file, quantized with the ranges that its maps take on these images.
 
     Args:
         content: of a file of `ulsam.export`.
         images: at the model's size.
         metadata: of the file, which stays.
+        bits: of a weight, 7 or 8.
     """
     import onnx
     from onnxruntime import quantization
@@ -168,7 +185,7 @@ def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str,
     quantizer = quantization.QDQQuantizer(
         model,
         per_channel=True,
-        reduce_range=False,
+        reduce_range=bits == 7,
         weight_qType=quantization.QuantType.QInt8,
         activation_qType=quantization.QuantType.QUInt8,
         tensors_range=quantization.TensorsData(quantization.CalibrationMethod.MinMax, ranges),
@@ -186,7 +203,7 @@ def quantize_graph(content: bytes, images: Sequence[Pixels], metadata: dict[str,
             del node.input[2]
     _correct_biases(made, onnx.load_from_string(content), {name: found.means for name, found in statistics.items()})
     drop_unused(made.graph)
-    how = f"int8 weights a channel, uint8 maps, {len(images)} images"
+    how = f"int8 weights a channel ({bits} bits used), uint8 maps, {len(images)} images"
     onnx.helper.set_model_props(made, {**metadata, QUANTIZATION: how})
     return bytes(made.SerializeToString())
 
@@ -242,7 +259,7 @@ def map_statistics(content: bytes, images: Sequence[Pixels]) -> dict[str, MapSta
 
 
 def _correct_biases(model: Any, whole: Any, means: Mapping[str, NDArray[np.float64]]) -> None:
-    """Add to each bias of the quantised model what its channel's mean loses as the weights are rounded, in place.
+    """Add to each bias of the quantized model what its channel's mean loses as the weights are rounded, in place.
 
     The loss is the sum of what each weight loses times the mean of what it multiplies, which at the borders of a map is
     an approximation. Where a channel is the small difference of large products it may be as large as the channel's
@@ -308,7 +325,7 @@ def _fetch(images: MapImages, number: int, model: runtime.Model) -> tuple[Pixels
 
 
 def _measured(
-    before: runtime.Model, after: runtime.Model, images: Iterator[tuple[Pixels, int]], **facts: int
+    before: runtime.Model, after: runtime.Model, images: Iterator[tuple[Pixels, int]], **facts: Any
 ) -> Quantized:
     """Both models' answers on the same images; ``facts`` are the rest of `Quantized`."""
     found = []
@@ -326,3 +343,10 @@ def _measured(
         error=float(change.std()) / math.sqrt(len(found)),
         **facts,
     )
+
+
+def _time_ratio(before: runtime.Model, after: runtime.Model) -> float:
+    """The time of one image, over that of the other model, in turn."""
+    pixels = np.zeros((1, *before.preprocessing.size, 3), np.uint8)
+    calls = {"before": functools.partial(before.logits, pixels), "after": functools.partial(after.logits, pixels)}
+    return time_in_turn(calls, seconds=1.0, most_turns=200)["after"].ratio

@@ -121,7 +121,7 @@ def cam_row(models: Mapping[str, Explanation]) -> MapRow:
 def headline(truth: str | None, found: Explanation, base: Explanation | None, whose: str = "base") -> str:
     """One sentence on what was predicted; ``whose`` is what the base model is called."""
     (named, share), *_ = found.top(1)
-    texts = {"wrong": f"✗ wrong: {truth}, taken for {named}", "right": f"✓ right: {named}"}
+    texts = {"wrong": f"✗ wrong: {truth}, predicted as {named}", "right": f"✓ right: {named}"}
     text = f"{texts.get(verdict(truth, named), named)} ({percent(share)})"
     if base is None:
         return text

@@ -246,7 +246,7 @@ def _matrix(measured: Measured) -> Matrix:
     for (truth, _), count in counts.items():
         totals[truth] = totals.get(truth, 0) + count
     cells = [
-        Cell(index[truth], index[named], count, count / totals[truth], f"{truth}, taken for {named}: {count}")
+        Cell(index[truth], index[named], count, count / totals[truth], f"{truth}, predicted as {named}: {count}")
         if truth != named
         else Cell(index[truth], index[named], count, count / totals[truth], f"{truth}, right: {count}")
         for (truth, named), count in counts.items()
@@ -291,7 +291,7 @@ def _samples(measured: Sequence[Measured]) -> tuple[list[Card], list[str]]:
 
 
 def _verdict(guess: RunPrediction) -> str:
-    word = "✓ right" if guess.right else f"✗ taken for {guess.named}"
+    word = "✓ right" if guess.right else f"✗ predicted as {guess.named}"
     return f"{word} ({percent(guess.share)})"
 
 

@@ -43,7 +43,7 @@ class ULSAM(nn.Module):
 
     Forms, each exact:
 
-    - ``"equations"``: the paper's equations; 2 * channels parameters, no bias, no normalisation.
+    - ``"equations"``: the paper's equations; 2 * channels parameters, no bias, no normalization.
     - ``"released"``: the authors' released module: both convolutions have a bias and are followed by BatchNorm and ReLU
       (also before the softmax); 5 * channels + 3 * groups parameters. The released BatchNorm momentum of 0.9 (PyTorch's
       sense: the running statistics are nearly the last batch's) makes evaluation depend on that one batch, so the

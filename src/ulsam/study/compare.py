@@ -13,11 +13,11 @@ from ulsam.base.packed import check_packed_name
 from ulsam.base.provenance import command_line
 from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arms
 from ulsam.study.compare_report import measure_latency, summarise, write_reports
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import CLOSE, Grid
 from ulsam.study.identity import data_digest, file_digests, seen_before
 from ulsam.study.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.study.ray_launcher import RayLauncher, require_ray
-from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
 from ulsam.training.probe import SETTINGS, resolve_auto, undecided
 
@@ -56,7 +56,7 @@ def compare(
         data: an image folder, or a data-set name of timm's factory.
         arms: texts such as ``"base"``, ``"replace 14,17 g=4"`` or ``"small: remove 14,17; size=96"``; see
             `ulsam.study.arms.Arm`. Differences are to the first one.
-        out: folder of the comparison; see `ulsam.study.run_store`.
+        out: folder of the comparison; see `ulsam.study.comparison_folder`.
         seeds: how many, from the settings' ``seed`` on.
         rates: learning rates to try; one or none is no choice.
         tried_epochs: numbers of epochs to try, likewise.
@@ -107,25 +107,25 @@ def compare(
     if grid.choosing:
         check_choosing(shared, choose_split)
     check_arms(parsed, shared)
-    store, digest = Store(out), data_digest(shared, choose_split)
+    comparison, digest = ComparisonFolder(out), data_digest(shared, choose_split)
     files = file_digests(arm.config(shared) for arm in parsed)
-    with store.locked():
+    with comparison.locked():
         if start_from is not None:
-            store.start_from(start_from)
-        grid = dataclasses.replace(grid, shared=_resolved(grid, store, launcher == "ray"))
-        store.begin(grid, command_line(), digest, files)
+            comparison.start_from(start_from)
+        grid = dataclasses.replace(grid, shared=_resolved(grid, comparison, launcher == "ray"))
+        comparison.begin(grid, command_line(), digest, files)
     for note in seen_before(run.config for run in grid.known(lambda run: None)):
         say(f"note    {note}")
-    say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {store.root}")
-    place: Launcher = LocalLauncher(store, jobs or 1)
+    say(f"runs    {grid.size}: {len(grid.arms)} arms, {seeds} seeds; {comparison.root}")
+    place: Launcher = LocalLauncher(comparison, jobs or 1)
     if launcher == "ray":
         gpus = int(shared.device.startswith("cuda"))
-        place = RayLauncher(store, threads=shared.threads or 1, gpus=gpus, jobs=jobs or 0, address=ray_address)
-    run_all(grid, store, place, command_line())
-    measure_latency(grid, store)
-    result = _reported(grid, store, margin, command_line())
+        place = RayLauncher(comparison, threads=shared.threads or 1, gpus=gpus, jobs=jobs or 0, address=ray_address)
+    run_all(grid, comparison, place, command_line())
+    measure_latency(grid, comparison)
+    result = _reported(grid, comparison, margin, command_line())
     if publish is not None:
-        _publish(grid, store, publish)
+        _publish(grid, comparison, publish)
     return result
 
 
@@ -151,14 +151,14 @@ def report(
     _check_margin(margin)
     _check_packed(publish)
     check_plots("ulsam compare")
-    store = Store(out)
+    comparison = ComparisonFolder(out)
     if start_from is not None:
-        with store.locked():
-            store.start_from(start_from)
-    grid = store.grid()
-    result = _reported(grid, store, margin, store.read("grid.json").get("command"))
+        with comparison.locked():
+            comparison.start_from(start_from)
+    grid = comparison.grid()
+    result = _reported(grid, comparison, margin, comparison.read("grid.json").get("command"))
     if publish is not None:
-        _publish(grid, store, publish)
+        _publish(grid, comparison, publish)
     return result
 
 
@@ -172,20 +172,20 @@ def _check_packed(publish: str | Path | None) -> None:
         check_packed_name(publish)
 
 
-def _publish(grid: Grid, store: Store, file: str | Path) -> None:
-    store.publish(file, dataclasses.replace(grid, arms=(*grid.arms, *store.external_arms())))
+def _publish(grid: Grid, comparison: ComparisonFolder, file: str | Path) -> None:
+    comparison.publish(file, dataclasses.replace(grid, arms=(*grid.arms, *comparison.external_arms())))
 
 
-def _reported(grid: Grid, store: Store, margin: float, command: str | None) -> dict[str, Any]:
-    result = summarise(grid, store, margin, command)
-    write_reports(store, result)
+def _reported(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None) -> dict[str, Any]:
+    result = summarise(grid, comparison, margin, command)
+    write_reports(comparison, result)
     return result
 
 
-def _resolved(grid: Grid, store: Store, elsewhere: bool) -> TrainConfig:
+def _resolved(grid: Grid, comparison: ComparisonFolder, elsewhere: bool) -> TrainConfig:
     """The shared settings with nothing left at "auto": as they were resolved here before, or by a probe of the base."""
     shared = grid.shared
-    before = store.read_grid()
+    before = comparison.read_grid()
     if before:
         known = {name: getattr(before.shared, name) for name in SETTINGS if getattr(shared, name) == "auto"}
         shared = dataclasses.replace(shared, **known)

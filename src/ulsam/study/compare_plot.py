@@ -1,6 +1,7 @@
 """A comparison as images: accuracy against cost, and how each arm's learning rate was chosen."""
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,9 +42,8 @@ def draw(result: Mapping[str, Any]) -> bytes:
         panel.spines[["top", "right"]].set_visible(False)
     low, high = axes[0].get_ylim()
     axes[0].set(ylabel=f"{result['split'] or ''} top-1 (%)", ylim=(max(low, 0), min(high, 100)))
-    figure.suptitle(
-        "bars: the base's standard deviation over seeds; of others the 95 % interval of minus base", fontsize=8
-    )
+    bars = "error bars of the base: standard deviation over seeds; of others: 95 % interval of minus base"
+    figure.suptitle(bars, fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
@@ -55,10 +55,14 @@ def draw_rates(result: Mapping[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    tried = sorted({entry["epochs"] for arm in result["arms"] for entry in arm["tries"]})
+    arms = [(number, arm) for number, arm in enumerate(result["arms"]) if arm["tries"]]
+    names = len(arms) + len(tried)
+    figure = Figure(figsize=(6.5, 3.6 + 0.19 * math.ceil(names / 2)), layout="constrained")  # the legend's rows
     axes = figure.subplots()
-    for number, arm in enumerate(result["arms"]):
-        for turn, epochs in enumerate(sorted({entry["epochs"] for entry in arm["tries"]})):
+    for number, arm in arms:
+        axes.plot([], [], label=arm["name"], **style(number))
+        for turn, epochs in enumerate(tried):
             found = sorted(
                 (entry["lr"], 100 * entry["top1"])
                 for entry in arm["tries"]
@@ -66,9 +70,9 @@ def draw_rates(result: Mapping[str, Any]) -> bytes:
             )
             if not found:
                 continue
-            turns = {"ls": ("-", "--", ":", "-.")[turn % 4], "fillstyle": "none" if turn else "full"}
-            label = f"{arm['name']}, {epochs} epochs"
-            axes.plot([lr for lr, _ in found], [top for _, top in found], label=label, **style(number) | turns)
+            axes.plot([lr for lr, _ in found], [top for _, top in found], **style(number) | _turn(turn))
+    for turn, epochs in enumerate(tried):
+        axes.plot([], [], label=f"{epochs} epochs", **{**style(0), "color": "grey"} | _turn(turn))
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"top-1 on {result['chosen_on']} images (%)")
     rates = sorted({entry["lr"] for arm in result["arms"] for entry in arm["tries"]})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -90,6 +94,11 @@ def centre(arm: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     """
     minus = arm["minus_base"]
     return 100 * (base["top1_mean"] + minus["mean"] if minus else arm["top1_mean"])
+
+
+def _turn(number: int) -> dict[str, Any]:
+    """How a number of epochs is drawn, by its place among those that were tried."""
+    return {"ls": ("-", "--", ":", "-.")[number % 4], "fillstyle": "none" if number else "full"}
 
 
 def _bar(arm: Mapping[str, Any], is_base: bool) -> list[list[float]] | None:

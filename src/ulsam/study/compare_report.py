@@ -14,36 +14,36 @@ from ulsam.study import compare_plot as plot
 from ulsam.study import compare_table as table
 from ulsam.study import latency
 from ulsam.study.arms import Arm
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Failed, Grid, Try, at_the_edge, close_call, most_epochs
-from ulsam.study.run_store import Store
 from ulsam.study.statistics import Difference, check_paired, difference, pooled_seed_variance
 
 Runs = dict[int, Mapping[str, Any]]  # summaries by seed
 
 
-def summarise(grid: Grid, store: Store, margin: float, command: str | None = None) -> dict[str, Any]:
+def summarise(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None = None) -> dict[str, Any]:
     """Everything that a comparison found, as JSON; shares are 0..1, times in seconds.
 
     Args:
         grid: what was compared.
-        store: where its runs lie; arms that another program trained there are part of the result.
+        comparison: where its runs lie; arms that another program trained there are part of the result.
         margin: share of top-1 that an arm may lose and still be non-inferior.
         command: that made the runs; by default the one that is running.
 
     Raises:
         UlsamError: a run has other settings than the grid says, or the runs were measured on different images.
     """
-    planned, external = grid.arms, store.external_arms()
+    planned, external = grid.arms, comparison.external_arms()
     grid = dataclasses.replace(grid, arms=(*grid.arms, *external))
-    runs = {arm.name: _finals(grid, arm, store) for arm in grid.arms}
+    runs = {arm.name: _finals(grid, arm, comparison) for arm in grid.arms}
     measured = [summary for found in runs.values() for summary in found.values()]
     if measured:
         check_paired(measured)
-    timed = store.read("latency.json")
+    timed = comparison.read("latency.json")
     times = _latencies(timed, {arm.name: runs[arm.name] for arm in planned}) if timed else {}
-    entries = {arm.name: store.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
+    entries = {arm.name: comparison.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
     times |= {name: one["latency"] for name, one in entries.items() if "latency" in one}
-    arms = [_arm_entry(grid, arm, store, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
+    arms = [_arm_entry(grid, arm, comparison, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
     pooled = pooled_seed_variance(
         {seed: summary["scores"]["top1"] for seed, summary in found.items()} for found in runs.values()
     )
@@ -64,7 +64,7 @@ def summarise(grid: Grid, store: Store, margin: float, command: str | None = Non
         "chosen_on": (grid.choose_split or "held-out") if grid.choosing else None,
         "split": measured[0]["split"] if measured else None,
         "images": measured[0]["scores"]["images"] if measured else None,
-        "finished": not grid.due(store.outcome),
+        "finished": not grid.due(comparison.outcome),
         "arms": arms,
         "seed_sd": math.sqrt(pooled.variance) if pooled else None,  # of a model's top-1, pooled over the arms
         "differences": differences,
@@ -89,46 +89,50 @@ def _latencies(timed: Mapping[str, Any], runs: Mapping[str, Runs]) -> dict[str, 
     return times
 
 
-def measure_latency(grid: Grid, store: Store) -> None:
+def measure_latency(grid: Grid, comparison: ComparisonFolder) -> None:
     """Time the arms' models beside each other, once: ``latency.json``; only arms that have a finished run."""
     specs = {}
     for arm in grid.arms:
-        if found := _finals(grid, arm, store):
+        if found := _finals(grid, arm, comparison):
             entry = next(iter(found.values()))["spec"]
             specs[arm.name] = ModelSpec.from_json(json.dumps(entry))
     if len(specs) > 1 and grid.arms[0].name in specs:
-        store.write("latency.json", latency.entry(specs, store.read("latency.json")))
+        comparison.write("latency.json", latency.entry(specs, comparison.read("latency.json")))
 
 
-def write_reports(store: Store, result: Mapping[str, Any]) -> None:
+def write_reports(comparison: ComparisonFolder, result: Mapping[str, Any]) -> None:
     """Write ``compare.json``, ``.md``, ``.csv``, ``.png``, and ``rates.png`` where rates were tried."""
-    store.write("compare.json", result)
-    write_atomic(store.root / "compare.md", table.markdown(result))
-    write_atomic(store.root / "compare.csv", table.csv_text(result))
+    comparison.write("compare.json", result)
+    write_atomic(comparison.root / "compare.md", table.markdown(result))
+    write_atomic(comparison.root / "compare.csv", table.csv_text(result))
     if any(arm["top1_mean"] is not None for arm in result["arms"]):
-        write_atomic(store.root / "compare.png", plot.draw(result))
+        write_atomic(comparison.root / "compare.png", plot.draw(result))
     if any(entry["top1"] is not None for arm in result["arms"] for entry in arm["tries"]):
-        write_atomic(store.root / "rates.png", plot.draw_rates(result))
+        write_atomic(comparison.root / "rates.png", plot.draw_rates(result))
 
 
-def _finals(grid: Grid, arm: Arm, store: Store) -> Runs:
+def _finals(grid: Grid, arm: Arm, comparison: ComparisonFolder) -> Runs:
     found: Runs = {}
-    for run in grid.finals(arm, store.outcome):
-        summary = store.outcome(run)
+    for run in grid.finals(arm, comparison.outcome):
+        summary = comparison.outcome(run)
         if summary is not None and not isinstance(summary, Failed):
             found[run.config.seed] = summary
     return found
 
 
-def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[str, Any] | None) -> dict[str, Any]:
+def _arm_entry(
+    grid: Grid, arm: Arm, comparison: ComparisonFolder, runs: Runs, times: Mapping[str, Any] | None
+) -> dict[str, Any]:
     top1 = [summary["scores"]["top1"] for summary in runs.values()]
-    chosen = grid.chosen(arm, store.outcome)
-    tries = grid.tried(arm, store.outcome)
-    finals = grid.finals(arm, store.outcome)
+    chosen = grid.chosen(arm, comparison.outcome)
+    tries = grid.tried(arm, comparison.outcome)
+    finals = grid.finals(arm, comparison.outcome)
     # a rate that fails is a result of its own, but without any that works the arm has failed
-    counted = grid.tries(arm, store.outcome) if tries and all(entry.failed for entry in tries) else finals
+    counted = grid.tries(arm, comparison.outcome) if tries and all(entry.failed for entry in tries) else finals
     failed = [
-        {"run": run.name, "reason": found.reason} for run in counted if isinstance(found := store.outcome(run), Failed)
+        {"run": run.name, "reason": found.reason}
+        for run in counted
+        if isinstance(found := comparison.outcome(run), Failed)
     ]
     return {
         "name": arm.name,
@@ -155,7 +159,7 @@ def _arm_entry(grid: Grid, arm: Arm, store: Store, runs: Runs, times: Mapping[st
         "cost": dict(next(iter(runs.values()))["cost"]) if runs else {},
         "latency": dict(times) if times else None,
         "failed": failed,
-        "missing": grid.seeds - sum(store.outcome(run) is not None for run in finals),
+        "missing": grid.seeds - sum(comparison.outcome(run) is not None for run in finals),
     }
 
 

@@ -1,11 +1,9 @@
 """A comparison as text: for the terminal, as Markdown, as CSV."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ulsam.base.text_table import text_table
+from ulsam.base.text_table import as_csv, text_table
 
 HEADS = ("arm", "parameters", "MACs", "latency", "lr, epochs", "top-1 (seeds)", "minus base", "verdict")
 NUMBERS = (1, 2, 3, 4, 5, 6)  # columns that are flush right
@@ -67,7 +65,6 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def csv_text(result: Mapping[str, Any]) -> str:
     """As CSV, with plain numbers: shares 0..1, seconds; a cell is empty where nothing was measured."""
-    out = io.StringIO()
     names = [
         "arm",
         "params",
@@ -80,15 +77,14 @@ def csv_text(result: Mapping[str, Any]) -> str:
         "top1_mean",
         "top1_sd",
     ]
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow([*names, "minus_base", "minus_base_low", "minus_base_high", "verdict", "failed_runs"])
+    found: list[list[object]] = [[*names, "minus_base", "minus_base_low", "minus_base_high", "verdict", "failed_runs"]]
     for arm in result["arms"]:
         latency, minus = arm["latency"] or {}, arm["minus_base"] or {}
         values = [arm["name"], arm["cost"].get("params"), arm["cost"].get("macs"), latency.get("seconds")]
         values += [latency.get("ratio"), arm["lr"], arm["epochs"], len(arm["seeds"]), arm["top1_mean"], arm["top1_sd"]]
         values += [minus.get("mean"), minus.get("low"), minus.get("high"), "; ".join(minus.get("verdict", ()))]
-        table.writerow([*values, len(arm["failed"])])
-    return out.getvalue()
+        found.append([*values, len(arm["failed"])])
+    return as_csv(found)
 
 
 def points(found: Mapping[str, Any]) -> str:
@@ -125,9 +121,9 @@ def legend(result: Mapping[str, Any]) -> str:
     machine = f"{result['processor']}, threads: {result['threads']}" if result["processor"] else "CPU"
     return (
         f"Top-1 in %, mean ± standard deviation over seeds{_where(result)}. Minus base: points, paired by {paired}, "
-        f"{interval}. "
-        f"non-inferior: its lower end is above -{margin:g}; gain, loss: it leaves 0 out; inconclusive: neither. "
-        f"Latency: one image, folded model, {machine}; of others its ratio to the base's. MACs: multiply-adds."
+        f"{interval}. Gain, loss: the interval excludes 0. Non-inferior: its lower end is above -{margin:g}. "
+        f"Inconclusive: neither. Latency: the base's time of one image, folded model, {machine}; of other arms the "
+        "ratio to it. MACs: multiply-adds."
     )
 
 

@@ -134,7 +134,8 @@ def draw(data: Path, rows: list[Row]) -> bytes:
     panels: Any = figure.subfigures(1, 3, width_ratios=(1.5, 1.5, 1))
     left, middle, right = panels
     birds = open_split(str(data), "val")
-    first = {label: number for number, label in reversed(list(enumerate(birds.labels or ())))}
+    labels = [] if birds.labels is None else birds.labels.tolist()
+    first = {label: number for number, label in reversed(list(enumerate(labels)))}
     grid = left.subplots(2, (len(first) + 1) // 2).flat
     for axes, label in zip(grid, sorted(first), strict=False):
         axes.imshow(birds.fetch(first[label])[0])  # type: ignore[union-attr]

@@ -20,8 +20,8 @@ from ulsam.base.files import make_folder, write_atomic
 from ulsam.base.locks import take_lock
 from ulsam.base.logs import say
 from ulsam.base.processes import GROUP
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Failed, Grid, Run
-from ulsam.study.run_store import Store
 from ulsam.training.config import TrainConfig
 from ulsam.training.parts import stop_signals
 from ulsam.training.restore import HARMLESS
@@ -60,19 +60,19 @@ class Launcher(Protocol):
 class LocalLauncher:
     """So many processes at a time on this machine."""
 
-    def __init__(self, store: Store, jobs: int) -> None:
-        self.store, self.jobs = store, jobs
+    def __init__(self, comparison: ComparisonFolder, jobs: int) -> None:
+        self.comparison, self.jobs = comparison, jobs
         self.processes: list[tuple[Run, subprocess.Popen[bytes], FileLock]] = []
 
     def start(self, run: Run) -> bool:
-        folder = self.store.folder(run)
+        folder = self.comparison.folder(run)
         make_folder(folder.parent)
         lock = lock_run(folder)
         if lock is None:
             return False
         with contextlib.ExitStack() as ending:
             ending.callback(lock.release)
-            self.store.check(run)
+            self.comparison.check(run)
             if not (folder / "summary.json").exists():  # by another process, since we looked
                 self.processes.append((run, start_process(folder, run.config), lock))
                 ending.pop_all()
@@ -89,7 +89,7 @@ class LocalLauncher:
         self.processes = [started for started in self.processes if started not in over]
         for *_, lock in over:
             lock.release()
-        return [EndedRun(run, reason_of(process.returncode, self.store.folder(run))) for run, process, _ in over]
+        return [EndedRun(run, reason_of(process.returncode, self.comparison.folder(run))) for run, process, _ in over]
 
     def stop(self) -> None:
         for _, process, _ in self.processes:
@@ -100,12 +100,12 @@ class LocalLauncher:
         self.processes = []
 
 
-def run_all(grid: Grid, store: Store, launcher: Launcher, again: str) -> None:
+def run_all(grid: Grid, comparison: ComparisonFolder, launcher: Launcher, again: str) -> None:
     """Run what the grid asks for until nothing is due; a run that fails does not stop the others.
 
     Args:
         grid: what is compared.
-        store: its folder.
+        comparison: its folder.
         launcher: where runs are started.
         again: the command that resumes, shown when this is interrupted.
 
@@ -114,7 +114,7 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, again: str) -> None:
         Interrupted: Ctrl-C or SIGTERM, after every run has saved.
     """
     announced: set[str] = set()
-    due, looked = grid.due(store.outcome), time.monotonic()
+    due, looked = grid.due(comparison.outcome), time.monotonic()
     with stop_signals() as stopping, _stopped_at_the_end(launcher):
         while due or launcher.running():
             if stopping():
@@ -128,12 +128,12 @@ def run_all(grid: Grid, store: Store, launcher: Launcher, again: str) -> None:
             over = launcher.ended()
             for ended in over:
                 if ended.reason:
-                    store.fail(ended.run, ended.reason)
-                elif store.outcome(ended.run) is None:
-                    store.fail(ended.run, "it ended without a summary")
-                say(f"run     {_progress(grid, store, launcher)} {ended.run}: {_result(store, ended.run)}")
+                    comparison.fail(ended.run, ended.reason)
+                elif comparison.outcome(ended.run) is None:
+                    comparison.fail(ended.run, "it ended without a summary")
+                say(f"run     {_progress(grid, comparison, launcher)} {ended.run}: {_result(comparison, ended.run)}")
             if over or time.monotonic() > looked + OTHERS:
-                due, looked = grid.due(store.outcome), time.monotonic()
+                due, looked = grid.due(comparison.outcome), time.monotonic()
 
 
 def start_process(folder: Path, config: TrainConfig, cwd: str | None = None) -> "subprocess.Popen[bytes]":
@@ -231,15 +231,15 @@ def _tail(file: IO[bytes]) -> bytes:
     return file.read()
 
 
-def _progress(grid: Grid, store: Store, launcher: Launcher) -> str:
+def _progress(grid: Grid, comparison: ComparisonFolder, launcher: Launcher) -> str:
     """Runs that have ended, of all."""
     busy = map(str, launcher.running())
-    ended = {str(run) for run in grid.known(store.outcome) if store.outcome(run) is not None}.difference(busy)
+    ended = {str(run) for run in grid.known(comparison.outcome) if comparison.outcome(run) is not None}.difference(busy)
     return f"[{len(ended)}/{grid.size}]"
 
 
-def _result(store: Store, run: Run) -> str:
-    found = store.outcome(run)
+def _result(comparison: ComparisonFolder, run: Run) -> str:
+    found = comparison.outcome(run)
     if found is None or isinstance(found, Failed):
         return f"failed: {found.reason if found else 'no summary'}"
     seconds = sum(row["seconds"] for row in found["epochs"])

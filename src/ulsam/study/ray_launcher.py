@@ -20,9 +20,9 @@ from typing import Any
 from ulsam.base.errors import UlsamError, first_line, printable
 from ulsam.base.extras import extra
 from ulsam.base.files import make_folder, write_atomic
+from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Run
 from ulsam.study.launch import EndedRun, lock_run, reason_of, start_process, stop_process
-from ulsam.study.run_store import Store
 from ulsam.training.checkpoint import CHECKPOINT
 from ulsam.training.config import TrainConfig
 
@@ -34,7 +34,7 @@ class RayLauncher:
     """As many runs at a time as a Ray cluster has room for, or ``jobs``.
 
     Args:
-        store: the folder of the comparison.
+        comparison: the folder of the comparison.
         threads: CPUs that a run asks for.
         gpus: that a run asks for.
         jobs: the most runs at a time; 0 for no limit.
@@ -44,12 +44,14 @@ class RayLauncher:
         UlsamError: Ray is not installed, or the cluster does not answer.
     """
 
-    def __init__(self, store: Store, *, threads: int, gpus: int = 0, jobs: int = 0, address: str | None = None) -> None:
+    def __init__(
+        self, comparison: ComparisonFolder, *, threads: int, gpus: int = 0, jobs: int = 0, address: str | None = None
+    ) -> None:
         require_ray()
         import ray
 
-        self.ray, self.store, self.jobs = ray, store, jobs
-        self.token = store.root.absolute() / f".shared-{uuid.uuid4().hex}"
+        self.ray, self.comparison, self.jobs = ray, comparison, jobs
+        self.token = comparison.root.absolute() / f".shared-{uuid.uuid4().hex}"
         self.tasks: dict[Any, Run] = {}
         self.started = not ray.is_initialized()
         if self.started:
@@ -59,13 +61,13 @@ class RayLauncher:
                 ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise UlsamError(f"no Ray cluster answers at {where}: {printable(first_line(error))}") from error
-        make_folder(store.root)
+        make_folder(comparison.root)
         self.token.touch()
         self.task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(train_there)
 
     def start(self, run: Run) -> bool:
-        self.store.check(run)
-        folder = str(self.store.folder(run).absolute())
+        self.comparison.check(run)
+        folder = str(self.comparison.folder(run).absolute())
         self.tasks[self.task.remote(folder, run.config.to_yaml(), str(self.token), os.getcwd())] = run
         return True
 
@@ -96,7 +98,7 @@ class RayLauncher:
             reason, files = self.ray.get(task)
         except self.ray.exceptions.RayError as error:
             return EndedRun(run, f"Ray lost it: {printable(first_line(error))}")
-        receive(self.store.folder(run), files)
+        receive(self.comparison.folder(run), files)
         return EndedRun(run, reason)
 
 

@@ -31,7 +31,7 @@ from ulsam.study.slim_budget import Budget, budget
 from ulsam.study.slim_choose import BlockSearch
 from ulsam.study.slim_damage import Score, score
 from ulsam.study.slim_latency import Engine, check_engine
-from ulsam.study.slim_store import Store, check_folder
+from ulsam.study.slim_record import SlimRecord, check_folder
 from ulsam.surgery.cost import cost
 from ulsam.surgery.places import match
 from ulsam.surgery.reconstruct import reconstruct
@@ -90,10 +90,20 @@ def slim(
         data: an image folder, or timm's name of a data set; with the model's classes.
         out: a new folder, or that of the same slimming.
         spec: of a model in memory, as of `ulsam.load`.
-        macs, params, latency: the budget, exactly one of them: the share of the model's own to keep, such as 0.75.
-        layer, at, images, most_sets, reconstruct_sets: how blocks are replaced and chosen, see
-            `ulsam.study.slim_budget.Budget`.
-        engine, batch, threads, seconds: how latency is measured, see there.
+        macs: the share of the model's own MACs to keep, such as 0.75. Give exactly one of ``macs``, ``params`` and
+            ``latency``.
+        params: the share of its parameters to keep.
+        latency: the share of its latency on this machine to keep.
+        layer: the new layers, as keyword arguments of :class:`ulsam.Edit`: ``layer``, ``width``, ``groups``, ``form``;
+            ULSAM by default; the layer "none" removes the blocks.
+        at: names, globs or layer numbers of the blocks to choose from; None: all that can be replaced.
+        images: how many training images to measure the damage on.
+        most_sets: how many sets of blocks to measure after the greedy search.
+        reconstruct_sets: how many of the sets of least damage to reconstruct.
+        engine: what runs the model where latency is measured, ``eager`` or ``onnxruntime``.
+        batch: images at a time, where latency is measured.
+        threads: CPU threads, where latency is measured; None: PyTorch's own number.
+        seconds: how long latency is measured, of all blocks in turn, and of each set.
         fine_tune: whether to continue after the choice.
         settings: of `ulsam.training.config.TrainConfig`, for the fine-tuning, but for `DECIDED`; how images are read
             (``size``, ``mean``, ...) is by default as in the model file.
@@ -128,8 +138,8 @@ def slim(
     file = out / ORIGINAL if isinstance(model, nn.Module) or is_pretrained_name(model) else model
     config = fine_tuning(file, spec, data, settings or {})
     with _resumable(out):
-        store = _choose(asked, out, original, spec, config, locate(file))
-        chosen = [*config.edits, asked.edit(store.data["chosen"]["blocks"])]
+        record = _choose(asked, out, original, spec, config, locate(file))
+        chosen = [*config.edits, asked.edit(record.data["chosen"]["blocks"])]
         config = dataclasses.replace(config, edits=chosen)
         if (out / "run" / "config.yaml").exists():
             wanted = {name: value for name, value in dataclasses.asdict(config).items() if value != "auto"}
@@ -137,9 +147,9 @@ def slim(
         write_atomic(out / "train.yaml", config.to_yaml())
         if fine_tune:
             summary = _trained(config, out / "run")
-            if store.get("result") is None:
-                store.put("result", _result(original, config, summary))
-    return store.data
+            if record.get("result") is None:
+                record.put("result", _result(original, config, summary))
+    return record.data
 
 
 def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, settings: Mapping[str, Any]) -> TrainConfig:
@@ -176,7 +186,9 @@ def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, setti
     return TrainConfig.from_mapping({**own, **held_out_settings(model, data, settings), **settings})
 
 
-def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, config: TrainConfig, model: Path) -> Store:
+def _choose(
+    asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, config: TrainConfig, model: Path
+) -> SlimRecord:
     """Choose the blocks, or take the choice that ``out`` holds, and report it."""
     with start(config.device) as world, cpu_threads(config.threads):
         images, measured, _ = parts.open_images(config)
@@ -202,24 +214,24 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
             "sample_sha256": sample.names,
             "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
         }
-        store = Store(out, identity)
+        record = SlimRecord(out, identity)
         whole = cost(original, seen.input_size)
-        store.data["model"] = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(whole)}
-        store.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
-        store.data["images"] = {"sample": sample.count, "training": len(images)}
+        record.data["model"] = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(whole)}
+        record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+        record.data["images"] = {"sample": sample.count, "training": len(images)}
         if measured.split == "held-out" and config.split_seed is None:
             notes.append(
                 f"the held-out images may be ones that {model} was trained on: there is no config.yaml of its run "
                 "beside it; give that run's seed as `split_seed`, and its `val_fraction`"
             )
         if kept:
-            store.write()
+            record.write()
             write_atomic(model, content)
-        for line in [*report.start_lines(store.data), *(f"note    {note}" for note in notes)]:
+        for line in [*report.start_lines(record.data), *(f"note    {note}" for note in notes)]:
             say(line)
         for _, reason in sample.unreadable:
             say(f"unreadable {reason}")
-        if store.get("chosen") is None:
+        if record.get("chosen") is None:
             original.to(world.device)
 
             @cache
@@ -236,7 +248,9 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
 
             def reconstruct_new_layers() -> None:
                 if config.reconstruct_images:
-                    store.put("reconstructed", {found.name: found.explained for found in switched.reconstruct(shown())})
+                    record.put(
+                        "reconstructed", {found.name: found.explained for found in switched.reconstruct(shown())}
+                    )
 
             def reconstructed(names: Sequence[str]) -> Score:
                 model = switched.edited(names, world.device)
@@ -253,13 +267,13 @@ def _choose(asked: Budget, out: Path, original: nn.Module, spec: ModelSpec, conf
                 switched,
                 whole,
                 replaced,
-                store,
+                record,
                 reconstruct_new_layers,
                 reconstructed if config.reconstruct and config.reconstruct_images else None,
             ).choose()
-        for line in report.choice_lines(store.data):
+        for line in report.choice_lines(record.data):
             say(line)
-    return store
+    return record
 
 
 def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Budget:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise UlsamError(
-                f"--{self.measure} is the share of the model's own {WORDS[self.measure]} to keep, "
+                f"`{self.measure}` is the share of the model's own {WORDS[self.measure]} to keep, "
                 f"between 0 and 1, both excluded, e.g. 0.75: not {self.share}"
             )
         if self.engine not in get_args(Engine):

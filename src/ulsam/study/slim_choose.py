@@ -17,8 +17,8 @@ from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import WORDS, Budget
 from ulsam.study.slim_damage import Score
 from ulsam.study.slim_latency import call_of
+from ulsam.study.slim_record import SlimRecord
 from ulsam.study.slim_search import Blocks, SearchResult, saved, search
-from ulsam.study.slim_store import Store
 from ulsam.surgery.cost import Cost
 
 STEP = 0.005  # share of the time by which more is asked for at least, where the sets that were found are too slow
@@ -48,7 +48,7 @@ class _Progress:
 
 @dataclass(frozen=True)
 class BlockSearch:
-    """What the choice needs; every figure goes into ``store`` and is not taken again.
+    """What the choice needs; every figure goes into ``record`` and is not taken again.
 
     Args:
         budget: the budget.
@@ -56,7 +56,7 @@ class BlockSearch:
         switched: the model in which they are, on the device on which it is measured.
         cost: of the model as it is, one image.
         score: measures the model with the blocks of these names replaced.
-        store: where to keep figures.
+        record: where to keep figures.
         prepare: called before the first block is replaced, once the budget is known to be reachable.
         reconstructed: measures the model with these blocks replaced and the layers behind them reconstructed; None
             where the chosen model will not be.
@@ -67,12 +67,12 @@ class BlockSearch:
     switched: SwitchableModel
     cost: Cost
     score: Callable[[Sequence[str]], Score]
-    store: Store
+    record: SlimRecord
     prepare: Callable[[], None]
     reconstructed: Callable[[Sequence[str]], Score] | None = None
 
     def choose(self) -> None:
-        """Choose the blocks to replace; these, and how they were found, are in the store then, under "chosen".
+        """Choose the blocks to replace; these, and how they were found, are in the record then, under "chosen".
 
         Raises:
             UlsamError: all blocks together do not reach the budget.
@@ -98,7 +98,7 @@ class BlockSearch:
                 found = self._search(savings, total * (1 - self.budget.share), progress)
             chosen = self._best_reconstructed(found, progress)
         places = self._places
-        self.store.put(
+        self.record.put(
             "chosen",
             {
                 "blocks": places(chosen),
@@ -110,10 +110,10 @@ class BlockSearch:
 
     def _scored(self, blocks: Blocks, progress: _Progress) -> Score:
         """The score with these blocks replaced; of none: of the model as it is."""
-        known = self.store.score(self._places(blocks))
+        known = self.record.score(self._places(blocks))
         if known is None:
             known = self.score([self.blocks[number].name for number in sorted(blocks)])
-            self.store.add_score(self._places(blocks), known)
+            self.record.add_score(self._places(blocks), known)
             progress.count()
         return known
 
@@ -126,10 +126,10 @@ class BlockSearch:
         losses: dict[Blocks, float] = {}
         for blocks in fitting[: self.budget.reconstruct_sets]:
             places = self._places(blocks)
-            known = self.store.score(places, reconstructed=True)
+            known = self.record.score(places, reconstructed=True)
             if known is None:
                 known = self.reconstructed([self.blocks[number].name for number in sorted(blocks)])
-                self.store.add_score(places, known, reconstructed=True)
+                self.record.add_score(places, known, reconstructed=True)
             losses[blocks] = known.loss
             before, base = self._damage(blocks, progress), self._scored(frozenset(), progress)
             progress.say(
@@ -147,12 +147,12 @@ class BlockSearch:
             return [getattr(block, self.budget.measure) for block in self.blocks], getattr(
                 self.cost, self.budget.measure
             )
-        if self.store.get("timings") is None:
+        if self.record.get("timings") is None:
             progress.say("time    of the model with each block replaced, in turn with the model as it is")
             timed = self._time([frozenset({number}) for number in range(len(self.blocks))])
             entries = [{"blocks": self._places(blocks), **asdict(timing)} for blocks, timing in timed.items()]
-            self.store.put("timings", entries)
-        ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.store.get("timings")}
+            self.record.put("timings", entries)
+        ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.record.get("timings")}
         return [1 - ratios[(block.place,)] for block in self.blocks], 1.0
 
     def _search(self, savings: Sequence[float], least: float, progress: _Progress) -> SearchResult:
@@ -208,14 +208,14 @@ class BlockSearch:
 
         Of many sets one is fast enough by chance: that is timed twice, and the slower reading counts.
         """
-        places, timed = self._places(blocks), self.store.get("timed") or []
+        places, timed = self._places(blocks), self.record.get("timed") or []
         known = next((entry for entry in timed if entry["blocks"] == places), None)
         if known is None:
             found = self._time([blocks])[blocks]
             if found.ratio <= self.budget.share:
                 found = max(found, self._time([blocks])[blocks], key=lambda timing: timing.ratio)
             known = {"blocks": places, **asdict(found)}
-            self.store.put("timed", [*timed, known])
+            self.record.put("timed", [*timed, known])
         return float(known["ratio"])
 
     def _time(self, sets: Sequence[Blocks]) -> dict[Blocks, Timing]:

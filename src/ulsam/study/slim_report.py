@@ -7,7 +7,7 @@ from typing import Any
 
 from ulsam.base.text_table import text_table
 from ulsam.study.slim_budget import WORDS
-from ulsam.study.slim_store import RECONSTRUCTED
+from ulsam.study.slim_record import RECONSTRUCTED
 
 SHOWN = 10  # sets of the search in the table; all are in slim.json
 

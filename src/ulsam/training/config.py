@@ -104,10 +104,10 @@ class TrainConfig:
     distill_features: float | None = _option(None, "weight of the difference of feature maps (default: 0, off)")
     # image
     size: int | None = _option(None, "height and width of the input in pixels (default: the model's own)")
-    mean: list[float] | None = _option(None, "of the input normalisation, a channel (default: the model's own)")
-    std: list[float] | None = _option(None, "of the input normalisation, a channel (default: the model's own)")
+    mean: list[float] | None = _option(None, "of the input normalization, a channel (default: the model's own)")
+    std: list[float] | None = _option(None, "of the input normalization, a channel (default: the model's own)")
     interpolation: str | None = _option(None, "bilinear or bicubic (default: the model's own)")
-    crop_pct: float | None = _option(None, "share of the image that the centre crop keeps when measuring")
+    crop_pct: float | None = _option(None, "share of the image that the center crop keeps when measuring")
     crop_scale: list[float] = _option([0.25, 1.0], "least and largest area of the random crop in training")
     hflip: float = _option(0.5, "probability of a horizontal flip")
     color_jitter: float = _option(0.0, "strength of random brightness, contrast and saturation")
@@ -115,7 +115,7 @@ class TrainConfig:
     random_erasing: float = _option(0.0, "probability of erasing a rectangle")
     mixup: float = _option(0.0, "alpha of mixup; 0 is off")
     cutmix: float = _option(0.0, "alpha of cutmix; 0 is off")
-    # optimisation
+    # optimization
     epochs: int = _option(10, "passes over the training images")
     batch_size: int = _option(32, "images a step and process")
     accumulate: int = _option(1, "steps whose gradients are added up before an update")
@@ -143,6 +143,7 @@ class TrainConfig:
     # run
     val_every: int = _option(1, "measure every N epochs, and after the last one")
     save_seconds: float = _option(120.0, "at least this long between two checkpoints within an epoch")
+    track: list[str] = _option([], "trackers to report to: tensorboard, wandb, mlflow")
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -195,7 +196,7 @@ class TrainConfig:
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and (len(value) != 3 or not all(map(math.isfinite, value))):
-                raise UlsamError(f"{name} takes three numbers, one a colour channel, not {value}")
+                raise UlsamError(f"{name} takes three numbers, one a color channel, not {value}")
         if self.std is not None and min(self.std) <= 0:
             raise UlsamError(f"std must be above 0 in every channel, not {self.std}")
         if self.interpolation not in (None, "bilinear", "bicubic"):

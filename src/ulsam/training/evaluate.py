@@ -38,7 +38,7 @@ class Scores:
     top1: float
     top5: float
     class_images: tuple[int, ...]  # of each class
-    class_right: tuple[int, ...]  # those whose class was the first guess
+    class_right: tuple[int, ...]  # images of each class that were predicted right
     unreadable: tuple[tuple[str, str], ...]  # name, reason
     hits: tuple[tuple[bool, ...], ...] = ()  # of each process: whether each image that it read was right, in order
 

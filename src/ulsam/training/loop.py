@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ulsam.base import logs
-from ulsam.base.distributed import World
-from ulsam.base.errors import Interrupted, NotFinite, UlsamError
+from ulsam.base.distributed import World, lost_processes
+from ulsam.base.errors import Interrupted, LostProcess, NotFinite, UlsamError
 from ulsam.base.extras import installed
 from ulsam.base.provenance import command_line, environment, versions
 from ulsam.data import loading, sources
@@ -28,12 +29,14 @@ from ulsam.model.build import build, sketch
 from ulsam.surgery.cost import cost
 from ulsam.training import distill, parts, restore
 from ulsam.training import summary as report
+from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import Position, write_checkpoint
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, outcomes
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
 from ulsam.training.step import TrainingStep
+from ulsam.training.trackers import open_trackers
 
 
 class Trainer:
@@ -43,9 +46,16 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, run: Path, world: World, fresh: bool = True, model: nn.Module | None = None
+        self,
+        config: TrainConfig,
+        run: Path,
+        world: World,
+        fresh: bool = True,
+        model: nn.Module | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.run, self.world = config, run, world
+        self.callbacks = [*callbacks, *open_trackers(config.track)] if world.writes else []
         self.fresh, self.prepared = fresh, model is not None
         loading.seed_all(config.seed)
 
@@ -83,6 +93,7 @@ class Trainer:
         for note in notes:
             self._say(f"note    {note}")
         images = self.train_images
+        self.image_names = hashlib.sha256("\0".join(images.names).encode(errors="surrogateescape")).hexdigest()
         self.image_state = images.state if isinstance(images, sources.FolderImages) and world.writes else None
         self.at = Position()
         self.unreadable = {
@@ -158,7 +169,18 @@ class Trainer:
             write_checkpoint(self.run, state)
 
     def fit(self) -> dict[str, Any]:
-        """Run the epochs that are left, measure, and write the result."""
+        """Run the epochs that are left, measure, and write the result; the callbacks hear of it."""
+        summary = None
+        for callback in self.callbacks:
+            callback.start(self.run, dataclasses.asdict(self.config), self.at.updates)
+        try:
+            summary = self._fit()
+            return summary
+        finally:
+            for callback in self.callbacks:
+                callback.end(summary)
+
+    def _fit(self) -> dict[str, Any]:
         config, world = self.config, self.world
         scores: Scores | None = None
         update_images = config.accumulate * config.batch_size * world.size
@@ -169,7 +191,7 @@ class Trainer:
             leave=True,
             shown=world.writes,
         )
-        with bar, parts.clear_errors(), parts.stop_signals() as stopping:
+        with bar, parts.stop_signals() as stopping, self._resumable(), parts.clear_errors():
             saved_at = time.monotonic()
             while self.at.epoch < config.epochs:
                 bar.set_description(f"epoch {self.at.epoch + 1}/{config.epochs}")
@@ -180,6 +202,8 @@ class Trainer:
                     loss, stop, save = self._update(batches, stopping(), late)
                     bar.update(update_images)
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    for callback in self.callbacks:
+                        callback.step(self.at.updates, {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"]})
                     if (stop or save) and (self.order or self.at.batch == epoch_batches):
                         self.save()
                         saved_at = time.monotonic()
@@ -280,6 +304,8 @@ class Trainer:
         if self.world.writes:
             report.write_metrics(self.run, self.at.rows)
         self.save()
+        for callback in self.callbacks:
+            callback.epoch(row, self.at.updates)
         split = self.val_images.split
         measured = f"{split} top-1 {100 * scores.top1:.2f} %, loss {scores.loss:.4f}" if scores else "not measured"
         self._say(
@@ -322,10 +348,19 @@ class Trainer:
         call = restore.resume_call(self.run, self.prepared)
         return Interrupted(f"stopped in {where}", f"resume with: {call}", None if self.prepared else self.run)
 
+    @contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """Within it the end of another process says how to resume."""
+        try:
+            with lost_processes():
+                yield
+        except LostProcess as lost:
+            call = restore.resume_call(self.run, self.prepared)
+            raise LostProcess(lost.where, f"resume with: {call}", None if self.prepared else self.run) from lost
+
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""
-        names = hashlib.sha256("\0".join(self.train_images.names).encode(errors="surrogateescape")).hexdigest()
-        images = f"{len(self.train_images)} (names {names[:8]})"
+        images = f"{len(self.train_images)} (names {self.image_names[:8]})"
         found = {**environment(), "device": self.world.device.type, "training images": images}
         return {**found, "image files": self.image_state} if self.image_state else found
 

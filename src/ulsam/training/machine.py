@@ -88,4 +88,4 @@ def why_not_compiled() -> str | None:
     if not shutil.which(compiler):
         return f"there is no C++ compiler {compiler!r} (CXX names another)"
     header = Path(sysconfig.get_path("include"), "Python.h")
-    return None if header.exists() else f"there is no {header}, which python3-dev or the like brings"
+    return None if os.path.exists(header) else f"there is no {header}, which python3-dev or the like brings"

@@ -17,7 +17,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from ulsam.base.distributed import World
-from ulsam.base.errors import MachineError, UlsamError, first_line, is_out_of_memory
+from ulsam.base.errors import LostProcess, MachineError, UlsamError, first_line, is_out_of_memory
 from ulsam.base.logs import say
 from ulsam.base.processes import heeded_signals
 from ulsam.base.reading import machine_fault
@@ -251,7 +251,8 @@ def clear_errors() -> Iterator[None]:
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Within it, the first Ctrl-C, SIGTERM or SIGHUP only makes the yielded function true; a second one acts as ever.
 
-    Outside the main thread, where Python sets no handlers, signals act as ever.
+    Outside the main thread, where Python sets no handlers, signals act as ever. Where another process is gone, torchrun
+    sends SIGTERM to the rest at once: it is then ignored, so that they can say how to resume.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -272,6 +273,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         signal.signal(number, note)
     try:
         yield lambda: bool(seen)
+    except LostProcess:
+        before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

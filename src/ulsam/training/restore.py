@@ -18,7 +18,7 @@ from ulsam.training.distill import Teacher
 from ulsam.training.probe import undecided
 
 #: Settings that a resumed run may change: what is trained, and how, stays the same.
-HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds")
+HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds", "track")
 #: The teacher's file may lie elsewhere: its content is checked.
 _MAY_CHANGE = (*HARMLESS, "teacher")
 

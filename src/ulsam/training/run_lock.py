@@ -60,7 +60,8 @@ def run_lock(run: Path) -> Iterator[None]:
         write_atomic(run / HOLDER, str(os.getpid()), flush=False)
         yield
     finally:
-        (run / HOLDER).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be read-only by now, which has been said
+            (run / HOLDER).unlink(missing_ok=True)
         lock.release()
         if (run / "summary.json").exists():  # otherwise another process may have it by now
             with contextlib.suppress(OSError):  # another process looks at it, on Windows

@@ -1,20 +1,22 @@
 """Begin a run, or resume one."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from ulsam.base.files import make_folder, write_atomic
 from ulsam.training import restore
+from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig, config_of
 from ulsam.training.loop import Trainer
 from ulsam.training.machine import session
 from ulsam.training.run_lock import check_idle, run_lock
+from ulsam.training.settings import TrainSettings
 
 
 def train(
@@ -22,7 +24,8 @@ def train(
     out: str | os.PathLike[str],
     *,
     model: nn.Module | str | None = None,
-    **settings: Any,
+    callbacks: Sequence[Callback] = (),
+    **settings: Unpack[TrainSettings],
 ) -> dict[str, Any]:
     """Train a model and write everything about it into the new folder ``out``.
 
@@ -41,6 +44,7 @@ def train(
             it is, with the weights it has. It changes in place. ``weights.safetensors``, a plain state dict, then
             stands in for ``model.safetensors``, and the summary says ``"prepared": true``: of its spec, the classes and
             the image are those of this model.
+        callbacks: each hears of the start, every update, every epoch and the end; trackers are the setting ``track``.
         settings: fields of `ulsam.TrainConfig`, such as ``edits`` or ``epochs``.
 
     Raises:
@@ -63,7 +67,7 @@ def train(
         if world.writes:
             check_idle(run)
         restore.check_free(run)
-        trainer = Trainer(config, run, world, model=prepared)
+        trainer = Trainer(config, run, world, model=prepared, callbacks=callbacks)
         trainer.prepare()  # before the folder is made: most mistakes show here
         if world.writes:
             make_folder(run)
@@ -77,7 +81,11 @@ def train(
 
 
 def resume(
-    run: str | Path, overrides: Mapping[str, Any] | None = None, *, model: nn.Module | None = None
+    run: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    model: nn.Module | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Resume a run that was stopped or killed, to the end that it would have had.
 
@@ -86,6 +94,7 @@ def resume(
         overrides: settings; only those in `restore.HARMLESS`, and the place of the teacher's file, may differ from the
             run's own.
         model: for a run that :func:`train` began with one, a model of the same shapes; its weights do not matter.
+        callbacks: as of :func:`train`.
 
     Raises:
         UlsamError: not the folder of a run, a finished one, or one that another process trains into; a setting, a
@@ -96,7 +105,7 @@ def resume(
     restore.check_prepared(run, read_checkpoint(run), model is not None)
     with session(config) as (config, world), run_lock(run) if world.writes else nullcontext():
         saved = read_checkpoint(run)  # as the last process left it
-        trainer = Trainer(config, run, world, fresh=saved is None, model=model)
+        trainer = Trainer(config, run, world, fresh=saved is None, model=model, callbacks=callbacks)
         trainer.prepare()
         if saved is not None:
             trainer.restore(saved)

@@ -1,7 +1,7 @@
 """Whether a model is measured on images that it was trained on."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def note_trained_on(model: object, paths: Sequence[str], roots: Sequence[str | o
     known = _training_images(before) if before else None
     if known is not None:
         ours = _real(paths)
-        seen = sum(path in known for path in ours)
+        seen = sum(map(known, ours))
         if seen:
             say(
                 f"note    the model was trained on {seen} of these {len(ours)} images: they are no fair test",
@@ -73,13 +73,22 @@ def note_trained_on(model: object, paths: Sequence[str], roots: Sequence[str | o
         )
 
 
-def _training_images(run: TrainConfig) -> set[str] | None:
-    """The files that a run was trained on; None where its data is no folder, or is gone."""
+def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
+    """Whether a run was trained on a file; None where its data is no folder, or is gone.
+
+    Only where the run held out images of the folder that it was trained on, all its files are listed.
+    """
     try:
+        splits = find_splits(run.data) if Path(run.data).is_dir() else {}
+        if run.train_split in splits and run.val_fraction is None and len(splits) > 1:
+            train = splits[run.train_split]
+            linked = [entry.path for entry in os.scandir(train) if entry.is_symlink()]  # classes
+            roots = tuple(os.path.join(os.path.realpath(one), "") for one in (str(train), *linked))
+            return lambda path: path.startswith(roots)
         images = parts.open_images(run)[0] if Path(run.data).is_dir() else None
     except (UlsamError, OSError):
         return None
-    return set(_real(path for path, _ in images.samples)) if isinstance(images, FolderImages) else None
+    return set(_real(path for path, _ in images.samples)).__contains__ if isinstance(images, FolderImages) else None
 
 
 def _real(paths: Iterable[str]) -> list[str]:

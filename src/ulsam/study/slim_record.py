@@ -1,4 +1,4 @@
-"""``slim.json``: all that slimming measured and chose, written as it goes, so that a second start resumes from it."""
+"""The record of a slimming, ``slim.json``: all that it measured and chose, so that a second start resumes from it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +14,8 @@ RECONSTRUCTED = "measured_reconstructed"  # scores of sets after reconstruction
 _KEYS = ("measured", RECONSTRUCTED)
 
 
-class Store:
-    """The file in ``out``; makes the folder at the first write.
+class SlimRecord:
+    """The record in ``out``, written after each figure; makes the folder at the first write.
 
     Args:
         out: the folder, a new one, or that of the same slimming.
@@ -27,8 +27,8 @@ class Store:
 
     >>> import tempfile
     >>> out = Path(tempfile.mkdtemp()) / "new"
-    >>> Store(out, {"share": 0.75}).add_score(["14"], Score(loss=0.5, top1=0.9))
-    >>> Store(out, {"share": 0.75}).score(["14"])
+    >>> SlimRecord(out, {"share": 0.75}).add_score(["14"], Score(loss=0.5, top1=0.9))
+    >>> SlimRecord(out, {"share": 0.75}).score(["14"])
     Score(loss=0.5, top1=0.9)
     """
 
@@ -40,10 +40,14 @@ class Store:
             return
         before = _read(self.path)
         for name, value in budget.items():
-            free = name == "share" and "chosen" not in before
-            if before["budget"].get(name) != value and not free:
+            if name not in before["budget"]:
                 raise UlsamError(
-                    f"{out} holds a slimming with other settings: {name} was {before['budget'].get(name)!r} and is "
+                    f"{self.path} is of another version of ulsam, which knew no {name}: choose another `out`"
+                )
+            free = name == "share" and "chosen" not in before
+            if before["budget"][name] != value and not free:
+                raise UlsamError(
+                    f"{out} holds a slimming with other settings: {name} was {before['budget'][name]!r} and is "
                     f"{value!r} now; choose another `out`"
                 )
         self.data = {**before, "budget": dict(budget)}

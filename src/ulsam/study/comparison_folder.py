@@ -28,7 +28,7 @@ from ulsam.training.config import read_config
 from ulsam.training.restore import check_begun
 
 
-class Store:
+class ComparisonFolder:
     """A comparison's folder."""
 
     def __init__(self, root: str | Path) -> None:
