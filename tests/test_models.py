@@ -389,7 +389,7 @@ def test_truncated_checkpoints_are_refused(folder, tmp_path):
             assert "\n" not in str(caught.value)
     with pytest.raises(UlsamError, match=r"no weight file .*nothing\.pth"):
         read_weights(tmp_path / "nothing.pth")
-    with pytest.raises(UlsamError, match=r"is a folder without model\.safetensors"):
+    with pytest.raises(UlsamError, match=r"is a folder without model\.safetensors$"):
         read_weights(tmp_path)
 
 

@@ -28,7 +28,7 @@ _HOME = {
     "ModelSpec": "ulsam.model.spec",
     "apply": "ulsam.model.spec",
     "edits_of": "ulsam.model.spec",
-    "make_spec": "ulsam.model.build",
+    "make_spec": "ulsam.model.timm_spec",
     "build": "ulsam.model.build",
     "load": "ulsam.model.build",
     "save": "ulsam.model.build",

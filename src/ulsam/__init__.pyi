@@ -15,12 +15,12 @@ from ulsam.layer.ulsam import ULSAM as ULSAM
 from ulsam.layer.ulsam import convert_released as convert_released
 from ulsam.model.build import build as build
 from ulsam.model.build import load as load
-from ulsam.model.build import make_spec as make_spec
 from ulsam.model.build import save as save
 from ulsam.model.spec import Edit as Edit
 from ulsam.model.spec import ModelSpec as ModelSpec
 from ulsam.model.spec import apply as apply
 from ulsam.model.spec import edits_of as edits_of
+from ulsam.model.timm_spec import make_spec as make_spec
 from ulsam.study.compare import compare as compare
 from ulsam.study.slim import slim as slim
 from ulsam.surgery.cost import cost as cost

@@ -7,6 +7,7 @@ import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import h11
 import numpy as np
@@ -23,6 +24,11 @@ from ulsam.base.processes import heeded_signals
 from ulsam.deploy.classifier import open_classifier
 from ulsam.training.predict import softmax
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ulsam.model.spec import ModelSpec
+
 KEY = "ULSAM_API_KEY"
 """The environment variable of the key that clients must give."""
 
@@ -34,8 +40,9 @@ LAST = 5.0
 
 
 def serve(
-    model: str,
+    model: "nn.Module | str",
     *,
+    spec: "ModelSpec | None" = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -50,7 +57,8 @@ def serve(
     replicas may stand behind any load balancer.
 
     Args:
-        model: a model file, whose model is folded, or an exported one, which needs no PyTorch.
+        model: a model file, or a model in memory, whose model is folded; or an exported one, which needs no PyTorch.
+        spec: of a model in memory, as of `ulsam.load`.
         host: name or address to listen on.
         port: 0 for any that is free.
         api_key: that requests must carry as ``Authorization: Bearer KEY``; required beyond loopback addresses.
@@ -76,7 +84,7 @@ def serve(
     with listen(host, port) as listening:
         if not (api_key or is_loopback(listening)):
             raise UlsamError(f"{host} can be reached from elsewhere: set {KEY} to the key that is asked for")
-        opened = open_classifier(model, threads=threads, folded=True)
+        opened = open_classifier(model, spec, threads=threads, folded=True)
         softmax(opened.logits(np.zeros((1, *opened.preprocessing.size, 3), np.uint8)))  # the first one takes longer
         engine = Engine(opened, limits, Metrics(limits))
         gate = create_app(engine, limits, api_key or None)

@@ -66,6 +66,25 @@ def launch_line(words: Sequence[str]) -> str:
     return shlex.join(["torchrun", *machines, "--nproc-per-node", str(here), "-m", "ulsam", *words])
 
 
+def device_of(name: str) -> torch.device:
+    """The device of this name, which is there; of ``auto``, a GPU where there is one.
+
+    Raises:
+        UlsamError: it is not there.
+
+    >>> device_of("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UlsamError(f"no device {name!r} here: {first_line(error)}; use `device=cpu`") from error
+    return place
+
+
 @contextlib.contextmanager
 def start(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started (by its environment variables), or be the only one.
@@ -83,15 +102,9 @@ def start(device: str = "auto") -> Iterator[World]:
     (0, 1)
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and size > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UlsamError(f"no device {device!r} here: {first_line(error)}; use `device=cpu`") from error
+    place = device_of(device)
+    if str(place) == "cuda" and size > 1:
+        place = device_of(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
         yield from _joined(rank, size, place)
 

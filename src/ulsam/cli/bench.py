@@ -13,7 +13,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="a timm name (random weights), a .safetensors model file, or NAME.onnx of ulsam export or quantize; "
+        help="a timm name (random weights), hf-hub:USER/MODEL, a model file, or NAME.onnx of ulsam export or quantize; "
         "the others are compared with the first one",
     )
     parser.add_argument(

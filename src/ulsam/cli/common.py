@@ -127,6 +127,66 @@ def spec_from(args: argparse.Namespace) -> "ModelSpec":
     return spec_of(args.model, size=args.size, model_args=preset_arguments(args, args.model))
 
 
+def add_model(parser: argparse.ArgumentParser, dest: str = "model", *, exported: bool = False) -> None:
+    """Add MODEL, ``--pretrained`` and ``--weights``; :func:`model_from` reads them.
+
+    Args:
+        dest: of MODEL.
+        exported: whether the command takes an exported model, too.
+    """
+    parser.add_argument(
+        dest,
+        metavar="MODEL",
+        help="a model file, a run's folder, a trained model of the package, a timm name, or hf-hub:USER/MODEL"
+        + "; or NAME.onnx of ulsam export" * exported,
+    )
+    group = parser.add_argument_group("of a timm name without a tag")
+    group.add_argument("--pretrained", action="store_true", help="with the weights that timm has by default")
+    group.add_argument("--weights", metavar="FILE", help="with the weights in this file")
+
+
+def model_from(args: argparse.Namespace, dest: str = "model") -> dict[str, Any]:
+    """What the arguments of :func:`add_model` mean: ``model``, and ``spec`` where it is a model in memory.
+
+    >>> model_from(argparse.Namespace(model="runs/mine", pretrained=False, weights=None))
+    {'model': 'runs/mine'}
+    """
+    name = getattr(args, dest)
+    _check_order(args, dest)
+    if not args.pretrained and args.weights is None:
+        return {"model": name}
+    from ulsam.model.build import load
+
+    model, spec = load(name, pretrained=args.pretrained, weights=args.weights)
+    return {"model": model, "spec": spec}
+
+
+def _check_order(args: argparse.Namespace, dest: str) -> None:
+    """Raise if MODEL is a folder of images, or an image, and what follows it is a model."""
+    from ulsam.data.folder import IMAGE_SUFFIXES
+
+    name = getattr(args, dest)
+    values = (getattr(args, other, None) for other in ("data", "paths", "images"))
+    followed = next((value for value in values if isinstance(value, str | list)), [])  # some are numbers of images
+    others = [followed] if isinstance(followed, str) else followed
+    if not others or _is_model(name) or not (os.path.isdir(name) or name.lower().endswith(IMAGE_SUFFIXES)):
+        return
+    found = next((other for other in others if _is_model(other)), None)
+    if found is None and not any(map(os.path.exists, others)):
+        from ulsam.model.pretrained import is_pretrained_name
+
+        found = next(filter(is_pretrained_name, others), None)
+    if found is not None:
+        raise UlsamError(f"the model comes first: ulsam {args.command} {found} {name}")
+
+
+def _is_model(name: str) -> bool:
+    """Whether this is a model file, a run's folder, or a trained model of the package."""
+    if os.path.isdir(name):
+        return any(os.path.exists(os.path.join(name, *where, "model.safetensors")) for where in ((), ("run",)))
+    return name in names() or (name.endswith((".safetensors", ".onnx")) and os.path.exists(name))
+
+
 def numbers(kind: type[Any]) -> Callable[[str], tuple[Any, ...]]:
     """An argparse type: several numbers with commas between them.
 
@@ -169,9 +229,13 @@ def free_folder(name: str) -> Path:
 
 
 def beside(model: str, ending: str) -> str:
-    """The name of a file made from MODEL: beside it, with another ending; here, for a trained model of the package.
+    """The name of a file made from MODEL: beside it, with another ending; here, for a model that is known by name.
 
     >>> beside("runs/mine/model.safetensors", ".onnx"), beside("runs/mine/model.onnx", "-int8.onnx")
     ('runs/mine/model.onnx', 'runs/mine/model-int8.onnx')
+    >>> beside("hf-hub:me/birds.v2", ".onnx")
+    'birds.v2.onnx'
     """
-    return (model if model in names() else str(locate(model).with_suffix(""))) + ending
+    if model in names() or (not os.path.exists(model) and not model.endswith((".safetensors", ".onnx"))):
+        return model.rpartition("/")[2].removeprefix("hf-hub:") + ending
+    return str(locate(model).with_suffix("")) + ending

@@ -3,18 +3,17 @@
 import argparse
 from pathlib import Path
 
+from ulsam.base.errors import UlsamError
+from ulsam.base.extras import check_plots
+from ulsam.base.files import check_writable, write_atomic
 from ulsam.base.processes import is_first_process
-from ulsam.cli.common import print_json
+from ulsam.cli.common import add_model, model_from, print_json
 
 EXAMPLE = "ulsam eval runs/mine/model.safetensors images --split test"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a model file, a run's folder, a trained model of the package, or NAME.onnx of ulsam export",
-    )
+    add_model(parser, exported=True)
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -27,6 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the data's classes for the model's by their position, whatever their names",
     )
+    written = parser.add_argument_group("what is written")
+    written.add_argument("--csv", metavar="FILE", help="precision, recall, F1, specificity and AUC of each class")
+    written.add_argument("--confusion", metavar="FILE.png", help="the confusion matrix as a picture")
     machine = parser.add_argument_group("machine")
     machine.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="images a step (default: 64)")
     machine.add_argument(
@@ -38,11 +40,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, and print the scores; only the first of several processes prints."""
     from ulsam.base.provenance import command_line, versions
+    from ulsam.deploy.confusion_picture import confusion_png
     from ulsam.deploy.evaluate import evaluate
 
+    if args.confusion:
+        check_plots("ulsam eval --confusion")
+        if not args.confusion.endswith(".png"):
+            raise UlsamError(f"--confusion writes a picture called NAME.png, not {args.confusion}")
+    for file in filter(None, (args.csv, args.confusion)):
+        check_writable(file)
     found = evaluate(
-        args.model,
-        args.data,
+        **model_from(args),
+        data=args.data,
         split=args.split,
         data_dir=args.data_dir,
         class_names=args.class_names,
@@ -53,6 +62,10 @@ def run(args: argparse.Namespace) -> None:
     )
     if not is_first_process():
         return
+    if args.csv:
+        write_atomic(args.csv, found.csv())
+    if args.confusion:
+        write_atomic(args.confusion, confusion_png(found.by_class))
     unreadable = dict(found.scores.unreadable)
     if args.json:
         about = {"command": command_line(), "model": Path(args.model).name, "versions": versions()}

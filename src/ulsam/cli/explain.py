@@ -3,20 +3,18 @@
 import argparse
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.cli.common import free_folder, print_json
+from ulsam.cli.common import add_model, free_folder, model_from, print_json
 
 EXAMPLE = "ulsam explain runs/mine/model.safetensors images/test --out runs/explained"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a model file of ulsam train, its folder, or a trained model of the package"
-    )
+    add_model(parser)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, or folders; class folders give the true classes"
     )
-    parser.add_argument("--against", metavar="BASE", help="model file of a model to compare with")
+    parser.add_argument("--against", metavar="BASE", help="a model to compare with, likewise")
     parser.add_argument("--out", metavar="DIR", help="folder for the report, a new one (default: runs/explain-N)")
     parser.add_argument(
         "--numbers", action="store_true", help="also measure CAMs and subspaces, which takes about ten times as long"
@@ -28,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.explanation.explain_images import explain_images
 
     out = args.out or free_folder("explain")
-    report = explain_images(args.model, args.images, out, against=args.against, numbers=args.numbers)
+    report = explain_images(**model_from(args), images=args.images, out=out, against=args.against, numbers=args.numbers)
     if args.json:
         print_json({**vars(report), "numbers": f"{out}/numbers.json" if report.numbers else None})
     else:

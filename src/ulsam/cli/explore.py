@@ -10,7 +10,10 @@ EXAMPLE = "ulsam explore runs/mine/model.safetensors runs/base/model.safetensors
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help=".safetensors model files of ulsam train, to compare"
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="models to compare: model files, run folders, timm names with a tag, or hf-hub:USER/MODEL",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="name or address to listen on (default: 127.0.0.1, this machine alone)"

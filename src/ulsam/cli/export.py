@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ulsam.cli.common import beside, print_json
+from ulsam.cli.common import add_model, beside, model_from, print_json
 
 EXAMPLE = "ulsam export runs/mine/model.safetensors --to onnx --images images/test"
 FORMATS = ("onnx", "openvino", "executorch")
@@ -11,9 +11,7 @@ FORMATS = ("onnx", "openvino", "executorch")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a model file of ulsam train, its folder, or a trained model of the package"
-    )
+    add_model(parser)
     parser.add_argument(
         "--to", choices=FORMATS, default="onnx", metavar="FORMAT", help="onnx (default), openvino or executorch"
     )
@@ -36,9 +34,9 @@ def run(args: argparse.Namespace) -> None:
 
     out = args.out or beside(args.model, SUFFIXES[args.to])
     parity = export(
-        args.model,
-        out,
-        args.to,
+        **model_from(args),
+        out=out,
+        to=args.to,
         dynamic_size=args.dynamic_size,
         preprocessing=args.preprocessing,
         images=args.images or (),

@@ -11,30 +11,37 @@ EXAMPLE = "ulsam info runs/mine/model.safetensors"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("file", metavar="FILE", help="a .safetensors model file, or a trained model of the package")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="a model file, a run's folder, a trained model of the package, or a timm name with a tag",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Rebuild the model and print its spec, size, number formats and cost."""
     from ulsam.model.build import load, read_weights
+    from ulsam.model.pretrained import is_pretrained_name
     from ulsam.surgery.cost import cost
     from ulsam.training.summary import cost_entry, spec_entry
 
     model, spec = load(args.file)
     found = cost(model, spec.input_size)
     formats: Counter[str] = Counter()
-    for value in read_weights(args.file).values():
+    by_name = args.file not in names() and is_pretrained_name(args.file)
+    size_on_disk = None if by_name else locate(args.file).stat().st_size
+    for value in (model.state_dict() if by_name else read_weights(args.file)).values():
         formats[str(value.dtype).removeprefix("torch.")] += value.numel()
     if args.json:
-        bytes_ = locate(args.file).stat().st_size
-        entry = {"spec": spec_entry(spec), "cost": cost_entry(found), "numbers": formats, "bytes": bytes_}
+        entry = {"spec": spec_entry(spec), "cost": cost_entry(found), "numbers": formats, "bytes": size_on_disk}
         print_json(entry)
         return
     size = "x".join(map(str, found.input_size))
     print(spec)
     print(f"parameters  {found.params:,}")
     print(f"numbers     {', '.join(f'{count:,} {name}' for name, count in formats.most_common())}")
-    print(f"file        {locate(args.file).stat().st_size:,} bytes")
+    if size_on_disk is not None:
+        print(f"file        {size_on_disk:,} bytes")
     print(f"cost        {found.macs:,} MACs, {found.activations:,} activations for one {size} image")
     if args.file in names():
         print(f"\n{card(args.file)}", end="")

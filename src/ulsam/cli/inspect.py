@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.cli.common import only_json, print_json
+from ulsam.cli.common import add_model, model_from, only_json, print_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ BATCH = 32
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a model file of ulsam train, or its folder")
+    add_model(parser)
     parser.add_argument("paths", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument(
         "--images", type=int, default=256, metavar="N", help="at most this many, spread evenly (default: 256)"
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.base.provenance import command_line, versions
     from ulsam.data.folder import image_paths
     from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
-    from ulsam.model.build import load
+    from ulsam.model.given import model_and_spec
     from ulsam.training.evaluate import read_batch, spec_transform
     from ulsam.training.summary import spec_entry
     from ulsam.training.trained_on import note_trained_on
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     found = image_paths(args.paths)
     number = min(args.images, len(found))
     paths = [found[n * len(found) // number] for n in range(number)]
-    model, spec = load(args.model)
+    model, spec = model_and_spec(**model_from(args))
     transform = spec_transform(spec)
     unreadable: dict[str, str] = {}
 

@@ -35,7 +35,8 @@ COMMANDS = {
     "paper": "the paper's cost tables beside what this code counts",
     "doctor": "say which backend computes the attention layers here, and why",
     "birds": "draw the generated bird data set as an image folder",
-    "prepare": "turn an official data-set archive into an image folder",
+    "prepare": "turn an official data-set archive, or a CSV of paths and classes, into an image folder",
+    "check": "look for broken, duplicate and leaked images, and odd classes, in an image folder",
     "completion": "print a script that completes ulsam's commands and options in bash or zsh",
 }
 
@@ -82,8 +83,19 @@ class Parser(argparse.ArgumentParser):
                 self._check_option(word.partition("=")[0])
         found, left = super().parse_known_args(args, namespace)
         if left:
-            self._check_option(left[0]) if left[0].startswith("-") else self.error(f"unexpected argument {left[0]!r}")
+            if left[0].startswith("-"):
+                self._check_option(left[0])
+            self.error(f"unexpected argument {left[0]!r}{self._of_a_list(left[0], args)}")
         return found, left
+
+    def _of_a_list(self, word: str, args: Any) -> str:
+        """The end of a message about a word that follows the value of an option whose values have commas."""
+        words = list(args or ())
+        option, value = ["", "", *words[: words.index(word)]][-2:] if word in words else ("", "")
+        action = self._option_string_actions.get(option)
+        if action is None or not str(action.metavar).endswith(("AT", ",...")):
+            return ""
+        return f": several values of {option} have commas between them, and no blanks: {value.rstrip(',')},{word}"
 
     def _check_option(self, option: str) -> None:
         if option not in self._option_string_actions:

@@ -1,38 +1,117 @@
 """`ulsam predict MODEL IMAGES...`: name what is in images."""
 
 import argparse
+import contextlib
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.cli.common import print_json
+from ulsam.base.extras import installed
+from ulsam.base.files import check_writable, write_atomic
+from ulsam.cli.common import add_model, model_from, print_json
 
-EXAMPLE = "ulsam predict runs/mine/model.safetensors images/test --top 1"
+if TYPE_CHECKING:
+    from ulsam.training.predict import Prediction
+
+EXAMPLE = """\
+ulsam predict runs/mine/model.safetensors images/test --top 1 --csv found.csv
+ulsam predict runs/mine/model.safetensors images --features features.npz"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, exported=True)
     parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a model file, a run's folder, a trained model of the package, or NAME.onnx of ulsam export",
+        "images", nargs="+", metavar="IMAGE", help="image files, or folders of them; - reads paths, one a line"
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to name for each image (default: 3)")
+    parser.add_argument(
+        "--topk", "--top", dest="top", type=int, default=3, metavar="N", help="classes to name an image (default: 3)"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="also write a row an image: path, classes, probabilities")
+    parser.add_argument(
+        "--features", metavar="FILE", help="also write the pooled features of each image: NAME.npz or NAME.csv"
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a line an image; fails in the end if one of them cannot be read."""
+    from ulsam.base.logs import progress
+    from ulsam.data.folder import image_paths
     from ulsam.deploy.predict import predict
 
-    failed = total = 0
-    for prediction in predict(args.model, args.images, top=args.top):
-        total += 1
-        failed += prediction.error is not None
-        if args.json:
-            named = {name: round(share, 6) for name, share in prediction.classes}
-            print_json({"path": prediction.path, "classes": named, "error": prediction.error})
-        elif prediction.error:
-            print(f"unreadable {prediction.error}")
-        else:
-            named_text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prediction.classes)
-            print(printable(f"{prediction.path}: {named_text}"))
-    if failed:
-        raise UlsamError(f"{failed} of {total} images could not be read; they are named above")
+    if args.features and not args.features.endswith((".npz", ".csv")):
+        raise UlsamError(f"--features writes NAME.npz or NAME.csv, not {args.features}")
+    for file in filter(None, (args.csv, args.features)):
+        check_writable(file)
+    paths = image_paths(_listed(args.images))
+    found: list[Prediction] = []
+    features: list[Any] = []
+    predictions = predict(
+        **model_from(args),
+        images=paths,
+        top=args.top,
+        device=args.device,
+        features=features.append if args.features else None,
+    )
+    barred = installed("tqdm") and not sys.stdout.isatty()  # where lines are seen, they are the progress
+    with progress(total=len(paths), unit=" images") if barred else contextlib.nullcontext() as bar:
+        for prediction in predictions:
+            found.append(prediction)
+            _show(prediction, args.json)
+            if bar is not None:
+                bar.update()
+    if args.csv:
+        write_atomic(args.csv, _csv(found))
+    if args.features:
+        write_atomic(args.features, _features([one.path for one in found if not one.error], features, args.features))
+    if failed := sum(one.error is not None for one in found):
+        raise UlsamError(f"{failed} of {len(found)} images could not be read; they are named above")
+
+
+def _listed(names: Sequence[str]) -> list[str]:
+    """The names, with the lines of standard input in the place of -."""
+    lines = [line for line in map(str.strip, sys.stdin) if line] if "-" in names else []
+    if "-" in names and not lines:
+        raise UlsamError("- reads the paths of images from standard input, one a line: there was none")
+    return [path for name in names for path in (lines if name == "-" else [name])]
+
+
+def _show(prediction: "Prediction", as_json: bool) -> None:
+    if as_json:
+        named = {name: round(share, 6) for name, share in prediction.classes}
+        print_json({"path": prediction.path, "classes": named, "error": prediction.error})
+    elif prediction.error:
+        print(f"unreadable {prediction.error}")
+    else:
+        named_text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prediction.classes)
+        print(printable(f"{prediction.path}: {named_text}"))
+
+
+def _csv(found: Sequence["Prediction"]) -> str:
+    most = max(len(one.classes) for one in found)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    header = [f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability")]
+    table.writerow(["path", "error", *header])
+    for one in found:
+        table.writerow([one.path, one.error or "", *(value for pair in one.classes for value in pair)])
+    return text.getvalue()
+
+
+def _features(paths: Sequence[str], batches: Sequence[Any], file: str) -> bytes | str:
+    """The content of a file with ``paths`` [N] and ``features`` [N, F], as arrays of NumPy or a row an image."""
+    import numpy as np
+
+    features = np.concatenate(batches) if batches else np.empty((0, 0), np.float32)
+    if file.endswith(".npz"):
+        buffer = io.BytesIO()
+        np.savez(buffer, paths=np.array(paths, dtype=np.str_), features=features)
+        return buffer.getvalue()
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["path", *(f"f{number}" for number in range(features.shape[1]))])
+    table.writerows([path, *row] for path, row in zip(paths, features.tolist(), strict=True))
+    return text.getvalue()

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ulsam.cli.common import beside, print_json
+from ulsam.cli.common import add_model, beside, model_from, print_json
 
 EXAMPLE = "ulsam quantize runs/mine/model.safetensors images --calibrate 256"
 
@@ -11,7 +11,7 @@ _PROCESSORS = {7: "every processor, also x86 without VNNI", 8: "x86 with VNNI, a
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="NAME.onnx of ulsam export, a model file, or a run's folder")
+    add_model(parser, exported=True)
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the model")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: MODEL's name with -int8.onnx)")
     parser.add_argument(
@@ -34,8 +34,11 @@ def run(args: argparse.Namespace) -> None:
     """Quantise, and print how the result compares with the model."""
     from ulsam.deploy.quantize import quantize
 
+    model = model_from(args)
     out = args.out or beside(args.model, "-int8.onnx")
-    found = quantize(args.model, args.data, out, calibrate=args.calibrate, measure=args.measure, target=args.target)
+    found = quantize(
+        **model, data=args.data, out=out, calibrate=args.calibrate, measure=args.measure, target=args.target
+    )
     if args.json:
         print_json({"file": out, **vars(found)})
         return

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from ulsam.apps.service_limits import Limits
 from ulsam.base.extras import extra
-from ulsam.cli.common import print_json
+from ulsam.cli.common import add_model, model_from, print_json
 
 EXAMPLE = "ulsam serve runs/mine/model.safetensors --port 8000 --max-images 8"
 TEXTS = {
@@ -23,11 +23,7 @@ SECONDS = ("timeout", "idle")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a model file, a run's folder, a trained model of the package, or NAME.onnx of ulsam export",
-    )
+    add_model(parser, exported=True)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); others need ULSAM_API_KEY"
     )
@@ -58,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"serving {args.model} at {url}, with a page at {url}/docs", flush=True)
 
     answered = serve(
-        args.model,
+        **model_from(args),
         host=args.host,
         port=args.port,
         api_key=os.environ.get(KEY),

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ulsam.base.errors import printable
-from ulsam.cli.common import add_layer_options, free_folder, layer_options, only_json, print_json
+from ulsam.cli.common import add_layer_options, add_model, free_folder, layer_options, model_from, only_json, print_json
 from ulsam.cli.settings import add_settings, given_settings
 
 EXAMPLE = "ulsam slim runs/mine/model.safetensors images --macs 0.75 --epochs 30 --out runs/slimmer"
@@ -15,7 +15,7 @@ DECIDED = ("model", "model_args", "pretrained", "weights", "teacher")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model_file", metavar="MODEL", help="a .safetensors model file of ulsam train")
+    add_model(parser, "model_file")
     parser.add_argument("data", metavar="DATA", help="image folder, or a timm name, with the classes of the model")
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the result; the same one resumes (default: runs/slim-N)"
@@ -70,11 +70,11 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or free_folder("slim")
     with only_json(args):
         result = slim(
-            args.model_file,
-            args.data,
-            out,
+            **model_from(args, "model_file"),
+            data=args.data,
+            out=out,
             fine_tune=args.fine_tune,
-            settings=given_settings(args),
+            settings={name: value for name, value in given_settings(args).items() if name not in DECIDED},
             macs=args.macs,
             params=args.params,
             latency=args.latency,

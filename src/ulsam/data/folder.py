@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ IMAGE_SUFFIXES = (
 )
 """File name endings (lower case) that mark an image; what is inside decides how it is read."""
 
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _LAYOUT = "expected one subfolder of images for each class, e.g. {root}/robin/1.jpg and {root}/wren/1.jpg"
 
 
@@ -80,7 +82,10 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
 
     samples = SampleList(found())
     if not classes:
-        raise UlsamError(f"no image in any of the {len(names)} class folders of {root}: {_LAYOUT.format(root=root)}")
+        others = _others(path for path in ignored if os.path.dirname(path) != str(root))
+        raise UlsamError(
+            f"no image in any of the {len(names)} class folders of {root}: {others or _LAYOUT.format(root=root)}"
+        )
     if len(classes) < min_classes:
         raise UlsamError(
             f"{root} holds images of {len(classes)} class ({', '.join(classes)}), at least {min_classes} are needed:"
@@ -112,7 +117,7 @@ def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
     root = Path(root)
     found: dict[str, Path] = {}
     for name in _subfolders(root):
-        split = _SPLITS.get(name.lower())
+        split = SPLITS.get(name.lower())
         if split is None:
             continue
         if split in found:
@@ -135,16 +140,35 @@ def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:
     >>> list(index_like(val, ("robin", "wren")).samples)
     [('val/wren/1.jpg', 1)]
     """
-    unknown = [name for name in folder.classes if name not in classes]
-    if unknown:
+    found = class_numbers(folder.classes, classes)
+    if unknown := [name for name in folder.classes if name not in found]:
         raise UlsamError(
             f"{folder.root} has classes that were not trained on: {', '.join(unknown)};"
             f" known are {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
         )
-    index = {name: number for number, name in enumerate(classes)}
-    numbers = np.array([index[name] for name in folder.classes])
+    numbers = np.array([found[name] for name in folder.classes])
     samples = folder.samples.with_labels(numbers[folder.samples.labels])
     return dataclasses.replace(folder, classes=tuple(classes), samples=samples)
+
+
+def class_numbers(names: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
+    """Which of a model's classes these names mean, by their positions: the same name, or the same WordNet id in front.
+
+    What means none of them is left out, as is a WordNet id that two classes begin with.
+
+    >>> class_numbers(["n01440764", "wren", "n02085620-Chihuahua"], ["n02085620 Chihuahua", "n01440764 tench", "wren"])
+    {'n01440764': 1, 'wren': 2, 'n02085620-Chihuahua': 0}
+    """
+    exact = {name: number for number, name in enumerate(classes)}
+    ids = [_wordnet_id(name) for name in classes]
+    by_id = {found: number for number, found in enumerate(ids) if found and ids.count(found) == 1}
+    numbers = {name: exact.get(name, by_id.get(_wordnet_id(name) or "")) for name in names}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _wordnet_id(name: str) -> str | None:
+    found = re.match(r"n\d{8}(?!\w)|n\d{8}(?=_)", name)
+    return found and found[0]
 
 
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[SampleList, SampleList]:
@@ -263,11 +287,22 @@ def image_paths(names: Sequence[str]) -> list[str]:
     """
     paths: list[str] = []
     for name in names:
-        found = images_below(name)[0] if os.path.isdir(name) else [name]
+        found, passed = images_below(name) if os.path.isdir(name) else ([name], [])
         if not found:
-            raise UlsamError(f"no images in the folder {name}")
+            others = _others(passed)
+            raise UlsamError(f"no images in the folder {name}{others and ': '}{others}")
         paths += found
     return paths
+
+
+def _others(files: Iterable[str]) -> str:
+    """What files are that were looked through for images, in vain; nothing to say if there are none."""
+    endings = Counter(os.path.splitext(path)[1].lower() for path in files)
+    if not endings:
+        return ""
+    ending, count = endings.most_common(1)[0]
+    remedy = ", which are not read: convert them to JPEG" if ending in (".heic", ".heif") else ", and no images by name"
+    return f"it holds {count} files {ending or 'without an ending'}{remedy}"
 
 
 def _is_image(path: str) -> bool:

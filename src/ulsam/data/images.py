@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ulsam.base.errors import MachineError, UlsamError
+from ulsam.base.kinds import kind_of
 from ulsam.base.reading import machine_errors, machine_fault, open_regular
 from ulsam.data.image_colours import as_rgb
 from ulsam.data.image_structure import MAX_SCANNED, MAX_SCANS, count_scans, plain_jpeg, plain_png, tags_fit
@@ -37,8 +38,7 @@ TAGS = "corrupt (its tags ask for more bytes than the file has)"
 LONGEST_TEXT = 10_000_000
 """The largest file that is read of those that hold their pixels as text (PBM, PGM, PPM)."""
 
-JPEG = b"\xff\xd8\xff"
-"""How a JPEG file begins."""
+JPEG = b"\xff\xd8\xff"  # how a JPEG file begins
 
 Image.init()
 FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000"} & Image.OPEN.keys())
@@ -182,6 +182,7 @@ def _decoded(path: str | os.PathLike[str] | BinaryIO, decode: Callable[[bytes], 
 
     The whole file is read first, so that an error of the file system cannot pass for one of the image.
     """
+    content = b""
     try:
         with machine_errors(_name(path)):
             content = _content(path)
@@ -193,7 +194,9 @@ def _decoded(path: str | os.PathLike[str] | BinaryIO, decode: Callable[[bytes], 
     except _DAMAGE as error:
         if isinstance(error, MemoryError) and _memory_is_full():
             raise MachineError(f"cannot read {_name(path)}: {machine_fault(error)}") from error
-        raise UnreadableImage(f"{_name(path)}: {_reason(error)}") from error
+        read = content.startswith((JPEG, b"\x89PNG")) or (content[8:12] == b"avif" and "AVIF" in FORMATS)
+        kind = None if read or isinstance(error, UnreadableImage) else kind_of(content)
+        raise UnreadableImage(f"{_name(path)}: {kind or _reason(error)}") from error
 
 
 def _content(path: str | os.PathLike[str] | BinaryIO) -> bytes:

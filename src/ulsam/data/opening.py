@@ -13,6 +13,7 @@ from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.extras import extra
 from ulsam.base.reading import read_text
 from ulsam.data.folder import class_counts, find_splits, image_paths, imbalance_note, index_like, scan, split
+from ulsam.data.layouts import with_advice
 from ulsam.data.sample_list import SampleList
 from ulsam.data.sources import AnyImages, FactoryImages, FolderImages, StreamImages
 
@@ -131,11 +132,13 @@ def open_split(
     splits = find_splits(data)
     if splits and name not in splits:
         raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
-    folder = scan(splits.get(name, Path(data)), min_classes=1)
+    with with_advice(data):
+        folder = scan(splits.get(name, Path(data)), min_classes=1)
     if classes is not None and by_number and len(classes) != len(folder.classes):
         raise UlsamError(f"{data} has {len(folder.classes)} classes, the model has {len(classes)}")
     if classes is not None:
-        folder = dataclasses.replace(folder, classes=classes) if by_number else index_like(folder, classes)
+        with with_advice(data):
+            folder = dataclasses.replace(folder, classes=classes) if by_number else index_like(folder, classes)
     return FolderImages(folder.samples, folder.classes, _words(name))
 
 
@@ -148,7 +151,8 @@ def _open_folder(
             raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
     if val_split is not None and not splits:
         raise UlsamError(f"{data} has no split {val_split!r}: it is one folder of classes; leave `val_split` out")
-    folder = scan(splits.get(train_split, Path(data)))
+    with with_advice(data):
+        folder = scan(splits.get(train_split, Path(data)))
     classes, notes = folder.classes, []
     if folder.empty:
         notes.append(f"{len(folder.empty)} class folders without an image left out: {a_few(folder.empty)}")

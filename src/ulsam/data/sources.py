@@ -17,7 +17,7 @@ from torchvision.datasets import DatasetFolder
 
 from ulsam.base.errors import MachineError, UlsamError, a_few, first_line
 from ulsam.base.reading import machine_errors, machine_fault
-from ulsam.data.folder import IMAGE_SUFFIXES
+from ulsam.data.folder import IMAGE_SUFFIXES, class_numbers
 from ulsam.data.images import Pixels, Reduction, UnreadableImage, read_pixels, whole
 from ulsam.data.sample_list import Sample, SampleList
 
@@ -87,7 +87,8 @@ class _Named:
         Raises:
             UlsamError: a class that is not among ``classes``; or, by number, not as many classes.
         """
-        unknown = [name for name in self.classes if name not in classes]
+        found = class_numbers(self.classes, classes)
+        unknown = [name for name in self.classes if name not in found]
         if by_number and len(self.classes) != len(classes):
             raise UlsamError(f"{self.title} has {len(self.classes)} classes, the model has {len(classes)}")
         if unknown and not by_number:
@@ -96,7 +97,7 @@ class _Named:
                 " they are the same ones under other names, `classes_by_number=True` takes them by their position"
             )
         if not by_number:
-            self.numbers = {number: classes.index(name) for number, name in enumerate(self.classes)}
+            self.numbers = {number: found[name] for number, name in enumerate(self.classes)}
         self.classes = classes
 
     def label(self, number: int) -> int:

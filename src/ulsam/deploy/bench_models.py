@@ -18,6 +18,7 @@ from ulsam.deploy.onnx_graph import check_installed
 from ulsam.deploy.parity import TOLERANCE, generated_images
 from ulsam.deploy.quantize import QUANTIZATION
 from ulsam.model.build import build, load, save, sketch, spec_of
+from ulsam.model.pretrained import is_hub_name
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import names
 from ulsam.surgery.cost import Cost, cost
@@ -77,8 +78,8 @@ def open_bench_model(name: str, backends: Collection[Backend], folder: Path, siz
     """A model, and its files for those of the backends that can run it.
 
     Args:
-        name: a timm name, whose weights are then random, a model file, a trained model of the package, or an ONNX file
-            of `ulsam export` or `ulsam quantize`, which PyTorch does not run.
+        name: a timm name, whose weights are then random, a model of the hub, a model file, a trained model of the
+            package, or an ONNX file of `ulsam export` or `ulsam quantize`, which PyTorch does not run.
         folder: to write files into; an own one for each model.
         size: height and width in place of the model's own.
 
@@ -108,10 +109,14 @@ def _open_onnx(name: str, backends: Collection[Backend], size: int | None) -> Be
 
 
 def _open_torch(name: str, backends: Collection[Backend], folder: Path, size: int | None) -> BenchModel:
-    spec = spec_of(name, size=size)
+    if is_hub_name(name):
+        model, spec = load(name)
+        spec = spec if size is None else dataclasses.replace(spec, input_size=(spec.input_size[0], size, size))
+    else:
+        spec = spec_of(name, size=size)
+        is_file = name.endswith(".safetensors") or name in names()
+        model = load(name)[0] if is_file else build(spec)[0].eval()
     transform = spec_transform(spec)
-    is_file = name.endswith(".safetensors") or name in names()
-    model = load(name)[0] if is_file else build(spec)[0].eval()
     model_file, onnx_file = folder / "model.safetensors", folder / "model.onnx"
     save(model, spec, model_file)
     if {"onnxruntime", "openvino"} & set(backends):

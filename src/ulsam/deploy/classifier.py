@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.data.images import Pixels
@@ -12,7 +15,7 @@ from ulsam.data.preprocessing import Preprocessing
 from ulsam.training.predict import Logits
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ulsam.model.spec import ModelSpec
 
@@ -32,6 +35,8 @@ def open_classifier(
     *,
     threads: int | None = None,
     folded: bool = False,
+    device: str | None = None,
+    features: Callable[[NDArray[np.float32]], None] | None = None,
 ) -> Classifier:
     """Open what `ulsam predict` and `ulsam serve` run. PyTorch is not imported for an exported file.
 
@@ -41,9 +46,13 @@ def open_classifier(
         spec: of a model in memory, as of `ulsam.load`.
         threads: CPU threads that compute a batch; by default one a core.
         folded: whether PyTorch runs the folded model (`ulsam.fold`); an exported one is folded always.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; by default the one that a model in memory is on, else the CPU.
+        features: is given what the classifier is given, the pooled features [B, F] of each batch, before its logits are
+            returned; by PyTorch alone.
 
     Raises:
-        UlsamError: as of `ulsam.load` or `ulsam.runtime.load`; or no threads.
+        UlsamError: as of `ulsam.load` or `ulsam.runtime.load`; no threads; no such device; or an exported model that is
+            asked for its features, or to run elsewhere than on the CPU.
 
     >>> open_classifier("birds.onnx")
     Traceback (most recent call last):
@@ -52,11 +61,16 @@ def open_classifier(
     if threads is not None and threads < 1:
         raise UlsamError(f"`threads` must be 1 or more, not {threads}")
     if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".onnx"):
+        if features:
+            raise UlsamError(f"{os.fspath(model)} outputs no features: name the model file that it was made from")
+        if device not in (None, "auto", "cpu"):
+            raise UlsamError(f"`device={device}`: an exported model runs on the CPU here")
         exported = runtime.load(model, threads=threads)
         return Classifier(exported.classes, exported.preprocessing, exported.logits)
 
     import torch
 
+    from ulsam.base.distributed import device_of
     from ulsam.model.given import model_and_spec
     from ulsam.surgery.fold import fold
     from ulsam.training.evaluate import logits_of, spec_transform
@@ -64,6 +78,34 @@ def open_classifier(
     if threads is not None:
         torch.set_num_threads(threads)
     module, spec = model_and_spec(model, spec)
+    if device is not None:
+        module = module.to(device_of(device))
     transform = spec_transform(spec)
     logits = logits_of(fold(module, spec.input_size) if folded else module, transform)
+    if features:
+        logits = _showing(logits, module, features)
     return Classifier(tuple(spec.classes), transform.preprocessing, logits)
+
+
+def _showing(
+    logits: Callable[[Pixels], Logits], module: "nn.Module", features: Callable[[NDArray[np.float32]], None]
+) -> Callable[[Pixels], Logits]:
+    """``logits``, which also shows what the classifier of ``module`` is given."""
+    from ulsam.model.weights import heads
+
+    outer = heads(module)
+    if not outer:
+        raise UlsamError("the model has no classifier before which it could be asked for its features")
+
+    def keep(_: "nn.Module", given: "tuple[Tensor, ...]") -> None:
+        value = given[0].float()
+        features((value.flatten(2).mean(2) if value.dim() > 2 else value).cpu().numpy())
+
+    def shown(images: Pixels) -> Logits:
+        handle = outer[0].register_forward_pre_hook(keep)
+        try:
+            return logits(images)
+        finally:
+            handle.remove()
+
+    return shown

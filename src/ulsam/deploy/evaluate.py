@@ -1,5 +1,7 @@
 """Measure a trained model on images, whatever runs it: PyTorch, or ONNX Runtime for an exported file."""
 
+import csv
+import io
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +19,12 @@ from ulsam.model.build import sketch
 from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import cost
+from ulsam.training.class_scores import COLUMNS, ClassScores, Collected
 from ulsam.training.evaluate import Scores, evaluate_batches, spec_transform
 from ulsam.training.summary import cost_entry, score_entry, spec_entry
 from ulsam.training.trained_on import note_trained_on
+
+_TITLES = {"precision": "precision", "recall": "recall", "f1": "F1", "specificity": "specificity", "auc": "AUC"}
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class Evaluation:
         scores: accuracy, loss and counts, of each class too.
         split: that was measured; "all" for a folder without splits.
         spec: of the model.
+        by_class: precision, recall, F1, specificity and AUC of each class, and the confusion matrix.
     """
 
     scores: Scores
     split: str
     spec: ModelSpec
+    by_class: ClassScores
 
     def __str__(self) -> str:
         scores = self.scores
@@ -42,10 +49,12 @@ class Evaluation:
         left_out = f"; {len(scores.unreadable)} unreadable ones left out" if scores.unreadable else ""
         found = scores.per_class(self.spec.classes).items()
         worst = sorted((entry["top1"], name, entry["images"]) for name, entry in found if entry["images"])[:5]
+        means = self.by_class.macro().items()
         lines = [
             f"top-1   {100 * scores.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})",
             f"top-5   {100 * scores.top5:.2f} %",
             f"loss    {scores.loss:.4f}",
+            "means   " + ", ".join(f"{_TITLES[key]} {100 * share:.1f} %" for key, share in means if share is not None),
             f"on      {scores.images} images, split {self.split}{left_out}",
             "lowest  " + "; ".join(f"{printable(name)} {100 * top1:.0f} % of {n}" for top1, name, n in worst),
         ]
@@ -56,11 +65,27 @@ class Evaluation:
             )
         return "\n".join(lines)
 
+    def csv(self) -> str:
+        """The table of the classes, with a header: shares 0..1, empty where a share of nothing is meant."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["class", *COLUMNS])
+        table.writerows([name, *row.values()] for name, row in self.by_class.table().items())
+        return text.getvalue()
+
     def entry(self) -> dict[str, Any]:
         """All of it as JSON, with the model's cost."""
         return {
             "split": self.split,
-            "scores": score_entry(self.scores, self.spec.classes),
+            "scores": {
+                **score_entry(self.scores, self.spec.classes),
+                "macro": self.by_class.macro(),
+                "per_class": {
+                    name: {**self.scores.per_class(self.spec.classes)[name], **row}
+                    for name, row in self.by_class.table().items()
+                },
+            },
+            "confusion": self.by_class.confusion(),
             "cost": cost_entry(cost(sketch(self.spec), self.spec.input_size)),
             "spec": spec_entry(self.spec),
         }
@@ -79,7 +104,7 @@ def evaluate(
     workers: int = 2,
     device: str = "auto",
 ) -> Evaluation:
-    """Measure a trained model: top-1, top-5 and loss, with a confidence interval, and each class.
+    """Measure a trained model: top-1 with a confidence interval, top-5, loss; precision, recall, F1, AUC of each class.
 
     Under torchrun each process measures its share of the images, and all get the sum.
 
@@ -138,6 +163,7 @@ def evaluate(
             world=world.size,
             device=world.device,
         )
+        collected = Collected()
         scores = evaluate_batches(
             module.to(world.device),
             batches,
@@ -145,8 +171,10 @@ def evaluate(
             world=world,
             channels_last=not exported,
             progress=split if world.writes else None,
+            seen=collected.add,
         )
-    return Evaluation(scores, split, spec)
+        by_class = collected.scores(spec.classes, world)
+    return Evaluation(scores, split, spec, by_class)
 
 
 def _default_split(data: str) -> str:

@@ -1,8 +1,11 @@
 """Name what is in images, whatever runs the model: PyTorch, or ONNX Runtime alone for an exported file."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Union
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ulsam.data.folder import image_paths
 from ulsam.deploy.classifier import open_classifier
@@ -22,6 +25,8 @@ def predict(
     spec: "ModelSpec | None" = None,
     top: int = 5,
     batch_size: int = 32,
+    device: str | None = None,
+    features: Callable[[NDArray[np.float32]], None] | None = None,
 ) -> Iterator[Prediction]:
     """Name what is in images, in their order; an unreadable one gives a prediction with an error.
 
@@ -34,10 +39,13 @@ def predict(
         spec: of a model in memory, as of `ulsam.load`.
         top: classes to name for each image.
         batch_size: images at once.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; by default the one that a model in memory is on, else the CPU.
+        features: is given the pooled features [B, F], float32, of the readable images of each batch, before their
+            predictions; not for an exported file.
 
     Raises:
-        UlsamError: no such model, a folder without images, what is no image at all, or ``top`` or ``batch_size``
-            below 1.
+        UlsamError: no such model or device, a folder without images, what is no image at all, or ``top`` or
+            ``batch_size`` below 1.
         NotFinite: the model's outputs are not finite.
 
     >>> import ulsam
@@ -46,7 +54,7 @@ def predict(
     ['missing.jpg: no such file or directory']
     """
     files = images if isinstance(images, str | bytes) else _files(images)
-    opened = open_classifier(model, spec)
+    opened = open_classifier(model, spec, device=device, features=features)
     return predict_images(files, opened.logits, opened.preprocessing, opened.classes, top=top, batch=batch_size)
 
 

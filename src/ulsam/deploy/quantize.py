@@ -17,6 +17,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_readable, check_writable, write_atomic
 from ulsam.base.logs import progress
 from ulsam.base.timing import time_in_turn
+from ulsam.data.folder import class_numbers
 from ulsam.data.images import Pixels, UnreadableImage
 from ulsam.data.opening import open_data
 from ulsam.data.sources import AnyImages, FolderImages, MapImages, StreamImages
@@ -306,10 +307,10 @@ def _read(images: AnyImages, model: runtime.Model, most: int, title: str) -> Ite
     """So many of the images at the model's size, the same ones each time, and the model's number of their classes."""
     if isinstance(images, StreamImages):
         raise UlsamError("images cannot be picked from a stream of shards: name an image folder, or torch/... data")
-    unknown = [name for name in images.classes if name not in model.classes]
-    if unknown:
+    found = class_numbers(images.classes, model.classes)
+    if unknown := [name for name in images.classes if name not in found]:
         raise UlsamError(f"the model knows no class {unknown[0]!r}; it has {', '.join(model.classes[:8])}, ...")
-    number_of = [model.classes.index(name) for name in images.classes]
+    number_of = [found[name] for name in images.classes]
     for number in progress(pick(len(images), most), desc=title, unit="image"):
         try:
             pixels, label = _fetch(images, number, model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import nn
 
 from ulsam.base.errors import printable
 from ulsam.base.extras import check_plots
@@ -23,6 +24,7 @@ from ulsam.explanation.map_numbers import MapNumbers
 from ulsam.explanation.measured_batches import add, check_any, explained
 from ulsam.explanation.panel import panel
 from ulsam.model.build import load
+from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
 from ulsam.training.summary import spec_entry
 from ulsam.training.trained_on import note_trained_on
@@ -42,10 +44,11 @@ class Report:
 
 
 def explain_images(
-    model: str | os.PathLike[str],
+    model: nn.Module | str | os.PathLike[str],
     images: Sequence[str],
     out: str | os.PathLike[str],
     *,
+    spec: ModelSpec | None = None,
     against: str | os.PathLike[str] | None = None,
     numbers: bool = False,
 ) -> Report:
@@ -54,9 +57,10 @@ def explain_images(
     Every file is whole or not there; the report comes last.
 
     Args:
-        model: a model file.
+        model: a model file, or a model in memory.
         images: files, and folders of them; see :func:`ulsam.explanation.image_list.list_images` for true classes.
         out: a folder that does not exist yet, or is empty.
+        spec: of a model in memory, as of `ulsam.load`.
         against: the model file of a model to compare with.
         numbers: whether to measure, too, what :class:`ulsam.explanation.map_numbers.MapNumbers` does.
 
@@ -67,7 +71,7 @@ def explain_images(
     check_plots("ulsam explain")
     out = Path(out)
     check_empty(out)
-    models = {name: load(file) for name, file in (("this model", model), ("base", against)) if file is not None}
+    models = {"this model": model_and_spec(model, spec), **({"base": load(against)} if against is not None else {})}
     found = list_images(images, models["this model"][1].classes)
     tallies = {name: MapNumbers(*pair) for name, pair in models.items()} if numbers else {}
     if numbers:

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ulsam.base.errors import printable
-from ulsam.data.folder import image_paths
+from ulsam.data.folder import class_numbers, image_paths
 from ulsam.explanation.captions import verdict
 
 
@@ -31,12 +32,13 @@ def list_images(names: Sequence[str], classes: Sequence[str]) -> list[Image]:
     [Image(path='some/wren/1.jpg', name='wren/1.jpg', truth='wren')]
     """
     found: list[Image] = []
+    true_class = cache(lambda folder: [classes[number] for number in class_numbers([folder], classes).values()])
     for name in names:
         whole = Path(os.path.abspath(name))
         outside = (whole if os.path.isdir(name) else whole.parent).parent
         for path in image_paths([name]):
             within = Path(os.path.abspath(path)).relative_to(outside)
-            truth = next((folder for folder in reversed(within.parent.parts) if folder in classes), None)
+            truth = next((true for folder in reversed(within.parent.parts) for true in true_class(folder)), None)
             found.append(Image(path, printable(within.as_posix()), truth))
     return found
 

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,22 +15,27 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
-from timm.data import resolve_data_config
-from torch import Tensor, nn
+from torch import nn
 
 from ulsam.base.errors import UlsamError, first_line
-from ulsam.base.files import check_readable, write_atomic
+from ulsam.base.files import check_readable, read_json, write_atomic
+from ulsam.base.kinds import kind_of
+from ulsam.base.reading import open_regular
 from ulsam.base.tensor_limit import AtMost
 from ulsam.layer.ulsam import ULSAM
+from ulsam.model.hub import hub_folder, timm_weights
 from ulsam.model.presets import PLACEMENTS
-from ulsam.model.spec import Edit, Json, ModelSpec
+from ulsam.model.pretrained import HUB, LOCAL, class_names, is_hub_name, is_pretrained_name
+from ulsam.model.spec import Json, ModelSpec
+from ulsam.model.timm_spec import check_base, make_spec, spec_from, timm_config
 from ulsam.model.trained import locate, names
-from ulsam.model.weights import read_weights
+from ulsam.model.weights import heads, load_weights, read_weights, shrink_head
 from ulsam.surgery.edited import changes, note_weights
 
 __all__ = [
     "PLACEMENTS",
     "build",
+    "file_content",
     "load",
     "load_weights",
     "make_spec",
@@ -46,51 +51,6 @@ UNSAVED = 256_000_000
 """Bytes in memory beyond four times a model's weights: computed tables, and blocks that edits took out."""
 _KEY = "ulsam"  # of the spec among a model file's metadata
 _FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
-
-
-def make_spec(
-    base: str,
-    classes: Sequence[str],
-    edits: Sequence[Edit] = (),
-    *,
-    size: int | None = None,
-    model_args: Mapping[str, Json] | None = None,
-    **data: Any,
-) -> ModelSpec:
-    """The spec of a timm model with edits; what is not given comes from timm's data configuration of that model.
-
-    Args:
-        base: a timm name, one of `ulsam`'s presets included.
-        classes: output names.
-        edits: see :class:`ulsam.model.spec.Edit`.
-        size: height and width of the input, in pixels.
-        model_args: keyword arguments for `timm.create_model`.
-        data: ``mean``, ``std``, ``interpolation`` or ``crop_pct`` in place of timm's.
-
-    Raises:
-        UlsamError: timm has no model of this name.
-
-    >>> make_spec("mobilenetv2_100", ["cat", "dog"], size=160).input_size
-    (3, 160, 160)
-    """
-    _check_base(base)
-    known = timm.get_pretrained_cfg(base)
-    config = resolve_data_config({"img_size": size, **data}, pretrained_cfg=known.to_dict() if known else {})
-    channels = cast(int, (model_args or {}).get("in_chans", config["input_size"][0]))
-    for key in ("mean", "std"):
-        if len(config[key]) != channels:  # a model for other than RGB images
-            config[key] = (sum(config[key]) / len(config[key]),) * channels
-    return ModelSpec(
-        base=base,
-        classes=tuple(classes),
-        edits=tuple(edits),
-        model_args=dict(model_args or {}),
-        input_size=(channels, *config["input_size"][1:]),
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-    )
 
 
 def spec_of(model: str, *, size: int | None = None, model_args: Mapping[str, Json] | None = None) -> ModelSpec:
@@ -116,9 +76,7 @@ def spec_of(model: str, *, size: int | None = None, model_args: Mapping[str, Jso
         raise UlsamError(f"{model} is neither timm's name of a model nor a model file, NAME.safetensors")
     else:
         spec = make_spec(model, [], model_args=model_args)
-        config = timm.get_pretrained_cfg(model)
-        classes = tuple(str(n) for n in range(config.num_classes if config else 1000))
-        spec = dataclasses.replace(spec, classes=classes)
+        spec = dataclasses.replace(spec, classes=class_names({"num_classes": 1000, **timm_config(model)}))
     if size is not None:
         spec = dataclasses.replace(spec, input_size=(spec.input_size[0], size, size))
     return spec
@@ -141,16 +99,18 @@ def build(
     Raises:
         UlsamError: the base is unknown, an edit is not possible, or the weights are not for this model.
 
+    >>> from ulsam.model.spec import Edit
     >>> model, _ = build(ModelSpec("mobilenetv2_100", ("cat", "dog"), (Edit("replace", "14,17"),)))
     >>> type(model.blocks[5][2]).__name__
     'ULSAM'
     """
-    _check_base(spec.base)
+    check_base(spec.base)
     if forbidden := _FORBIDDEN & set(spec.model_args):
         raise UlsamError(f"model arguments may not hold {', '.join(sorted(forbidden))}")
     try:
         arguments = cast(dict[str, Any], spec.model_args)
-        model = timm.create_model(spec.base, pretrained=pretrained, num_classes=len(spec.classes), **arguments)
+        found = {"pretrained_cfg_overlay": timm_weights(spec.base)} if pretrained else {}
+        model = timm.create_model(spec.base, pretrained=pretrained, num_classes=len(spec.classes), **arguments, **found)
     except UlsamError:
         raise
     except Exception as error:  # whatever timm raises at these arguments, or the hub
@@ -167,7 +127,7 @@ def build(
     notes = load_weights(model, read_weights(weights), os.fspath(weights)) if weights is not None else []
     from_file, from_hub = weights is not None, pretrained and model.pretrained_cfg["num_classes"] == len(spec.classes)
     if notes or not (from_file or from_hub):
-        _shrink_head(model)
+        shrink_head(model)
     return model.train(), notes
 
 
@@ -184,67 +144,6 @@ def sketch(spec: ModelSpec) -> nn.Module:
         return build(spec)[0]
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> list[str]:
-    """Fill ``model`` with ``state``; only the classifier may be missing or of another shape.
-
-    An edited model also takes the state of the model that it was before some or all of its edits: the layers that these
-    added then stay as they are, and the modules that they put aside are filled too, for `ulsam.undo` to bring back.
-
-    Returns:
-        One line about each part that was not filled, new layers aside.
-
-    Raises:
-        UlsamError: an entry other than the classifier's is missing, left over or of another shape; nothing is loaded.
-
-    >>> model = timm.create_model("mobilenetv2_100", num_classes=7)
-    >>> load_weights(model, timm.create_model("mobilenetv2_100", num_classes=9).state_dict())
-    ['classifier.weight: [9, 1280] there, [7, 1280] here: skipped, starts fresh', \
-'classifier.bias: [9] there, [7] here: skipped, starts fresh']
-    """
-    own = model.state_dict()
-    heads = _heads(model)
-    added, aside = changes(model)
-    before = {f"{name}.{key}": value for name, old in aside.items() for key, value in old.state_dict().items()}
-    for place, old in aside.items():  # where the state has the old block, it is of a model from before that edit
-        theirs = {f"{place}.{key}" for key in old.state_dict()}
-        ours = {name for name in added if name.startswith(f"{place}.")}
-        if (theirs - ours) & state.keys() and not (ours - theirs) & state.keys():
-            own = {name: value for name, value in own.items() if name not in ours}
-            added -= ours
-    new, old_alone = (
-        added - before.keys(),
-        before.keys() - added,
-    )  # a layer may have names of the block that it replaced
-    if new & state.keys() or (added & state.keys() and not old_alone & state.keys()):  # the state of the edited model
-        before = {name: before[name] for name in old_alone}
-    else:
-        own = {name: value for name, value in own.items() if name not in added}
-    fitting: dict[str, Tensor] = {}
-    notes: list[str] = []
-    wrong: list[str] = []
-    for name, value in own.items():
-        head = any(model.get_submodule(name.rpartition(".")[0]) is layer for layer in heads)
-        if name in state and state[name].shape == value.shape:
-            fitting[name] = state[name]
-        elif name in state:
-            shapes = f"{name}: {list(state[name].shape)} there, {list(value.shape)} here"
-            (notes if head else wrong).append(f"{shapes}: skipped, starts fresh" if head else shapes)
-        elif not name.endswith("num_batches_tracked"):
-            (notes if head else wrong).append(f"{name}: not there, starts fresh" if head else f"{name} is missing")
-    wrong += [f"{name} belongs to no layer" for name in state if name not in own and name not in before]
-    wrong += [f"{name} has another shape" for name in before.keys() & state if before[name].shape != state[name].shape]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise UlsamError(f"{source} does not fit this model: {wrong[0]}{more}")
-    model.load_state_dict(fitting, strict=False)
-    for place, old in aside.items():
-        keys = {key: f"{place}.{key}" for key in old.state_dict()}
-        filled = {key: state[name] for key, name in keys.items() if name in before.keys() & state}
-        old.load_state_dict(filled, False)
-        note_weights(old, all(key in filled for key in keys if not key.endswith("num_batches_tracked")))
-    return notes
-
-
 def save(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> None:
     """Write a self-describing model file: safetensors, with the spec in its metadata.
 
@@ -252,6 +151,7 @@ def save(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> Non
         UlsamError: the model is not what the spec builds, or the file cannot be written.
 
     >>> import tempfile
+    >>> from ulsam.model.spec import Edit
     >>> spec = ModelSpec("mobilenetv2_100", ("cat", "dog"), (Edit("insert", "17"),))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(build(spec)[0], spec, f"{folder}/model.safetensors")
@@ -259,25 +159,56 @@ def save(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> Non
     >>> same == spec, model.training
     (True, False)
     """
+    write_atomic(path, file_content(model, spec))
+
+
+def file_content(model: nn.Module, spec: ModelSpec) -> bytes:
+    """What :func:`save` writes: the same for the same model and spec."""
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     _check_fit(spec, {name: tuple(value.shape) for name, value in state.items()}, "the model")
-    write_atomic(path, to_safetensors(state, metadata={_KEY: spec.to_json()}))
+    return to_safetensors(state, metadata={_KEY: spec.to_json()})
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[nn.Module, ModelSpec]:
-    """Rebuild a model from its file alone, in eval mode; no code in the file, nothing unpickled, nothing fetched.
+def load(
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    *,
+    pretrained: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+) -> tuple[nn.Module, ModelSpec]:
+    """Open a trained model, in eval mode; no code in a file is run.
 
     Args:
-        path: a model file, or the name of a trained model of the package, one of `ulsam.model.trained.names`.
+        path: a model file, the folder of a run, or the name of a trained model of the package, one of
+            `ulsam.model.trained.names`: nothing is fetched then. Or a pretrained model: a timm name with a tag, such as
+            ``mobilenetv2_100.ra_in1k``, or ``hf-hub:USER/MODEL``, which is fetched if it is not in the cache.
         device: where to.
+        pretrained: with a timm name without a tag: load the weights that timm has by default.
+        weights: with a timm name: load the weights in this file; it decides how many classes there are.
+
+    Returns:
+        The model, and its spec. The classes of an ImageNet model are called "WNID description".
 
     Raises:
-        UlsamError: not a model file, cut off, from an unknown base, or not what its spec builds.
+        UlsamError: not a model file, cut off, from an unknown base, or not what its spec builds; a timm name without
+            weights; weights that cannot be had, or are not for this model.
 
     >>> load("mobilenet.safetensors")
     Traceback (most recent call last):
     ulsam.base.errors.UlsamError: no model file mobilenet.safetensors
+    >>> load("mobilenetv2_100")
+    Traceback (most recent call last):
+    ulsam.base.errors.UlsamError: mobilenetv2_100 is a model without weights: `pretrained=True` loads timm's, \
+`weights=FILE` those in a file
     """
+    if isinstance(path, str) and path not in names() and is_pretrained_name(path):
+        model, spec = _load_name(path, pretrained, weights)
+        return model.eval().to(device), spec
+    if pretrained or weights is not None:
+        option = "pretrained" if pretrained else "weights"
+        if not os.path.exists(locate(path)):
+            check_base(os.fspath(path))
+        raise UlsamError(f"`{option}` is for a timm name; {path} has its own weights")
     spec = read_spec(path)
     with _opened(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
@@ -286,6 +217,60 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
     for old in changes(model)[1].values():
         note_weights(old, filled=not old.state_dict())
     return model.eval().to(device), spec
+
+
+def _load_name(name: str, pretrained: bool, weights: str | os.PathLike[str] | None) -> tuple[nn.Module, ModelSpec]:
+    """A pretrained model by its name; as :func:`load`."""
+    if pretrained and weights is not None:
+        raise UlsamError("give `pretrained` or `weights`, not both")
+    if is_hub_name(name):
+        if weights is not None:
+            raise UlsamError(f"`weights` is for a timm name; {name} has its own weights")
+        return _load_hub(name)
+    check_base(name)
+    if not pretrained and weights is None and "." not in name:
+        raise UlsamError(
+            f"{name} is a model without weights: `pretrained=True` loads timm's, `weights=FILE` those in a file"
+        )
+    spec = spec_of(name)
+    if weights is None:
+        return build(spec, pretrained=True)[0], spec
+    state = read_weights(weights)
+    plain = sketch(spec)
+    outputs = [key for key, part in plain.named_modules() if part in heads(plain)]
+    counts = [len(state[f"{key}.weight"]) for key in outputs if f"{key}.weight" in state]
+    if counts and counts[0] != len(spec.classes):
+        spec = dataclasses.replace(spec, classes=class_names({"num_classes": counts[0]}))
+    model, _ = build(spec)
+    if notes := load_weights(model, state, os.fspath(weights)):
+        raise UlsamError(f"{os.fspath(weights)} does not fit {name}: {notes[0].removesuffix(', starts fresh')}")
+    return model, spec
+
+
+def _load_hub(name: str) -> tuple[nn.Module, ModelSpec]:
+    """A model in timm's format, of the hub or in a folder."""
+    try:
+        folder = hub_folder(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name.removeprefix(LOCAL))
+    except (OSError, ValueError) as error:  # a ValueError: what is no name of the hub
+        raise UlsamError(f"no model {name} to be had: {first_line(error)}") from error
+    given = read_json(folder / "config.json")
+    base, arguments = given.get("architecture"), dict(given.get("model_args") or {})
+    arguments.pop("num_classes", None)  # as many as there are classes
+    if not isinstance(base, str):
+        raise UlsamError(f"{name} is no model of timm: its config.json names no architecture")
+    check_base(base)
+    if forbidden := _FORBIDDEN & set(arguments):
+        raise UlsamError(f"model arguments may not hold {', '.join(sorted(forbidden))}")
+    try:
+        model = timm.create_model(f"{LOCAL}{folder}", pretrained=True)
+    except Exception as error:  # whatever timm raises at this folder
+        raise UlsamError(f"timm cannot build {name}: {first_line(error)}") from error
+    config = model.pretrained_cfg
+    if not config.get("num_classes"):
+        raise UlsamError(f"{name} has no classifier: it gives features alone")
+    spec = spec_from(base, class_names(config), (), config, model_args=arguments)
+    _check_fit(spec, {key: tuple(value.shape) for key, value in model.state_dict().items()}, name)
+    return model, spec
 
 
 def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
@@ -299,7 +284,8 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if _KEY not in metadata:
         raise UlsamError(
-            f"{path} holds weights without a spec; start `ulsam.train` from it by `weights`, or pass a model file"
+            f"{path} holds weights without a spec: name timm's model in its place, and this file as its `weights`; "
+            "or name a model file"
         )
     try:
         spec = ModelSpec.from_json(metadata[_KEY])
@@ -319,42 +305,25 @@ def ulsam_parameters(model: nn.Module) -> list[str]:
     return [f"{name}.{leaf}" for name, layer in layers for leaf, _ in layer.named_parameters()]
 
 
-def _shrink_head(model: nn.Module) -> None:
-    """Start a new classifier near zero: timm's own start is wild with few classes, and upsets trained layers."""
-    for layer in _heads(model):
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.normal_(layer.weight, std=0.01)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-
-def _heads(model: nn.Module) -> list[nn.Module]:
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "classifier"
-    modules = dict(model.named_modules())
-    return [modules[name] for name in ((names,) if isinstance(names, str) else names) if name in modules]
-
-
 def _opened(path: str | os.PathLike[str]) -> Any:
     path = locate(path)
-    if not os.path.exists(path) and (near := difflib.get_close_matches(str(path), names(), n=1)):
-        raise UlsamError(f"no model file {path}; the package has a trained model {near[0]}")
+    known = [*names(), *timm.list_models()]
+    if not os.path.exists(path) and (near := difflib.get_close_matches(str(path), known, n=1)):
+        whose = "the package has a trained model" if near[0] in names() else "timm has a model"
+        raise UlsamError(f"no model file {path}; {whose} {near[0]}")
     check_readable(path, "model file")
     if path.suffix in (".onnx", ".xml", ".pte"):
         raise UlsamError(f"{path} is an exported model; this takes the .safetensors model file that it was made from")
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise UlsamError(f"{path} is no safetensors file, or is cut off: {first_line(error)}") from error
-
-
-def _check_base(base: str) -> None:
-    if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), n=3)
-        raise UlsamError(f"timm has no model {base!r}{'; nearest: ' + ', '.join(near) if near else ''}")
-    try:
-        timm.get_pretrained_cfg(base)
-    except RuntimeError as error:
-        raise UlsamError(f"timm has no model {base!r}: {first_line(error)}") from error
+        with open_regular(path) as file:
+            head = file.read(64)
+        if head.startswith((b"PK", b"\x80")):
+            reason = "it is a checkpoint of PyTorch: name timm's model in its place, and the file as its `weights`"
+        else:
+            reason = kind_of(head) or first_line(error)
+        raise UlsamError(f"{path} is no safetensors file, or is cut off: {reason}") from error
 
 
 def _check_fit(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], source: str) -> nn.Module:

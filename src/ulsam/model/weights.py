@@ -1,7 +1,8 @@
-"""Weights from elsewhere: the state dict in a safetensors file, or in a checkpoint as other programs write them."""
+"""Weights from elsewhere: the state dict in a safetensors file or a checkpoint of other programs; and into a model."""
 
 import argparse
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
@@ -9,12 +10,15 @@ from typing import Any, cast
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.files import check_readable
+from ulsam.base.kinds import kind_of
 from ulsam.base.logs import say
+from ulsam.base.reading import open_regular
 from ulsam.model.trained import locate
+from ulsam.surgery.edited import changes, note_weights
 
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 _PLAIN = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
@@ -62,8 +66,93 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _unwrapped(tensors)
 
 
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> list[str]:
+    """Fill ``model`` with ``state``; only the classifier may be missing or of another shape.
+
+    An edited model also takes the state of the model that it was before some or all of its edits: the layers that these
+    added then stay as they are, and the modules that they put aside are filled too, for `ulsam.undo` to bring back.
+
+    Returns:
+        One line about each part that was not filled, new layers aside.
+
+    Raises:
+        UlsamError: an entry other than the classifier's is missing, left over or of another shape; nothing is loaded.
+
+    >>> import timm
+    >>> model = timm.create_model("mobilenetv2_100", num_classes=7)
+    >>> load_weights(model, timm.create_model("mobilenetv2_100", num_classes=9).state_dict())
+    ['classifier.weight: [9, 1280] there, [7, 1280] here: skipped, starts fresh', \
+'classifier.bias: [9] there, [7] here: skipped, starts fresh']
+    """
+    own = model.state_dict()
+    found_heads = heads(model)
+    added, aside = changes(model)
+    before = {f"{name}.{key}": value for name, old in aside.items() for key, value in old.state_dict().items()}
+    for place, old in aside.items():  # where the state has the old block, it is of a model from before that edit
+        theirs = {f"{place}.{key}" for key in old.state_dict()}
+        ours = {name for name in added if name.startswith(f"{place}.")}
+        if (theirs - ours) & state.keys() and not (ours - theirs) & state.keys():
+            own = {name: value for name, value in own.items() if name not in ours}
+            added -= ours
+    new, old_alone = (
+        added - before.keys(),
+        before.keys() - added,
+    )  # a layer may have names of the block that it replaced
+    if new & state.keys() or (added & state.keys() and not old_alone & state.keys()):  # the state of the edited model
+        before = {name: before[name] for name in old_alone}
+    else:
+        own = {name: value for name, value in own.items() if name not in added}
+    fitting: dict[str, Tensor] = {}
+    notes: list[str] = []
+    wrong: list[str] = []
+    for name, value in own.items():
+        head = any(model.get_submodule(name.rpartition(".")[0]) is layer for layer in found_heads)
+        if name in state and state[name].shape == value.shape:
+            fitting[name] = state[name]
+        elif name in state:
+            shapes = f"{name}: {list(state[name].shape)} there, {list(value.shape)} here"
+            (notes if head else wrong).append(f"{shapes}: skipped, starts fresh" if head else shapes)
+        elif not name.endswith("num_batches_tracked"):
+            (notes if head else wrong).append(f"{name}: not there, starts fresh" if head else f"{name} is missing")
+    wrong += [f"{name} belongs to no layer" for name in state if name not in own and name not in before]
+    wrong += [f"{name} has another shape" for name in before.keys() & state if before[name].shape != state[name].shape]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UlsamError(f"{source} does not fit this model: {wrong[0]}{more}")
+    model.load_state_dict(fitting, strict=False)
+    for place, old in aside.items():
+        keys = {key: f"{place}.{key}" for key in old.state_dict()}
+        filled = {key: state[name] for key, name in keys.items() if name in before.keys() & state}
+        old.load_state_dict(filled, False)
+        note_weights(old, all(key in filled for key in keys if not key.endswith("num_batches_tracked")))
+    return notes
+
+
+def shrink_head(model: nn.Module) -> None:
+    """Start a new classifier near zero: timm's own start is wild with few classes, and upsets trained layers."""
+    for layer in heads(model):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def heads(model: nn.Module) -> list[nn.Module]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "classifier"
+    modules = dict(model.named_modules())
+    return [modules[name] for name in ((names,) if isinstance(names, str) else names) if name in modules]
+
+
 def _content(path: Path) -> dict[Any, Any]:
     """What the file holds."""
+    with open_regular(path) as file:
+        kind = kind_of(file.read(64))
+    if path.suffix in (".onnx", ".xml", ".pte"):
+        kind = "an exported model, whose weights are folded: name the model file or the checkpoint it was made from"
+    elif _is_torchscript(path):
+        kind = "a TorchScript archive, which is a whole program: save the model's state_dict() alone"
+    if kind:
+        raise UlsamError(f"{path} holds no weights that can be read safely: it is {kind}")
     try:
         if path.suffix == ".safetensors":
             return cast(dict[Any, Any], safetensors.torch.load_file(path))
@@ -78,6 +167,13 @@ def _content(path: Path) -> dict[Any, Any]:
     return content
 
 
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def _reason(path: Path, error: Exception) -> str:
     """Why the file could not be read, without PyTorch's advice to run what is in it."""
     try:
@@ -86,7 +182,9 @@ def _reason(path: Path, error: Exception) -> str:
     except Exception:  # as above
         code = []
     if code:
-        return f"it needs the code of {a_few(sorted(code))}; save the model's state_dict() alone"
+        needed = a_few(sorted(code, key=lambda name: (not name.startswith(("torch.nn", "timm.")), name))[:2])
+        advice = "save the model's state_dict() alone"
+        return f"it holds a whole model, or other objects than weights: {advice} (it needs the code of {needed})"
     return first_line(error).partition("This file can still be loaded")[0].strip() or type(error).__name__
 
 

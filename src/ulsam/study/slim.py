@@ -16,10 +16,13 @@ from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.base.files import read_json, write_atomic
 from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
+from ulsam.data.folder import class_numbers
 from ulsam.data.loading import eval_loader
 from ulsam.data.opening import unlabelled
 from ulsam.data.sources import AnyImages
-from ulsam.model.build import load
+from ulsam.model.build import file_content
+from ulsam.model.given import model_and_spec
+from ulsam.model.pretrained import is_pretrained_name
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import locate
 from ulsam.study import slim_report as report
@@ -43,15 +46,18 @@ from ulsam.training.trained_on import held_out_settings
 
 #: Of the reconstruction by which sets are compared; training starts with a longer one.
 STEPS = 200
+#: The file in ``out`` that keeps a model that no model file was named for.
+ORIGINAL = "original.safetensors"
 #: Settings of training that slimming decides.
 DECIDED = ("data", "model", "model_args", "edits", "pretrained", "weights", "teacher")
 
 
 def slim(
-    model: str | os.PathLike[str],
+    model: nn.Module | str | os.PathLike[str],
     data: str,
     out: str | os.PathLike[str],
     *,
+    spec: ModelSpec | None = None,
     macs: float | None = None,
     params: float | None = None,
     latency: float | None = None,
@@ -79,9 +85,11 @@ def slim(
     stopped.
 
     Args:
-        model: a trained model's model file.
+        model: a trained model: its model file, the name of a pretrained one, or a model in memory. Of the last two
+            ``out/original.safetensors`` keeps a copy.
         data: an image folder, or timm's name of a data set; with the model's classes.
         out: a new folder, or that of the same slimming.
+        spec: of a model in memory, as of `ulsam.load`.
         macs: the share of the model's own MACs to keep, such as 0.75. Give exactly one of ``macs``, ``params`` and
             ``latency``.
         params: the share of its parameters to keep.
@@ -126,10 +134,11 @@ def slim(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UlsamError("slimming chooses in one process: use `fine_tune=False`, then train by torchrun")
     check_engine(asked.engine)
-    original, spec = load(model)
-    config = fine_tuning(model, spec, data, settings or {})
+    original, spec = model_and_spec(model, spec)
+    file = out / ORIGINAL if isinstance(model, nn.Module) or is_pretrained_name(model) else model
+    config = fine_tuning(file, spec, data, settings or {})
     with _resumable(out):
-        record = _choose(asked, out, original, spec, config, locate(model))
+        record = _choose(asked, out, original, spec, config, locate(file))
         chosen = [*config.edits, asked.edit(record.data["chosen"]["blocks"])]
         config = dataclasses.replace(config, edits=chosen)
         if (out / "run" / "config.yaml").exists():
@@ -183,6 +192,9 @@ def _choose(
     """Choose the blocks, or take the choice that ``out`` holds, and report it."""
     with start(config.device) as world, cpu_threads(config.threads):
         images, measured, _ = parts.open_images(config)
+        kept = model == out / ORIGINAL
+        if kept and list(class_numbers(images.classes, spec.classes).values()) == [*range(len(spec.classes))]:
+            spec = dataclasses.replace(spec, classes=images.classes)  # the same ones, by their WordNet ids
         if images.classes != spec.classes:
             raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(images, spec)}")
         seen = parts.spec_of(config, spec.classes)
@@ -192,12 +204,13 @@ def _choose(
             match(original, config.freeze)
         blocks, switched, notes = find_blocks(original, seen.input_size, dict(asked.layer), asked.at)
         sample = draw_sample(images, seen, asked.images, world, workers=config.workers)
+        content = file_content(original, spec) if kept else model.read_bytes()
         identity = {
             **asked.entry(),
             "reconstruct_images": config.reconstruct_images,
             "reconstruct": config.reconstruct,
             "images_for_reconstruction": config.images_for_reconstruction,
-            "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+            "model_sha256": hashlib.sha256(content).hexdigest(),
             "sample_sha256": sample.names,
             "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
         }
@@ -211,6 +224,9 @@ def _choose(
                 f"the held-out images may be ones that {model} was trained on: there is no config.yaml of its run "
                 "beside it; give that run's seed as `split_seed`, and its `val_fraction`"
             )
+        if kept:
+            record.write()
+            write_atomic(model, content)
         for line in [*report.start_lines(record.data), *(f"note    {note}" for note in notes)]:
             say(line)
         for _, reason in sample.unreadable:

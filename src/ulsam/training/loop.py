@@ -85,6 +85,11 @@ class Trainer:
             notes += self.teacher.notes
         if not installed("matplotlib"):
             notes.append("no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'")
+        if max(self.spec.input_size[1:]) < parts.SMALLEST:
+            notes.append(
+                f"images of {max(self.spec.input_size[1:])} px leave most models maps of a single pixel, from which "
+                "they learn little: leave `size` out for the model's own"
+            )
         for note in notes:
             self._say(f"note    {note}")
         images = self.train_images

@@ -66,6 +66,10 @@ def spec_of(config: TrainConfig, classes: Sequence[str]) -> ModelSpec:
     )
 
 
+SMALLEST = 16
+"""Pixels; smaller images are hardly meant: compact models halve the size five times."""
+
+
 def prepared_model(model: nn.Module, config: TrainConfig, spec: ModelSpec) -> nn.Module:
     """``model``, which is trained in place of the spec's, if it can be.
 
@@ -84,11 +88,9 @@ def prepared_model(model: nn.Module, config: TrainConfig, spec: ModelSpec) -> nn
     return model
 
 
-def batches_of(
-    config: TrainConfig, spec: ModelSpec, images: sources.AnyImages, world: World
-) -> tuple[loading.Loader, loading.EpochOrder | None, int, str | None]:
-    """The loader, its order (None for a stream), the optimizer updates in an epoch, and what to say of the cache."""
-    transform = TrainTransform(
+def train_transform(config: TrainConfig, spec: ModelSpec) -> TrainTransform:
+    """What training makes of an image."""
+    return TrainTransform(
         spec.input_size,
         mean=spec.mean,
         std=spec.std,
@@ -99,6 +101,13 @@ def batches_of(
         rand_augment=config.rand_augment,
         random_erasing=config.random_erasing,
     )
+
+
+def batches_of(
+    config: TrainConfig, spec: ModelSpec, images: sources.AnyImages, world: World
+) -> tuple[loading.Loader, loading.EpochOrder | None, int, str | None]:
+    """The loader, its order (None for a stream), the optimizer updates in an epoch, and what to say of the cache."""
+    transform = train_transform(config, spec)
     order = None
     if isinstance(images, sources.StreamImages):
         batches = images.batches(config.batch_size, config.workers)

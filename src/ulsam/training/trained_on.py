@@ -24,7 +24,8 @@ def run_of(model: object) -> TrainConfig | None:
     """
     if not isinstance(model, str | os.PathLike):
         return None
-    return config_beside(locate(model).with_name("model.safetensors"))
+    file = locate(model)
+    return config_beside(file.with_name("model.safetensors")) if file.exists() else None
 
 
 def held_out_settings(model: object, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:

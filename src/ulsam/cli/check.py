@@ -1,0 +1,90 @@
+"""`ulsam check DATA`: look for what is wrong with an image folder."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ulsam.base.errors import UlsamError, printable
+from ulsam.base.files import check_writable, write_atomic
+from ulsam.cli.common import print_json
+
+if TYPE_CHECKING:
+    from ulsam.data.check import Checked, Pair
+
+EXAMPLE = """\
+ulsam check images
+ulsam check images --sheet augmented.png --config recipes/cub200.yaml"""
+SHOWN = 10
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("data", metavar="DATA", help="image folder: train/ with val/ or test/, or class folders alone")
+    parser.add_argument("--sheet", metavar="FILE.png", help="also draw what augmentation makes of training images")
+    parser.add_argument("-c", "--config", metavar="YAML", help="settings of training, of which --sheet takes its own")
+    parser.add_argument("-j", "--workers", type=int, metavar="N", help="threads that read images (default: one a core)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what was found; a folder of another layout is an error that names the remedy."""
+    from ulsam.data.check import check, entry
+    from ulsam.data.layouts import check_layout
+
+    if args.workers is not None and args.workers < 1:
+        raise UlsamError(f"--workers must be 1 or more, not {args.workers}")
+    if args.config and not args.sheet:
+        raise UlsamError("--config is for --sheet FILE.png")
+    if args.sheet:
+        check_writable(args.sheet)
+    check_layout(args.data)
+    found = check(args.data, args.workers)
+    if args.sheet:
+        write_atomic(args.sheet, _sheet(args.data, args.config))
+    if args.json:
+        print_json({"data": args.data, **entry(found), "sheet": args.sheet})
+        return
+    print(*map(printable, _lines(found)), sep="\n")
+    if args.sheet:
+        print(f"sheet     {args.sheet}: the whole image, then what training makes of it")
+
+
+def _sheet(data: str, config: str | None) -> bytes:
+    from pathlib import Path
+
+    from ulsam.data.folder import find_splits, scan
+    from ulsam.training.augmentation_sheet import augmentation_sheet
+    from ulsam.training.config import TrainConfig, read_config
+
+    settings: dict[str, Any] = {**(read_config(config) if config else {}), "data": data}
+    samples = scan(find_splits(data).get("train", Path(data)), min_classes=1).samples
+    return augmentation_sheet([path for path, _ in samples], TrainConfig.from_mapping(settings))
+
+
+def _lines(found: "Checked") -> list[str]:
+    lines = [
+        f"{name:<9} {sum(counts.values())} images of {len(counts)} classes, {min(counts.values())} to "
+        f"{max(counts.values())} a class"
+        for name, counts in found.splits.items()
+    ]
+    if found.sides:
+        lines.append("sides     {} to {} px, half of them up to {} px".format(*(found.sides[n] for n in (0, 2, 1))))
+    lines += _listed("broken", found.broken)
+    lines += _listed("leak", list(map(_pair, found.leaks)), "in two splits: results on the second one are too good")
+    lines += _listed("conflict", list(map(_pair, found.conflicts)), "in two classes: one of them is wrong")
+    lines += _listed("duplicate", list(map(_pair, found.duplicates)))
+    lines += [f"note      {note}" for note in found.notes]
+    if len(lines) == len(found.splits) + bool(found.sides):
+        lines.append("found     nothing that is wrong")
+    return lines
+
+
+def _pair(pair: "Pair") -> str:
+    return f"{pair.first} {'=' if pair.identical else '~'} {pair.second}"
+
+
+def _listed(title: str, found: Sequence[str], why: str = "") -> list[str]:
+    """A line each for the first ones, and how many there are."""
+    if not found:
+        return []
+    total = f"{title:<9} {len(found)}{why and ' '}{why}" + (f"; the first {SHOWN}:" if len(found) > SHOWN else ":")
+    return [total, *(f"  {one}" for one in found[:SHOWN])]

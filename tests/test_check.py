@@ -1,0 +1,185 @@
+"""`ulsam check` finds what was put into a folder, and nothing else; tables become folders; other layouts are named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ulsam.base.errors import UlsamError
+from ulsam.cli import main
+from ulsam.data.check import Checked, check
+from ulsam.data.layouts import advice
+from ulsam.data.prepare_table import prepare_table
+
+
+def picture(seed: int, size: int = 96) -> Image.Image:
+    """Smooth shapes, as photos have; each seed has its own."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def images(folder: Path, seeds: range) -> None:
+    folder.mkdir(parents=True)
+    for seed in seeds:
+        picture(seed).save(folder / f"{seed:03}.png")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    images(root / "train" / "robin", range(0, 8))
+    images(root / "train" / "wren", range(8, 16))
+    images(root / "test" / "robin", range(16, 20))
+    images(root / "test" / "wren", range(20, 24))
+    return root
+
+
+def named(found: Checked) -> dict[str, list[tuple[str, str, bool]]]:
+    def name(path: str) -> str:
+        return Path(path).parts[-3] + Path(path).stem
+
+    kinds = {"leaks": found.leaks, "conflicts": found.conflicts, "duplicates": found.duplicates}
+    return {kind: [(name(one), name(two), same) for one, two, same in pairs] for kind, pairs in kinds.items()}
+
+
+def test_a_clean_folder_has_no_findings(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = check(data)
+    assert found.splits == {"train": {"robin": 8, "wren": 8}, "test": {"robin": 4, "wren": 4}}
+    assert found.sides == (96, 96, 96)
+    assert named(found) == {"leaks": [], "conflicts": [], "duplicates": []}
+    assert (found.broken, found.notes) == ((), ())
+    assert main(["check", str(data)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "found     nothing that is wrong"
+
+
+def test_copies_are_found_whatever_their_size_and_quality(data: Path) -> None:
+    shutil.copy(data / "train/robin/001.png", data / "test/robin/copy.png")  # a leak, to the bit
+    picture(9).resize((60, 60)).save(data / "test/wren/small.jpg", quality=60)  # a leak, by its look
+    picture(2).save(data / "train/wren/again.bmp")  # the same pixels in another class
+    picture(10).save(data / "train/wren/twice.jpg", quality=80)
+    found = named(check(data, workers=1))
+    assert sorted(found["leaks"]) == [("train001", "testcopy", True), ("train009", "testsmall", False)]
+    assert found["conflicts"] == [("train002", "trainagain", True)]
+    assert found["duplicates"] == [("train010", "traintwice", False)]
+
+
+def test_plain_images_are_no_copies_of_each_other(data: Path) -> None:
+    for number, grey in enumerate((40, 44, 200)):
+        Image.new("RGB", (96, 96), (grey,) * 3).save(data / "train" / "robin" / f"plain{number}.png")
+    assert named(check(data))["duplicates"] == []
+
+
+def test_broken_images_and_odd_classes_are_reported(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "train" / "wren" / "bad.jpg").write_bytes(b"\xff\xd8\xffno")
+    (data / "train" / "wren" / "notes.txt").write_text("x")
+    images(data / "train" / "New folder", range(30, 32))
+    images(data / "test" / "tit", range(40, 42))
+    assert main(["check", str(data), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["broken"]) == 1 and "bad.jpg: " in found["broken"][0]
+    notes = "\n".join(found["notes"])
+    assert "train/: 1 files are no images by name, such as notes.txt" in notes
+    assert "classes that are called like no class: 'New folder'" in notes
+    assert "classes of test/ that train/ lacks: tit" in notes
+    assert "classes of train/ that test/ lacks: New folder" in notes
+    assert "classes with fewer than 5 images: New folder (2)" in notes
+
+
+def test_the_sheet_shows_the_image_and_what_training_makes_of_it(data: Path, tmp_path: Path) -> None:
+    sheet, config = tmp_path / "sheet.png", tmp_path / "train.yaml"
+    config.write_text("model: test_efficientnet\nsize: 48\ncrop_scale: [1.0, 1.0]\nhflip: 1.0\ncolor_jitter: 0\n")
+    assert main(["check", str(data), "--sheet", str(sheet), "--config", str(config)]) == 0
+    cells = np.asarray(Image.open(sheet).convert("RGB")).astype(int).reshape(8, 52, 7, 52, 3).swapaxes(1, 2)
+    for row in cells[:, :, :48, :48]:
+        mirrored = row[0][:, ::-1]
+        assert np.abs(row[1] - mirrored).mean() < 25 < np.abs(row[1] - row[0]).mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda root: images(root / "images" / "robin", range(2)), "one level deeper: did you mean {root}/images?"),
+        (lambda root: images(root / "set" / "train" / "robin", range(1)), "one level deeper: did you mean {root}/set?"),
+        (lambda root: images(root / "test" / "robin", range(1)), "test lies alone in it: did you mean {root}/test?"),
+        (lambda root: images(root, range(2)), "images without class folders: did you mean {parent}?"),
+    ],
+)
+def test_the_wrong_level_of_folder_names_the_right_one(
+    make: Callable[[Path], None],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path("data")
+    make(root)
+    right = expected.format(root=root, parent=root.resolve().parent)
+    assert (advice(root) or "").replace("\\", "/").endswith(right.replace("\\", "/"))
+    for words in (["check", "data"], ["train", "data", "--model", "test_efficientnet"]):
+        assert main(words) == 2
+        assert "did you mean" in capsys.readouterr().err
+
+
+def test_layouts_of_other_tools_name_the_remedy(tmp_path: Path) -> None:
+    images(tmp_path / "yolo" / "images" / "train", range(1))
+    (tmp_path / "yolo" / "labels" / "train").mkdir(parents=True)
+    (tmp_path / "yolo" / "labels" / "train" / "000.txt").write_text("0 0.5 0.5 1 1\n")
+    assert "images with boxes, as YOLO detects objects" in (advice(tmp_path / "yolo") or "")
+    (tmp_path / "food" / "meta").mkdir(parents=True)
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / "food" / "meta" / name).write_text("a/1\n")
+    assert f"Food-101 as it is published: ulsam prepare food101 {tmp_path / 'food'} OUT" == advice(tmp_path / "food")
+    images(tmp_path / "proper" / "robin", range(2))
+    images(tmp_path / "proper" / "wren", range(2))
+    assert advice(tmp_path / "proper") is None
+
+
+def table(root: Path, text: str) -> Path:
+    images(root / "photos", range(4))
+    (root / "labels.csv").write_text(text)
+    return root / "labels.csv"
+
+
+def test_a_table_becomes_the_folder_that_check_says_it_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = table(tmp_path / "data", "id,breed\nphotos/000,wren\nphotos/001.png,robin\nphotos/002,wren\n")
+    assert main(["prepare", "csv", str(file), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: 3 images of 2 classes\n"
+    made = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    assert made == ["robin/photos_001.png", "wren/photos_000.png", "wren/photos_002.png"]
+    content = (tmp_path / "out" / "robin" / "photos_001.png").read_bytes()
+    assert content == (tmp_path / "data" / "photos" / "001.png").read_bytes()
+
+
+def test_a_table_beside_its_images_is_recognised(tmp_path: Path) -> None:
+    images(tmp_path / "data", range(2))
+    (tmp_path / "data" / "labels.csv").write_text("image_id,label\n000,a\n")
+    command = f"ulsam prepare csv {tmp_path / 'data' / 'labels.csv'} OUT"
+    assert advice(tmp_path / "data") == f"classes in labels.csv, columns image_id and label: {command}"
+
+
+def test_splits_of_a_table_become_splits_of_the_folder(tmp_path: Path) -> None:
+    file = table(tmp_path / "data", "path,label,split\nphotos/000.png,a,train\nphotos/001.png,b,valid\n")
+    assert prepare_table(file, tmp_path / "out") == {"images": 2, "classes": 2}
+    assert (tmp_path / "out" / "val" / "b" / "photos_001.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x,y\n1,2\n", "needs a header with a column for the path"),
+        ("path,label\nphotos/9.png,a\n", "row 2: no image"),
+        ("path,label\nphotos/000.png,../a\n", r"row 2: '\.\./a' is no name of a folder"),
+        ("path,label\nphotos/000.png,a,b\n", "row 2: 3 values, and the header has 2"),
+        ("path,label\nphotos/000.png,a\nphotos/000,a\n", "row 3: photos/000 was there before"),
+        ("path,label,split\nphotos/000.png,a,dev\n", "row 2: the split is 'dev', not one of train"),
+    ],
+)
+def test_a_table_that_cannot_be_made_into_a_folder_leaves_none(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UlsamError, match=message):
+        prepare_table(table(tmp_path / "data", text), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
