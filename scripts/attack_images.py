@@ -233,6 +233,7 @@ def _metadata() -> Iterator[tuple[str, bytes]]:
     yield "jpeg with 2,000 comments", jpeg[:2] + 2_000 * (b"\xff\xfe\xff\xff" + bytes(65_533))[:3000] + jpeg[2:]
     yield "jpeg with 20,000 empty comments", jpeg[:2] + 20_000 * b"\xff\xfe\0\2" + jpeg[2:]
     yield "jpeg with 10 MB of fill bytes", jpeg[:2] + b"\xff" * 10_000_000 + jpeg[2:]
+    yield "jpeg with 60 kB of fill bytes before a zero", jpeg[:2] + b"\xff" * 60_000 + b"\0" + jpeg[2:]
     yield "jpeg with 10 MB of other bytes in its header", jpeg[:20] + b"x" * 10_000_000 + jpeg[20:]
     yield "jpeg with tags behind a fill byte", jpeg[:2] + b"\xff" + 60 * exif + jpeg[2:]
     yield "jpeg with 100 MB behind its end", jpeg + bytes(100_000_000)
