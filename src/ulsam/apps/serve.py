@@ -7,6 +7,7 @@ import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import h11
 import numpy as np
@@ -79,7 +80,7 @@ def serve(
         opened = open_classifier(model, threads=threads, folded=True)
         softmax(opened.logits(np.zeros((1, *opened.preprocessing.size, 3), np.uint8)))  # the first one takes longer
         engine = Engine(opened, limits, Metrics(limits))
-        gate = create_app(engine, limits, api_key or None)
+        gate = create_app(engine, limits, api_key or None, Path(model).name)
         asyncio.run(_run(_Server(gate, limits, ready), listening, engine))
     return gate.answered
 
