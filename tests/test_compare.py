@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ulsam.study.compare import _reported, report
 from ulsam.study.compare_report import measure_latency
 from ulsam.study.compare_table import legend, pairs
 from ulsam.study.comparison_folder import ComparisonFolder
+from ulsam.study.epoch_lines import EpochLines
 from ulsam.study.grid import Failed, Grid, Run
 from ulsam.study.identity import data_digest, file_digests, seen_before
 from ulsam.study.launch import EndedRun, LocalLauncher, lock_of, run_all
@@ -36,6 +37,7 @@ from ulsam.study.paths import without_paths
 from ulsam.study.statistics import right
 from ulsam.training.config import TrainConfig
 from ulsam.training.parts import open_images
+from ulsam.training.summary import write_metrics
 from ulsam.training.train import train
 
 RESOLVED = {**SETTINGS, "epochs": 1, "layout": "contiguous", "amp": "none", "compile": "none"}
@@ -280,17 +282,48 @@ def test_other_images_are_refused(finished: tuple[Path, dict[str, Any]], tmp_pat
         report(out)
 
 
+def test_each_epoch_of_a_run_has_a_line_with_the_time_left(
+    data: Path, tmp_path: Path, logged: Callable[[], str]
+) -> None:
+    shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data), "epochs": 3})
+    grid, comparison = Grid(parse_arms(ARMS), shared, seeds=1), ComparisonFolder(tmp_path)
+    runs = grid.known(lambda run: None)
+    row = {"epoch": 1, "lr": 0.1, "train_loss": 0.5, "val_loss": None, "val_top1": None, "val_top5": None}
+    row |= {"seconds": 1.0, "images_per_second": 9.0}
+    rows = [row, {**row, "epoch": 2, "val_top1": 0.25}, {**row, "epoch": 3, "val_top1": 0.5}]
+    comparison.folder(runs[0]).mkdir(parents=True)
+    write_metrics(comparison.folder(runs[0]), rows[:1])  # by an earlier start
+    lines = EpochLines(grid, comparison)
+    lines.look(runs)
+    assert logged() == ""
+    write_metrics(comparison.folder(runs[0]), rows[:2])
+    lines.look(runs)
+    lines.look(runs)
+    assert re.fullmatch(r"epoch   base, seed-0: 2/3, training loss 0.5000, top-1 25.00 %; about \d+ s left\n", logged())
+    write_metrics(comparison.folder(runs[0]), rows)
+    comparison.folder(runs[1]).mkdir(parents=True)
+    write_metrics(comparison.folder(runs[1]), rows)  # three epochs since the last look
+    lines.look(runs)
+    said = logged().splitlines()
+    assert [line.partition(",")[0] for line in said] == ["epoch   base", *["epoch   slim"] * 3]
+    assert said[1].startswith("epoch   slim, seed-0: 1/3, training loss 0.5000; about ")
+    assert said[3].endswith("top-1 50.00 %; the last epoch")
+
+
 def test_a_published_file_gives_the_same_tables(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, result = finished
     file, again = tmp_path / "published.jsonl.gz", tmp_path / "again"
     assert main(["compare", "--report-only", "--out", str(out), "--publish", str(file)]) == 0
-    printed = capsys.readouterr().out
+    printed, _, paths = capsys.readouterr().out.rpartition("written to ")
+    assert paths.strip().split(", ") == [str(out / f"compare.{kind}") for kind in ("md", "csv", "json", "png")] + [
+        str(out / "rates.png")
+    ]
     runs = {path.relative_to(out).as_posix() for path in out.glob("arms/*/*/summary.json")}
     assert read_packed(file).keys() == {"grid.json", "latency.json", *runs}
     assert main(["compare", "--report-only", "--from", str(file), "--out", str(again)]) == 0
-    assert capsys.readouterr().out == printed
+    assert capsys.readouterr().out.rpartition("written to ")[0] == printed
     assert json.loads((again / "compare.json").read_text()) == without_paths(result)
     before = file.read_bytes()
     report(again, publish=file)

@@ -20,6 +20,7 @@ from ulsam.deploy.predict import predict
 from ulsam.explanation import Explainer, measures, perturb
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, upsampled
 from ulsam.explanation.explainer import LayerMaps
+from ulsam.explanation.explanation import attention_row
 from ulsam.explanation.map_numbers import CAM, MapNumbers
 from ulsam.explanation.regions import BIRD, at_size, mark_areas
 from ulsam.layer.ulsam import ULSAM
@@ -436,3 +437,24 @@ def test_numbers_of_marks_are_shares_of_mass() -> None:
     expected = np.mean([each[: len(each) // 2, : len(each) // 2].sum() for each in first])
     assert marks[name]["bill"]["mean"] == pytest.approx(expected, rel=1e-5)
     assert marks[name]["bill"]["times_area"] == pytest.approx(expected / 0.25, rel=1e-5)
+
+
+def test_a_layer_of_nearly_uniform_maps_is_said_to_do_little():
+    """And it does: what its maps change, against uniform ones, is below the bound that decides."""
+    uniform = np.full((2, 7, 7), 1 / 49, np.float32)
+    ripple = np.zeros((2, 7, 7), np.float32)
+    ripple[:, 0, 0], ripple[:, 6, 6] = 0.009, -0.009
+    for maps, note in (
+        (uniform, "nearly uniform: this layer does little"),
+        (uniform + ripple, "nearly uniform: this layer does little"),
+        (uniform + 1.2 * ripple, ""),
+    ):
+        row = attention_row(LayerMaps("x", None, "equations", maps))
+        assert row.note == note
+        assert row.heading == "x: 2 maps of 7 × 7" + ("; " + note if note else "")
+        x = np.random.default_rng(0).normal(size=(2, 7, 7))
+        effect = np.linalg.norm((maps - uniform) * x) / np.linalg.norm(x)
+        assert effect <= measures.most_effect(maps)
+    fine = np.full((1, 64, 64), 1 / 4096, np.float32)
+    fine[0, 0, 0] = 0.005  # twenty times uniform, and yet next to nothing
+    assert attention_row(LayerMaps("x", None, "equations", fine)).note == "weak: this layer does little"

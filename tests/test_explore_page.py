@@ -108,6 +108,7 @@ def test_both_models_say_what_they_see(page: Page, bird: Path) -> None:
 
 def test_the_slider_and_the_layers_change_the_map(page: Page, bird: Path) -> None:
     shown(page, bird)
+    page.get_by_role("radio", name="Attention").check(force=True)
     card = page.get_by_role("article").first
     slider, layer = card.get_by_role("slider", name="Subspace"), card.get_by_role("combobox", name="Layer")
     assert layer.locator("option").count() == 2
@@ -132,6 +133,9 @@ def test_the_slider_and_the_layers_change_the_map(page: Page, bird: Path) -> Non
 
 def test_cam_and_image_are_switched_for_both_models(page: Page, bird: Path) -> None:
     shown(page, bird)
+    expect(page.get_by_role("radio").first).to_be_checked()  # which is Grad-CAM++
+    expect(page.get_by_text("Grad-CAM++ for ")).to_have_count(2)
+    page.get_by_role("radio", name="Attention").check(force=True)
     attention = [seen(page, model) for model in range(2)]
     without = page.get_by_role("article").nth(1)
     expect(without.get_by_text("no ULSAM layer")).to_be_visible()
@@ -150,6 +154,7 @@ def test_cam_and_image_are_switched_for_both_models(page: Page, bird: Path) -> N
 
 def test_a_choice_stays_from_image_to_image(page: Page, bird: Path, tmp_path: Path) -> None:
     shown(page, bird)
+    page.get_by_role("radio", name="Attention").check(force=True)
     card = page.get_by_role("article").first
     card.get_by_role("combobox", name="Layer").select_option(index=1)
     card.get_by_role("slider", name="Subspace").fill("3")
@@ -262,10 +267,9 @@ def test_everything_is_reached_with_keys_alone(page: Page, bird: Path) -> None:
     for _ in range(7):
         page.keyboard.press("Tab")
         stops.append(focused(page))
-        if stops[-1] == "radio attention":
+        if stops[-1] == "radio cam":
             page.keyboard.press("ArrowRight")
-            assert focused(page) == "radio cam" and differ(seen(page), before)
-            page.keyboard.press("ArrowLeft")
+            assert focused(page) == "radio attention" and differ(seen(page), before)
         if stops[-1].startswith("select-one"):
             page.keyboard.press("ArrowDown")
             expect(page.locator(".strip img")).to_have_count(4)

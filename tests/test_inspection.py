@@ -18,7 +18,8 @@ from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.cli import main
 from ulsam.data.folder import images_below
 from ulsam.data.images import read_image
-from ulsam.explanation.inspect_maps import INERT, LayerStats, inspect, warnings
+from ulsam.explanation.inspect_maps import LayerStats, inspect, warnings
+from ulsam.explanation.measures import INERT
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit

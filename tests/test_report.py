@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import io
 import json
+import os
 import random
 import re
 import shutil
@@ -12,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tiny import SETTINGS, draw_splits
 from ulsam.cli import main
@@ -26,6 +29,7 @@ from ulsam.explanation.trained_runs import Result, TrainedRun, read_runs
 from ulsam.training.config import TrainConfig
 from ulsam.training.train import train
 
+CHROMIUM = os.environ.get("ULSAM_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = '<img src=x onerror="alert(1)">'
 NAMES = ("base", "slim & <i>thin<")
 
@@ -197,6 +201,57 @@ def test_the_page_needs_nothing_else_and_escapes_every_name(root: Path, tmp_path
         assert attributes.get("role") != "img" or {"aria-label", "aria-labelledby"} & attributes.keys()
         assert set((attributes.get("aria-labelledby") or "").split()) <= set(ids)
     assert all(target.startswith("data:image/") for target in re.findall(r"url\((.*?)\)", text))
+
+
+def test_a_report_is_not_replaced_unasked(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("mine")
+    report(root, out, "--no-images", code=2)
+    assert capsys.readouterr().err == f"ulsam: error: {out} exists: name another --out, or give --replace\n"
+    assert out.read_text() == "mine"
+    assert "<h1>2 training runs</h1>" in report(root, out, "--no-images", "--replace")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_on_paper_and_on_a_phone_nothing_is_lost(root: Path, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    out = tmp_path / "report.html"
+    report(root, out)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+        page.goto(out.as_uri())
+        table = page.locator(".scroll.whole").first
+        table.scroll_into_view_if_needed()
+        assert table.evaluate("it => it.scrollWidth > it.clientWidth + 20")
+
+        def shadows() -> list[bool]:
+            """Whether the left and the right edge of the table, below its head, are unlike the page."""
+            image = Image.open(io.BytesIO(table.screenshot())).convert("L")
+            y = image.height - 6
+            paper = image.getpixel((image.width // 2, y))
+            return [abs(image.getpixel((x, y)) - paper) > 20 for x in (3, image.width - 4)]
+
+        assert shadows() == [False, True]
+        table.evaluate("it => it.scrollTo(it.scrollWidth, 0)")
+        page.wait_for_timeout(200)
+        assert shadows() == [True, False]
+        page.emulate_media(media="print")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        lost = page.evaluate(
+            """() => [...document.querySelectorAll("body *")].filter((it) => {
+                const style = getComputedStyle(it), box = it.getBoundingClientRect();
+                const drawn = style.backgroundImage !== "none" || it.localName === "img";
+                return (drawn && style.printColorAdjust !== "exact")
+                    || (it.localName === "img" && !(it.complete && it.naturalWidth && box.width))
+                    || (it.matches(".scroll") && (style.overflowX !== "visible" || style.maxHeight !== "none"));
+            }).map((it) => it.outerHTML.slice(0, 80))"""
+        )
+        assert lost == []
+        assert page.pdf().count(b"/Subtype /Image") >= 8
+        browser.close()
 
 
 def test_differences_are_paired_by_image(root: Path, tmp_path: Path) -> None:

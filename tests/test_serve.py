@@ -28,7 +28,7 @@ from torch import nn
 from serving import KEY, PNG, Service, form, reply, service
 from tiny import NET, draw
 from ulsam import runtime
-from ulsam.apps.service import create_app
+from ulsam.apps.service import _about, create_app
 from ulsam.apps.service_engine import Engine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
@@ -417,6 +417,25 @@ def test_the_page_and_all_that_it_names_come_from_the_service(served):
             found = connection.getresponse()
             assert (found.status, len(found.read()) > 1000) == (200, True)
     assert served.ask("/static-offline-docs/../core.py").status == 404
+
+
+def test_the_root_leads_to_a_page_about_the_model(served):
+    with contextlib.closing(served.connect()) as connection:
+        connection.request("GET", "/")
+        found = connection.getresponse()
+        found.read()
+    assert (found.status, found.headers["location"]) == (307, "docs")
+    about = served.ask("/openapi.json").body["info"]
+    assert about["title"] == "ulsam serve: model.onnx"
+    assert r"the model model\.onnx." in about["description"]
+    assert "3 classes: class0, class1, class2." in about["description"]
+    assert "curl -F images=@bird.jpg 'http://HOST:PORT/predict?top=3'" in about["description"]
+
+
+def test_a_service_with_a_key_does_not_list_its_classes():
+    locked, free = (_about("a*b.onnx", ["x"] * 201, Limits(), locked=locked) for locked in (True, False))
+    assert "classes" not in locked and 'curl -H "Authorization: Bearer KEY"' in locked
+    assert free.endswith(" and 1 more.") and r"a\*b\.onnx" in free
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

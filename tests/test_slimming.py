@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import signal
 import time
@@ -35,6 +36,7 @@ from ulsam.study.slim_damage import Score, score
 from ulsam.study.slim_latency import call_of, check_engine
 from ulsam.study.slim_record import SlimRecord
 from ulsam.study.slim_report import choice_lines
+from ulsam.study.slim_stacked import can_stack, scores_together
 from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
@@ -221,6 +223,94 @@ def test_the_score_is_that_of_one_image_after_the_other(model, data):
     assert len({id(entry) for entry in chosen}) == 20  # no image twice
 
 
+@pytest.mark.parametrize("layer", ["ulsam", "none"])
+def test_sets_measured_together_have_the_scores_that_each_has_alone(model, data, layer):
+    loaded, spec = load(model)
+    sample = draw_sample(open_data(str(data))[0], spec, 20, ALONE, batch_size=8)
+    blocks, switched, _ = find_blocks(loaded, SIZE, {} if layer == "ulsam" else {"layer": "none"})
+    names = [block.name for block in blocks]
+    sets = [names[4:6], names[:2], [names[9]], [], names, [names[0], names[9]], names[2:8]]
+    before = loaded(sample.images[0])
+    assert can_stack(switched, sample.images[0][:2])
+    together = scores_together(switched, sets, sample.batches)
+    for some, found in zip(sets, together, strict=True):
+        with switched.replaced(some) as replaced:
+            alone = score(replaced, sample, CLASSES, ALONE)
+        assert found.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert found.top1 == alone.top1
+    assert len({round(found.loss, 6) for found in together}) == len(sets)
+    assert torch.equal(loaded(sample.images[0]), before)
+
+
+def test_a_pass_over_sets_computes_what_they_share_once(model, data):
+    loaded, spec = load(model)
+    sample = draw_sample(open_data(str(data))[0], spec, 8, ALONE)
+    blocks, switched, _ = find_blocks(loaded, SIZE, {})
+    names, rows = [block.name for block in blocks], []
+    loaded.conv_stem.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    loaded.conv_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    scores_together(switched, [[names[0]], names[:2], [names[9]]], sample.batches)
+    assert rows == [8, 24]
+
+
+def test_variants_are_not_stacked_where_a_connection_leads_around_a_block():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 3)
+            self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(torch.cat([x, self.block(x)], 1).mean((2, 3)))
+
+    class Mixed(Around):  # which runs with a longer batch, and mixes the variants
+        def forward(self, x):
+            x = self.block(self.first(x))
+            return self.last(torch.cat([x, x.flip(0)], 1).mean((2, 3)))
+
+    for kind in (Around, Mixed):
+        switched = SwitchableModel(kind().eval(), ["block"], {"layer": "none"}, SIZE)
+        assert not can_stack(switched, torch.randn(2, *SIZE))
+        assert isinstance(switched.model.block, nn.Sequential)
+
+
+def test_slimming_chooses_alike_whether_sets_are_measured_together_or_alone(model, data, tmp_path):
+    out = tmp_path / "out"
+    found = slim(model, str(data), out, fine_tune=False, macs=0.9, at="10,13,14,16,17", settings=SETTINGS)
+    loaded, spec = load(model)
+    sample = draw_sample(open_data(str(data))[0], spec, 400, ALONE)
+    blocks, switched, _ = find_blocks(loaded, SIZE, {}, "10,13,14,16,17")
+    names = {block.place: block.name for block in blocks}
+
+    def alone(sets):
+        for some in sets:
+            with switched.replaced(some) as replaced:
+                yield score(replaced, sample, CLASSES, ALONE)
+
+    sets = [entry["blocks"] for entry in found["measured"]]
+    expected = [one.loss for one in alone([[names[place] for place in places] for places in sets])]
+    assert [entry["loss"] for entry in found["measured"]] == pytest.approx(expected, rel=1e-5)
+    losses = dict(zip(map(tuple, sets), expected, strict=True))
+    assert found["chosen"]["blocks"] == min(found["chosen"]["rivals"], key=lambda places: losses[tuple(places)])
+
+
+def test_slimming_says_what_it_will_measure_and_for_how_long(model, data, tmp_path, capsys):
+    argv = ["slim", str(model), str(data), "--out", str(tmp_path / "out"), "--macs", "0.9", "--no-train"]
+    assert main([*argv, "--at", "10,13,14,16,17", *options(SETTINGS)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    plan = next(line for line in lines if line.startswith("plan "))
+    assert plan.startswith("plan    5 blocks one by one, up to ")
+    assert plan.endswith("to shorten it: fewer --images, a smaller --most-sets, blocks named by --at")
+    most = [int(number) for number in re.findall(r"up to (\d+) sets", plan)]
+    (time_line,) = [line for line in lines if line.startswith("time ")]
+    assert time_line.startswith(f"time    up to {sum(most)} sets to measure, about ")
+    assert lines.index(plan) < lines.index(time_line)
+    measured = len(kept(tmp_path / "out")["measured"])
+    assert 6 < measured <= 6 + sum(most)
+
+
 def test_the_sample_is_the_same_one_each_time_and_wherever_the_images_lie(model, data, tmp_path):
     spec = read_spec(model)
     shutil.copytree(data, tmp_path / "moved")
@@ -318,7 +408,7 @@ def search_of(asked, blocks, record, reconstructed=None, kind=BlockSearch):
         blocks,
         SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
         cost(model, SIZE),
-        lambda names: Score(sum(1.0 + int(name[1:]) for name in names), 0.5),
+        lambda sets: [Score(sum(1.0 + int(name[1:]) for name in names), 0.5) for names in sets],
         record,
         lambda: None,
         reconstructed,
@@ -439,7 +529,7 @@ def test_of_the_sets_of_least_damage_the_best_after_reconstruction_is_chosen(tmp
             blocks,
             SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
             cost(model, SIZE),
-            lambda names: Score(1.0 + sum(1 + int(name[1:]) for name in names), 0.5),
+            lambda sets: [Score(1.0 + sum(1 + int(name[1:]) for name in names), 0.5) for names in sets],
             record,
             lambda: None,
             reconstructed,
@@ -592,12 +682,13 @@ def wait_for(event: Any) -> None:
 
 @pytest.mark.slow
 def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, logged):
-    monkeypatch.setattr("ulsam.study.slim_choose.INTERVAL", 0.0)  # a line for each set
+    monkeypatch.setattr("ulsam.study.slim_progress.INTERVAL", 0.0)  # a line for each pass
     for again in range(2):
         slim(model, str(data), tmp_path / "out", macs=0.97, at="16,17", fine_tune=False, settings=SETTINGS)
         lines = [line for line in logged().splitlines() if line.startswith("damage ")]
         sets = len(kept(tmp_path / "out")["measured"])
-        assert lines == ([] if again else [f"damage  sets measured so far: {number}" for number in range(1, sets + 1)])
+        numbers = [int(re.search(r"so far: (\d+)", line)[1]) for line in lines]
+        assert numbers == ([] if again else [1, *range(3, sets + 1)])  # the base, both blocks, and the others
 
 
 def test_killed_and_stopped_it_resumes_to_the_same_end(model, data, slimmed, interpreter, tmp_path):

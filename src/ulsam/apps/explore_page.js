@@ -135,7 +135,7 @@ class Model {
     const number = Number(this.slider.value), count = layer?.maps.length;
     const [words, image] = layer ? layer.maps[number - 1] : mode === "cam" ? [[`Grad-CAM++ for ${cam.of}`], cam.image] : [[], ""];
     const map = find(".map", this.card), scale = find(".scale", this.card);
-    const what = layer ? `Subspace ${words.join(", ")}` : words.join("");
+    const what = layer ? [`Subspace ${words.join(", ")}`, layer.note].filter(Boolean).join("; ") : words.join("");
     map.hidden = !image;
     if (image) Object.assign(map, { src: image, alt: `${what}; laid over the image` });
     else map.removeAttribute("src");
@@ -215,7 +215,7 @@ async function start() {
   find("#models").replaceChildren(...models.map((model) => model.card));
   const attention = settings.models.some((model) => model.attention);
   find("[value=attention]", radios).disabled = !attention;
-  find(attention ? "[value=attention]" : "[value=cam]", radios).checked = true;
+  find("[value=cam]", radios).checked = true;
 }
 
 start();

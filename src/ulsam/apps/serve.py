@@ -7,6 +7,7 @@ import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import h11
@@ -87,7 +88,8 @@ def serve(
         opened = open_classifier(model, spec, threads=threads, folded=True)
         softmax(opened.logits(np.zeros((1, *opened.preprocessing.size, 3), np.uint8)))  # the first one takes longer
         engine = Engine(opened, limits, Metrics(limits))
-        gate = create_app(engine, limits, api_key or None)
+        name = Path(model).name if isinstance(model, str) else spec.base if spec else type(model).__name__
+        gate = create_app(engine, limits, api_key or None, name)
         asyncio.run(_run(_Server(gate, limits, ready), listening, engine))
     return gate.answered
 

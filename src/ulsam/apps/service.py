@@ -6,13 +6,14 @@
 import asyncio
 import contextlib
 import hmac
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
@@ -31,6 +32,9 @@ from ulsam.training.predict import ranked
 PREDICT = "/predict"
 LINGER = 2.0
 """Seconds for which the rest of a refused body is read: a client that still sends would not see the answer."""
+
+SHOWN = 200
+"""Classes that the page lists."""
 
 AGAIN = {"Retry-After": "1"}
 """Header of an answer with status 503: seconds after which to ask again."""
@@ -89,17 +93,19 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 _LOCKED: dict[int | str, dict[str, Any]] = {401: {"model": Problem, "description": "No key, or another one"}}
 
 
-def create_app(engine: Engine, limits: Limits, api_key: str | None) -> "RequestLimit":
+def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = "model") -> "RequestLimit":
     """The ASGI application of a service.
 
     Args:
         engine: that names images.
+        name: of the model, for the page.
         limits: what is refused.
         api_key: required as a bearer token for predictions and metrics; None requires none.
     """
     metrics = engine.metrics
     names = [name.encode(errors="replace").decode() for name in engine.model.classes]  # what JSON in UTF-8 can hold
-    app = FastAPIOffline(title="ulsam", version=__version__, description="Names what is in images.", redoc_url=None)
+    about = _about(name, names, limits, locked=api_key is not None)
+    app = FastAPIOffline(title=f"ulsam serve: {name}", version=__version__, description=about, redoc_url=None)
     locked = [] if api_key is None else [Depends(_lock(api_key))]
     refusals = {} if api_key is None else _LOCKED
 
@@ -138,6 +144,10 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None) -> "RequestL
         if not any(one.classes for one in found):
             raise HTTPException(422, _reasons(found))
         return Answer(predictions=found)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> RedirectResponse:
+        return RedirectResponse("docs")
 
     @app.get("/health", summary="Whether requests are taken")
     async def health() -> dict[str, str]:
@@ -225,6 +235,25 @@ class _Request:
             if self._gate.draining:
                 message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
         await self._send(message)
+
+
+def _about(name: str, classes: Sequence[str], limits: Limits, *, locked: bool) -> str:
+    """What the page says of the service, in Markdown; who has no key does not learn the classes."""
+    key = ' -H "Authorization: Bearer KEY"' if locked else ""
+    lines = [
+        f"Names what is in images, with the model {_plain(name)}. Try `POST {PREDICT}` below, or send a file:",
+        f"```\ncurl{key} -F images=@bird.jpg 'http://HOST:PORT{PREDICT}?top=3'\n```",
+        f"At most {limits.images} images a request, {limits.megabytes} MB together.",
+    ]
+    if not locked:
+        more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+        lines.append(f"{len(classes)} classes: {', '.join(map(_plain, classes[:SHOWN]))}{more}.")
+    return "\n\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([^\w\s])", r"\\\1", " ".join(text.split()))
 
 
 def _lock(api_key: str) -> Callable[..., Awaitable[None]]:

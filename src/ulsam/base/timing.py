@@ -138,3 +138,15 @@ def _timed(call: Call) -> float:
     before = time.perf_counter()
     call()
     return time.perf_counter() - before
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that say most of it.
+
+    >>> duration(59), duration(1544.6), duration(7500)
+    ('59 s', '25 min 45 s', '2 h 5 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import UlsamError, printable
 from ulsam.cli.common import numbers, only_json, print_json
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.training.config import read_config
@@ -64,6 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Exits with status 1 if a run failed."""
     from ulsam.study.compare import compare, report
+    from ulsam.study.compare_report import written
     from ulsam.study.compare_table import text
     from ulsam.training.machine import keep_freed_memory
 
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         print_json(result)
     else:
         print(text(result))
+        print(f"\nwritten to {printable(', '.join(written(args.out)))}")
     if any(arm["failed"] for arm in result["arms"]):
         raise SystemExit(1)
 

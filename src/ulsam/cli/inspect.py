@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.base.logs import progress
     from ulsam.base.provenance import command_line, versions
     from ulsam.data.folder import image_paths
-    from ulsam.explanation.inspect_maps import INERT, LEGEND, inspect, table, warnings
+    from ulsam.explanation.inspect_maps import LEGEND, inspect, table, warnings
+    from ulsam.explanation.measures import INERT
     from ulsam.model.given import model_and_spec
     from ulsam.training.evaluate import read_batch, spec_transform
     from ulsam.training.summary import spec_entry

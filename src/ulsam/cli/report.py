@@ -15,6 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", metavar="RUN", help="folders of ulsam train; the others are compared with the first"
     )
     parser.add_argument("--out", metavar="FILE", help="the page (default: runs/report-N/report.html)")
+    parser.add_argument("--replace", action="store_true", help="replace the file if it exists")
     parser.add_argument("--data", metavar="DIR", help="where the images lie now (default: where the runs say)")
     parser.add_argument(
         "--no-images",
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.explanation.run_report import report_runs
 
     out = Path(args.out) if args.out else free_folder("report") / "report.html"
-    written = report_runs(args.runs, out, data=args.data, images=args.images, time=args.time)
+    written = report_runs(args.runs, out, data=args.data, images=args.images, time=args.time, replace=args.replace)
     if args.json:
         runs = [{"key": one.key, "folder": one.folder, "line": one.line} for one in written.runs]
         print_json({"page": written.page, "runs": runs, "notes": written.notes})

@@ -199,17 +199,18 @@ def map_uri(values: NDArray[np.floating], smallest: int = SMALLEST) -> str:
 
 
 def layer_view(layer: LayerMaps, smallest: int = SMALLEST) -> dict[str, Any]:
-    """What a page shows of a layer: heading, the top of its colour scale, where "uniform" lies on it in percent, and of
-    each map the caption and an image, as of :func:`map_uri`.
+    """What a page shows of a layer: heading, the note that ends it, the top of its colour scale, where "uniform" lies
+    on it in percent, and of each map the caption and an image, as of :func:`map_uri`.
 
     >>> view = layer_view(LayerMaps("blocks.5.2", "17", "equations", np.full((1, 2, 2), 0.25)))
     >>> view["heading"], view["top"], view["uniform"], view["maps"][0][0]
-    ('layer 17, blocks.5.2: 1 map of 2 × 2', '2.00×', 50.0, ('1: entropy 100.0 %', 'peak 1.00×'))
+    ('layer 17, blocks.5.2: 1 map of 2 × 2; nearly uniform: this layer does little', '2.00×', 50.0, \
+('1: entropy 100.0 %', 'peak 1.00×'))
     """
     row = attention_row(layer)
     (_, top), (uniform, _), _ = row.marks
     maps = [(caption, map_uri(one, smallest)) for caption, one in zip(row.captions, row.maps, strict=True)]
-    return {"heading": row.heading, "top": top, "uniform": 100 * uniform, "maps": maps}
+    return {"heading": row.heading, "note": row.note, "top": top, "uniform": 100 * uniform, "maps": maps}
 
 
 def top_view(found: Explanation) -> tuple[tuple[str, str, float], ...]:

@@ -14,7 +14,7 @@ from ulsam.base.extras import check_plots
 from ulsam.data.images import Pixels
 from ulsam.explanation.captions import percent, verdict
 from ulsam.explanation.drawing import COLOURS, STRENGTH
-from ulsam.explanation.measures import entropy_share, peak
+from ulsam.explanation.measures import INERT, entropy_share, most_effect, peak
 from ulsam.layer.ulsam import Form
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class MapRow:
     maps: tuple[NDArray[np.floating], ...]  # [h, w] each, from 0 to 1, the top of the scale
     captions: tuple[tuple[str, str], ...]  # of each map, two lines
     marks: tuple[tuple[float, str], ...]  # on the scale, the highest first: its place from 0 to 1, and its label
+    note: str = ""  # what to beware of; it ends the heading, too
 
 
 def attention_row(layer: LayerMaps) -> MapRow:
@@ -84,22 +85,30 @@ def attention_row(layer: LayerMaps) -> MapRow:
 
     >>> row = attention_row(LayerMaps("blocks.5.2", "17", "equations", np.full((1, 2, 2), 0.25)))
     >>> row.heading, row.captions[0], row.marks
-    ('layer 17, blocks.5.2: 1 map of 2 × 2', ('1: entropy 100.0 %', 'peak 1.00×'), \
-((1.0, '2.00×'), (0.5, 'uniform'), (0.0, '0')))
+    ('layer 17, blocks.5.2: 1 map of 2 × 2; nearly uniform: this layer does little', ('1: entropy 100.0 %', \
+'peak 1.00×'), ((1.0, '2.00×'), (0.5, 'uniform'), (0.0, '0')))
     """
     groups, height, width = layer.maps.shape
     place = f"layer {layer.place}, " if layer.place else ""
     top = max(2.0, *layer.peak)
-    pairs = zip(layer.entropy_share, layer.peak, strict=True)
+    pairs, note = zip(layer.entropy_share, layer.peak, strict=True), _little(layer)
     return MapRow(
-        f"{place}{layer.name}: {groups} map{'s' if groups > 1 else ''} of {height} × {width}",
+        f"{place}{layer.name}: {groups} map{'s' if groups > 1 else ''} of {height} × {width}{'; ' * bool(note)}{note}",
         tuple(layer.maps * (height * width / top)),
         tuple(
             (f"{number}: entropy {_entropy(share)}", f"peak {_times(peak)}")
             for number, (share, peak) in enumerate(pairs, start=1)
         ),
         ((1.0, _times(top)), (1 / top, "uniform"), (0.0, "0")),
+        note,
     )
+
+
+def _little(layer: LayerMaps) -> str:
+    """That the maps change the features by less than `INERT`, whatever these are, if it is so."""
+    if most_effect(layer.maps) >= INERT:
+        return ""
+    return f"{'nearly uniform' if max(layer.peak) < 2 else 'weak'}: this layer does little"
 
 
 def cam_row(models: Mapping[str, Explanation]) -> MapRow:

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.base.text_table import text_table
-from ulsam.explanation.measures import correlations, deviations, entropy_share, peak, ratio
+from ulsam.explanation.measures import INERT, correlations, deviations, entropy_share, peak, ratio
 from ulsam.layer.ulsam import ULSAM, Form
 from ulsam.surgery.places import paper_places
 
-#: Attention is called inert if replacing its maps by uniform ones changes the features by less than this share.
-INERT = 0.01
 #: What the columns of :func:`table` mean.
 LEGEND = (
     "entropy in nats; maximum of a map, and times H * W (1: uniform); varies: share of the maps' variance that differs "

@@ -12,6 +12,9 @@ Array = NDArray[np.floating]
 FLAT = 1e-6
 """A map whose values differ by a smaller share than this is flat: what is left is the rounding of float32."""
 
+INERT = 0.01
+"""Attention is inert if replacing its maps by uniform ones changes the features by less than this share."""
+
 
 def entropy_share(maps: Array) -> Array:
     """The entropy of maps [..., H, W], each of which sums to 1, as a share of log(H * W), that of a uniform map.
@@ -37,6 +40,18 @@ def peak(maps: Array) -> Array:
     height, width = maps.shape[-2:]
     largest: Array = maps.max((-2, -1)) * (height * width)
     return largest
+
+
+def most_effect(maps: Array) -> float:
+    """The most by which maps [g, H, W], and not uniform ones, can change the features x that they amplify, x + A * x.
+
+    The change is (A - 1 / (H * W)) * x: as a share of x, in the square mean, at most the largest factor in it.
+
+    >>> most_effect(np.array([[[0.5, 0.0], [0.25, 0.25]]])), most_effect(np.full((1, 7, 7), 1 / 49))
+    (0.25, 0.0)
+    """
+    height, width = maps.shape[-2:]
+    return float(np.abs(maps - 1 / (height * width)).max())
 
 
 def deviations(maps: Array) -> Array:

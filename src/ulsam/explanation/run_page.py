@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ulsam.base.errors import UlsamError, printable
+from ulsam.base.timing import duration
 from ulsam.explanation.captions import percent
 from ulsam.explanation.confusions import SharedImage, choose_samples, class_rows, confusion, most_confused
 from ulsam.explanation.explain_page import Card, card_of_models, environment, photo_uri
@@ -200,18 +201,6 @@ def points(share: float) -> str:
     '−0.62'
     """
     return f"{100 * share:+.2f}".replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    """A time in the two units that say most of it.
-
-    >>> duration(59), duration(1544.6), duration(7500)
-    ('59 s', '25 min 45 s', '2 h 5 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _costs(runs: Sequence[TrainedRun], times: Times | None) -> list[CostRow]:

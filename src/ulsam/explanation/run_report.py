@@ -31,23 +31,28 @@ def report_runs(
     data: str | None = None,
     images: bool = True,
     time: bool = False,
+    replace: bool = False,
 ) -> WrittenReport:
     """Write one HTML page about runs of `ulsam train`.
 
     Args:
         folders: of the runs; the first one is what the others are compared with.
-        out: the file, ``NAME.html``; one that is there is replaced.
+        out: the file, ``NAME.html``.
         data: where the images of all runs lie now, if not where their settings say.
         images: whether to run the models again, for confusions and images.
         time: whether to time the models, too, which takes about 20 seconds and a machine without other work.
+        replace: whether to replace a file that is there.
 
     Raises:
-        UlsamError: not a run's folder, a damaged file in it, runs of other classes, or ``out`` cannot be written.
+        UlsamError: ``out`` exists or cannot be written, not a run's folder, a damaged file in it, or runs of other
+            classes.
     """
     check_plots("ulsam report")
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise UlsamError(f"the report is a page: name it {out.with_suffix('.html')}, not {out}")
+    if out.exists() and not replace:
+        raise UlsamError(f"{out} exists: name another `out`, or give `replace=True`")
     runs = read_runs(folders)
     make_folder(out.parent)
     check_writable(out)

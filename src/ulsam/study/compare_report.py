@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ulsam.base.files import write_atomic
@@ -109,6 +110,16 @@ def write_reports(comparison: ComparisonFolder, result: Mapping[str, Any]) -> No
         write_atomic(comparison.root / "compare.png", plot.draw(result))
     if any(entry["top1"] is not None for arm in result["arms"] for entry in arm["tries"]):
         write_atomic(comparison.root / "rates.png", plot.draw_rates(result))
+
+
+def written(out: str | Path) -> list[str]:
+    """The paths of the reports in the folder of a comparison.
+
+    >>> written("a folder that is not there")
+    []
+    """
+    names = ("compare.md", "compare.csv", "compare.json", "compare.png", "rates.png")
+    return [str(Path(out) / name) for name in names if (Path(out) / name).exists()]
 
 
 def _finals(grid: Grid, arm: Arm, comparison: ComparisonFolder) -> Runs:

@@ -130,40 +130,42 @@ def draw(data: Path, rows: list[Row]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    panels: Any = figure.subfigures(1, 3, width_ratios=(1.5, 1.5, 1))
-    left, middle, right = panels
+    figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")  # pages show it half as wide: text stays readable
+    panels: Any = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    upper, lower = panels
+    left, right = lower.subplots(1, 2, width_ratios=(1.7, 1))
     birds = open_split(str(data), "val")
     labels = [] if birds.labels is None else birds.labels.tolist()
     first = {label: number for number, label in reversed(list(enumerate(labels)))}
-    grid = left.subplots(2, (len(first) + 1) // 2).flat
+    grid = upper.subplots(2, (len(first) + 1) // 2).flat
     for axes, label in zip(grid, sorted(first), strict=False):
         axes.imshow(birds.fetch(first[label])[0])  # type: ignore[union-attr]
-        axes.set_title(birds.classes[label].replace("-", "\n"), fontsize=9)
-    for axes in left.axes:
+        axes.set_title(birds.classes[label].replace("-", "\n"), fontsize=12)
+    for axes in upper.axes:
         axes.axis("off")
 
     base, *edited = rows
-    steps = middle.subplots()
+    steps = left
     for row, marker in zip(edited, ("s--", "o-"), strict=True):
         shares = [100 * row.top1[stage] for stage in STAGES]
         steps.plot(STAGES, shares, marker, ms=7, label=row.name)
     for stage, line, name in (("at once", ":", "base model"), ("fine-tuned", "-", "base model, fine-tuned as long")):
         steps.axhline(100 * base.top1[stage], color="0.4", linestyle=line, label=name)
     steps.set(ylabel="validation top-1 (%)", title="accuracy after each step")
-    steps.legend(fontsize=9)
+    steps.legend(fontsize=10)
     steps.grid(alpha=0.3)
 
-    bars = right.subplots()
+    bars = right
     for shift, row, colour in zip((-0.2, 0.2), edited, ("C0", "C1"), strict=True):
         shares = [100 * row.params / base.params, 100 * row.macs / base.macs]
         drawn = bars.bar([shift, 1 + shift], shares, width=0.38, color=colour, label=row.name)
-        bars.bar_label(drawn, fmt="%.0f %%", fontsize=9)
+        bars.bar_label(drawn, fmt="%.0f %%", fontsize=11)
     bars.set_xticks(range(2), ["parameters", "MACs"])
     bars.set(ylabel="% of the base model", title="cost", ylim=(0, 105))
     for axes in (steps, bars):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(CAUTION, fontsize=10)
+        axes.tick_params(labelsize=11)
+    figure.suptitle(CAUTION, fontsize=12)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -21,6 +21,7 @@ from ulsam.base.locks import take_lock
 from ulsam.base.logs import say
 from ulsam.base.processes import GROUP
 from ulsam.study.comparison_folder import ComparisonFolder
+from ulsam.study.epoch_lines import EpochLines
 from ulsam.study.grid import Failed, Grid, Run
 from ulsam.training.config import TrainConfig
 from ulsam.training.parts import stop_signals
@@ -114,6 +115,7 @@ def run_all(grid: Grid, comparison: ComparisonFolder, launcher: Launcher, again:
         Interrupted: Ctrl-C or SIGTERM, after every run has saved.
     """
     announced: set[str] = set()
+    epochs = EpochLines(grid, comparison)
     due, looked = grid.due(comparison.outcome), time.monotonic()
     with stop_signals() as stopping, _stopped_at_the_end(launcher):
         while due or launcher.running():
@@ -126,6 +128,7 @@ def run_all(grid: Grid, comparison: ComparisonFolder, launcher: Launcher, again:
                     say(f"wait    {run}: another process is training it")
             time.sleep(PAUSE)
             over = launcher.ended()
+            epochs.look([*launcher.running(), *(ended.run for ended in over)])
             for ended in over:
                 if ended.reason:
                     comparison.fail(ended.run, ended.reason)

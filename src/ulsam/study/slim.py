@@ -32,9 +32,10 @@ from ulsam.study.slim_choose import BlockSearch
 from ulsam.study.slim_damage import Score, score
 from ulsam.study.slim_latency import Engine, check_engine
 from ulsam.study.slim_record import SlimRecord, check_folder
+from ulsam.study.slim_stacked import can_stack, scores_together
 from ulsam.surgery.cost import cost
 from ulsam.surgery.places import match
-from ulsam.surgery.reconstruct import reconstruct
+from ulsam.surgery.reconstruct import Known, reconstruct
 from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.evaluate import evaluate_batches, spec_transform
@@ -252,14 +253,25 @@ def _choose(
                         "reconstructed", {found.name: found.explained for found in switched.reconstruct(shown())}
                     )
 
+            known: Known = {}
+
             def reconstructed(names: Sequence[str]) -> Score:
                 model = switched.edited(names, world.device)
-                reconstruct(model, shown(), steps=STEPS)
+                reconstruct(model, shown(), steps=STEPS, known=known)
                 return score(model, sample, spec.classes, world)
 
-            def replaced(names: Sequence[str]) -> Score:
-                with switched.replaced(names) as model:
-                    return score(model, sample, spec.classes, world)
+            @cache
+            def stacked() -> bool:
+                return can_stack(switched, sample.images[0][:2])
+
+            def replaced(sets: Sequence[Sequence[str]]) -> list[Score]:
+                if len(sets) > 1 and stacked():
+                    return scores_together(switched, sets, sample.batches)
+                found = []
+                for names in sets:
+                    with switched.replaced(names) as model:
+                        found.append(score(model, sample, spec.classes, world))
+                return found
 
             BlockSearch(
                 asked,

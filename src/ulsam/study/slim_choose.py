@@ -1,10 +1,11 @@
 """Choose the blocks: the damage of replacing them against what that saves, counted, or timed on this machine."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from tqdm import tqdm
@@ -12,38 +13,20 @@ from tqdm import tqdm
 from ulsam.base import logs
 from ulsam.base.errors import UlsamError
 from ulsam.base.threads import cpu_threads
-from ulsam.base.timing import Call, Timing, time_in_turn
+from ulsam.base.timing import Call, Timing, duration, time_in_turn
 from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import WORDS, Budget
 from ulsam.study.slim_damage import Score
 from ulsam.study.slim_latency import call_of
+from ulsam.study.slim_progress import SearchProgress
 from ulsam.study.slim_record import SlimRecord
-from ulsam.study.slim_search import Blocks, SearchResult, saved, search
+from ulsam.study.slim_search import Blocks, SearchResult, minimal_sets, saved, search
+from ulsam.study.slim_stacked import TOGETHER
 from ulsam.surgery.cost import Cost
 
 STEP = 0.005  # share of the time by which more is asked for at least, where the sets that were found are too slow
 MOST_TURNS = 2000  # of timing
 TIMED = 8  # sets of one search that are timed at most
-INTERVAL = 30.0  # seconds between lines about how far the search is, where the output is no terminal
-
-
-class _Progress:
-    """Shows how many sets were measured: by a bar on a terminal, elsewhere by a line now and then."""
-
-    def __init__(self, bar: "tqdm[Any]") -> None:
-        self.bar, self.sets, self.last = bar, 0, time.monotonic()
-
-    def count(self) -> None:
-        """One more set was measured."""
-        self.sets += 1
-        self.bar.update()
-        if self.bar.disable and time.monotonic() - self.last >= INTERVAL:
-            self.say(f"damage  sets measured so far: {self.sets}")
-
-    def say(self, line: str) -> None:
-        """Log a line."""
-        self.last = time.monotonic()
-        logs.say(line)
 
 
 @dataclass(frozen=True)
@@ -55,7 +38,7 @@ class BlockSearch:
         blocks: to choose from, in the order of the model.
         switched: the model in which they are, on the device on which it is measured.
         cost: of the model as it is, one image.
-        score: measures the model with the blocks of these names replaced.
+        score: measures the model with each of several sets of blocks replaced, given by their names.
         record: where to keep figures.
         prepare: called before the first block is replaced, once the budget is known to be reachable.
         reconstructed: measures the model with these blocks replaced and the layers behind them reconstructed; None
@@ -66,7 +49,7 @@ class BlockSearch:
     blocks: Sequence[Block]
     switched: SwitchableModel
     cost: Cost
-    score: Callable[[Sequence[str]], Score]
+    score: Callable[[Sequence[Sequence[str]]], Sequence[Score]]
     record: SlimRecord
     prepare: Callable[[], None]
     reconstructed: Callable[[Sequence[str]], Score] | None = None
@@ -80,7 +63,7 @@ class BlockSearch:
         by_time = self.budget.measure == "latency"
         bar: tqdm[Any] = logs.progress(desc="damage", unit="set")
         with bar, cpu_threads(self.budget.threads if by_time else None):
-            progress = _Progress(bar)
+            progress = SearchProgress(bar, self._shorter)
             savings, total = self._savings(progress)
             useful = _useful(savings)
             self._check_reachable(
@@ -89,13 +72,12 @@ class BlockSearch:
             if by_time and (more := (1 - self._ratio(useful)) / saved(savings, useful)) > 1:
                 savings = [more * saving for saving in savings]  # together they save more than the sum
             self.prepare()
-            self._damage(frozenset(), progress)
-            for number in sorted(useful):  # for the table, whatever the search asks for
-                self._damage(frozenset({number}), progress)
-            if by_time:
-                found = self._by_latency(savings, progress)
-            else:
-                found = self._search(savings, total * (1 - self.budget.share), progress)
+            least = total * (1 - self.budget.share)
+            progress.say(f"plan    {self._plan(savings, least)}")
+            self._measure([frozenset()], progress)
+            self._measure([frozenset({number}) for number in useful], progress)  # for the table, whatever is asked for
+            progress.expect(sum(self._expected(savings, least)))
+            found = self._by_latency(savings, progress) if by_time else self._search(savings, least, progress)
             chosen = self._best_reconstructed(found, progress)
         places = self._places
         self.record.put(
@@ -108,28 +90,63 @@ class BlockSearch:
             },
         )
 
-    def _scored(self, blocks: Blocks, progress: _Progress) -> Score:
-        """The score with these blocks replaced; of none: of the model as it is."""
-        known = self.record.score(self._places(blocks))
-        if known is None:
-            known = self.score([self.blocks[number].name for number in sorted(blocks)])
-            self.record.add_score(self._places(blocks), known)
-            progress.count()
-        return known
+    @property
+    def _shorter(self) -> str:
+        ways = ["fewer `images`", "a smaller `most_sets`", "blocks named by `at`"]
+        return ", ".join([*ways, *["a smaller `reconstruct_sets`"] * (self.reconstructed is not None)])
 
-    def _best_reconstructed(self, found: SearchResult, progress: _Progress) -> Blocks:
+    def _plan(self, savings: Sequence[float], least: float) -> str:
+        """What will be measured."""
+        greedily, after = self._expected(savings, least)
+        mended = min(self.budget.reconstruct_sets, after) if self.reconstructed else 0
+        return (
+            f"{len(_useful(savings))} blocks one by one, up to {greedily} sets in a greedy search, up to {after} sets "
+            f"after it{f', and the best {mended} reconstructed' * (mended > 0)}; to shorten it: {self._shorter}"
+        )
+
+    def _expected(self, savings: Sequence[float], least: float) -> tuple[int, int]:
+        """How many sets the greedy search will measure, about, and how many at most are measured after it."""
+        useful = sorted(_useful(savings))
+        sets = list(
+            itertools.islice(minimal_sets([savings[number] for number in useful], least), self.budget.most_sets + 1)
+        )
+        longest = max(map(len, sets), default=0)
+        return sum(len(useful) - step for step in range(1, longest)), min(len(sets), self.budget.most_sets)
+
+    def _measure(self, sets: Iterable[Blocks], progress: SearchProgress) -> None:
+        """Measure those of the sets that were not, many together."""
+        due = sorted({blocks for blocks in sets if self.record.score(self._places(blocks)) is None}, key=sorted)
+        for first in range(0, len(due), TOGETHER):  # neighbours in this order have most in common
+            some, began = due[first : first + TOGETHER], time.monotonic()
+            found = self.score([[self.blocks[number].name for number in sorted(blocks)] for blocks in some])
+            self.record.add_scores(zip(map(self._places, some), found, strict=True))
+            progress.count(len(some), time.monotonic() - began)
+
+    def _scored(self, blocks: Blocks, progress: SearchProgress) -> Score:
+        """The score with these blocks replaced; of none: of the model as it is."""
+        places = self._places(blocks)
+        if self.record.score(places) is None:
+            self._measure([blocks], progress)
+        return cast(Score, self.record.score(places))
+
+    def _best_reconstructed(self, found: SearchResult, progress: SearchProgress) -> Blocks:
         """Of the sets of least damage that reach the budget the one that is best when it is reconstructed."""
         if self.reconstructed is None:
             return found.blocks
         by_time = self.budget.measure == "latency"
         fitting = [rival for rival in found.rivals if not by_time or self._ratio(rival) <= self.budget.share]
         losses: dict[Blocks, float] = {}
-        for blocks in fitting[: self.budget.reconstruct_sets]:
+        chosen = fitting[: self.budget.reconstruct_sets]
+        for number, blocks in enumerate(chosen):
+            began = time.monotonic()
             places = self._places(blocks)
             known = self.record.score(places, reconstructed=True)
             if known is None:
                 known = self.reconstructed([self.blocks[number].name for number in sorted(blocks)])
                 self.record.add_score(places, known, reconstructed=True)
+                if number == 0 and len(chosen) > 1:
+                    rest = duration((len(chosen) - 1) * (time.monotonic() - began))
+                    progress.say(f"time    {len(chosen) - 1} more sets to reconstruct, about {rest}")
             losses[blocks] = known.loss
             before, base = self._damage(blocks, progress), self._scored(frozenset(), progress)
             progress.say(
@@ -137,11 +154,11 @@ class BlockSearch:
             )
         return min(losses, key=lambda blocks: (losses[blocks], sorted(blocks)), default=found.blocks)
 
-    def _damage(self, blocks: Blocks, progress: _Progress) -> float:
+    def _damage(self, blocks: Blocks, progress: SearchProgress) -> float:
         """How much the loss grows when these blocks are replaced."""
         return self._scored(blocks, progress).loss - self._scored(frozenset(), progress).loss
 
-    def _savings(self, progress: _Progress) -> tuple[list[float], float]:
+    def _savings(self, progress: SearchProgress) -> tuple[list[float], float]:
         """What each block saves, counted or timed, and what there is in all; of time both are shares."""
         if self.budget.measure != "latency":
             return [getattr(block, self.budget.measure) for block in self.blocks], getattr(
@@ -155,7 +172,7 @@ class BlockSearch:
         ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.record.get("timings")}
         return [1 - ratios[(block.place,)] for block in self.blocks], 1.0
 
-    def _search(self, savings: Sequence[float], least: float, progress: _Progress) -> SearchResult:
+    def _search(self, savings: Sequence[float], least: float, progress: SearchProgress) -> SearchResult:
         """Search among the blocks that save something."""
         useful = sorted(_useful(savings))
 
@@ -165,10 +182,13 @@ class BlockSearch:
         def damage(blocks: Blocks) -> float:
             return self._damage(real(blocks), progress)
 
-        found = search([savings[number] for number in useful], least, damage, self.budget.most_sets)
+        def ahead(sets: Iterable[Blocks]) -> None:
+            self._measure(map(real, sets), progress)
+
+        found = search([savings[number] for number in useful], least, damage, self.budget.most_sets, ahead)
         return SearchResult(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
 
-    def _by_latency(self, savings: Sequence[float], progress: _Progress) -> SearchResult:
+    def _by_latency(self, savings: Sequence[float], progress: SearchProgress) -> SearchResult:
         """Search with the time that each block is to save, and time what is found, the least damage first.
 
         What some blocks save together is still not the sum of these savings. So the first set that is fast enough is

@@ -1,6 +1,6 @@
 """The record of a slimming, ``slim.json``: all that it measured and chose, so that a second start resumes from it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,12 @@ class SlimRecord:
 
     def add_score(self, blocks: list[str], score: Score, *, reconstructed: bool = False) -> None:
         """Keep a score."""
-        self.data.setdefault(_KEYS[reconstructed], []).append(
-            {"blocks": blocks, "loss": score.loss, "top1": score.top1}
+        self.add_scores([(blocks, score)], reconstructed=reconstructed)
+
+    def add_scores(self, found: Iterable[tuple[list[str], Score]], *, reconstructed: bool = False) -> None:
+        """Keep scores, with one write."""
+        self.data.setdefault(_KEYS[reconstructed], []).extend(
+            {"blocks": blocks, "loss": score.loss, "top1": score.top1} for blocks, score in found
         )
         self.write()
 

@@ -5,7 +5,7 @@ of it does; only these are looked at, since replacing one more block is not expe
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,8 @@ from ulsam.base.errors import UlsamError
 Blocks = frozenset[int]
 #: The damage of replacing a set of blocks; called often for the same set, so it should remember.
 Damage = Callable[[Blocks], float]
+#: Is told of the sets whose damage is asked for next, to measure them together.
+Ahead = Callable[[Iterable[Blocks]], object]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,13 @@ class SearchResult:
     rivals: tuple[Blocks, ...]
 
 
-def search(savings: Sequence[float], least: float, damage: Damage, most_sets: int = 200) -> SearchResult:
+def _nothing(sets: Iterable[Blocks]) -> None:
+    pass
+
+
+def search(
+    savings: Sequence[float], least: float, damage: Damage, most_sets: int = 200, ahead: Ahead = _nothing
+) -> SearchResult:
     """Find the set of least damage that saves ``least`` or more.
 
     First greedily (:func:`greedy`). Then, where there are at most ``most_sets`` minimal sets, all of them are measured
@@ -43,6 +51,7 @@ def search(savings: Sequence[float], least: float, damage: Damage, most_sets: in
         least: to be saved, above 0.
         damage: of a set.
         most_sets: how many sets to measure at most, those of the greedy search aside.
+        ahead: is told of the sets whose damage is asked for next.
 
     Raises:
         UlsamError: all blocks together save less.
@@ -52,18 +61,19 @@ def search(savings: Sequence[float], least: float, damage: Damage, most_sets: in
     """
     if sum(savings) < least:
         raise UlsamError(f"all {len(savings)} blocks together save {sum(savings):g}, less than {least:g}")
-    first = greedy(savings, least, damage)
+    first = greedy(savings, least, damage, ahead)
     sets = []
     for blocks in minimal_sets(savings, least):
         sets.append(blocks)
         if len(sets) > most_sets:
-            rivals = improve(first, savings, least, damage, most_sets)
+            rivals = improve(first, savings, least, damage, most_sets, ahead)
             return SearchResult(rivals[0], "greedy", first, tuple(rivals))
+    ahead(sets)
     sets.sort(key=lambda blocks: (damage(blocks), sorted(blocks)))
     return SearchResult(sets[0], "exact", first, tuple(sets))
 
 
-def greedy(savings: Sequence[float], least: float, damage: Damage) -> Blocks:
+def greedy(savings: Sequence[float], least: float, damage: Damage, ahead: Ahead = _nothing) -> Blocks:
     """Add the block of least added damage for what it saves until the set saves enough, then take out what it need not.
 
     Returns:
@@ -76,20 +86,28 @@ def greedy(savings: Sequence[float], least: float, damage: Damage) -> Blocks:
     before = 0.0  # only differences of it count
     while saved(savings, chosen) < least:
         options = [chosen | {block} for block in range(len(savings)) if block not in chosen]
+        ahead(options)
         worth = {option: (damage(option) - before) / savings[next(iter(option - chosen))] for option in options}
         chosen = min(options, key=lambda option: (worth[option], sorted(option)))
         before = damage(chosen)
-    return _trimmed(chosen, savings, least, damage)
+    return _trimmed(chosen, savings, least, damage, ahead)
 
 
-def improve(start: Blocks, savings: Sequence[float], least: float, damage: Damage, most_sets: int) -> list[Blocks]:
+def improve(
+    start: Blocks,
+    savings: Sequence[float],
+    least: float,
+    damage: Damage,
+    most_sets: int,
+    ahead: Ahead = _nothing,
+) -> list[Blocks]:
     """Exchange one block of the set for another while that lessens the damage; measures at most ``most_sets`` sets.
 
     Where the exchange saves too little the set gets one block more.
 
     Args:
         start: a minimal set.
-        savings, least, damage, most_sets: as for :func:`search`.
+        savings, least, damage, most_sets, ahead: as for :func:`search`.
 
     Returns:
         The minimal sets that were measured, by damage.
@@ -102,8 +120,9 @@ def improve(start: Blocks, savings: Sequence[float], least: float, damage: Damag
     tried: set[Blocks] = set()
     while (best := min(seen, key=lambda blocks: (seen[blocks], sorted(blocks)))) not in tried:
         tried.add(best)
-        fresh = [blocks for blocks in _neighbours(best, savings, least) if blocks not in seen]
-        seen.update({blocks: damage(blocks) for blocks in fresh[: most_sets - len(seen)]})
+        fresh = [blocks for blocks in _neighbours(best, savings, least) if blocks not in seen][: most_sets - len(seen)]
+        ahead(fresh)
+        seen.update({blocks: damage(blocks) for blocks in fresh})
     return sorted(seen, key=lambda blocks: (seen[blocks], sorted(blocks)))
 
 
@@ -150,8 +169,9 @@ def _neighbours(blocks: Blocks, savings: Sequence[float], least: float) -> list[
     return list(found)
 
 
-def _trimmed(blocks: Blocks, savings: Sequence[float], least: float, damage: Damage) -> Blocks:
+def _trimmed(blocks: Blocks, savings: Sequence[float], least: float, damage: Damage, ahead: Ahead) -> Blocks:
     """Without the blocks that are not needed, the one first whose absence leaves the least damage."""
     while options := [blocks - {block} for block in blocks if saved(savings, blocks - {block}) >= least]:
+        ahead(options)
         blocks = min(options, key=lambda option: (damage(option), sorted(option)))
     return blocks
