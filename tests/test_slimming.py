@@ -390,14 +390,16 @@ def test_a_budget_of_time_is_met_by_the_model_that_was_timed(model, data, tmp_pa
     argv = ["slim", str(model), str(data), "--out", str(tmp_path / "out"), "--latency", "0.93", "--no-train"]
     argv += ["--latency-seconds", "0", "--latency-threads", "1", "--most-sets", "4", "--groups", "2"]
     argv += ["--engine", engine, "--latency-batch", batch, *options(SETTINGS)]
-    assert main(argv) == 0
+    status, shown = main(argv), capsys.readouterr()
+    if status:  # a busy machine: no blocks were timed to be fast enough
+        assert re.search(r"of the time: --latency must be that or more|none of the \d+ blocks saves time", shown.err)
+        return
     found = kept(tmp_path / "out")
     timed = {tuple(entry["blocks"]): entry["ratio"] for entry in found["timed"]}
     assert timed[tuple(found["chosen"]["blocks"])] <= 0.93
     assert [entry["blocks"] for entry in found["timings"]] == [[], *([block["place"]] for block in found["blocks"])]
-    printed = capsys.readouterr().out
-    assert "time saved" in printed
-    assert f"chosen  {', '.join(found['chosen']['blocks'])}: " in printed
+    assert "time saved" in shown.out
+    assert f"chosen  {', '.join(found['chosen']['blocks'])}: " in shown.out
 
 
 def search_of(asked, blocks, record, reconstructed=None, kind=BlockSearch):
