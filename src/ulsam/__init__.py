@@ -49,6 +49,7 @@ _HOME = {
     "export": "ulsam.deploy.export",
     "quantize": "ulsam.deploy.quantize",
     "bench": "ulsam.deploy.bench",
+    "push": "ulsam.deploy.hub",
     # errors and progress
     "UlsamError": "ulsam.base.errors",
     "Interrupted": "ulsam.base.errors",

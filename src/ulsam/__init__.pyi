@@ -6,6 +6,7 @@ from ulsam.base.logs import show_progress as show_progress
 from ulsam.deploy.bench import bench as bench
 from ulsam.deploy.evaluate import evaluate as evaluate
 from ulsam.deploy.export import export as export
+from ulsam.deploy.hub import push as push
 from ulsam.deploy.predict import predict as predict
 from ulsam.deploy.quantize import quantize as quantize
 from ulsam.explanation.explainer import explain as explain

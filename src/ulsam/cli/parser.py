@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "name what is in images",
     "export": "write a trained model for another engine: ONNX, OpenVINO, ExecuTorch",
     "quantize": "write a trained model in 8-bit integers, and say what that costs",
+    "push": "put a trained model on the Hugging Face hub, in timm's format",
     "bench": "time models side by side in the engines that run them: eager, compile, ONNX Runtime, OpenVINO",
     "serve": "name images over HTTP, with batching, limits and metrics",
     "inspect": "say what the attention layers of a trained model do on images",

@@ -1,0 +1,88 @@
+"""The card of a model on a hub: what it is, how good it is on which images, and how to use it."""
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from ulsam.model.spec import ModelSpec
+
+SHOWN = 200  # classes that the card lists
+
+
+def model_card(name: str, spec: ModelSpec, summary: Mapping[str, Any] | None = None) -> str:
+    """A card in Markdown, with the metadata that hubs read.
+
+    Args:
+        name: of the model there, as ``USER/NAME``.
+        spec: of the model.
+        summary: what ``summary.json`` of its run holds. Of paths on this machine only the data set's name is taken.
+
+    >>> print(model_card("me/birds", ModelSpec("mobilenetv2_100", ("wren", "robin"))).splitlines()[7])
+    # birds
+    """
+    tags = ["image-classification", "timm", *["ulsam"] * bool(spec.edits)]
+    lines = ["---", f"library_name: {'ulsam' if spec.edits else 'timm'}", "tags:", *(f"- {tag}" for tag in tags)]
+    lines += ["pipeline_tag: image-classification"] * bool(spec.edits) + ["---", "", f"# {name.rpartition('/')[2]}", ""]
+    edits = "; ".join(map(str, spec.edits))
+    size = "×".join(map(str, spec.input_size[1:]))
+    lines += [
+        f"An image classifier with {len(spec.classes)} classes: timm's `{spec.base}`"
+        + (f", edited by ulsam: `{edits}`." if edits else ".")
+        + f" Images of {size} pixels.",
+        "",
+    ]
+    if summary:
+        lines += _results(summary)
+    lines += ["## Use", "", "```python", *_usage(name, spec), "```", "", "## Classes", ""]
+    lines += [", ".join(map(_plain, spec.classes[:SHOWN])) + (", ..." if len(spec.classes) > SHOWN else "")]
+    return "\n".join(lines) + "\n"
+
+
+def _results(summary: Mapping[str, Any]) -> list[str]:
+    scores, cost, base = summary["scores"], summary["cost"], summary["base_cost"]
+    config = summary["config"]
+    low, high = scores["top1_interval_95"]
+    data = PurePath(config["data"].replace("\\", "/")).name
+    lines = [
+        "## Results",
+        "",
+        f"On {scores['images']} {summary['split']} images of {_plain(data)}; trained on {summary['images']['train']}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| top-1 | {100 * scores['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}, over images) |",
+        f"| top-5 | {100 * scores['top5']:.2f} % |",
+        f"| loss | {scores['loss']:.4f} |",
+        f"| parameters | {cost['params'] / 1e6:.3f} M{_change(cost['params'], base['params'])} |",
+        f"| MACs | {cost['macs'] / 1e6:.1f} M{_change(cost['macs'], base['macs'])} |",
+        "",
+        "## Training",
+        "",
+        f"{config['epochs']} epochs of {config['opt']} with learning rate {config['lr']:g}, batches of "
+        f"{config['batch_size']}, seed {config['seed']}"
+        + (f", distilled from `{summary['teacher']['spec']['base']}`." if summary["teacher"] else "."),
+        "",
+    ]
+    return lines
+
+
+def _change(now: int, before: int) -> str:
+    return "" if now == before else f" ({100 * (now / before - 1):+.1f} % against the base model)"
+
+
+def _usage(name: str, spec: ModelSpec) -> list[str]:
+    if not spec.edits:
+        return ["import timm", "", f'model = timm.create_model("hf-hub:{name}", pretrained=True).eval()']
+    return [
+        "import ulsam",
+        "from huggingface_hub import hf_hub_download",
+        "",
+        f'file = hf_hub_download("{name}", "model.safetensors")',
+        "model, spec = ulsam.load(file)",
+        'print(ulsam.predict(file, ["image.jpg"]))',
+    ]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>()#+!|~" else sign for sign in " ".join(text.split()))
