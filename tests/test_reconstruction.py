@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ulsam
 from ulsam.base.errors import UlsamError
-from ulsam.surgery.reconstruct import reconstruct
+from ulsam.surgery.reconstruct import Known, reconstruct
 
 
 def images(number: int = 4) -> list[Tensor]:
@@ -88,6 +88,26 @@ def test_it_is_the_same_each_time_whatever_the_mode_and_moves_no_random_generato
     assert models[1].training and models[1].blocks[5].training
     for name, value in models[0].state_dict().items():
         assert torch.equal(value, models[1].state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_what_two_edits_share_at_the_front_is_trained_once() -> None:
+    known: Known = {}
+    shared, fresh = [], []
+
+    def edited(at: str) -> nn.Module:
+        model = trained()
+        torch.manual_seed(1)  # of the new layers
+        return ulsam.replace(model, at, width=4, input_size=(3, 96, 96))
+
+    for at in ("13,14,16", "13,14,17", "13,16", "13,14,16"):
+        shared.append(edited(at))
+        found = reconstruct(shared[-1], images(), steps=5, known=known)
+        fresh.append(edited(at))
+        assert reconstruct(fresh[-1], images(), steps=5) == found
+        for name, value in fresh[-1].state_dict().items():
+            assert torch.equal(value, shared[-1].state_dict()[name]), (at, name)
+    assert len(known) == 5  # of eight segments: the first of 13,14 once, and all of the last edit are known
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from ulsam.study.slim_record import SlimRecord, check_folder
 from ulsam.study.slim_stacked import can_stack, scores_together
 from ulsam.surgery.cost import cost
 from ulsam.surgery.places import match
-from ulsam.surgery.reconstruct import reconstruct
+from ulsam.surgery.reconstruct import Known, reconstruct
 from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.evaluate import evaluate_batches, spec_transform
@@ -237,9 +237,11 @@ def _choose(
                         "reconstructed", {found.name: found.explained for found in switched.reconstruct(shown())}
                     )
 
+            known: Known = {}
+
             def reconstructed(names: Sequence[str]) -> Score:
                 model = switched.edited(names, world.device)
-                reconstruct(model, shown(), steps=STEPS)
+                reconstruct(model, shown(), steps=STEPS, known=known)
                 return score(model, sample, spec.classes, world)
 
             @cache

@@ -39,8 +39,26 @@ class Reconstructed:
     after: float
 
 
+@dataclass(frozen=True)
+class _Segment:
+    """What was trained up to a kept block: its entry, and the states of its layers by name."""
+
+    entry: Reconstructed | None
+    states: dict[str, dict[str, Tensor]]
+
+
+#: A :class:`_Segment` by the places and kept blocks up to it: what two edited models have in common at the front.
+Known = dict[Any, Any]
+
+
 def reconstruct(
-    model: nn.Module, batches: Sequence[Tensor], *, scope: Scope = "block", steps: int = STEPS, rate: float = RATE
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    scope: Scope = "block",
+    steps: int = STEPS,
+    rate: float = RATE,
+    known: Known | None = None,
 ) -> list[Reconstructed]:
     """Train the layers behind each removed or replaced block towards the whole model's features, without labels.
 
@@ -59,6 +77,8 @@ def reconstruct(
             first place, towards the model's last feature map, and runs the model in every step.
         steps: of Adam for each place, with a batch each.
         rate: peak learning rate.
+        known: empty at first, and filled here: with the same dictionary for several edits of one model, on the same
+            images in the same steps, what they share up to the first difference is trained once. Scope ``"block"``.
 
     Returns:
         One entry a place; consecutive edits share one. Edits whose block has no weights (the model came from a file
@@ -79,17 +99,32 @@ def reconstruct(
     batches = list_of_batches(batches)
     if not edited_blocks(model):
         return []
+    known = {} if known is None or scope == "joint" else known
     with torch.no_grad(), eval_mode(model), enough_memory():
         whole = put_back(copy.deepcopy(model))
-        found = []
+        found: list[Reconstructed] = []
+        front: tuple[tuple[tuple[str, ...], str | None], ...] = ()
         for places, following in _segments(model, batches[0]):
-            for name in places:
-                reconstruct_layer(model, whole, name, batches, steps=steps)
-            if scope == "block" and (trained := _one(model, whole, places, following, batches, steps, rate)):
-                found.append(trained)
+            front += ((tuple(places), following),)
+            if front in known:
+                for name, state in known[front].states.items():
+                    model.get_submodule(name).load_state_dict(state)
+            else:
+                for name in places:
+                    reconstruct_layer(model, whole, name, batches, steps=steps)
+                block = scope == "block"
+                trained = _one(model, whole, places, following, batches, steps, rate) if block else None
+                known[front] = _Segment(trained, _states(model, [*places, *([following] if following else [])]))
+            if entry := known[front].entry:
+                found.append(entry)
         if scope == "joint":
             found.append(_jointly(model, whole, batches, steps, rate))
     return found
+
+
+def _states(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    parts = {name: model.get_submodule(name).state_dict() for name in names}
+    return {name: {key: value.clone() for key, value in state.items()} for name, state in parts.items()}
 
 
 @dataclass
