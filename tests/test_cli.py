@@ -170,6 +170,7 @@ KEYS = {
     "explain MODEL DATA/val/class0 --out ROOT/explained": {"page", "images", "known", "wrong", "unreadable"},
     "report RUN --out ROOT/report.html": {"page", "runs", "notes"},
     "export MODEL --out ROOT/m.onnx": {"file", "format", "bytes", "parity"},
+    "push RUN ROOT/hub": {"model", "target"},
     "birds ROOT/birds --classes 2 --train 1 --val 1": {"folder", "classes", "train", "val", "size", "seed"},
     "doctor": {"torch", "threads", "backends"},
 }

@@ -47,8 +47,8 @@ class _Segment:
     states: dict[str, dict[str, Tensor]]
 
 
-#: Reconstructed segments by the places and kept blocks up to them: what two edited models have in common at the front.
-Known = dict[tuple[tuple[tuple[str, ...], str | None], ...], _Segment]
+#: A :class:`_Segment` by the places and kept blocks up to it: what two edited models have in common at the front.
+Known = dict[Any, Any]
 
 
 def reconstruct(
