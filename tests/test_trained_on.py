@@ -106,6 +106,7 @@ def test_of_a_run_with_splits_the_folder_says_what_it_was_trained_on(
     model = tmp_path / "run" / "model.safetensors"
     model.parent.mkdir()
     model.with_name("config.yaml").write_text(TrainConfig(str(data)).to_yaml())
+    model.touch()
     for folder, said in (
         (data / "val", ""),
         (data / "train", SEEN + "4 of these 4 images: they are no fair test\n"),

@@ -1,6 +1,7 @@
 """`ulsam train DATA`: train a model on a folder of images, or resume a run."""
 
 import argparse
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.training.train import resume, train
 
     keep_freed_memory()
-    parts.AFTER_LOSS = signal.SIG_IGN
+    if "WORLD_SIZE" in os.environ:  # torchrun's
+        parts.AFTER_LOSS = signal.SIG_IGN
     if args.resume:
         if args.out or args.config:
             raise UlsamError("--resume continues in its own folder with its own settings: leave --out and --config out")
