@@ -55,7 +55,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def report(root: Path, out: Path, *words: str, runs: tuple[str, ...] = NAMES, code: int = 0) -> str:
-    assert main(["report", *(str(root / name) for name in runs), "--out", str(out), *words]) == code
+    argv = ["report", *(str(root / name) for name in runs), "--out", str(out), *(["--replace"] * out.exists()), *words]
+    assert main(argv) == code
     return out.read_text() if code == 0 else ""
 
 
@@ -333,7 +334,7 @@ def test_a_run_that_is_not_finished_shows_what_there_is(
     assert "not finished: 0 of 2 epochs" in words_of(section(text, "runs"))
     assert [cells[0] for cells in rows_of(section(text, "curves"))] == ["A", "C", "C"]
     assert "<img" in text and "no confusions and no images of A, B: the run is not finished" in words_of(text)
-    assert main(["report", runs[1], "--out", str(tmp_path / "page.html")]) == 0
+    assert main(["report", runs[1], "--replace", "--out", str(tmp_path / "page.html")]) == 0
     alone = (tmp_path / "page.html").read_text()
     assert "not finished: 0 of 2 epochs" in alone and "<svg" not in alone and 'id="cost"' not in alone
 
