@@ -55,7 +55,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def report(root: Path, out: Path, *words: str, runs: tuple[str, ...] = NAMES, code: int = 0) -> str:
-    argv = ["report", *(str(root / name) for name in runs), "--out", str(out), *(["--replace"] * out.exists()), *words]
+    argv = [
+        "report",
+        *(str(root / name) for name in runs),
+        "--out",
+        str(out),
+        *(["--replace"] * (code == 0 and out.exists())),
+        *words,
+    ]
     assert main(argv) == code
     return out.read_text() if code == 0 else ""
 
