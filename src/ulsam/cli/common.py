@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.processes import is_first_process
-from ulsam.model.trained import locate, names
+from ulsam.model.trained import locate, model_in, names
 
 if TYPE_CHECKING:
     from ulsam.model.spec import Edit, ModelSpec
@@ -183,7 +183,7 @@ def _check_order(args: argparse.Namespace, dest: str) -> None:
 def _is_model(name: str) -> bool:
     """Whether this is a model file, a run's folder, or a trained model of the package."""
     if os.path.isdir(name):
-        return any(os.path.exists(os.path.join(name, *where, "model.safetensors")) for where in ((), ("run",)))
+        return model_in(name) is not None
     return name in names() or (name.endswith((".safetensors", ".onnx")) and os.path.exists(name))
 
 

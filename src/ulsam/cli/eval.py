@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     written = parser.add_argument_group("what is written")
     written.add_argument("--csv", metavar="FILE", help="precision, recall, F1, specificity and AUC of each class")
-    written.add_argument("--confusion", metavar="FILE.png", help="the confusion matrix as a picture")
+    written.add_argument("--confusion", metavar="FILE.png", help="the confusion matrix as an image")
     machine = parser.add_argument_group("machine")
     machine.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="images a step (default: 64)")
     machine.add_argument(

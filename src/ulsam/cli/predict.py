@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import csv
 import io
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ulsam.base.errors import UlsamError, printable
 from ulsam.base.extras import installed
 from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.text_table import as_csv
 from ulsam.cli.common import add_model, model_from, print_json
 
 if TYPE_CHECKING:
@@ -92,13 +92,9 @@ def _show(prediction: "Prediction", as_json: bool) -> None:
 
 def _csv(found: Sequence["Prediction"]) -> str:
     most = max(len(one.classes) for one in found)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     header = [f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability")]
-    table.writerow(["path", "error", *header])
-    for one in found:
-        table.writerow([one.path, one.error or "", *(value for pair in one.classes for value in pair)])
-    return text.getvalue()
+    rows = ([one.path, one.error or "", *(value for pair in one.classes for value in pair)] for one in found)
+    return as_csv([["path", "error", *header], *rows])
 
 
 def _features(paths: Sequence[str], batches: Sequence[Any], file: str) -> bytes | str:
@@ -110,8 +106,5 @@ def _features(paths: Sequence[str], batches: Sequence[Any], file: str) -> bytes 
         buffer = io.BytesIO()
         np.savez(buffer, paths=np.array(paths, dtype=np.str_), features=features)
         return buffer.getvalue()
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["path", *(f"f{number}" for number in range(features.shape[1]))])
-    table.writerows([path, *row] for path, row in zip(paths, features.tolist(), strict=True))
-    return text.getvalue()
+    header = ["path", *(f"f{number}" for number in range(features.shape[1]))]
+    return as_csv([header, *([path, *row] for path, row in zip(paths, features.tolist(), strict=True))])

@@ -19,7 +19,7 @@ from ulsam.data.folder import class_counts, find_splits, imbalance_note, scan
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 
 NEAR = 12
-"""Bits of 256 in which the difference hashes of two images differ at most if they may be the same picture."""
+"""Bits of 256 in which the difference hashes of two images differ at most if they may be the same image."""
 
 ALIKE = 12.0
 """And the mean difference of their thumbnails, in steps of 0 to 255."""

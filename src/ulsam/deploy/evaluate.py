@@ -1,7 +1,5 @@
 """Measure a trained model on images, whatever runs it: PyTorch, or ONNX Runtime for an exported file."""
 
-import csv
-import io
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +8,7 @@ from torch import nn
 
 from ulsam.base.distributed import start
 from ulsam.base.errors import UlsamError, printable
+from ulsam.base.text_table import as_csv
 from ulsam.data.folder import find_splits
 from ulsam.data.loading import eval_loader
 from ulsam.data.opening import is_named, open_split
@@ -67,11 +66,7 @@ class Evaluation:
 
     def csv(self) -> str:
         """The table of the classes, with a header: shares 0..1, empty where a share of nothing is meant."""
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["class", *COLUMNS])
-        table.writerows([name, *row.values()] for name, row in self.by_class.table().items())
-        return text.getvalue()
+        return as_csv([["class", *COLUMNS], *([name, *row.values()] for name, row in self.by_class.table().items())])
 
     def entry(self) -> dict[str, Any]:
         """All of it as JSON, with the model's cost."""

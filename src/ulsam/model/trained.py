@@ -37,11 +37,20 @@ def locate(model: str | os.PathLike[str]) -> Path:
     path = Path(model)
     if not path.is_dir():
         return path
-    for file in (path / "model.safetensors", path / "run" / "model.safetensors"):  # of a run; of what `slim` trained
-        if file.exists():
-            return file
+    if file := model_in(path):
+        return file
     others = ", ".join(sorted(file.relative_to(path).as_posix() for file in path.glob("*/model.safetensors"))[:3])
     raise UlsamError(f"{path} is a folder without model.safetensors" + (f"; it has {others}" if others else ""))
+
+
+def model_in(folder: str | os.PathLike[str]) -> Path | None:
+    """The model file of a folder of `ulsam train` or `ulsam slim`; None in any other.
+
+    >>> model_in("a folder that is not there")
+    """
+    path = Path(folder)
+    files = (path / "model.safetensors", path / "run" / "model.safetensors")  # of a run; of what `slim` trained
+    return next(filter(Path.exists, files), None)
 
 
 def card(name: str) -> str:
