@@ -18,21 +18,7 @@ from typing import Any
 import psutil
 from PIL import Image
 
-from tiny import SETTINGS, Warm, draw_splits, options, warm
-
-#: Everything that draws random numbers or keeps a state.
-FULL: dict[str, Any] = {
-    **SETTINGS,
-    "workers": 2,
-    "accumulate": 2,
-    "mixup": 0.3,
-    "rand_augment": "rand-m7-n2-mstd0.5",
-    "random_erasing": 0.3,
-    "drop_rate": 0.2,
-    "ema": 0.9,
-    "save_seconds": 0,
-    "insert": "blocks.2",
-}
+from tiny import FULL, SETTINGS, Warm, draw_splits, options, warm
 
 
 def attack(count: int = 100, seed: int = 0) -> tuple[dict[str, Any], list[str]]:

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from stopping import after
-from tiny import SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session
+from tiny import FULL, SETTINGS, Warm, command, draw, draw_shards, draw_splits, options, session
 from ulsam.cli import main
 from ulsam.model.build import load
 from ulsam.training.checkpoint import read_checkpoint
@@ -31,19 +31,6 @@ from ulsam.training.probe import undecided
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
 
-# everything that draws random numbers or keeps a state
-FULL = {
-    **SETTINGS,
-    "workers": 2,
-    "accumulate": 2,
-    "mixup": 0.3,
-    "rand_augment": "rand-m7-n2-mstd0.5",
-    "random_erasing": 0.3,
-    "drop_rate": 0.2,
-    "ema": 0.9,
-    "save_seconds": 0,
-    "insert": "blocks.2",
-}
 PATIENCE = 120.0  # seconds; what is waited for comes much sooner
 
 

@@ -36,6 +36,20 @@ SETTINGS: dict[str, Any] = {
     "device": "cpu",
 }
 
+#: Everything that draws random numbers or keeps a state.
+FULL: dict[str, Any] = {
+    **SETTINGS,
+    "workers": 2,
+    "accumulate": 2,
+    "mixup": 0.3,
+    "rand_augment": "rand-m7-n2-mstd0.5",
+    "random_erasing": 0.3,
+    "drop_rate": 0.2,
+    "ema": 0.9,
+    "save_seconds": 0,
+    "insert": "blocks.2",
+}
+
 
 def draw(folder: Path, number: int, *, classes: int = 3, size: int = 40, noise: float = 60, seed: int = 0) -> None:
     """``number`` PNG images in each of ``classes`` class folders: a colour a class, under noise."""
