@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch import nn
 
+import ulsam
 from tiny import NET, draw
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.folder import class_numbers
 from ulsam.model.build import build, load, make_spec, save, spec_of
+from ulsam.model.spec import Edit
 
 TAGGED = f"{NET}.r160_in1k"
 
@@ -239,25 +241,34 @@ def test_offline_mode_and_a_closed_port_are_known_at_once(tmp_path: Path) -> Non
     assert seconds < 1 and text.endswith("it is not in the cache, and HF_HUB_OFFLINE is set.")
 
 
+def _in_cache(cache: Path, name: str) -> Path:
+    """An empty commit of a repository, as huggingface_hub keeps it: a folder a commit, and the commit of a branch."""
+    commit = "0123456789" * 4
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    return repository / "snapshots" / commit
+
+
 @pytest.mark.slow
 def test_what_is_in_the_cache_needs_no_network(weights: Path, tmp_path: Path) -> None:
-    """The cache as huggingface_hub keeps it: a folder a commit, and the commit that a branch is at."""
-    commit = "0123456789" * 4
-    repository = tmp_path / f"models--timm--{TAGGED}"
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    (snapshot / "model.safetensors").write_bytes(weights.read_bytes())
+    """timm's models, and one that `ulsam push` wrote, with edits."""
+    of_timm = _in_cache(tmp_path, f"timm/{TAGGED}")
+    of_timm.mkdir()
+    (of_timm / "model.safetensors").write_bytes(weights.read_bytes())
     config = {
         "architecture": NET,
         "num_classes": 1000,
         "pretrained_cfg": {"num_classes": 1000, "input_size": [3, 64, 64]},
     }
-    (snapshot / "config.json").write_text(json.dumps(config))
+    (of_timm / "config.json").write_text(json.dumps(config))
+    spec = make_spec(NET, ("wren", "robin"), [Edit("insert", "blocks.2", 4)], size=48)
+    save(build(spec)[0], spec, tmp_path / "birds.safetensors")
+    ulsam.push(tmp_path / "birds.safetensors", _in_cache(tmp_path, "me/birds"))
     begin = time.monotonic()
     with _silent_server() as endpoint:
-        assert _tried(endpoint, tmp_path, TAGGED, f"hf-hub:timm/{TAGGED}") == []  # no error
+        assert _tried(endpoint, tmp_path, TAGGED, f"hf-hub:timm/{TAGGED}", "hf-hub:me/birds") == []  # no error
     assert time.monotonic() - begin < 60
 
 

@@ -71,6 +71,8 @@ def test_ulsam_loads_a_model_with_edits_and_timm_refuses_it(runs: Path, tmp_path
     assert [str(edit) for edit in spec.edits] == ["insert blocks.2 g=4"]
     x = torch.randn(2, 3, 48, 48)
     assert torch.equal(model(x), load(runs / "edited")[0](x))
+    by_name, same = load(f"local-dir:{folder}")
+    assert same == spec and not by_name.training and torch.equal(model(x), by_name(x))
     with pytest.raises(RuntimeError, match="ulsam"):
         timm.create_model(f"local-dir:{folder}", pretrained=True)
 
@@ -195,7 +197,7 @@ def test_a_model_is_uploaded(runs: Path, tmp_path: Path, hub: tuple[str, type[Hu
     ulsam.push(runs / "edited", tmp_path / "local")
     for name in set(FILES) - {"README.md"}:
         assert kind.stored[name] == (tmp_path / "local" / name).read_bytes()
-    assert 'hf_hub_download("me/birds", "model.safetensors")' in kind.stored["README.md"].decode()
+    assert 'ulsam.load("hf-hub:me/birds")' in kind.stored["README.md"].decode()
 
 
 @pytest.mark.slow

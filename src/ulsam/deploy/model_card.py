@@ -75,11 +75,9 @@ def _usage(name: str, spec: ModelSpec) -> list[str]:
         return ["import timm", "", f'model = timm.create_model("hf-hub:{name}", pretrained=True).eval()']
     return [
         "import ulsam",
-        "from huggingface_hub import hf_hub_download",
         "",
-        f'file = hf_hub_download("{name}", "model.safetensors")',
-        "model, spec = ulsam.load(file)",
-        'print(ulsam.predict(file, ["image.jpg"]))',
+        f'model, spec = ulsam.load("hf-hub:{name}")',
+        f'print(ulsam.predict("hf-hub:{name}", ["image.jpg"]))',
     ]
 
 

@@ -209,6 +209,11 @@ def load(
         if not os.path.exists(locate(path)):
             check_base(os.fspath(path))
         raise UlsamError(f"`{option}` is for a timm name; {path} has its own weights")
+    model, spec = _load_file(path)
+    return model.eval().to(device), spec
+
+
+def _load_file(path: str | os.PathLike[str]) -> tuple[nn.Module, ModelSpec]:
     spec = read_spec(path)
     with _opened(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
@@ -216,7 +221,7 @@ def load(
     model.load_state_dict(state)
     for old in changes(model)[1].values():
         note_weights(old, filled=not old.state_dict())
-    return model.eval().to(device), spec
+    return model, spec
 
 
 def _load_name(name: str, pretrained: bool, weights: str | os.PathLike[str] | None) -> tuple[nn.Module, ModelSpec]:
@@ -248,11 +253,17 @@ def _load_name(name: str, pretrained: bool, weights: str | os.PathLike[str] | No
 
 
 def _load_hub(name: str) -> tuple[nn.Module, ModelSpec]:
-    """A model in timm's format, of the hub or in a folder."""
+    """A model of the hub, or in a folder of that form: a model file, as `ulsam push` writes it, or timm's format."""
     try:
         folder = hub_folder(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name.removeprefix(LOCAL))
     except (OSError, ValueError) as error:  # a ValueError: what is no name of the hub
         raise UlsamError(f"no model {name} to be had: {first_line(error)}") from error
+    file = folder / "model.safetensors"
+    if file.exists():
+        with _opened(file) as weights:
+            ours = _KEY in (weights.metadata() or {})
+        if ours:
+            return _load_file(file)
     given = read_json(folder / "config.json")
     base, arguments = given.get("architecture"), dict(given.get("model_args") or {})
     arguments.pop("num_classes", None)  # as many as there are classes
