@@ -1,9 +1,15 @@
 """What `ulsam predict` reads paths from and writes: standard input, CSV, features; and its options."""
 
+import contextlib
 import csv
+import functools
 import io
 import json
+import socket
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +104,76 @@ def test_mistakes_are_one_line(words, message, world, monkeypatch, capsys):
     assert main(["predict", str(world / "model.safetensors"), *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def site(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server of the images: under /short it ends too early, /moved leads to one, and /file out of the web."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/images/class1/001.png")
+                self.end_headers()
+            elif self.path == "/file":
+                self.send_response(302)
+                self.send_header("Location", (world / "images" / "class0" / "000.png").as_uri())
+                self.end_headers()
+            elif self.path == "/short":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b"\x89PNG")
+            elif self.path == "/large":
+                self.send_response(200)
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(200):
+                        self.wfile.write(bytes(1_000_000))
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(world))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_image_by_its_address_is_that_of_its_file(world: Path, site: str) -> None:
+    file = world / "images" / "class1" / "001.png"
+    names = [f"{site}/images/class1/001.png", f"{site}/moved", str(file)]
+    found = list(ulsam.predict(world / "model.safetensors", names))
+    assert [one.path for one in found] == names
+    assert found[0].classes == found[1].classes == found[2].classes
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/none.png", "the server answers 404 File not found"),
+        ("/short", "the connection ended 996 bytes too early"),
+        ("/large", "larger than 100000000 bytes, the most that is fetched"),
+        ("/broken.jpg", "not an image in a known format, or cut off"),
+        ("/file", "the server answers 302"),
+    ],
+)
+def test_an_address_that_gives_no_image_says_why(path: str, reason: str, world: Path, site: str) -> None:
+    (found,) = ulsam.predict(world / "model.safetensors", [site + path])
+    assert found.error and found.error.startswith(f"{site}{path}: ") and reason in found.error
+    assert "\n" not in found.error and not found.classes
+
+
+def test_a_server_that_is_not_there_costs_its_image_alone(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        gone = f"http://127.0.0.1:{closed.getsockname()[1]}/a.png"
+    found = list(ulsam.predict(world / "model.safetensors", [gone, str(world / "images" / "class0" / "000.png")]))
+    assert "cannot be fetched: " in str(found[0].error) and found[1].classes
 
 
 def test_an_exported_model_has_no_features(tmp_path, world, capsys):

@@ -24,7 +24,10 @@ ulsam predict runs/mine/model.safetensors images --features features.npz"""
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser, exported=True)
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image files, or folders of them; - reads paths, one a line"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, folders of them, or addresses (https://...); - reads them from standard input, one a line",
     )
     parser.add_argument(
         "--topk", "--top", dest="top", type=int, default=3, metavar="N", help="classes to name an image (default: 3)"

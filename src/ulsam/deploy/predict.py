@@ -35,7 +35,8 @@ def predict(
     Args:
         model: a model file, the name of a trained model of the package, NAME.onnx of `ulsam.export`; or a model in
             memory, on any device.
-        images: files, folders of them, binary streams, or RGB bytes [H, W, 3] of any size; read as they are needed.
+        images: files, folders of them, addresses (``https://``), binary streams, or RGB bytes [H, W, 3] of any size;
+            read as they are needed.
         spec: of a model in memory, as of `ulsam.load`.
         top: classes to name for each image.
         batch_size: images at once.

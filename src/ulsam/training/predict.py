@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulsam.base.errors import NotFinite, UlsamError
+from ulsam.data.addresses import fetch, is_address
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.preprocessing import Preprocessing
 
@@ -17,7 +18,7 @@ Logits = NDArray[np.float32]
 """What a model outputs, [B, classes]."""
 
 Image = str | os.PathLike[str] | BinaryIO | Pixels
-"""A file, a binary stream that holds one, or RGB bytes [H, W, 3]."""
+"""A file, its address (http:// or https://), a binary stream that holds one, or RGB bytes [H, W, 3]."""
 
 NOT_FINITE = "the model outputs numbers that are not finite (NaN or infinity)"
 
@@ -129,7 +130,7 @@ def _pixels(image: Image, preprocessing: Preprocessing) -> Pixels:
             f"an image is a path, a binary stream or RGB bytes [H, W, 3], not {type(image).__name__}; "
             "io.BytesIO(...) makes a stream of a file's content"
         )
-    return read_pixels(image, preprocessing.reduction)
+    return read_pixels(fetch(image) if is_address(image) else image, preprocessing.reduction)
 
 
 def _name(image: Image, number: int) -> str:
