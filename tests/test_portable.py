@@ -14,12 +14,25 @@ import ulsam
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.slow
-def test_all_works_without_what_windows_lacks(tmp_path: Path) -> None:
+def as_on_windows(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     path = [str(TESTS / "windows"), str(TESTS), str(Path(ulsam.__file__).parents[1])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-X", "warn_default_encoding", str(TESTS / "portable.py"), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, cwd=cwd, check=False)
+
+
+def test_every_module_is_imported_without_what_windows_lacks(tmp_path: Path) -> None:
+    package = Path(ulsam.__file__).parent
+    files = sorted(path.relative_to(package.parent).with_suffix("") for path in package.rglob("*.py"))
+    apart = {"ulsam.layer.ops.triton_kernels", "ulsam.study.ray_launcher"}  # they need Triton and Ray
+    names = [name for path in files if (name := ".".join(path.parts)) not in apart and "__main__" not in name]
+    code = f"import importlib, os; [importlib.import_module(name) for name in {names}]; print(hasattr(os, 'fork'))"
+    done = as_on_windows("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_all_works_without_what_windows_lacks(tmp_path: Path) -> None:
+    done = as_on_windows("-X", "warn_default_encoding", str(TESTS / "portable.py"), str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert 0 <= found.pop("top1") <= 1

@@ -20,12 +20,9 @@ def is_first_process() -> bool:
 MOST_WORKERS = 512
 """Processes that read images at most: each is one more copy of the program."""
 
-STOP_SIGNALS: tuple[int, ...] = (int(signal.SIGINT), int(signal.SIGTERM))
+_STOP_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+STOP_SIGNALS = tuple(int(getattr(signal, name)) for name in _STOP_NAMES if hasattr(signal, name))
 """What asks a program to end: Ctrl-C, kill(1), a container's stop, the end of the terminal; on Windows Ctrl-Break."""
-if sys.platform == "win32":
-    STOP_SIGNALS += (int(signal.SIGBREAK),)
-else:
-    STOP_SIGNALS += (int(signal.SIGHUP),)
 
 
 def heeded_signals() -> tuple[int, ...]:
