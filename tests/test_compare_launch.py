@@ -1,5 +1,6 @@
 """Comparisons in processes of their own: killed, several at once; no run is lost, no process left."""
 
+import argparse
 import json
 import signal
 import time
@@ -10,6 +11,10 @@ from typing import Any
 import pytest
 
 from tiny import SETTINGS, Warm, draw_splits, options
+from ulsam.cli.settings import add_settings, given_settings
+from ulsam.study.launch import resume_options
+from ulsam.training.config import TrainConfig
+from ulsam.training.restore import HARMLESS
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
 
@@ -26,6 +31,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(data: Path, out: Path, settings: dict[str, Any], seeds: int = 1, **more: Any) -> list[str]:
     arms = ["--arm", "base", "--arm", "size=24"]
     return ["compare", str(data), *arms, "--seeds", str(seeds), *options({**settings, **more}), "--out", str(out)]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"data_dir": "-odd name", "workers": 0, "cache": "true", "max_unreadable": 1.0, "device": "cpu"},
+        {"threads": 2, "save_seconds": 0.5, "track": ["tensorboard", "mlflow"]},
+    ],
+)
+def test_a_run_is_resumed_with_the_settings_that_may_differ(changed: dict[str, Any]) -> None:
+    config = TrainConfig(data="birds", **changed)
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    given = given_settings(parser.parse_args(resume_options(config)))
+    assert given.keys() <= set(HARMLESS) and changed.items() <= given.items()
+    assert TrainConfig(data="birds", **given) == config
 
 
 def wait_for(event: Callable[[], Any]) -> None:

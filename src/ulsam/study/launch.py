@@ -146,10 +146,7 @@ def start_process(folder: Path, config: TrainConfig, cwd: str | None = None) -> 
     process holds a lock of its own, which :func:`lock_run` heeds. It saves and stops when its standard input is closed.
     """
     if (folder / "config.yaml").is_file():
-        given = {name: getattr(config, name) for name in HARMLESS}
-        options = [f"--{name.replace('_', '-')}={given[name]}" for name in given if given[name] is not None]
-        options = [option for option in options if not option.startswith("--data=")]
-        words = ["train", config.data, "--resume", str(folder), *options]
+        words = ["train", config.data, "--resume", str(folder), *resume_options(config)]
     else:
         settings = folder.with_name(f"{folder.name}.yaml")
         write_atomic(settings, config.to_yaml())
@@ -165,6 +162,22 @@ def start_process(folder: Path, config: TrainConfig, cwd: str | None = None) -> 
             env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             **GROUP,  # Ctrl-C comes to us alone, and we pass it on once
         )
+
+
+def resume_options(config: TrainConfig) -> list[str]:
+    """The options of ``ulsam train --resume`` for the settings that may differ from those of the run's beginning.
+
+    >>> resume_options(TrainConfig(data="birds", workers=0, track=["wandb", "mlflow"]))[:2]
+    ['--workers=0', '--cache=auto']
+    """
+    options: list[str] = []
+    for name in HARMLESS:
+        value, option = getattr(config, name), f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            options += [option, *value] if value else []
+        elif value is not None and name != "data":
+            options.append(f"{option}={value}")
+    return options
 
 
 def stop_process(process: "subprocess.Popen[bytes]") -> None:
