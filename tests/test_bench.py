@@ -26,7 +26,7 @@ from ulsam.base.timing import WARM_UP, figures, in_turn
 from ulsam.cli import main
 from ulsam.deploy.bench import MOST_TURNS, bench, start
 from ulsam.deploy.bench_models import open_bench_model
-from ulsam.deploy.bench_report import COLUMNS, Row, csv_text, text
+from ulsam.deploy.bench_report import COLUMNS, BenchRow, csv_text, text
 from ulsam.deploy.export import engine_of
 from ulsam.model.build import build, load, make_spec, save
 from ulsam.model.spec import Edit
@@ -102,8 +102,8 @@ def test_csv_has_timms_columns_and_units():
     common = {"backend": "eager", "batch": 4, "threads": 2, "image_size": 12, "peak_memory": 5_000_000, "turns": 7}
     times = {"seconds": 0.002, "seconds_p95": 0.003, "ratio": 0.5, "ratio_interval": (0.25, 0.75)}
     rows = [
-        Row(model="a", model_size=864, cost=found, **common, **times),
-        Row(model="b", model_size=1, cost=None, **common, **{**times, "ratio": None, "ratio_interval": None}),
+        BenchRow(model="a", model_size=864, cost=found, **common, **times),
+        BenchRow(model="b", model_size=1, cost=None, **common, **{**times, "ratio": None, "ratio_interval": None}),
     ]
     told = csv_text(rows)
     assert told.splitlines()[0].startswith(f"model,{TIMM},")

@@ -475,6 +475,7 @@ def test_a_failed_run_is_reported_and_the_others_continue(
     assert (wild["top1_mean"], wild["missing"], base["missing"], base["top1_sd"]) == (None, 0, 0, None)
     assert (small["minus_base"]["over"], small["minus_base"]["seeds"]) == ("images", [0])
     notes = " ".join(result["notes"])
+    assert "--" not in notes
     assert all(words in notes for words in ("wild, seed-0 failed: ", "one seed", "held-out", "not chosen for each arm"))
     with pytest.raises(SystemExit) as stop:
         main(["compare", "--report-only", "--out", str(tmp_path)])

@@ -12,7 +12,8 @@ import pytest
 
 from tiny import SETTINGS, Warm, draw_splits, options
 from ulsam.cli.settings import add_settings, given_settings
-from ulsam.study.launch import resume_options
+from ulsam.study.grid import Failed
+from ulsam.study.launch import reason_of, resume_options, start_process
 from ulsam.training.config import TrainConfig
 from ulsam.training.restore import HARMLESS
 
@@ -48,6 +49,19 @@ def test_a_run_is_resumed_with_the_settings_that_may_differ(changed: dict[str, A
     given = given_settings(parser.parse_args(resume_options(config)))
     assert given.keys() <= set(HARMLESS) and changed.items() <= given.items()
     assert TrainConfig(data="birds", **given) == config
+
+
+@pytest.mark.parametrize(("settings", "diverged"), [({"lr": 1e30}, True), ({"batch_size": 1000}, False)])
+def test_what_its_process_prints_says_whether_a_run_diverged(
+    settings: dict[str, Any], diverged: bool, data: Path, tmp_path: Path
+) -> None:
+    """The command line has put flags in the place of arguments by then."""
+    run, config = tmp_path / "run", TrainConfig(data=str(data), **{**SHORT, **settings})
+    process = start_process(run, config)
+    assert process.wait(PATIENCE) == 2
+    reason = reason_of(2, run)
+    assert reason is not None and "--" in reason
+    assert Failed(reason).diverged == diverged
 
 
 def wait_for(event: Callable[[], Any]) -> None:

@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from ulsam.cli import main
-from ulsam.model.paper import TABLES, Row, report, rows
+from ulsam.model.paper import TABLES, PaperRow, report, rows
 from ulsam.model.presets import PLACEMENTS
 
 #: Which figures are off: table, model, and of the two columns the printed ones.
@@ -20,11 +20,11 @@ OFF = {
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Row]:
+def found() -> list[PaperRow]:
     return rows()
 
 
-def figures(row: Row) -> list:
+def figures(row: PaperRow) -> list:
     return [figure for figure in (row.params, row.macs) if figure is not None]
 
 

@@ -44,17 +44,34 @@ _HOME = {
     "evaluate": "ulsam.deploy.evaluate",
     "predict": "ulsam.deploy.predict",
     "explain": "ulsam.explanation.explainer",
+    "Explainer": "ulsam.explanation.explainer",
     "inspect": "ulsam.explanation.inspect_maps",
     # deployment
     "export": "ulsam.deploy.export",
     "quantize": "ulsam.deploy.quantize",
     "bench": "ulsam.deploy.bench",
     "push": "ulsam.deploy.hub",
+    # data
+    "check": "ulsam.data.check",
+    "Checked": "ulsam.data.check",
+    # what the functions return
+    "BenchRow": "ulsam.deploy.bench_report",
+    "Candidate": "ulsam.surgery.find",
+    "Cost": "ulsam.surgery.cost",
+    "Evaluation": "ulsam.deploy.evaluate",
+    "Explanation": "ulsam.explanation.explanation",
+    "LayerStats": "ulsam.explanation.inspect_maps",
+    "Parity": "ulsam.deploy.parity",
+    "Prediction": "ulsam.training.predict",
+    "Quantized": "ulsam.deploy.quantize",
+    "Reconstructed": "ulsam.surgery.reconstruct",
     # errors and progress
     "UlsamError": "ulsam.base.errors",
     "Interrupted": "ulsam.base.errors",
     "show_progress": "ulsam.base.logs",
 }
+
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
@@ -64,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(["__version__", *_HOME])
+    return sorted(__all__)

@@ -5,6 +5,7 @@ from typing import Any
 
 from ulsam.base.errors import UlsamError, printable
 from ulsam.cli.common import numbers, only_json, print_json
+from ulsam.cli.output import in_flags
 from ulsam.cli.settings import add_settings, given_settings
 from ulsam.training.config import read_config
 
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(result)
     else:
-        print(text(result))
+        print(in_flags(text(result), args.parser))
         print(f"\nwritten to {printable(', '.join(written(args.out)))}")
     if any(arm["failed"] for arm in result["arms"]):
         raise SystemExit(1)

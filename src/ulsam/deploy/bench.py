@@ -20,7 +20,7 @@ from ulsam.base.timing import figures, in_turn
 from ulsam.deploy import bench_report as report
 from ulsam.deploy.bench_models import BenchModel, check_backends, open_bench_model
 from ulsam.deploy.bench_process import Process
-from ulsam.deploy.bench_report import Row
+from ulsam.deploy.bench_report import BenchRow
 from ulsam.deploy.bench_worker import Backend, Case
 from ulsam.deploy.parity import parity_of
 
@@ -38,7 +38,7 @@ def bench(
     seconds: float = 30.0,
     size: int | None = None,
     fold: bool = True,
-) -> list[Row]:
+) -> list[BenchRow]:
     """Measure models in several backends on this machine's CPU, and write ``bench.csv``, ``.png`` and ``.json``.
 
     Each model in each backend is a process of its own, with its own threads and memory. Before it is timed, its answers
@@ -69,7 +69,7 @@ def bench(
     ulsam.base.errors.UlsamError: unknown backend 'tensorrt'; valid: eager, compile, onnxruntime, openvino
     """
     _check(models, backends, batches, threads, seconds)
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     with _folder(out) as result, tempfile.TemporaryDirectory() as scratch:
         opened = []
         for number, name in enumerate(models):
@@ -131,10 +131,10 @@ def _rows(
     batch: int,
     threads: int,
     turns: Sequence[Mapping[Key, float]],
-) -> list[Row]:
+) -> list[BenchRow]:
     times = {key: [turn[key] for turn in turns] for key in processes}
     return [
-        Row(
+        BenchRow(
             model=models[place].name,
             backend=backend,
             batch=batch,
@@ -149,7 +149,7 @@ def _rows(
     ]
 
 
-def _write(rows: Sequence[Row], out: Path) -> None:
+def _write(rows: Sequence[BenchRow], out: Path) -> None:
     result = {
         "what": "seconds of a batch from RGB bytes to logits on the CPU in float32 (int8 files aside), bytes of memory",
         "command": command_line(),

@@ -49,7 +49,7 @@ millions of activations and of parameters."""
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One model in one backend, for one batch size and number of threads.
 
     Attributes:
@@ -83,7 +83,7 @@ class Row:
         return self.batch / self.seconds
 
 
-def text(rows: Sequence[Row]) -> str:
+def text(rows: Sequence[BenchRow]) -> str:
     """For the terminal."""
     lines = text_table([list(HEADS), *map(_cells, rows)], right=range(2, len(HEADS)))
     return "\n".join([*lines, "", LEGEND])
@@ -96,7 +96,7 @@ resident set of a process that loads and runs this model alone, interpreter, lib
 Model: the file that was run, or parameters and buffers in PyTorch. MB: a million bytes."""
 
 
-def csv_text(rows: Sequence[Row]) -> str:
+def csv_text(rows: Sequence[BenchRow]) -> str:
     """As CSV, a line a row, with the columns `COLUMNS`; a cell is empty where there is nothing to say."""
     found: list[list[object]] = [list(COLUMNS)]
     for row in rows:
@@ -124,7 +124,7 @@ def csv_text(rows: Sequence[Row]) -> str:
     return as_csv(found)
 
 
-def draw(rows: Sequence[Row]) -> bytes:
+def draw(rows: Sequence[BenchRow]) -> bytes:
     """A PNG: milliseconds a batch in each backend, a panel for each batch size and number of threads."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -157,12 +157,12 @@ def draw(rows: Sequence[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def to_json(row: Row) -> dict[str, Any]:
+def to_json(row: BenchRow) -> dict[str, Any]:
     """A row as JSON: seconds, bytes and plain counts."""
     return {**vars(row), "cost": row.cost and cost_entry(row.cost), "per_second": row.per_second}
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: BenchRow) -> list[str]:
     ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
     if row.ratio_interval:
         low, high = row.ratio_interval

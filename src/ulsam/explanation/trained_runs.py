@@ -15,7 +15,7 @@ from ulsam.study.statistics import right
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.summary import COLUMNS
 
-Row = Mapping[str, float | None]
+EpochRow = Mapping[str, float | None]
 """An epoch: what `ulsam.training.summary.COLUMNS` names."""
 
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -46,7 +46,7 @@ class TrainedRun:
     number: int  # among those of the report
     name: str
     config: TrainConfig
-    rows: tuple[Row, ...]
+    rows: tuple[EpochRow, ...]
     result: Result | None  # None: not finished
 
     @property
@@ -140,7 +140,7 @@ def _read(folder: Path, number: int, name: str) -> TrainedRun:
         raise UlsamError(f"cannot read {error.filename}: {(error.strerror or str(error)).lower()}") from error
 
 
-def _read_summary(path: Path) -> tuple[Mapping[str, Any], tuple[Row, ...], Result]:
+def _read_summary(path: Path) -> tuple[Mapping[str, Any], tuple[EpochRow, ...], Result]:
     try:
         summary = json.loads(read_text(path))
         spec = ModelSpec.from_json(json.dumps(summary["spec"]))
@@ -161,7 +161,7 @@ def _read_summary(path: Path) -> tuple[Mapping[str, Any], tuple[Row, ...], Resul
         raise UlsamError(f"{path} is damaged, or not of a run: {type(error).__name__} {error}") from error
 
 
-def _read_metrics(path: Path) -> tuple[Row, ...]:
+def _read_metrics(path: Path) -> tuple[EpochRow, ...]:
     try:
         return tuple(
             {column: float(row[column]) if row[column] else None for column in COLUMNS}

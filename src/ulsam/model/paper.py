@@ -52,7 +52,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """One row of the paper's tables.
 
     ``name`` is the timm name of what is counted here ("" for an attention module by itself), ``place`` its edit.
@@ -216,7 +216,7 @@ _ATTENTION = [
 ]
 
 
-def rows() -> list[Row]:
+def rows() -> list[PaperRow]:
     """Every row of the paper's cost tables, counted now.
 
     >>> row = next(row for row in rows() if row.name.endswith("v2_100_replace_14_17") and row.params.agrees)
@@ -244,7 +244,7 @@ def _count(name: str, rule: Rule) -> Cost:
     return cost(model, rule=rule)
 
 
-def _row(printed: _Printed) -> Row:
+def _row(printed: _Printed) -> PaperRow:
     base, edit = PLACEMENTS.get(printed.name, (printed.name, ""))
     model, params, rule, macs = _BASES[base]
     few: Figure | None = None
@@ -256,13 +256,13 @@ def _row(printed: _Printed) -> Row:
     else:
         whole = _count(base, "exact")
         few, many = _figure(printed.params, whole.params), _figure(printed.macs, whole.macs)
-    return Row(printed.table, model, edit, printed.name, few, many, printed.scores, printed.note)
+    return PaperRow(printed.table, model, edit, printed.name, few, many, printed.scores, printed.note)
 
 
-def _module_row(module: _Module) -> Row:
+def _module_row(module: _Module) -> PaperRow:
     params, macs = module.count(512, 14 * 14)
     few, many = _figure(module.params, params), _figure(module.macs, macs)
-    return Row(_MODULES, module.name, module.formula, "", few, many, note=module.note)
+    return PaperRow(_MODULES, module.name, module.formula, "", few, many, note=module.note)
 
 
 def _figure(printed: str, counted: int, base: int = 0) -> Figure:
@@ -271,7 +271,7 @@ def _figure(printed: str, counted: int, base: int = 0) -> Figure:
     return Figure(printed, counted, f"{value}{unit}")
 
 
-def _table(title: str, found: list[Row]) -> str:
+def _table(title: str, found: list[PaperRow]) -> str:
     notes = list(dict.fromkeys(row.note for row in found if row.note))
     cells = [
         ["model", "place" if found[0].name else "formulas", "timm name", *(["", "counted", "gives", "verdict"] * 2)]

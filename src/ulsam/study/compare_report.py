@@ -195,12 +195,12 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         ]
         if edge := at_the_edge(tries):
             side = "larger" if edge == "largest" else "smaller"
-            notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones, --rates")
+            notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones by `rates`")
         if call := close_call(tries):
             best, other = call
             notes.append(
                 f"{entry['name']}: chance may have chosen {_settings(best)} over {_settings(other)}, whose loss is "
-                "lower; try with more seeds, --tried-seeds"
+                "lower; raise `tried_seeds`"
             )
         if most_epochs(tries):
             longest.append(entry["name"])
@@ -212,8 +212,8 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         notes.append(f"{whose}: of the tried numbers of epochs the largest is best; more may change the order")
     if not grid.choosing:
         notes.append(
-            "learning rate and epochs were given, not chosen for each arm: a difference may be theirs (--rates, "
-            "--tried-epochs)"
+            "learning rate and epochs were given, not chosen for each arm: a difference may be theirs: give "
+            "several `rates` and `tried_epochs`"
         )
     if measured and measured[0]["split"] == "held-out":
         notes.append("measured on held-out training images: good for screening, not for a headline")

@@ -50,7 +50,7 @@ STAGES = ("at once", "reconstructed", "fine-tuned")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One model of the demonstration: its cost for one image, and its top-1 as a share after each step."""
 
     name: str
@@ -59,7 +59,7 @@ class Row:
     top1: Mapping[str, float]
 
 
-def run_demo(out: str | Path, seed: int = 0) -> list[Row]:
+def run_demo(out: str | Path, seed: int = 0) -> list[DemoRow]:
     """Draw the birds, train the base model, edit, reconstruct and fine-tune it, all into the new folder ``out``.
 
     The base model is fine-tuned for as long as the edited ones. ``out/demo.json`` holds what is returned,
@@ -111,12 +111,12 @@ def _top1(model: nn.Module, spec: ModelSpec, data: Path) -> float:
     return evaluate(model, data, spec=spec).scores.top1
 
 
-def _row(name: str, model: nn.Module, spec: ModelSpec, top1: Mapping[str, float]) -> Row:
+def _row(name: str, model: nn.Module, spec: ModelSpec, top1: Mapping[str, float]) -> DemoRow:
     found = cost(model, spec.input_size)
-    return Row(name, found.params, found.macs, dict(top1))
+    return DemoRow(name, found.params, found.macs, dict(top1))
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[DemoRow]) -> str:
     """The models, a line each: cost, and top-1 after each step."""
     lines = [f"{'':22}{'parameters':>11}{'MACs':>13}   " + "".join(f"{stage:>15}" for stage in STAGES)]
     for row in rows:
@@ -125,7 +125,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(data: Path, rows: list[Row]) -> bytes:
+def draw(data: Path, rows: list[DemoRow]) -> bytes:
     """A PNG: a bird of every class, top-1 after each step, and cost against the base model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

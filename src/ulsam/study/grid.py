@@ -45,7 +45,7 @@ class Failed:
     @property
     def diverged(self) -> bool:
         """Whether its loss was no longer finite; it would be so again."""
-        return DIVERGED in self.reason
+        return self.reason.startswith(DIVERGED)
 
 
 #: What came of a run: its summary, a failure, or None where it has not ended yet.

@@ -27,7 +27,7 @@ _RULE_TEXT = {
 
 
 @dataclass(frozen=True)
-class Row:
+class BlockCost:
     """The cost of one block for one image, the layers that edits put in aside: they have rows of their own.
 
     The row named "" holds what the model does outside its blocks. What blocks share is counted in one of them.
@@ -45,7 +45,7 @@ class Row:
 class Cost:
     """The cost of a model for one image, in total and a row a block; ``print(cost)`` shows the table."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[BlockCost, ...]
     params: int
     macs: int
     activations: int
@@ -54,7 +54,7 @@ class Cost:
 
     def __str__(self) -> str:
         cells = [["block", "type", "output", "params", "MACs", "activations"]]
-        for row in [*self.rows, Row("total", "", None, self.params, self.macs, self.activations)]:
+        for row in [*self.rows, BlockCost("total", "", None, self.params, self.macs, self.activations)]:
             shape = "x".join(map(str, row.output_shape[1:])) if row.output_shape else ""
             cells.append([row.name, row.type, shape, f"{row.params:,}", f"{row.macs:,}", f"{row.activations:,}"])
         lines = text_table(cells, right=(2, 3, 4, 5))
@@ -91,7 +91,7 @@ def cost(model: nn.Module, input_size: Sequence[int] | None = None, rule: Rule =
     for name, block in reversed(
         [("", model), *_blocks(model, layers)]
     ):  # inner blocks first, the rest of the model last
-        row = Row(name, host_class(block).__name__, flows[name].output_shape, 0, 0, 0)
+        row = BlockCost(name, host_class(block).__name__, flows[name].output_shape, 0, 0, 0)
         for path, part in block.named_modules(prefix=name):
             if id(part) not in seen:
                 seen.add(id(part))

@@ -342,8 +342,8 @@ class Trainer:
     def _diverged(self, what: str, step: int) -> UlsamError:
         taught = ", or a lower `distill_features`" if self.config.distill_features else ""
         return UlsamError(
-            f"{what} in epoch {self.at.epoch + 1}, step {step}, at learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:.3g}: {parts.DIVERGED}{taught}"
+            f"{parts.DIVERGED}{what} in epoch {self.at.epoch + 1}, step {step}, at learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:.3g}: try a lower `lr`, `clip_grad=1`, or `amp=none`{taught}"
         )
 
     def _stopped(self, where: str) -> Interrupted:

@@ -31,8 +31,8 @@ from ulsam.surgery.trace import trace
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import spec_transform
 
-#: What to do about a loss that is no longer finite: part of the line that such a run ends with.
-DIVERGED = "try a lower `lr`, `clip_grad=1`, or `amp=none`"
+DIVERGED = "diverged: "
+"""What the error of a run begins with whose loss or gradient is no longer finite, also in the log of its process."""
 
 
 def open_images(config: TrainConfig) -> tuple[sources.AnyImages, sources.AnyImages, list[str]]:
