@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ import ulsam
 from tiny import NET, SETTINGS, draw_splits, options
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.layer.choice import make_layer
+from ulsam.layer.choice import Layer, make_layer
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import build, load, load_weights, make_spec, save, ulsam_parameters
 from ulsam.model.spec import Edit
@@ -40,6 +41,10 @@ placed = pytest.mark.parametrize(
         for m, kind in enumerate(PLACES)
     ],
 )
+
+
+def test_every_layer_is_tested() -> None:
+    assert {*KINDS, "ulsam", "inverted_residual"} == set(get_args(Layer))
 
 
 def edited(kind: str, layer: str, at: str = "17") -> nn.Module:

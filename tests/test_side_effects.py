@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 import ulsam
 from tiny import SETTINGS, draw_splits
 from ulsam.base.threads import cpu_threads
+from ulsam.deploy.classifier import open_classifier
 
 STATE = """
 import importlib, json, logging, os, pkgutil, random, signal, sys, warnings
@@ -110,6 +112,35 @@ def test_a_failed_training_leaves_threads_and_generators_too(tmp_path: Path) -> 
         assert torch.get_num_threads() == 2
         after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
+def test_using_a_model_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    data, file = draw_splits(tmp_path / "data"), tmp_path / "model.safetensors"
+    spec = ulsam.make_spec(
+        SETTINGS["model"], ["class0", "class1", "class2"], [ulsam.Edit("insert", "blocks.2", 4)], size=32
+    )
+    ulsam.save(ulsam.build(spec)[0], spec, file)
+    image = str(next(data.glob("val/*/*.png")))
+    opened = open_classifier(file, threads=2 if torch.get_num_threads() != 2 else 1)
+    uses: dict[str, Callable[[], object]] = {
+        "load": lambda: ulsam.load(file),
+        "evaluate": lambda: ulsam.evaluate(file, data, workers=0),
+        "predict": lambda: list(ulsam.predict(file, [image])),
+        "other threads": lambda: opened.logits(np.zeros((1, 32, 32, 3), np.uint8)),
+        "explain": lambda: ulsam.explain(file, image),
+        "inspect": lambda: ulsam.inspect(ulsam.load(file)[0], [torch.zeros(1, 3, 32, 32)]),
+        "cost": lambda: ulsam.cost(ulsam.load(file)[0], (3, 32, 32)),
+        "export": lambda: ulsam.export(file, tmp_path / "model.onnx"),
+    }
+    names: dict[str, Any] = {}
+    exec(STATE, names)
+    for name, use in uses.items():
+        before = names["state"]()
+        use()
+        after = names["state"]()
+        before[0] = {**before[0], "ORT_DISABLE_TELEMETRY": "1"}  # as `ulsam.runtime` says
+        after[0].setdefault("ORT_DISABLE_TELEMETRY", "1")
+        assert after == before, name
 
 
 @pytest.mark.slow

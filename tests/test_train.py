@@ -481,9 +481,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> 
 
 def test_outputs_that_are_not_finite_stop_the_run(data: Path, tmp_path: Path) -> None:
     settings = {"lr": 1e38, "warmup_epochs": 0, "batch_size": 36}  # one update, then the model is measured
-    with pytest.raises(
-        UlsamError, match=r"^diverged: .* in epoch 1, step 1, at learning rate \S*e\+37: try a lower"
-    ):
+    with pytest.raises(UlsamError, match=r"^diverged: .* in epoch 1, step 1, at learning rate \S*e\+37: try a lower"):
         train(config(data, **settings), tmp_path / "run")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ulsam.base.errors import UlsamError, a_few
-from ulsam.base.files import check_empty, check_readable
+from ulsam.base.files import check_empty, check_readable, whole_folder
 from ulsam.base.logs import progress
 from ulsam.data.folder import IMAGE_SUFFIXES, SPLITS
 
@@ -74,20 +74,13 @@ def prepare_table(table: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         if target in copies:
             raise UlsamError(f"{table}, row {number}: {path} was there before")
         copies[target] = source
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for target, source in progress(copies.items(), unit=" images"):
-            (partial / target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, partial / target)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        with whole_folder(out) as part:
+            for target, source in progress(copies.items(), unit=" images"):
+                (part / target).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, part / target)
     except OSError as error:
         raise UlsamError(f"cannot make {out}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {"images": len(copies), "classes": len({target.parent.name for target in copies})}
 
 

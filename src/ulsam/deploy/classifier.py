@@ -68,23 +68,24 @@ def open_classifier(
         exported = runtime.load(model, threads=threads)
         return Classifier(exported.classes, exported.preprocessing, exported.logits)
 
-    import torch
-
     from ulsam.base.distributed import device_of
+    from ulsam.base.threads import cpu_threads
     from ulsam.model.given import model_and_spec
     from ulsam.surgery.fold import fold
     from ulsam.training.evaluate import logits_of, spec_transform
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     module, spec = model_and_spec(model, spec)
     if device is not None:
         module = module.to(device_of(device))
     transform = spec_transform(spec)
-    logits = logits_of(fold(module, spec.input_size) if folded else module, transform)
-    if features:
-        logits = _showing(logits, module, features)
-    return Classifier(tuple(spec.classes), transform.preprocessing, logits)
+    run = logits_of(fold(module, spec.input_size) if folded else module, transform)
+
+    def logits(images: Pixels) -> Logits:
+        with cpu_threads(threads):
+            return run(images)
+
+    shown = _showing(logits, module, features) if features else logits
+    return Classifier(tuple(spec.classes), transform.preprocessing, shown)
 
 
 def _showing(

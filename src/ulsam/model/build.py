@@ -8,6 +8,7 @@ import difflib
 import math
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -202,15 +203,22 @@ def load(
 `weights=FILE` those in a file
     """
     if isinstance(path, str) and path not in names() and is_pretrained_name(path):
-        model, spec = _load_name(path, pretrained, weights)
+        with _same_random_numbers():
+            model, spec = _load_name(path, pretrained, weights)
         return model.eval().to(device), spec
     if pretrained or weights is not None:
         option = "pretrained" if pretrained else "weights"
         if not os.path.exists(locate(path)):
             check_base(os.fspath(path))
         raise UlsamError(f"`{option}` is for a timm name; {path} has its own weights")
-    model, spec = _load_file(path)
+    with _same_random_numbers():
+        model, spec = _load_file(path)
     return model.eval().to(device), spec
+
+
+def _same_random_numbers() -> AbstractContextManager[None]:
+    """Within it a model is made whose first weights, drawn at random, are then replaced."""
+    return torch.random.fork_rng(devices=[])
 
 
 def _load_file(path: str | os.PathLike[str]) -> tuple[nn.Module, ModelSpec]:
