@@ -1,1 +1,1 @@
-"""What every other room uses: errors, files, locks, processes, timing."""
+"""What every other package uses: errors, files, locks, processes, timing."""

@@ -67,7 +67,7 @@ def add_layer_options(group: "argparse._ActionsContainer", none: bool = False) -
         "--width",
         type=int,
         metavar="W",
-        help="of a narrow inverted residual: of --layer inverted_residual, or behind another layer",
+        help="hidden channels of the inverted residual: that of --layer, or one behind another layer",
     )
     group.add_argument("--form", choices=FORMS, metavar="NAME", help="of ULSAM: equations (default) or released")
 
@@ -140,7 +140,7 @@ def add_model(parser: argparse.ArgumentParser, dest: str = "model", *, exported:
         help="a model file, a run's folder, a trained model of the package, a timm name, or hf-hub:USER/MODEL"
         + "; or NAME.onnx of ulsam export" * exported,
     )
-    group = parser.add_argument_group("of a timm name without a tag")
+    group = parser.add_argument_group("weights, if MODEL is a timm name without a tag")
     group.add_argument("--pretrained", action="store_true", help="with the weights that timm has by default")
     group.add_argument("--weights", metavar="FILE", help="with the weights in this file")
 

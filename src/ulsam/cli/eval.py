@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the data's classes for the model's by their position, whatever their names",
     )
-    written = parser.add_argument_group("what is written")
+    written = parser.add_argument_group("files")
     written.add_argument("--csv", metavar="FILE", help="precision, recall, F1, specificity and AUC of each class")
     written.add_argument("--confusion", metavar="FILE.png", help="the confusion matrix as an image")
     machine = parser.add_argument_group("machine")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.confusion:
         check_plots("ulsam eval --confusion")
         if not args.confusion.endswith(".png"):
-            raise UlsamError(f"--confusion writes a picture called NAME.png, not {args.confusion}")
+            raise UlsamError(f"--confusion writes an image called NAME.png, not {args.confusion}")
     for file in filter(None, (args.csv, args.confusion)):
         check_writable(file)
     found = evaluate(

@@ -15,17 +15,17 @@ from ulsam.base.errors import UlsamError
 from ulsam.cli.output import add_output_options
 
 COMMANDS = {
-    "demo": "draw birds, train a model without and with ULSAM, show both",
+    "demo": "draw birds, train a model, make it smaller, and restore its accuracy",
     "train": "train a model on a folder of images",
-    "compare": "train several models under one recipe, and say how sure their difference is",
+    "compare": "train several models with the same settings, and give intervals of their differences",
     "slim": "replace blocks of a trained model to fit a budget, and train it again",
     "eval": "measure a trained model on a folder of images",
-    "predict": "name what is in images",
+    "predict": "classify images",
     "export": "write a trained model for another engine: ONNX, OpenVINO, ExecuTorch",
     "quantize": "write a trained model in 8-bit integers, and say what that costs",
     "push": "put a trained model on the Hugging Face hub, in timm's format",
     "bench": "time models side by side in the engines that run them: eager, compile, ONNX Runtime, OpenVINO",
-    "serve": "name images over HTTP, with batching, limits and metrics",
+    "serve": "classify images over HTTP, with batching, limits and metrics",
     "inspect": "say what the attention layers of a trained model do on images",
     "explain": "show what a model looks at, image by image, in a report",
     "explore": "ask models about images on a local web page",

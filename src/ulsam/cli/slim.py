@@ -44,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sets of least damage to reconstruct; the best of them is chosen (default: 4; 0: the one of least damage)",
     )
-    time = parser.add_argument_group("how time is taken for --latency")
+    time = parser.add_argument_group("timing, for --latency")
     time.add_argument(
         "--engine", choices=ENGINES, default="eager", metavar="NAME", help="eager (default) or onnxruntime"
     )

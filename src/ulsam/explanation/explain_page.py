@@ -165,16 +165,16 @@ def page(
 
 
 def environment(*folders: Path) -> Environment:
-    """Templates: those in the folders, and what this room has for them to include: ``page.css`` and the image."""
-    room = Environment(
+    """Templates: those in the folders, and what this page has for them to include: ``page.css`` and the image."""
+    environment = Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    room.globals.update(no_layer=NO_LAYER, percent=words.percent, gradient=gradient())
-    return room
+    environment.globals.update(no_layer=NO_LAYER, percent=words.percent, gradient=gradient())
+    return environment
 
 
 def photo_uri(pixels: Pixels, largest: int = LARGEST) -> str:

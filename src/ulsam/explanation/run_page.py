@@ -98,12 +98,12 @@ def page(
     small = {one.image: _small(one, measured) for pair in pairs for one in (*pair.errors, *pair.right)}
     samples, why_not = _samples(measured)
     found = differences(runs)
-    room = environment(Path(__file__).parent)
-    room.globals.update(
+    templates = environment(Path(__file__).parent)
+    templates.globals.update(
         shape=shape, quantity=quantity, change=change, points=points, duration=duration, percent=percent
     )
-    room.filters["breakable"] = breakable
-    return room.get_template("run_page.html").render(
+    templates.filters["breakable"] = breakable
+    return templates.get_template("run_page.html").render(
         runs=runs,
         keys={run.key: run for run in runs},
         finished=[run for run in runs if run.result],
