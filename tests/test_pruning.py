@@ -145,7 +145,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
         pruning.main(words)
     assert stop.value.code == 1
     printed = capsys.readouterr().out
-    assert "lr 1e+30, epochs 1: the loss is nan" in printed
+    assert "lr 1e+30, epochs 1: diverged: the loss is nan" in printed
     assert re.search(r"top-1 \d+\.\d\d; mean", printed)
     assert re.search("seed-1-0.01-1 failed: .*seed-1-0.01-1 is not an empty folder", printed)
     (arm / "seed-1-0.01-1").unlink()
@@ -170,7 +170,7 @@ def test_its_runs(
     grid = Grid((Arm.parse("base"),), base, rates=(0.01, 0.02), epochs=(1,), seeds=1)
     comparison.root.mkdir()
     comparison.write("grid.json", grid.to_json())
-    while due := grid.due(comparison.look):
+    while due := grid.due(comparison.outcome):
         train(due[0].config, comparison.folder(due[0]))
     steps = 0
 

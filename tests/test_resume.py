@@ -271,7 +271,7 @@ def test_a_mistake_in_mid_run_ends_the_reading_processes(interpreter: Warm, data
     pid = interpreter.start(["train", str(data), "--out", str(run), *options(settings)], log)
     assert interpreter.ask(wait=pid) == 2
     wait_for(lambda: session(pid) == [], 0.05)  # a fork server notices a moment later
-    assert log.read_text().splitlines()[-1].startswith("ulsam: error: the loss is ")
+    assert log.read_text().splitlines()[-1].startswith("ulsam: error: diverged: the loss is ")
 
 
 def test_a_killed_reading_process_is_one_line(interpreter: Warm, data: Path, tmp_path: Path) -> None:

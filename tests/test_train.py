@@ -471,7 +471,7 @@ def test_a_resumed_run_remembers_bad_images(bad_data: Path, tmp_path: Path) -> N
 def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {"lr": 1e30, "warmup_epochs": 0, "save_seconds": 0, "epochs": 2}
-    with pytest.raises(UlsamError, match=r"^the loss is (nan|inf) in epoch 1, step \d, at learning rate \d\S*e\+29: "):
+    with pytest.raises(UlsamError, match=r"^diverged: the loss is (nan|inf) in epoch 1, step \d, at learning rate \d\S*e\+29: "):
         train(config(data, **settings), run)
     state = read_checkpoint(run)
     assert state is not None

@@ -53,7 +53,7 @@ def test_a_variant_joins_a_comparison(variants: ModuleType, tmp_path: Path) -> N
     grid, comparison = Grid((Arm.parse("base"),), base, seeds=1), ComparisonFolder(tmp_path / "out")
     comparison.root.mkdir()
     comparison.write("grid.json", grid.to_json())
-    for run in grid.due(comparison.look):
+    for run in grid.due(comparison.outcome):
         train(run.config, comparison.folder(run))
     variants.main([str(comparison.root), "gated", "14", "--groups", "2"])
     arms = report(comparison.root)["arms"]
