@@ -108,7 +108,7 @@ def test_the_script_slims_what_a_comparison_trained(
     runs = {name: published[f"seed-1/{name}.json"] for name in ("whole", "slimmed", "longer")}
     assert [result[name]["top1"][1] for name in runs] == [run["scores"]["top1"] for run in runs.values()]
     assert (runs["slimmed"]["config"]["edits"], runs["longer"]["config"]["edits"]) == (
-        [f"replace {','.join(result['blocks'][1])} layer=inverted_residual width=4"],
+        [f"replace {','.join(result['blocks'][1])} g=4 width=4"],
         [],
     )
     trained = [*(comparison.root / "slimmed").glob("*/seed-1*/**/summary.json")]
