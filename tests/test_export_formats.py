@@ -1,8 +1,10 @@
 """Files for phones and in half precision: they are the model too, and say what they are."""
 
 import json
+import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +25,7 @@ from ulsam.model.spec import Edit
 from ulsam.surgery.fold import fold
 from ulsam.training.evaluate import spec_transform
 
+PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
 CLASSES = ("class0", "Zaunkönig", "class2")
 INSERTED = [Edit("insert", "blocks.1.0", 4, "released"), Edit("insert", "blocks.2.0", 8)]
 REPLACED = [Edit("replace", "14", 4, "released"), Edit("replace", "17", 4)]
@@ -72,6 +75,14 @@ def file_size(path: Path) -> int:
 
 def is_half(found: np.ndarray, whole: np.ndarray) -> bool:
     return found.dtype == np.float16 and np.array_equal(found, whole.astype(np.float16))
+
+
+def ran(package: str) -> dict[str, Any]:
+    """The names of the page's example that imports this package, which is run in this folder."""
+    (example,) = (text for text in re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.M | re.S) if package in text)
+    names: dict[str, Any] = {}
+    exec(compile(example, PAGE.name, "exec"), names)
+    return names
 
 
 def test_the_suffix_means_the_format():
@@ -142,13 +153,21 @@ def test_a_file_in_half_precision_is_not_quantized(tmp_path, capsys):
     assert "half.onnx is in float16: name the file in float32, or the model file" in capsys.readouterr().err
 
 
-def test_bytes_go_into_a_cast_and_nowhere_else(tmp_path):
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
+def test_bytes_go_into_a_cast_and_nowhere_else(half):
     """TensorRT has no other operation on bytes."""
-    for half in (False, True):
-        spec = MODELS["inserted"]
-        content = engine_of(build(spec)[0], spec, half=half).files[".onnx"]
-        graph = onnx.load_from_string(content).graph
-        assert [node.op_type for node in graph.node if graph.input[0].name in node.input] == ["Cast"]
+    spec = MODELS["inserted"]
+    graph = onnx.load_from_string(engine_of(build(spec)[0], spec, half=half).files[".onnx"]).graph
+    assert [node.op_type for node in graph.node if graph.input[0].name in node.input] == ["Cast"]
+
+
+@pytest.mark.slow
+def test_the_page_names_the_nodes_that_tensorrt_is_given():
+    (said,) = re.findall(r"^- \*\*Nodes\.\*\*(.*?)^- ", PAGE.read_text(), re.M | re.S)
+    spec = MODELS["replaced"]
+    graph = onnx.load_from_string(engine_of(build(spec)[0], spec, half=True).files[".onnx"]).graph
+    assert {node.op_type for node in graph.node} == set(re.findall(r"`(\w+)`", said))
+    assert {node.domain for node in graph.node} == {""}
 
 
 def test_without_its_package_a_format_says_what_to_install(tmp_path, capsys):
@@ -163,7 +182,7 @@ def test_without_its_package_a_format_says_what_to_install(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
-def test_core_ml_has_the_models_weights_and_operations(saved, half, tmp_path, capsys):
+def test_core_ml_has_the_models_weights_and_operations(saved, half, tmp_path, monkeypatch, capsys):
     """Its program and weights are read back from the package, and computed operation by operation."""
     pytest.importorskip("coremltools")
     import core_ml
@@ -187,6 +206,8 @@ def test_core_ml_has_the_models_weights_and_operations(saved, half, tmp_path, ca
     assert json.loads(notes["classes"]) == list(CLASSES)
     assert (notes["spec"], notes.get("precision")) == (spec.to_json(), "float16" if half else None)
     assert json.loads(notes["preprocessing"])["mean"] == list(spec.mean)
+    monkeypatch.chdir(tmp_path)
+    assert ran("coremltools")["classes"] == list(CLASSES)
     assert not any(
         word in file.read_bytes() for file in package.rglob("*") if file.is_file() for word in (b".py", b"/tmp")
     )
@@ -255,7 +276,7 @@ class Strange(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
-def test_litert_runs_the_file(saved, half, tmp_path, capsys):
+def test_litert_runs_the_file(saved, half, tmp_path, monkeypatch, capsys):
     pytest.importorskip("litert_torch")
     from ai_edge_litert.interpreter import Interpreter
 
@@ -269,6 +290,10 @@ def test_litert_runs_the_file(saved, half, tmp_path, capsys):
     images = images_for(saved)
     found = np.concatenate([runner(pixels=image[None])["logits"] for image in images])
     assert near(found, outputs(saved, images), HALF_TOLERANCE if half else 1e-4)
+
+    monkeypatch.chdir(tmp_path)
+    black = outputs(saved, np.zeros_like(images[:1]))
+    assert ran("ai_edge_litert")["found"] == CLASSES[black.argmax()]
 
     kinds = {entry["op_name"] for entry in interpreter._get_ops_details()}
     assert {"SOFTMAX", "MAX_POOL_2D", "CONV_2D", "DEPTHWISE_CONV_2D"} <= kinds
