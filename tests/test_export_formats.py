@@ -130,6 +130,23 @@ def test_half_takes_open_sizes_and_normalized_images(tmp_path):
     assert near(runtime.load(tmp_path / "a.onnx").logits(images), expected, HALF_TOLERANCE)
 
 
+@pytest.mark.slow
+def test_openvino_stores_weights_in_half(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    spec = MODELS["inserted"]
+    model = build(spec)[0].eval()
+    for name, half in (("whole", False), ("half", True)):
+        assert export(model, tmp_path / f"{name}.xml", spec=spec, half=half).same == 16
+    assert file_size(tmp_path / "half.bin") == pytest.approx(file_size(tmp_path / "whole.bin") / 2, rel=0.02)
+    read = openvino.Core().read_model(tmp_path / "half.xml")
+    assert read.get_rt_info(["ulsam", "precision"]).value == "float16"
+    run = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    pixels = IMAGES[:, :48, :48]
+    with torch.no_grad():
+        expected = model(spec_transform(spec).normalise(torch.from_numpy(pixels))).numpy()
+    assert near(run(pixels)[0], expected, HALF_TOLERANCE)
+
+
 def test_what_float16_cannot_hold_is_refused(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()

@@ -83,7 +83,8 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, device: st
     Args:
         path: the file.
         threads: CPU threads that compute one batch; by default one a core.
-        device: that runs it, of `ulsam.base.providers.PROVIDERS`. Operations that it does not know run on the CPU.
+        device: that runs it: ``cpu``, ``cuda``, ``tensorrt``, ``coreml``, ``openvino`` or ``directml``, where ONNX
+            Runtime is installed for it. Operations that it does not know run on the CPU.
 
     Raises:
         UlsamError: no such file, no ONNX file, or one that was not exported by ulsam; fewer than one thread; or a

@@ -47,7 +47,7 @@ def open_classifier(
         threads: CPU threads that compute a batch; by default one a core.
         folded: whether PyTorch runs the folded model (`ulsam.fold`); an exported one is folded always.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``; by default the one that a model in memory is on, else the CPU.
-            Of an exported file ``auto``, which is the CPU, or one of `ulsam.base.providers.PROVIDERS`.
+            Of an exported file ``auto``, which is the CPU, or one that `ulsam.runtime.load` takes.
         features: is given what the classifier is given, the pooled features [B, F] of each batch, before its logits are
             returned; by PyTorch alone.
 

@@ -114,8 +114,8 @@ def evaluate(
         classes_by_number: take the data's classes for the model's by their position, whatever their names.
         batch_size: images at once.
         workers: processes that read images.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; of an exported file ``auto``, which is the CPU, or one of
-            `ulsam.base.providers.PROVIDERS`.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; of an exported file ``auto``, which is the CPU,
+            or one that `ulsam.runtime.load` takes.
 
     Raises:
         UlsamError: no such model, data, split or device; classes that the model does not know; no readable image; or
