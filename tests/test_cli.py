@@ -94,7 +94,7 @@ def test_without_a_command_there_is_a_short_guide(capsys: pytest.CaptureFixture[
         ("train data --amp zzz", "--amp: 'zzz' is not one of auto, none, bf16, fp16; see ulsam train --help"),
         ("train data -b 1.5", "-b/--batch-size: must be a whole number, not '1.5'; see ulsam train --help"),
         ("train data --lr fast", "--lr: must be a number, not 'fast'; see ulsam train --help"),
-        ("export m --to onxx", "--to: 'onxx' is not one of onnx, openvino, executorch; did you mean onnx?"),
+        ("export m --to onxx", "--to: 'onxx' is not one of onnx, openvino, executorch, coreml, tflite; did you mean"),
         ("prepare food01 a b", "name: 'food01' is not one of food101, dogs, cub200, csv; did you mean food101?"),
         ("bench m --batch a", "--batch: 'a' is no list of numbers such as 1,2; see ulsam bench --help"),
         ("info a b", "unexpected argument 'b'; see ulsam info --help"),

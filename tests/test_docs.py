@@ -24,7 +24,16 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 IDS = [page.name for page in PAGES]
 # Their examples train or compile models.
-SLOW = ("compare.md", "deploy.md", "slim.md", "detectors.md", "surgery.md", "training.md", "works_with.md")
+SLOW = (
+    "compare.md",
+    "deploy.md",
+    "engines.md",
+    "slim.md",
+    "detectors.md",
+    "surgery.md",
+    "training.md",
+    "works_with.md",
+)
 NEEDED = {"detectors.md": ("ultralytics", "segmentation_models_pytorch", "transformers")}
 # Of a page with Python: what must be true of its names, and of what it printed, after its last example.
 Promise = Callable[[dict[str, Any], str], bool]
@@ -63,6 +72,12 @@ PROMISES: dict[str, Promise] = {
         "16 generated images" in out
         and "a.jpg" in out
         and {name for name, _ in names["found"].classes} == {"robin", "wren"}
+    ),
+    "engines.md": lambda names, out: (
+        "16 generated images" in out
+        and (names["logits"].shape, str(names["logits"].dtype)) == ((1, 2), "float32")
+        and _places(names["model"]) == ["blocks.4.2"]
+        and Path("model-fp16.onnx").stat().st_size < 0.6 * Path("model.onnx").stat().st_size
     ),
     "detectors.md": lambda names, out: _places(names["again"]) == ["mobilenet_v2.layer.3"] and "[1, 3]" in out,
     "performance.md": lambda names, out: (

@@ -276,9 +276,10 @@ def test_images_to_compare_on_are_spread_over_all(tmp_path):
     ("words", "message"),
     [
         ("{folder}", "{folder} is a folder without model.safetensors"),
-        ("{model} --to tensorrt", "--to: 'tensorrt' is not one of onnx, openvino, executorch"),
+        ("{model} --to tensorrt", "--to: 'tensorrt' is not one of onnx, openvino, executorch, coreml, tflite"),
         ("{model} --out {folder}/none/model.onnx", "cannot write {folder}/none/model.onnx: no such folder"),
-        ("{model} --out {folder}/model.pt", "a file for onnx is called NAME.onnx, not {folder}/model.pt"),
+        ("{model} --out {folder}/model.pt", "{folder}/model.pt: a file is called NAME.onnx, NAME.xml, NAME.pte"),
+        ("{model} --to onnx --out {folder}/m.pte", "a file for onnx is called NAME.onnx, not {folder}/m.pte"),
         ("{model} --images {folder}/empty", "no images in the folder {folder}/empty"),
         ("{model} --out {folder}/model.onnx --images {folder}/a.png", "no image to compare"),
     ],

@@ -182,4 +182,4 @@ def test_an_exported_model_has_no_features(tmp_path, world, capsys):
     assert main([*words, "--features", str(tmp_path / "f.npz")]) == 2
     assert "model.onnx outputs no features: name the model file" in capsys.readouterr().err
     assert main([*words, "--device", "cuda"]) == 2
-    assert "--device cuda: an exported model runs on the CPU here" in capsys.readouterr().err
+    assert "for cuda install onnxruntime-gpu in its place" in capsys.readouterr().err

@@ -281,7 +281,10 @@ def test_what_is_no_exported_model(world, tmp_path, capsys):
         (["predict", str(tmp_path / "none.onnx"), data], f"no exported model {tmp_path / 'none.onnx'}"),
         (["predict", str(tmp_path / "folder.onnx"), data], f"no exported model {tmp_path / 'folder.onnx'}"),
         (["eval", spec_gone, data], "holds no spec: write it by ulsam export"),
-        (["eval", str(world / "model.onnx"), data, "--device", "cuda"], "an exported model runs on the CPU here"),
+        (
+            ["eval", str(world / "model.onnx"), data, "--device", "cuda"],
+            "for cuda install onnxruntime-gpu in its place",
+        ),
     ]:
         assert main(words) == 2
         error = capsys.readouterr().err

@@ -3,6 +3,8 @@
 pip install --no-deps ulsam && pip install numpy pillow onnxruntime
 """
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -10,16 +12,20 @@ from typing import Any
 
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.files import check_readable
+from ulsam.base.providers import PROVIDERS
 from ulsam.data.images import Pixels
 from ulsam.data.preprocessing import Preprocessing
 from ulsam.training.predict import Image, Logits, Prediction, predict
 
-CLASSES, PREPROCESSING, SPEC, VERSION = "classes", "preprocessing", "spec", "ulsam_version"
-"""Keys of an exported file's metadata; each value is text: JSON, but for the version."""
+CLASSES, PREPROCESSING, SPEC, VERSION, PRECISION = "classes", "preprocessing", "spec", "ulsam_version", "precision"
+"""Keys of an exported file's metadata; each value is text: JSON, but for the version, and ``float16``, the precision.
+
+A file in float32 says nothing about its precision.
+"""
 
 
 class Model:
-    """An exported model on the CPU; :func:`load` makes it.
+    """An exported model that is ready to run; :func:`load` makes it.
 
     Attributes:
         classes: names of the outputs.
@@ -71,15 +77,18 @@ class Model:
         return predict(images, self.logits, self.preprocessing, self.classes, top=top, batch=batch)
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
+def load(path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu") -> Model:
     """Open a file that `ulsam export --to onnx` or `ulsam quantize` wrote.
 
     Args:
         path: the file.
         threads: CPU threads that compute one batch; by default one a core.
+        device: that runs it: ``cpu``, ``cuda``, ``tensorrt``, ``coreml``, ``openvino`` or ``directml``, where ONNX
+            Runtime is installed for it. Operations that it does not know run on the CPU.
 
     Raises:
-        UlsamError: no such file, no ONNX file, or one that was not exported by ulsam; or fewer than one thread.
+        UlsamError: no such file, no ONNX file, or one that was not exported by ulsam; fewer than one thread; or a
+            device that this ONNX Runtime does not know, or cannot start.
 
     >>> load("birds.onnx")
     Traceback (most recent call last):
@@ -88,17 +97,21 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Model:
     if threads is not None and threads < 1:
         raise UlsamError(f"threads must be 1 or more, not {threads}; None is one a core")
     check_readable(path, "exported model")
-    return open_model(os.fspath(path), os.fspath(path), threads)
+    return open_model(os.fspath(path), os.fspath(path), threads, device=device)
 
 
-def open_model(model: str | bytes, name: str, threads: int | None = None, *, as_written: bool = False) -> Model:
+def open_model(
+    model: str | bytes, name: str, threads: int | None = None, *, device: str = "cpu", as_written: bool = False
+) -> Model:
     """A model from its path, or from what a file would hold; messages call it ``name``; see :func:`open_session`.
 
     Raises:
         UlsamError: as of :func:`load`.
     """
     try:
-        session = open_session(model, threads, as_written=as_written)
+        session = open_session(model, threads, device=device, as_written=as_written)
+    except UlsamError:
+        raise
     except ImportError as error:
         raise UlsamError(f"{name}: {error}; pip install onnxruntime") from error
     except Exception as error:  # as above
@@ -141,16 +154,58 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(model: str | bytes, threads: int | None = None, *, as_written: bool = False) -> Any:
-    """ONNX Runtime's session on the CPU for a file, or for what one would hold; a thread for each core by default.
+def open_session(
+    model: str | bytes, threads: int | None = None, *, device: str = "cpu", as_written: bool = False
+) -> Any:
+    """ONNX Runtime's session for a file, or for what one would hold; a CPU thread for each core by default.
 
-    With ``as_written`` each operation of the file runs by itself: a quantized model's in float32, exactly.
+    Args:
+        model: path or content.
+        threads: CPU threads.
+        device: of `ulsam.base.providers.PROVIDERS`. Where ONNX Runtime cannot start it, it would run on the CPU by
+            itself, and say nothing.
+        as_written: each operation of the file runs by itself: a quantized model's in float32, exactly.
+
+    Raises:
+        UlsamError: there is no such device, this ONNX Runtime does not know it, or cannot start it.
     """
+    if device not in PROVIDERS:
+        raise UlsamError(f"`device={device}`: an exported model runs on {', '.join(PROVIDERS)}")
     onnxruntime = import_onnxruntime()
+    provider, package = PROVIDERS[device]
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        known = ", ".join(name for name, (one, _) in PROVIDERS.items() if one in available)
+        raise UlsamError(
+            f"`device={device}`: the ONNX Runtime that is installed here runs on {known}; for {device} install"
+            f" {package} in its place"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads or 0
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls its threads leave the cores
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    if device == "cpu":
+        return onnxruntime.InferenceSession(model, options, providers=[provider])
+    said = _preload(onnxruntime) if package == "onnxruntime-gpu" else ""
+    providers = [provider, "CPUExecutionProvider"]
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=False)
+    except Exception as error:  # as above
+        raise UlsamError(f"`device={device}`: {provider} fails here: {first_line(error)}") from error
+    if session.get_providers()[0] != provider:
+        raise UlsamError(
+            f"`device={device}`: {provider} does not start here: {said or 'a library or the device is missing'}"
+        )
+    return session
+
+
+def _preload(onnxruntime: Any) -> str:
+    """Load CUDA from NVIDIA's Python packages, if they are installed; the first line of what ONNX Runtime says to it.
+
+    It finds CUDA by itself where the system has it.
+    """
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        onnxruntime.preload_dlls()
+    return next(iter(said.getvalue().splitlines()), "")

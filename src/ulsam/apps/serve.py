@@ -48,6 +48,7 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     threads: int | None = None,
+    device: str | None = None,
     limits: Limits | None = None,
     ready: Callable[[str], None] = print,
 ) -> int:
@@ -64,6 +65,7 @@ def serve(
         port: 0 for any that is free.
         api_key: that requests must carry as ``Authorization: Bearer KEY``; required beyond loopback addresses.
         threads: that compute a batch; by default one a core.
+        device: that computes it, as of `ulsam.deploy.predict.predict`.
         limits: what is taken at most; by default `Limits()`.
         ready: called with the service's URL as soon as it answers.
 
@@ -71,8 +73,8 @@ def serve(
         How many requests to name images were answered, refusals included.
 
     Raises:
-        UlsamError: no such model; the address cannot be listened on, or is reachable from elsewhere and there is no
-            key.
+        UlsamError: no such model or device; the address cannot be listened on, or is reachable from elsewhere and there
+            is no key.
 
     >>> serve("birds.onnx", host="0.0.0.0", port=0)
     Traceback (most recent call last):
@@ -85,7 +87,7 @@ def serve(
     with listen(host, port) as listening:
         if not (api_key or is_loopback(listening)):
             raise UlsamError(f"{host} can be reached from elsewhere: set {KEY} to the key that is asked for")
-        opened = open_classifier(model, spec, threads=threads, folded=True)
+        opened = open_classifier(model, spec, threads=threads, folded=True, device=device)
         softmax(opened.logits(np.zeros((1, *opened.preprocessing.size, 3), np.uint8)))  # the first one takes longer
         engine = Engine(opened, limits, Metrics(limits))
         name = Path(model).name if isinstance(model, str) else spec.base if spec else type(model).__name__

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,41 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str, *, flush: bool
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "; what was there before is whole: make room, then try again" if full else ""
         raise UlsamError(f"cannot write {path}: {error.strerror}{advice}") from error
+
+
+def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Write a folder that is one file to its users, such as a package of macOS, in the place of an older one.
+
+    It is filled under another name, and moved into place when it is whole.
+
+    Args:
+        path: of the folder.
+        files: what its files hold, by their names in the folder, with slashes.
+
+    Raises:
+        UlsamError: the disk is full or the folder cannot be written to.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_folder(f"{folder}/a", {"b/c.txt": b"x"})
+    ...     os.listdir(f"{folder}/a"), os.listdir(folder)
+    (['b'], ['a'])
+    """
+    path = Path(path)
+    new, old = (path.with_name(f".{path.name}.{word}") for word in ("new", "old"))
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        with whole_folder(new) as part:
+            for name, content in files.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                (part / name).write_bytes(content)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UlsamError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.processes import is_first_process
+from ulsam.base.providers import PROVIDERS
 from ulsam.model.trained import locate, model_in, names
 
 if TYPE_CHECKING:
@@ -143,6 +144,16 @@ def add_model(parser: argparse.ArgumentParser, dest: str = "model", *, exported:
     group = parser.add_argument_group("weights, if MODEL is a timm name without a tag")
     group.add_argument("--pretrained", action="store_true", help="with the weights that timm has by default")
     group.add_argument("--weights", metavar="FILE", help="with the weights in this file")
+
+
+def add_device(parser: "argparse._ActionsContainer", default: str = "auto") -> None:
+    """Add ``--device``, of a command that takes an exported model, too."""
+    parser.add_argument(
+        "--device",
+        default=default,
+        metavar="NAME",
+        help=f"auto, cpu, cuda or mps; for NAME.onnx auto, {', '.join(PROVIDERS)} (default: {default})",
+    )
 
 
 def model_from(args: argparse.Namespace, dest: str = "model") -> dict[str, Any]:

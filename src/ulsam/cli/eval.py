@@ -7,7 +7,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
 from ulsam.base.files import check_writable, write_atomic
 from ulsam.base.processes import is_first_process
-from ulsam.cli.common import add_model, model_from, print_json
+from ulsam.cli.common import add_device, add_model, model_from, print_json
 
 EXAMPLE = "ulsam eval runs/mine/model.safetensors images --split test"
 
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "-j", "--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)"
     )
-    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
+    add_device(machine)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from ulsam.base.errors import UlsamError, printable
 from ulsam.base.extras import installed
 from ulsam.base.files import check_writable, write_atomic
 from ulsam.base.text_table import as_csv
-from ulsam.cli.common import add_model, model_from, print_json
+from ulsam.cli.common import add_device, add_model, model_from, print_json
 
 if TYPE_CHECKING:
     from ulsam.training.predict import Prediction
@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", metavar="FILE", help="also write the pooled features of each image: NAME.npz or NAME.csv"
     )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or mps (default: auto)")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from ulsam.apps.service_limits import Limits
 from ulsam.base.extras import extra
-from ulsam.cli.common import add_model, model_from, print_json
+from ulsam.cli.common import add_device, add_model, model_from, print_json
 
 EXAMPLE = "ulsam serve runs/mine/model.safetensors --port 8000 --max-images 8"
 TEXTS = {
@@ -29,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute a batch (default: one a core)")
+    add_device(parser, "cpu")
     limits = parser.add_argument_group("limits; what lies above is refused")
     for field in fields(Limits):
         limits.add_argument(
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
         port=args.port,
         api_key=os.environ.get(KEY),
         threads=args.threads,
+        device=args.device,
         limits=limits,
         ready=ready,
     )

@@ -47,12 +47,13 @@ def open_classifier(
         threads: CPU threads that compute a batch; by default one a core.
         folded: whether PyTorch runs the folded model (`ulsam.fold`); an exported one is folded always.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``; by default the one that a model in memory is on, else the CPU.
+            Of an exported file ``auto``, which is the CPU, or one that `ulsam.runtime.load` takes.
         features: is given what the classifier is given, the pooled features [B, F] of each batch, before its logits are
             returned; by PyTorch alone.
 
     Raises:
         UlsamError: as of `ulsam.load` or `ulsam.runtime.load`; no threads; no such device; or an exported model that is
-            asked for its features, or to run elsewhere than on the CPU.
+            asked for its features.
 
     >>> open_classifier("birds.onnx")
     Traceback (most recent call last):
@@ -63,9 +64,7 @@ def open_classifier(
     if isinstance(model, str | os.PathLike) and os.fspath(model).endswith(".onnx"):
         if features:
             raise UlsamError(f"{os.fspath(model)} outputs no features: name the model file that it was made from")
-        if device not in (None, "auto", "cpu"):
-            raise UlsamError(f"`device={device}`: an exported model runs on the CPU here")
-        exported = runtime.load(model, threads=threads)
+        exported = runtime.load(model, threads=threads, device="cpu" if device in (None, "auto") else device)
         return Classifier(exported.classes, exported.preprocessing, exported.logits)
 
     from ulsam.base.distributed import device_of

@@ -26,17 +26,22 @@ class Engine:
     """An exported model.
 
     Attributes:
-        files: what its files hold, by their suffixes, that which is opened last.
-        run: input -> logits [B, classes], by what the files hold.
+        files: what its files hold, by their suffixes, that which is opened last. Those of a folder have its suffix and
+            a slash before theirs.
+        run: input -> logits [B, classes], by what the files hold; None where nothing on this machine runs them.
         one_by_one: whether it takes no more than one image at a time.
+        why_not: nothing runs them, for the user.
     """
 
     files: Mapping[str, bytes]
-    run: Run
+    run: Run | None
     one_by_one: bool = False
+    why_not: str = ""
 
 
-def onnx_engine(model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]) -> Engine:
+def onnx_engine(
+    model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str], half: bool
+) -> Engine:
     """ONNX, run by ONNX Runtime.
 
     Args:
@@ -44,6 +49,7 @@ def onnx_engine(model: nn.Module, example: Tensor, free: Mapping[int, str], meta
         example: an input, 2 images.
         free: dimensions of the input that may differ, and their names.
         metadata: to put into the file.
+        half: whether the model computes in float16, as it is given.
 
     Raises:
         UlsamError: a package is missing, or the model cannot be exported.
@@ -59,11 +65,13 @@ def onnx_run(content: bytes, threads: int | None = None) -> Run:
     return lambda images: session.run(None, {name: images})[0]
 
 
-def openvino_engine(model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]) -> Engine:
+def openvino_engine(
+    model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str], half: bool
+) -> Engine:
     """OpenVINO's intermediate representation in float32, read from the ONNX graph; as :func:`onnx_engine`.
 
     It is compared in float32: by itself OpenVINO computes in bfloat16 where the processor can. The metadata is its
-    runtime information, under ``ulsam``.
+    runtime information, under ``ulsam``. With ``half`` the weights are float16.
     """
     check_openvino("`to=openvino`")
     import openvino
@@ -74,7 +82,7 @@ def openvino_engine(model: nn.Module, example: Tensor, free: Mapping[int, str], 
         converted.set_rt_info(text, ["ulsam", key])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.xml")
-        openvino.save_model(converted, path, compress_to_fp16=False)
+        openvino.save_model(converted, path, compress_to_fp16=half)
         files = {suffix: path.with_suffix(suffix).read_bytes() for suffix in (".bin", ".xml")}
     written = core.read_model(files[".xml"], files[".bin"])  # not from the folder: files in use stay on Windows
     compiled = core.compile_model(written, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -92,15 +100,17 @@ def check_openvino(what: str) -> None:
 
 
 def executorch_engine(
-    model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]
+    model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str], half: bool
 ) -> Engine:
     """ExecuTorch's program for one image at a time, lowered to XNNPACK; as :func:`onnx_engine`.
 
     Each entry of the metadata is a method without arguments that returns it.
 
     Raises:
-        UlsamError: also for a free size, whose memory could not be planned.
+        UlsamError: also for a free size, whose memory could not be planned, and for ``half``.
     """
+    if half:
+        raise UlsamError("`half=True`: a file for ExecuTorch is in float32 here; leave it out")
     if len(free) > 1:
         raise UlsamError("`dynamic_size=True`: ExecuTorch plans its memory ahead, for one size; leave it out")
     with extra("executorch", "`to=executorch` needs"), warnings.catch_warnings():

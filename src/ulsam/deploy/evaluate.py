@@ -114,7 +114,8 @@ def evaluate(
         classes_by_number: take the data's classes for the model's by their position, whatever their names.
         batch_size: images at once.
         workers: processes that read images.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; an exported file runs on the CPU.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``; of an exported file ``auto``, which is the CPU,
+            or one that `ulsam.runtime.load` takes.
 
     Raises:
         UlsamError: no such model, data, split or device; classes that the model does not know; no readable image; or
@@ -135,12 +136,10 @@ def evaluate(
     data = os.fspath(data)
     split = split or _default_split(data)
     exported = not isinstance(model, nn.Module) and os.fspath(model).endswith(".onnx")
-    if exported and device not in ("auto", "cpu"):
-        raise UlsamError(f"`device={device}`: an exported model runs on the CPU here")
     module: nn.Module
     with start("cpu" if exported else device) as world:
         if not isinstance(model, nn.Module) and exported:
-            module, spec, transform = load_exported(model)
+            module, spec, transform = load_exported(model, "cpu" if device == "auto" else device)
         else:
             module, spec = model_and_spec(model, spec)
             transform = spec_transform(spec)

@@ -13,7 +13,7 @@ from ulsam.training.evaluate import spec_transform
 
 
 class Exported(nn.Module):
-    """RGB bytes [B, H, W, 3] -> logits [B, classes], by ONNX Runtime on the CPU."""
+    """RGB bytes [B, H, W, 3] -> logits [B, classes], by ONNX Runtime."""
 
     def __init__(self, model: runtime.Model) -> None:
         super().__init__()
@@ -33,13 +33,17 @@ class Bytes(Normalise):
         return images
 
 
-def load_exported(path: str | os.PathLike[str]) -> tuple[Exported, ModelSpec, EvalTransform]:
+def load_exported(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Exported, ModelSpec, EvalTransform]:
     """An exported model, its spec, and the transform whose batches it takes.
+
+    Args:
+        path: of the file.
+        device: that runs it, of `ulsam.base.providers.PROVIDERS`.
 
     Raises:
         UlsamError: as of `ulsam.runtime.load`, or the file holds no spec.
     """
-    model = runtime.load(path)
+    model = runtime.load(path, device=device)
     if runtime.SPEC not in model.metadata:
         raise UlsamError(f"{path} holds no spec: write it by `ulsam.export`")
     spec = ModelSpec.from_json(model.metadata[runtime.SPEC])

@@ -61,7 +61,7 @@ def onnx_graph(model: nn.Module, example: Tensor, free: Mapping[int, str] | None
     ([('Conv', 'Conv')], 'batch')
     """
     names = dict(free or {})
-    model, layers = _with_attention(model)
+    model, layers = with_attention(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -114,6 +114,7 @@ class _Attention(nn.Module):
         self.spread = nn.Conv2d(groups, channels, 1, groups=parts)
         self.spread.weight = nn.Parameter(mask.T.repeat(parts, 1)[:, :, None, None].contiguous())
         self.spread.bias = nn.Parameter(torch.ones(channels))
+        self.to(layer.pointwise.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.depthwise(x)
@@ -130,8 +131,13 @@ class _Attention(nn.Module):
         return x * cast(Tensor, self.spread(maps))
 
 
-def _with_attention(model: nn.Module) -> tuple[nn.Module, set[str]]:
-    """A copy of ``model`` with `_Attention` in the place of its ULSAM layers, and the names of these."""
+def with_attention(model: nn.Module) -> tuple[nn.Module, set[str]]:
+    """A copy of a folded model with plain convolutions in the place of its ULSAM layers, and the names of these.
+
+    >>> model, names = with_attention(nn.Sequential(nn.ReLU(), ULSAM(8)))
+    >>> names, [type(part).__name__ for part in model[1].children()]
+    ({'1'}, ['Conv2d', 'Conv2d', 'Conv2d'])
+    """
     model = copy.deepcopy(model)
     layers = {name: part for name, part in model.named_modules() if host_class(part) is ULSAM}
     names = set()

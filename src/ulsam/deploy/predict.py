@@ -41,6 +41,7 @@ def predict(
         top: classes to name for each image.
         batch_size: images at once.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``; by default the one that a model in memory is on, else the CPU.
+            Of an exported file ``auto``, which is the CPU, or one that `ulsam.runtime.load` takes.
         features: is given the pooled features [B, F], float32, of the readable images of each batch, before their
             predictions; not for an exported file.
 

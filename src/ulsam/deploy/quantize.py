@@ -116,8 +116,8 @@ def quantize(
 
     Raises:
         UlsamError: an unknown target; top-1 falls by more than `MOST_LOST`, beyond what the choice of images explains
-            at 95 %; the model is quantized already; the images have other classes, or come in a stream; a package is
-            missing; the file cannot be written. There is no new file then.
+            at 95 %; the model is quantized or in float16 already; the images have other classes, or come in a stream; a
+            package is missing; the file cannot be written. There is no new file then.
 
     >>> quantize("missing.onnx", "images", "model.onnx")
     Traceback (most recent call last):
@@ -138,6 +138,10 @@ def quantize(
     whole = runtime.open_model(content, name)
     if QUANTIZATION in whole.metadata:
         raise UlsamError(f"{name} is quantized already: name the file in float32, or the model file")
+    if runtime.PRECISION in whole.metadata:
+        raise UlsamError(
+            f"{name} is in {whole.metadata[runtime.PRECISION]}: name the file in float32, or the model file"
+        )
     train, others, _ = open_data(os.fspath(data), **held_out_settings(model, os.fspath(data), {}))
     if isinstance(others, FolderImages):
         note_trained_on(model, [path for path, _ in others.samples], [data])
