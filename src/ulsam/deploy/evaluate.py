@@ -9,7 +9,7 @@ from torch import nn
 from ulsam.base.distributed import start
 from ulsam.base.errors import UlsamError, printable
 from ulsam.base.text_table import as_csv
-from ulsam.data.folder import find_splits
+from ulsam.data.labelled import splits_of
 from ulsam.data.loading import eval_loader
 from ulsam.data.opening import is_named, open_split
 from ulsam.data.sources import FolderImages
@@ -145,10 +145,17 @@ def evaluate(
             module, spec = model_and_spec(model, spec)
             transform = spec_transform(spec)
         images = open_split(
-            data, split, spec.classes, data_dir=data_dir, class_names=class_names, by_number=classes_by_number
+            data,
+            split,
+            spec.classes,
+            data_dir=data_dir,
+            class_names=class_names,
+            by_number=classes_by_number,
+            several=False,
         )
         if isinstance(images, FolderImages) and world.writes:
-            note_trained_on(model, [path for path, _ in images.samples], [data])
+            held_out = images.in_table and split in ("val", "test")
+            note_trained_on(model, [path for path, _ in images.samples], [data], held_out=held_out)
         batches = eval_loader(
             images,
             transform,
@@ -176,5 +183,5 @@ def _default_split(data: str) -> str:
     """test, else val, of an image folder; timm's "validation" of a named data set."""
     if is_named(data):
         return "validation"
-    splits = find_splits(data)
+    splits = splits_of(data)
     return next((name for name in ("test", "val") if name in splits), "all")

@@ -17,8 +17,9 @@ from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.data.augment import EvalTransform
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
-from ulsam.data.loading import Batch, check_labels
+from ulsam.data.loading import Batch
 from ulsam.data.sources import AnyImages, StreamImages
+from ulsam.data.targets import check_labels
 from ulsam.model.spec import ModelSpec
 from ulsam.training.predict import NOT_FINITE, Logits
 

@@ -25,6 +25,7 @@ from ulsam.base.errors import Interrupted, LostProcess, NotFinite, UlsamError
 from ulsam.base.extras import installed
 from ulsam.base.provenance import command_line, environment, versions
 from ulsam.data import loading, sources
+from ulsam.data.targets import check_labels
 from ulsam.model.build import build, sketch
 from ulsam.surgery.cost import cost
 from ulsam.training import distill, parts, restore
@@ -249,7 +250,7 @@ class Trainer:
                 raise UlsamError(f"{tried} training images in a row cannot be read")
             loading.seed_all(config.seed, 2, at.epoch, at.batch + turn, world.rank)  # dropout, mixup
             images = batch.images.to(world.device, non_blocking=True, memory_format=self.layout)
-            loading.check_labels(batch.labels, len(self.classes))
+            check_labels(batch.labels, len(self.classes))
             labels: Tensor = batch.labels.to(world.device, non_blocking=True)
             if self.mixing:
                 images, labels = self.mixing(images, labels)
