@@ -5,6 +5,7 @@ from ulsam.base.errors import UlsamError as UlsamError
 from ulsam.base.logs import show_progress as show_progress
 from ulsam.deploy.bench import bench as bench
 from ulsam.deploy.evaluate import evaluate as evaluate
+from ulsam.deploy.evaluate_labels import evaluate_labels as evaluate_labels
 from ulsam.deploy.export import export as export
 from ulsam.deploy.hub import push as push
 from ulsam.deploy.predict import predict as predict

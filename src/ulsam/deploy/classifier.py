@@ -27,6 +27,7 @@ class Classifier:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     logits: Callable[[Pixels], Logits]  # [B, classes] of RGB bytes [B, H, W, 3] at the model's size
+    thresholds: tuple[float, ...] | None = None  # of each class, where an image may have several labels
 
 
 def open_classifier(
@@ -66,7 +67,7 @@ def open_classifier(
         if device not in (None, "auto", "cpu"):
             raise UlsamError(f"`device={device}`: an exported model runs on the CPU here")
         exported = runtime.load(model, threads=threads)
-        return Classifier(exported.classes, exported.preprocessing, exported.logits)
+        return Classifier(exported.classes, exported.preprocessing, exported.logits, exported.thresholds)
 
     import torch
 
@@ -84,7 +85,7 @@ def open_classifier(
     logits = logits_of(fold(module, spec.input_size) if folded else module, transform)
     if features:
         logits = _showing(logits, module, features)
-    return Classifier(tuple(spec.classes), transform.preprocessing, logits)
+    return Classifier(tuple(spec.classes), transform.preprocessing, logits, spec.thresholds)
 
 
 def _showing(

@@ -138,6 +138,8 @@ def quantize(
     whole = runtime.open_model(content, name)
     if QUANTIZATION in whole.metadata:
         raise UlsamError(f"{name} is quantized already: name the file in float32, or the model file")
+    if whole.thresholds is not None:
+        raise UlsamError("quantizing is measured by one class an image, and this model gives several labels")
     train, others, _ = open_data(os.fspath(data), **held_out_settings(model, os.fspath(data), {}))
     check_one_class(others, "quantizing")
     if isinstance(others, FolderImages):

@@ -136,6 +136,7 @@ def slim(
         raise UlsamError("slimming chooses in one process: use `fine_tune=False`, then train by torchrun")
     check_engine(asked.engine)
     original, spec = model_and_spec(model, spec)
+    spec.check_one_class("slimming")
     file = out / ORIGINAL if isinstance(model, nn.Module) or is_pretrained_name(model) else model
     config = fine_tuning(file, spec, data, settings or {})
     with _resumable(out):
