@@ -210,7 +210,7 @@ def table_images(
             f"at least {min_classes} are needed"
         )
     numbers = {name: number for number, name in enumerate(classes)}
-    found = [(os.fspath(path), row.labels) for row, path in zip(rows, paths, strict=True) if path is not None]
+    found = [(path, row.labels) for row, path in zip(rows, paths, strict=True) if path is not None]
     if not table.several:
         return Folder(Path(table.path), classes, SampleList((path, numbers[own[0]]) for path, own in found))
     known: dict[frozenset[str], int] = {}
@@ -221,24 +221,26 @@ def table_images(
     return Folder(Path(table.path), classes, samples, sets=sets)
 
 
-def image_file(folder: Path, path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Path | None:
+def image_file(folder: str | os.PathLike[str], path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> str | None:
     """The file that a path in a table means: with or without its ending, with slashes or backslashes."""
     for name in dict.fromkeys((path, path.replace("\\", "/"))):
         names = [name] if name.lower().endswith(IMAGE_SUFFIXES) else [f"{name}{ending}" for ending in suffixes]
-        found = next((folder / one for one in names if (folder / one).is_file()), None)
+        files = (os.path.join(folder, one) for one in names)
+        found = next(filter(os.path.isfile, files), None)
         if found is not None:
-            return found
+            return os.fspath(Path(found))  # without ./ and doubled slashes
     return None
 
 
-def _files(folder: Path, rows: Iterable[Row]) -> Iterator[Path | None]:
+def _files(folder: Path, rows: Iterable[Row]) -> Iterator[str | None]:
     """The file of each row; the ending of the last one, where a path lacks it, is tried first."""
     suffixes = list(IMAGE_SUFFIXES)
     for row in rows:
         file = image_file(folder, row.path, suffixes)
-        if file is not None and file.suffix != suffixes[0] and file.suffix in suffixes:
-            suffixes.remove(file.suffix)
-            suffixes.insert(0, file.suffix)
+        ending = os.path.splitext(file or "")[1]
+        if ending != suffixes[0] and ending in suffixes:
+            suffixes.remove(ending)
+            suffixes.insert(0, ending)
         yield file
 
 

@@ -53,7 +53,7 @@ def prepare_table(table: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         target = Path(split or "", label, re.sub(r"[/\\:]", "_", os.path.relpath(source, table.parent).lstrip("./\\")))
         if target in copies:
             raise UlsamError(f"{table}, row {number}: {path} was there before")
-        copies[target] = source
+        copies[target] = Path(source)
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
