@@ -397,6 +397,34 @@ def test_a_run_does_not_resume_on_labels_of_the_other_kind(table: Path, tmp_path
         ulsam.resume(tmp_path / "run")
 
 
+def test_images_that_cannot_be_read_are_left_out(table: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(table.parent, tmp_path / "data")
+    own = tmp_path / "data" / "labels.csv"
+    for split in ("train", "val", "test"):
+        Path(truth(own, split)[3][0]).write_bytes(b"no image")
+    found = ulsam.evaluate_labels(run / "model.safetensors", own, workers=0)
+    assert (found.scores.images, len(found.scores.unreadable)) == (19, 1)
+    rest = [labels for number, (_, labels) in enumerate(truth(own, "test")) if number != 3]
+    assert found.scores.truths.tolist() == [[name in labels for name in ATTRIBUTES] for labels in rest]
+    summary = ulsam.train(own, tmp_path / "run", **{**RECIPE, "epochs": 1})
+    assert (summary["scores"]["images"], summary["scores"]["unreadable"]) == (29, 1)
+    assert len(summary["unreadable"]["train"]) == 1
+
+
+def test_scores_without_a_positive_are_undefined(table: Path, tmp_path: Path) -> None:
+    rows: list[tuple[object, ...]] = [("image", *ATTRIBUTES, "split")]
+    rows += [(path, *(int(name in labels) for name in ATTRIBUTES), "train") for path, labels in truth(table, "train")]
+    rows += [(path, 0, 0, "val") for path, _ in truth(table, "val")]
+    own = write_table(tmp_path / "labels.csv", rows)
+    summary = ulsam.train(own, tmp_path / "run", **SETTINGS)
+    assert (summary["scores"]["map"], summary["scores"]["f1"]) == (None, None)
+    assert summary["spec"]["thresholds"] == [0.5, 0.5]
+    assert next(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))["val_map"] == ""
+    text = str(ulsam.evaluate_labels(tmp_path / "run", own, workers=0))
+    assert text.startswith("mAP     undefined\n")
+    assert "note    2 of 2 classes have no image here, and no score" in text
+
+
 def test_its_weights_start_another_run(table: Path, run: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "epochs": 1, "reconstruct_images": 20, "weights": str(run / "model.safetensors")}
     found = ulsam.train(table, tmp_path / "more", edits=["insert blocks.1 g=4"], **settings)

@@ -46,8 +46,10 @@ class LabelEvaluation:
             f"loss    {self.scores.loss:.4f}",
             f"on      {self.scores.images} images, split {self.split}"
             + (f"; {len(unreadable)} unreadable ones left out" if unreadable else ""),
-            "lowest  " + "; ".join(f"{printable(name)} AP {100 * ap:.0f} % of {count}" for ap, name, count in worst),
         ]
+        if worst:
+            named = (f"{printable(name)} AP {100 * ap:.0f} % of {count}" for ap, name, count in worst)
+            lines.append("lowest  " + "; ".join(named))
         if absent := len(self.spec.classes) - len(known):
             lines.append(f"note    {absent} of {len(self.spec.classes)} classes have no image here, and no score")
         if self.split == "all":
