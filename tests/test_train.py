@@ -39,6 +39,7 @@ from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.cli import main
 from ulsam.data import loading
 from ulsam.data.images import read_image
+from ulsam.data.targets import check_labels
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import load
 from ulsam.surgery.cost import cost
@@ -681,12 +682,12 @@ def test_stopped_in_measuring_it_measures_when_it_resumes(
     train(settings, tmp_path / "unbroken")
     measured = 0
 
-    def count(*arguments: Any) -> None:
+    def count(*arguments: Any, **options: Any) -> None:
         nonlocal measured
         measured += 1
         if measured == moment:
             signal.raise_signal(signal.SIGINT)
-        loading.check_labels(*arguments)
+        check_labels(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_module, "check_labels", count)
