@@ -158,8 +158,9 @@ def test_a_table_becomes_the_folder_that_check_says_it_can(tmp_path: Path, capsy
 def test_a_table_beside_its_images_is_recognised(tmp_path: Path) -> None:
     images(tmp_path / "data", range(2))
     (tmp_path / "data" / "labels.csv").write_text("image_id,label\n000,a\n")
-    command = f"ulsam prepare csv {tmp_path / 'data' / 'labels.csv'} OUT"
-    assert advice(tmp_path / "data") == f"classes in labels.csv, columns image_id and label: {command}"
+    file = tmp_path / "data" / "labels.csv"
+    found = f"labels in labels.csv, columns image_id and label: name the file itself, {file}"
+    assert advice(tmp_path / "data") == found
 
 
 def test_splits_of_a_table_become_splits_of_the_folder(tmp_path: Path) -> None:

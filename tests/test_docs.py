@@ -57,6 +57,12 @@ PROMISES: dict[str, Promise] = {
         and 0 <= names["scores"].top1 <= 1
         and "broadbar" in out
     ),
+    "datasets.md": lambda names, out: (
+        0 < names["summary"]["scores"]["map"] <= 1
+        and len(names["summary"]["spec"]["thresholds"]) == 6
+        and names["found"].scores.map == pytest.approx(names["summary"]["scores"]["map"], abs=1e-6)
+        and out.count("val/broadbar-speckled-longbill") == 2
+    ),
     "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14 g=4"],
     "slim.md": lambda names, out: (
         len(names["spec"].edits) == 1

@@ -30,6 +30,7 @@ from ulsam.data.images import UnreadableImage
 from ulsam.data.loading import Batch, EpochOrder, eval_loader, train_loader
 from ulsam.data.opening import open_data, open_split
 from ulsam.data.sources import FactoryImages, FolderImages, StreamImages
+from ulsam.data.targets import check_labels
 
 PLAIN = {"crop_scale": (1.0, 1.0), "hflip": 0, "color_jitter": 0, "rand_augment": None, "random_erasing": 0}
 LOOK = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
@@ -367,10 +368,10 @@ def test_measuring_leaves_unreadable_images_out(workers: int, world: int) -> Non
 
 @pytest.mark.parametrize("labels", [[0, 3], [-1, 1]])
 def test_labels_out_of_range(labels: list[int]) -> None:
-    loading.check_labels(torch.tensor([0, 2]), 3)
-    loading.check_labels(torch.tensor([], dtype=torch.long), 3)
+    check_labels(torch.tensor([0, 2]), 3)
+    check_labels(torch.tensor([], dtype=torch.long), 3)
     with pytest.raises(UlsamError, match=r"class number (3|-1), but the 3 classes .* `class_names`"):
-        loading.check_labels(torch.tensor(labels), 3)
+        check_labels(torch.tensor(labels), 3)
 
 
 # image folders

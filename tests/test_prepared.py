@@ -20,7 +20,7 @@ from ulsam.cli import main
 from ulsam.data import loading
 from ulsam.model.build import build
 from ulsam.surgery.cost import cost
-from ulsam.training import parts
+from ulsam.training import loop, parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.train import resume, train
 
@@ -122,11 +122,11 @@ def test_a_stopped_run_resumes_to_the_same_weights(stopped: Path, unbroken: Path
 def test_killed_before_its_first_step_it_resumes_from_the_weights_it_had(
     data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def power_cut(*_: Any) -> None:
+    def power_cut(*_: Any, **__: Any) -> None:
         raise SystemError
 
     with monkeypatch.context() as patch, pytest.raises(SystemError):
-        patch.setattr(loading, "check_labels", power_cut)
+        patch.setattr(loop, "check_labels", power_cut)
         train(config(data, ema=0.5), tmp_path / "run", model=narrow())
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "checkpoint.pt", "config.yaml"]
     resume(tmp_path / "run", model=narrow(seed=7))

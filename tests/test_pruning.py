@@ -174,14 +174,14 @@ def test_its_runs(
         train(due[0].config, comparison.folder(due[0]))
     steps = 0
 
-    def kill(*_: object) -> None:
+    def kill(*_: object, **__: object) -> None:
         nonlocal steps
         steps += 1
         if steps == 5:
             raise SystemError
 
     with monkeypatch.context() as patch, pytest.raises(SystemError):
-        patch.setattr("ulsam.data.loading.check_labels", kill)
+        patch.setattr("ulsam.training.loop.check_labels", kill)
         pruning.main(words)
     arm = tmp_path / "out" / "arms" / "pruned-uniform-params-0.95"
     first = arm / "choose-0.01-1" / "summary.json"

@@ -154,6 +154,7 @@ class Brightness:
 
     classes = ("dark", "light")
     preprocessing = Preprocessing((4, 4), "nearest", 1.0, (0.5,) * 3, (0.5,) * 3)
+    thresholds = None
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

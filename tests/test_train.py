@@ -39,6 +39,7 @@ from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.cli import main
 from ulsam.data import loading
 from ulsam.data.images import read_image
+from ulsam.data.targets import check_labels
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import load
 from ulsam.surgery.cost import cost
@@ -471,7 +472,9 @@ def test_a_resumed_run_remembers_bad_images(bad_data: Path, tmp_path: Path) -> N
 def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {"lr": 1e30, "warmup_epochs": 0, "save_seconds": 0, "epochs": 2}
-    with pytest.raises(UlsamError, match=r"^diverged: the loss is (nan|inf) in epoch 1, step \d, at learning rate \d\S*e\+29: "):
+    with pytest.raises(
+        UlsamError, match=r"^diverged: the loss is (nan|inf) in epoch 1, step \d, at learning rate \d\S*e\+29: "
+    ):
         train(config(data, **settings), run)
     state = read_checkpoint(run)
     assert state is not None
@@ -681,12 +684,12 @@ def test_stopped_in_measuring_it_measures_when_it_resumes(
     train(settings, tmp_path / "unbroken")
     measured = 0
 
-    def count(*arguments: Any) -> None:
+    def count(*arguments: Any, **options: Any) -> None:
         nonlocal measured
         measured += 1
         if measured == moment:
             signal.raise_signal(signal.SIGINT)
-        loading.check_labels(*arguments)
+        check_labels(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_module, "check_labels", count)

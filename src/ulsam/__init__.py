@@ -42,6 +42,7 @@ _HOME = {
     "slim": "ulsam.study.slim",
     # what a trained model does
     "evaluate": "ulsam.deploy.evaluate",
+    "evaluate_labels": "ulsam.deploy.evaluate_labels",
     "predict": "ulsam.deploy.predict",
     "explain": "ulsam.explanation.explainer",
     "Explainer": "ulsam.explanation.explainer",

@@ -9,6 +9,7 @@ from ulsam.deploy.bench import bench as bench
 from ulsam.deploy.bench_report import BenchRow as BenchRow
 from ulsam.deploy.evaluate import Evaluation as Evaluation
 from ulsam.deploy.evaluate import evaluate as evaluate
+from ulsam.deploy.evaluate_labels import evaluate_labels as evaluate_labels
 from ulsam.deploy.export import export as export
 from ulsam.deploy.hub import push as push
 from ulsam.deploy.parity import Parity as Parity

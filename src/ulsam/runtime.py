@@ -18,9 +18,10 @@ from ulsam.data.preprocessing import Preprocessing
 from ulsam.training.predict import Image, Logits, Prediction, predict
 
 CLASSES, PREPROCESSING, SPEC, VERSION, PRECISION = "classes", "preprocessing", "spec", "ulsam_version", "precision"
+THRESHOLDS = "thresholds"
 """Keys of an exported file's metadata; each value is text: JSON, but for the version, and ``float16``, the precision.
 
-A file in float32 says nothing about its precision.
+A file in float32 says nothing about its precision. Only a model that gives several labels an image has thresholds.
 """
 
 
@@ -30,6 +31,8 @@ class Model:
     Attributes:
         classes: names of the outputs.
         preprocessing: how an image becomes the input.
+        thresholds: of each class, where an image may have several labels: the probability, a sigmoid of the output,
+            from which on it has the label. None: an image has one class, and a softmax gives their probabilities.
         any_size: whether it takes images of other sizes too (`ulsam export --dynamic-size`).
         metadata: of the file, as text by key.
     """
@@ -39,6 +42,7 @@ class Model:
         outputs = session.get_outputs()[0].shape
         self.classes = _class_names(metadata[CLASSES], outputs[1] if len(outputs) == 2 else None)
         self.preprocessing = Preprocessing.from_json(metadata[PREPROCESSING])
+        self.thresholds = _thresholds(metadata.get(THRESHOLDS), len(self.classes))
         self._session = session
         given = session.get_inputs()[0]
         self._name, self._takes_pixels = given.name, given.type == "tensor(uint8)"
@@ -64,7 +68,7 @@ class Model:
         """The input that the file takes for RGB bytes [B, H, W, 3], by its name."""
         return {self._name: images if self._takes_pixels else self.preprocessing.normalise(images)}
 
-    def predict(self, images: Iterable[Image], *, top: int = 5, batch: int = 32) -> Iterator[Prediction]:
+    def predict(self, images: Iterable[Image], *, top: int | None = None, batch: int = 32) -> Iterator[Prediction]:
         """Name what is in images, in their order: `ulsam.training.predict.predict`.
 
         An image is a file's path, a binary stream, or RGB bytes [H, W, 3] of any size; an unreadable one gives a
@@ -74,7 +78,15 @@ class Model:
             NotFinite: the model's outputs are not finite.
             UlsamError: ``top`` or ``batch`` is below 1, or what is given is no image at all.
         """
-        return predict(images, self.logits, self.preprocessing, self.classes, top=top, batch=batch)
+        return predict(
+            images,
+            self.logits,
+            self.preprocessing,
+            self.classes,
+            top=top,
+            batch=batch,
+            thresholds=self.thresholds,
+        )
 
 
 def load(path: str | os.PathLike[str], *, threads: int | None = None, device: str = "cpu") -> Model:
@@ -141,6 +153,22 @@ def _class_names(text: str, outputs: object) -> tuple[str, ...]:
     if outputs != len(names):
         raise ValueError(f"it names {len(names)} classes, and has {outputs} outputs")
     return tuple(names)
+
+
+def _thresholds(text: str | None, classes: int) -> tuple[float, ...] | None:
+    """The thresholds in the metadata: one for each class.
+
+    Raises:
+        ValueError: other things, or not as many.
+    """
+    if text is None:
+        return None
+    found = json.loads(text)
+    if not isinstance(found, list) or not all(type(value) in (int, float) and 0 <= value <= 1 for value in found):
+        raise ValueError("its thresholds are no list of shares")
+    if len(found) != classes:
+        raise ValueError(f"it has {len(found)} thresholds, and {classes} classes")
+    return tuple(map(float, found))
 
 
 def import_onnxruntime() -> Any:

@@ -23,7 +23,7 @@ from ulsam.apps.service_metrics import Metrics
 from ulsam.base.errors import UlsamError
 from ulsam.base.processes import heeded_signals
 from ulsam.deploy.classifier import open_classifier
-from ulsam.training.predict import softmax
+from ulsam.training.predict import probabilities
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +88,8 @@ def serve(
         if not (api_key or is_loopback(listening)):
             raise UlsamError(f"{host} can be reached from elsewhere: set {KEY} to the key that is asked for")
         opened = open_classifier(model, spec, threads=threads, folded=True, device=device)
-        softmax(opened.logits(np.zeros((1, *opened.preprocessing.size, 3), np.uint8)))  # the first one takes longer
+        first = opened.logits(np.zeros((1, *opened.preprocessing.size, 3), np.uint8))  # which takes longer
+        probabilities(first, opened.thresholds)  # raises where they are not finite
         engine = Engine(opened, limits, Metrics(limits))
         name = Path(model).name if isinstance(model, str) else spec.base if spec else type(model).__name__
         gate = create_app(engine, limits, api_key or None, name)

@@ -27,7 +27,7 @@ from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
 from ulsam.base.errors import MachineError, NotFinite
 from ulsam.data.images import UnreadableImage
-from ulsam.training.predict import ranked
+from ulsam.training.predict import chosen
 
 PREDICT = "/predict"
 LINGER = 2.0
@@ -51,7 +51,7 @@ class Prediction(BaseModel):
     """What one image shows."""
 
     image: str | None = Field(description="the file's name in the form")
-    classes: list[Class] = Field(description="the most probable ones, best first")
+    classes: list[Class] = Field(description="the most probable ones, or the labels that it has, best first")
     error: str | None = Field(description="why the image could not be read")
 
 
@@ -109,9 +109,12 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = 
     locked = [] if api_key is None else [Depends(_lock(api_key))]
     refusals = {} if api_key is None else _LOCKED
 
-    async def named(sent: UploadedFile, top: int) -> Prediction:
+    thresholds = engine.model.thresholds
+    usual = 3 if thresholds is None else None  # of several labels an image those that reach their thresholds
+
+    async def named(sent: UploadedFile, top: int | None) -> Prediction:
         try:
-            best = ranked(await engine.probabilities(sent.content), names, top)
+            best = chosen(await engine.probabilities(sent.content), names, top or usual, thresholds)
         except UnreadableImage as error:
             metrics.images.labels("unreadable").inc()
             return Prediction(image=sent.name, classes=[], error=str(error).removeprefix("<stream>: "))
@@ -127,7 +130,8 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = 
         dependencies=locked,
     )
     async def predict(
-        request: Request, top: Annotated[int, Query(ge=1, le=1000, description="classes for each image")] = 3
+        request: Request,
+        top: Annotated[int | None, Query(ge=1, le=1000, description="classes for each image")] = usual,
     ) -> Answer:
         arrived = False
         try:
@@ -141,7 +145,7 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = 
             raise HTTPException(408, f"the request did not arrive within {limits.timeout:g} seconds") from error
         except ClientDisconnect as error:
             raise HTTPException(408, "the client went away") from error
-        if not any(one.classes for one in found):
+        if all(one.error is not None for one in found):
             raise HTTPException(422, _reasons(found))
         return Answer(predictions=found)
 

@@ -19,7 +19,7 @@ from ulsam.apps.service_readers import Readers
 from ulsam.base.processes import return_freed_memory
 from ulsam.data.images import Pixels, image_pixels, read_pixels
 from ulsam.deploy.classifier import Classifier
-from ulsam.training.predict import Logits, softmax
+from ulsam.training.predict import Logits, probabilities
 
 LAST = 2.0
 """Seconds for which the end waits for images that nobody waits for any more."""
@@ -66,7 +66,7 @@ class Engine:
         image = await asyncio.wrap_future(self._readers.submit(self._read, content))
         # shielded: the batcher would take a request that was given up for an error of the whole batch
         row: Logits = await asyncio.shield(self._batches.process(image))
-        return softmax(row[None])[0]
+        return probabilities(row[None], self.model.thresholds)[0]
 
     async def close(self) -> None:
         """End the threads; nothing may be waiting any more. An image that is still being decoded is left."""

@@ -1,4 +1,4 @@
-"""`ulsam check DATA`: look for what is wrong with an image folder."""
+"""`ulsam check DATA`: look for what is wrong with an image folder or a table."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,7 +19,12 @@ SHOWN = 10
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("data", metavar="DATA", help="image folder: train/ with val/ or test/, or class folders alone")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="image folder: train/ with val/ or test/, or class folders alone; or a CSV of paths and labels",
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="where the images of a CSV lie (default: beside it)")
     parser.add_argument("--sheet", metavar="FILE.png", help="also draw what augmentation makes of training images")
     parser.add_argument("-c", "--config", metavar="YAML", help="settings of training, of which --sheet takes its own")
     parser.add_argument("-j", "--workers", type=int, metavar="N", help="threads that read images (default: one a core)")
@@ -28,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print what was found; a folder of another layout is an error that names the remedy."""
     from ulsam.data.check import check, entry
+    from ulsam.data.label_table import is_table
     from ulsam.data.layouts import check_layout
 
     if args.workers is not None and args.workers < 1:
@@ -36,10 +42,11 @@ def run(args: argparse.Namespace) -> None:
         raise UlsamError("--config is for --sheet FILE.png")
     if args.sheet:
         check_writable(args.sheet)
-    check_layout(args.data)
-    found = check(args.data, args.workers)
+    if not is_table(args.data):
+        check_layout(args.data)
+    found = check(args.data, args.workers, data_dir=args.data_dir)
     if args.sheet:
-        write_atomic(args.sheet, _sheet(args.data, args.config))
+        write_atomic(args.sheet, _sheet(args.data, args.data_dir, args.config))
     if args.json:
         print_json({"data": args.data, **entry(found), "sheet": args.sheet})
         return
@@ -48,21 +55,19 @@ def run(args: argparse.Namespace) -> None:
         print(f"sheet     {args.sheet}: the whole image, then what training makes of it")
 
 
-def _sheet(data: str, config: str | None) -> bytes:
-    from pathlib import Path
-
-    from ulsam.data.folder import find_splits, scan
+def _sheet(data: str, data_dir: str | None, config: str | None) -> bytes:
+    from ulsam.data.labelled import labelled
     from ulsam.training.augmentation_sheet import augmentation_sheet
     from ulsam.training.config import TrainConfig, read_config
 
     settings: dict[str, Any] = {**(read_config(config) if config else {}), "data": data}
-    samples = scan(find_splits(data).get("train", Path(data)), min_classes=1).samples
+    samples = labelled(data, data_dir=data_dir).read("train", min_classes=1).samples
     return augmentation_sheet([path for path, _ in samples], TrainConfig.from_mapping(settings))
 
 
 def _lines(found: "Checked") -> list[str]:
     lines = [
-        f"{name:<9} {sum(counts.values())} images of {len(counts)} classes, {min(counts.values())} to "
+        f"{name:<9} {found.images[name]} images of {len(counts)} classes, {min(counts.values())} to "
         f"{max(counts.values())} a class"
         for name, counts in found.splits.items()
     ]

@@ -180,7 +180,11 @@ def _check_order(args: argparse.Namespace, dest: str) -> None:
     values = (getattr(args, other, None) for other in ("data", "paths", "images"))
     followed = next((value for value in values if isinstance(value, str | list)), [])  # some are numbers of images
     others = [followed] if isinstance(followed, str) else followed
-    if not others or _is_model(name) or not (os.path.isdir(name) or name.lower().endswith(IMAGE_SUFFIXES)):
+    if (
+        not others
+        or _is_model(name)
+        or not (os.path.isdir(name) or name.lower().endswith((*IMAGE_SUFFIXES, ".csv", ".tsv")))
+    ):
         return
     found = next((other for other in others if _is_model(other)), None)
     if found is None and not any(map(os.path.exists, others)):

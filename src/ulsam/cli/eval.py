@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
@@ -14,12 +15,14 @@ EXAMPLE = "ulsam eval runs/mine/model.safetensors images --split test"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser, exported=True)
-    parser.add_argument("data", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
+    parser.add_argument(
+        "data", metavar="DATA", help="image folder, a CSV of paths and labels, or a timm name such as torch/imagenet"
+    )
     data = parser.add_argument_group("data")
     data.add_argument(
         "--split", metavar="NAME", help="split to measure on (default: test, else val, else the whole folder)"
     )
-    data.add_argument("--data-dir", metavar="DIR", help="where a named data set lies")
+    data.add_argument("--data-dir", metavar="DIR", help="where a named data set, or the images of a CSV, lie")
     data.add_argument("--class-names", metavar="FILE", help="class names of a named data set, one a line")
     data.add_argument(
         "--classes-by-number",
@@ -27,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="take the data's classes for the model's by their position, whatever their names",
     )
     written = parser.add_argument_group("files")
-    written.add_argument("--csv", metavar="FILE", help="precision, recall, F1, specificity and AUC of each class")
+    written.add_argument("--csv", metavar="FILE", help="precision, recall, F1 and other scores of each class")
     written.add_argument("--confusion", metavar="FILE.png", help="the confusion matrix as an image")
     machine = parser.add_argument_group("machine")
     machine.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="images a step (default: 64)")
@@ -41,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
     """Measure, and print the scores; only the first of several processes prints."""
     from ulsam.base.provenance import command_line, versions
     from ulsam.deploy.confusion_picture import confusion_png
-    from ulsam.deploy.evaluate import evaluate
+    from ulsam.deploy.evaluate import Evaluation, evaluate
+    from ulsam.deploy.evaluate_labels import LabelEvaluation, evaluate_labels, gives_several
 
     if args.confusion:
         check_plots("ulsam eval --confusion")
@@ -49,22 +53,24 @@ def run(args: argparse.Namespace) -> None:
             raise UlsamError(f"--confusion writes an image called NAME.png, not {args.confusion}")
     for file in filter(None, (args.csv, args.confusion)):
         check_writable(file)
-    found = evaluate(
-        **model_from(args),
-        data=args.data,
-        split=args.split,
-        data_dir=args.data_dir,
-        class_names=args.class_names,
-        classes_by_number=args.classes_by_number,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        device=args.device,
-    )
+    model = model_from(args)
+    how: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("data", "split", "data_dir", "classes_by_number", "batch_size", "workers", "device")
+    }
+    found: Evaluation | LabelEvaluation
+    if gives_several(**model):
+        if args.confusion or args.class_names:
+            option = "--confusion" if args.confusion else "--class-names"
+            raise UlsamError(f"{option} is for one class an image, and this model gives several labels")
+        found = evaluate_labels(**model, **how)
+    else:
+        found = evaluate(**model, **how, class_names=args.class_names)
     if not is_first_process():
         return
     if args.csv:
         write_atomic(args.csv, found.csv())
-    if args.confusion:
+    if args.confusion and isinstance(found, Evaluation):
         write_atomic(args.confusion, confusion_png(found.by_class))
     unreadable = dict(found.scores.unreadable)
     if args.json:

@@ -37,7 +37,7 @@ COMMANDS = {
     "doctor": "say which backend computes the attention layers here, and why",
     "birds": "draw the generated bird data set as an image folder",
     "prepare": "turn an official data-set archive, or a CSV of paths and classes, into an image folder",
-    "check": "look for broken, duplicate and leaked images, and odd classes, in an image folder",
+    "check": "look for broken, duplicate and leaked images, and odd classes, in an image folder or a CSV",
     "completion": "print a script that completes ulsam's commands and options in bash or zsh",
 }
 

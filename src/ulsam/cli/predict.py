@@ -30,7 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="image files, folders of them, or addresses (https://...); - reads them from standard input, one a line",
     )
     parser.add_argument(
-        "--topk", "--top", dest="top", type=int, default=3, metavar="N", help="classes to name an image (default: 3)"
+        "--topk",
+        "--top",
+        dest="top",
+        type=int,
+        metavar="N",
+        help="classes to name an image (default: 3; of several labels an image those that reach their thresholds)",
     )
     parser.add_argument("--csv", metavar="FILE", help="also write a row an image: path, classes, probabilities")
     parser.add_argument(
@@ -43,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
     """Print a line an image; fails in the end if one of them cannot be read."""
     from ulsam.base.logs import progress
     from ulsam.data.folder import image_paths
-    from ulsam.deploy.predict import predict
+    from ulsam.deploy.classifier import open_classifier
+    from ulsam.training.predict import predict
 
     if args.features and not args.features.endswith((".npz", ".csv")):
         raise UlsamError(f"--features writes NAME.npz or NAME.csv, not {args.features}")
@@ -52,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
     paths = image_paths(_listed(args.images))
     found: list[Prediction] = []
     features: list[Any] = []
+    opened = open_classifier(
+        **model_from(args), device=args.device, features=features.append if args.features else None
+    )
+    top = 3 if args.top is None and opened.thresholds is None else args.top
     predictions = predict(
-        **model_from(args),
-        images=paths,
-        top=args.top,
-        device=args.device,
-        features=features.append if args.features else None,
+        paths, opened.logits, opened.preprocessing, opened.classes, top=top, thresholds=opened.thresholds
     )
     barred = installed("tqdm") and not sys.stdout.isatty()  # where lines are seen, they are the progress
     with progress(total=len(paths), unit=" images") if barred else contextlib.nullcontext() as bar:
@@ -90,7 +96,7 @@ def _show(prediction: "Prediction", as_json: bool) -> None:
         print(f"unreadable {prediction.error}")
     else:
         named_text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prediction.classes)
-        print(printable(f"{prediction.path}: {named_text}"))
+        print(printable(f"{prediction.path}: {named_text or 'no label'}"))
 
 
 def _csv(found: Sequence["Prediction"]) -> str:

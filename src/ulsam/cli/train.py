@@ -21,7 +21,12 @@ FROM_RANDOM = "start   from random weights: --pretrained starts from timm's, --w
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", nargs="?", metavar="DATA", help="image folder, or a timm name such as torch/imagenet")
+    parser.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="image folder, a CSV of paths and labels, or a timm name such as torch/imagenet",
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of the run, a new one (default: runs/MODEL-N)")
     parser.add_argument(
         "-c", "--config", metavar="YAML", help="settings from a file; options on the command line come first"

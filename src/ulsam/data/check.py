@@ -1,4 +1,4 @@
-"""What is wrong with an image folder: broken, duplicate and leaked images, odd classes."""
+"""What is wrong with an image folder, or a table of images: broken, duplicate and leaked images, odd classes."""
 
 import hashlib
 import os
@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ulsam.base.logs import progress
-from ulsam.data.folder import class_counts, find_splits, imbalance_note, scan
+from ulsam.data.folder import imbalance_note
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
+from ulsam.data.labelled import labelled
 
 NEAR = 12
 """Bits of 256 in which the difference hashes of two images differ at most if they may be the same image."""
@@ -45,15 +45,17 @@ class Checked:
 
     Attributes:
         splits: by their names, "all" of a folder without any: the number of images of each class.
+        images: of each split; fewer than the sum over its classes, where an image may have several labels.
         sides: least, median and largest of the images' shorter sides, in pixels; None if none could be read.
         broken: why an image cannot be read, a line each.
         duplicates: pairs within one split and one class.
         leaks: pairs of images of two splits.
-        conflicts: pairs of one split whose classes differ.
+        conflicts: pairs of one split whose classes, or labels, differ.
         notes: what else is noteworthy, a line each.
     """
 
     splits: Mapping[str, Mapping[str, int]]
+    images: Mapping[str, int]
     sides: tuple[int, int, int] | None
     broken: tuple[str, ...]
     duplicates: tuple[Pair, ...]
@@ -69,32 +71,33 @@ class _Seen(NamedTuple):
     thumbnail: NDArray[np.int16]
 
 
-def check(data: str | os.PathLike[str], workers: int | None = None) -> Checked:
-    """Read every image of an image folder, and compare them all.
+def check(
+    data: str | os.PathLike[str], workers: int | None = None, *, data_dir: str | os.PathLike[str] | None = None
+) -> Checked:
+    """Read every image of an image folder or a table, and compare them all.
 
     Two images are identical if their pixels are. They look the same if their difference hashes are near (N. Krawetz,
     "Kind of like that", 2013, with 16 x 16 bits), and their thumbnails too: a copy of another size or quality, not one
     that is cropped or mirrored.
 
     Args:
-        data: an image folder, with splits or without.
+        data: an image folder, with splits or without; or a CSV of paths and labels.
         workers: threads that read images; by default one a core.
+        data_dir: where the paths in a CSV count from; by default its folder.
 
     Raises:
-        UlsamError: as of `ulsam.data.folder.scan`.
+        UlsamError: as of `ulsam.data.labelled.labelled`.
     """
-    found_splits = find_splits(data) or {"all": Path(data)}
-    folders = {name: scan(path, min_classes=1) for name, path in found_splits.items()}
-    images = [(path, name, folder.classes[label]) for name, folder in folders.items() for path, label in folder.samples]
+    source = labelled(data, data_dir=data_dir)
+    folders = {name: source.read(name, min_classes=1) for name in source.splits or ("all",)}
+    images = [(path, name, folder.words(label)) for name, folder in folders.items() for path, label in folder.samples]
     notes = [
         f"{name}/: {len(folder.ignored)} files are no images by name, such as {os.path.basename(folder.ignored[0])}"
         for name, folder in folders.items()
         if folder.ignored
     ]
-    splits = {
-        name: dict(zip(folder.classes, class_counts(folder.samples, len(folder.classes)), strict=True))
-        for name, folder in folders.items()
-    }
+    notes += [source.note] if source.note else []
+    splits = {name: dict(zip(folder.classes, folder.counts(), strict=True)) for name, folder in folders.items()}
     broken: list[str] = []
     seen: dict[int, _Seen] = {}
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -114,17 +117,18 @@ def check(data: str | os.PathLike[str], workers: int | None = None) -> Checked:
     sides = sorted(one.side for one in seen.values())
     return Checked(
         splits,
+        {name: len(folder.samples) for name, folder in folders.items()},
         (sides[0], sides[len(sides) // 2], sides[-1]) if sides else None,
         tuple(broken),
         tuple(kinds["duplicate"]),
         tuple(kinds["leak"]),
         tuple(kinds["conflict"]),
-        (*notes, *class_notes(splits)),
+        (*notes, *class_notes(splits, several=source.several)),
     )
 
 
-def class_notes(splits: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """What is odd about the classes and their numbers, a line each.
+def class_notes(splits: Mapping[str, Mapping[str, int]], *, several: bool = False) -> list[str]:
+    """What is odd about the classes and their numbers, a line each; ``several`` labels an image are never balanced.
 
     >>> class_notes({"train": {"Wren": 9, "wren ": 8, "new folder": 9}, "test": {"Wren": 2, "tit": 3}})
     ['classes that differ in case, blanks or signs alone: Wren, wren ', \
@@ -149,7 +153,7 @@ def class_notes(splits: Mapping[str, Mapping[str, int]]) -> list[str]:
                 notes.append(f"classes of {whose}/ that {lacks}/ lacks: {_some(missing)}")
     if few := [f"{name} ({count})" for name, count in splits[first].items() if count < FEW]:
         notes.append(f"classes with fewer than {FEW} images: {_some(few)}")
-    if note := imbalance_note(list(splits[first]), list(splits[first].values())):
+    if not several and (note := imbalance_note(list(splits[first]), list(splits[first].values()))):
         notes.append(note)
     return notes
 
@@ -210,6 +214,7 @@ def entry(found: Checked) -> dict[str, Any]:
     pairs = {name: [one._asdict() for one in getattr(found, name)] for name in ("duplicates", "leaks", "conflicts")}
     return {
         "splits": {name: dict(counts) for name, counts in found.splits.items()},
+        "images": dict(found.images),
         "shorter_side": found.sides and dict(zip(("least", "median", "largest"), found.sides, strict=True)),
         "broken": list(found.broken),
         **pairs,

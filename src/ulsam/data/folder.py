@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ulsam.base.errors import UlsamError
 from ulsam.data.sample_list import Sample, SampleList
@@ -30,9 +31,10 @@ class Folder:
     Attributes:
         root: the folder that holds the class folders.
         classes: class names, sorted; only those with at least one image.
-        samples: (path, class index) by class, then by path within the class.
+        samples: (path, class index) by class, then by path within the class; with ``sets`` (path, number of its set).
         ignored: files that were passed over, because their name is no image's name or they lie in no class folder.
         empty: names of class folders without an image.
+        sets: where an image may have several labels: which classes each set of labels has, [sets, classes].
     """
 
     root: Path
@@ -40,6 +42,19 @@ class Folder:
     samples: SampleList
     ignored: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
+    sets: NDArray[np.bool_] | None = None
+
+    def words(self, label: int) -> str:
+        """The label of a sample, or its labels, in words."""
+        if self.sets is None:
+            return self.classes[label]
+        return ";".join(self.classes[number] for number in np.flatnonzero(self.sets[label]))
+
+    def counts(self) -> list[int]:
+        """How many images each class has; one of several labels counts for each."""
+        if self.sets is None:
+            return class_counts(self.samples, len(self.classes))
+        return (np.bincount(self.samples.labels, minlength=len(self.sets)) @ self.sets).tolist()
 
 
 def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
@@ -146,7 +161,11 @@ def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:
             f"{folder.root} has classes that were not trained on: {', '.join(unknown)};"
             f" known are {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
         )
-    numbers = np.array([found[name] for name in folder.classes])
+    numbers = np.array([found[name] for name in folder.classes], np.int32)
+    if folder.sets is not None:
+        sets = np.zeros((len(folder.sets), len(classes)), np.bool_)
+        sets[:, numbers] = folder.sets
+        return dataclasses.replace(folder, classes=tuple(classes), sets=sets)
     samples = folder.samples.with_labels(numbers[folder.samples.labels])
     return dataclasses.replace(folder, classes=tuple(classes), samples=samples)
 
@@ -192,19 +211,32 @@ def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[Sample
     >>> len(kept), len(held_out), sorted(label for _, label in held_out)
     (6, 4, [0, 0, 1, 1])
     """
+    listed = SampleList(samples)
+    chosen = held_out(listed.labels, fraction, seed)
+    return listed.take(np.flatnonzero(~chosen)), listed.take(np.flatnonzero(chosen))
+
+
+def held_out(labels: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which images :func:`split` holds out, [N], by the class of each image, [N].
+
+    Raises:
+        UlsamError: as of :func:`split`.
+
+    >>> held_out(np.zeros(5, np.int32), 0.4, seed=0).sum()
+    np.int64(2)
+    """
     if not 0 < fraction < 1:
         raise UlsamError(f"the fraction to hold out must lie between 0 and 1, both excluded: got {fraction}")
-    listed = SampleList(samples)
-    by_class = np.argsort(listed.labels, kind="stable")
-    sizes = np.bincount(listed.labels)
-    chosen = np.zeros(len(listed), bool)
+    by_class = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels)
+    chosen = np.zeros(len(labels), bool)
     for label, numbers in enumerate(np.split(by_class, np.cumsum(sizes)[:-1])):
         count = min(max(int(len(numbers) * fraction + 0.5), 1), len(numbers) - 1)
         draws = [hashlib.sha256(f"{seed}/{label}/{position}".encode()).digest() for position in range(len(numbers))]
         chosen[[number for _, number in sorted(zip(draws, numbers, strict=True))[: max(0, count)]]] = True
     if not chosen.any():
         raise UlsamError("nothing to hold out: no class has two images or more")
-    return listed.take(np.flatnonzero(~chosen)), listed.take(np.flatnonzero(chosen))
+    return chosen
 
 
 def class_counts(samples: Sequence[Sample], n_classes: int) -> list[int]:

@@ -1,6 +1,5 @@
 """Folders that are laid out otherwise than `ulsam train` reads them: what they are, and what to do."""
 
-import csv
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +7,8 @@ from pathlib import Path
 
 from ulsam.base.errors import UlsamError
 from ulsam.data.folder import IMAGE_SUFFIXES, SPLITS, find_splits
+from ulsam.data.label_table import columns, read_cells
 from ulsam.data.prepare import OFFICIAL
-from ulsam.data.prepare_table import columns
 
 
 def advice(root: str | os.PathLike[str]) -> str | None:
@@ -74,11 +73,13 @@ def _yolo(root: Path, folders: set[str]) -> str | None:
 def _table(root: Path) -> str | None:
     """Whether a CSV file in the folder names images and their classes."""
     for file in sorted(root.glob("*.csv")):
-        with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
-            header = next(csv.reader(opened), [])
-        if found := columns(header):
-            path, label = (header[place] for place in found[:2])
-            return f"classes in {file.name}, columns {path} and {label}: ulsam prepare csv {file} OUT"
+        try:
+            header, _ = read_cells(file)
+        except UlsamError:  # it is about something else
+            continue
+        if (found := columns(header)) and found.label is not None:
+            path, label = header[found.path], header[found.label]
+            return f"labels in {file.name}, columns {path} and {label}: name the file itself, {file}"
     return None
 
 

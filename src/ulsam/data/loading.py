@@ -29,12 +29,13 @@ from ulsam.base.reading import machine_fault
 from ulsam.data.augment import Box, EvalTransform, Normalise, Transform
 from ulsam.data.cache import ImageCache
 from ulsam.data.images import Pixels, UnreadableImage
-from ulsam.data.sources import AnyImages, MapImages, StreamImages
+from ulsam.data.sources import AnyImages, MapImages, StreamImages, check_one_class
+from ulsam.data.targets import Target, as_labels, target
 
 CPU = torch.device("cpu")
 Key = tuple[int, int, int]  # epoch, position in the epoch, image
 Bad = list[tuple[str, str]]  # images that could not be read: name, reason
-Item = tuple[Tensor | None, int, Box | None, Bad]  # uint8 [H, W, 3], label, what is to be erased
+Item = tuple[Tensor | None, Target, Box | None, Bad]  # uint8 [H, W, 3], target, what is to be erased
 
 #: An unreadable image is replaced by the next readable one in training; after this many in a row training stops.
 TRIES = 50
@@ -43,6 +44,8 @@ TRIES = 50
 @dataclass
 class Batch:
     """Images, labels [B], and what could not be read (name, reason).
+
+    Where an image may have several labels, ``labels`` is 0 or 1 for each class, float [B, classes].
 
     The reading processes hand over bytes, uint8 [B, H, W, 3], a quarter of what floats would take; the :class:`Loader`
     makes of them the model's input, float [B, 3, H, W] in channels_last.
@@ -78,7 +81,7 @@ class TrainSet(Dataset[Item]):
             # by far cheaper than seeding Python's, NumPy's and PyTorch's own generators for each image
             generator = random.Random(self.seed << 96 | epoch << 64 | position)
             image, erased = self.transform(pixels, generator)
-            return image, label, erased, bad
+            return image, target(self.images, label), erased, bad
         return None, -1, None, bad
 
     def _fetch(self, number: int) -> tuple[Pixels, int]:
@@ -105,7 +108,7 @@ class EvalSet(Dataset[Item]):
             pixels, label = self.images.fetch(index, self.transform.reduction)
         except UnreadableImage as error:
             return None, -1, None, [(self.images.name(index), str(error))]
-        return self.transform.pixels(pixels), label, None, []
+        return self.transform.pixels(pixels), target(self.images, label), None, []
 
 
 class StreamTrainSet(IterableDataset[Item]):
@@ -169,6 +172,7 @@ class EpochOrder(Sampler[list[Key]]):
         self.epoch = self.start = 0
         self.by_class: NDArray[np.int64] | None = None
         if balanced:
+            check_one_class(images, "balanced sampling")
             if images.labels is None:
                 raise UlsamError("balanced sampling needs a data set that lists its labels; use `sampler=shuffle`")
             labels = np.asarray(images.labels)
@@ -330,23 +334,9 @@ def collate(items: list[Item]) -> Batch:
     """Stack what was read."""
     read = [(image, label, erased) for image, label, erased, _ in items if image is not None]
     images = torch.stack([image for image, *_ in read]) if read else torch.empty(0)
-    labels = torch.tensor([label for _, label, _ in read], dtype=torch.long)
+    labels = as_labels([label for _, label, _ in read])
     boxes = [(number, box) for number, (*_, box) in enumerate(read) if box]
     return Batch(images, labels, [bad for *_, unreadable in items for bad in unreadable], boxes)
-
-
-def check_labels(labels: Tensor, n_classes: int) -> None:
-    """Refuse labels outside 0 .. ``n_classes`` - 1, which a named data set may hold.
-
-    Raises:
-        UlsamError: there is one.
-    """
-    wrong = labels[(labels < 0) | (labels >= n_classes)]
-    if len(wrong):
-        raise UlsamError(
-            f"an image has the class number {int(wrong[0])}, but the {n_classes} classes are numbered from 0: "
-            "check `class_names`"
-        )
 
 
 def seed_all(*numbers: int) -> None:

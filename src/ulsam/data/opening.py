@@ -1,8 +1,7 @@
-"""Opens a data set to train on and to measure on: an image folder, or a data set of timm's factory."""
+"""Opens images to train on and to measure on: an image folder, a table of labels, or a data set of timm's factory."""
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,12 @@ from torch.utils.data import IterableDataset
 from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.extras import extra
 from ulsam.base.reading import read_text
-from ulsam.data.folder import class_counts, find_splits, image_paths, imbalance_note, index_like, scan, split
+from ulsam.data.folder import Folder, held_out, image_paths, imbalance_note, index_like
+from ulsam.data.label_table import is_table
+from ulsam.data.labelled import labelled
 from ulsam.data.layouts import with_advice
 from ulsam.data.sample_list import SampleList
-from ulsam.data.sources import AnyImages, FactoryImages, FolderImages, StreamImages
+from ulsam.data.sources import AnyImages, FactoryImages, FolderImages, LabelSetImages, StreamImages
 
 _FACTORY = ("torch", "hfds", "hfids", "tfds", "wds")  # what a data-set name of timm's factory begins with
 
@@ -35,9 +36,9 @@ def open_data(
     """Open the training and validation images of a data set.
 
     Args:
-        data: an image folder (``train/`` with ``val/`` or ``test/``, or class folders alone), or a name of timm's
-            factory such as ``torch/imagenet``.
-        data_dir: where a named data set lies.
+        data: an image folder (``train/`` with ``val/`` or ``test/``, or class folders alone); a CSV of paths and
+            labels, as of `ulsam.data.label_table.read_table`; or a name of timm's factory such as ``torch/imagenet``.
+        data_dir: where a named data set lies; or where the paths in a CSV count from.
         train_split, val_split: their names; the validation split is by default ``val``, else ``test``, else held out;
             of a named data set ``validation``.
         val_fraction: hold this share of the training images out for validation, whatever splits there are; a folder
@@ -79,7 +80,8 @@ def open_data(
             if note := imbalance_note(train.classes, counts[: len(train.classes)]):
                 notes.append(note)
         return train, val, notes
-    return _open_folder(data, train_split, val_split, val_fraction, seed if split_seed is None else split_seed)
+    chosen_by = seed if split_seed is None else split_seed
+    return _open_local(data, data_dir, train_split, val_split, val_fraction, chosen_by)
 
 
 def unlabelled(folder: str | os.PathLike[str]) -> FolderImages:
@@ -112,6 +114,7 @@ def open_split(
     data_dir: str | None = None,
     class_names: str | None = None,
     by_number: bool = False,
+    several: bool | None = None,
 ) -> AnyImages:
     """One split to measure on; of a folder without splits, all its images.
 
@@ -120,40 +123,41 @@ def open_split(
         name: of the split.
         classes: of the model, which number the labels; by default the data set's own.
         by_number: whether the data's classes are the model's by their position, whatever their names.
+        several: whether the model gives several labels an image; by default as the data has it.
 
     Raises:
         UlsamError: no such split, classes that the model does not know, or, by number, not as many.
     """
     if is_named(data):
+        if several:
+            raise UlsamError(f"{data} has one class an image, and the model several labels: name a CSV of labels")
         images = _named(data, name, is_training=False, data_dir=data_dir, class_names=class_names)
         if classes is not None:
             images.number_like(classes, by_number)
         return images
-    splits = find_splits(data)
-    if splits and name not in splits:
-        raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
-    with with_advice(data):
-        folder = scan(splits.get(name, Path(data)), min_classes=1)
+    found = labelled(data, data_dir=data_dir, several=several)
+    folder = found.read(name, min_classes=1)
     if classes is not None and by_number and len(classes) != len(folder.classes):
         raise UlsamError(f"{data} has {len(folder.classes)} classes, the model has {len(classes)}")
     if classes is not None:
         with with_advice(data):
             folder = dataclasses.replace(folder, classes=classes) if by_number else index_like(folder, classes)
-    return FolderImages(folder.samples, folder.classes, _words(name))
+    return _images(folder, folder.samples, _words(name), data)
 
 
-def _open_folder(
-    data: str, train_split: str, val_split: str | None, val_fraction: float | None, seed: int
+def _open_local(
+    data: str, data_dir: str | None, train_split: str, val_split: str | None, val_fraction: float | None, seed: int
 ) -> tuple[FolderImages, FolderImages, list[str]]:
-    splits = find_splits(data)
+    found = labelled(data, data_dir=data_dir)
+    splits = found.splits
     for name in (train_split, val_split):
         if name is not None and splits and name not in splits:
             raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
     if val_split is not None and not splits:
-        raise UlsamError(f"{data} has no split {val_split!r}: it is one folder of classes; leave `val_split` out")
-    with with_advice(data):
-        folder = scan(splits.get(train_split, Path(data)))
-    classes, notes = folder.classes, []
+        whole = "one table without a column split" if is_table(data) else "one folder of classes"
+        raise UlsamError(f"{data} has no split {val_split!r}: it is {whole}; leave `val_split` out")
+    folder = found.read(train_split)
+    classes, notes = folder.classes, [found.note] if found.note else []
     if folder.empty:
         notes.append(f"{len(folder.empty)} class folders without an image left out: {a_few(folder.empty)}")
     if folder.ignored:
@@ -161,21 +165,32 @@ def _open_folder(
     if val_fraction is None and val_split is None:
         val_split = next((name for name in ("val", "test") if name in splits), None)
     if val_split is not None and val_fraction is None:
-        train_samples, val_samples = folder.samples, index_like(scan(splits[val_split], 1), classes).samples
+        measured = index_like(found.read(val_split, min_classes=1), classes)
+        train = _images(folder, folder.samples, "training", data)
+        val = _images(measured, measured.samples, _words(val_split), data)
         if val_split == "test":
             notes.append("measured on test/: to choose settings, hold images out with `val_fraction`")
         if val_split == train_split:
             notes.append(f"measured on the images that are trained on, split {val_split}")
     else:
-        val_split = "held-out"
-        train_samples, val_samples = split(folder.samples, 0.2 if val_fraction is None else val_fraction, seed)
-        notes.append(f"{len(val_samples)} of {len(folder.samples)} training images held out for validation ({seed=})")
-    if note := imbalance_note(classes, class_counts(train_samples, len(classes))):
+        groups = folder.samples.labels if folder.sets is None else np.zeros(len(folder.samples), np.int32)
+        chosen = held_out(groups, 0.2 if val_fraction is None else val_fraction, seed)
+        train = _images(folder, folder.samples.take(np.flatnonzero(~chosen)), "training", data)
+        val = _images(folder, folder.samples.take(np.flatnonzero(chosen)), "held-out", data)
+        notes.append(f"{len(val)} of {len(folder.samples)} training images held out for validation ({seed=})")
+    if not found.several and (note := imbalance_note(classes, train.folder.counts())):
         notes.append(note)
-    counts = class_counts(val_samples, len(classes))
-    if absent := [name for name, count in zip(classes, counts, strict=True) if not count]:
-        notes.append(f"{len(absent)} classes have no validation image: {a_few(absent)}")
-    return FolderImages(train_samples, classes), FolderImages(val_samples, classes, _words(val_split)), notes
+    for images, what in ((train, "training"), (val, "validation")):
+        if absent := [name for name, count in zip(classes, images.folder.counts(), strict=True) if not count]:
+            notes.append(f"{len(absent)} classes have no {what} image: {a_few(absent)}")
+    return train, val, notes
+
+
+def _images(folder: Folder, samples: SampleList, split: str, data: str) -> FolderImages:
+    """Some of the images of a folder or table, under the name of their split."""
+    if folder.sets is None:
+        return FolderImages(samples, folder.classes, split, is_table(data))
+    return LabelSetImages(samples, folder.classes, split, True, sets=folder.sets)
 
 
 def _named(

@@ -6,7 +6,8 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torchvision.datasets import DatasetFolder
 
 from ulsam.base.errors import MachineError, UlsamError, a_few, first_line
 from ulsam.base.reading import machine_errors, machine_fault
-from ulsam.data.folder import IMAGE_SUFFIXES, class_numbers
+from ulsam.data.folder import IMAGE_SUFFIXES, Folder, class_numbers
 from ulsam.data.images import Pixels, Reduction, UnreadableImage, read_pixels, whole
 from ulsam.data.sample_list import Sample, SampleList
 
@@ -29,22 +30,32 @@ class FolderImages:
     samples: Sequence[Sample]
     classes: tuple[str, ...]
     split: str = "training"  # what to call them
+    in_table: bool = False  # whether a table says which labels they have, and not the folders that they lie in
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", SampleList(self.samples))
 
     @property
-    def labels(self) -> NDArray[np.int32]:
-        """The class index of every image."""
+    def labels(self) -> NDArray[np.int32] | None:
+        """The class index of every image; None where an image may have several."""
         return SampleList(self.samples).labels
+
+    @property
+    def folder(self) -> Folder:
+        """The images as a folder of them alone."""
+        return Folder(Path(), self.classes, SampleList(self.samples))
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @property
     def names(self) -> Sequence[str]:
-        """What distinguishes these images from others, wherever they lie."""
-        return _relative(path for path, _ in self.samples)
+        """What distinguishes these images from others, wherever they lie; with their labels where folders say none."""
+        paths = _relative(path for path, _ in self.samples)
+        if not self.in_table:
+            return paths
+        words = self.folder.words
+        return [f"{path}\t{words(label)}" for path, (_, label) in zip(paths, self.samples, strict=True)]
 
     @property
     def state(self) -> str:
@@ -68,6 +79,36 @@ class FolderImages:
         """The image as of `read_pixels`, [H, W, 3], and its class index, with its errors."""
         path, label = self.samples[index]
         return read_pixels(path, reduction), label
+
+
+@dataclass(frozen=True)
+class LabelSetImages(FolderImages):
+    """Images of a table that may have several labels each; the label of a sample is the number of its set of them.
+
+    ``sets`` [sets, classes] says which classes each set has.
+    """
+
+    sets: NDArray[np.bool_] = field(kw_only=True)
+
+    @property
+    def labels(self) -> None:
+        """None: an image has no class of its own."""
+        return None
+
+    @property
+    def folder(self) -> Folder:
+        """As of :class:`FolderImages`."""
+        return Folder(Path(), self.classes, SampleList(self.samples), sets=self.sets)
+
+
+def check_one_class(images: "AnyImages", what: str) -> None:
+    """Raise unless each image has one class.
+
+    Raises:
+        UlsamError: they may have several labels; ``what`` is what is for one class alone.
+    """
+    if isinstance(images, LabelSetImages):
+        raise UlsamError(f"{what} is for one class an image, and these images may have several labels")
 
 
 class _Named:

@@ -27,6 +27,7 @@ class Classifier:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     logits: Callable[[Pixels], Logits]  # [B, classes] of RGB bytes [B, H, W, 3] at the model's size
+    thresholds: tuple[float, ...] | None = None  # of each class, where an image may have several labels
 
 
 def open_classifier(
@@ -65,7 +66,7 @@ def open_classifier(
         if features:
             raise UlsamError(f"{os.fspath(model)} outputs no features: name the model file that it was made from")
         exported = runtime.load(model, threads=threads, device="cpu" if device in (None, "auto") else device)
-        return Classifier(exported.classes, exported.preprocessing, exported.logits)
+        return Classifier(exported.classes, exported.preprocessing, exported.logits, exported.thresholds)
 
     from ulsam.base.distributed import device_of
     from ulsam.base.threads import cpu_threads
@@ -84,7 +85,7 @@ def open_classifier(
             return run(images)
 
     shown = _showing(logits, module, features) if features else logits
-    return Classifier(tuple(spec.classes), transform.preprocessing, shown)
+    return Classifier(tuple(spec.classes), transform.preprocessing, shown, spec.thresholds)
 
 
 def _showing(

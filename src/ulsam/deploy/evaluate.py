@@ -1,6 +1,8 @@
 """Measure a trained model on images, whatever runs it: PyTorch, or ONNX Runtime for an exported file."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +11,8 @@ from torch import nn
 from ulsam.base.distributed import start
 from ulsam.base.errors import UlsamError, printable
 from ulsam.base.text_table import as_csv
-from ulsam.data.folder import find_splits
-from ulsam.data.loading import eval_loader
+from ulsam.data.labelled import splits_of
+from ulsam.data.loading import Loader, eval_loader
 from ulsam.data.opening import is_named, open_split
 from ulsam.data.sources import FolderImages
 from ulsam.deploy.exported_module import load_exported
@@ -24,6 +26,11 @@ from ulsam.training.summary import cost_entry, score_entry, spec_entry
 from ulsam.training.trained_on import note_trained_on
 
 _TITLES = {"precision": "precision", "recall": "recall", "f1": "F1", "specificity": "specificity", "auc": "AUC"}
+
+ON_ALL = (
+    "note    measured on all images of the folder, those trained on included: a fair score is that on the"
+    " held-out ones in the summary.json of the run, or on a folder of other images"
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,7 @@ class Evaluation:
             "lowest  " + "; ".join(f"{printable(name)} {100 * top1:.0f} % of {n}" for top1, name, n in worst),
         ]
         if self.split == "all":
-            lines.append(
-                "note    measured on all images of the folder, those trained on included: a fair score is that on the"
-                " held-out ones in the summary.json of the run, or on a folder of other images"
-            )
+            lines.append(ON_ALL)
         return "\n".join(lines)
 
     def csv(self) -> str:
@@ -106,10 +110,10 @@ def evaluate(
     Args:
         model: a model file, the name of a trained model of the package, NAME.onnx of `ulsam.export`; or a model in
             memory, which is moved to the device.
-        data: an image folder, or timm's name of a data set.
+        data: an image folder, a CSV of paths and labels, or timm's name of a data set.
         spec: of a model in memory, as of `ulsam.load`.
         split: of the data; by default test, else val, else the whole folder; "validation" of a named data set.
-        data_dir: where a named data set lies.
+        data_dir: where a named data set lies, or where the paths in a CSV count from.
         class_names: a text file with the class names of a named data set, one a line.
         classes_by_number: take the data's classes for the model's by their position, whatever their names.
         batch_size: images at once.
@@ -118,8 +122,9 @@ def evaluate(
             or one that `ulsam.runtime.load` takes.
 
     Raises:
-        UlsamError: no such model, data, split or device; classes that the model does not know; no readable image; or
-            ``batch_size`` or ``workers`` out of range.
+        UlsamError: no such model, data, split or device; a model that gives several labels an image, or images that
+            have; classes that the model does not know; no readable image; or ``batch_size`` or ``workers`` out of
+            range.
         NotFinite: the model's outputs are not finite.
 
     >>> import tempfile
@@ -129,6 +134,60 @@ def evaluate(
     >>> spec = ulsam.make_spec("test_efficientnet", sorted(path.name for path in (birds / "val").iterdir()), size=32)
     >>> evaluate(ulsam.build(spec)[0], birds, spec=spec, workers=0).scores.images
     6
+    """
+    with to_measure(
+        model,
+        data,
+        several=False,
+        spec=spec,
+        split=split,
+        data_dir=data_dir,
+        class_names=class_names,
+        classes_by_number=classes_by_number,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    ) as found:
+        collected = Collected()
+        scores = evaluate_batches(found.model, found.batches, len(found.spec.classes), seen=collected.add, **found.how)
+        by_class = collected.scores(found.spec.classes, found.how["world"])
+    return Evaluation(scores, found.split, found.spec, by_class)
+
+
+@dataclass(frozen=True)
+class ToMeasure:
+    """A model and the images that it is measured on; ``how`` are further arguments of `evaluate_batches`."""
+
+    model: nn.Module
+    spec: ModelSpec
+    split: str
+    batches: Loader
+    how: dict[str, Any]
+
+
+@contextmanager
+def to_measure(
+    model: nn.Module | str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    several: bool,
+    spec: ModelSpec | None,
+    split: str | None,
+    data_dir: str | None,
+    class_names: str | None,
+    classes_by_number: bool,
+    batch_size: int,
+    workers: int,
+    device: str,
+) -> Iterator[ToMeasure]:
+    """Open what :func:`evaluate` measures, for as long as the context lasts.
+
+    Args:
+        several: whether the model must give several labels an image, or must not.
+        model, data, spec, split, data_dir, class_names, classes_by_number, batch_size, workers, device: as there.
+
+    Raises:
+        UlsamError: as there.
     """
     for name, least, value in (("batch_size", 1, batch_size), ("workers", 0, workers)):
         if value < least:
@@ -143,11 +202,21 @@ def evaluate(
         else:
             module, spec = model_and_spec(model, spec)
             transform = spec_transform(spec)
+        if spec.several is not several:
+            kind, other = ("several labels", "evaluate_labels") if spec.several else ("one class", "evaluate")
+            raise UlsamError(f"the model gives {kind} an image: `ulsam.{other}` measures it")
         images = open_split(
-            data, split, spec.classes, data_dir=data_dir, class_names=class_names, by_number=classes_by_number
+            data,
+            split,
+            spec.classes,
+            data_dir=data_dir,
+            class_names=class_names,
+            by_number=classes_by_number,
+            several=several,
         )
         if isinstance(images, FolderImages) and world.writes:
-            note_trained_on(model, [path for path, _ in images.samples], [data])
+            held_out = images.in_table and split in ("val", "test")
+            note_trained_on(model, [path for path, _ in images.samples], [data], held_out=held_out)
         batches = eval_loader(
             images,
             transform,
@@ -157,23 +226,13 @@ def evaluate(
             world=world.size,
             device=world.device,
         )
-        collected = Collected()
-        scores = evaluate_batches(
-            module.to(world.device),
-            batches,
-            len(spec.classes),
-            world=world,
-            channels_last=not exported,
-            progress=split if world.writes else None,
-            seen=collected.add,
-        )
-        by_class = collected.scores(spec.classes, world)
-    return Evaluation(scores, split, spec, by_class)
+        how = {"world": world, "channels_last": not exported, "progress": split if world.writes else None}
+        yield ToMeasure(module.to(world.device), spec, split, batches, how)
 
 
 def _default_split(data: str) -> str:
-    """test, else val, of an image folder; timm's "validation" of a named data set."""
+    """test, else val, of an image folder or a table; timm's "validation" of a named data set."""
     if is_named(data):
         return "validation"
-    splits = find_splits(data)
+    splits = splits_of(data)
     return next((name for name in ("test", "val") if name in splits), "all")

@@ -19,7 +19,7 @@ from ulsam.deploy.parity import HALF_TOLERANCE, TOLERANCE, Parity, compared, gen
 from ulsam.deploy.tflite_engine import tflite_engine
 from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
-from ulsam.runtime import CLASSES, PRECISION, PREPROCESSING, SPEC, VERSION
+from ulsam.runtime import CLASSES, PRECISION, PREPROCESSING, SPEC, THRESHOLDS, VERSION
 from ulsam.surgery.fold import fold
 from ulsam.training.evaluate import spec_transform
 
@@ -60,7 +60,8 @@ def export(
     The model is folded (`ulsam.fold`). The file's input is ``pixels``, RGB bytes [batch, H, W, 3], as cameras and
     image decoders give them, which it normalizes itself; its output is ``logits`` [batch, classes]. Resizing is left
     outside: no engine's equals Pillow's, with which the model was trained; `ulsam.runtime` does it. The file holds the
-    names of the classes, the preprocessing, the spec and ulsam's version (`ulsam.runtime` names the keys).
+    names of the classes, the preprocessing, the spec and ulsam's version (`ulsam.runtime` names the keys). Of a model
+    that gives several labels an image it also holds their thresholds, which probabilities, by a sigmoid, must reach.
 
     Args:
         model: a model file, the name of a trained model of the package, or a model in memory.
@@ -168,4 +169,6 @@ def engine_of(
         SPEC: spec.to_json(),
         **({PRECISION: "float16"} if half else {}),
     }
+    if spec.thresholds is not None:
+        metadata[THRESHOLDS] = json.dumps(spec.thresholds)
     return _ENGINES[to](folded, example, free, metadata, half)

@@ -95,7 +95,8 @@ def timm_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
         "std": list(spec.std),
         "num_classes": len(spec.classes),
     }
-    return {**config, "architecture": spec.base}
+    own = {} if spec.thresholds is None else {"thresholds": list(spec.thresholds)}
+    return {**config, "architecture": spec.base, **own}
 
 
 def _upload(folder: Path, repository: str, private: bool) -> str:

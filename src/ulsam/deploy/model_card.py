@@ -5,6 +5,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ulsam.model.spec import ModelSpec
+from ulsam.training.summary import percent
 
 SHOWN = 200  # classes that the card lists
 
@@ -31,6 +32,12 @@ def model_card(name: str, spec: ModelSpec, summary: Mapping[str, Any] | None = N
         + f" Images of {size} pixels.",
         "",
     ]
+    if spec.several:
+        lines += [
+            "An image may have several labels: a sigmoid of each output is its probability, and `thresholds` in "
+            "`config.json` says from which on the image has it.",
+            "",
+        ]
     if summary:
         lines += _results(summary)
     lines += ["## Use", "", "```python", *_usage(name, spec), "```", "", "## Classes", ""]
@@ -41,7 +48,15 @@ def model_card(name: str, spec: ModelSpec, summary: Mapping[str, Any] | None = N
 def _results(summary: Mapping[str, Any]) -> list[str]:
     scores, cost, base = summary["scores"], summary["cost"], summary["base_cost"]
     config = summary["config"]
-    low, high = scores["top1_interval_95"]
+    if "map" in scores:
+        shown = [f"| mAP | {percent(scores['map'])} |", f"| mean F1 at the thresholds | {percent(scores['f1'])} |"]
+    else:
+        low, high = scores["top1_interval_95"]
+        interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}, over images"
+        shown = [
+            f"| top-1 | {100 * scores['top1']:.2f} % ({interval}) |",
+            f"| top-5 | {100 * scores['top5']:.2f} % |",
+        ]
     data = PurePath(config["data"].replace("\\", "/")).name
     lines = [
         "## Results",
@@ -50,8 +65,7 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
         "",
         "| | |",
         "|---|---|",
-        f"| top-1 | {100 * scores['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}, over images) |",
-        f"| top-5 | {100 * scores['top5']:.2f} % |",
+        *shown,
         f"| loss | {scores['loss']:.4f} |",
         f"| parameters | {cost['params'] / 1e6:.3f} M{_change(cost['params'], base['params'])} |",
         f"| MACs | {cost['macs'] / 1e6:.1f} M{_change(cost['macs'], base['macs'])} |",

@@ -23,7 +23,7 @@ def predict(
     images: Iterable[Image],
     *,
     spec: "ModelSpec | None" = None,
-    top: int = 5,
+    top: int | None = None,
     batch_size: int = 32,
     device: str | None = None,
     features: Callable[[NDArray[np.float32]], None] | None = None,
@@ -38,7 +38,8 @@ def predict(
         images: files, folders of them, addresses (``https://``), binary streams, or RGB bytes [H, W, 3] of any size;
             read as they are needed.
         spec: of a model in memory, as of `ulsam.load`.
-        top: classes to name for each image.
+        top: classes to name for each image; by default 5. A model that gives several labels names those that reach
+            their thresholds by default, and with a number so many of the most probable ones.
         batch_size: images at once.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``; by default the one that a model in memory is on, else the CPU.
             Of an exported file ``auto``, which is the CPU, or one that `ulsam.runtime.load` takes.
@@ -57,7 +58,15 @@ def predict(
     """
     files = images if isinstance(images, str | bytes) else _files(images)
     opened = open_classifier(model, spec, device=device, features=features)
-    return predict_images(files, opened.logits, opened.preprocessing, opened.classes, top=top, batch=batch_size)
+    return predict_images(
+        files,
+        opened.logits,
+        opened.preprocessing,
+        opened.classes,
+        top=top,
+        batch=batch_size,
+        thresholds=opened.thresholds,
+    )
 
 
 def _files(images: Iterable[Image]) -> Iterator[Image]:

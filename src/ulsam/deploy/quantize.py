@@ -20,7 +20,7 @@ from ulsam.base.timing import time_in_turn
 from ulsam.data.folder import class_numbers
 from ulsam.data.images import Pixels, UnreadableImage
 from ulsam.data.opening import open_data
-from ulsam.data.sources import AnyImages, FolderImages, MapImages, StreamImages
+from ulsam.data.sources import AnyImages, FolderImages, MapImages, StreamImages, check_one_class
 from ulsam.deploy.byte_products import Target, saturates, weight_bits
 from ulsam.deploy.export import engine_of
 from ulsam.deploy.onnx_graph import ATTENTION, check_installed, drop_unused
@@ -142,7 +142,10 @@ def quantize(
         raise UlsamError(
             f"{name} is in {whole.metadata[runtime.PRECISION]}: name the file in float32, or the model file"
         )
+    if whole.thresholds is not None:
+        raise UlsamError("quantizing is measured by one class an image, and this model gives several labels")
     train, others, _ = open_data(os.fspath(data), **held_out_settings(model, os.fspath(data), {}))
+    check_one_class(others, "quantizing")
     if isinstance(others, FolderImages):
         note_trained_on(model, [path for path, _ in others.samples], [data])
     seen = [image for image, _ in _read(train, whole, calibrate, "calibrate")]

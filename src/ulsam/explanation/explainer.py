@@ -40,7 +40,8 @@ class Explainer:
         watch: called for each ULSAM layer in each forward pass.
 
     Raises:
-        UlsamError: the model takes other than RGB images, or has no feature map to lay a CAM on.
+        UlsamError: the model takes other than RGB images, gives several labels an image, or has no feature map to lay
+            a CAM on.
 
     >>> from ulsam.model.build import build
     >>> from ulsam.model.spec import Edit
@@ -53,6 +54,7 @@ class Explainer:
 
     @torch.inference_mode(False)
     def __init__(self, model: nn.Module, spec: ModelSpec, *, watch: Watch | None = None) -> None:
+        spec.check_one_class("an explanation")
         if has_inference_tensors(model):
             model = plain_copy(model)
         self.model, self.spec, self.watch = model, spec, watch

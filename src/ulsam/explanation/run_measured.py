@@ -93,9 +93,10 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
     bad = {name for name, _ in scores.unreadable}
     read = [number for number in range(len(images)) if images.name(number) not in bad]
     paths = [os.path.abspath(images.name(number)) for number in range(len(images))]
-    names = images.names if isinstance(images, FolderImages) else [images.name(n) for n in range(len(images))]
+    shown = images.names if isinstance(images, FolderImages) else [images.name(n) for n in range(len(images))]
+    names = [name.partition("\t")[0].strip("/") for name in shown]  # without the labels that a table says
     guesses = {
-        paths[number]: RunPrediction(number, names[number].strip("/"), spec.classes[truth], spec.classes[named], share)
+        paths[number]: RunPrediction(number, names[number], spec.classes[truth], spec.classes[named], share)
         for number, (truth, named, share) in zip(read, found, strict=True)
     }
     changed = _changed(run, outcomes(scores, images), config.data)

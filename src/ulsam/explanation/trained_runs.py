@@ -22,6 +22,10 @@ KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """What the page calls the runs for short, in their order."""
 
 
+class _SeveralLabels(Exception):
+    """A run's model gives several labels an image."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a finished run says of itself in ``summary.json``."""
@@ -136,6 +140,10 @@ def _read(folder: Path, number: int, name: str) -> TrainedRun:
                 f"{folder} is not the folder of a run: there is neither summary.json nor config.yaml in it{hint}"
             )
         return TrainedRun(folder, number, name, TrainConfig.from_mapping(settings), rows, result)
+    except _SeveralLabels:
+        raise UlsamError(
+            f"a report is for one class an image, and the model of {folder} gives several labels"
+        ) from None
     except OSError as error:
         raise UlsamError(f"cannot read {error.filename}: {(error.strerror or str(error)).lower()}") from error
 
@@ -144,6 +152,8 @@ def _read_summary(path: Path) -> tuple[Mapping[str, Any], tuple[EpochRow, ...], 
     try:
         summary = json.loads(read_text(path))
         spec = ModelSpec.from_json(json.dumps(summary["spec"]))
+        if spec.several:
+            raise _SeveralLabels
         rows = tuple({column: row[column] for column in COLUMNS} for row in summary["epochs"])
         found = {key: summary[key] for key in ("scores", "split", "cost", "base_cost", "command", "versions")}
         measured = summary["images"]["val"]
@@ -163,11 +173,13 @@ def _read_summary(path: Path) -> tuple[Mapping[str, Any], tuple[EpochRow, ...], 
 
 def _read_metrics(path: Path) -> tuple[EpochRow, ...]:
     try:
+        lines = read_text(path).splitlines()
+        if "val_map" in lines[0]:
+            raise _SeveralLabels
         return tuple(
-            {column: float(row[column]) if row[column] else None for column in COLUMNS}
-            for row in csv.DictReader(read_text(path).splitlines())
+            {column: float(row[column]) if row[column] else None for column in COLUMNS} for row in csv.DictReader(lines)
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (IndexError, ValueError, KeyError, TypeError) as error:
         raise UlsamError(f"{path} is damaged, or not of a run: {type(error).__name__} {error}") from error
 
 

@@ -248,6 +248,8 @@ def _load_name(name: str, pretrained: bool, weights: str | os.PathLike[str] | No
     spec = spec_of(name)
     if weights is None:
         return build(spec, pretrained=True)[0], spec
+    if _gives_several(weights):
+        raise UlsamError(f"{os.fspath(weights)} is a model file of several labels an image: name it in place of {name}")
     state = read_weights(weights)
     plain = sketch(spec)
     outputs = [key for key, part in plain.named_modules() if part in heads(plain)]
@@ -288,6 +290,8 @@ def _load_hub(name: str) -> tuple[nn.Module, ModelSpec]:
     if not config.get("num_classes"):
         raise UlsamError(f"{name} has no classifier: it gives features alone")
     spec = spec_from(base, class_names(config), (), config, model_args=arguments)
+    if thresholds := given.get("thresholds"):  # of `ulsam.push`
+        spec = dataclasses.replace(spec, thresholds=tuple(map(float, thresholds)))
     _check_fit(spec, {key: tuple(value.shape) for key, value in model.state_dict().items()}, name)
     return model, spec
 
@@ -312,6 +316,15 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
         raise UlsamError(f"{path}: {error}") from error
     _check_memory(_check_fit(spec, shapes, str(path)), shapes, str(path))
     return spec
+
+
+def _gives_several(weights: str | os.PathLike[str]) -> bool:
+    """Whether a weight file is a model file whose model gives several labels an image."""
+    if locate(weights).suffix != ".safetensors":
+        return False
+    with _opened(weights) as file:
+        text = (file.metadata() or {}).get(_KEY)
+    return text is not None and ModelSpec.from_json(text).several
 
 
 def ulsam_parameters(model: nn.Module) -> list[str]:

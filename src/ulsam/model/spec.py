@@ -142,6 +142,9 @@ class ModelSpec:
         crop_pct: share of the resized image's side that the centre crop keeps.
         mean: of each channel, for images scaled to 0..1.
         std: of each channel, likewise.
+        thresholds: of a model that gives several labels an image, for each class: the probability, a sigmoid of its
+            output, from which on an image has the label. None: an image has one class, and a softmax gives their
+            probabilities.
 
     Raises:
         UlsamError: two classes of one name, a size that is no whole number from 1 to 8192, an interpolation that timm
@@ -158,6 +161,7 @@ class ModelSpec:
     crop_pct: float = 0.875
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.input_size) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in self.input_size):
@@ -186,6 +190,28 @@ class ModelSpec:
         sound = all(map(math.isfinite, self.mean)) and all(0 < value < math.inf for value in self.std)
         if not sound or not len(self.mean) == len(self.std) == self.input_size[0]:
             raise UlsamError(f"{self.input_size[0]} channels need as many means, and as many stds above 0")
+        if self.thresholds is not None and not (
+            len(self.thresholds) == len(self.classes) and all(0 <= value <= 1 for value in self.thresholds)
+        ):
+            raise UlsamError(f"{len(self.classes)} classes need as many thresholds, each from 0 to 1")
+
+    @property
+    def several(self) -> bool:
+        """Whether the model gives several labels an image: it has ``thresholds``."""
+        return self.thresholds is not None
+
+    def check_one_class(self, what: str) -> None:
+        """Raise unless the model gives one class an image.
+
+        Raises:
+            UlsamError: it gives several labels; ``what`` is what is for one class alone.
+
+        >>> ModelSpec("resnet18", ("a", "b"), thresholds=(0.5, 0.5)).check_one_class("slimming")
+        Traceback (most recent call last):
+        ulsam.base.errors.UlsamError: slimming is for one class an image, and this model gives several labels
+        """
+        if self.several:
+            raise UlsamError(f"{what} is for one class an image, and this model gives several labels")
 
     def to_json(self) -> str:
         """One line of JSON.
@@ -193,7 +219,10 @@ class ModelSpec:
         >>> ModelSpec.from_json(ModelSpec("mobilenetv2_100", ("a", "b")).to_json()).classes
         ('a', 'b')
         """
-        return json.dumps({**asdict(self), "edits": [str(edit) for edit in self.edits]}, ensure_ascii=False)
+        entries = {**asdict(self), "edits": [str(edit) for edit in self.edits]}
+        if self.thresholds is None:
+            del entries["thresholds"]
+        return json.dumps(entries, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -204,6 +233,7 @@ class ModelSpec:
         """
         try:
             data = _typed(json.loads(text), dict)
+            own = data.pop("thresholds", None)
             made = cls(
                 base=_typed(data.pop("base"), str),
                 classes=_all(data.pop("classes"), str),
@@ -214,6 +244,7 @@ class ModelSpec:
                 crop_pct=float(_typed(data.pop("crop_pct"), float, int)),
                 mean=tuple(map(float, _all(data.pop("mean"), float, int))),
                 std=tuple(map(float, _all(data.pop("std"), float, int))),
+                thresholds=None if own is None else tuple(map(float, _all(own, float, int))),
             )
         except UlsamError as error:
             raise UlsamError(f"not the spec of a model: {error}") from error
@@ -235,6 +266,9 @@ class ModelSpec:
             f"input       {size}, {self.interpolation}, crop {self.crop_pct:g}",
             f"mean, std   {_numbers(self.mean)}; {_numbers(self.std)}",
         ]
+        if self.thresholds is not None:
+            some = _numbers([round(value, 3) for value in self.thresholds[:8]])
+            lines.append(f"labels      several an image, from {some}{', ...' if len(self.thresholds) > 8 else ''} on")
         return "\n".join(lines)
 
 

@@ -11,8 +11,9 @@ import yaml
 
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
-from ulsam.data.folder import find_splits
+from ulsam.data.labelled import splits_of
 from ulsam.data.opening import is_named
+from ulsam.data.sources import check_one_class
 from ulsam.model.presets import PLACEMENTS
 from ulsam.model.spec import Edit
 from ulsam.study.paths import without_paths
@@ -164,6 +165,7 @@ def check_arms(arms: Sequence[Arm], shared: TrainConfig) -> None:
             twin = arms[configs.index(config)].name
             raise UlsamError(f"the arms {twin!r} and {arms[number].name!r} are the same model and spec: leave one out")
     images, _, _ = parts.open_images(shared)
+    check_one_class(images, "a comparison")
     for arm, config in zip(arms, configs, strict=True):
         try:
             dry_run(config, images, World(0, 1, torch.device("cpu")))
@@ -181,10 +183,10 @@ def check_choosing(shared: TrainConfig, choose_split: str | None = None) -> None
     Raises:
         UlsamError: the data has no ``val/`` or ``test/`` of its own, or the settings measure elsewhere.
     """
-    if is_named(shared.data) or not {"val", "test"} & find_splits(shared.data).keys():
+    if is_named(shared.data) or not {"val", "test"}.intersection(splits_of(shared.data)):
         raise UlsamError(
-            f"choosing learning rates or epochs needs an image folder with val/ or test/, which {shared.data} is not: "
-            "the final runs are measured on images that choosing did not see"
+            f"choosing learning rates or epochs needs an image folder or a table with val or test, which {shared.data} "
+            "is not: the final runs are measured on images that choosing did not see"
         )
     if shared.val_fraction is not None:
         raise UlsamError("choosing holds images out by itself, and measures on val/ or test/: leave val_fraction out")
@@ -192,7 +194,7 @@ def check_choosing(shared: TrainConfig, choose_split: str | None = None) -> None
         raise UlsamError(f"the final runs cannot be measured on {shared.val_split}, which is trained on")
     if choose_split is None:
         return
-    splits = find_splits(shared.data)
+    splits = splits_of(shared.data)
     if choose_split not in splits:
         raise UlsamError(f"{shared.data} has no split {choose_split!r} to choose on; it has {', '.join(splits)}")
     final = shared.val_split or next(name for name in ("val", "test") if name in splits)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_readable
+from ulsam.data.labelled import images_root, is_local
 from ulsam.data.sources import AnyImages, FolderImages, StreamImages
 from ulsam.model.trained import locate
 from ulsam.training import parts
@@ -39,7 +40,8 @@ def data_digest(config: TrainConfig, *others: str | None) -> str | None:
     if isinstance(train, StreamImages):
         return None
     more = [parts.open_images(dataclasses.replace(config, val_split=name))[1] for name in others if name is not None]
-    found = {line for images in (train, val, *more) for line in _images(images, config.data)}
+    root = images_root(config.data, config.data_dir)
+    found = {line for images in (train, val, *more) for line in _images(images, root)}
     lines = [*sorted(found), *train.classes]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
@@ -74,7 +76,7 @@ def seen_before(configs: Iterable[TrainConfig]) -> list[str]:
     for config in configs:
         for name in dict.fromkeys((config.weights, config.teacher)):
             before = config_beside(locate(name)) if name else None
-            if before is None or before.train_split != config.train_split or not Path(config.data).is_dir():
+            if before is None or before.train_split != config.train_split or not is_local(config.data):
                 continue
             if Path(before.data).resolve() != Path(config.data).resolve():
                 continue
@@ -95,7 +97,8 @@ def seen_before(configs: Iterable[TrainConfig]) -> list[str]:
 
 def _images(images: AnyImages, root: str) -> Iterator[str]:
     if isinstance(images, FolderImages):
-        for path, _ in images.samples:
-            yield f"{os.path.relpath(path, root)} {os.stat(path).st_size}"
+        for path, label in images.samples:
+            line = f"{os.path.relpath(path, root)} {os.stat(path).st_size}"
+            yield f"{line} {images.folder.words(label)}" if images.in_table else line
     else:
         yield from (f"{images.split} {name}" for name in images.names)

@@ -19,7 +19,7 @@ from ulsam.base.threads import cpu_threads
 from ulsam.data.folder import class_numbers
 from ulsam.data.loading import eval_loader
 from ulsam.data.opening import unlabelled
-from ulsam.data.sources import AnyImages
+from ulsam.data.sources import AnyImages, check_one_class
 from ulsam.model.build import file_content
 from ulsam.model.given import model_and_spec
 from ulsam.model.pretrained import is_pretrained_name
@@ -136,6 +136,7 @@ def slim(
         raise UlsamError("slimming chooses in one process: use `fine_tune=False`, then train by torchrun")
     check_engine(asked.engine)
     original, spec = model_and_spec(model, spec)
+    spec.check_one_class("slimming")
     file = out / ORIGINAL if isinstance(model, nn.Module) or is_pretrained_name(model) else model
     config = fine_tuning(file, spec, data, settings or {})
     with _resumable(out):
@@ -193,6 +194,7 @@ def _choose(
     """Choose the blocks, or take the choice that ``out`` holds, and report it."""
     with start(config.device) as world, cpu_threads(config.threads):
         images, measured, _ = parts.open_images(config)
+        check_one_class(images, "slimming")
         kept = model == out / ORIGINAL
         if kept and list(class_numbers(images.classes, spec.classes).values()) == [*range(len(spec.classes))]:
             spec = dataclasses.replace(spec, classes=images.classes)  # the same ones, by their WordNet ids

@@ -68,8 +68,12 @@ class TrainConfig:
     """
 
     # data
-    data: str = field(metadata={"help": "image folder (train/ with val/ or test/, or class folders), or a timm name"})
-    data_dir: str | None = _option(None, "where a named data set (torch/..., hfds/..., wds/...) lies")
+    data: str = field(
+        metadata={"help": "image folder (train/ with val/ or test/, or class folders), CSV, or timm name"}
+    )
+    data_dir: str | None = _option(
+        None, "where a named data set (torch/..., hfds/..., wds/...) or the images of a CSV lie"
+    )
     train_split: str = _option("train", "name of the split to train on")
     val_split: str | None = _option(None, "name of the split to measure on (default: val, else test, else held out)")
     val_fraction: float | None = _option(None, "hold this share of the training images out and measure on it")

@@ -66,6 +66,7 @@ def open_teacher(config: TrainConfig, spec: ModelSpec, student: nn.Module) -> Te
     if config.teacher is None:
         return None
     model, its = load(config.teacher)
+    its.check_one_class("teaching")
     if its.classes != spec.classes:
         raise UlsamError(f"{config.teacher} cannot teach: {_other_classes(its.classes, spec.classes)}")
     flows = trace(model, spec.input_size)  # raises where it does not run at this size

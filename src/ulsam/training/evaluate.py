@@ -17,8 +17,9 @@ from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.data.augment import EvalTransform
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
-from ulsam.data.loading import Batch, check_labels
+from ulsam.data.loading import Batch
 from ulsam.data.sources import AnyImages, StreamImages
+from ulsam.data.targets import check_labels
 from ulsam.model.spec import ModelSpec
 from ulsam.training.predict import NOT_FINITE, Logits
 
@@ -69,7 +70,6 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-@torch.no_grad()
 def evaluate_batches(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -97,44 +97,87 @@ def evaluate_batches(
         Stopped: ``stop`` said so.
         UlsamError: not one image could be read, or model and images differ in their classes.
     """
-    device = world.device
     sums = torch.zeros(3, dtype=torch.float64)  # loss, right, right among five
     counts = torch.zeros(2, n_classes, dtype=torch.int64)  # images and right, by class
-    unreadable: list[tuple[str, str]] = []
     hit: list[bool] = []
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    bar = logs.progress(batches, desc=progress, shown=progress is not None, unit="batch")
-    with bar, eval_mode(model):
-        for batch in bar if stop is None else _until(stop, bar, world):
-            unreadable += batch.unreadable
-            if not len(batch.labels):
-                continue
-            check_labels(batch.labels, n_classes)
-            images = batch.images.to(device, memory_format=layout)
-            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-                logits = model(images).float().cpu()
-            if logits.shape[1] != n_classes:
-                raise UlsamError(f"the model has {logits.shape[1]} outputs, the images have {n_classes} classes")
-            if seen:
-                seen(logits, batch.labels)
-            best = logits.topk(min(5, n_classes)).indices
-            hits = best == batch.labels[:, None]
-            hit += hits[:, 0].tolist()
-            loss = F.cross_entropy(logits.double(), batch.labels, reduction="sum")
-            sums += torch.stack([loss, hits[:, 0].sum().double(), hits.any(1).sum().double()])
-            for row, labels in zip(counts, (batch.labels, batch.labels[hits[:, 0]]), strict=True):
-                row += torch.bincount(labels, minlength=n_classes)
+
+    def add(logits: Tensor, labels: Tensor) -> None:
+        if seen:
+            seen(logits, labels)
+        best = logits.topk(min(5, n_classes)).indices
+        hits = best == labels[:, None]
+        hit.extend(hits[:, 0].tolist())
+        loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+        sums.add_(torch.stack([loss, hits[:, 0].sum().double(), hits.any(1).sum().double()]))
+        for row, found in zip(counts, (labels, labels[hits[:, 0]]), strict=True):
+            row += torch.bincount(found, minlength=n_classes)
+
+    unreadable = run_batches(
+        model,
+        batches,
+        n_classes,
+        add,
+        world=world,
+        amp=amp,
+        channels_last=channels_last,
+        progress=progress,
+        stop=stop,
+    )
     sums, counts = world.sum(sums).cpu(), world.sum(counts).cpu()
-    unreadable = [bad for share in world.gather(unreadable) for bad in share]
     n = int(counts[0].sum())
-    if n == 0:
-        raise UlsamError(f"none of the {len(unreadable)} images could be read")
     loss, top1, top5 = (sums / n).tolist()
     if not math.isfinite(loss):
         raise NotFinite(NOT_FINITE)
     per_class, right = counts.tolist()
     hits_of = tuple(tuple(share) for share in world.gather(hit))
     return Scores(n, loss, top1, top5, tuple(per_class), tuple(right), tuple(unreadable), hits_of)
+
+
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    n_classes: int,
+    add: Callable[[Tensor, Tensor], None],
+    *,
+    several: bool = False,
+    world: World = ALONE,
+    amp: torch.dtype | None = None,
+    channels_last: bool = True,
+    progress: str | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> list[tuple[str, str]]:
+    """Run ``model`` on this process's batches, without gradients; what of all processes could not be read.
+
+    Args:
+        model, batches, n_classes, world, amp, channels_last, progress, stop: as of :func:`evaluate_batches`.
+        add: is given the logits [B, n_classes] and the labels of each batch, on the CPU.
+        several: whether an image may have several labels, [B, n_classes]; else they are [B].
+
+    Raises:
+        Stopped: ``stop`` said so.
+        UlsamError: not one image could be read, or model and images differ in their classes.
+    """
+    device, count = world.device, 0
+    unreadable: list[tuple[str, str]] = []
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    bar = logs.progress(batches, desc=progress, shown=progress is not None, unit="batch")
+    with bar, eval_mode(model), torch.no_grad():
+        for batch in bar if stop is None else _until(stop, bar, world):
+            unreadable += batch.unreadable
+            if not len(batch.labels):
+                continue
+            check_labels(batch.labels, n_classes, several=several)
+            images = batch.images.to(device, memory_format=layout)
+            with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+                logits = model(images).float().cpu()
+            if logits.shape[1] != n_classes:
+                raise UlsamError(f"the model has {logits.shape[1]} outputs, the images have {n_classes} classes")
+            add(logits, batch.labels)
+            count += len(batch.labels)
+    unreadable = [bad for share in world.gather(unreadable) for bad in share]
+    if not sum(world.gather(count)):
+        raise UlsamError(f"none of the {len(unreadable)} images could be read")
+    return unreadable
 
 
 def outcomes(scores: Scores, images: AnyImages) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from ulsam.base.errors import Interrupted, LostProcess, NotFinite, UlsamError
 from ulsam.base.extras import installed
 from ulsam.base.provenance import command_line, environment, versions
 from ulsam.data import loading, sources
+from ulsam.data.targets import check_labels
 from ulsam.model.build import build, sketch
 from ulsam.surgery.cost import cost
 from ulsam.training import distill, parts, restore
@@ -33,6 +34,7 @@ from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import Position, write_checkpoint
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, outcomes
+from ulsam.training.label_scores import LabelScores, evaluate_label_batches
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
 from ulsam.training.step import TrainingStep
@@ -61,7 +63,8 @@ class Trainer:
 
         self.train_images, self.val_images, notes = parts.open_images(config)
         self.classes = self.train_images.classes
-        self.spec = parts.spec_of(config, self.classes)
+        self.several = isinstance(self.train_images, sources.LabelSetImages)
+        self.spec = parts.spec_of(config, self.classes, self.several)
         start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
         if model is None:
             self.model, notes[len(notes) :] = build(self.spec, **start_weights)
@@ -111,10 +114,12 @@ class Trainer:
         )
         for line in choice:
             self._say(line)
-        self.training_step = TrainingStep(self.config, self.model, self.epoch_updates, self.world, self.teacher)
+        self.training_step = TrainingStep(
+            self.config, self.model, self.epoch_updates, self.world, self.teacher, self.several
+        )
         self.model, self.layout = self.training_step.model, self.training_step.layout
         self.optimizer = self.training_step.optimizer
-        self.mixing = parts.mixing_of(self.config, len(self.classes))
+        self.mixing = parts.mixing_of(self.config, len(self.classes), self.several)
         self.ema = ModelEmaV3(self.model, decay=self.config.ema, use_warmup=True) if self.config.ema else None
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -125,7 +130,7 @@ class Trainer:
                 processes.
         """
         try:
-            restore.check_same(saved, self.config, self.classes, self.teacher, self.world.size, self.run)
+            restore.check_same(saved, self.config, self.classes, self.teacher, self.world.size, self.run, self.several)
             self.at = restore.position(saved["position"], self.config, self.epoch_updates)
             self.model.load_state_dict(saved["model"])
             restore.load_optimizer(self.optimizer, saved["optimizer"], self.config.opt)
@@ -159,6 +164,7 @@ class Trainer:
                 "prepared": self.prepared,
                 "teacher": self.teacher.digest if self.teacher else None,
                 "classes": list(self.classes),
+                "several": self.several,
                 "unreadable": {split: found.reasons for split, found in self.unreadable.items()},
                 "position": dataclasses.asdict(self.at),
                 "model": self.model.state_dict(),
@@ -184,7 +190,7 @@ class Trainer:
 
     def _fit(self) -> dict[str, Any]:
         config, world = self.config, self.world
-        scores: Scores | None = None
+        scores: Scores | LabelScores | None = None
         update_images = config.accumulate * config.batch_size * world.size
         bar: tqdm[Any] = logs.progress(
             total=config.epochs * self.epoch_updates * update_images,
@@ -249,7 +255,7 @@ class Trainer:
                 raise UlsamError(f"{tried} training images in a row cannot be read")
             loading.seed_all(config.seed, 2, at.epoch, at.batch + turn, world.rank)  # dropout, mixup
             images = batch.images.to(world.device, non_blocking=True, memory_format=self.layout)
-            loading.check_labels(batch.labels, len(self.classes))
+            check_labels(batch.labels, len(self.classes), several=self.several)
             labels: Tensor = batch.labels.to(world.device, non_blocking=True)
             if self.mixing:
                 images, labels = self.mixing(images, labels)
@@ -274,22 +280,24 @@ class Trainer:
             self.ema.update(self.model, step=at.updates)
         return loss_sum / count, bool(stop), bool(save)
 
-    def _measure(self, stopping: Callable[[], bool]) -> Scores:
+    def _measure(self, stopping: Callable[[], bool]) -> Scores | LabelScores:
         """Measure the model, or the average of its weights, on the validation images."""
         model = self.ema.module if self.ema else self.model
         self.world.agree(model.buffers())  # each process has BatchNorm statistics of its own; the first one's are saved
         batches = parts.val_batches_of(self.config, self.spec, self.val_images, self.world)
+        how: dict[str, Any] = {
+            "world": self.world,
+            "amp": self.training_step.amp,
+            "channels_last": self.config.layout == "channels_last",
+            "progress": self.val_images.split if self.world.writes else None,
+            "stop": stopping,
+        }
+        scores: Scores | LabelScores
         try:
-            scores = evaluate_batches(
-                model,
-                batches,
-                len(self.classes),
-                world=self.world,
-                amp=self.training_step.amp,
-                channels_last=self.config.layout == "channels_last",
-                progress=self.val_images.split if self.world.writes else None,
-                stop=stopping,
-            )
+            if self.several:
+                scores = evaluate_label_batches(model, batches, self.classes, **how)
+            else:
+                scores = evaluate_batches(model, batches, len(self.classes), **how)
         except Stopped:
             epochs = self.at.epoch + (self.at.batch > 0)
             raise self._stopped(f"the measurement of epoch {epochs}") from None
@@ -298,25 +306,27 @@ class Trainer:
         self.unreadable["val"].add(scores.unreadable)
         return scores
 
-    def _end_epoch(self, scores: Scores | None) -> None:
+    def _end_epoch(self, scores: Scores | LabelScores | None) -> None:
         """Add the epoch to the books and save."""
         at = self.at
-        row = report.epoch_row(at, self.optimizer.param_groups[0]["lr"], scores)
+        row = report.epoch_row(at, self.optimizer.param_groups[0]["lr"], scores, self.several)
         self.at = Position(epoch=at.epoch + 1, updates=at.updates, rows=[*at.rows, row])
         if self.world.writes:
             report.write_metrics(self.run, self.at.rows)
         self.save()
         for callback in self.callbacks:
             callback.epoch(row, self.at.updates)
-        split = self.val_images.split
-        measured = f"{split} top-1 {100 * scores.top1:.2f} %, loss {scores.loss:.4f}" if scores else "not measured"
+        found = f"mAP {report.percent(row['val_map'])}" if self.several else f"top-1 {report.percent(row['val_top1'])}"
+        measured = f"{self.val_images.split} {found}, loss {scores.loss:.4f}" if scores else "not measured"
         self._say(
             f"epoch   {row['epoch']}/{self.config.epochs}: training loss {row['train_loss']:.4f}, {measured} "
             f"({row['images_per_second']:.0f} img/s)"
         )
 
-    def _finish(self, scores: Scores) -> dict[str, Any]:
+    def _finish(self, scores: Scores | LabelScores) -> dict[str, Any]:
         """Write the model file, the curves and, last, the summary: with it the run is finished."""
+        if isinstance(scores, LabelScores):
+            self.spec = dataclasses.replace(self.spec, thresholds=scores.thresholds)
         bad = {split: sorted(found.reasons) for split, found in self.unreadable.items()}
         summary = {
             "command": command_line(),
@@ -327,7 +337,7 @@ class Trainer:
             "images": {"train": len(self.train_images), "val": len(self.val_images)},
             "split": self.val_images.split,
             "scores": report.score_entry(scores, self.classes),
-            "outcomes": outcomes(scores, self.val_images),
+            "outcomes": outcomes(scores, self.val_images) if isinstance(scores, Scores) else None,
             "cost": report.cost_entry(self.cost),
             "base_cost": report.cost_entry(self.base_cost),
             "epochs": self.at.rows,

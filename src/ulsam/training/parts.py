@@ -1,5 +1,6 @@
 """What a training run is made of: images, model, batches, optimizer, each built from the settings."""
 
+import dataclasses
 import logging
 import os
 import random
@@ -14,7 +15,7 @@ import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from ulsam.base.distributed import World
 from ulsam.base.errors import LostProcess, MachineError, UlsamError, first_line, is_out_of_memory
@@ -50,13 +51,19 @@ def open_images(config: TrainConfig) -> tuple[sources.AnyImages, sources.AnyImag
     )
 
 
-def spec_of(config: TrainConfig, classes: Sequence[str]) -> ModelSpec:
-    """The spec that the settings describe, for these classes."""
+def spec_of(config: TrainConfig, classes: Sequence[str], several: bool = False) -> ModelSpec:
+    """The spec that the settings describe; with thresholds of a half, where images may have ``several`` labels.
+
+    Raises:
+        UlsamError: the settings fit no model, or name a teacher for images of several labels.
+    """
+    if several and config.teacher:
+        raise UlsamError("a teacher is for one class an image, and these images may have several labels")
     given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     dropout = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
     if config.model_args.get("in_chans", 3) != 3:
         raise UlsamError("images are read as RGB: leave in_chans out of `model_args`")
-    return make_spec(
+    spec = make_spec(
         config.model,
         classes,
         [Edit.parse(text) for text in config.edits],
@@ -64,6 +71,7 @@ def spec_of(config: TrainConfig, classes: Sequence[str]) -> ModelSpec:
         model_args={**config.model_args, **{name: rate for name, rate in dropout.items() if rate}},
         **{name: value for name, value in given.items() if value is not None},
     )
+    return dataclasses.replace(spec, thresholds=(0.5,) * len(spec.classes)) if several else spec
 
 
 SMALLEST = 16
@@ -194,11 +202,32 @@ def _scaled_groups(groups: list[dict[str, Any]], model: nn.Module, scale: float)
     ]
 
 
-def mixing_of(config: TrainConfig, n_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix, or None; the label smoothing is then its own."""
+Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def mixing_of(config: TrainConfig, n_classes: int, several: bool = False) -> Mixing | None:
+    """timm's mixup and cutmix, or None; the label smoothing is then its own. ``several``: labels an image."""
     if not (config.mixup or config.cutmix):
         return None
-    return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=n_classes)
+    if several:
+        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=config.batch_size)
+
+        def mix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            images, shares = mixup(images, torch.arange(len(images), device=images.device))  # of each image in each
+            return images, smoothed(shares.to(labels) @ labels, config.smoothing)
+
+        return mix
+    found: Mixing = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=n_classes)
+    return found
+
+
+def smoothed(labels: Tensor, smoothing: float) -> Tensor:
+    """Labels 0 to 1 of several an image, each moved towards a half.
+
+    >>> smoothed(torch.tensor([[0.0, 1.0]]), 0.1)
+    tensor([[0.0500, 0.9500]])
+    """
+    return labels * (1 - smoothing) + smoothing / 2
 
 
 class Unreadable:

@@ -25,7 +25,10 @@ NOT_FINITE = "the model outputs numbers that are not finite (NaN or infinity)"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's most probable classes, best first; or why it could not be read."""
+    """One image's most probable classes, best first; or why it could not be read.
+
+    Of a model that gives several labels an image, ``classes`` are the labels that it has, which may be none.
+    """
 
     path: str
     classes: tuple[tuple[str, float], ...] = ()  # name, probability
@@ -38,8 +41,9 @@ def predict(
     preprocessing: Preprocessing,
     classes: Sequence[str],
     *,
-    top: int = 5,
+    top: int | None = None,
     batch: int = 32,
+    thresholds: Sequence[float] | None = None,
 ) -> Iterator[Prediction]:
     """Name what is in images, in their order; an unreadable one gives a prediction with an error.
 
@@ -48,8 +52,10 @@ def predict(
         logits: of RGB bytes [B, H, W, 3] at the model's size.
         preprocessing: that brings them to this size.
         classes: names of the outputs.
-        top: classes to name for each image.
+        top: classes to name for each image; by default 5. With ``thresholds`` by default those that reach theirs; and
+            if a number is given, so many of the most probable ones, whatever their thresholds.
         batch: images at once.
+        thresholds: of each class, where an image may have several labels.
 
     Raises:
         NotFinite: the model's outputs are not finite.
@@ -63,11 +69,11 @@ def predict(
 Prediction(path='missing.jpg', classes=(), error='missing.jpg: no such file or directory')]
     """
     for what, value in (("top", top), ("batch", batch)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UlsamError(f"`{what}` must be 1 or more, not {value}")
     if isinstance(images, str | bytes):
         raise UlsamError("images are several: give a list, of one image too")
-    return _predictions(images, logits, preprocessing, classes, top, batch)
+    return _predictions(images, logits, preprocessing, classes, top, batch, thresholds)
 
 
 def _predictions(
@@ -75,8 +81,9 @@ def _predictions(
     logits: Callable[[Pixels], Logits],
     preprocessing: Preprocessing,
     classes: Sequence[str],
-    top: int,
+    top: int | None,
     batch: int,
+    thresholds: Sequence[float] | None,
 ) -> Iterator[Prediction]:
     numbered = enumerate(images)
     while chunk := list(itertools.islice(numbered, batch)):
@@ -87,22 +94,61 @@ def _predictions(
                 inputs.append(preprocessing.crop(_pixels(image, preprocessing)))
             except UnreadableImage as error:
                 errors[place] = str(error)
-        shares = iter(softmax(logits(np.stack(inputs))) if inputs else np.empty((0, len(classes)), np.float32))
+        found = iter(probabilities(logits(np.stack(inputs)), thresholds) if inputs else ())
         for place, name in enumerate(names):
             if place in errors:
                 yield Prediction(name, error=errors[place])
             else:
-                yield Prediction(name, ranked(next(shares), classes, top))
+                yield Prediction(name, chosen(next(found), classes, top, thresholds))
 
 
-def ranked(shares: NDArray[np.float32], classes: Sequence[str], top: int) -> tuple[tuple[str, float], ...]:
-    """The ``top`` most probable classes of one image with their probabilities, best first.
+def chosen(
+    shares: NDArray[np.float32], classes: Sequence[str], top: int | None, thresholds: Sequence[float] | None
+) -> tuple[tuple[str, float], ...]:
+    """The classes of one image with their probabilities, best first; ``top`` and ``thresholds`` as for :func:`predict`.
+
+    >>> chosen(np.float32([0.25, 0.75, 0.5]), ["sun", "wind", "rain"], None, [0.5, 0.5, 0.75])
+    (('wind', 0.75),)
+    """
+    if thresholds is None or top is not None:
+        return ranked(shares, classes, top or 5)
+    return ranked(shares, classes, len(classes), shares >= np.asarray(thresholds))
+
+
+def ranked(
+    shares: NDArray[np.float32], classes: Sequence[str], top: int, allowed: NDArray[np.bool_] | None = None
+) -> tuple[tuple[str, float], ...]:
+    """The ``top`` most probable classes of one image, of those ``allowed``, with their probabilities, best first.
 
     >>> ranked(np.float32([0.25, 0.75]), ["cat", "dog"], 1)
     (('dog', 0.75),)
     """
     best = np.argsort(-shares, kind="stable")[:top]
-    return tuple((classes[index], float(shares[index])) for index in best)
+    return tuple((classes[index], float(shares[index])) for index in best if allowed is None or allowed[index])
+
+
+def probabilities(logits: Logits, thresholds: Sequence[float] | None) -> Logits:
+    """Of the classes, [B, classes]: a softmax, or a sigmoid of each where an image may have several labels.
+
+    Raises:
+        NotFinite: a logit is not finite.
+    """
+    return softmax(logits) if thresholds is None else sigmoid(logits)
+
+
+def sigmoid(logits: Logits) -> Logits:
+    """The probability of each label, [B, classes].
+
+    Raises:
+        NotFinite: a logit is not finite.
+
+    >>> sigmoid(np.float32([[0, 1000, -1000]])).tolist()
+    [[0.5, 1.0, 0.0]]
+    """
+    if not np.isfinite(logits).all():
+        raise NotFinite(NOT_FINITE)
+    found: Logits = np.exp(-np.logaddexp(0, -logits.astype(np.float64))).astype(np.float32)
+    return found
 
 
 def softmax(logits: Logits) -> Logits:

@@ -84,6 +84,7 @@ def check_same(
     teacher: Teacher | None,
     processes: int,
     run: Path,
+    several: bool = False,
 ) -> None:
     """Raise unless the run was started with these settings, classes, teacher and as many processes.
 
@@ -96,6 +97,8 @@ def check_same(
         raise UlsamError(f"this run has {before} process(es), not {processes}: start as many")
     if saved["classes"] != list(classes):
         raise UlsamError("the data has other classes than this run was started with")
+    if saved.get("several", False) != several:
+        raise UlsamError("the run was started with images that have several labels, or one class, each: not both")
     if saved.get("teacher") != (teacher and teacher.digest):
         raise UlsamError("the teacher's file is not the one that this run was started with: put that one back")
     for name, now in fixed_settings(config).items():
@@ -121,7 +124,8 @@ def position(saved: dict[str, Any], config: TrainConfig, epoch_updates: int) -> 
     if at.batch % config.accumulate or (at.batch and not (at.images and at.seconds)):
         raise ValueError(f"batch is {at.batch}, after {at.images} images in {at.seconds} s")
     sound = all(
-        tuple(row) == report.COLUMNS and all(value is None or type(value) in (int, float) for value in row.values())
+        tuple(row) in (report.COLUMNS, report.LABEL_COLUMNS)
+        and all(value is None or type(value) in (int, float) for value in row.values())
         for row in at.rows
     )
     if len(at.rows) != at.epoch or not sound:

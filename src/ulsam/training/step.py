@@ -21,6 +21,7 @@ class TrainingStep:
 
     ``model`` stays the plain module, for state dicts, averaging and evaluation; ``wrapped`` is what a step calls: the
     same weights compiled, or shared with other processes, and, with a teacher, its feature maps beside the logits.
+    With ``several`` labels an image the loss is the binary cross-entropy of each class.
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class TrainingStep:
         epoch_updates: int,
         world: World,
         teacher: Teacher | None = None,
+        several: bool = False,
     ) -> None:
-        self.config, self.device = config, world.device
+        self.config, self.device, self.several = config, world.device, several
         self.layout = LAYOUTS[config.layout]
         self.model = model.to(world.device).to(memory_format=self.layout)
         self.frozen = parts.freeze(model, config.freeze)
@@ -60,7 +62,8 @@ class TrainingStep:
 
         Args:
             images: [B, 3, H, W] in the layout of the settings.
-            labels: class numbers [B], or shares [B, classes].
+            labels: class numbers [B], or shares [B, classes]; of ``several`` labels an image 0 to 1 [B, classes].
+            smoothing: of the labels; of several an image each moves so far towards a half.
         """
         more = isinstance(self.wrapped, DistributedDataParallel) and not last
         with self.wrapped.no_sync() if more else contextlib.nullcontext():  # type: ignore[operator]
@@ -73,6 +76,8 @@ class TrainingStep:
         if self.distiller is None:
             with precision:
                 logits = self.wrapped(images)
+            if self.several:
+                return F.binary_cross_entropy_with_logits(logits.float(), parts.smoothed(labels, smoothing))
             return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         with precision, self.distiller.listening():
             teacher_output = self.distiller.teach(images)

@@ -18,28 +18,31 @@ from ulsam.surgery.cost import Cost
 from ulsam.training.checkpoint import Position
 from ulsam.training.distill import Teacher
 from ulsam.training.evaluate import Scores
+from ulsam.training.label_scores import LabelScores
 
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds", "images_per_second")
+LABEL_COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_map", "val_f1", "seconds", "images_per_second")
+"""Of a model that gives several labels an image."""
 
 
-def epoch_row(at: Position, rate: float, scores: Scores | None) -> dict[str, Any]:
+def epoch_row(at: Position, rate: float, scores: Scores | LabelScores | None, several: bool = False) -> dict[str, Any]:
     """What ``metrics.csv`` says of the epoch that ends at this position; ``scores`` is None if it was not measured."""
+    names = ("map", "f1") if several else ("top1", "top5")
     return {
         "epoch": at.epoch + 1,
         "lr": rate,
         "train_loss": at.loss_sum / at.images,
         "val_loss": scores and scores.loss,
-        "val_top1": scores and scores.top1,
-        "val_top5": scores and scores.top5,
+        **{f"val_{name}": scores and getattr(scores, name) for name in names},
         "seconds": round(at.seconds, 2),
         "images_per_second": round(at.images / at.seconds, 1),
     }
 
 
 def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``metrics.csv``: a row an epoch, shares 0..1, losses in nats; an epoch that was not measured has gaps."""
+    """Write ``metrics.csv``, a row an epoch: shares 0..1, losses in nats; an epoch that was not measured has gaps."""
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_atomic(run / "metrics.csv", text.getvalue())
@@ -48,7 +51,7 @@ def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def draw_curves(
     run: Path, rows: Sequence[Mapping[str, Any]], split: str, *, loss: str = "cross-entropy (nats)"
 ) -> None:
-    """Draw ``curves.png``: loss and top-1 against epochs; ``split`` is what was measured on, ``loss`` the axis's."""
+    """Draw ``curves.png``: loss and scores against epochs; ``split`` is what was measured on, ``loss`` the axis's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -56,14 +59,18 @@ def draw_curves(
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
-    measured = [row for row in rows if row["val_top1"] is not None]
+    several = "val_map" in rows[0]
+    shown = {"val_map": "mAP", "val_f1": "mean F1"} if several else {"val_top1": "top-1", "val_top5": "top-5"}
+    measured = [row for row in rows if row["val_loss"] is not None]
     losses.plot(epochs, [row["train_loss"] for row in rows], "o-", ms=3, label="training")
     losses.plot([row["epoch"] for row in measured], [row["val_loss"] for row in measured], "s--", ms=3, label=split)
     losses.set(xlabel="epoch", ylabel=loss, title="Loss")
     losses.legend(frameon=False)
-    accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top1"] for r in measured], "s--", ms=3, label="top-1")
-    accuracy.plot([r["epoch"] for r in measured], [100 * r["val_top5"] for r in measured], "^:", ms=3, label="top-5")
-    accuracy.set(xlabel="epoch", ylabel=f"{split} accuracy (%)", title="Accuracy")
+    for (key, label), style in zip(shown.items(), ("s--", "^:"), strict=True):
+        points = [(row["epoch"], 100 * row[key]) for row in measured if row[key] is not None]
+        accuracy.plot([at for at, _ in points], [share for _, share in points], style, ms=3, label=label)
+    title = "Labels" if several else "Accuracy"
+    accuracy.set(xlabel="epoch", ylabel=f"{split} {'scores' if several else 'accuracy'} (%)", title=title)
     accuracy.legend(frameon=False)
     for axes in (losses, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -74,8 +81,19 @@ def draw_curves(
     write_atomic(run / "curves.png", buffer.getvalue())
 
 
-def score_entry(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
+def percent(share: float | None) -> str:
+    """A share as text.
+
+    >>> percent(0.5), percent(None)
+    ('50.00 %', 'undefined')
+    """
+    return "undefined" if share is None else f"{100 * share:.2f} %"
+
+
+def score_entry(scores: Scores | LabelScores, classes: Sequence[str]) -> dict[str, Any]:
     """Scores as JSON: shares 0..1, the 95 % interval of top-1 (Wilson's, over the choice of images), every class."""
+    if isinstance(scores, LabelScores):
+        return scores.entry()
     return {
         "images": scores.images,
         "top1": scores.top1,
@@ -112,13 +130,18 @@ def cost_line(edited: Cost, base: Cost) -> str:
 
 
 def result_lines(summary: Mapping[str, Any], run: Path) -> list[str]:
-    """What a run has come to, for its reader: top-1 with its interval, and what is noteworthy."""
+    """What a run has come to, for its reader: top-1 with its interval, or mAP, and what is noteworthy."""
     scores = summary["scores"]
-    low, high = scores["top1_interval_95"]
-    lines = [
-        f"result  top-1 {100 * scores['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
-        f"top-5 {100 * scores['top5']:.2f} % on {scores['images']} {summary['split']} images; {run}"
-    ]
+    on = f"on {scores['images']} {summary['split']} images; {run}"
+    if "map" in scores:
+        lines = [f"result  mAP {percent(scores['map'])}, mean F1 {percent(scores['f1'])} {on}"]
+        lines.append("note    the thresholds were chosen on these images: F1 is a little too good there, mAP is not")
+    else:
+        low, high = scores["top1_interval_95"]
+        lines = [
+            f"result  top-1 {100 * scores['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
+            f"top-5 {100 * scores['top5']:.2f} % {on}"
+        ]
     if summary["prepared"]:
         lines.append("note    no spec builds this model: its weights alone are saved, in weights.safetensors")
     if count := sum(map(len, summary["unreadable"].values())):
@@ -138,6 +161,7 @@ def write_result(run: Path, summary: Mapping[str, Any], model: nn.Module, spec: 
         write_atomic(run / "weights.safetensors", to_safetensors(state))
     if installed("matplotlib"):
         loss = "cross-entropy and distillation" if summary["teacher"] else "cross-entropy (nats)"
+        loss = "binary cross-entropy (nats)" if "map" in summary["scores"] else loss
         draw_curves(run, summary["epochs"], summary["split"], loss=loss)
     write_json(run / "summary.json", summary)
 

@@ -118,7 +118,8 @@ class WeightsAndBiases(Callback):
 
     def end(self, summary: Mapping[str, Any] | None) -> None:
         if summary is not None:
-            self._run.summary.update({"top1": summary["scores"]["top1"], "params": summary["cost"]["params"]})
+            name = "map" if "map" in summary["scores"] else "top1"
+            self._run.summary.update({name: summary["scores"][name], "params": summary["cost"]["params"]})
         self._run.finish(exit_code=int(summary is None))
 
 

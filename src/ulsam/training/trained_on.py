@@ -9,6 +9,7 @@ from typing import Any
 from ulsam.base.errors import UlsamError
 from ulsam.base.logs import WARNING, say
 from ulsam.data.folder import find_splits
+from ulsam.data.labelled import is_local, splits_of
 from ulsam.data.sources import FolderImages
 from ulsam.model.trained import locate
 from ulsam.training import parts
@@ -33,25 +34,30 @@ def held_out_settings(model: object, data: str, settings: Mapping[str, Any]) -> 
 
     Args:
         model: as of :func:`run_of`.
-        data: an image folder, or the name of a data set, which has splits of its own.
+        data: an image folder, a table, or the name of a data set, which has splits of its own.
         settings: that were given; a ``val_split`` among them needs no share.
     """
     before = run_of(model)
-    if before is None or not Path(data).is_dir():
+    if before is None or not is_local(data):
         return {}
-    if find_splits(data) and os.path.realpath(data) != os.path.realpath(before.data):
+    same = os.path.realpath(data) == os.path.realpath(before.data)
+    if splits_of(data) and not same:
         return {}  # another data set, with splits of its own
-    found = {"split_seed": before.seed if before.split_seed is None else before.split_seed}
+    place = {"data_dir": before.data_dir} if same and before.data_dir is not None else {}
+    found = {**place, "split_seed": before.seed if before.split_seed is None else before.split_seed}
     return found if "val_split" in settings else {"val_fraction": before.val_fraction, **found}
 
 
-def note_trained_on(model: object, paths: Sequence[str], roots: Sequence[str | os.PathLike[str]]) -> None:
+def note_trained_on(
+    model: object, paths: Sequence[str], roots: Sequence[str | os.PathLike[str]], *, held_out: bool = False
+) -> None:
     """Log a warning if the model was trained on some of these images, or if nothing says that it was not.
 
     Args:
         model: a model file or an exported one; of a model in memory nothing is known.
         paths: of the images that it is measured on.
         roots: the folders, or the files, that were named to find them in.
+        held_out: whether a table says that they are for validation or testing.
     """
     before = run_of(model)
     known = _training_images(before) if before else None
@@ -63,9 +69,9 @@ def note_trained_on(model: object, paths: Sequence[str], roots: Sequence[str | o
                 f"note    the model was trained on {seen} of these {len(ours)} images: they are no fair test",
                 level=WARNING,
             )
-        if seen or (before and _lie_in(ours, before.data)):
+        if seen or (before and (_lie_in(ours, before.data) or _is_one_of(before.data, roots))):
             return
-    if not all(_is_held_out(path, roots) for path in paths):
+    if not held_out and not all(_is_held_out(path, roots) for path in paths):
         say(
             "note    nothing says that the model was not trained on these images: to be sure, measure on a folder val "
             "or test, or on a model file in the folder of its run",
@@ -74,19 +80,19 @@ def note_trained_on(model: object, paths: Sequence[str], roots: Sequence[str | o
 
 
 def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
-    """Whether a run was trained on a file; None where its data is no folder, or is gone.
+    """Whether a run was trained on a file; None where its data is no folder or table, or is gone.
 
     Only where the run held out images of the folder that it was trained on, all its files are listed.
     """
     try:
-        splits = find_splits(run.data) if Path(run.data).is_dir() else {}
+        splits = find_splits(run.data) if os.path.isdir(run.data) else {}
         if run.train_split in splits and run.val_fraction is None and len(splits) > 1:
             train = splits[run.train_split]
             below = (os.path.join(folder, name) for folder, names, _ in os.walk(train) for name in names)
             folders = (str(train), *filter(os.path.islink, below))
             roots = tuple(os.path.join(os.path.realpath(one), "") for one in folders)
             return lambda path: path.startswith(roots)
-        images = parts.open_images(run)[0] if Path(run.data).is_dir() else None
+        images = parts.open_images(run)[0] if is_local(run.data) else None
     except (UlsamError, OSError):
         return None
     return set(_real(path for path, _ in images.samples)).__contains__ if isinstance(images, FolderImages) else None
@@ -101,6 +107,10 @@ def _real(paths: Iterable[str]) -> list[str]:
 def _lie_in(paths: Sequence[str], folder: str) -> bool:
     whole = os.path.realpath(folder) + os.sep
     return all(path.startswith(whole) for path in paths)
+
+
+def _is_one_of(path: str, others: Sequence[str | os.PathLike[str]]) -> bool:
+    return os.path.realpath(path) in map(os.path.realpath, others)
 
 
 def _is_held_out(path: str, roots: Sequence[str | os.PathLike[str]]) -> bool:
