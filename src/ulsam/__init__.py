@@ -61,6 +61,7 @@ _HOME = {
     "Cost": "ulsam.surgery.cost",
     "Evaluation": "ulsam.deploy.evaluate",
     "Explanation": "ulsam.explanation.explanation",
+    "LabelEvaluation": "ulsam.deploy.evaluate_labels",
     "LayerStats": "ulsam.explanation.inspect_maps",
     "Parity": "ulsam.deploy.parity",
     "Prediction": "ulsam.training.predict",

@@ -16,6 +16,7 @@ from ulsam.deploy.parity import Parity as Parity
 from ulsam.deploy.predict import predict as predict
 from ulsam.deploy.quantize import Quantized as Quantized
 from ulsam.deploy.quantize import quantize as quantize
+from ulsam.deploy.evaluate_labels import LabelEvaluation as LabelEvaluation
 from ulsam.explanation.explainer import Explainer as Explainer
 from ulsam.explanation.explainer import explain as explain
 from ulsam.explanation.explanation import Explanation as Explanation
