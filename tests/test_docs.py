@@ -24,7 +24,16 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 IDS = [page.name for page in PAGES]
 # Their examples train or compile models.
-SLOW = ("compare.md", "deploy.md", "slim.md", "detectors.md", "surgery.md", "training.md", "works_with.md")
+SLOW = (
+    "compare.md",
+    "deploy.md",
+    "slim.md",
+    "detectors.md",
+    "settings.md",
+    "surgery.md",
+    "training.md",
+    "works_with.md",
+)
 NEEDED = {"detectors.md": ("ultralytics", "segmentation_models_pytorch", "transformers")}
 # Of a page with Python: what must be true of its names, and of what it printed, after its last example.
 Promise = Callable[[dict[str, Any], str], bool]
@@ -48,6 +57,7 @@ PROMISES: dict[str, Promise] = {
         and 0 <= names["scores"].top1 <= 1
         and "broadbar" in out
     ),
+    "settings.md": lambda names, out: "['0.00400', '0.00040', '0.00004']" in out,
     "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14 g=4"],
     "slim.md": lambda names, out: (
         len(names["spec"].edits) == 1

@@ -24,7 +24,7 @@ _METAVARS = {
     **{"int": "N", "float": "X"},
     **dict.fromkeys(("data_dir", "images_for_reconstruction"), "DIR"),
     **dict.fromkeys(("class_names", "weights", "teacher"), "FILE"),
-    **dict.fromkeys(("train_split", "val_split", "model", "freeze", "interpolation", "device", "track"), "NAME"),
+    **dict.fromkeys(("train_split", "val_split", "model", "freeze", "interpolation", "opt", "device", "track"), "NAME"),
     "rand_augment": "POLICY",
 }
 

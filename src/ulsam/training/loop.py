@@ -33,6 +33,7 @@ from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import Position, write_checkpoint
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, outcomes
+from ulsam.training.optimizers import load_optimizer
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
 from ulsam.training.step import TrainingStep
@@ -128,7 +129,7 @@ class Trainer:
             restore.check_same(saved, self.config, self.classes, self.teacher, self.world.size, self.run)
             self.at = restore.position(saved["position"], self.config, self.epoch_updates)
             self.model.load_state_dict(saved["model"])
-            restore.load_optimizer(self.optimizer, saved["optimizer"], self.config.opt)
+            load_optimizer(self.optimizer, saved["optimizer"], self.config.opt)
             self.training_step.scaler.load_state_dict(saved["scaler"])
             if self.ema:
                 self.ema.module.load_state_dict(saved["ema"])

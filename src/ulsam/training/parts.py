@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.optim import param_groups_weight_decay
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ulsam.base.distributed import World
@@ -30,6 +30,8 @@ from ulsam.surgery.places import match
 from ulsam.surgery.trace import trace
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import spec_transform
+from ulsam.training.optimizers import make_optimizer
+from ulsam.training.schedules import schedule_of
 
 #: What to do about a loss that is no longer finite: part of the line that such a run ends with.
 DIVERGED = "try a lower `lr`, `clip_grad=1`, or `amp=none`"
@@ -160,25 +162,15 @@ def freeze(model: nn.Module, places: Sequence[str]) -> list[nn.Module]:
     return frozen
 
 
-def optimizer_of(
-    config: TrainConfig, model: nn.Module, epoch_updates: int
-) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
-    """timm's optimizer and its warm-up + cosine schedule by updates; no decay on norms, biases and ULSAM's weights."""
+def optimizer_of(config: TrainConfig, model: nn.Module, epoch_updates: int) -> tuple[torch.optim.Optimizer, Scheduler]:
+    """timm's optimizer and its schedule by updates; no weight decay on norms, biases and ULSAM's weights."""
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=ulsam_parameters(model))
     if not groups:
         raise UlsamError("every parameter is frozen: leave something to train out of `freeze`")
     if config.ulsam_lr != 1:
         groups = _scaled_groups(groups, model, config.ulsam_lr)
-    momentum = {"momentum": config.momentum} if config.opt == "sgd" else {}
-    optimizer = create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=0.0, **momentum)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=config.epochs * epoch_updates + 1,
-        lr_min=config.min_lr,
-        warmup_t=round(config.warmup_epochs * epoch_updates),
-        t_in_epochs=False,
-    )
-    return optimizer, schedule
+    optimizer = make_optimizer(groups, config.opt, config.opt_args, lr=config.lr, momentum=config.momentum)
+    return optimizer, schedule_of(config, optimizer, epoch_updates)
 
 
 def _scaled_groups(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:

@@ -46,11 +46,16 @@ class TrainSettings(TypedDict, total=False):
     epochs: int
     batch_size: int
     accumulate: int
-    opt: Literal["sgd", "adamw"]
+    opt: str
+    opt_args: dict[str, Any]
     lr: float
     ulsam_lr: float
     momentum: float
     weight_decay: float
+    sched: Literal["cosine", "tanh", "poly", "step", "multistep", "constant"]
+    decay_rate: float | None
+    decay_epochs: int | None
+    decay_milestones: list[float]
     warmup_epochs: float
     min_lr: float
     clip_grad: float | None
