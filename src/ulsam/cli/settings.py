@@ -62,12 +62,15 @@ def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
     default = field.default_factory() if callable(field.default_factory) else field.default
     shown = "" if default is None or default in ([], {}) else f" (default: {_text(default)})"
     keywords: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
+    choices = get_args(kind)
     if get_origin(kind) is types.UnionType:
-        kind = get_args(kind)[0]
+        kind = choices[0]
     if get_origin(kind) is Literal:
         return {**keywords, "choices": get_args(kind)}
     if kind is bool:
         return {**keywords, "action": argparse.BooleanOptionalAction}
+    if str in choices and get_origin(kind) is dict:
+        return {**keywords, "type": _word_or_object, "metavar": "WORD|JSON"}
     if get_origin(kind) is dict:
         return {**keywords, "type": _json_object, "metavar": "JSON"}
     if get_origin(kind) is list:
@@ -85,6 +88,10 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as \'{{"act_layer": "relu"}}\'')
     return value
+
+
+def _word_or_object(text: str) -> str | dict[str, Any]:
+    return _json_object(text) if text.lstrip().startswith("{") else text
 
 
 def _text(value: Any) -> str:

@@ -140,6 +140,9 @@ class TrainConfig:
     warmup_epochs: float = _option(0.5, "epochs of linear warm-up from 0")
     min_lr: float = _option(0.0, "learning rate at the end of cosine, tanh and poly")
     clip_grad: float | None = _option(None, "largest norm of the gradient")
+    class_weights: dict[str, float] | str | None = _option(
+        None, "of the training loss: balanced, or a JSON object of weights by class name"
+    )
     smoothing: float = _option(0.1, "label smoothing")
     drop_rate: float = _option(0.0, "dropout before the classifier")
     drop_path: float = _option(0.0, "stochastic depth, where the model has it")
@@ -206,6 +209,7 @@ class TrainConfig:
         if self.opt == "sgd" and not 0 < self.momentum < 1:
             raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {self.momentum}")
         self._check_schedule()
+        self._check_class_weights()
         if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1.5:
             raise UlsamError(f"crop_pct must lie between 0.1 and 1.5, not {self.crop_pct}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -232,6 +236,15 @@ class TrainConfig:
             raise UlsamError("sched multistep needs decay_milestones: the epochs after which the rate falls")
         if falls != sorted(set(falls)) or not all(0 < epoch < self.epochs for epoch in falls):
             raise UlsamError(f"decay_milestones must rise, within the {self.epochs} epochs, not {reprlib.repr(falls)}")
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        if isinstance(weights, str) and weights != "balanced":
+            raise UlsamError(f"class_weights is balanced, or weights by class name, not {reprlib.repr(weights)}")
+        if isinstance(weights, dict) and not (weights and all(0 < weight < 1e6 for weight in weights.values())):
+            raise UlsamError(f"class_weights takes numbers above 0 by class name, not {reprlib.repr(weights)}")
+        if weights == "balanced" == self.sampler:
+            raise UlsamError("sampler and class_weights are both balanced, which counts rare classes twice: choose one")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:

@@ -27,7 +27,7 @@ from ulsam.base.provenance import command_line, environment, versions
 from ulsam.data import loading, sources
 from ulsam.model.build import build, sketch
 from ulsam.surgery.cost import cost
-from ulsam.training import distill, parts, restore
+from ulsam.training import class_weights, distill, parts, restore
 from ulsam.training import summary as report
 from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import Position, write_checkpoint
@@ -80,6 +80,9 @@ class Trainer:
         named = f"{config.model}; edits: {'; '.join(config.edits) or 'none'}"
         self._say(f"model   {named if model is None else f'a prepared {type(model).__name__} for {config.model}'}")
         self._say(f"cost    {report.cost_line(self.cost, self.base_cost)}")
+        self.class_weights = class_weights.class_weights_of(config.class_weights, self.train_images)
+        if self.class_weights:
+            self._say(f"weights {class_weights.describe(self.class_weights)}")
         self.teacher = distill.open_teacher(config, self.spec, self.model)
         if self.teacher:
             self._say(f"teacher {distill.describe(config, self.teacher)}")
@@ -112,7 +115,9 @@ class Trainer:
         )
         for line in choice:
             self._say(line)
-        self.training_step = TrainingStep(self.config, self.model, self.epoch_updates, self.world, self.teacher)
+        self.training_step = TrainingStep(
+            self.config, self.model, self.epoch_updates, self.world, self.teacher, self.class_weights
+        )
         self.model, self.layout = self.training_step.model, self.training_step.layout
         self.optimizer = self.training_step.optimizer
         self.mixing = parts.mixing_of(self.config, len(self.classes))
@@ -324,6 +329,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "spec": report.spec_entry(self.spec),
             "prepared": self.prepared,
+            "class_weights": self.class_weights,
             "teacher": self.teacher and report.teacher_entry(self.teacher),
             "images": {"train": len(self.train_images), "val": len(self.val_images)},
             "split": self.val_images.split,

@@ -23,11 +23,13 @@ def checked(name: str, value: Any, kind: Any) -> Any:
             raise UlsamError(f"{name} must be one of {', '.join(choices)}, not {reprlib.repr(value)}")
         return value
     if origin is types.UnionType:
-        return None if value is None else checked(name, value, choices[0])
+        return value if value is None or type(value) in choices else checked(name, value, choices[0])
     if origin is list:
         if not isinstance(value, list | tuple):
             raise UlsamError(f"{name} must be a list, not {reprlib.repr(value)}")
         return [checked(name, item, choices[0]) for item in value]
+    if origin is dict and isinstance(value, dict) and Any not in choices:
+        return {checked(name, key, choices[0]): checked(name, item, choices[1]) for key, item in value.items()}
     if origin is dict:
         kind = dict
     if kind is float and isinstance(value, str):

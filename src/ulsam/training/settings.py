@@ -59,6 +59,7 @@ class TrainSettings(TypedDict, total=False):
     warmup_epochs: float
     min_lr: float
     clip_grad: float | None
+    class_weights: dict[str, float] | str | None
     smoothing: float
     drop_rate: float
     drop_path: float

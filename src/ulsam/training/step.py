@@ -1,6 +1,7 @@
 """One training step: a model and its optimizer in the memory layout, precision and form that the settings name."""
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ulsam.base.distributed import World
 from ulsam.training import parts
+from ulsam.training.class_weights import weight_tensor
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Distiller, Teacher
 
@@ -30,12 +32,14 @@ class TrainingStep:
         epoch_updates: int,
         world: World,
         teacher: Teacher | None = None,
+        class_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.config, self.device = config, world.device
         self.layout = LAYOUTS[config.layout]
         self.model = model.to(world.device).to(memory_format=self.layout)
         self.frozen = parts.freeze(model, config.freeze)
         self.optimizer, self.schedule = parts.optimizer_of(config, self.model, epoch_updates)
+        self.class_weights = weight_tensor(class_weights, world.device)
         self.amp = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == torch.float16)
         self.wrapped: nn.Module = self.model
@@ -73,11 +77,13 @@ class TrainingStep:
         if self.distiller is None:
             with precision:
                 logits = self.wrapped(images)
-            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            return F.cross_entropy(logits.float(), labels, self.class_weights, label_smoothing=smoothing)
         with precision, self.distiller.listening():
             teacher_output = self.distiller.teach(images)
             output = self.wrapped(images)
-        return self.distiller.loss(output, teacher_output, labels, smoothing=smoothing)
+        return self.distiller.loss(
+            output, teacher_output, labels, smoothing=smoothing, class_weights=self.class_weights
+        )
 
     def update(self) -> None:
         """Move the weights by the gradients, clipped where the settings say so, and forget these."""
