@@ -58,7 +58,9 @@ PROMISES: dict[str, Promise] = {
         and "broadbar" in out
     ),
     "settings.md": lambda names, out: (
-        "['0.00400', '0.00040', '0.00004']" in out and list(names["weighted"]["class_weights"].values()) == [2.0, 1.0]
+        "['0.00400', '0.00040', '0.00004']" in out
+        and list(names["weighted"]["class_weights"].values()) == [2.0, 1.0]
+        and names["kept"]["chosen_on"] == "validation"
     ),
     "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14 g=4"],
     "slim.md": lambda names, out: (

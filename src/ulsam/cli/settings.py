@@ -62,14 +62,14 @@ def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
     default = field.default_factory() if callable(field.default_factory) else field.default
     shown = "" if default is None or default in ([], {}) else f" (default: {_text(default)})"
     keywords: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
-    choices = get_args(kind)
+    others: list[Any] = []
     if get_origin(kind) is types.UnionType:
-        kind = choices[0]
+        kind, *others = get_args(kind)
     if get_origin(kind) is Literal:
         return {**keywords, "choices": get_args(kind)}
     if kind is bool:
         return {**keywords, "action": argparse.BooleanOptionalAction}
-    if str in choices and get_origin(kind) is dict:
+    if str in others:
         return {**keywords, "type": _word_or_object, "metavar": "WORD|JSON"}
     if get_origin(kind) is dict:
         return {**keywords, "type": _json_object, "metavar": "JSON"}

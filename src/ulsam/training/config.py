@@ -29,7 +29,7 @@ def _option(default: Any, help: str) -> Any:
 
 _LARGE = 1_000_000
 _RANGES: dict[str, tuple[float, float]] = {  # least and most, both included; no run needs more
-    **dict.fromkeys(("epochs", "val_every", "accumulate", "decay_epochs"), (1, _LARGE)),
+    **dict.fromkeys(("epochs", "val_every", "accumulate", "decay_epochs", "patience"), (1, _LARGE)),
     **dict.fromkeys(("seed", "split_seed"), (0, 2**63 - 1)),
     **dict.fromkeys(("mixup", "cutmix", "color_jitter", "weight_decay", "decay_rate"), (0, 1000)),
     **dict.fromkeys(("min_lr", "warmup_epochs", "save_seconds"), (0, 1e9)),
@@ -158,6 +158,12 @@ class TrainConfig:
     seed: int = _option(0, "of everything random")
     # run
     val_every: int = _option(1, "measure every N epochs, and after the last one")
+    keep: Literal["last", "best"] = _option(
+        "last", "which epoch's weights are saved; best: of the highest validation top-1, then the lowest loss"
+    )
+    patience: int | None = _option(
+        None, "stop where no epoch was better on the validation images for so many (default: never)"
+    )
     save_seconds: float = _option(120.0, "at least this long between two checkpoints within an epoch")
     track: list[str] = _option([], "trackers to report to: tensorboard, wandb, mlflow")
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ulsam.base.distributed import World
 from ulsam.base.errors import LostProcess, MachineError, UlsamError, first_line, is_out_of_memory
+from ulsam.base.extras import installed
 from ulsam.base.logs import say
 from ulsam.base.processes import heeded_signals
 from ulsam.base.reading import machine_fault
@@ -70,6 +71,19 @@ def spec_of(config: TrainConfig, classes: Sequence[str]) -> ModelSpec:
 
 SMALLEST = 16
 """Pixels; smaller images are hardly meant: compact models halve the size five times."""
+
+
+def notes_of(spec: ModelSpec) -> list[str]:
+    """What is noteworthy about a run of this spec on this machine."""
+    notes = []
+    if not installed("matplotlib"):
+        notes.append("no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'")
+    if max(spec.input_size[1:]) < SMALLEST:
+        notes.append(
+            f"images of {max(spec.input_size[1:])} px leave most models maps of a single pixel, from which "
+            "they learn little: leave `size` out for the model's own"
+        )
+    return notes
 
 
 def prepared_model(model: nn.Module, config: TrainConfig, spec: ModelSpec) -> nn.Module:

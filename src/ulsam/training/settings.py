@@ -71,5 +71,7 @@ class TrainSettings(TypedDict, total=False):
     threads: int | None
     seed: int
     val_every: int
+    keep: Literal["last", "best"]
+    patience: int | None
     save_seconds: float
     track: list[str]

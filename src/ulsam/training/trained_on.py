@@ -54,6 +54,14 @@ def note_trained_on(model: object, paths: Sequence[str], roots: Sequence[str | o
         roots: the folders, or the files, that were named to find them in.
     """
     before = run_of(model)
+    if before and (before.keep == "best" or before.patience):
+        chosen = _validation_images(before) & set(_real(paths))
+        if chosen:
+            say(
+                f"note    the epoch was chosen by its score on {len(chosen)} of these {len(paths)} images: their score "
+                "is optimistic",
+                level=WARNING,
+            )
     known = _training_images(before) if before else None
     if known is not None:
         ours = _real(paths)
@@ -90,6 +98,15 @@ def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
     except (UlsamError, OSError):
         return None
     return set(_real(path for path, _ in images.samples)).__contains__ if isinstance(images, FolderImages) else None
+
+
+def _validation_images(run: TrainConfig) -> set[str]:
+    """The images that a run was measured on; empty where its data is no folder, or is gone."""
+    try:
+        images = parts.open_images(run)[1] if Path(run.data).is_dir() else None
+    except (UlsamError, OSError):
+        return set()
+    return set(_real(path for path, _ in images.samples)) if isinstance(images, FolderImages) else set()
 
 
 def _real(paths: Iterable[str]) -> list[str]:
