@@ -61,6 +61,7 @@ PROMISES: dict[str, Promise] = {
         "['0.00400', '0.00040', '0.00004']" in out
         and list(names["weighted"]["class_weights"].values()) == [2.0, 1.0]
         and names["kept"]["chosen_on"] == "validation"
+        and names["five"]["spec"]["input_size"] == [5, 32, 32]
     ),
     "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14 g=4"],
     "slim.md": lambda names, out: (

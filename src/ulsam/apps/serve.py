@@ -86,7 +86,9 @@ def serve(
         if not (api_key or is_loopback(listening)):
             raise UlsamError(f"{host} can be reached from elsewhere: set {KEY} to the key that is asked for")
         opened = open_classifier(model, spec, threads=threads, folded=True)
-        softmax(opened.logits(np.zeros((1, *opened.preprocessing.size, 3), np.uint8)))  # the first one takes longer
+        softmax(
+            opened.logits(np.zeros((1, *opened.preprocessing.size, opened.preprocessing.channels), np.uint8))
+        )  # the first one takes longer
         engine = Engine(opened, limits, Metrics(limits))
         name = Path(model).name if isinstance(model, str) else spec.base if spec else type(model).__name__
         gate = create_app(engine, limits, api_key or None, name)

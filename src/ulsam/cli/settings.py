@@ -15,7 +15,7 @@ _GROUPS = {  # the first setting of each group of options
     "data_dir": "data",
     "model": "model and the weights it starts from",
     "teacher": "distillation",
-    "size": "image size and augmentation",
+    "in_chans": "image size and augmentation",
     "epochs": "optimization",
     "device": "machine",
     "val_every": "measuring and saving",

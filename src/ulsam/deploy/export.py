@@ -30,7 +30,7 @@ _ENGINES = {"onnx": onnx_engine, "openvino": openvino_engine, "executorch": exec
 
 
 class FromPixels(nn.Module):
-    """A model with its normalization before it: RGB bytes [B, H, W, 3] -> the model's outputs.
+    """A model with its normalization before it: bytes [B, H, W, C] -> the model's outputs.
 
     >>> model = FromPixels(nn.AdaptiveAvgPool2d(1), mean=[0.5] * 3, std=[0.25] * 3)
     >>> model(torch.full((1, 4, 4, 3), 255, dtype=torch.uint8)).flatten()
@@ -69,9 +69,10 @@ def export(
     """Write a model as a file for another engine, after running that file beside the model.
 
     The model is folded (`ulsam.fold`). The file's input is ``pixels``, RGB bytes [batch, H, W, 3], as cameras and
-    image decoders give them, which it normalizes itself; its output is ``logits`` [batch, classes]. Resizing is left
-    outside: no engine's equals Pillow's, with which the model was trained; `ulsam.runtime` does it. The file holds the
-    names of the classes, the preprocessing, the spec and ulsam's version (`ulsam.runtime` names the keys).
+    image decoders give them, which it normalizes itself; of other channels [batch, H, W, C]. Its output is ``logits``
+    [batch, classes]. Resizing is left outside: no engine's equals Pillow's, with which the model was trained;
+    `ulsam.runtime` does it. The file holds the names of the classes, the preprocessing, the spec and ulsam's version
+    (`ulsam.runtime` names the keys).
 
     Args:
         model: a model file, the name of a trained model of the package, or a model in memory.
@@ -104,7 +105,7 @@ def export(
     model, spec = model_and_spec(model, spec)
     look = spec_transform(spec).preprocessing
     files = image_paths([os.fspath(image) for image in images])
-    wanted = read_images(files, look) if images else list(generated_images(look.size))
+    wanted = read_images(files, look) if images else list(generated_images(look.size, look.channels))
     engine = engine_of(model, spec, to, dynamic_size=dynamic_size, preprocessing=preprocessing)
     parity = compared(model, engine.run, look, wanted, pixels=preprocessing, one_by_one=engine.one_by_one)
     if dynamic_size:  # another size too, with another shape

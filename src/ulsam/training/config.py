@@ -36,6 +36,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # least and most, both included; no
     "distill_features": (0, 3e38),
     "batch_size": (1, 65_536),
     "size": (1, 8192),
+    "in_chans": (1, 64),
     "threads": (1, 1024),  # OpenMP ends the process where it cannot make as many as it is asked for
     "workers": (0, MOST_WORKERS),
     "distill_temperature": (0, 1000),
@@ -107,6 +108,9 @@ class TrainConfig:
     distill_temperature: float | None = _option(None, "temperature that softens the targets (default: 4)")
     distill_features: float | None = _option(None, "weight of the difference of feature maps (default: 0, off)")
     # image
+    in_chans: int | None = _option(
+        None, "channels of the images (default: 3, RGB); 1 is grey, other numbers are taken as they are stored"
+    )
     size: int | None = _option(None, "height and width of the input in pixels (default: the model's own)")
     mean: list[float] | None = _option(None, "of the input normalization, a channel (default: the model's own)")
     std: list[float] | None = _option(None, "of the input normalization, a channel (default: the model's own)")
@@ -220,10 +224,7 @@ class TrainConfig:
             raise UlsamError(f"crop_pct must lie between 0.1 and 1.5, not {self.crop_pct}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UlsamError(f"crop_scale takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            if value is not None and (len(value) != 3 or not all(map(math.isfinite, value))):
-                raise UlsamError(f"{name} takes three numbers, one a color channel, not {value}")
+        self._check_channels()
         if self.std is not None and min(self.std) <= 0:
             raise UlsamError(f"std must be above 0 in every channel, not {self.std}")
         if self.interpolation not in (None, "bilinear", "bicubic"):
@@ -242,6 +243,26 @@ class TrainConfig:
             raise UlsamError("sched multistep needs decay_milestones: the epochs after which the rate falls")
         if falls != sorted(set(falls)) or not all(0 < epoch < self.epochs for epoch in falls):
             raise UlsamError(f"decay_milestones must rise, within the {self.epochs} epochs, not {reprlib.repr(falls)}")
+
+    @property
+    def channels(self) -> int:
+        """Of the images: ``in_chans``, a setting of its own or among ``model_args``."""
+        return int(self.in_chans or self.model_args.get("in_chans", 3))
+
+    def _check_channels(self) -> None:
+        given = self.model_args.get("in_chans", 3)
+        least, most = _RANGES["in_chans"]
+        if type(given) is not int or not least <= given <= most:
+            raise UlsamError(f"in_chans is a whole number from {least} to {most}, not {reprlib.repr(given)}")
+        if self.in_chans and self.model_args.get("in_chans", self.in_chans) != self.in_chans:
+            raise UlsamError(f"in_chans is {self.in_chans}, and {given} in model_args: leave one of them out")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != self.channels or not all(map(math.isfinite, value))):
+                raise UlsamError(f"{name} takes a number for each of the {self.channels} channels, not {value}")
+        for name in ("color_jitter", "rand_augment"):
+            if self.channels != 3 and getattr(self, name):
+                raise UlsamError(f"{name} works on RGB images, not on those of {self.channels} channels: leave it out")
 
     def _check_class_weights(self) -> None:
         weights = self.class_weights

@@ -57,8 +57,8 @@ def spec_of(config: TrainConfig, classes: Sequence[str]) -> ModelSpec:
     """The spec that the settings describe, for these classes."""
     given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     dropout = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
-    if config.model_args.get("in_chans", 3) != 3:
-        raise UlsamError("images are read as RGB: leave in_chans out of `model_args`")
+    if config.channels != 3:
+        dropout["in_chans"] = config.channels
     return make_spec(
         config.model,
         classes,
@@ -135,7 +135,9 @@ def batches_of(
         batches = len(order)
     if batches < config.accumulate:
         raise UlsamError(f"an epoch has {batches} batches, fewer than `accumulate={config.accumulate}`")
-    cache, cache_line = cache_for(images, transform.reduction, config.cache, processes=world.size)
+    cache, cache_line = cache_for(
+        images, transform.reduction, config.cache, processes=world.size, channels=transform.channels
+    )
     loader = loading.train_loader(
         images,
         transform,

@@ -17,7 +17,7 @@ Logits = NDArray[np.float32]
 """What a model outputs, [B, classes]."""
 
 Image = str | os.PathLike[str] | BinaryIO | Pixels
-"""A file, a binary stream that holds one, or RGB bytes [H, W, 3]."""
+"""A file, a binary stream that holds one, or RGB bytes [H, W, 3]; [H, W, C] for a model of other channels."""
 
 NOT_FINITE = "the model outputs numbers that are not finite (NaN or infinity)"
 
@@ -44,7 +44,7 @@ def predict(
 
     Args:
         images: of any size. What is no file is called ``<image N>``, counted from 0.
-        logits: of RGB bytes [B, H, W, 3] at the model's size.
+        logits: of bytes [B, H, W, C] at the model's size.
         preprocessing: that brings them to this size.
         classes: names of the outputs.
         top: classes to name for each image.
@@ -121,15 +121,19 @@ def softmax(logits: Logits) -> Logits:
 
 def _pixels(image: Image, preprocessing: Preprocessing) -> Pixels:
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise UlsamError(f"an image in memory is RGB bytes, uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        channels = preprocessing.channels
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or not image.size:
+            what = "RGB bytes" if channels == 3 else "bytes"
+            raise UlsamError(
+                f"an image in memory is {what}, uint8 [H, W, {channels}], not {image.dtype} {list(image.shape)}"
+            )
         return image
     if not isinstance(image, str | os.PathLike) and not hasattr(image, "read"):
         raise UlsamError(
             f"an image is a path, a binary stream or RGB bytes [H, W, 3], not {type(image).__name__}; "
             "io.BytesIO(...) makes a stream of a file's content"
         )
-    return read_pixels(image, preprocessing.reduction)
+    return read_pixels(image, preprocessing.reduction, channels=preprocessing.channels)
 
 
 def _name(image: Image, number: int) -> str:

@@ -31,6 +31,7 @@ class TrainSettings(TypedDict, total=False):
     distill: float | None
     distill_temperature: float | None
     distill_features: float | None
+    in_chans: int | None
     size: int | None
     mean: list[float] | None
     std: list[float] | None

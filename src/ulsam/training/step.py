@@ -63,7 +63,7 @@ class TrainingStep:
         """Forward and backward; the mean loss. Processes share their gradients in the ``last`` batch of an update.
 
         Args:
-            images: [B, 3, H, W] in the layout of the settings.
+            images: [B, C, H, W] in the layout of the settings.
             labels: class numbers [B], or shares [B, classes].
         """
         more = isinstance(self.wrapped, DistributedDataParallel) and not last
