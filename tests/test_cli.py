@@ -90,7 +90,10 @@ def test_without_a_command_there_is_a_short_guide(capsys: pytest.CaptureFixture[
         ("compare data --ou there", "no option --ou; did you mean --out? See ulsam compare --help"),
         ("train data -x", "no option -x; see ulsam train --help"),
         ("train data --zzz", "no option --zzz; see ulsam train --help"),
-        ("train data --opt adamv", "--opt: 'adamv' is not one of sgd, adamw; did you mean adamw? See ulsam train"),
+        (
+            "train data --sched ply",
+            "--sched: 'ply' is not one of cosine, tanh, poly, step, multistep, constant; did you mean poly",
+        ),
         ("train data --amp zzz", "--amp: 'zzz' is not one of auto, none, bf16, fp16; see ulsam train --help"),
         ("train data -b 1.5", "-b/--batch-size: must be a whole number, not '1.5'; see ulsam train --help"),
         ("train data --lr fast", "--lr: must be a number, not 'fast'; see ulsam train --help"),
@@ -215,7 +218,7 @@ def test_bash_completes_commands_options_values_and_files(tmp_path: Path, capsys
     for words, expected in {
         "tr": "train",
         "train --batch": "--batch-size",
-        "train --opt a": "adamw",
+        "train --sched t": "tanh",
         "export --to o": "onnx openvino",
         "prepare d": "dogs",
         "info mo": "model.safetensors models",

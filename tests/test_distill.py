@@ -497,7 +497,7 @@ def test_a_teacher_of_other_classes(classes: tuple[str, ...], message: str, data
 # the learning rate of ULSAM layers
 
 
-@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("opt", ["sgd", "adamw", "lion"])
 def test_ulsam_layers_move_at_their_own_rate(opt: str, data: Path, tmp_path: Path) -> None:
     """After one update from the same weights, theirs have moved three times as far, the others as far as ever."""
     moved: list[dict[str, Tensor]] = []

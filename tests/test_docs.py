@@ -30,6 +30,7 @@ SLOW = (
     "engines.md",
     "slim.md",
     "detectors.md",
+    "settings.md",
     "surgery.md",
     "training.md",
     "works_with.md",
@@ -62,6 +63,12 @@ PROMISES: dict[str, Promise] = {
         and len(names["summary"]["spec"]["thresholds"]) == 6
         and names["found"].scores.map == pytest.approx(names["summary"]["scores"]["map"], abs=1e-6)
         and out.count("val/broadbar-speckled-longbill") == 2
+    ),
+    "settings.md": lambda names, out: (
+        "['0.00400', '0.00040', '0.00004']" in out
+        and list(names["weighted"]["class_weights"].values()) == [2.0, 1.0]
+        and names["kept"]["chosen_on"] == "validation"
+        and names["five"]["spec"]["input_size"] == [5, 32, 32]
     ),
     "compare.md": lambda names, out: [arm["name"] for arm in names["result"]["arms"]] == ["base", "replace 14 g=4"],
     "slim.md": lambda names, out: (

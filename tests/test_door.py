@@ -58,14 +58,14 @@ def test_the_settings_of_training_are_checked(tmp_path: Path) -> None:
             "ulsam.train('birds', 'run', model='mobilenetv2_100', **settings)",
             "ulsam.train('birds', 'run', epoch=3)",
             "ulsam.train('birds', 'run', epochs='3')",
-            "ulsam.train('birds', 'run', opt='adam')",
+            "ulsam.train('birds', 'run', sampler='odd')",
         ],
     )
     errors = re.findall(r"user\.py:(\d+): error: (.*?)  \[", printed)
     assert [(int(line), text.replace('"', "")) for line, text in errors] == [
         (4, "Unexpected keyword argument epoch for train; did you mean epochs?"),
         (5, "Argument epochs to train has incompatible type str; expected int"),
-        (6, "Argument opt to train has incompatible type Literal['adam']; expected Literal['sgd', 'adamw']"),
+        (6, "Argument sampler to train has incompatible type Literal['odd']; expected Literal['shuffle', 'balanced']"),
     ]
 
 

@@ -20,7 +20,9 @@ from ulsam.explanation import Explanation, LayerMaps
 from ulsam.explanation.drawing import STRENGTH, coloured, greyed, overlaid, palette
 from ulsam.explanation.explain_images import panel_name
 from ulsam.explanation.explain_page import MOST_CARDS, card, page
+from ulsam.explanation.explainer import Explainer
 from ulsam.explanation.image_list import list_images, urgency
+from ulsam.explanation.measured_batches import explained
 from ulsam.explanation.panel import HEAD, IMAGE, MARGIN, TILE, panel
 from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit
@@ -236,6 +238,18 @@ def test_a_model_alone_and_images_of_unknown_class(root: Path, capsys: pytest.Ca
     text = (out / "report.html").read_text()
     assert "no ULSAM layer" in text and "loose/a &amp; b.png" in text
     assert [path.name for path in (out / "panels").iterdir()] == ["1-a___b.png"]
+
+
+def test_each_model_is_given_images_of_its_own_size(root: Path) -> None:
+    """A third model with the size of the first one, behind another one of another size."""
+    draw(root / "sized", 2)
+    explainers = []
+    for size in (32, 48, 32):
+        spec = make_spec(NET, CLASSES, size=size)
+        explainers.append(Explainer(build(spec)[0], spec))
+    images = list_images([str(root / "sized")], CLASSES)
+    (batch,) = explained(images, explainers, [])
+    assert [[one.pixels.shape[:2] for one in each.found] for each in batch] == [[(32, 32), (48, 48), (32, 32)]] * 6
 
 
 def test_models_of_different_classes_do_not_compare(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

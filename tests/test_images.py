@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 
 from ulsam.base.errors import UlsamError
 from ulsam.data import images
+from ulsam.data.image_turns import TURNS
 from ulsam.data.images import UnreadableImage, read_image, read_pixels
 
 COLOURS = {"red": (250, 20, 20), "green": (20, 240, 20), "blue": (20, 20, 245)}
@@ -54,7 +55,7 @@ def test_reads_each_format(format: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_rotation_is_undone(format: str, orientation: int) -> None:
-    turn = images._TURNS.get(orientation)
+    turn = TURNS.get(orientation)
     inverse = {
         Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
         Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,

@@ -63,7 +63,7 @@ class Numbers:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def fetch(self, index: int, reduction: Any = None) -> tuple[Any, int]:
+    def fetch(self, index: int, reduction: Any = None, channels: int = 3) -> tuple[Any, int]:
         if index in self.bad:
             raise UnreadableImage(f"image {index}: broken")
         return np.full((40, 40, 3), index, np.uint8), index % 2
@@ -217,7 +217,7 @@ def test_batches_do_not_depend_on_workers(images: FolderImages) -> None:
 class Reporting(Numbers):
     """Says how its process is ranked."""
 
-    def fetch(self, index: int, reduction: Any = None) -> tuple[Any, int]:
+    def fetch(self, index: int, reduction: Any = None, channels: int = 3) -> tuple[Any, int]:
         raise UnreadableImage(f"niceness {os.nice(0)}")
 
 
@@ -698,7 +698,7 @@ class Read:
     def __init__(self, images: Numbers, number: int) -> None:
         self.images, self.number, self.name = images, number, images.name(number)
 
-    def read(self, reduction: Any = None) -> Any:
+    def read(self, reduction: Any = None, channels: int = 3) -> Any:
         return self.images.fetch(self.number)[0]
 
 

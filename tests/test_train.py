@@ -254,7 +254,7 @@ def test_the_command_keeps_the_memory_that_it_frees_and_the_library_does_not(dat
 
 def test_no_weight_decay_on_norms_biases_and_ulsam(data: Path, tmp_path: Path) -> None:
     edits = ["insert blocks.2 g=4", "insert blocks.3 g=4 form=released"]
-    for opt in ("sgd", "adamw"):
+    for opt in ("sgd", "adamw", "lamb"):
         trainer = trainer_of(data, tmp_path / opt, opt=opt, weight_decay=0.03, edits=edits)
         decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
         assert decay.keys() == {id(parameter) for parameter in trainer.model.parameters()}

@@ -9,6 +9,7 @@ from ulsam.deploy.bench import bench as bench
 from ulsam.deploy.bench_report import BenchRow as BenchRow
 from ulsam.deploy.evaluate import Evaluation as Evaluation
 from ulsam.deploy.evaluate import evaluate as evaluate
+from ulsam.deploy.evaluate_labels import LabelEvaluation as LabelEvaluation
 from ulsam.deploy.evaluate_labels import evaluate_labels as evaluate_labels
 from ulsam.deploy.export import export as export
 from ulsam.deploy.hub import push as push
@@ -16,7 +17,6 @@ from ulsam.deploy.parity import Parity as Parity
 from ulsam.deploy.predict import predict as predict
 from ulsam.deploy.quantize import Quantized as Quantized
 from ulsam.deploy.quantize import quantize as quantize
-from ulsam.deploy.evaluate_labels import LabelEvaluation as LabelEvaluation
 from ulsam.explanation.explainer import Explainer as Explainer
 from ulsam.explanation.explainer import explain as explain
 from ulsam.explanation.explanation import Explanation as Explanation

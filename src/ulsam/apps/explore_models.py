@@ -75,4 +75,6 @@ def grey_image() -> bytes:
 def _pixels(explainer: Explainer, content: bytes, name: str) -> Tensor:
     stream = io.BytesIO(content)
     stream.name = name
-    return explainer.transform.pixels(read_pixels(stream, explainer.transform.reduction))
+    return explainer.transform.pixels(
+        read_pixels(stream, explainer.transform.reduction, channels=explainer.transform.channels)
+    )

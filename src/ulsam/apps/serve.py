@@ -88,7 +88,8 @@ def serve(
         if not (api_key or is_loopback(listening)):
             raise UlsamError(f"{host} can be reached from elsewhere: set {KEY} to the key that is asked for")
         opened = open_classifier(model, spec, threads=threads, folded=True, device=device)
-        first = opened.logits(np.zeros((1, *opened.preprocessing.size, 3), np.uint8))  # which takes longer
+        look = opened.preprocessing
+        first = opened.logits(np.zeros((1, *look.size, look.channels), np.uint8))  # which takes longer
         probabilities(first, opened.thresholds)  # raises where they are not finite
         engine = Engine(opened, limits, Metrics(limits))
         name = Path(model).name if isinstance(model, str) else spec.base if spec else type(model).__name__

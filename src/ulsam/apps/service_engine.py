@@ -79,7 +79,7 @@ class Engine:
         pixels = image_pixels(io.BytesIO(content), most=most)
         self._readers.take(pixels)
         try:
-            return look.crop(read_pixels(io.BytesIO(content), look.reduction, most=most))
+            return look.crop(read_pixels(io.BytesIO(content), look.reduction, most=most, channels=look.channels))
         finally:
             if pixels >= LARGE:
                 return_freed_memory()

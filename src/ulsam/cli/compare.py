@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--publish", metavar="FILE", help="pack all summaries into this .jsonl.gz file, without machine paths"
     )
-    add_settings(parser, but=("split_seed", "val_every"))
+    add_settings(parser, but=("split_seed", "val_every", "keep", "patience"))
 
 
 def run(args: argparse.Namespace) -> None:

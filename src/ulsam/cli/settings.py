@@ -15,7 +15,7 @@ _GROUPS = {  # the first setting of each group of options
     "data_dir": "data",
     "model": "model and the weights it starts from",
     "teacher": "distillation",
-    "size": "image size and augmentation",
+    "in_chans": "image size and augmentation",
     "epochs": "optimization",
     "device": "machine",
     "val_every": "measuring and saving",
@@ -24,7 +24,7 @@ _METAVARS = {
     **{"int": "N", "float": "X"},
     **dict.fromkeys(("data_dir", "images_for_reconstruction"), "DIR"),
     **dict.fromkeys(("class_names", "weights", "teacher"), "FILE"),
-    **dict.fromkeys(("train_split", "val_split", "model", "freeze", "interpolation", "device", "track"), "NAME"),
+    **dict.fromkeys(("train_split", "val_split", "model", "freeze", "interpolation", "opt", "device", "track"), "NAME"),
     "rand_augment": "POLICY",
 }
 
@@ -62,12 +62,15 @@ def _argument(field: "dataclasses.Field[Any]", kind: Any) -> dict[str, Any]:
     default = field.default_factory() if callable(field.default_factory) else field.default
     shown = "" if default is None or default in ([], {}) else f" (default: {_text(default)})"
     keywords: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
+    others: list[Any] = []
     if get_origin(kind) is types.UnionType:
-        kind = get_args(kind)[0]
+        kind, *others = get_args(kind)
     if get_origin(kind) is Literal:
         return {**keywords, "choices": get_args(kind)}
     if kind is bool:
         return {**keywords, "action": argparse.BooleanOptionalAction}
+    if str in others:
+        return {**keywords, "type": _word_or_object, "metavar": "WORD|JSON"}
     if get_origin(kind) is dict:
         return {**keywords, "type": _json_object, "metavar": "JSON"}
     if get_origin(kind) is list:
@@ -85,6 +88,10 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as \'{{"act_layer": "relu"}}\'')
     return value
+
+
+def _word_or_object(text: str) -> str | dict[str, Any]:
+    return _json_object(text) if text.lstrip().startswith("{") else text
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from ulsam.cli.settings import add_settings, given_settings
 EXAMPLE = "ulsam slim runs/mine/model.safetensors images --macs 0.75 --epochs 30 --out runs/slimmer"
 ENGINES = ("eager", "onnxruntime")
 #: The settings of training that slimming decides itself.
-DECIDED = ("model", "model_args", "pretrained", "weights", "teacher")
+DECIDED = ("model", "model_args", "pretrained", "weights", "teacher", "in_chans", "keep", "patience")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """From decoded images to the model's input: random crop, flip, colours, erasing; resize and centre crop to measure.
 
-Images are uint8 arrays [H, W, 3] up to the batch; :class:`Normalise` makes the float input, a batch at once. Every
+Images are uint8 arrays [H, W, C] up to the batch; :class:`Normalise` makes the float input, a batch at once. Every
 random choice is drawn from the one `random.Random` that comes with the image.
 """
 
@@ -17,6 +17,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from ulsam.base.errors import UlsamError
+from ulsam.data.image_channels import opened_pixels
 from ulsam.data.images import Pixels
 from ulsam.data.preprocessing import Preprocessing, power_of_two
 
@@ -40,16 +41,17 @@ class Transform(Protocol):
     """What makes a decoded image fit a batch."""
 
     normalise: "Normalise"
+    channels: int
 
     def reduction(self, width: int, height: int) -> int:
         """By which of 1, 2, 4, 8 an image of this size may be reduced when it is decoded."""
 
     def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Box | None]:
-        """The image at the model's size, uint8 [H, W, 3], and what is to be erased of it once it is normalised."""
+        """The image at the model's size, uint8 [H, W, C], and what is to be erased of it once it is normalised."""
 
 
 class Normalise:
-    """Bytes [B, H, W, 3] to the model's float input [B, 3, H, W] in channels_last: (bytes / 255 - mean) / std.
+    """Bytes [B, H, W, C] to the model's float input [B, C, H, W] in channels_last: (bytes / 255 - mean) / std.
 
     >>> look = Normalise([0.5] * 3, [0.25] * 3)
     >>> look(torch.tensor([0, 255, 51], dtype=torch.uint8).reshape(1, 1, 1, 3)).flatten()
@@ -63,6 +65,8 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         batch, height, width, channels = images.shape
+        if channels != len(self.scale):
+            raise UlsamError(f"the model takes images of {len(self.scale)} channels, not {channels}")
         # a row at a time: an inner loop over three channels would be slow
         scale, shift = (row.repeat(width).to(images.device) for row in (self.scale, self.shift))
         rows = images.reshape(batch, height, width * channels).float().mul_(scale).add_(shift)
@@ -102,6 +106,7 @@ class TrainTransform:
         self.size, self.interpolation = input_size[1:], interpolation
         self.crop_scale, self.hflip, self.erasing = crop_scale, hflip, random_erasing
         self.normalise = Normalise(mean, std)
+        self.channels = input_size[0]
         self.policy = None
         if rand_augment:
             look = {"interpolation": interpolation, "mean": tuple(mean), "std": tuple(std)}
@@ -140,7 +145,7 @@ class TrainTransform:
 class EvalTransform:
     """timm's evaluation transform: resize, centre crop, normalise.
 
-    Called with an image, it gives the model's input: float [3, H, W].
+    Called with an image, it gives the model's input: float [C, H, W].
     """
 
     def __init__(
@@ -154,14 +159,17 @@ class EvalTransform:
     ) -> None:
         self.normalise = Normalise(mean, std)
         self.preprocessing = Preprocessing(input_size[1:], interpolation, crop_pct, tuple(mean), tuple(std))
-        self.reduction = self.preprocessing.reduction
+        self.reduction, self.channels = self.preprocessing.reduction, self.preprocessing.channels
 
     def pixels(self, pixels: Pixels) -> Tensor:
-        """The image at the model's size, uint8 [H, W, 3]."""
+        """The image at the model's size, uint8 [H, W, C]."""
         return torch.from_numpy(self.preprocessing.crop(pixels))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalise(self.pixels(np.asarray(image))[None])[0]
+        pixels = opened_pixels(image, self.channels)
+        if pixels is None:
+            raise UlsamError(f"the model takes images of {self.channels} channels, not of mode {image.mode}")
+        return self.normalise(self.pixels(pixels)[None])[0]
 
 
 def random_crop(width: int, height: int, scale: tuple[float, float], generator: random.Random) -> Box:

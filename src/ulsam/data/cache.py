@@ -1,5 +1,6 @@
 """Decoded images kept in memory, which the reading processes fill and share without a copy of it for each."""
 
+import math
 import multiprocessing
 from multiprocessing.heap import Arena
 from multiprocessing.synchronize import Lock
@@ -31,6 +32,7 @@ class ImageCache:
     Args:
         images: how many there are.
         capacity: bytes for their pixels.
+        channels: of each image.
 
     Raises:
         OSError: the system refuses so much memory.
@@ -41,26 +43,27 @@ class ImageCache:
     (True, (2, 4, 3), 5)
     """
 
-    def __init__(self, images: int, capacity: int) -> None:
+    def __init__(self, images: int, capacity: int, channels: int = 3) -> None:
         memories = shared_memory(max(1, capacity)), shared_memory(8 * (4 * images + 1))
-        self.__setstate__((capacity, *memories, multiprocessing.Lock()))
+        self.__setstate__((capacity, channels, *memories, multiprocessing.Lock()))
 
-    def __getstate__(self) -> tuple[int, Arena, Arena, Lock]:
-        return self.capacity, self._pixel_memory, self._entry_memory, self._lock
+    def __getstate__(self) -> tuple[int, int, Arena, Arena, Lock]:
+        return self.capacity, self.channels, self._pixel_memory, self._entry_memory, self._lock
 
-    def __setstate__(self, state: tuple[int, Arena, Arena, Lock]) -> None:
-        self.capacity, self._pixel_memory, self._entry_memory, self._lock = state
+    def __setstate__(self, state: tuple[int, int, Arena, Arena, Lock]) -> None:
+        self.capacity, self.channels, self._pixel_memory, self._entry_memory, self._lock = state
         self._pixels = np.frombuffer(self._pixel_memory.buffer, np.uint8)
         entries = np.frombuffer(self._entry_memory.buffer, np.int64)
         self._used, self._entries = entries[:1], entries[1:].reshape(-1, 4)  # offset, height, width, label
 
     def get(self, number: int) -> tuple[Pixels, int] | None:
-        """The image [H, W, 3], to be read only, and its label; None if it is not kept."""
+        """The image [H, W, channels], to be read only, and its label; None if it is not kept."""
         with self._lock:
             offset, height, width, label = self._entries[number].tolist()
         if not height:
             return None
-        return self._pixels[offset : offset + 3 * height * width].reshape(height, width, 3), label
+        shape = height, width, self.channels
+        return self._pixels[offset : offset + math.prod(shape)].reshape(shape), label
 
     def put(self, number: int, pixels: Pixels, label: int) -> None:
         """Keep a copy of the image if there is room."""
@@ -75,7 +78,7 @@ class ImageCache:
 
 
 def cache_for(
-    images: AnyImages, reduction: Reduction, choice: CacheChoice, *, processes: int = 1
+    images: AnyImages, reduction: Reduction, choice: CacheChoice, *, processes: int = 1, channels: int = 3
 ) -> tuple[ImageCache | None, str | None]:
     """A cache for the training images, or None, and a message about it for the user.
 
@@ -84,6 +87,7 @@ def cache_for(
         reduction: at which they are decoded.
         choice: ``auto`` caches them if they fit into a quarter of the available memory.
         processes: that train on this machine, each with a cache of its own.
+        channels: with which they are decoded.
 
     Raises:
         UlsamError: ``true``, but it cannot be done.
@@ -92,35 +96,37 @@ def cache_for(
         return None, None
     cache, said = None, "a stream is not kept"
     if not isinstance(images, StreamImages):
-        cache, said = _sized(images, reduction, 1 if choice == "true" else SHARE, processes)
+        cache, said = _sized(images, reduction, channels, 1 if choice == "true" else SHARE, processes)
     if cache is None and choice == "true":
         raise UlsamError(f"`cache=true` cannot be done: {said}; `cache=auto` trains without one")
     return cache, said if cache else f"off: {said}"
 
 
-def _sized(images: MapImages, reduction: Reduction, parts: int, processes: int) -> tuple[ImageCache | None, str]:
+def _sized(
+    images: MapImages, reduction: Reduction, channels: int, parts: int, processes: int
+) -> tuple[ImageCache | None, str]:
     """A cache for all the images if they fit into one of so many parts of the available memory; and what to say."""
     available = available_memory()
     if available is None:
         return None, "the system does not say how much memory is available"
-    size = decoded_size(images, reduction)
+    size = decoded_size(images, reduction, channels)
     room = available // parts // processes
     said = f"{len(images)} images, {size / 1e6:.0f} MB"
     if size > room:
         return None, f"{said}, more than {room / 1e6:.0f} MB, 1/{parts * processes} of the memory that is available"
     try:
-        return ImageCache(len(images), min(room, size + size // 4)), f"{said}, in memory"
+        return ImageCache(len(images), min(room, size + size // 4), channels), f"{said}, in memory"
     except OSError as error:
         return None, f"{said}, which the system refuses ({error.strerror})"
 
 
-def decoded_size(images: MapImages, reduction: Reduction) -> int:
+def decoded_size(images: MapImages, reduction: Reduction, channels: int = 3) -> int:
     """Bytes that the decoded images take: an estimate from `SAMPLE` of them, spread over all."""
     numbers = sorted({round(place) for place in np.linspace(0, len(images) - 1, SAMPLE)})
     sizes = []
     for number in numbers:
         try:
-            sizes.append(images.fetch(number, reduction)[0].size)
+            sizes.append(images.fetch(number, reduction, channels)[0].size)
         except UnreadableImage:  # reported when training meets it
             continue
     return round(len(images) * float(np.mean(sizes))) if sizes else 0

@@ -6,7 +6,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -16,8 +16,10 @@ from PIL import Image, UnidentifiedImageError
 from ulsam.base.errors import MachineError, UlsamError
 from ulsam.base.kinds import kind_of
 from ulsam.base.reading import machine_errors, machine_fault, open_regular
+from ulsam.data.image_channels import bands_of, grey_of, lacking, rgb_array
 from ulsam.data.image_colours import as_rgb
 from ulsam.data.image_structure import MAX_SCANNED, MAX_SCANS, count_scans, plain_jpeg, plain_png, tags_fit
+from ulsam.data.image_turns import TURNS, turned
 
 try:
     import simplejpeg
@@ -62,20 +64,8 @@ _DAMAGE = (
     Image.DecompressionBombWarning,
 )
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation (tag 0x0112, table in EXIF 2.3 section 4.6.4) -> the turn that makes the image upright."""
-
-
 Pixels = NDArray[np.uint8]
-"""A decoded image, [H, W, 3]."""
+"""A decoded image, [H, W, 3], or [H, W, C] where other channels were asked for."""
 
 Decoded = TypeVar("Decoded")
 
@@ -123,7 +113,11 @@ def whole(width: int, height: int) -> int:
 
 
 def read_pixels(
-    path: str | os.PathLike[str] | BinaryIO, reduction: Reduction = whole, *, most: int = MAX_PIXELS
+    path: str | os.PathLike[str] | BinaryIO,
+    reduction: Reduction = whole,
+    *,
+    most: int = MAX_PIXELS,
+    channels: int = 3,
 ) -> Pixels:
     """Read one image as :func:`read_image` does, as an array, and faster where it is an ordinary JPEG.
 
@@ -134,19 +128,21 @@ def read_pixels(
         path: as of :func:`read_image`.
         reduction: asked for the scale of a JPEG (grey or RGB); all else is read at full size.
         most: pixels, width * height, that are read; `MAX_PIXELS` at most.
+        channels: 3 for RGB, 1 for grey, which is the luma of RGB; any other number takes the channels as they are
+            stored: see `ulsam.data.image_channels.bands_of`.
 
     Returns:
-        A uint8 array [H, W, 3], writable. At full size its values are those of :func:`read_image`.
+        A uint8 array [H, W, channels], writable. In RGB at full size its values are those of :func:`read_image`.
 
     Raises:
-        UnreadableImage, MachineError: as of :func:`read_image`.
+        UnreadableImage, MachineError: as of :func:`read_image`; or the image has not so many channels.
 
     >>> stream = io.BytesIO()
     >>> Image.new("RGB", (40, 30)).save(stream, "jpeg")
     >>> read_pixels(stream).shape, read_pixels(stream, lambda width, height: 4).shape
     ((30, 40, 3), (8, 10, 3))
     """
-    return _decoded(path, lambda content: _pixels(content, reduction, most))
+    return _decoded(path, lambda content: _pixels(content, reduction, most, channels))
 
 
 def image_pixels(path: str | os.PathLike[str] | BinaryIO, *, most: int = MAX_PIXELS) -> int:
@@ -218,26 +214,19 @@ def _memory_is_full() -> bool:
     return False
 
 
-def _pixels(content: bytes, reduction: Reduction, most: int) -> Pixels:
+def _pixels(content: bytes, reduction: Reduction, most: int, channels: int) -> Pixels:
     """Decode; raises whatever Pillow raises."""
+    if channels not in (1, 3):
+        return _tolerant(content, lambda plain: _read_bands(plain, most, channels))
+    pixels = _rgb(content, reduction, most)
+    return pixels if channels == 3 else grey_of(pixels)
+
+
+def _rgb(content: bytes, reduction: Reduction, most: int) -> Pixels:
     if simplejpeg is None:
-        return _array_of(_read(content, reduction, most))
+        return rgb_array(_read(content, reduction, most))
     found = _jpeg(content, reduction, most) if content.startswith(JPEG) else None
-    return _array_of(_read(content, most=most)) if found is None else found
-
-
-def _array_of(image: Image.Image) -> Pixels:
-    """The pixels of an RGB image, a stripe at a time: Pillow would hand out a large one in two copies at once."""
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    step = max(1, _STRIPE // image.width)
-    for top in range(0, image.height, step):
-        bottom = min(top + step, image.height)
-        stripe = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
-        pixels[top:bottom] = np.asarray(stripe)
-    return pixels
-
-
-_STRIPE = 1 << 22  # pixels
+    return rgb_array(_read(content, most=most)) if found is None else found
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -269,7 +258,7 @@ def _jpeg(content: bytes, reduction: Reduction, most: int) -> Pixels | None:
         pixels: Pixels = simplejpeg.decode_jpeg(content, **least)  # strict: any warning is an error
     except _DAMAGE:
         return None
-    return pixels if turn is None else np.ascontiguousarray(_TURNED[turn](pixels))
+    return turned(pixels, turn)
 
 
 def _may_be_turned(content: bytes) -> bool:
@@ -288,28 +277,22 @@ def _stored_turn(content: bytes) -> Image.Transpose | None:
     """What makes the JPEG upright, by its metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _TURNS.get(_orientation(Image.open(io.BytesIO(plain_jpeg(content)), formats=("JPEG",))))
-
-
-_TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
-    Image.Transpose.FLIP_LEFT_RIGHT: lambda pixels: pixels[:, ::-1],
-    Image.Transpose.ROTATE_180: lambda pixels: pixels[::-1, ::-1],
-    Image.Transpose.FLIP_TOP_BOTTOM: lambda pixels: pixels[::-1],
-    Image.Transpose.TRANSPOSE: lambda pixels: pixels.swapaxes(0, 1),
-    Image.Transpose.ROTATE_270: lambda pixels: np.rot90(pixels, 3),
-    Image.Transpose.TRANSVERSE: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
-    Image.Transpose.ROTATE_90: lambda pixels: np.rot90(pixels),
-}
+        return TURNS.get(_orientation(Image.open(io.BytesIO(plain_jpeg(content)), formats=("JPEG",))))
 
 
 def _read(content: bytes, reduction: Reduction = whole, most: int = MAX_PIXELS) -> Image.Image:
     """Decode, an ordinary JPEG at the scale asked for, turn upright and convert; raises whatever Pillow raises."""
+    return _tolerant(content, lambda plain: _read_plain(plain, reduction, most))
+
+
+def _tolerant(content: bytes, read: Callable[[bytes], Decoded]) -> Decoded:
+    """What is read of a file without the parts that only hinder, once more without metadata where these do."""
     plain = plain_png(content, metadata=True)
     bare = plain_png(content, metadata=False)
     if plain != bare:
         with contextlib.suppress(*_DAMAGE):  # or it is the metadata that cannot be read
-            return _read_plain(plain, reduction, most)
-    return _read_plain(plain_jpeg(bare) if bare.startswith(JPEG) else bare, reduction, most)
+            return read(plain)
+    return read(plain_jpeg(bare) if bare.startswith(JPEG) else bare)
 
 
 def _header(content: bytes, most: int) -> int:
@@ -326,6 +309,22 @@ def _header(content: bytes, most: int) -> int:
 
 
 def _read_plain(content: bytes, reduction: Reduction, most: int) -> Image.Image:
+    with _loaded(content, reduction, most) as (stored, turn):
+        image = as_rgb(stored)
+    return image if turn is None else image.transpose(turn)
+
+
+def _read_bands(content: bytes, most: int, channels: int) -> Pixels:
+    with _loaded(content, whole, 3 * most // max(3, channels)) as (stored, turn):
+        pixels = bands_of(stored, channels)
+    if pixels is None:
+        raise UnreadableImage(lacking(channels))
+    return turned(pixels, turn)
+
+
+@contextlib.contextmanager
+def _loaded(content: bytes, reduction: Reduction, most: int) -> Iterator[tuple[Image.Image, Image.Transpose | None]]:
+    """The image as it is stored, and what makes it upright."""
     if not tags_fit(content):
         raise UnreadableImage(TAGS)
     if content[:2] in (b"P1", b"P2", b"P3") and len(content) > LONGEST_TEXT:
@@ -341,9 +340,7 @@ def _read_plain(content: bytes, reduction: Reduction, most: int) -> Image.Image:
             factor = reduction(*stored.size)
             stored.draft(None, (stored.width // factor, stored.height // factor))
         stored.load()
-        turn = _TURNS.get(_orientation(stored))
-        image = as_rgb(stored)
-    return image if turn is None else image.transpose(turn)
+        yield stored, TURNS.get(_orientation(stored))
 
 
 def _check_size(width: int, height: int, most: int) -> None:

@@ -35,7 +35,7 @@ from ulsam.data.targets import Target, as_labels, target
 CPU = torch.device("cpu")
 Key = tuple[int, int, int]  # epoch, position in the epoch, image
 Bad = list[tuple[str, str]]  # images that could not be read: name, reason
-Item = tuple[Tensor | None, Target, Box | None, Bad]  # uint8 [H, W, 3], target, what is to be erased
+Item = tuple[Tensor | None, Target, Box | None, Bad]  # uint8 [H, W, C], target, what is to be erased
 
 #: An unreadable image is replaced by the next readable one in training; after this many in a row training stops.
 TRIES = 50
@@ -47,8 +47,8 @@ class Batch:
 
     Where an image may have several labels, ``labels`` is 0 or 1 for each class, float [B, classes].
 
-    The reading processes hand over bytes, uint8 [B, H, W, 3], a quarter of what floats would take; the :class:`Loader`
-    makes of them the model's input, float [B, 3, H, W] in channels_last.
+    The reading processes hand over bytes, uint8 [B, H, W, C], a quarter of what floats would take; the :class:`Loader`
+    makes of them the model's input, float [B, C, H, W] in channels_last.
     """
 
     images: Tensor
@@ -88,7 +88,7 @@ class TrainSet(Dataset[Item]):
         found = self.cache and self.cache.get(number)
         if found:
             return found
-        pixels, label = self.images.fetch(number, self.transform.reduction)
+        pixels, label = self.images.fetch(number, self.transform.reduction, self.transform.channels)
         if self.cache:
             self.cache.put(number, pixels, label)
         return pixels, label
@@ -105,7 +105,7 @@ class EvalSet(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         try:
-            pixels, label = self.images.fetch(index, self.transform.reduction)
+            pixels, label = self.images.fetch(index, self.transform.reduction, self.transform.channels)
         except UnreadableImage as error:
             return None, -1, None, [(self.images.name(index), str(error))]
         return self.transform.pixels(pixels), target(self.images, label), None, []
@@ -124,7 +124,7 @@ class StreamTrainSet(IterableDataset[Item]):
         for member in self.images.members():
             owed += 1
             try:
-                last = member.read(self.transform.reduction), self.images.label(member.number)
+                last = member.read(self.transform.reduction, self.transform.channels), self.images.label(member.number)
             except UnreadableImage as error:
                 bad.append((member.name, str(error)))
             while last and owed:
@@ -144,7 +144,7 @@ class StreamEvalSet(IterableDataset[Item]):
     def __iter__(self) -> Iterator[Item]:
         for member in itertools.islice(self.images.members(), self.rank, None, self.world):
             try:
-                pixels = member.read(self.transform.reduction)
+                pixels = member.read(self.transform.reduction, self.transform.channels)
                 yield self.transform.pixels(pixels), self.images.label(member.number), None, []
             except UnreadableImage as error:
                 yield None, -1, None, [(member.name, str(error))]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ulsam.base.errors import UlsamError
+from ulsam.data.image_channels import MOST_CHANNELS
 from ulsam.data.images import Pixels
 
 MOST_SIDE = 4096
@@ -27,7 +28,7 @@ class Preprocessing:
         size: H, W of the model's input.
         interpolation: by which images are resized, as timm names it.
         crop_pct: share of the resized image's side that the crop keeps.
-        mean, std: of red, green and blue, for images scaled to 0..1.
+        mean, std: of each channel, for images scaled to 0..1; there are as many channels.
 
     >>> look = Preprocessing((2, 2), "bilinear", 0.5, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     >>> pixels = np.repeat(np.uint8([0, 51, 255, 255])[:, None, None], 4, 1).repeat(3, 2)
@@ -43,6 +44,11 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def channels(self) -> int:
+        """Of the images: 3 is RGB, 1 grey."""
+        return len(self.mean)
+
     def reduction(self, width: int, height: int) -> int:
         """By which of 1, 2, 4, 8 a JPEG may be reduced when it is decoded.
 
@@ -51,7 +57,18 @@ class Preprocessing:
         return power_of_two(min(width, height) / (2 * max(self.size) / self.crop_pct))
 
     def crop(self, pixels: Pixels) -> Pixels:
-        """The image [H, W, 3], of any size, at the model's size."""
+        """The image [H, W, C], of any size, at the model's size.
+
+        Raises:
+            UlsamError: it has other channels.
+        """
+        if pixels.ndim != 3 or pixels.shape[2] != self.channels:
+            raise UlsamError(f"the model takes images [H, W, {self.channels}], not {list(pixels.shape)}")
+        if self.channels == 3:
+            return self._crop(pixels)
+        return np.stack([self._crop(plane) for plane in np.moveaxis(pixels, 2, 0)], -1)
+
+    def _crop(self, pixels: Pixels) -> Pixels:
         image = Image.fromarray(pixels)
         height, width = self.size
         # torchvision rounds these two cases, and the crop, each in its own way
@@ -68,7 +85,7 @@ class Preprocessing:
         return np.array(image.crop((left, top, left + width, top + height)))
 
     def normalise(self, images: Pixels) -> NDArray[np.float32]:
-        """Bytes [B, H, W, 3] to float [B, 3, H, W]: (bytes / 255 - mean) / std."""
+        """Bytes [B, H, W, C] to float [B, C, H, W]: (bytes / 255 - mean) / std."""
         spread = np.array(self.std)
         scale, shift = (1 / (255 * spread)).astype(np.float32), (-np.array(self.mean) / spread).astype(np.float32)
         return np.ascontiguousarray((images.astype(np.float32) * scale + shift).transpose(0, 3, 1, 2))
@@ -94,7 +111,9 @@ class Preprocessing:
             mean, std = (tuple(map(float, found.pop(name))) for name in ("mean", "std"))
             made = cls((height, width), mean=mean, std=std, **found)
             sound = min(height, width) >= 1 and max(height, width) <= MOST_SIDE and 0.1 <= made.crop_pct <= 1.5
-            sound &= len(mean) == len(std) == 3 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0
+            sound &= (
+                1 <= len(mean) == len(std) <= MOST_CHANNELS and all(map(math.isfinite, (*mean, *std))) and min(std) > 0
+            )
             if not sound or made.interpolation.upper() not in Image.Resampling.__members__:
                 raise ValueError(made)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

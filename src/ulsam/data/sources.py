@@ -19,6 +19,7 @@ from torchvision.datasets import DatasetFolder
 from ulsam.base.errors import MachineError, UlsamError, a_few, first_line
 from ulsam.base.reading import machine_errors, machine_fault
 from ulsam.data.folder import IMAGE_SUFFIXES, Folder, class_numbers
+from ulsam.data.image_channels import lacking, opened_pixels
 from ulsam.data.images import Pixels, Reduction, UnreadableImage, read_pixels, whole
 from ulsam.data.sample_list import Sample, SampleList
 
@@ -75,10 +76,10 @@ class FolderImages:
         """What messages call the image."""
         return self.samples[index][0]
 
-    def fetch(self, index: int, reduction: Reduction = whole) -> tuple[Pixels, int]:
-        """The image as of `read_pixels`, [H, W, 3], and its class index, with its errors."""
+    def fetch(self, index: int, reduction: Reduction = whole, channels: int = 3) -> tuple[Pixels, int]:
+        """The image as of `read_pixels`, [H, W, channels], and its class index, with its errors."""
         path, label = self.samples[index]
-        return read_pixels(path, reduction), label
+        return read_pixels(path, reduction, channels=channels), label
 
 
 @dataclass(frozen=True)
@@ -173,23 +174,23 @@ class FactoryImages(_Named):
         samples = getattr(self.dataset, "samples", None)
         return str(samples[index][0]) if samples else f"{self.title}, image {index}"
 
-    def fetch(self, index: int, reduction: Reduction = whole) -> tuple[Pixels, int]:
+    def fetch(self, index: int, reduction: Reduction = whole, channels: int = 3) -> tuple[Pixels, int]:
         """As of :class:`FolderImages`."""
         if isinstance(self.dataset, DatasetFolder):
             path, number = self.dataset.samples[index]
-            return read_pixels(path, reduction), self.label(number)
+            return read_pixels(path, reduction, channels=channels), self.label(number)
         name = self.name(index)
         try:
             with machine_errors(name):
                 if not hasattr(self.dataset, "reader"):
                     image, number = self.dataset[index]
-                    return np.array(image.convert("RGB")), self.label(int(number))
+                    return _opened(image, name, channels), self.label(int(number))
                 file, number = self.dataset.reader[index][:2]
         except (OSError, SyntaxError) as error:
             raise UnreadableImage(f"{name}: {first_line(error)}") from error
         if isinstance(file, io.BytesIO):
             file.name = name
-        return read_pixels(file, reduction), self.label(int(number))
+        return read_pixels(file, reduction, channels=channels), self.label(int(number))
 
 
 @dataclass(frozen=True)
@@ -200,13 +201,13 @@ class Member:
     file: io.BytesIO | Image.Image | None  # None: something lacks
     number: int
 
-    def read(self, reduction: Reduction = whole) -> Pixels:
-        """The image as of `read_pixels`, [H, W, 3], with its errors."""
+    def read(self, reduction: Reduction = whole, channels: int = 3) -> Pixels:
+        """The image as of `read_pixels`, [H, W, channels], with its errors."""
         if self.file is None:
             raise UnreadableImage(f"{self.name}: no image, or no class number (.cls), under this name")
         if isinstance(self.file, Image.Image):
-            return np.array(self.file.convert("RGB"))
-        return read_pixels(self.file, reduction)
+            return _opened(self.file, self.name, channels)
+        return read_pixels(self.file, reduction, channels=channels)
 
 
 class StreamImages(_Named):
@@ -282,6 +283,13 @@ def _member(sample: dict[str, Any], alt_label: str) -> dict[str, Any] | None:
 
 MapImages = FolderImages | FactoryImages
 AnyImages = MapImages | StreamImages
+
+
+def _opened(image: Image.Image, name: str, channels: int) -> Pixels:
+    pixels = opened_pixels(image, channels)
+    if pixels is None:
+        raise UnreadableImage(f"{name}: {lacking(channels)}")
+    return pixels
 
 
 def _relative(paths: Iterable[str]) -> list[str]:

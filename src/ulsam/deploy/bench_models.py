@@ -84,7 +84,7 @@ def open_bench_model(name: str, backends: Collection[Backend], folder: Path, siz
         size: height and width in place of the model's own.
 
     Raises:
-        UlsamError: no such model, it does not take RGB images, it cannot be exported, or not with this size.
+        UlsamError: no such model, it cannot be exported, or not with this size.
     """
     return _open_onnx(name, backends, size) if name.endswith(".onnx") else _open_torch(name, backends, folder, size)
 
@@ -97,10 +97,10 @@ def _open_onnx(name: str, backends: Collection[Backend], size: int | None) -> Be
         if not model.any_size:
             raise UlsamError(f"`size={size}`: {name} was exported for images of {'x'.join(map(str, look.size))}")
         look = dataclasses.replace(look, size=(size, size))
-        spec = spec and dataclasses.replace(spec, input_size=(3, size, size))
+        spec = spec and dataclasses.replace(spec, input_size=(look.channels, size, size))
     return BenchModel(
         name,
-        generated_images(look.size),
+        generated_images(look.size, look.channels),
         {backend: name for backend in backends if backend in ("onnxruntime", "openvino")},
         model.logits,
         INT8_TOLERANCE if QUANTIZATION in model.metadata else TOLERANCE,
@@ -122,7 +122,7 @@ def _open_torch(name: str, backends: Collection[Backend], folder: Path, size: in
     if {"onnxruntime", "openvino"} & set(backends):
         write_atomic(onnx_file, engine_of(model, spec).files[".onnx"])
     files = {backend: str(model_file if backend in ("eager", "compile") else onnx_file) for backend in backends}
-    pixels = generated_images(transform.preprocessing.size)
+    pixels = generated_images(transform.preprocessing.size, transform.channels)
     return BenchModel(name, pixels, files, logits_of(model, transform), TOLERANCE, _cost(spec))
 
 

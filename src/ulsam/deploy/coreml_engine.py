@@ -30,19 +30,25 @@ def coreml_engine(
 ) -> Engine:
     """An ML program for iOS 15, macOS 12 and later, one image at a time; as `ulsam.deploy.engines.onnx_engine`.
 
-    The input of a `FromImage` is an RGB image, that of another model is an array. The metadata is user-defined metadata
+    The input of a `FromImage` is an RGB or gray image, that of another model is an array. The metadata is user-defined metadata
     of the model. With ``half`` the program computes in float16, as the Neural Engine does.
 
     Raises:
-        UlsamError: also for a free size.
+        UlsamError: also for a free size, and for images of other channels.
     """
     if len(free) > 1:
         raise UlsamError("`dynamic_size=True`: a file for Core ML is for one size here; leave it out")
     with extra("coreml", "`to=coreml` needs"), _silent():
         import coremltools
-    takes_image = isinstance(model, FromImage)
+    takes_image, channels = isinstance(model, FromImage), example.shape[1]
+    if takes_image and channels not in (1, 3):
+        raise UlsamError(f"images for Core ML are RGB or gray, not of {channels} channels: set `preprocessing=False`")
     kind = coremltools.ImageType if takes_image else coremltools.TensorType
-    layout = {"color_layout": coremltools.colorlayout.RGB} if takes_image else {}
+    layout = (
+        {"color_layout": coremltools.colorlayout.RGB if channels == 3 else coremltools.colorlayout.GRAYSCALE}
+        if takes_image
+        else {}
+    )
     name = "pixels" if takes_image else "x"
     try:
         with _silent(), torch.no_grad():
@@ -71,7 +77,11 @@ def coreml_engine(
 
 def _run(made: Any, takes_image: bool) -> Run:
     def run(images: NDArray[Any]) -> NDArray[np.float32]:
-        given = {"pixels": Image.fromarray(images[0])} if takes_image else {"x": images}
+        given = (
+            {"pixels": Image.fromarray(images[0].squeeze(2) if images.shape[3] == 1 else images[0])}
+            if takes_image
+            else {"x": images}
+        )
         found: NDArray[np.float32] = made.predict(given)["logits"]
         return found
 

@@ -58,10 +58,11 @@ def export(
     """Write a model as a file for another engine, after running that file beside the model.
 
     The model is folded (`ulsam.fold`). The file's input is ``pixels``, RGB bytes [batch, H, W, 3], as cameras and
-    image decoders give them, which it normalizes itself; its output is ``logits`` [batch, classes]. Resizing is left
-    outside: no engine's equals Pillow's, with which the model was trained; `ulsam.runtime` does it. The file holds the
-    names of the classes, the preprocessing, the spec and ulsam's version (`ulsam.runtime` names the keys). Of a model
-    that gives several labels an image it also holds their thresholds, which probabilities, by a sigmoid, must reach.
+    image decoders give them, which it normalizes itself; of other channels [batch, H, W, C]. Its output is ``logits``
+    [batch, classes]. Resizing is left outside: no engine's equals Pillow's, with which the model was trained;
+    `ulsam.runtime` does it. The file holds the names of the classes, the preprocessing, the spec and ulsam's version
+    (`ulsam.runtime` names the keys). Of a model that gives several labels an image it also holds their thresholds,
+    which probabilities, by a sigmoid, must reach.
 
     Args:
         model: a model file, the name of a trained model of the package, or a model in memory.
@@ -101,7 +102,7 @@ def export(
     model, spec = model_and_spec(model, spec)
     look = spec_transform(spec).preprocessing
     files = image_paths([os.fspath(image) for image in images])
-    wanted = read_images(files, look) if images else list(generated_images(look.size))
+    wanted = read_images(files, look) if images else list(generated_images(look.size, look.channels))
     engine = engine_of(model, spec, to, half=half, dynamic_size=dynamic_size, preprocessing=preprocessing)
     if engine.run is None:
         parity = Parity.unknown(engine.why_not)

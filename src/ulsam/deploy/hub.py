@@ -95,6 +95,8 @@ def timm_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
         "std": list(spec.std),
         "num_classes": len(spec.classes),
     }
+    if spec.input_size[0] != 3:
+        pretrained["first_conv"] = None  # else timm takes its weights for those of RGB, and adapts them once more
     own = {} if spec.thresholds is None else {"thresholds": list(spec.thresholds)}
     return {**config, "architecture": spec.base, **own}
 

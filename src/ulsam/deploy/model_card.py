@@ -48,6 +48,7 @@ def model_card(name: str, spec: ModelSpec, summary: Mapping[str, Any] | None = N
 def _results(summary: Mapping[str, Any]) -> list[str]:
     scores, cost, base = summary["scores"], summary["cost"], summary["base_cost"]
     config = summary["config"]
+    epochs = summary.get("kept", {}).get("epoch", config["epochs"])
     if "map" in scores:
         shown = [f"| mAP | {percent(scores['map'])} |", f"| mean F1 at the thresholds | {percent(scores['f1'])} |"]
     else:
@@ -72,7 +73,7 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
         "",
         "## Training",
         "",
-        f"{config['epochs']} epochs of {config['opt']} with learning rate {config['lr']:g}, batches of "
+        f"{epochs} epochs of {config['opt']} with learning rate {config['lr']:g}, batches of "
         f"{config['batch_size']}, seed {config['seed']}"
         + (f", distilled from `{summary['teacher']['spec']['base']}`." if summary["teacher"] else "."),
         "",

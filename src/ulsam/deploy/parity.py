@@ -118,7 +118,7 @@ def compared(
 
     Args:
         model: the model itself, on any device, not folded; in eval mode for the time being.
-        run: the exported model, by default on bytes [B, H, W, 3].
+        run: the exported model, by default on bytes [B, H, W, C].
         look: whose normalisation the model's input needs.
         images: all of one size.
         pixels: False if ``run`` takes normalised images.
@@ -171,7 +171,7 @@ def read_images(paths: Sequence[str | os.PathLike[str]], look: Preprocessing) ->
     images, reason = [], "there are none"
     for path in chosen if len(paths) > MOST_IMAGES else paths:
         try:
-            images.append(look.crop(read_pixels(path, look.reduction)))
+            images.append(look.crop(read_pixels(path, look.reduction, channels=look.channels)))
         except UnreadableImage as error:
             reason = str(error)
     if not images:
@@ -179,8 +179,8 @@ def read_images(paths: Sequence[str | os.PathLike[str]], look: Preprocessing) ->
     return images
 
 
-def generated_images(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """`GENERATED_IMAGES` images [B, H, W, 3] of this H and W, always the same: random colours that change smoothly.
+def generated_images(size: tuple[int, int], channels: int = 3) -> NDArray[np.uint8]:
+    """`GENERATED_IMAGES` images [B, H, W, C] of this H and W, always the same: random colours that change smoothly.
 
     As in photos, coarse structure is stronger than fine structure: the sum of grids of 2, 8 and 32 cells to a side.
 
@@ -188,9 +188,11 @@ def generated_images(size: tuple[int, int]) -> NDArray[np.uint8]:
     (16, 48, 64, 3)
     """
     random = np.random.default_rng(0)
-    images = np.zeros((GENERATED_IMAGES, *size, 3), np.float32)
+    images = np.zeros((GENERATED_IMAGES, *size, channels), np.float32)
     for cells, share in ((2, 4 / 7), (8, 2 / 7), (32, 1 / 7)):
         for image in images:
-            grid = Image.fromarray(random.integers(0, 256, (cells, cells, 3), np.uint8))
-            image += share * np.asarray(grid.resize(size[::-1], Image.Resampling.BICUBIC))
+            grid = random.integers(0, 256, (cells, cells, channels), np.uint8)
+            for plane in range(channels):
+                wide = Image.fromarray(grid[:, :, plane]).resize(size[::-1], Image.Resampling.BICUBIC)
+                image[:, :, plane] += share * np.asarray(wide)
     return images.round().astype(np.uint8)

@@ -327,7 +327,7 @@ def _read(images: AnyImages, model: runtime.Model, most: int, title: str) -> Ite
 
 
 def _fetch(images: MapImages, number: int, model: runtime.Model) -> tuple[Pixels, int]:
-    pixels, label = images.fetch(number, model.preprocessing.reduction)
+    pixels, label = images.fetch(number, model.preprocessing.reduction, model.preprocessing.channels)
     return model.preprocessing.crop(pixels), label
 
 
@@ -354,6 +354,6 @@ def _measured(
 
 def _time_ratio(before: runtime.Model, after: runtime.Model) -> float:
     """The time of one image, over that of the other model, in turn."""
-    pixels = np.zeros((1, *before.preprocessing.size, 3), np.uint8)
+    pixels = np.zeros((1, *before.preprocessing.size, before.preprocessing.channels), np.uint8)
     calls = {"before": functools.partial(before.logits, pixels), "after": functools.partial(after.logits, pixels)}
     return time_in_turn(calls, seconds=1.0, most_turns=200)["after"].ratio

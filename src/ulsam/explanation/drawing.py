@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
+from ulsam.data.image_channels import shown
 from ulsam.data.images import Pixels
 
 COLOURS = "viridis"
@@ -75,7 +76,7 @@ def greyed(pixels: Pixels, width: int) -> Image.Image:
 def resized(pixels: Pixels, width: int) -> Image.Image:
     """The image at another width."""
     height = max(1, round(width * pixels.shape[0] / pixels.shape[1]))
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(shown(pixels)).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def coloured(values: NDArray[np.floating], size: tuple[int, int]) -> Bytes:

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
+from ulsam.data.image_channels import shown
 from ulsam.data.images import Pixels, jpeg_of
 from ulsam.explanation import captions as words
 from ulsam.explanation.drawing import coloured, gradient, resized
@@ -182,7 +183,7 @@ def photo_uri(pixels: Pixels, largest: int = LARGEST) -> str:
     height, width = pixels.shape[:2]
     if max(height, width) > largest:
         pixels = np.asarray(resized(pixels, round(width * largest / max(height, width))))
-    return _uri("jpeg", jpeg_of(pixels, 85))
+    return _uri("jpeg", jpeg_of(shown(pixels), 85))
 
 
 def map_uri(values: NDArray[np.floating], smallest: int = SMALLEST) -> str:

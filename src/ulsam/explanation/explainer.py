@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
+from ulsam.data.image_channels import opened_pixels
 from ulsam.data.images import Pixels, read_pixels
 from ulsam.explanation.cam import cam_layer, grad_cam_plus_plus, watched
 from ulsam.explanation.explanation import Explanation, LayerMaps
@@ -40,8 +41,8 @@ class Explainer:
         watch: called for each ULSAM layer in each forward pass.
 
     Raises:
-        UlsamError: the model takes other than RGB images, gives several labels an image, or has no feature map to lay
-            a CAM on.
+        UlsamError: the model takes other than RGB or gray images, gives several labels an image, or has no feature map
+            to lay a CAM on.
 
     >>> from ulsam.model.build import build
     >>> from ulsam.model.spec import Edit
@@ -59,6 +60,10 @@ class Explainer:
             model = plain_copy(model)
         self.model, self.spec, self.watch = model, spec, watch
         self.transform = spec_transform(spec)
+        if self.transform.channels not in (1, 3):
+            raise UlsamError(
+                f"pictures explain models of RGB or grey images; this one takes {self.transform.channels} channels"
+            )
         self.attention = {name: module for name, module in model.named_modules() if isinstance(module, ULSAM)}
         self.places = paper_places(model)
         first = next(model.parameters())
@@ -66,7 +71,7 @@ class Explainer:
         self.cam_layer = cam_layer(model, torch.zeros(1, *spec.input_size, device=self.device, dtype=self.dtype))
 
     def images(self, pixels: Sequence[Tensor]) -> Tensor:
-        """The model's input [B, 3, H, W] of images [H, W, 3] in uint8, as ``transform.pixels`` makes them."""
+        """The model's input [B, C, H, W] of images [H, W, C] in uint8, as ``transform.pixels`` makes them."""
         return self.transform.normalise(torch.stack(list(pixels))).to(self.device, self.dtype)
 
     @torch.inference_mode(False)
@@ -74,7 +79,7 @@ class Explainer:
         """Explain images.
 
         Args:
-            pixels: [H, W, 3] in uint8 each, as ``transform.pixels`` makes them.
+            pixels: [H, W, C] in uint8 each, as ``transform.pixels`` makes them.
             targets: the class that each CAM is of; by default the most probable one.
 
         Raises:
@@ -133,7 +138,8 @@ def explain(
 
     Args:
         model: a model file, or a model together with its ``spec``, as `ulsam.load` gives them.
-        image: an image file, a Pillow image, or an array [H, W, 3] in uint8; resized and cropped as for evaluation.
+        image: an image file, a Pillow image, or an array in uint8, [H, W, 3] or, of grey, [H, W, 1]; resized and
+            cropped as for evaluation.
         spec: of the model; not with a model file, which holds its own.
         target: the class that the CAM is of; by default the most probable one.
 
@@ -147,11 +153,12 @@ def explain(
     ((64, 64, 3), 'dog', ())
     """
     explainer = Explainer(*model_and_spec(model, spec))
-    pixels = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+    channels = explainer.transform.channels
+    pixels = cast(Pixels, opened_pixels(image, channels)) if isinstance(image, Image.Image) else image
     if isinstance(pixels, str | os.PathLike):
-        pixels = read_pixels(Path(pixels), explainer.transform.reduction)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise UlsamError(f"an image as an array is uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
+        pixels = read_pixels(Path(pixels), explainer.transform.reduction, channels=channels)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels:
+        raise UlsamError(f"an image as an array is uint8 [H, W, {channels}], not {pixels.dtype} {list(pixels.shape)}")
     classes = explainer.spec.classes
     if target is not None and target not in classes:
         raise UlsamError(f"the model has no class {target!r}: it knows {', '.join(classes[:8])}")

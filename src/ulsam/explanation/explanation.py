@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulsam.base.extras import check_plots
+from ulsam.data.image_channels import shown
 from ulsam.data.images import Pixels
 from ulsam.explanation.captions import percent, verdict
 from ulsam.explanation.drawing import COLOURS, STRENGTH
@@ -50,7 +51,7 @@ class LayerMaps:
 class Explanation:
     """One image as one model sees it."""
 
-    pixels: Pixels  # what the model was given, before normalisation: [H, W, 3]
+    pixels: Pixels  # what the model was given, before normalisation: [H, W, 3], of grey [H, W, 1]
     classes: tuple[str, ...]
     probabilities: Floats  # [classes]
     target: int  # the class that the CAM is of
@@ -158,7 +159,7 @@ def _figure(found: Explanation) -> "Figure":
     parts: Any = figure.subfigures(1 + len(lines), 1, squeeze=False, height_ratios=[1, *lines])
     head, *rest = parts[:, 0]
     image, classes, cam = head.subplots(1, 3, width_ratios=[1, columns - 2, 1])
-    image.imshow(found.pixels)
+    image.imshow(shown(found.pixels))
     image.set_axis_off()
     names, shares = zip(*reversed(found.top()), strict=True)
     bars = classes.barh(range(len(names)), shares, height=0.5, color="#3f5a8c")

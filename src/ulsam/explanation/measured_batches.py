@@ -45,9 +45,10 @@ def explained(
             if good:
                 found = []
                 for explainer in explainers:
-                    if look(explainer.spec) != look(explainers[0].spec):
-                        pixels, _ = read_batch([one.path for _, one in good], explainer.transform)
-                    found.append(explainer(pixels))
+                    same = look(explainer.spec) == look(explainers[0].spec)
+                    found.append(
+                        explainer(pixels if same else read_batch([one.path for _, one in good], explainer.transform)[0])
+                    )
                 each = zip(*found, strict=True)
                 yield [
                     ExplainedImage(number, one, all_models)

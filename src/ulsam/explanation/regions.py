@@ -36,7 +36,7 @@ def mark_areas(image: str | os.PathLike[str], transform: EvalTransform) -> dict[
     boxes = {BIRD: (*corners[:, :2].min(0).tolist(), *corners[:, 2:].max(0).tolist()), **boxes}
     areas = {}
     for name, (x0, y0, x1, y1) in boxes.items():
-        drawn = np.zeros((size, size, 3), np.uint8)
+        drawn = np.zeros((size, size, transform.channels), np.uint8)
         drawn[y0:y1, x0:x1] = 255
         areas[name] = (transform.pixels(drawn)[:, :, 0].float() / 255).numpy()
     return areas

@@ -47,8 +47,8 @@ class Measured:
     transform: EvalTransform
 
     def pixels(self, guess: RunPrediction) -> Pixels:
-        """An image as the model is given it, uint8 [H, W, 3]."""
-        pixels, _ = self.images.fetch(guess.image, self.transform.reduction)
+        """An image as the model is given it, uint8 [H, W, C]."""
+        pixels, _ = self.images.fetch(guess.image, self.transform.reduction, self.transform.channels)
         return self.transform.pixels(pixels).numpy()
 
 

@@ -266,7 +266,9 @@ def _samples(measured: Sequence[Measured]) -> tuple[list[Card], list[str]]:
         models = {}
         for key, explainer in explainers.items():
             if key in shown.guesses:
-                pixels, _ = by_key[key].images.fetch(shown.guesses[key].image, explainer.transform.reduction)
+                pixels, _ = by_key[key].images.fetch(
+                    shown.guesses[key].image, explainer.transform.reduction, explainer.transform.channels
+                )
                 (models[key],) = explainer([explainer.transform.pixels(pixels)])
         if models:
             verdicts = [f"{key + ' ' if len(measured) > 1 else ''}{_verdict(shown.guesses[key])}" for key in models]

@@ -282,6 +282,9 @@ def _load_hub(name: str) -> tuple[nn.Module, ModelSpec]:
     check_base(base)
     if forbidden := _FORBIDDEN & set(arguments):
         raise UlsamError(f"model arguments may not hold {', '.join(sorted(forbidden))}")
+    adapted = (given.get("pretrained_cfg") or {}).get("first_conv")
+    if arguments.get("in_chans", 3) not in (1, 3) and adapted:  # timm would start that layer from random weights
+        raise UlsamError(f"{name} takes {arguments['in_chans']} channels, with which timm cannot load its {adapted}")
     try:
         model = timm.create_model(f"{LOCAL}{folder}", pretrained=True)
     except Exception as error:  # whatever timm raises at this folder

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import safetensors.torch
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError, a_few, first_line
@@ -85,6 +86,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
 'classifier.bias: [9] there, [7] here: skipped, starts fresh']
     """
     own = model.state_dict()
+    state = _adapted(model, state, own)
     found_heads = heads(model)
     added, aside = changes(model)
     before = {f"{name}.{key}": value for name, old in aside.items() for key, value in old.state_dict().items()}
@@ -126,6 +128,22 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
         old.load_state_dict(filled, False)
         note_weights(old, all(key in filled for key in keys if not key.endswith("num_batches_tracked")))
     return notes
+
+
+def _adapted(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state with the first convolution's weights for the channels of this model, where they are for RGB.
+
+    By timm's rule: for grey their sum over the colors; otherwise they are repeated, and scaled to keep the sum.
+    """
+    first = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    found = dict(state)
+    for name in (f"{place}.weight" for place in ((first,) if isinstance(first, str) else first)):
+        if name in state and name in own and own[name].ndim == 4:
+            theirs, ours = state[name], own[name]
+            if theirs.ndim == 4 and theirs.shape[1] == 3 != ours.shape[1]:
+                say(f"note    {name} is for RGB: adapted to {ours.shape[1]} channels")
+                found[name] = adapt_input_conv(ours.shape[1], theirs)
+    return found
 
 
 def shrink_head(model: nn.Module) -> None:

@@ -27,6 +27,11 @@ COMMON = (
     *("seed", "val_every", "edits"),
 )
 
+_NO_CHOICE = (
+    "every run is measured once, after its last epoch, so that no arm's epoch is chosen by its score: leave keep and "
+    "patience out of the settings"
+)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -146,6 +151,8 @@ def check_shared(shared: TrainConfig) -> None:
         raise UlsamError("edits in the shared settings would change every arm, base too: give edits with `arms`")
     if shared.val_every != 1:
         raise UlsamError("every run is measured once, after its last epoch: leave val_every out of the settings")
+    if shared.keep != TrainConfig.keep or shared.patience is not None:
+        raise UlsamError(_NO_CHOICE)
     if shared.split_seed is not None:
         raise UlsamError("the same images are held out for all runs: leave split_seed out of the settings")
 
@@ -217,6 +224,8 @@ def _begins_with_setting(text: str) -> bool:
 
 def _setting(name: str, text: str) -> dict[str, Any]:
     """A setting's value as YAML reads it; whether it fits is seen where the settings are made."""
+    if name in ("keep", "patience"):
+        raise UlsamError(_NO_CHOICE)
     if name in COMMON:
         raise UlsamError(f"{name} is the same for all arms: give it once, for the whole comparison")
     try:

@@ -50,7 +50,10 @@ STEPS = 200
 #: The file in ``out`` that keeps a model that no model file was named for.
 ORIGINAL = "original.safetensors"
 #: Settings of training that slimming decides.
-DECIDED = ("data", "model", "model_args", "edits", "pretrained", "weights", "teacher")
+DECIDED = (
+    *("data", "model", "model_args", "edits", "pretrained", "weights", "teacher"),
+    *("in_chans", "keep", "patience"),
+)
 
 
 def slim(

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ulsam.base.errors import UlsamError
+from ulsam.data.image_channels import shown
 from ulsam.data.images import UnreadableImage, read_pixels
 from ulsam.training.config import TrainConfig
 from ulsam.training.parts import spec_of, train_transform
@@ -22,19 +23,21 @@ def augmentation_sheet(paths: Sequence[str], config: TrainConfig) -> bytes:
     A rectangle that is erased is grey: training sets it to the mean.
 
     Raises:
-        UlsamError: none of these images can be read.
+        UlsamError: none of these images can be read, or they have other channels than RGB or grey.
     """
     spec = spec_of(config, ("class",))
     look = train_transform(config, spec)
+    if look.channels not in (1, 3):
+        raise UlsamError(f"the sheet shows RGB or grey images, not those of {look.channels} channels")
     height, width = spec.input_size[1:]
     count = min(ROWS, len(paths))
     rows = []
     for place in range(count):
         try:
-            pixels = read_pixels(paths[place * len(paths) // count])
+            pixels = read_pixels(paths[place * len(paths) // count], channels=look.channels)
         except UnreadableImage:
             continue
-        image = Image.fromarray(pixels)
+        image = Image.fromarray(shown(pixels))
         image.thumbnail((width, height))
         row = [np.asarray(image)]
         generator = random.Random(place)
@@ -43,7 +46,7 @@ def augmentation_sheet(paths: Sequence[str], config: TrainConfig) -> bytes:
             made = tensor.numpy().copy()
             if erased is not None:
                 made[erased.top : erased.top + erased.height, erased.left : erased.left + erased.width] = 128
-            row.append(made)
+            row.append(shown(made))
         rows.append(row)
     if not rows:
         raise UlsamError("none of the images for the sheet could be read")

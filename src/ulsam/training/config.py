@@ -4,22 +4,21 @@
 
 import dataclasses
 import difflib
-import itertools
 import math
 import os
 import re
 import reprlib
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 import yaml
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.processes import MOST_WORKERS
 from ulsam.base.reading import read_text
+from ulsam.training.setting_kinds import checked, is_number
 
 
 def _option(default: Any, help: str) -> Any:
@@ -30,13 +29,14 @@ def _option(default: Any, help: str) -> Any:
 
 _LARGE = 1_000_000
 _RANGES: dict[str, tuple[float, float]] = {  # least and most, both included; no run needs more
-    **dict.fromkeys(("epochs", "val_every", "accumulate"), (1, _LARGE)),
+    **dict.fromkeys(("epochs", "val_every", "accumulate", "decay_epochs", "patience"), (1, _LARGE)),
     **dict.fromkeys(("seed", "split_seed"), (0, 2**63 - 1)),
-    **dict.fromkeys(("mixup", "cutmix", "color_jitter", "weight_decay"), (0, 1000)),
+    **dict.fromkeys(("mixup", "cutmix", "color_jitter", "weight_decay", "decay_rate"), (0, 1000)),
     **dict.fromkeys(("min_lr", "warmup_epochs", "save_seconds"), (0, 1e9)),
     "distill_features": (0, 3e38),
     "batch_size": (1, 65_536),
     "size": (1, 8192),
+    "in_chans": (1, 64),
     "threads": (1, 1024),  # OpenMP ends the process where it cannot make as many as it is asked for
     "workers": (0, MOST_WORKERS),
     "distill_temperature": (0, 1000),
@@ -44,7 +44,6 @@ _RANGES: dict[str, tuple[float, float]] = {  # least and most, both included; no
 }
 _POLICY = {"m": 30, "mmax": 10, "n": 16, "mstd": 1000, "p": 1, "inc": 1, "w": 16, "d": 16}  # most of each number
 _MOST_YAML = 1_000_000  # characters of settings
-_MOST_ENTRIES = 10_000  # of a setting, inner ones included: a few lines of YAML can stand for any number
 _SHARES = (
     "smoothing",
     "hflip",
@@ -56,6 +55,12 @@ _SHARES = (
     "distill",
     "val_fraction",
 )
+_SCHEDULES = {  # which schedules a setting is for
+    "decay_rate": ("step", "multistep", "poly"),
+    "decay_epochs": ("step",),
+    "decay_milestones": ("multistep",),
+    "min_lr": ("cosine", "tanh", "poly"),
+}
 _TAUGHT = {"distill": 0.5, "distill_temperature": 4.0, "distill_features": 0.0}  # where a teacher is given
 
 
@@ -107,6 +112,9 @@ class TrainConfig:
     distill_temperature: float | None = _option(None, "temperature that softens the targets (default: 4)")
     distill_features: float | None = _option(None, "weight of the difference of feature maps (default: 0, off)")
     # image
+    in_chans: int | None = _option(
+        None, "channels of the images (default: 3, RGB); 1 is grey, other numbers are taken as they are stored"
+    )
     size: int | None = _option(None, "height and width of the input in pixels (default: the model's own)")
     mean: list[float] | None = _option(None, "of the input normalization, a channel (default: the model's own)")
     std: list[float] | None = _option(None, "of the input normalization, a channel (default: the model's own)")
@@ -123,14 +131,26 @@ class TrainConfig:
     epochs: int = _option(10, "passes over the training images")
     batch_size: int = _option(32, "images a step and process")
     accumulate: int = _option(1, "steps whose gradients are added up before an update")
-    opt: Literal["sgd", "adamw"] = _option("sgd", "sgd is with Nesterov momentum")
+    opt: str = _option("sgd", "timm's name of the optimizer; sgd is with Nesterov momentum")
+    opt_args: dict[str, Any] = _option({}, "JSON object of further arguments of the optimizer, e.g. its betas")
     lr: float = _option(0.01, "peak learning rate")
     ulsam_lr: float = _option(1.0, "the learning rate of ULSAM layers, as a multiple of that of the rest")
-    momentum: float = _option(0.9, "of sgd")
+    momentum: float = _option(0.9, "of optimizers that have one, as sgd has")
     weight_decay: float = _option(1e-4, "not applied to norms, biases and ULSAM's weights")
+    sched: Literal["cosine", "tanh", "poly", "step", "multistep", "constant"] = _option(
+        "cosine", "timm's name of the schedule of the learning rate"
+    )
+    decay_rate: float | None = _option(
+        None, "factor of step and multistep (default: 0.1), or the power of poly (default: 1, a straight line)"
+    )
+    decay_epochs: int | None = _option(None, "epochs between the falls of step (default: a third of all)")
+    decay_milestones: list[float] = _option([], "epochs after which multistep falls")
     warmup_epochs: float = _option(0.5, "epochs of linear warm-up from 0")
-    min_lr: float = _option(0.0, "learning rate at the end of the cosine")
+    min_lr: float = _option(0.0, "learning rate at the end of cosine, tanh and poly")
     clip_grad: float | None = _option(None, "largest norm of the gradient")
+    class_weights: dict[str, float] | str | None = _option(
+        None, "of the training loss: balanced, or a JSON object of weights by class name"
+    )
     smoothing: float = _option(0.1, "label smoothing")
     drop_rate: float = _option(0.0, "dropout before the classifier")
     drop_path: float = _option(0.0, "stochastic depth, where the model has it")
@@ -146,14 +166,19 @@ class TrainConfig:
     seed: int = _option(0, "of everything random")
     # run
     val_every: int = _option(1, "measure every N epochs, and after the last one")
+    keep: Literal["last", "best"] = _option(
+        "last", "which epoch's weights are saved; best: of the highest validation top-1, then the lowest loss"
+    )
+    patience: int | None = _option(
+        None, "stop where no epoch was better on the validation images for so many (default: never)"
+    )
     save_seconds: float = _option(120.0, "at least this long between two checkpoints within an epoch")
     track: list[str] = _option([], "trackers to report to: tensorboard, wandb, mlflow")
 
     def __post_init__(self) -> None:
         for spec in fields(self):
             value = getattr(self, spec.name)
-            checked = _checked(spec.name, value, _KINDS[spec.name])
-            object.__setattr__(self, spec.name, checked)
+            object.__setattr__(self, spec.name, checked(spec.name, value, _KINDS[spec.name]))
         for name, default in _TAUGHT.items():
             if self.teacher is not None and getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -165,6 +190,10 @@ class TrainConfig:
             for text in self.edits:
                 Edit.parse(text)
         self._check_ranges()
+        if self.opt not in ("sgd", "adamw") or self.opt_args:  # lazy, as above
+            from ulsam.training.optimizers import check_optimizer
+
+            check_optimizer(self.opt, self.opt_args, self.momentum)
 
     def _check_ranges(self) -> None:
         for name, (least, most) in _RANGES.items():
@@ -174,33 +203,32 @@ class TrainConfig:
             if value is not None and value > most:
                 raise UlsamError(f"{name} must be {most:.15g} or less, not {reprlib.repr(value)}")
         for key, number in re.findall(r"-([a-z]+)([\d.]+)", self.rand_augment or ""):
-            if not _is_number(number) or float(number) > _POLICY.get(key, 100):
+            if not is_number(number) or float(number) > _POLICY.get(key, 100):
                 most = _POLICY.get(key, 100)
                 raise UlsamError(f"rand_augment takes a number up to {most} after {key}, not {number}")
         for name in _SHARES:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UlsamError(f"{name} must lie between 0 and 1, not {value}")
-        for name in ("lr", "ulsam_lr", "clip_grad", "distill_temperature"):
+        for name in ("lr", "ulsam_lr", "clip_grad", "distill_temperature", "decay_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UlsamError(f"{name} must be above 0, not {value}")
         if self.teacher is not None and not (self.distill or self.distill_features):
             raise UlsamError("distill and distill_features are both 0: the teacher would teach nothing")
         if self.min_lr > self.lr:
-            raise UlsamError(f"min_lr, where the cosine ends, is {self.min_lr}: above its peak lr, {self.lr}")
+            raise UlsamError(f"min_lr, where the schedule ends, is {self.min_lr}: above its peak lr, {self.lr}")
         if self.warmup_epochs >= self.epochs:
             raise UlsamError(f"warmup_epochs is {self.warmup_epochs}, which leaves nothing of {self.epochs} epochs")
         if self.opt == "sgd" and not 0 < self.momentum < 1:
             raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {self.momentum}")
+        self._check_schedule()
+        self._check_class_weights()
         if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1.5:
             raise UlsamError(f"crop_pct must lie between 0.1 and 1.5, not {self.crop_pct}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UlsamError(f"crop_scale takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            if value is not None and (len(value) != 3 or not all(map(math.isfinite, value))):
-                raise UlsamError(f"{name} takes three numbers, one a color channel, not {value}")
+        self._check_channels()
         if self.std is not None and min(self.std) <= 0:
             raise UlsamError(f"std must be above 0 in every channel, not {self.std}")
         if self.interpolation not in (None, "bilinear", "bicubic"):
@@ -209,6 +237,45 @@ class TrainConfig:
             raise UlsamError("pretrained and weights exclude each other: start from the hub or from a file")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UlsamError(f"mixup and cutmix need an even batch size, not {self.batch_size}")
+
+    def _check_schedule(self) -> None:
+        for name, its in _SCHEDULES.items():
+            if getattr(self, name) not in (None, [], 0.0) and self.sched not in its:
+                raise UlsamError(f"{name} is for sched {' and '.join(its)}, not {self.sched}: leave it out")
+        falls = self.decay_milestones
+        if self.sched == "multistep" and not falls:
+            raise UlsamError("sched multistep needs decay_milestones: the epochs after which the rate falls")
+        if falls != sorted(set(falls)) or not all(0 < epoch < self.epochs for epoch in falls):
+            raise UlsamError(f"decay_milestones must rise, within the {self.epochs} epochs, not {reprlib.repr(falls)}")
+
+    @property
+    def channels(self) -> int:
+        """Of the images: ``in_chans``, a setting of its own or among ``model_args``."""
+        return int(self.in_chans or self.model_args.get("in_chans", 3))
+
+    def _check_channels(self) -> None:
+        given = self.model_args.get("in_chans", 3)
+        least, most = _RANGES["in_chans"]
+        if type(given) is not int or not least <= given <= most:
+            raise UlsamError(f"in_chans is a whole number from {least} to {most}, not {reprlib.repr(given)}")
+        if self.in_chans and self.model_args.get("in_chans", self.in_chans) != self.in_chans:
+            raise UlsamError(f"in_chans is {self.in_chans}, and {given} in model_args: leave one of them out")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and (len(value) != self.channels or not all(map(math.isfinite, value))):
+                raise UlsamError(f"{name} takes a number for each of the {self.channels} channels, not {value}")
+        for name in ("color_jitter", "rand_augment"):
+            if self.channels != 3 and getattr(self, name):
+                raise UlsamError(f"{name} works on RGB images, not on those of {self.channels} channels: leave it out")
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        if isinstance(weights, str) and weights != "balanced":
+            raise UlsamError(f"class_weights is balanced, or weights by class name, not {reprlib.repr(weights)}")
+        if isinstance(weights, dict) and not (weights and all(0 < weight < 1e6 for weight in weights.values())):
+            raise UlsamError(f"class_weights takes numbers above 0 by class name, not {reprlib.repr(weights)}")
+        if weights == "balanced" == self.sampler:
+            raise UlsamError("sampler and class_weights are both balanced, which counts rare classes twice: choose one")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -287,53 +354,3 @@ def config_beside(model: Path) -> TrainConfig | None:
         return TrainConfig.from_mapping(read_config(beside))
     except UlsamError:  # of another program: both names are common
         return None
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``; whole numbers pass for floats, and 1e-4, which YAML takes for text, for a number."""
-    if isinstance(value, list | tuple | dict) and not _is_small(value):
-        raise UlsamError(f"{name} has more than {_MOST_ENTRIES} entries")
-    origin, choices = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        if isinstance(value, bool):  # YAML's true and false
-            value = str(value).lower()
-        if value not in choices:
-            raise UlsamError(f"{name} must be one of {', '.join(choices)}, not {reprlib.repr(value)}")
-        return value
-    if origin is types.UnionType:
-        return None if value is None else _checked(name, value, choices[0])
-    if origin is list:
-        if not isinstance(value, list | tuple):
-            raise UlsamError(f"{name} must be a list, not {reprlib.repr(value)}")
-        return [_checked(name, item, choices[0]) for item in value]
-    if origin is dict:
-        kind = dict
-    if kind is float and isinstance(value, str):
-        if _is_number(value):
-            return float(value)
-        raise UlsamError(f"{name} must be a number, not {reprlib.repr(value)}")
-    if kind is float and type(value) is int:
-        return float(value) if _is_number(value) else math.inf
-    if type(value) is not kind:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a JSON object"}
-        raise UlsamError(f"{name} must be {words[kind]}, not {reprlib.repr(value)}")
-    return value
-
-
-def _is_number(value: str | int) -> bool:
-    try:
-        float(value)
-    except (ValueError, OverflowError):
-        return False
-    return True
-
-
-def _is_small(value: Any) -> bool:
-    """Whether a value has at most `_MOST_ENTRIES`, counted as often as they are referred to."""
-    waiting, count = [value], 0
-    while waiting and count <= _MOST_ENTRIES:
-        item = waiting.pop()
-        count += 1
-        if isinstance(item, list | tuple | dict):
-            waiting += itertools.islice(item.values() if isinstance(item, dict) else item, _MOST_ENTRIES)
-    return count <= _MOST_ENTRIES

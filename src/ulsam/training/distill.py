@@ -253,7 +253,15 @@ class Distiller:
         output: Output = self._run(images if self.same_pixels else images * self.scale + self.shift)
         return output
 
-    def loss(self, output: Output, teacher_output: Output, labels: Tensor, *, smoothing: float) -> Tensor:
+    def loss(
+        self,
+        output: Output,
+        teacher_output: Output,
+        labels: Tensor,
+        *,
+        smoothing: float,
+        class_weights: Tensor | None = None,
+    ) -> Tensor:
         """(1 - w) * cross-entropy + w * :func:`soft_target_loss` + f * :func:`feature_loss`.
 
         w is ``distill`` and f is ``distill_features`` of the settings.
@@ -263,10 +271,11 @@ class Distiller:
             teacher_output: of :meth:`teach`.
             labels: class numbers [B], or shares [B, classes].
             smoothing: of the labels, in the cross-entropy.
+            class_weights: [classes], in the cross-entropy.
         """
         (logits, maps), (its_logits, its_maps) = output, teacher_output
         weight, temperature = cast(float, self.config.distill), cast(float, self.config.distill_temperature)
-        hard = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        hard = F.cross_entropy(logits.float(), labels, class_weights, label_smoothing=smoothing)
         total = (1 - weight) * hard + weight * soft_target_loss(logits, its_logits, temperature)
         if maps:
             total = total + cast(float, self.config.distill_features) * feature_loss(maps, its_maps)

@@ -10,6 +10,7 @@ from ulsam.model.build import build
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import cost
 from ulsam.training import parts
+from ulsam.training.class_weights import class_weights_of
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Teacher, open_teacher
 from ulsam.training.reconstruct_first import to_reconstruct
@@ -44,6 +45,7 @@ def dry_run(
     cost(model, spec.input_size)
     _, _, updates, _ = parts.batches_of(dataclasses.replace(config, cache="false"), spec, images, world)
     to_reconstruct(config, model, images)
+    class_weights_of(config.class_weights, images)
     teacher = open_teacher(config, spec, model)
     parts.freeze(model, config.freeze)
     parts.optimizer_of(config, model, updates)

@@ -16,6 +16,7 @@ from ulsam.base.distributed import World
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.data.augment import EvalTransform
+from ulsam.data.image_channels import MOST_CHANNELS
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.loading import Batch
 from ulsam.data.sources import AnyImages, StreamImages
@@ -224,7 +225,7 @@ def _until(stop: Callable[[], bool], batches: Iterable[Batch], world: World) -> 
 
 
 def logits_of(model: nn.Module, transform: EvalTransform) -> Callable[[Pixels], Logits]:
-    """A function from RGB bytes [B, H, W, 3] at the model's size to the model's outputs [B, classes].
+    """A function from bytes [B, H, W, C] at the model's size to the model's outputs [B, classes].
 
     >>> look = spec_transform(ModelSpec("resnet18", ("cat",), input_size=(3, 8, 8)))
     >>> logits_of(nn.Conv2d(3, 1, 8), look)(np.zeros((2, 8, 8, 3), np.uint8)).shape
@@ -245,7 +246,7 @@ def read_batch(paths: Iterable[str], transform: EvalTransform) -> tuple[list[Ten
     """Read image files for a model.
 
     Returns:
-        The images that can be read, uint8 [H, W, 3] each, in the order of ``paths`` (stacked, ``transform.normalise``
+        The images that can be read, uint8 [H, W, C] each, in the order of ``paths`` (stacked, ``transform.normalise``
         makes the model's input of them); and why the others cannot, by path.
 
     >>> read_batch(["missing.jpg"], spec_transform(ModelSpec("resnet18", ("cat",))))
@@ -254,20 +255,22 @@ def read_batch(paths: Iterable[str], transform: EvalTransform) -> tuple[list[Ten
     images, errors = [], {}
     for path in paths:
         try:
-            images.append(transform.pixels(read_pixels(path, transform.reduction)))
+            images.append(transform.pixels(read_pixels(path, transform.reduction, channels=transform.channels)))
         except UnreadableImage as error:
             errors[path] = str(error)
     return images, errors
 
 
 def spec_transform(spec: ModelSpec) -> EvalTransform:
-    """The evaluation transform of a spec: image -> tensor [3, H, W].
+    """The evaluation transform of a spec: image -> tensor [C, H, W].
 
     Raises:
-        UlsamError: the spec's model is not for RGB images.
+        UlsamError: the spec's model takes more channels than images are read with.
     """
-    if spec.input_size[0] != 3:
-        raise UlsamError(f"images are read as RGB, but this model takes {spec.input_size[0]} channels, not 3")
+    if spec.input_size[0] > MOST_CHANNELS:
+        raise UlsamError(
+            f"images are read with {MOST_CHANNELS} channels at most, but this model takes {spec.input_size[0]}"
+        )
     return EvalTransform(
         spec.input_size,
         mean=spec.mean,

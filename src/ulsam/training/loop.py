@@ -22,19 +22,19 @@ from tqdm import tqdm
 from ulsam.base import logs
 from ulsam.base.distributed import World, lost_processes
 from ulsam.base.errors import Interrupted, LostProcess, NotFinite, UlsamError
-from ulsam.base.extras import installed
 from ulsam.base.provenance import command_line, environment, versions
 from ulsam.data import loading, sources
 from ulsam.data.targets import check_labels
 from ulsam.model.build import build, sketch
 from ulsam.surgery.cost import cost
-from ulsam.training import distill, parts, restore
+from ulsam.training import best, class_weights, distill, parts, restore
 from ulsam.training import summary as report
 from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import Position, write_checkpoint
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, outcomes
 from ulsam.training.label_scores import LabelScores, evaluate_label_batches
+from ulsam.training.optimizers import load_optimizer
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
 from ulsam.training.step import TrainingStep
@@ -62,6 +62,7 @@ class Trainer:
         loading.seed_all(config.seed)
 
         self.train_images, self.val_images, notes = parts.open_images(config)
+        best.check_chosen_on(config, self.val_images.split)
         self.classes = self.train_images.classes
         self.several = isinstance(self.train_images, sources.LabelSetImages)
         self.spec = parts.spec_of(config, self.classes, self.several)
@@ -82,23 +83,20 @@ class Trainer:
         named = f"{config.model}; edits: {'; '.join(config.edits) or 'none'}"
         self._say(f"model   {named if model is None else f'a prepared {type(model).__name__} for {config.model}'}")
         self._say(f"cost    {report.cost_line(self.cost, self.base_cost)}")
+        self.class_weights = class_weights.class_weights_of(config.class_weights, self.train_images)
+        if self.class_weights:
+            self._say(f"weights {class_weights.describe(self.class_weights)}")
         self.teacher = distill.open_teacher(config, self.spec, self.model)
         if self.teacher:
             self._say(f"teacher {distill.describe(config, self.teacher)}")
             notes += self.teacher.notes
-        if not installed("matplotlib"):
-            notes.append("no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'")
-        if max(self.spec.input_size[1:]) < parts.SMALLEST:
-            notes.append(
-                f"images of {max(self.spec.input_size[1:])} px leave most models maps of a single pixel, from which "
-                "they learn little: leave `size` out for the model's own"
-            )
-        for note in notes:
+        for note in [*notes, *parts.notes_of(self.spec)]:
             self._say(f"note    {note}")
         images = self.train_images
         self.image_names = hashlib.sha256("\0".join(images.names).encode(errors="surrogateescape")).hexdigest()
         self.image_state = images.state if isinstance(images, sources.FolderImages) and world.writes else None
         self.at = Position()
+        self.best: best.State | None = None  # weights of the best epoch, where they are to be kept
         self.unreadable = {
             "train": parts.Unreadable(len(self.train_images), config.max_unreadable, world.writes),
             "val": parts.Unreadable(len(self.val_images), config.max_unreadable, world.writes),
@@ -115,7 +113,7 @@ class Trainer:
         for line in choice:
             self._say(line)
         self.training_step = TrainingStep(
-            self.config, self.model, self.epoch_updates, self.world, self.teacher, self.several
+            self.config, self.model, self.epoch_updates, self.world, self.teacher, self.class_weights, self.several
         )
         self.model, self.layout = self.training_step.model, self.training_step.layout
         self.optimizer = self.training_step.optimizer
@@ -133,10 +131,13 @@ class Trainer:
             restore.check_same(saved, self.config, self.classes, self.teacher, self.world.size, self.run, self.several)
             self.at = restore.position(saved["position"], self.config, self.epoch_updates)
             self.model.load_state_dict(saved["model"])
-            restore.load_optimizer(self.optimizer, saved["optimizer"], self.config.opt)
+            load_optimizer(self.optimizer, saved["optimizer"], self.config.opt)
             self.training_step.scaler.load_state_dict(saved["scaler"])
             if self.ema:
                 self.ema.module.load_state_dict(saved["ema"])
+            if self.config.keep == "best":
+                best.check_state(saved["best"], self.at.rows, self.model)
+                self.best = saved["best"]
             for split, names in self.unreadable.items():
                 names.reasons.update({str(name): str(reason) for name, reason in saved["unreadable"][split].items()})
         except UlsamError:
@@ -144,7 +145,7 @@ class Trainer:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UlsamError(f"the checkpoint in {self.run} is not of this run: {reason}") from error
-        if self.at.epoch == self.config.epochs:
+        if self._done:
             self._say("resume  after the last epoch")
         else:
             self._say(f"resume  in epoch {self.at.epoch + 1}, after {self.at.batch} of its batches")
@@ -171,6 +172,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.training_step.scaler.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema else None,
+                "best": self.best,
             }
             write_checkpoint(self.run, state)
 
@@ -201,7 +203,7 @@ class Trainer:
         )
         with bar, parts.stop_signals() as stopping, self._resumable(), parts.clear_errors():
             saved_at = time.monotonic()
-            while self.at.epoch < config.epochs:
+            while not self._done:
                 bar.set_description(f"epoch {self.at.epoch + 1}/{config.epochs}")
                 epoch_batches = self.epoch_updates * config.accumulate
                 batches = self._begin_epoch() if self.at.batch < epoch_batches else iter(())
@@ -224,6 +226,9 @@ class Trainer:
                 scores = self._measure(stopping) if measured else None
                 self._end_epoch(scores)
                 saved_at = time.monotonic()
+            if self.best is not None and best.best_row(self.at.rows) != self.at.rows[-1]:
+                self._result.load_state_dict(self.best)
+                scores = None
             scores = scores or self._measure(stopping)
         return self._finish(scores)
 
@@ -282,7 +287,7 @@ class Trainer:
 
     def _measure(self, stopping: Callable[[], bool]) -> Scores | LabelScores:
         """Measure the model, or the average of its weights, on the validation images."""
-        model = self.ema.module if self.ema else self.model
+        model = self._result
         self.world.agree(model.buffers())  # each process has BatchNorm statistics of its own; the first one's are saved
         batches = parts.val_batches_of(self.config, self.spec, self.val_images, self.world)
         how: dict[str, Any] = {
@@ -311,6 +316,8 @@ class Trainer:
         at = self.at
         row = report.epoch_row(at, self.optimizer.param_groups[0]["lr"], scores, self.several)
         self.at = Position(epoch=at.epoch + 1, updates=at.updates, rows=[*at.rows, row])
+        if self.config.keep == "best" and best.best_row(self.at.rows) == row:
+            self.best = best.state_of(self._result)
         if self.world.writes:
             report.write_metrics(self.run, self.at.rows)
         self.save()
@@ -333,6 +340,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "spec": report.spec_entry(self.spec),
             "prepared": self.prepared,
+            "class_weights": self.class_weights,
             "teacher": self.teacher and report.teacher_entry(self.teacher),
             "images": {"train": len(self.train_images), "val": len(self.val_images)},
             "split": self.val_images.split,
@@ -341,13 +349,22 @@ class Trainer:
             "cost": report.cost_entry(self.cost),
             "base_cost": report.cost_entry(self.base_cost),
             "epochs": self.at.rows,
+            "kept": best.kept_entry(self.config, self.at.rows, self.val_images.split),
             "unreadable": bad,
             "versions": {**versions(), "device": self.world.device.type},
         }
         if self.world.writes:
-            model = self.ema.module if self.ema else self.model
-            report.write_result(self.run, summary, model, None if self.prepared else self.spec)
+            report.write_result(self.run, summary, self._result, None if self.prepared else self.spec)
         return summary
+
+    @property
+    def _result(self) -> nn.Module:
+        """What is measured and saved: the model, or the average of its weights."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def _done(self) -> bool:
+        return self.at.epoch == self.config.epochs or best.is_over(self.at.rows, self.config.patience)
 
     def _diverged(self, what: str, step: int) -> UlsamError:
         taught = ", or a lower `distill_features`" if self.config.distill_features else ""

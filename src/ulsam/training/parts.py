@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.optim import param_groups_weight_decay
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ulsam.base.distributed import World
 from ulsam.base.errors import LostProcess, MachineError, UlsamError, first_line, is_out_of_memory
+from ulsam.base.extras import installed
 from ulsam.base.logs import say
 from ulsam.base.processes import heeded_signals
 from ulsam.base.reading import machine_fault
@@ -31,6 +32,8 @@ from ulsam.surgery.places import match
 from ulsam.surgery.trace import trace
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import spec_transform
+from ulsam.training.optimizers import make_optimizer
+from ulsam.training.schedules import schedule_of
 
 DIVERGED = "diverged: "
 """What the error of a run begins with whose loss or gradient is no longer finite, also in the log of its process."""
@@ -61,8 +64,8 @@ def spec_of(config: TrainConfig, classes: Sequence[str], several: bool = False) 
         raise UlsamError("a teacher is for one class an image, and these images may have several labels")
     given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     dropout = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path}
-    if config.model_args.get("in_chans", 3) != 3:
-        raise UlsamError("images are read as RGB: leave in_chans out of `model_args`")
+    if config.channels != 3:
+        dropout["in_chans"] = config.channels
     spec = make_spec(
         config.model,
         classes,
@@ -76,6 +79,19 @@ def spec_of(config: TrainConfig, classes: Sequence[str], several: bool = False) 
 
 SMALLEST = 16
 """Pixels; smaller images are hardly meant: compact models halve the size five times."""
+
+
+def notes_of(spec: ModelSpec) -> list[str]:
+    """What is noteworthy about a run of this spec on this machine."""
+    notes = []
+    if not installed("matplotlib"):
+        notes.append("no curves.png: matplotlib is not installed: pip install 'ulsam[plots]'")
+    if max(spec.input_size[1:]) < SMALLEST:
+        notes.append(
+            f"images of {max(spec.input_size[1:])} px leave most models maps of a single pixel, from which "
+            "they learn little: leave `size` out for the model's own"
+        )
+    return notes
 
 
 def prepared_model(model: nn.Module, config: TrainConfig, spec: ModelSpec) -> nn.Module:
@@ -127,7 +143,9 @@ def batches_of(
         batches = len(order)
     if batches < config.accumulate:
         raise UlsamError(f"an epoch has {batches} batches, fewer than `accumulate={config.accumulate}`")
-    cache, cache_line = cache_for(images, transform.reduction, config.cache, processes=world.size)
+    cache, cache_line = cache_for(
+        images, transform.reduction, config.cache, processes=world.size, channels=transform.channels
+    )
     loader = loading.train_loader(
         images,
         transform,
@@ -168,25 +186,15 @@ def freeze(model: nn.Module, places: Sequence[str]) -> list[nn.Module]:
     return frozen
 
 
-def optimizer_of(
-    config: TrainConfig, model: nn.Module, epoch_updates: int
-) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
-    """timm's optimizer and its warm-up + cosine schedule by updates; no decay on norms, biases and ULSAM's weights."""
+def optimizer_of(config: TrainConfig, model: nn.Module, epoch_updates: int) -> tuple[torch.optim.Optimizer, Scheduler]:
+    """timm's optimizer and its schedule by updates; no weight decay on norms, biases and ULSAM's weights."""
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=ulsam_parameters(model))
     if not groups:
         raise UlsamError("every parameter is frozen: leave something to train out of `freeze`")
     if config.ulsam_lr != 1:
         groups = _scaled_groups(groups, model, config.ulsam_lr)
-    momentum = {"momentum": config.momentum} if config.opt == "sgd" else {}
-    optimizer = create_optimizer_v2(groups, opt=config.opt, lr=config.lr, weight_decay=0.0, **momentum)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=config.epochs * epoch_updates + 1,
-        lr_min=config.min_lr,
-        warmup_t=round(config.warmup_epochs * epoch_updates),
-        t_in_epochs=False,
-    )
-    return optimizer, schedule
+    optimizer = make_optimizer(groups, config.opt, config.opt_args, lr=config.lr, momentum=config.momentum)
+    return optimizer, schedule_of(config, optimizer, epoch_updates)
 
 
 def _scaled_groups(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:

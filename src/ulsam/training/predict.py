@@ -18,7 +18,8 @@ Logits = NDArray[np.float32]
 """What a model outputs, [B, classes]."""
 
 Image = str | os.PathLike[str] | BinaryIO | Pixels
-"""A file, its address (http:// or https://), a binary stream that holds one, or RGB bytes [H, W, 3]."""
+"""A file, its address (http:// or https://), a binary stream that holds one, or RGB bytes [H, W, 3]; [H, W, C] for a
+model of other channels."""
 
 NOT_FINITE = "the model outputs numbers that are not finite (NaN or infinity)"
 
@@ -49,7 +50,7 @@ def predict(
 
     Args:
         images: of any size. What is no file is called ``<image N>``, counted from 0.
-        logits: of RGB bytes [B, H, W, 3] at the model's size.
+        logits: of bytes [B, H, W, C] at the model's size.
         preprocessing: that brings them to this size.
         classes: names of the outputs.
         top: classes to name for each image; by default 5. With ``thresholds`` by default those that reach theirs; and
@@ -168,15 +169,20 @@ def softmax(logits: Logits) -> Logits:
 
 def _pixels(image: Image, preprocessing: Preprocessing) -> Pixels:
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise UlsamError(f"an image in memory is RGB bytes, uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        channels = preprocessing.channels
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or not image.size:
+            what = "RGB bytes" if channels == 3 else "bytes"
+            raise UlsamError(
+                f"an image in memory is {what}, uint8 [H, W, {channels}], not {image.dtype} {list(image.shape)}"
+            )
         return image
     if not isinstance(image, str | os.PathLike) and not hasattr(image, "read"):
         raise UlsamError(
             f"an image is a path, a binary stream or RGB bytes [H, W, 3], not {type(image).__name__}; "
             "io.BytesIO(...) makes a stream of a file's content"
         )
-    return read_pixels(fetch(image) if is_address(image) else image, preprocessing.reduction)
+    source = fetch(image) if is_address(image) else image
+    return read_pixels(source, preprocessing.reduction, channels=preprocessing.channels)
 
 
 def _name(image: Image, number: int) -> str:

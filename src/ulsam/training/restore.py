@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_empty
 from ulsam.training import summary as report
@@ -92,7 +90,7 @@ def check_same(
         UlsamError: it was not; the line says what differs.
     """
     before = saved["environment"]["processes"]
-    defaults = {spec.name: spec.default for spec in dataclasses.fields(TrainConfig)}
+    defaults = dataclasses.asdict(TrainConfig(config.data))
     if before != str(processes):
         raise UlsamError(f"this run has {before} process(es), not {processes}: start as many")
     if saved["classes"] != list(classes):
@@ -131,21 +129,6 @@ def position(saved: dict[str, Any], config: TrainConfig, epoch_updates: int) -> 
     if len(at.rows) != at.epoch or not sound:
         raise ValueError(f"{at.epoch} epochs, but its rows are not theirs")
     return at
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], opt: str) -> None:
-    """Give the optimizer its state; raises ValueError and what else the state of another one leads to."""
-    new = optimizer.state_dict()["param_groups"]
-    for group, other in zip(new, saved["param_groups"], strict=True):
-        changed = [name for name in group.keys() | other.keys() if name != "lr" and group.get(name) != other.get(name)]
-        if changed:
-            raise ValueError(f"{min(changed)} of its optimizer is not that of {opt}")
-    optimizer.load_state_dict(saved)
-    kinds = {"momentum_buffer"} if opt == "sgd" else {"step", "exp_avg", "exp_avg_sq"}
-    for parameter, state in optimizer.state.items():
-        fits = all(value.numel() == 1 or value.shape == parameter.shape for value in state.values())
-        if state.keys() != kinds or not fits:
-            raise ValueError(f"the state of its optimizer is not that of {opt}")
 
 
 def resume_call(run: Path, prepared: bool) -> str:

@@ -31,6 +31,7 @@ class TrainSettings(TypedDict, total=False):
     distill: float | None
     distill_temperature: float | None
     distill_features: float | None
+    in_chans: int | None
     size: int | None
     mean: list[float] | None
     std: list[float] | None
@@ -46,14 +47,20 @@ class TrainSettings(TypedDict, total=False):
     epochs: int
     batch_size: int
     accumulate: int
-    opt: Literal["sgd", "adamw"]
+    opt: str
+    opt_args: dict[str, Any]
     lr: float
     ulsam_lr: float
     momentum: float
     weight_decay: float
+    sched: Literal["cosine", "tanh", "poly", "step", "multistep", "constant"]
+    decay_rate: float | None
+    decay_epochs: int | None
+    decay_milestones: list[float]
     warmup_epochs: float
     min_lr: float
     clip_grad: float | None
+    class_weights: dict[str, float] | str | None
     smoothing: float
     drop_rate: float
     drop_path: float
@@ -65,5 +72,7 @@ class TrainSettings(TypedDict, total=False):
     threads: int | None
     seed: int
     val_every: int
+    keep: Literal["last", "best"]
+    patience: int | None
     save_seconds: float
     track: list[str]

@@ -1,6 +1,7 @@
 """One training step: a model and its optimizer in the memory layout, precision and form that the settings name."""
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ulsam.base.distributed import World
 from ulsam.training import parts
+from ulsam.training.class_weights import weight_tensor
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Distiller, Teacher
 
@@ -31,6 +33,7 @@ class TrainingStep:
         epoch_updates: int,
         world: World,
         teacher: Teacher | None = None,
+        class_weights: Mapping[str, float] | None = None,
         several: bool = False,
     ) -> None:
         self.config, self.device, self.several = config, world.device, several
@@ -38,6 +41,7 @@ class TrainingStep:
         self.model = model.to(world.device).to(memory_format=self.layout)
         self.frozen = parts.freeze(model, config.freeze)
         self.optimizer, self.schedule = parts.optimizer_of(config, self.model, epoch_updates)
+        self.class_weights = weight_tensor(class_weights, world.device)
         self.amp = AMP_DTYPES[config.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.amp == torch.float16)
         self.wrapped: nn.Module = self.model
@@ -61,7 +65,7 @@ class TrainingStep:
         """Forward and backward; the mean loss. Processes share their gradients in the ``last`` batch of an update.
 
         Args:
-            images: [B, 3, H, W] in the layout of the settings.
+            images: [B, C, H, W] in the layout of the settings.
             labels: class numbers [B], or shares [B, classes]; of ``several`` labels an image 0 to 1 [B, classes].
             smoothing: of the labels; of several an image each moves so far towards a half.
         """
@@ -78,11 +82,13 @@ class TrainingStep:
                 logits = self.wrapped(images)
             if self.several:
                 return F.binary_cross_entropy_with_logits(logits.float(), parts.smoothed(labels, smoothing))
-            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            return F.cross_entropy(logits.float(), labels, self.class_weights, label_smoothing=smoothing)
         with precision, self.distiller.listening():
             teacher_output = self.distiller.teach(images)
             output = self.wrapped(images)
-        return self.distiller.loss(output, teacher_output, labels, smoothing=smoothing)
+        return self.distiller.loss(
+            output, teacher_output, labels, smoothing=smoothing, class_weights=self.class_weights
+        )
 
     def update(self) -> None:
         """Move the weights by the gradients, clipped where the settings say so, and forget these."""

@@ -15,6 +15,7 @@ from ulsam.base.files import write_atomic, write_json
 from ulsam.model.build import save
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import Cost
+from ulsam.training.best import kept_lines
 from ulsam.training.checkpoint import Position
 from ulsam.training.distill import Teacher
 from ulsam.training.evaluate import Scores
@@ -142,6 +143,7 @@ def result_lines(summary: Mapping[str, Any], run: Path) -> list[str]:
             f"result  top-1 {100 * scores['top1']:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}), "
             f"top-5 {100 * scores['top5']:.2f} % {on}"
         ]
+    lines += kept_lines(summary["kept"], summary["config"]["epochs"])
     if summary["prepared"]:
         lines.append("note    no spec builds this model: its weights alone are saved, in weights.safetensors")
     if count := sum(map(len, summary["unreadable"].values())):

@@ -30,7 +30,7 @@ def train(
     """Train a model and write everything about it into the new folder ``out``.
 
     The folder then holds ``config.yaml`` (repeats the run), ``metrics.csv``, ``curves.png``, ``checkpoint.pt``,
-    ``model.safetensors`` (the last epoch's weights, or their average; no epoch is picked by its score) and
+    ``model.safetensors`` (the last epoch's weights, or their average; the best epoch's with ``keep="best"``) and
     ``summary.json``, whose content is returned. Under torchrun all processes call this, and the first one writes.
 
     Random generators and PyTorch's number of threads are afterwards as they were. On a CPU a training step is up to

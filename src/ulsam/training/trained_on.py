@@ -60,6 +60,14 @@ def note_trained_on(
         held_out: whether a table says that they are for validation or testing.
     """
     before = run_of(model)
+    if before and (before.keep == "best" or before.patience):
+        chosen = _validation_images(before) & set(_real(paths))
+        if chosen:
+            say(
+                f"note    the epoch was chosen by its score on {len(chosen)} of these {len(paths)} images: their score "
+                "is optimistic",
+                level=WARNING,
+            )
     known = _training_images(before) if before else None
     if known is not None:
         ours = _real(paths)
@@ -96,6 +104,15 @@ def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
     except (UlsamError, OSError):
         return None
     return set(_real(path for path, _ in images.samples)).__contains__ if isinstance(images, FolderImages) else None
+
+
+def _validation_images(run: TrainConfig) -> set[str]:
+    """The images that a run was measured on; empty where its data is no folder, or is gone."""
+    try:
+        images = parts.open_images(run)[1] if Path(run.data).is_dir() else None
+    except (UlsamError, OSError):
+        return set()
+    return set(_real(path for path, _ in images.samples)) if isinstance(images, FolderImages) else set()
 
 
 def _real(paths: Iterable[str]) -> list[str]:
