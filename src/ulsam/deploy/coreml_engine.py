@@ -30,8 +30,8 @@ def coreml_engine(
 ) -> Engine:
     """An ML program for iOS 15, macOS 12 and later, one image at a time; as `ulsam.deploy.engines.onnx_engine`.
 
-    The input of a `FromImage` is an RGB or gray image, that of another model is an array. The metadata is user-defined metadata
-    of the model. With ``half`` the program computes in float16, as the Neural Engine does.
+    The input of a `FromImage` is an RGB or gray image, that of another model is an array. The metadata is user-defined
+    metadata of the model. With ``half`` the program computes in float16, as the Neural Engine does.
 
     Raises:
         UlsamError: also for a free size, and for images of other channels.
@@ -44,11 +44,8 @@ def coreml_engine(
     if takes_image and channels not in (1, 3):
         raise UlsamError(f"images for Core ML are RGB or gray, not of {channels} channels: set `preprocessing=False`")
     kind = coremltools.ImageType if takes_image else coremltools.TensorType
-    layout = (
-        {"color_layout": coremltools.colorlayout.RGB if channels == 3 else coremltools.colorlayout.GRAYSCALE}
-        if takes_image
-        else {}
-    )
+    colors = coremltools.colorlayout.RGB if channels == 3 else coremltools.colorlayout.GRAYSCALE
+    layout = {"color_layout": colors} if takes_image else {}
     name = "pixels" if takes_image else "x"
     try:
         with _silent(), torch.no_grad():
@@ -77,11 +74,8 @@ def coreml_engine(
 
 def _run(made: Any, takes_image: bool) -> Run:
     def run(images: NDArray[Any]) -> NDArray[np.float32]:
-        given = (
-            {"pixels": Image.fromarray(images[0].squeeze(2) if images.shape[3] == 1 else images[0])}
-            if takes_image
-            else {"x": images}
-        )
+        gray = takes_image and images.shape[3] == 1
+        given = {"pixels": Image.fromarray(images[0, :, :, 0] if gray else images[0])} if takes_image else {"x": images}
         found: NDArray[np.float32] = made.predict(given)["logits"]
         return found
 
