@@ -1,6 +1,6 @@
 """What trained models cost once they are shipped: top-1, file size and latency, in float32 and in 8-bit integers.
 
-Every final model of a comparison is exported to ONNX and quantised with ranges from training images. Each file is
+Every final model of a comparison is exported to ONNX and quantized with ranges from training images. Each file is
 measured on the images on which the comparison measured the model: what int8 costs is paired by seed and image. Then
 the files of the first seed run in turn in one process under ONNX Runtime, on the same images: a figure is the median
 over the turns, and its ratio is to the first arm in float32. Two minutes for times, ten for answers; nothing else may
@@ -107,7 +107,7 @@ def finals(comparison: ComparisonFolder, most: int | None) -> dict[str, list[Run
 
 
 def shipped(run: Run, comparison: ComparisonFolder, stem: Path) -> dict[str, dict[str, Any]]:
-    """Export and quantise the model of a run; both files, with their answers on the images of the run's own measure."""
+    """Export and quantize the model of a run; both files, with their answers on the images of the run's own measure."""
     files = dict(zip(PRECISIONS, (Path(f"{stem}.onnx"), Path(f"{stem}-int8.onnx")), strict=True))
     _, images, _ = parts.open_images(run.config)
     model, spec = load(comparison.folder(run) / "model.safetensors")

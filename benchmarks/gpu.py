@@ -223,12 +223,12 @@ def batches(images: Tensor, labels: Tensor, size: int, batch: int) -> Iterator[t
         theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale * flip, scale, shift
         grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
         yield (
-            F.grid_sample(normalised(images[chosen]), grid, align_corners=False, padding_mode="reflection"),
+            F.grid_sample(normalized(images[chosen]), grid, align_corners=False, padding_mode="reflection"),
             labels[chosen],
         )
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalized(images: Tensor) -> Tensor:
     config = timm.get_pretrained_cfg("mobilenetv2_100")
     mean, deviation = (torch.tensor(it, device=images.device)[:, None, None] for it in (config.mean, config.std))
     return ((images.float() / 255 - mean) / deviation).contiguous(memory_format=torch.channels_last)
@@ -261,7 +261,7 @@ def scratch(machine: Machine, end: float, data: Path, epochs: int) -> list[dict[
                     schedule.step()
             model.eval()
             with torch.inference_mode():
-                outputs = torch.cat([model(normalised(part)).argmax(1) for part in test[0].split(256)])
+                outputs = torch.cat([model(normalized(part)).argmax(1) for part in test[0].split(256)])
             top1 = float((outputs == test[1]).float().mean())
             rows.append({"arm": arm, "seed": seed, "epochs": epochs, "top1": top1, "seconds": time.monotonic() - began})
             print(rows[-1], flush=True)

@@ -47,7 +47,7 @@ ROWS = [  # of the paper's tables 3 and 4; layers count from the stem convolutio
     ("mobilenetv1_100", "12"),
 ]
 EDITS = {"remove": ulsam.remove, "ULSAM": functools.partial(ulsam.replace, groups=4)}
-WAYS: dict[str, dict[str, Any]] = {  # views: random crops of each image beside the centre one
+WAYS: dict[str, dict[str, Any]] = {  # views: random crops of each image beside the center one
     "no reconstruction": {},
     "500 steps a place": {"steps": 500},
     "2000 steps a place, 8 views of each image": {"steps": 2000, "views": 8},
@@ -82,15 +82,15 @@ def measure(logits: Tensor, base: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def transforms_of(model: nn.Module, **norm: Any) -> tuple[Any, Any]:
-    """The centre crop that the weights were made for, and a random one."""
+    """The center crop that the weights were made for, and a random one."""
     norm = {"mean": model.default_cfg["mean"], "std": model.default_cfg["std"], **norm}
     crop = [
         transforms.RandomResizedCrop(224, scale=(0.5, 1), interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(),
     ]
     both = [transforms.ToTensor(), transforms.Normalize(**norm)]
-    centre = create_transform((3, 224, 224), crop_pct=0.875, interpolation="bicubic", **norm)
-    return centre, transforms.Compose([*crop, *both])
+    center = create_transform((3, 224, 224), crop_pct=0.875, interpolation="bicubic", **norm)
+    return center, transforms.Compose([*crop, *both])
 
 
 def main(data: Path, weights: Path) -> None:
@@ -106,15 +106,15 @@ def main(data: Path, weights: Path) -> None:
             arguments, norm = MODELS[name]
             whole = timm.create_model(name, **arguments)
             whole.load_state_dict(load_file(weights / f"{name}.safetensors"))
-            centre, random_crop = transforms_of(whole, **norm)
-            test = read(files(data / "test"), centre)
+            center, random_crop = transforms_of(whole, **norm)
+            test = read(files(data / "test"), center)
             base, macs = predictions(whole, test), ulsam.cost(whole).macs
             if (name, "", "base", "") not in map(key, found):
                 found.append({"model": name, "places": "", "edit": "base", "way": "", **measure(base, base, truth)})
-            unlabelled = files(data / "reconstruct")
-            random.Random(0).shuffle(unlabelled)  # a batch mixes classes
+            unlabeled = files(data / "reconstruct")
+            random.Random(0).shuffle(unlabeled)  # a batch mixes classes
             torch.manual_seed(0)
-            batches = read(unlabelled, centre) + read(unlabelled * options.get("views", 0), random_crop)
+            batches = read(unlabeled, center) + read(unlabeled * options.get("views", 0), random_crop)
             for edit in todo:
                 torch.manual_seed(0)
                 model = EDITS[edit](copy.deepcopy(whole), [int(place) for place in places.split(",")])

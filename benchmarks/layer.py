@@ -197,7 +197,7 @@ def main() -> None:
                             f"{1e6 * found['ours']:7.0f} us  {step['loop'] / step['ours']:18.1f}",
                             flush=True,
                         )
-    summary = summarise(rows)
+    summary = summarize(rows)
     for name, value in summary.items():
         print(f"{name:80} {value:8.3g}")
     result = {
@@ -214,7 +214,7 @@ def main() -> None:
     Path(f"results/{out}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The figures that the targets name."""
 
     def ratios(over: str, under: str, step: str = "inference_seconds", **wanted: Any) -> list[float]:

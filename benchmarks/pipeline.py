@@ -2,7 +2,7 @@
 
 The loaders run in one process on one thread, in turn, on the same files, which the system holds in memory after the
 first turn; a figure is a median of processor seconds (user and system) an image, so it is one core's. timm's loader
-comes in both its forms, with the same augmentations: it normalises each image, or a batch at once (its prefetcher).
+comes in both its forms, with the same augmentations: it normalizes each image, or a batch at once (its prefetcher).
 
     python benchmarks/pipeline.py                          # on drawn birds; 4 minutes on two cores
     python benchmarks/pipeline.py --data images/train    # on a folder of classes
@@ -35,7 +35,7 @@ from training import in_turn, ours
 
 from ulsam.base.provenance import processor
 from ulsam.data import loading
-from ulsam.data.augment import Normalise, TrainTransform, jittered
+from ulsam.data.augment import Normalize, TrainTransform, jittered
 from ulsam.data.birds import draw_birds
 from ulsam.data.cache import ImageCache
 from ulsam.data.folder import scan
@@ -47,7 +47,7 @@ from ulsam.training.machine import adapt_to_device
 LOOK: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bilinear"}
 SCALE, FLIP, BATCH = (0.25, 1.0), 0.5, 32
 LARGER = {"500 x 375": (500, 375, 96), "2000 x 1500": (2000, 1500, 32)}
-JITTERS = {"crop, flip": 0.0, "crop, flip, colour jitter 0.4": 0.4}
+JITTERS = {"crop, flip": 0.0, "crop, flip, color jitter 0.4": 0.4}
 
 
 def medians(contenders: dict[str, Callable[[], int]], turns: int) -> dict[str, float]:
@@ -106,7 +106,7 @@ def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
     images, pixels = [read_image(path) for path in files], [read_pixels(path) for path in files]
     small = [image.resize((size, size)) for image in images]
     tensors = torch.stack([torch.from_numpy(read_pixels(_jpeg(image))) for image in small])
-    generator, normalise = random.Random(0), Normalise(LOOK["mean"], LOOK["std"])
+    generator, normalize = random.Random(0), Normalize(LOOK["mean"], LOOK["std"])
     per_image = transforms.Compose([transforms.ToTensor(), transforms.Normalize(LOOK["mean"], LOOK["std"])])
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4)
 
@@ -132,9 +132,9 @@ def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
 
         return run
 
-    def normalise_batches() -> int:
+    def normalize_batches() -> int:
         for first in range(0, len(tensors), BATCH):
-            normalise(tensors[first : first + BATCH])
+            normalize(tensors[first : first + BATCH])
         return len(tensors)
 
     contenders = {
@@ -147,12 +147,12 @@ def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
         "crop and resize, bilinear: PyTorch, uint8": each(by_torch("bilinear")),
         "crop and resize, bicubic: Pillow": each(by_pillow(Image.Resampling.BICUBIC)),
         "crop and resize, bicubic: PyTorch, uint8": each(by_torch("bicubic")),
-        "normalise: each image, torchvision": each(lambda n: per_image(small[n])),
-        "normalise: a batch at once": normalise_batches,
+        "normalize: each image, torchvision": each(lambda n: per_image(small[n])),
+        "normalize: a batch at once": normalize_batches,
         "seed: three generators": each(lambda n: loading.seed_all(0, 1, 0, n)),
         "seed: one generator": each(lambda n: random.Random(1 << 96 | n)),
-        "colour jitter: torchvision, on Pillow's": each(lambda n: jitter(small[n])),
-        "colour jitter: ours": each(lambda n: jittered(tensors[n], 0.4, generator)),
+        "color jitter: torchvision, on Pillow's": each(lambda n: jitter(small[n])),
+        "color jitter: ours": each(lambda n: jittered(tensors[n], 0.4, generator)),
     }
     return medians(contenders, turns)
 

@@ -49,7 +49,7 @@ from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge
 from ulsam.study.latency import measure
 from ulsam.study.launch import lock_of
 from ulsam.study.paths import without_paths
-from ulsam.study.slim import DECIDED, fine_tuning, slim
+from ulsam.study.slim import RESERVED_SETTINGS, fine_tuning, slim
 from ulsam.study.statistics import difference
 from ulsam.training import parts
 from ulsam.training.config import read_config
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def job(run: Run, lr: float, folder: Path) -> dict[str, Any]:
         given = dataclasses.asdict(run.config)  # all but what slimming decides is as in the run of the whole model
-        settings = {name: value for name, value in given.items() if name not in DECIDED and value is not None}
+        settings = {name: value for name, value in given.items() if name not in RESERVED_SETTINGS and value is not None}
         settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs}
         return {"model": comparison.folder(run) / "model.safetensors", "out": folder, "settings": settings}
 

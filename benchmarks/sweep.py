@@ -50,9 +50,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axis, sweep in zip(axes, result["sweeps"], strict=True):
         points = sweep["points"]
         for name, title in NAMES.items():
-            colour, style = LINES[name]
+            color, style = LINES[name]
             times = [1e6 * point["seconds"][name] for point in points]
-            axis.loglog([point["value"] for point in points], times, style, color=colour, label=title, marker="o", ms=3)
+            axis.loglog([point["value"] for point in points], times, style, color=color, label=title, marker="o", ms=3)
         axis.set_xlabel(f"{sweep['varies']} (of {sweep['of']})")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("microseconds a call")

@@ -10,7 +10,7 @@ from ulsam.base.packed import SUFFIX, read_packed, unpack
 from ulsam.study import compare_plot as plot
 from ulsam.study import compare_table as table
 from ulsam.study.compare import MARGIN
-from ulsam.study.compare_report import summarise
+from ulsam.study.compare_report import summarize
 from ulsam.study.comparison_folder import ComparisonFolder
 
 
@@ -24,7 +24,7 @@ def comparison(results: Path, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         unpack(read_packed(results / f"{name}{SUFFIX}"), folder)
         unpacked = ComparisonFolder(folder)
-        return summarise(unpacked.grid(), unpacked, MARGIN, unpacked.read("grid.json")["command"])
+        return summarize(unpacked.grid(), unpacked, MARGIN, unpacked.read("grid.json")["command"])
 
 
 def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> str:

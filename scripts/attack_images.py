@@ -25,7 +25,7 @@ SECONDS, MEGABYTES, LARGE = 2.0, 500.0, 31e6  # pixels
 FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "jpeg": ("RGB", "JPEG", {}),
     "jpeg-progressive": ("RGB", "JPEG", {"progressive": True}),
-    "jpeg-grey": ("L", "JPEG", {}),
+    "jpeg-gray": ("L", "JPEG", {}),
     "jpeg-cmyk": ("CMYK", "JPEG", {}),
     "jpeg-444": ("RGB", "JPEG", {"subsampling": 0, "quality": 100}),
     "jpeg-restarts": ("RGB", "JPEG", {"restart_marker_blocks": 1}),
@@ -138,8 +138,8 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2, data: bytes = b"") -> bytes:
-    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+def _png(width: int, height: int, *chunks: bytes, depth: int = 8, color: int = 2, data: bytes = b"") -> bytes:
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 
@@ -167,19 +167,19 @@ def _sizes() -> Iterator[tuple[str, bytes]]:
         yield f"jpeg of {scans} scans {size}", _jpeg_of(*size, repeated)
     for side in (9_400, 40_000, 2**31 - 1):
         yield f"png that claims {side} squared", _png(side, side, data=_zeros(10**6))
-        yield f"16-bit png that claims {side} squared", _png(side, side, depth=16, colour=6, data=_zeros(10**6))
+        yield f"16-bit png that claims {side} squared", _png(side, side, depth=16, color=6, data=_zeros(10**6))
     yield "png of 89 megapixels", _png(9_400, 9_400, data=_zeros(9_400 * 28_201 + 10**6))
-    yield "1-bit png of 89 megapixels", _png(9_400, 9_400, depth=1, colour=0, data=_zeros(9_400 * 1_176 + 10**6))
+    yield "1-bit png of 89 megapixels", _png(9_400, 9_400, depth=1, color=0, data=_zeros(9_400 * 1_176 + 10**6))
     yield "png with far too many pixels in it", _png(10, 10, data=_zeros(300 * 10**6))
     yield "png of one line", _png(60_000, 1, data=_zeros(10**6))
-    grey = Image.new("L", (9_400, 9_400))
+    gray = Image.new("L", (9_400, 9_400))
     for kind, options in (
         ("TIFF", {"compression": "tiff_deflate"}),
         ("TIFF", {"compression": "tiff_lzw"}),
         ("GIF", {}),
         ("JPEG", {}),
     ):
-        yield f"{kind} of 88 megapixels of grey {options}", _stored(grey, "L", kind, **options)
+        yield f"{kind} of 88 megapixels of gray {options}", _stored(gray, "L", kind, **options)
     yield "TIFF of 49 megapixels", _stored(Image.new("RGB", (7_000, 7_000)), "RGB", "TIFF", compression="tiff_deflate")
     yield (
         "float TIFF of 49 megapixels",
@@ -269,7 +269,7 @@ def _others() -> Iterator[tuple[str, bytes]]:
     yield "jpeg of a start and an end", b"\xff\xd8\xff\xd9"
     yield "jpeg without tables", jpeg[:2] + jpeg[jpeg.index(b"\xff\xc0") :]
     yield "jpeg of tables alone", jpeg[: jpeg.index(b"\xff\xc0")] + b"\xff\xd9"
-    yield "jpeg with 255 colours", jpeg.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\x03\x05\x08")
+    yield "jpeg with 255 colors", jpeg.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\x03\x05\x08")
     yield "jpeg 2000 without a picture", b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\x14ftypjp2 \0\0\0\0jp2 "
     yield "avif without a picture", b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf\0\0\0\0"
     yield "webp that claims to be long", b"RIFF\xff\xff\xff\x7fWEBPVP8X\n\0\0\0" + b"\xff" * 10

@@ -32,7 +32,7 @@ def main() -> None:
     truth = args.image.parent.name
     drawn = panel(found, base, title=f"{truth}/{args.image.name}", truth=truth)
     buffer = io.BytesIO()
-    palette = drawn.quantize(256, Image.Quantize.MAXCOVERAGE)  # median cut would lose the ends of the colour scale
+    palette = drawn.quantize(256, Image.Quantize.MAXCOVERAGE)  # median cut would lose the ends of the color scale
     drawn.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(buffer, "png", optimize=True)
     write_atomic(args.out, buffer.getvalue())
 

@@ -19,7 +19,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from ulsam.base.files import write_atomic
 
-SHOTS = {  # name: colour scheme, width, and what is shown
+SHOTS = {  # name: color scheme, width, and what is shown
     "explore": ("light", 1180, "attention"),
     "explore-dark": ("dark", 1180, "cam"),
     "explore-phone": ("light", 390, "attention"),
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def shot(page: Page) -> bytes:
-    """The whole page as a JPEG, whose colours are not halved: letters stay sharp."""
+    """The whole page as a JPEG, whose colors are not halved: letters stay sharp."""
     buffer = io.BytesIO()
     image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
     image.save(buffer, "jpeg", quality=85, subsampling=0, optimize=True)

@@ -114,11 +114,11 @@ from pathlib import Path
 
 from PIL import Image
 
-for name, colour in {"red": (200, 0, 0), "blue": (0, 0, 200)}.items():
+for name, color in {"red": (200, 0, 0), "blue": (0, 0, 200)}.items():
     folder = Path("images", name)
     folder.mkdir(parents=True)
     for number in range(8):
-        Image.new("RGB", (40, 40), tuple(min(255, value + number) for value in colour)).save(folder / f"{number}.jpg")
+        Image.new("RGB", (40, 40), tuple(min(255, value + number) for value in color)).save(folder / f"{number}.jpg")
 PY
     "$bin/ulsam" train images --replace 14,17 --size 32 --epochs 1 --batch-size 4 --workers 0 --out run >/dev/null
     info=$("$bin/ulsam" info run/model.safetensors)

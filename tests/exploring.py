@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import uvicorn
 
-from tiny import NET
+from tiny import TINY_MODEL
 from ulsam.apps.explore_models import Model
 from ulsam.apps.explore_page import create_app
 from ulsam.apps.listening import listen
@@ -25,7 +25,7 @@ EDITS = (Edit("insert", "blocks.2", 2), Edit("insert", "blocks.3", 4))
 
 def tiny_model(*edits: Edit, size: int = 64) -> Model:
     torch.manual_seed(0)
-    spec = make_spec(NET, CLASSES, edits, size=size)
+    spec = make_spec(TINY_MODEL, CLASSES, edits, size=size)
     model = build(spec)[0]
     for layer in model.modules():
         if isinstance(layer, ULSAM):

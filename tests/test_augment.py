@@ -14,7 +14,7 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import ColorJitter, RandomResizedCrop, functional
 
-from ulsam.data.augment import EvalTransform, Normalise, TrainTransform, jittered, random_crop, random_erasing
+from ulsam.data.augment import EvalTransform, Normalize, TrainTransform, jittered, random_crop, random_erasing
 
 LOOK = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bilinear"}
 PLAIN = {"hflip": 0.0, "color_jitter": 0.0, "rand_augment": None, "random_erasing": 0.0, "crop_scale": (0.25, 1.0)}
@@ -28,7 +28,7 @@ def train_transform(size=(24, 32), **options) -> TrainTransform:
 
 
 def scene(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """Smooth colours with a little noise."""
+    """Smooth colors with a little noise."""
     noise = np.random.default_rng(seed).normal(0, 8, (height, width, 3))
     y, x = np.mgrid[:height, :width][..., None]
     return (128 + 90 * np.sin(x / 9 + np.arange(3)) * np.cos(y / 7) + noise).clip(0, 255).astype(np.uint8)
@@ -215,10 +215,10 @@ def test_erasing_is_as_frequent_as_asked():
     assert abs(found - 0.25 * DRAWS) < 4 * math.sqrt(0.1875 * DRAWS)
 
 
-# generators of neighbouring images
+# generators of neighboring images
 
 
-def test_draws_of_neighbouring_positions_are_independent():
+def test_draws_of_neighboring_positions_are_independent():
     first = [random.Random(3 << 96 | 1 << 64 | position).random() for position in range(DRAWS)]
     assert kstest(first, "uniform").pvalue > RARE
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 4 / math.sqrt(DRAWS)
@@ -226,14 +226,14 @@ def test_draws_of_neighbouring_positions_are_independent():
     assert abs(np.corrcoef(first, other)[0, 1]) < 4 / math.sqrt(DRAWS)
 
 
-# normalising and measuring
+# normalizing and measuring
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_normalising_a_batch(batch, height, width, seed):
+def test_normalizing_a_batch(batch, height, width, seed):
     images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (batch, height, width, 3), np.uint8))
-    out = Normalise(LOOK["mean"], LOOK["std"])(images)
+    out = Normalize(LOOK["mean"], LOOK["std"])(images)
     mean, std = (torch.tensor(LOOK[name], dtype=torch.float64).view(3, 1, 1) for name in ("mean", "std"))
     assert torch.allclose(out.double(), (images.permute(0, 3, 1, 2) / 255.0 - mean) / std, atol=1e-6)
     assert out.dtype == torch.float32
@@ -247,10 +247,10 @@ def test_measuring_is_timms_transform(size, crop_pct):
     theirs = create_transform((3, 32, 32), crop_pct=crop_pct, **LOOK)(image)
     ours = EvalTransform((3, 32, 32), crop_pct=crop_pct, **LOOK)
     assert torch.allclose(ours(image), theirs, atol=1e-5)
-    assert torch.equal(ours(image), ours.normalise(ours.pixels(np.asarray(image))[None])[0])
+    assert torch.equal(ours(image), ours.normalize(ours.pixels(np.asarray(image))[None])[0])
 
 
-def test_threads_do_not_change_a_image():
+def test_threads_do_not_change_an_image():
     transform = train_transform((256, 256), color_jitter=0.4)
     pixels, threads = scene(300, 280), torch.get_num_threads()
     try:

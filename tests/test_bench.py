@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from tiny import NET
+from tiny import TINY_MODEL
 from ulsam.base.errors import UlsamError
 from ulsam.base.logs import LOGGER
 from ulsam.base.timing import WARM_UP, figures, in_turn
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
     """model.safetensors and model.onnx: one with decided answers; other.onnx: another classifier."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
-    spec = make_spec(NET, ("a", "b", "c"), [Edit("insert", "blocks.1.0", 4)], size=32)
+    spec = make_spec(TINY_MODEL, ("a", "b", "c"), [Edit("insert", "blocks.1.0", 4)], size=32)
     model, _ = build(spec)
     nn.init.normal_(model.get_submodule("classifier").weight)
     save(model, spec, root / "model.safetensors")
@@ -253,9 +253,9 @@ def test_a_process_that_dies_is_told(folder, tmp_path):
 def test_openvino_gives_the_models_answers(folder, tmp_path):
     pytest.importorskip("openvino")
     small = nn.Sequential(nn.Conv2d(3, 3, 5, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    normalised = engine_of(small, load(folder / "model.safetensors")[1], preprocessing=False)
-    (tmp_path / "normalised.onnx").write_bytes(normalised.files[".onnx"])
-    for path in (folder / "model.onnx", tmp_path / "normalised.onnx"):
+    normalized = engine_of(small, load(folder / "model.safetensors")[1], preprocessing=False)
+    (tmp_path / "normalized.onnx").write_bytes(normalized.files[".onnx"])
+    for path in (folder / "model.onnx", tmp_path / "normalized.onnx"):
         model = open_bench_model(str(path), ["openvino"], tmp_path)
         with start(model, "openvino", batch=2, threads=1) as process:
             assert process.time() > 0 and process.size == path.stat().st_size
@@ -265,7 +265,7 @@ def test_openvino_gives_the_models_answers(folder, tmp_path):
 def test_compiled_and_not_folded_models_leave_no_process(folder, tmp_path):
     before = children()
     rows = bench(
-        [str(folder / "model.safetensors"), NET],
+        [str(folder / "model.safetensors"), TINY_MODEL],
         tmp_path / "out",
         backends=["compile", "eager"],
         batches=[1],
@@ -273,7 +273,7 @@ def test_compiled_and_not_folded_models_leave_no_process(folder, tmp_path):
         size=32,
         fold=False,
     )
-    assert [(row.model, row.backend) for row in rows[2:]] == [(NET, "compile"), (NET, "eager")]
+    assert [(row.model, row.backend) for row in rows[2:]] == [(TINY_MODEL, "compile"), (TINY_MODEL, "eager")]
     assert children() == before
 
 

@@ -1,4 +1,4 @@
-"""Grey and multi-channel images: how they are read, and that every command computes the same of them."""
+"""Gray and multi-channel images: how they are read, and that every command computes the same of them."""
 
 import io
 import json
@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform
 
 import ulsam
-from tiny import NET, SETTINGS, draw, draw_splits, options
+from tiny import SETTINGS, TINY_MODEL, draw, draw_splits, options
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.data.augment import Normalise, TrainTransform
+from ulsam.data.augment import Normalize, TrainTransform
 from ulsam.data.images import UnreadableImage, read_pixels
 from ulsam.data.preprocessing import Preprocessing
 from ulsam.deploy.classifier import open_classifier
@@ -54,7 +54,7 @@ def pages(planes: Any, **options: Any) -> io.BytesIO:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_grey_of_16_bits_keeps_its_upper_8(format: str) -> None:
+def test_gray_of_16_bits_keeps_its_upper_8(format: str) -> None:
     values = (np.arange(65536, dtype=np.uint32).reshape(256, 256)).astype(np.uint16)
     image = Image.fromarray(values)
     assert image.mode == "I;16"
@@ -64,15 +64,15 @@ def test_grey_of_16_bits_keeps_its_upper_8(format: str) -> None:
     assert found.min() == 0 and found.max() == 255  # neither clipped nor wrapped around
 
 
-def test_grey_is_the_luma_of_what_is_read_as_rgb() -> None:
-    grey = Image.fromarray(SMOOTH)
-    assert np.array_equal(read_pixels(stored(grey), channels=1)[:, :, 0], SMOOTH)
-    colours = Image.fromarray(RANDOM.integers(0, 256, (9, 11, 3), np.uint8))
-    expected = np.asarray(colours.convert("L"))[:, :, None]
-    assert np.array_equal(read_pixels(stored(colours), channels=1), expected)
-    alpha = Image.merge("LA", (grey, Image.new("L", grey.size, 0)))
+def test_gray_is_the_luma_of_what_is_read_as_rgb() -> None:
+    gray = Image.fromarray(SMOOTH)
+    assert np.array_equal(read_pixels(stored(gray), channels=1)[:, :, 0], SMOOTH)
+    colors = Image.fromarray(RANDOM.integers(0, 256, (9, 11, 3), np.uint8))
+    expected = np.asarray(colors.convert("L"))[:, :, None]
+    assert np.array_equal(read_pixels(stored(colors), channels=1), expected)
+    alpha = Image.merge("LA", (gray, Image.new("L", gray.size, 0)))
     assert (read_pixels(stored(alpha), channels=1) == 255).all()  # over white, as ever
-    jpeg = stored(grey, "JPEG", quality=95)
+    jpeg = stored(gray, "JPEG", quality=95)
     assert np.array_equal(read_pixels(jpeg, channels=1), read_pixels(jpeg)[:, :, :1])
     assert read_pixels(jpeg, lambda width, height: 2, channels=1).shape == (20, 25, 1)
 
@@ -130,11 +130,11 @@ def test_a_damaged_tiff_of_many_pages_is_one_line() -> None:
 # the model's input
 
 
-def test_a_grey_image_is_resized_and_normalised_as_timm_does_it() -> None:
-    spec = ModelSpec(NET, ("a", "b"), (), {"in_chans": 1}, (1, 24, 24), "bicubic", 0.875, (0.4,), (0.2,))
-    grey = Image.fromarray(SMOOTH)
+def test_a_gray_image_is_resized_and_normalized_as_timm_does_it() -> None:
+    spec = ModelSpec(TINY_MODEL, ("a", "b"), (), {"in_chans": 1}, (1, 24, 24), "bicubic", 0.875, (0.4,), (0.2,))
+    gray = Image.fromarray(SMOOTH)
     theirs = create_transform((1, 24, 24), interpolation="bicubic", crop_pct=0.875, mean=(0.4,), std=(0.2,))
-    torch.testing.assert_close(spec_transform(spec)(grey), theirs(grey), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(spec_transform(spec)(gray), theirs(gray), atol=1e-5, rtol=1e-5)
 
 
 def test_each_channel_is_treated_like_one_of_rgb() -> None:
@@ -145,7 +145,7 @@ def test_each_channel_is_treated_like_one_of_rgb() -> None:
     more = Preprocessing((24, 24), mean=(0.5, 0.4, 0.3, 0.5, 0.4), std=(0.2, 0.3, 0.4, 0.2, 0.3), **look)
     expected, found = rgb.crop(pixels), more.crop(five)
     assert np.array_equal(found, np.concatenate([expected, expected[:, :, :2]], 2))
-    one, other = rgb.normalise(expected[None])[0], more.normalise(found[None])[0]
+    one, other = rgb.normalize(expected[None])[0], more.normalize(found[None])[0]
     assert np.array_equal(other, np.concatenate([one, one[:2]]))
     assert Preprocessing.from_json(more.to_json()) == more
     plain = {"hflip": 0.5, "color_jitter": 0, "rand_augment": None, "random_erasing": 1.0, "crop_scale": (0.3, 1.0)}
@@ -162,29 +162,29 @@ def test_each_channel_is_treated_like_one_of_rgb() -> None:
 
 
 def test_pixels_of_other_channels_are_never_taken_for_the_models() -> None:
-    grey = Preprocessing((4, 4), "bilinear", 1.0, (0.5,), (0.5,))
+    gray = Preprocessing((4, 4), "bilinear", 1.0, (0.5,), (0.5,))
     with pytest.raises(UlsamError, match=r"^the model takes images \[H, W, 1\], not \[4, 4, 3\]$"):
-        grey.crop(np.zeros((4, 4, 3), np.uint8))
+        gray.crop(np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(UlsamError, match=r"^the model takes images of 1 channels, not 3$"):
-        Normalise([0.5], [0.5])(torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
+        Normalize([0.5], [0.5])(torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
     with pytest.raises(UlsamError, match="no preprocessing of images"):
-        Preprocessing.from_json(grey.to_json().replace('"std": [0.5]', '"std": [0.5, 0.5]'))
+        Preprocessing.from_json(gray.to_json().replace('"std": [0.5]', '"std": [0.5, 0.5]'))
 
 
-def test_weights_for_rgb_are_adapted_so_that_grey_gives_the_same(tmp_path: Path) -> None:
-    """Where mean and deviation are the same for all channels, a grey image in RGB and in one channel is one input."""
+def test_weights_for_rgb_are_adapted_so_that_gray_gives_the_same(tmp_path: Path) -> None:
+    """Where mean and deviation are the same for all channels, a gray image in RGB and in one channel is one input."""
     torch.manual_seed(0)
-    rgb, _ = build(ModelSpec(NET, ("a", "b"), input_size=(3, 32, 32)))
+    rgb, _ = build(ModelSpec(TINY_MODEL, ("a", "b"), input_size=(3, 32, 32)))
     save_file(rgb.state_dict(), tmp_path / "rgb.safetensors")
-    spec = ModelSpec(NET, ("a", "b"), (), {"in_chans": 1}, (1, 32, 32), mean=(0.4,), std=(0.2,))
-    grey, notes = build(spec, weights=tmp_path / "rgb.safetensors")
+    spec = ModelSpec(TINY_MODEL, ("a", "b"), (), {"in_chans": 1}, (1, 32, 32), mean=(0.4,), std=(0.2,))
+    gray, notes = build(spec, weights=tmp_path / "rgb.safetensors")
     assert notes == []
     x = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(grey.eval()(x), rgb.eval()(x.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gray.eval()(x), rgb.eval()(x.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4)
     for channels in (2, 6):
         spec = ModelSpec(
-            NET,
+            TINY_MODEL,
             ("a", "b"),
             (),
             {"in_chans": channels},
@@ -214,9 +214,9 @@ def draw_pages(root: Path, channels: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16-bit grey PNG images: two classes that differ in their brightness."""
-    root = tmp_path_factory.mktemp("grey")
+def gray(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16-bit gray PNG images: two classes that differ in their brightness."""
+    root = tmp_path_factory.mktemp("gray")
     random = np.random.default_rng(0)
     for split, number in (("train", 8), ("val", 4)):
         for label in range(2):
@@ -232,13 +232,13 @@ def settings_for(data: Path, channels: int, **settings: Any) -> TrainConfig:
     return TrainConfig.from_mapping({**SETTINGS, "data": str(data), **plain, **settings})
 
 
-def test_grey_from_training_to_deployment(grey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gray_from_training_to_deployment(gray: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    start = timm.create_model(NET, num_classes=7)
+    start = timm.create_model(TINY_MODEL, num_classes=7)
     save_file(start.state_dict(), tmp_path / "start.safetensors")
     run = tmp_path / "run"
     chosen = {**SETTINGS, "epochs": 10, "batch_size": 4, "in_chans": 1, "weights": tmp_path / "start.safetensors"}
-    assert main(["train", str(grey), "--insert", "blocks.2", "--out", str(run), *options(chosen)]) == 0
+    assert main(["train", str(gray), "--insert", "blocks.2", "--out", str(run), *options(chosen)]) == 0
     assert "note    conv_stem.weight is for RGB: adapted to 1 channels" in capsys.readouterr().out
     summary = json.loads((run / "summary.json").read_text())
     assert summary["scores"]["top1"] == 1.0
@@ -247,20 +247,20 @@ def test_grey_from_training_to_deployment(grey: Path, tmp_path: Path, capsys: py
     assert spec.input_size == (1, 32, 32) and spec.model_args["in_chans"] == 1 and len(spec.mean) == 1
     assert load_file(run / "model.safetensors")["conv_stem.weight"].shape[1] == 1
 
-    assert main(["eval", str(run), str(grey), "-j", "0", "--json"]) == 0
+    assert main(["eval", str(run), str(gray), "-j", "0", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert scores["top1"] == 1.0 and scores["loss"] == pytest.approx(summary["scores"]["loss"], abs=1e-5)
 
-    file = grey / "val" / "class1" / "0.png"
+    file = gray / "val" / "class1" / "0.png"
     look = spec_transform(spec)
     values = np.asarray(Image.open(file)) >> 8
     with torch.no_grad():
-        by_hand = model(look.normalise(look.pixels(values.astype(np.uint8)[:, :, None])[None]))[0].softmax(0)
+        by_hand = model(look.normalize(look.pixels(values.astype(np.uint8)[:, :, None])[None]))[0].softmax(0)
     (named,) = ulsam.predict(run / "model.safetensors", [file], top=2)
     assert named.classes[0][0] == "class1"
     assert named.classes[0][1] == pytest.approx(float(by_hand[1]), abs=1e-5)
 
-    parity = export(run / "model.safetensors", tmp_path / "model.onnx", images=[grey / "val"])
+    parity = export(run / "model.safetensors", tmp_path / "model.onnx", images=[gray / "val"])
     assert parity.same == parity.images
     opened = runtime.load(tmp_path / "model.onnx")
     (there,) = opened.predict([file], top=2)
@@ -274,18 +274,18 @@ def test_grey_from_training_to_deployment(grey: Path, tmp_path: Path, capsys: py
     found = ulsam.explain(run / "model.safetensors", file)
     assert found.pixels.shape == (32, 32, 1) and found.classes[found.target] == "class1"
     assert main(["explain", str(run), str(file), "--out", str(tmp_path / "explained")]) == 0
-    assert main(["inspect", str(run), str(grey / "val")]) == 0
+    assert main(["inspect", str(run), str(gray / "val")]) == 0
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
     pushed = push(run / "model.safetensors", tmp_path / "pushed")
     assert torch.equal(load(Path(pushed) / "model.safetensors")[0].conv_stem.weight, model.conv_stem.weight)
 
 
 @pytest.mark.slow
-def test_a_grey_model_is_quantized(grey: Path, tmp_path: Path) -> None:
-    train(settings_for(grey, 1), tmp_path / "run")
-    found = quantize(tmp_path / "run" / "model.safetensors", grey, tmp_path / "int8.onnx", calibrate=8)
+def test_a_gray_model_is_quantized(gray: Path, tmp_path: Path) -> None:
+    train(settings_for(gray, 1), tmp_path / "run")
+    found = quantize(tmp_path / "run" / "model.safetensors", gray, tmp_path / "int8.onnx", calibrate=8)
     assert found.images == 8
-    (named,) = runtime.load(tmp_path / "int8.onnx").predict([grey / "val" / "class0" / "0.png"])
+    (named,) = runtime.load(tmp_path / "int8.onnx").predict([gray / "val" / "class0" / "0.png"])
     assert named.error is None
 
 
@@ -308,9 +308,9 @@ def test_more_channels_from_training_to_deployment(channels: int, tmp_path: Path
     for mine, its in zip(ours, theirs, strict=True):
         assert mine.classes[0][0] == its.classes[0][0]
         assert mine.classes[0][1] == pytest.approx(its.classes[0][1], abs=1e-3)
-    with pytest.raises(UlsamError, match=rf"explain models of RGB or grey images; this one takes {channels} channels$"):
+    with pytest.raises(UlsamError, match=rf"explain models of RGB or gray images; this one takes {channels} channels$"):
         ulsam.explain(tmp_path / "true" / "model.safetensors", files[0])
-    with pytest.raises(UlsamError, match=rf"RGB or grey images, not those of {channels} channels$"):
+    with pytest.raises(UlsamError, match=rf"RGB or gray images, not those of {channels} channels$"):
         augmentation_sheet([str(files[0])], settings_for(data, channels))
 
 
@@ -318,7 +318,13 @@ def test_more_channels_from_training_to_deployment(channels: int, tmp_path: Path
 def test_a_pushed_model_keeps_its_first_convolution(channels: int, tmp_path: Path) -> None:
     """timm adapts a first convolution for RGB when it loads one; what is pushed has been adapted already."""
     spec = ModelSpec(
-        NET, ("a", "b"), (), {"in_chans": channels}, (channels, 32, 32), mean=(0.4,) * channels, std=(0.2,) * channels
+        TINY_MODEL,
+        ("a", "b"),
+        (),
+        {"in_chans": channels},
+        (channels, 32, 32),
+        mean=(0.4,) * channels,
+        std=(0.2,) * channels,
     )
     model, _ = build(spec)
     ulsam.save(model, spec, tmp_path / "model.safetensors")
@@ -341,7 +347,7 @@ def test_rgb_images_for_a_model_of_four_channels_end_the_run(tmp_path: Path) -> 
         train(settings_for(tmp_path / "data", 4, batch_size=4), tmp_path / "run")
 
 
-def test_the_sheet_shows_grey(tmp_path: Path) -> None:
+def test_the_sheet_shows_gray(tmp_path: Path) -> None:
     draw(tmp_path, 2)
     (image,) = (
         Image.open(io.BytesIO(augmentation_sheet([str(next(tmp_path.rglob("*.png")))], settings_for(tmp_path, 1)))),

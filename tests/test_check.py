@@ -68,8 +68,8 @@ def test_copies_are_found_whatever_their_size_and_quality(data: Path) -> None:
 
 
 def test_plain_images_are_no_copies_of_each_other(data: Path) -> None:
-    for number, grey in enumerate((40, 44, 200)):
-        Image.new("RGB", (96, 96), (grey,) * 3).save(data / "train" / "robin" / f"plain{number}.png")
+    for number, gray in enumerate((40, 44, 200)):
+        Image.new("RGB", (96, 96), (gray,) * 3).save(data / "train" / "robin" / f"plain{number}.png")
     assert named(check(data))["duplicates"] == []
 
 
@@ -155,7 +155,7 @@ def test_a_table_becomes_the_folder_that_check_says_it_can(tmp_path: Path, capsy
     assert content == (tmp_path / "data" / "photos" / "001.png").read_bytes()
 
 
-def test_a_table_beside_its_images_is_recognised(tmp_path: Path) -> None:
+def test_a_table_beside_its_images_is_recognized(tmp_path: Path) -> None:
     images(tmp_path / "data", range(2))
     (tmp_path / "data" / "labels.csv").write_text("image_id,label\n000,a\n")
     file = tmp_path / "data" / "labels.csv"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tiny import NET, draw
+from tiny import TINY_MODEL, draw
 from ulsam.cli import main
-from ulsam.deploy.confusion_picture import confusion_png
+from ulsam.deploy.confusion_plot import confusion_png
 from ulsam.model.build import build, make_spec, save
 from ulsam.training.class_scores import ClassScores, Collected
 from ulsam.training.evaluate import ALONE
@@ -117,7 +117,7 @@ def test_the_picture_is_drawn_whatever_the_number_of_classes(classes, tmp_path):
 
 def test_eval_writes_the_table_and_the_picture(tmp_path: Path, capsys):
     torch.manual_seed(0)
-    spec = make_spec(NET, ["class0", "class1", "class2"], size=32)
+    spec = make_spec(TINY_MODEL, ["class0", "class1", "class2"], size=32)
     save(build(spec)[0], spec, tmp_path / "model.safetensors")
     draw(tmp_path / "val", 3)
     words = ["eval", str(tmp_path / "model.safetensors"), str(tmp_path / "val"), "--workers", "0", "--device", "cpu"]

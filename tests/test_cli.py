@@ -17,9 +17,9 @@ from ulsam.cli import COMMANDS, common, export, main, parse, profile, slim
 from ulsam.cli.parser import GUIDE, parser
 from ulsam.cli.train import FROM_RANDOM
 from ulsam.deploy.export import Format
-from ulsam.layer.choice import Layer
+from ulsam.layer.make_layer import Layer
 from ulsam.layer.ulsam import Form
-from ulsam.study.slim import DECIDED
+from ulsam.study.slim import RESERVED_SETTINGS
 from ulsam.study.slim_latency import Engine
 from ulsam.surgery.cost import Rule
 
@@ -117,7 +117,7 @@ def test_choices_are_those_of_the_library() -> None:
     assert get_args(Format) == export.FORMATS
     assert get_args(Rule) == profile.RULES
     assert get_args(Engine) == slim.ENGINES
-    assert {"data", "edits", *slim.DECIDED} == set(DECIDED)
+    assert {"data", "edits", *slim.RESERVED_SETTINGS} == set(RESERVED_SETTINGS)
 
 
 def test_short_options_are_timms() -> None:

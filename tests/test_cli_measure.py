@@ -36,13 +36,13 @@ def world(tmp_path_factory):
             folder = root / "data" / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                colour = tuple(60 * number + 90 if channel == 2 - label else 30 for channel in range(3))
-                Image.new("RGB", (40, 36), colour).save(folder / f"{number}.png")
-                image = spec_transform(spec)(Image.new("RGB", (40, 36), colour))
+                color = tuple(60 * number + 90 if channel == 2 - label else 30 for channel in range(3))
+                Image.new("RGB", (40, 36), color).save(folder / f"{number}.png")
+                image = spec_transform(spec)(Image.new("RGB", (40, 36), color))
                 said[str(folder / f"{number}.png")] = model(image[None]).softmax(1)[0]
     (root / "data" / "train").mkdir()
-    grey = make_spec("mobilenetv2_035", CLASSES, size=32, model_args={"in_chans": 1})
-    save(build(grey)[0], grey, root / "grey.safetensors")
+    gray = make_spec("mobilenetv2_035", CLASSES, size=32, model_args={"in_chans": 1})
+    save(build(gray)[0], gray, root / "gray.safetensors")
     return root, said
 
 
@@ -104,23 +104,25 @@ def test_an_unreadable_image_is_reported_and_left_out(world, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["eval", "NET", "ROOT/nowhere"], "no such folder|no such file"),
-        (["eval", "NET", "ROOT/data", "--split", "tset"], "no split 'tset'; it has train, val, test"),
+        (["eval", "TINY_MODEL", "ROOT/nowhere"], "no such folder|no such file"),
+        (["eval", "TINY_MODEL", "ROOT/data", "--split", "tset"], "no split 'tset'; it has train, val, test"),
         (["eval", "ROOT/nowhere.safetensors", "ROOT/data"], "no model file"),
-        (["predict", "NET", "ROOT/data/train"], "no images in the folder"),
-        (["predict", "NET", "ROOT/data", "--top", "0"], "--top must be 1 or more"),
+        (["predict", "TINY_MODEL", "ROOT/data/train"], "no images in the folder"),
+        (["predict", "TINY_MODEL", "ROOT/data", "--top", "0"], "--top must be 1 or more"),
         (["predict", "ROOT/broken.jpg", "ROOT/data"], "no safetensors file, or is cut off"),
-        (["predict", "ROOT/grey.safetensors", "ROOT/data"], "read as RGB, but this model takes 1 channels, not 3"),
-        (["eval", "ROOT/grey.safetensors", "ROOT/data"], "read as RGB, but this model takes 1 channels, not 3"),
-        (["eval", "NET", "ROOT/data", "--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
-        (["eval", "NET", "ROOT/data", "--batch-size", "-3"], "--batch-size must be 1 or more, not -3"),
-        (["eval", "NET", "ROOT/data", "--workers", "-1"], "--workers must be 0 or more, not -1"),
+        (["predict", "ROOT/gray.safetensors", "ROOT/data"], "read as RGB, but this model takes 1 channels, not 3"),
+        (["eval", "ROOT/gray.safetensors", "ROOT/data"], "read as RGB, but this model takes 1 channels, not 3"),
+        (["eval", "TINY_MODEL", "ROOT/data", "--batch-size", "0"], "--batch-size must be 1 or more, not 0"),
+        (["eval", "TINY_MODEL", "ROOT/data", "--batch-size", "-3"], "--batch-size must be 1 or more, not -3"),
+        (["eval", "TINY_MODEL", "ROOT/data", "--workers", "-1"], "--workers must be 0 or more, not -1"),
     ],
 )
 def test_mistakes_get_one_line(world, capsys, words, message):
     root, _ = world
     (root / "broken.jpg").write_bytes(b"no image")
-    assert main([w.replace("NET", str(root / "model.safetensors")).replace("ROOT", str(root)) for w in words]) == 2
+    assert (
+        main([w.replace("TINY_MODEL", str(root / "model.safetensors")).replace("ROOT", str(root)) for w in words]) == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("ulsam: error: ") and error.count("\n") == 1
     assert re.search(message, error)

@@ -11,17 +11,17 @@ from safetensors.torch import save_file
 
 import ulsam
 from ulsam.cli import main
-from ulsam.model.build import build, make_spec, save, sketch
+from ulsam.model.build import build, make_spec, meta_model, save
 from ulsam.model.spec import Edit
 from ulsam.surgery.cost import cost
 
-NET = "mobilenetv2_050"
+TINY_MODEL = "mobilenetv2_050"
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("models") / "wrens.safetensors"
-    spec = make_spec(NET, ["Zaunkönig", "wren"], [Edit("replace", "14,17", 8)], size=64)
+    spec = make_spec(TINY_MODEL, ["Zaunkönig", "wren"], [Edit("replace", "14,17", 8)], size=64)
     save(build(spec)[0], spec, path)
     return path
 
@@ -31,9 +31,9 @@ def numbers(line: str) -> list[int]:
 
 
 def test_profile_prints_every_block_and_the_total(capsys):
-    assert main(["profile", NET, "--size", "64"]) == 0
+    assert main(["profile", TINY_MODEL, "--size", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    found = cost(sketch(make_spec(NET, [str(n) for n in range(1000)])), (3, 64, 64))
+    found = cost(meta_model(make_spec(TINY_MODEL, [str(n) for n in range(1000)])), (3, 64, 64))
     assert len(lines) == len(found.rows) + 5  # heading, two rules, total, counting rule
     assert numbers(lines[-2]) == [found.params, found.macs, found.activations]
     assert "One 3x64x64 image. Counting rule 'exact'" in lines[-1]
@@ -148,26 +148,32 @@ MISTAKES = [
     (["profile", "mobilenetv2_1000"], "timm has no model 'mobilenetv2_1000'; nearest: mobilenetv2_"),
     (["profile", "mobilenetv2_100.nope"], "timm has no model 'mobilenetv2_100.nope'"),
     (["profile", "hf-hub:timm/resnet18"], "timm has no model 'hf-hub:timm/resnet18'"),
-    (["profile", NET, "--size", "0"], "--size must be 1 pixel or more, not 0"),
-    (["profile", NET, "--size", "-3"], "--size must be 1 pixel or more, not -3"),
-    (["profile", NET, "--size", "100000"], "input_size is C, H, W, each from 1 to 8192"),
+    (["profile", TINY_MODEL, "--size", "0"], "--size must be 1 pixel or more, not 0"),
+    (["profile", TINY_MODEL, "--size", "-3"], "--size must be 1 pixel or more, not -3"),
+    (["profile", TINY_MODEL, "--size", "100000"], "input_size is C, H, W, each from 1 to 8192"),
     (["profile", "vit_tiny_patch16_224", "--size", "96"], "does not run on one image of [3, 96, 96]"),
-    (["profile", NET, "--replace", "18"], "blocks.6.0 changes the shape"),
-    (["profile", NET, "--replace", "99"], "there is no layer 99; this model has layers 1 to 18"),
-    (["profile", NET, "--replace", "17:1"], "17:1 means behind layer 17, an insertion"),
+    (["profile", TINY_MODEL, "--replace", "18"], "blocks.6.0 changes the shape"),
+    (["profile", TINY_MODEL, "--replace", "99"], "there is no layer 99; this model has layers 1 to 18"),
+    (["profile", TINY_MODEL, "--replace", "17:1"], "17:1 means behind layer 17, an insertion"),
     (["profile", "resnet18", "--replace", "14"], "layer number 14: the paper's numbers exist for MobileNet-V1 and V2"),
-    (["profile", NET, "--replace", "blocks.9"], "no module is named 'blocks.9'; nearest names: blocks"),
-    (["profile", NET, "--replace", ""], "cannot read the place ''"),
-    (["profile", NET, "--replace", "17", "--groups", "7"], "groups=7 does not divide 80 channels; valid: [1, 2, 4, 5"),
-    (["profile", NET, "--replace", "14-17"], "cannot read the layer number in '14-17'; write numbers with commas"),
-    (["profile", NET, "--replace", "17", "--groups", "0"], "groups must be 1 or more, not 0"),
-    (["profile", NET, "--replace", "17", "--form", "best"], "--form: 'best' is not one of equations, released"),
-    (["profile", NET, "--groups", "8"], "--groups has nothing to act on: add --replace AT or --insert AT"),
-    (["profile", NET, "--remove", "17", "--groups", "8"], "--groups has nothing to act on"),
+    (["profile", TINY_MODEL, "--replace", "blocks.9"], "no module is named 'blocks.9'; nearest names: blocks"),
+    (["profile", TINY_MODEL, "--replace", ""], "cannot read the place ''"),
+    (
+        ["profile", TINY_MODEL, "--replace", "17", "--groups", "7"],
+        "groups=7 does not divide 80 channels; valid: [1, 2, 4, 5",
+    ),
+    (
+        ["profile", TINY_MODEL, "--replace", "14-17"],
+        "cannot read the layer number in '14-17'; write numbers with commas",
+    ),
+    (["profile", TINY_MODEL, "--replace", "17", "--groups", "0"], "groups must be 1 or more, not 0"),
+    (["profile", TINY_MODEL, "--replace", "17", "--form", "best"], "--form: 'best' is not one of equations, released"),
+    (["profile", TINY_MODEL, "--groups", "8"], "--groups has nothing to act on: add --replace AT or --insert AT"),
+    (["profile", TINY_MODEL, "--remove", "17", "--groups", "8"], "--groups has nothing to act on"),
     (["profile", "mobilenetv2_100", "--replace", "conv_head"], "valid places near it: blocks."),
-    (["profile", NET, "--replace", "17", "--remove", "17"], "blocks.5.2 is a ULSAM layer already"),
-    (["profile", NET, "--rule", "mine"], "--rule: 'mine' is not one of exact, paper"),
-    (["profile", NET, "--csv", "no/such/folder/rows.csv"], "cannot write no/such/folder/rows.csv"),
+    (["profile", TINY_MODEL, "--replace", "17", "--remove", "17"], "blocks.5.2 is a ULSAM layer already"),
+    (["profile", TINY_MODEL, "--rule", "mine"], "--rule: 'mine' is not one of exact, paper"),
+    (["profile", TINY_MODEL, "--csv", "no/such/folder/rows.csv"], "cannot write no/such/folder/rows.csv"),
     (["candidates", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 has no block that takes and outputs the same"),
     (["profile", "model.pth"], "model.pth is neither timm's name of a model nor a model file, NAME.safetensors"),
     (["profile", "tests"], "tests is neither timm's name of a model nor a model file"),
@@ -203,7 +209,7 @@ def test_files_that_are_no_model_files_give_one_line(command, file, tmp_path, ca
     assert_one_line([command, str(plain)], f"{plain} holds weights without a spec", capsys)
 
 
-@pytest.mark.parametrize("arguments", [["profile"], ["profile", NET, "--size", "big"], ["info"], ["nonsense"]])
+@pytest.mark.parametrize("arguments", [["profile"], ["profile", TINY_MODEL, "--size", "big"], ["info"], ["nonsense"]])
 def test_a_call_of_the_wrong_form_gets_one_line(arguments, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny import NET, SETTINGS, draw, draw_splits
+from tiny import SETTINGS, TINY_MODEL, draw, draw_splits
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
 from ulsam.study.arms import Arm, check_arms, check_choosing, parse_arms
@@ -59,7 +59,7 @@ def test_an_arm_is_edits_and_settings_on_top_of_the_shared_ones() -> None:
     config = arm.config(shared(edits=["remove 16"]), seed=3)
     assert config.edits == ["remove 16", "insert 17:1 g=8 form=released"]
     assert (config.size, config.lr, config.model_args, config.seed) == (96, 0.001, {"drop_rate": 0.1}, 3)
-    assert config.model == NET
+    assert config.model == TINY_MODEL
     assert Arm.parse("small: base; size=24") == Arm("small", (), {"size": 24})
     assert Arm.parse(r"weights=C:\drop\n.safetensors").settings == {"weights": r"C:\drop\n.safetensors"}
     assert Arm.parse("m: model=a:b").settings == {"model": "a:b"}
@@ -108,7 +108,7 @@ def test_an_arm_can_do_without_the_shared_teacher() -> None:
         (["base", "insert nowhere"], "the arm 'insert nowhere g=4' cannot be built: .*nowhere"),
         (["base", "big: model=no_such_model"], "the arm 'big' cannot be built: timm has no model"),
         (["base", "size=big"], "the arm 'size=big': size must be a whole number"),
-        (["base", "colour=red"], "the arm 'colour=red': unknown setting 'colour'"),
+        (["base", "color=red"], "the arm 'color=red': unknown setting 'color'"),
         (["base", "weights=missing.safetensors"], "the arm 'weights=missing.safetensors' cannot be built: no weight"),
         (["base", "taught: teacher=missing.safetensors"], "the arm 'taught' cannot be built: .*missing.safetensors"),
         (["base", "ulsam_lr=10"], "the arm 'ulsam_lr=10' cannot be built: ulsam_lr has nothing to act on"),

@@ -15,13 +15,13 @@ from ulsam.cli.settings import add_settings, given_settings
 from ulsam.study.grid import Failed
 from ulsam.study.launch import reason_of, resume_options, start_process
 from ulsam.training.config import TrainConfig
-from ulsam.training.restore import HARMLESS
+from ulsam.training.restore import CHANGEABLE_ON_RESUME
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
 
 LONG = {**SETTINGS, "epochs": 400, "layout": "contiguous", "amp": "none", "compile": "none", "save_seconds": 0}
 SHORT = {**LONG, "epochs": 1}
-PATIENCE = 120.0  # seconds; what is waited for comes much sooner
+TIMEOUT = 120.0  # seconds; what is waited for comes much sooner
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_run_is_resumed_with_the_settings_that_may_differ(changed: dict[str, A
     parser = argparse.ArgumentParser()
     add_settings(parser)
     given = given_settings(parser.parse_args(resume_options(config)))
-    assert given.keys() <= set(HARMLESS) and changed.items() <= given.items()
+    assert given.keys() <= set(CHANGEABLE_ON_RESUME) and changed.items() <= given.items()
     assert TrainConfig(data="birds", **given) == config
 
 
@@ -58,14 +58,14 @@ def test_what_its_process_prints_says_whether_a_run_diverged(
     """The command line has put flags in the place of arguments by then."""
     run, config = tmp_path / "run", TrainConfig(data=str(data), **{**SHORT, **settings})
     process = start_process(run, config)
-    assert process.wait(PATIENCE) == 2
+    assert process.wait(TIMEOUT) == 2
     reason = reason_of(2, run)
     assert reason is not None and "--" in reason
     assert Failed(reason).diverged == diverged
 
 
 def wait_for(event: Callable[[], Any]) -> None:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while not event():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
@@ -81,7 +81,7 @@ def runs_of(out: Path) -> list[int]:
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
-            if "ulsam.attached" in line and str(out) in line and state != "Z":
+            if "ulsam.child_process" in line and str(out) in line and state != "Z":
                 found.append(int(entry.name))
     return found
 

@@ -20,7 +20,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from stopping import stop_after
-from tiny import NET, SETTINGS, Warm, draw_splits, options
+from tiny import SETTINGS, TINY_MODEL, Warm, draw_splits, options
 from ulsam.base.distributed import World
 from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.data import loading
@@ -31,7 +31,7 @@ from ulsam.surgery.trace import trace
 from ulsam.training import probe
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig
-from ulsam.training.distill import Tapped, feature_loss, open_teacher, shared_places, soft_target_loss
+from ulsam.training.distill import FeatureCapture, feature_loss, open_teacher, shared_places, soft_target_loss
 from ulsam.training.loop import Trainer
 from ulsam.training.machine import why_not_compiled
 from ulsam.training.step import TrainingStep
@@ -46,11 +46,11 @@ PLACES = ["blocks.3.0", "blocks.4.0.se", "bn2"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 training and 15 validation images of 3 colours."""
+    """36 training and 15 validation images of 3 colors."""
     return draw_splits(tmp_path_factory.mktemp("data"), noise=30)
 
 
-def spec(*edits: str, base: str = NET, classes: tuple[str, ...] = CLASSES, **rest: Any) -> ModelSpec:
+def spec(*edits: str, base: str = TINY_MODEL, classes: tuple[str, ...] = CLASSES, **rest: Any) -> ModelSpec:
     return ModelSpec(base, classes, tuple(map(Edit.parse, edits)), input_size=SIZE, **rest)
 
 
@@ -65,7 +65,7 @@ def update_norms(model: nn.Module, images: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model file, of images normalised in another way than the students'."""
+    """A model file, of images normalized in another way than the students'."""
     torch.manual_seed(3)
     its = spec(mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25))
     model, _ = build(its)
@@ -126,14 +126,17 @@ def test_feature_loss_depends_on_no_size() -> None:
 def test_the_step_is_that_of_the_formula(
     settings: dict[str, Any], data: Path, teacher: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
-    """Loss and gradients against those written out with plain models, on images that the teacher normalises anew."""
+    """Loss and gradients against those written out with plain models, on images that the teacher normalizes anew."""
     chosen = config(data, teacher=str(teacher), distill_features=0.7, batch_size=12, edits=EDITS, **settings)
     trainer = Trainer(chosen, tmp_path, ALONE)
     trainer.prepare()
     log = logged()
     weight = chosen.distill
     assert weight is not None
-    assert f"teacher {NET}; edits: none; soft targets weigh {weight:g}, at temperature 4; maps weigh 0.7, at " in log
+    assert (
+        f"teacher {TINY_MODEL}; edits: none; soft targets weigh {weight:g}, at temperature 4; maps weigh 0.7, at "
+        in log
+    )
     student = copy.deepcopy(trainer.model).train()
     batch = next(iter(trainer.loader))
     images, labels = batch.images, batch.labels
@@ -230,7 +233,7 @@ def test_a_place_that_the_teacher_lacks_is_left_out() -> None:
 def test_a_map_behind_an_inserted_layer_is_the_layers() -> None:
     its = spec("insert blocks.3")
     model = build(its)[0].eval()
-    tapped, x = Tapped(model, ["blocks.3.0"]), torch.randn(1, *SIZE)
+    tapped, x = FeatureCapture(model, ["blocks.3.0"]), torch.randn(1, *SIZE)
     with tapped.listening(), torch.no_grad():
         _, (found,) = tapped(x)
     plain = surgery.undo(copy.deepcopy(model))
@@ -244,7 +247,7 @@ def test_a_map_is_what_its_place_puts_out_whatever_follows_in_place() -> None:
     """ResNet adds the shortcut to the output of bn2, and applies its ReLU, in place."""
     model = build(spec(base="resnet18"))[0].eval()
     block, x = model.layer1[0], torch.randn(1, 64, 16, 16)
-    tapped = Tapped(block, ["bn2"])
+    tapped = FeatureCapture(block, ["bn2"])
     with tapped.listening(), torch.no_grad():
         nn.init.constant_(block.bn2.bias, -0.3)
         _, (found,) = tapped(x)
@@ -272,7 +275,7 @@ def test_a_place_inside_a_norm_that_is_folded_away(data: Path, teacher: Path) ->
     x, (plain, _) = torch.randn(1, *SIZE), load(teacher)
     maps = []
     for model in (found.model, plain):
-        tapped = Tapped(model, ["blocks.3.0.bn1.act"])
+        tapped = FeatureCapture(model, ["blocks.3.0.bn1.act"])
         with tapped.listening(), torch.no_grad():
             maps += tapped(x)[1]
     assert isinstance(plain.blocks[3][0].bn1, nn.BatchNorm2d)
@@ -303,7 +306,7 @@ def test_the_teacher_is_left_alone(data: Path, teacher: Path, tmp_path: Path) ->
     assert {name: len(module._forward_hooks) for name, module in trainer.ema.module.named_modules()} == hooks
     assert teacher.read_bytes() == before
     assert summary["teacher"]["places"] == PLACES
-    assert summary["teacher"]["spec"]["base"] == NET
+    assert summary["teacher"]["spec"]["base"] == TINY_MODEL
     assert read_checkpoint(tmp_path)["teacher"] == summary["teacher"]["sha256"]  # type: ignore[index]
     _, its = load(tmp_path / "model.safetensors")  # a model file as any other
     assert its.classes == CLASSES

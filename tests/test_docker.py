@@ -14,7 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from tiny import NET, draw
+from tiny import TINY_MODEL, draw
 from ulsam.deploy.export import export
 from ulsam.model.build import build, make_spec
 
@@ -97,7 +97,7 @@ def test_the_service_runs_on_what_its_image_has(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("fastapi_offline")
     torch.manual_seed(0)
-    spec = make_spec(NET, ("wren", "robin"), size=48)
+    spec = make_spec(TINY_MODEL, ("wren", "robin"), size=48)
     export(build(spec)[0], tmp_path / "model.onnx", spec=spec)
     draw(tmp_path / "images", 1, size=48)
     packages = tmp_path / "packages"

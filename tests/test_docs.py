@@ -143,6 +143,21 @@ def test_commands_parse(page):
         assert parse(words).command == words[0]
 
 
+def test_what_the_comparison_says_is_here_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [line.split("|")[2] for line in (ROOT / "docs" / "compared.md").read_text().splitlines() if "|" in line]
+    spans = [span for row in rows for span in re.findall(r"`([^`]*)`", row)]
+    for verb in COMMANDS:
+        with pytest.raises(SystemExit):
+            parse([verb, "--help"])
+    options = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    for span in spans:
+        words = span.split()
+        assert set(re.findall(r"(?<![\w-])--[a-z-]+", span)) <= options, span
+        assert words[0] != "ulsam" or words[1] in COMMANDS, span
+        if name := re.match(r"ulsam\.(\w+)", span):
+            assert name[1] in dir(ulsam), span
+
+
 def test_every_verb_is_shown_somewhere():
     shown = {words[0] for page in PAGES for words in commands(page)}
     assert shown >= set(COMMANDS)

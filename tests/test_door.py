@@ -13,7 +13,7 @@ import pytest
 from mypy import api
 
 import ulsam
-from tiny import NET, SETTINGS, draw_splits
+from tiny import SETTINGS, TINY_MODEL, draw_splits
 
 HOME = ulsam._HOME  # type: ignore[attr-defined]
 NAMES = sorted(HOME)
@@ -102,7 +102,7 @@ def test_from_training_to_a_deployed_model(tmp_path: Path) -> None:
     with pytest.raises(ulsam.UlsamError, match="timm has no model 'test_efficientnat'; nearest: test_efficientnet"):
         ulsam.train(data, tmp_path / "none", model="test_efficientnat")
     config = ulsam.TrainConfig(**{**SETTINGS, "data": str(data), "epochs": 3})
-    summary = ulsam.train(config, tmp_path / "run", model=NET, epochs=1, edits=["insert blocks.1 g=4"])
+    summary = ulsam.train(config, tmp_path / "run", model=TINY_MODEL, epochs=1, edits=["insert blocks.1 g=4"])
     assert (summary["config"]["epochs"], summary["config"]["edits"]) == (1, ["insert blocks.1 g=4"])
     file = tmp_path / "run" / "model.safetensors"
     model, spec = ulsam.load(file)

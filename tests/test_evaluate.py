@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import nn
 
-from tiny import NET, draw, draw_splits
+from tiny import TINY_MODEL, draw, draw_splits
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.data.images import read_image
@@ -31,7 +31,7 @@ from ulsam.model.build import build, make_spec
 from ulsam.training.evaluate import Scores, Stopped, evaluate_batches, logits_of, outcomes, spec_transform, wilson
 
 CLASSES = ("robin", "wren", "finch")
-SPEC = make_spec(NET, CLASSES, size=32)
+SPEC = make_spec(TINY_MODEL, CLASSES, size=32)
 
 
 class Given(nn.Module):
@@ -200,7 +200,7 @@ def test_outcomes_list_each_image_whatever_the_processes(tmp_path: Path) -> None
     for number in (1, 4, 6):  # images in the wrong folder
         shutil.copy(tmp_path / "class0" / "000.png", tmp_path / "class2" / f"{number:03}.png")
     images = open_split(str(tmp_path), "all")
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # the class is the strongest colour
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # the class is the strongest color
 
     def share(rank: int, world: int) -> Scores:
         batches = eval_loader(images, spec_transform(SPEC), batch_size=4, workers=0, rank=rank, world=world)
@@ -251,12 +251,12 @@ def test_threads_share_a_model_in_training_mode() -> None:
     model(3 + torch.randn(8, 3, 16, 16))
     modes = [module.training for module in model.modules()]
     assert set(modes) == {True, False}
-    look = spec_transform(make_spec(NET, CLASSES, size=16))
+    look = spec_transform(make_spec(TINY_MODEL, CLASSES, size=16))
     images = np.random.default_rng(0).integers(0, 255, (8, 2, 16, 16, 3), np.uint8)
     statistics = {name: value.clone() for name, value in model.named_buffers()}
     alone = copy.deepcopy(model).eval()
     with torch.no_grad():
-        expected = [alone(look.normalise(torch.from_numpy(pair))).numpy() for pair in images]
+        expected = [alone(look.normalize(torch.from_numpy(pair))).numpy() for pair in images]
     logits = logits_of(model, look)
 
     def work(_: int) -> float:

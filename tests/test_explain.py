@@ -13,7 +13,7 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
 import ulsam
-from tiny import NET, draw
+from tiny import TINY_MODEL, draw
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.data.birds import draw_birds, mark_boxes
 from ulsam.deploy.predict import predict
@@ -35,7 +35,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def tiny_model(*edits: Edit) -> tuple[nn.Module, ModelSpec]:
     torch.manual_seed(0)
-    spec = make_spec(NET, ["a", "b", "c"], edits, size=64)
+    spec = make_spec(TINY_MODEL, ["a", "b", "c"], edits, size=64)
     return build(spec)[0], spec
 
 
@@ -45,7 +45,7 @@ def images(number: int, size: int = 64, seed: int = 0) -> list[Tensor]:
 
 
 class Spot(nn.Module):
-    """Grey of the pixel in row 3 and column 11 of 16, and 0 everywhere else: [B, 3, 16, 16] -> [B, 1, 16, 16]."""
+    """Gray of the pixel in row 3 and column 11 of 16, and 0 everywhere else: [B, 3, 16, 16] -> [B, 1, 16, 16]."""
 
     def forward(self, x: Tensor) -> Tensor:
         there = torch.zeros_like(x[:1, :1])
@@ -394,7 +394,7 @@ def test_field_marks_are_found_where_they_were_drawn(tmp_path: Path) -> None:
     told = mark_boxes(path)
     assert told is not None
     size, boxes = told
-    spec = ModelSpec(NET, ("a", "b"), input_size=(3, 64, 64), crop_pct=1.0)
+    spec = ModelSpec(TINY_MODEL, ("a", "b"), input_size=(3, 64, 64), crop_pct=1.0)
     areas = mark_areas(path, spec_transform(spec))
     assert size == 64 and areas is not None and set(areas) == {BIRD, *boxes}
     for name, (x0, y0, x1, y1) in boxes.items():
@@ -406,7 +406,7 @@ def test_field_marks_are_found_where_they_were_drawn(tmp_path: Path) -> None:
         assert measures.share_within(np.full((4, 4), 1 / 16), at_size(areas[name], 4, 4)) == pytest.approx(
             expected.mean()
         )
-    cropped = mark_areas(path, spec_transform(ModelSpec(NET, ("a", "b"), input_size=(3, 32, 32), crop_pct=0.5)))
+    cropped = mark_areas(path, spec_transform(ModelSpec(TINY_MODEL, ("a", "b"), input_size=(3, 32, 32), crop_pct=0.5)))
     assert cropped is not None  # the middle quarter of the image, at its own size
     for name, area in cropped.items():
         assert np.allclose(area, areas[name][16:48, 16:48])

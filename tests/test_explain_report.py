@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 
 from scripts import load_benchmark
-from tiny import NET, draw, warm
+from tiny import TINY_MODEL, draw, warm
 from ulsam.cli import main
 from ulsam.data.birds import draw_birds
 from ulsam.explanation import Explanation, LayerMaps
-from ulsam.explanation.drawing import STRENGTH, coloured, greyed, overlaid, palette
+from ulsam.explanation.drawing import STRENGTH, colored, grayed, overlaid, palette
 from ulsam.explanation.explain_images import panel_name
 from ulsam.explanation.explain_page import MOST_CARDS, card, page
 from ulsam.explanation.explainer import Explainer
-from ulsam.explanation.image_list import list_images, urgency
+from ulsam.explanation.image_list import list_images, reading_order
 from ulsam.explanation.measured_batches import explained
 from ulsam.explanation.panel import HEAD, IMAGE, MARGIN, TILE, panel
 from ulsam.model.build import build, make_spec, save
@@ -33,7 +33,7 @@ CLASSES = ["class0", "class1", "class2"]
 def found(
     *groups: int, classes: tuple[str, ...] = ("wren", "robin"), size: int = 64, peak: tuple[int, int] = (1, 2)
 ) -> Explanation:
-    """An explanation of a grey image with layers of so many maps of 4 x 4, all of them with this peak."""
+    """An explanation of a gray image with layers of so many maps of 4 x 4, all of them with this peak."""
     maps = np.full((4, 4), 0.5 / 15, np.float32)
     maps[peak] = 0.5
     layers = tuple(LayerMaps(f"blocks.{n}", None, "equations", np.stack([maps] * g)) for n, g in enumerate(groups))
@@ -46,15 +46,15 @@ def found(
 # ------------------------------------------------------------------------------------------ panels
 
 
-def test_a_map_on_a_image_has_its_colours_where_its_values_are() -> None:
+def test_a_map_on_an_image_has_its_colors_where_its_values_are() -> None:
     values = np.array([[0.0, 1.0], [0.5, 0.25]])
-    large = coloured(values, (200, 100))
+    large = colored(values, (200, 100))
     for (row, column), value in np.ndenumerate(values):
         assert np.array_equal(large[99 * row, 199 * column], palette()[round(255 * value)])
-    grey = greyed(np.full((50, 100, 3), (200, 20, 20), np.uint8), 200)
-    assert (grey.size, grey.mode) == ((200, 100), "L")
-    expected = (1 - STRENGTH) * np.asarray(grey)[..., None] + STRENGTH * large
-    assert np.abs(np.asarray(overlaid(grey, values)) - expected).max() <= 1.5
+    gray = grayed(np.full((50, 100, 3), (200, 20, 20), np.uint8), 200)
+    assert (gray.size, gray.mode) == ((200, 100), "L")
+    expected = (1 - STRENGTH) * np.asarray(gray)[..., None] + STRENGTH * large
+    assert np.abs(np.asarray(overlaid(gray, values)) - expected).max() <= 1.5
 
 
 def test_a_panel_holds_the_image_the_maps_and_a_row_for_each_layer() -> None:
@@ -159,7 +159,7 @@ def test_a_model_without_ulsam_says_so() -> None:
 
 def test_errors_come_first_and_folders_tell_the_class(tmp_path: Path) -> None:
     shown = [("a", "a", 0.6), ("a", "b", 0.4), (None, "a", 0.9), ("a", "b", 0.8), (None, "b", 0.3), ("b", "b", 0.5)]
-    assert [share for *_, share in sorted(shown, key=lambda one: urgency(*one))] == [0.8, 0.4, 0.3, 0.9, 0.5, 0.6]
+    assert [share for *_, share in sorted(shown, key=lambda one: reading_order(*one))] == [0.8, 0.4, 0.3, 0.9, 0.5, 0.6]
     draw(tmp_path / "a" / "class9", 1, classes=2)
     root = tmp_path / "a"
     listed = list_images([str(root)], CLASSES)
@@ -188,7 +188,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "here" / "class1" / "bad.png").write_bytes(b"no image")
     torch.manual_seed(0)
     for name, edits, size in (("model", [Edit("insert", "blocks.2", 4)], 64), ("plain", [], 48)):
-        spec = make_spec(NET, CLASSES, edits, size=size)
+        spec = make_spec(TINY_MODEL, CLASSES, edits, size=size)
         model, _ = build(spec)
         torch.nn.init.normal_(model.classifier.weight)
         save(model, spec, folder / f"{name}.safetensors")
@@ -245,7 +245,7 @@ def test_each_model_is_given_images_of_its_own_size(root: Path) -> None:
     draw(root / "sized", 2)
     explainers = []
     for size in (32, 48, 32):
-        spec = make_spec(NET, CLASSES, size=size)
+        spec = make_spec(TINY_MODEL, CLASSES, size=size)
         explainers.append(Explainer(build(spec)[0], spec))
     images = list_images([str(root / "sized")], CLASSES)
     (batch,) = explained(images, explainers, [])
@@ -253,7 +253,7 @@ def test_each_model_is_given_images_of_its_own_size(root: Path) -> None:
 
 
 def test_models_of_different_classes_do_not_compare(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = make_spec(NET, ["class0", "class1", "wren"], [], size=64)
+    spec = make_spec(TINY_MODEL, ["class0", "class1", "wren"], [], size=64)
     save(build(spec)[0], spec, root / "other.safetensors")
     words = ["explain", str(root / "model.safetensors"), str(root / "there")]
     assert main([*words, "--against", str(root / "other.safetensors"), "--out", str(root / "odd")]) == 0

@@ -29,7 +29,7 @@ from ulsam.apps import explore_page as app
 from ulsam.apps.explore_views import said
 from ulsam.cli import main
 from ulsam.explanation import Explanation
-from ulsam.explanation.drawing import coloured
+from ulsam.explanation.drawing import colored
 from ulsam.explanation.panel import panel
 from ulsam.model.build import save
 
@@ -98,14 +98,14 @@ def test_the_page_is_told_what_the_models_find(port: int) -> None:
         assert model["cam"]["of"] == one.top(1)[0][0]
         drawn = image(model["cam"]["image"])
         assert (
-            min(drawn.shape[:2]) >= 112 and np.abs(drawn - coloured(one.cam, drawn.shape[1::-1]).astype(int)).max() <= 8
+            min(drawn.shape[:2]) >= 112 and np.abs(drawn - colored(one.cam, drawn.shape[1::-1]).astype(int)).max() <= 8
         )
         assert len(model["layers"]) == len(one.layers)
         for layer, view in zip(one.layers, model["layers"], strict=True):
             assert len(view["maps"]) == len(layer.maps)
             top = max(2.0, *layer.peak)
             for (_, drawn), values in zip(view["maps"], layer.maps * layer.maps[0].size / top, strict=True):
-                expected = coloured(values, image(drawn).shape[1::-1])
+                expected = colored(values, image(drawn).shape[1::-1])
                 assert np.abs(image(drawn) - expected.astype(int)).max() <= 8
     assert [len(model["layers"]) for model in told["models"]] == [2, 0]
     named = [one.top(1)[0][0] for one in found]
@@ -207,7 +207,7 @@ def test_a_fifth_image_is_told_to_wait_and_the_four_are_answered(port: int) -> N
 
 def test_uploads_that_stop_or_stall_give_their_place_back(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     head = f"POST /explain HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\n".encode()
-    monkeypatch.setattr(app, "PATIENCE", 0.3)
+    monkeypatch.setattr(app, "TIMEOUT", 0.3)
     for _ in range(2 * app.PLACES):
         with socket.create_connection(("127.0.0.1", port), timeout=30) as gone:
             gone.sendall(head + b"x")

@@ -312,9 +312,9 @@ def test_every_image_has_a_text_and_every_control_a_name(page: Page, bird: Path)
             expect(page.get_by_role(role, name=name).first).to_be_attached()  # type: ignore[arg-type]
 
 
-def luminance(colour: str) -> float:
-    """Of a CSS colour (WCAG 2.2)."""
-    shares = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+def luminance(color: str) -> float:
+    """Of a CSS color (WCAG 2.2)."""
+    shares = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
     red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ulsam
-from tiny import NET, draw
+from tiny import TINY_MODEL, draw
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
@@ -25,7 +25,7 @@ from ulsam.model.spec import Edit, ModelSpec
 from ulsam.training.evaluate import spec_transform
 
 CLASSES = ("wren", "Zaunkönig", "finch")
-SPEC = make_spec(NET, CLASSES, size=48)
+SPEC = make_spec(TINY_MODEL, CLASSES, size=48)
 GROUPS = (1, 4, 16, 32)
 
 
@@ -115,7 +115,7 @@ def model(tmp_path_factory) -> Path:
     """A model with both forms of the layer, whose images get different answers."""
     torch.manual_seed(0)
     edits = [Edit("insert", "blocks.1.0", 4, "released"), Edit("insert", "blocks.2.0", 8)]
-    spec = make_spec(NET, CLASSES, edits, size=48)
+    spec = make_spec(TINY_MODEL, CLASSES, edits, size=48)
     built, _ = build(spec)
     for module in built.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -147,7 +147,7 @@ def images(tmp_path_factory) -> Path:
 def outputs(model: nn.Module, spec: ModelSpec, images: np.ndarray) -> np.ndarray:
     """The model's own outputs for bytes [B, H, W, 3]."""
     with torch.no_grad():
-        return model(spec_transform(spec).normalise(torch.from_numpy(images))).numpy()
+        return model(spec_transform(spec).normalize(torch.from_numpy(images))).numpy()
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -196,7 +196,7 @@ def test_height_and_width_may_be_left_open(small, tmp_path):
 def test_a_map_of_one_pixel_may_grow(tmp_path):
     """At 32 px the model's last maps are 1x1, which is no reason to take them for 1x1 at every size."""
     torch.manual_seed(0)
-    spec = make_spec(NET, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=32)
+    spec = make_spec(TINY_MODEL, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=32)
     model = build(spec)[0].eval()
     export(model, tmp_path / "open.onnx", spec=spec, dynamic_size=True)
     exported = runtime.load(tmp_path / "open.onnx")
@@ -216,7 +216,7 @@ def test_a_model_for_one_size_cannot_leave_it_open(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_normalised_images_may_be_the_input(small, tmp_path):
+def test_normalized_images_may_be_the_input(small, tmp_path):
     export(small, tmp_path / "plain.onnx", spec=SPEC, preprocessing=False)
     made = onnx.load(tmp_path / "plain.onnx")
     assert [dim.dim_value for dim in made.graph.input[0].type.tensor_type.shape.dim] == [0, 3, 48, 48]

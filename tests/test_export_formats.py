@@ -13,7 +13,7 @@ import torch
 from onnx.numpy_helper import to_array
 from torch import nn
 
-from tiny import NET, draw_splits
+from tiny import TINY_MODEL, draw_splits
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
@@ -30,7 +30,7 @@ CLASSES = ("class0", "Zaunkönig", "class2")
 INSERTED = [Edit("insert", "blocks.1.0", 4, "released"), Edit("insert", "blocks.2.0", 8)]
 REPLACED = [Edit("replace", "14", 4, "released"), Edit("replace", "17", 4)]
 MODELS = {
-    "inserted": make_spec(NET, CLASSES, INSERTED, size=48),
+    "inserted": make_spec(TINY_MODEL, CLASSES, INSERTED, size=48),
     "replaced": make_spec("mobilenetv2_050", CLASSES, REPLACED, size=64),
 }
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
@@ -62,7 +62,7 @@ def outputs(path: Path, images: np.ndarray) -> np.ndarray:
     """The model's own outputs, not folded."""
     model, spec = load(path)
     with torch.no_grad():
-        return model.eval()(spec_transform(spec).normalise(torch.from_numpy(images))).numpy()
+        return model.eval()(spec_transform(spec).normalize(torch.from_numpy(images))).numpy()
 
 
 def near(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
@@ -124,9 +124,9 @@ def test_half_takes_open_sizes_and_normalized_images(tmp_path):
     model = build(spec)[0].eval()
     export(model, tmp_path / "a.onnx", spec=spec, half=True, dynamic_size=True, preprocessing=False)
     images = IMAGES[:, :60, :40]
-    normalised = spec_transform(spec).normalise(torch.from_numpy(images))
+    normalized = spec_transform(spec).normalize(torch.from_numpy(images))
     with torch.no_grad():
-        expected = model(normalised).numpy()
+        expected = model(normalized).numpy()
     assert near(runtime.load(tmp_path / "a.onnx").logits(images), expected, HALF_TOLERANCE)
 
 
@@ -143,7 +143,7 @@ def test_openvino_stores_weights_in_half(tmp_path):
     run = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     pixels = IMAGES[:, :48, :48]
     with torch.no_grad():
-        expected = model(spec_transform(spec).normalise(torch.from_numpy(pixels))).numpy()
+        expected = model(spec_transform(spec).normalize(torch.from_numpy(pixels))).numpy()
     assert near(run(pixels)[0], expected, HALF_TOLERANCE)
 
 
@@ -152,7 +152,7 @@ def test_what_float16_cannot_hold_is_refused(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
     with torch.no_grad():
         model[3].weight *= 1e6
-    spec = make_spec(NET, CLASSES, size=48)
+    spec = make_spec(TINY_MODEL, CLASSES, size=48)
     assert export(model, tmp_path / "whole.onnx", spec=spec).same == 16
     with pytest.raises(UlsamError, match="the model for onnx gives other outputs than the model: 16 generated images"):
         export(model, tmp_path / "half.onnx", spec=spec, half=True)
@@ -162,7 +162,7 @@ def test_what_float16_cannot_hold_is_refused(tmp_path):
 
 
 def test_a_file_in_half_precision_is_not_quantized(tmp_path, capsys):
-    spec = make_spec(NET, ("class0", "class1"), size=32)
+    spec = make_spec(TINY_MODEL, ("class0", "class1"), size=32)
     export(build(spec)[0], tmp_path / "half.onnx", spec=spec, half=True)
     draw_splits(tmp_path / "data", train=1, val=1, classes=2, size=32)
     words = ["quantize", str(tmp_path / "half.onnx"), str(tmp_path / "data")]
@@ -192,7 +192,7 @@ def test_without_its_package_a_format_says_what_to_install(tmp_path, capsys):
         try:
             __import__(package)
         except ImportError:
-            spec = make_spec(NET, CLASSES, size=32)
+            spec = make_spec(TINY_MODEL, CLASSES, size=32)
             with pytest.raises(UlsamError, match=rf"needs.* {package}, which is not .*pip install 'ulsam\[{extra}\]'"):
                 export(build(spec)[0], tmp_path / name, spec=spec)
     assert list(tmp_path.iterdir()) == []
@@ -270,7 +270,7 @@ def test_core_ml_takes_normalized_arrays(tmp_path):
 def test_core_ml_replaces_packages_alone(tmp_path):
     """A folder with other things in it stays, and a model that cannot be exported leaves no file."""
     pytest.importorskip("coremltools")
-    spec = make_spec(NET, CLASSES, size=48)
+    spec = make_spec(TINY_MODEL, CLASSES, size=48)
     folder = tmp_path / "mine.mlpackage"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")

@@ -18,6 +18,8 @@ from ulsam.data.folder import (
     scan,
     split,
 )
+from ulsam.data.opening import open_data
+from ulsam.training.config import TrainConfig
 
 
 def make(root: Path, *names: str) -> Path:
@@ -213,3 +215,28 @@ def test_imbalance_note() -> None:
     assert imbalance_note(classes, [5, 0, 5]) == (
         "imbalanced: 0 (robin) to 5 (owl) images a class; consider `sampler=balanced`"
     )
+
+
+def test_each_image_is_held_out_in_one_of_the_folds(tmp_path: Path) -> None:
+    sizes = {"robin": 7, "tit": 2, "wren": 11, "kite": 1}
+    for name, size in sizes.items():
+        (tmp_path / name).mkdir()
+        for number in range(size):
+            (tmp_path / name / f"{number}.jpg").touch()
+    held: list[str] = []
+    for part in range(1, 4):
+        train, val, notes = open_data(str(tmp_path), fold=f"{part}/3", seed=5)
+        trained, measured = ([path for path, _ in images.samples] for images in (train, val))
+        assert not set(trained) & set(measured) and len(trained) + len(measured) == 21
+        assert f"{len(measured)} of 21 training images held out for validation (seed=5)" in notes
+        held += measured
+    assert len(held) == len(set(held)) == 20  # a class of one image keeps it
+    assert held != [path for part in (1, 2, 3) for path, _ in open_data(str(tmp_path), fold=f"{part}/3")[1].samples]
+
+
+@pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "2", "2/5/3", "-1/5", "two/5"])
+def test_what_is_no_fold_is_refused(fold: str, tmp_path: Path) -> None:
+    with pytest.raises(UlsamError, match=f"^`fold` is K/N, the Kth of N parts, such as 2/5, not '{fold}'$"):
+        TrainConfig(data="birds", fold=fold)
+    with pytest.raises(UlsamError, match="exclude each other"):
+        TrainConfig(data="birds", fold="2/5", val_fraction=0.2)

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import ulsam
-from tiny import NET
+from tiny import TINY_MODEL
 from ulsam.base.errors import UlsamError
 from ulsam.model.build import build
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.surgery.fold import fold
-from ulsam.surgery.followed import follow
+from ulsam.surgery.layer_host import attach_layer
 
 SIZE = (3, 64, 64)
 
@@ -322,7 +322,7 @@ def test_a_norm_that_a_layer_follows_is_folded_and_a_convolution_is_not() -> Non
     model.add_module("norm2", nn.BatchNorm2d(8))
     with pytest.warns(UserWarning, match="norm is a BatchNorm"):
         ulsam.insert(model, "norm", form="released", groups=2, input_size=SIZE)
-    follow(model.conv2, ulsam.ULSAM(8, 2))  # ulsam.insert would put it behind norm2
+    attach_layer(model.conv2, ulsam.ULSAM(8, 2))  # ulsam.insert would put it behind norm2
     folded = check(lively(model), {"norm2"})
     assert [name for name, _ in folded.norm.named_children()] == ["drop", "act", "ulsam"]
     assert folded.norm.ulsam.form == "folded"
@@ -512,7 +512,7 @@ def test_explaining_in_inference_mode() -> None:
 
 @pytest.mark.slow
 def test_exporting_in_inference_mode(tmp_path: Path) -> None:
-    spec = ModelSpec(NET, ("cat", "dog"), input_size=(3, 32, 32))
+    spec = ModelSpec(TINY_MODEL, ("cat", "dog"), input_size=(3, 32, 32))
     with torch.inference_mode():
         model = lively(build(spec)[0])
         assert ulsam.export(model, tmp_path / "model.onnx", spec=spec).images == 16

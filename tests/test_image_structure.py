@@ -139,7 +139,7 @@ CHUNKS = {
     "many texts": [chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1_000_000)))] * 70,
     "a wrong checksum": [chunk(b"tEXt", b"Comment\0hello", 7)],
     "a wrong checksum of a time": [chunk(b"tIME", bytes(7), 7)],
-    "a long colour profile": [chunk(b"iCCP", b"name\0\0" + LONG)],
+    "a long color profile": [chunk(b"iCCP", b"name\0\0" + LONG)],
     "a cut gamma": [chunk(b"gAMA", b"\0")],
     "a cut resolution": [chunk(b"pHYs", b"\0\1")],
     "a broken animation": [chunk(b"acTL", b"\0"), chunk(b"fcTL", bytes(3))],

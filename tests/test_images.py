@@ -18,15 +18,15 @@ from ulsam.data import images
 from ulsam.data.image_turns import TURNS
 from ulsam.data.images import UnreadableImage, read_image, read_pixels
 
-COLOURS = {"red": (250, 20, 20), "green": (20, 240, 20), "blue": (20, 20, 245)}
+COLORS = {"red": (250, 20, 20), "green": (20, 240, 20), "blue": (20, 20, 245)}
 
 
 def scene(size: tuple[int, int] = (30, 20)) -> Image.Image:
     """Red above left, green above right, blue below: every turn of it looks different."""
-    image = Image.new("RGB", size, COLOURS["blue"])
+    image = Image.new("RGB", size, COLORS["blue"])
     half = (size[0] // 2, size[1] // 2)
-    image.paste(COLOURS["red"], (0, 0, *half))
-    image.paste(COLOURS["green"], (half[0], 0, size[0], half[1]))
+    image.paste(COLORS["red"], (0, 0, *half))
+    image.paste(COLORS["green"], (half[0], 0, size[0], half[1]))
     return image
 
 
@@ -40,7 +40,7 @@ def assert_is_scene(image: Image.Image, tolerance: int = 40) -> None:
     assert image.mode == "RGB"
     assert image.size == (30, 20)
     for name, place in (("red", (7, 5)), ("green", (22, 5)), ("blue", (7, 15)), ("blue", (22, 15))):
-        assert np.abs(np.subtract(image.getpixel(place), COLOURS[name])).max() <= tolerance, (name, place)
+        assert np.abs(np.subtract(image.getpixel(place), COLORS[name])).max() <= tolerance, (name, place)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"])
@@ -89,7 +89,7 @@ def test_cmyk_is_converted() -> None:
     assert_is_scene(read_image(encoded(scene().convert("CMYK"), "TIFF")))
 
 
-def test_palette_grey_and_one_bit() -> None:
+def test_palette_gray_and_one_bit() -> None:
     assert_is_scene(read_image(encoded(scene().quantize(8), "PNG")))
     assert read_image(encoded(Image.new("L", (3, 2), 77), "PNG")).getpixel((1, 1)) == (77, 77, 77)
     bits = Image.new("1", (9, 2))
@@ -105,8 +105,8 @@ def test_transparency_is_laid_over_white() -> None:
         read = read_image(encoded(half_red, format))
         assert np.abs(np.subtract(read.getpixel((0, 0)), (255, 127, 127))).max() <= 1
         assert read.getpixel((1, 0)) == (255, 255, 255)
-    grey = read_image(encoded(Image.new("LA", (1, 1), (0, 0)), "PNG"))
-    assert grey.getpixel((0, 0)) == (255, 255, 255)
+    gray = read_image(encoded(Image.new("LA", (1, 1), (0, 0)), "PNG"))
+    assert gray.getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (2, 1), 0)
     palette.putpalette([10, 20, 30, 200, 100, 50])
     palette.putpixel((1, 0), 1)
@@ -118,7 +118,7 @@ def test_transparency_is_laid_over_white() -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_not_clipped(format: str) -> None:
+def test_16_bit_gray_is_scaled_not_clipped(format: str) -> None:
     ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
     read = np.asarray(read_image(encoded(Image.fromarray(ramp), format)))
     assert np.array_equal(read[..., 0], ramp // 256)
@@ -126,7 +126,7 @@ def test_16_bit_grey_is_scaled_not_clipped(format: str) -> None:
     assert np.asarray(read_image(encoded(Image.fromarray(dark), format))).max() == 0
 
 
-def test_16_bit_grey_with_a_transparent_key() -> None:
+def test_16_bit_gray_with_a_transparent_key() -> None:
     values = np.array([[0, 32768, 65535]], np.uint16)
     read = read_image(encoded(Image.fromarray(values), "PNG", transparency=32768))
     assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 255, 255]
@@ -148,7 +148,7 @@ def test_16_bit_pgm() -> None:
         ([700, 700, 700], [0, 0, 0]),
     ],
 )
-def test_32_bit_grey_beyond_8_bits_is_scaled_by_its_own_range(values: list[int], expected: list[int]) -> None:
+def test_32_bit_gray_beyond_8_bits_is_scaled_by_its_own_range(values: list[int], expected: list[int]) -> None:
     read = read_image(encoded(Image.fromarray(np.array([values], np.int32)), "TIFF"))
     assert [read.getpixel((x, 0))[0] for x in range(3)] == expected
 
@@ -157,19 +157,19 @@ def test_32_bit_grey_beyond_8_bits_is_scaled_by_its_own_range(values: list[int],
     ("values", "expected"),
     [([0, 0.5, 1], [0, 128, 255]), ([0, 100, 255], [0, 100, 255]), ([256, 25600, 51200], [1, 100, 200])],
 )
-def test_float_grey(values: list[float], expected: list[int]) -> None:
+def test_float_gray(values: list[float], expected: list[int]) -> None:
     read = read_image(encoded(Image.fromarray(np.array([values], np.float32)), "TIFF"))
     assert [read.getpixel((x, 0))[0] for x in range(3)] == expected
 
 
-def test_float_grey_with_nan() -> None:
+def test_float_gray_with_nan() -> None:
     read = read_image(encoded(Image.fromarray(np.array([[np.nan, 1, np.inf]], np.float32)), "TIFF"))
     assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 255, 0]
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_an_animation_gives_its_first_frame(format: str) -> None:
-    later = [Image.new("RGB", (30, 20), colour) for colour in ("black", "white")]
+    later = [Image.new("RGB", (30, 20), color) for color in ("black", "white")]
     assert_is_scene(read_image(encoded(scene(), format, save_all=True, append_images=later)))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ulsam
-from tiny import NET, draw
+from tiny import TINY_MODEL, draw
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.cli import main
 from ulsam.data.folder import images_below
@@ -138,7 +138,7 @@ def test_features_of_nothing_and_maps_of_one_position() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = timm.create_model(NET)
+    model = timm.create_model(TINY_MODEL)
     ulsam.insert(model, "blocks.1", 2, form="released", input_size=(3, 32, 32))
     model.train()
     model.bn1.eval()
@@ -211,14 +211,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
     draw(folder / "data", 6)
     (folder / "data" / "class1" / "zzz.png").write_bytes(b"no image")
-    spec = make_spec(NET, ["a", "b"], [Edit("insert", "blocks.2", 2), Edit("insert", "blocks.3", 2)], size=64)
+    spec = make_spec(TINY_MODEL, ["a", "b"], [Edit("insert", "blocks.2", 2), Edit("insert", "blocks.3", 2)], size=64)
     model, _ = build(spec)
     with torch.no_grad():
         model.get_submodule("blocks.2.0.ulsam").pointwise.weight.zero_()
         model.get_submodule("blocks.3.0.ulsam").pointwise.weight.fill_(50)
         model.get_submodule("blocks.3.0.ulsam").depthwise.weight.fill_(50)
     save(model, spec, folder / "model.safetensors")
-    plain = make_spec(NET, ["a", "b"], [Edit("insert", "blocks.2", layer="se")], size=64)
+    plain = make_spec(TINY_MODEL, ["a", "b"], [Edit("insert", "blocks.2", layer="se")], size=64)
     save(build(plain)[0], plain, folder / "plain.safetensors")
     return folder
 

@@ -14,17 +14,17 @@ from timm.layers.coord_attn import CoordAttn
 from torch import Tensor, nn
 
 import ulsam
-from tiny import NET, SETTINGS, draw_splits, options
+from tiny import SETTINGS, TINY_MODEL, draw_splits, options
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.layer.choice import Layer, make_layer
+from ulsam.layer.make_layer import Layer, make_layer
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import build, load, load_weights, make_spec, save, ulsam_parameters
 from ulsam.model.spec import Edit
 from ulsam.surgery.edit import insert, remove, replace, undo
 from ulsam.surgery.edited import added_layers
 from ulsam.surgery.find import candidates
-from ulsam.surgery.followed import host_class
+from ulsam.surgery.layer_host import host_class
 
 SIZE = (3, 32, 32)
 V2 = "mobilenetv2_035"
@@ -103,7 +103,7 @@ def test_undone_bit_for_bit_with_every_name_kept(layer: str, kind: str) -> None:
 
 @placed
 def test_a_model_file_brings_the_model_back(layer: str, kind: str, tmp_path: Path) -> None:
-    spec = make_spec(NET, ["a", "b"], [Edit.parse(f"{kind} blocks.3.0.se layer={layer}")], size=32)
+    spec = make_spec(TINY_MODEL, ["a", "b"], [Edit.parse(f"{kind} blocks.3.0.se layer={layer}")], size=32)
     model, _ = build(spec)
     save(model, spec, tmp_path / "model.safetensors")
     again, same = load(tmp_path / "model.safetensors")
@@ -136,7 +136,7 @@ def test_fold_keeps_the_outputs(layer: str, kind: str) -> None:
 
 @pytest.mark.slow
 def test_all_layers_compile_without_a_graph_break() -> None:
-    model = timm.create_model(NET)
+    model = timm.create_model(TINY_MODEL)
     for number, layer in enumerate(KINDS):
         insert(model, f"blocks.{number}", layer=layer, input_size=SIZE)
     replace(model, "blocks.4.0.se", layer="se", input_size=SIZE)
@@ -162,7 +162,7 @@ class Block(nn.Module):
     [
         (lambda: timm.create_model(V2), "blocks.5.2", "coord"),  # both the layer and the block have a bn1
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), Block()), "1", "eca"),  # all names of the layer are the block's too
-        (lambda: timm.create_model(NET), "blocks.3.0.se", "eca"),
+        (lambda: timm.create_model(TINY_MODEL), "blocks.3.0.se", "eca"),
     ],
 )
 def test_weights_of_the_plain_and_of_the_edited_model_are_distinguished(
@@ -212,8 +212,8 @@ def test_edits_in_a_stage_and_around_other_edits_are_undone() -> None:
     ("base", "texts", "place"),
     [
         ("mobilenetv3_small_050", ["insert blocks.1.0.se g=2"], "blocks.1.0.se.ulsam"),  # behind the model's own
-        (NET, ["insert blocks.2.0 layer=se", "insert blocks.2.0.ulsam g=2"], "blocks.2.0.ulsam.ulsam"),
-        (NET, ["replace blocks.3.0.se layer=se", "insert blocks.3.0.se g=2"], "blocks.3.0.se.ulsam"),
+        (TINY_MODEL, ["insert blocks.2.0 layer=se", "insert blocks.2.0.ulsam g=2"], "blocks.2.0.ulsam.ulsam"),
+        (TINY_MODEL, ["replace blocks.3.0.se layer=se", "insert blocks.3.0.se g=2"], "blocks.3.0.se.ulsam"),
     ],
 )
 def test_ulsam_on_top_of_se(base: str, texts: list[str], place: str, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_mistakes_on_the_command_line_get_one_line(
 def test_training_with_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = draw_splits(tmp_path / "data", 6, 2)
     run = tmp_path / "run"
-    words = options({**SETTINGS, "epochs": 1, "model": NET})
+    words = options({**SETTINGS, "epochs": 1, "model": TINY_MODEL})
     arguments = ["train", str(data), "--insert", "blocks.1", "--layer", "coord", "--out", str(run), *words]
     assert main(arguments) == 0
     assert main(["info", str(run / "model.safetensors")]) == 0

@@ -51,7 +51,7 @@ def augmented(policy: str | None = "rand-m9-n2-mstd0.5", erasing: float = 0.5) -
 
 
 class Numbers:
-    """Images in memory whose colour is their number; ``bad`` ones cannot be read."""
+    """Images in memory whose color is their number; ``bad`` ones cannot be read."""
 
     def __init__(self, n: int, labels: Any = None, bad: set[int] | None = None) -> None:
         self.n, self.labels, self.bad = n, labels, bad or set()

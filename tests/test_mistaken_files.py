@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tiny import NET, draw
+from tiny import TINY_MODEL, draw
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.images import FORMATS, UnreadableImage, read_image
@@ -21,9 +21,9 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mistakes")
-    spec = make_spec(NET, ["class0", "class1", "class2"], size=32)
+    spec = make_spec(TINY_MODEL, ["class0", "class1", "class2"], size=32)
     save(build(spec)[0], spec, root / "model.safetensors")
-    torch.save(timm.create_model(NET).state_dict(), root / "weights.pth")
+    torch.save(timm.create_model(TINY_MODEL).state_dict(), root / "weights.pth")
     draw(root / "images", 1)
     return root
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_in_a_model_files_place_names_the_option(world: Path, capsy
 
 
 @pytest.mark.parametrize("command", ["eval", "predict", "explain", "inspect", "quantize", "slim"])
-@pytest.mark.parametrize("model", ["model.safetensors", NET])
+@pytest.mark.parametrize("model", ["model.safetensors", TINY_MODEL])
 def test_swapped_arguments_are_put_in_order(
     command: str, model: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +144,6 @@ def test_blanks_for_commas(words: str, message: str, capsys: pytest.CaptureFixtu
 
 def test_a_size_that_is_hardly_meant_is_noted(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "data", 4)
-    words = ["train", str(tmp_path / "data"), "--model", NET, "--size", "5", "-b", "4", "--epochs", "1"]
+    words = ["train", str(tmp_path / "data"), "--model", TINY_MODEL, "--size", "5", "-b", "4", "--epochs", "1"]
     main([*words, "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")])
     assert "images of 5 px leave most models maps of a single pixel" in capsys.readouterr().out

@@ -25,10 +25,10 @@ from ulsam.model.build import (
     load,
     load_weights,
     make_spec,
+    meta_model,
     read_spec,
     read_weights,
     save,
-    sketch,
     ulsam_parameters,
 )
 from ulsam.model.spec import Edit, ModelSpec
@@ -613,7 +613,7 @@ def test_hostile_metadata_gives_one_line_and_fetches_and_allocates_nothing(
 )
 def test_a_model_that_takes_far_more_memory_than_its_weights_is_refused(base, arguments, edits, tmp_path):
     spec = ModelSpec(base, ("a", "b"), tuple(map(Edit.parse, edits)), arguments)
-    state = {name: torch.zeros(value.shape) for name, value in sketch(spec).state_dict().items()}
+    state = {name: torch.zeros(value.shape) for name, value in meta_model(spec).state_dict().items()}
     size = sum(value.nbytes for value in state.values())
     save_file(state, tmp_path / "model.safetensors", {"ulsam": spec.to_json()})
     with pytest.raises(
@@ -659,8 +659,8 @@ def test_the_spec_of_a_model_has_timms_data_configuration():
     given = make_spec(SMALL, ["a"], size=96, interpolation="bilinear", crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert given.input_size == (3, 96, 96)
     assert (given.interpolation, given.crop_pct, given.mean, given.std) == ("bilinear", 1.0, (0.5,) * 3, (0.5,) * 3)
-    grey = make_spec(SMALL, ["a"], model_args={"in_chans": 1})
-    assert (grey.input_size, len(grey.mean), len(grey.std)) == ((1, 224, 224), 1, 1)
+    gray = make_spec(SMALL, ["a"], model_args={"in_chans": 1})
+    assert (gray.input_size, len(gray.mean), len(gray.std)) == ((1, 224, 224), 1, 1)
 
 
 @pytest.mark.slow
@@ -669,9 +669,9 @@ def test_edits_are_traced_at_the_specs_size():
     fixed = make_spec(
         "maxvit_rmlp_pico_rw_256", ["a"], [Edit("insert", "stages.0")], size=128, model_args={"img_size": 128}
     )
-    assert any(isinstance(module, ULSAM) for module in sketch(fixed).modules())
+    assert any(isinstance(module, ULSAM) for module in meta_model(fixed).modules())
     folding = make_spec("tresnet_m", ["a"], [Edit("replace", "body.layer1.1")])
-    assert isinstance(sketch(folding).body.layer1[1], ULSAM)
+    assert isinstance(meta_model(folding).body.layer1[1], ULSAM)
 
 
 def test_mistakes_in_a_spec_are_named():
@@ -689,7 +689,7 @@ def test_mistakes_in_a_spec_are_named():
 
 def test_a_sketch_has_shapes_and_no_memory(models):
     shapes = {name: value.shape for name, value in models[V2].state_dict().items()}
-    model = sketch(make_spec(V2, [str(n) for n in range(1000)]))
+    model = meta_model(make_spec(V2, [str(n) for n in range(1000)]))
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
     assert all(value.is_meta for value in [*model.parameters(), *model.buffers()])
 

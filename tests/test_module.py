@@ -277,7 +277,7 @@ def test_autocast_keeps_the_dtype_that_flows_through():
         assert layer(torch.randn(1, 8, 4, 4)).dtype == torch.float32
 
 
-def test_near_identity_at_initialisation():
+def test_near_identity_at_initialization():
     x = torch.rand(1, 64, 14, 14) + 0.5
     change = (ULSAM(64)(x) / x - 1).mean().item()
     assert change == pytest.approx(1 / 196, rel=1e-3)

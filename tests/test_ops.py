@@ -40,11 +40,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def values(kind: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Inputs as they occur: ReLU'd ones are full of exact zeros, quantised and equal ones of ties."""
+    """Inputs as they occur: ReLU'd ones are full of exact zeros, quantized and equal ones of ties."""
     x = torch.randn(*shape, generator=generator)
     if kind == "relu":
         return x.relu()
-    if kind == "quantised":
+    if kind == "quantized":
         return (2 * x).round() / 2
     return torch.full_like(x, 0.75) if kind == "equal" else x
 
@@ -125,7 +125,7 @@ shapes = st.tuples(
 @given(
     shapes,
     st.sampled_from(FORMS + UNUSUAL),
-    st.sampled_from(["normal", "relu", "quantised", "equal"]),
+    st.sampled_from(["normal", "relu", "quantized", "equal"]),
     st.sampled_from(["contiguous", "channels_last", "slice", "transposed", "expanded"]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.sampled_from(ISAS),
@@ -233,7 +233,7 @@ def test_inference_follows_a_parametrisation(name: str) -> None:
 
 
 class Wrapped(Tensor):
-    """A tensor without memory of its own, as distributed and quantised ones are."""
+    """A tensor without memory of its own, as distributed and quantized ones are."""
 
     held: Tensor
 
@@ -319,7 +319,7 @@ def test_minus_infinity_stays_where_it_is(layout: str, groups: int, isa: int) ->
 @compiled
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [40, 96, 320])
-def test_threads_may_share_a_image(channels: int, layout: str) -> None:
+def test_threads_may_share_an_image(channels: int, layout: str) -> None:
     found = on_threads(Case((1, channels, 28, 28), 8, "folded", "relu", layout, torch.float32, 0))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)

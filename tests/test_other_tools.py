@@ -31,7 +31,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import load
 from ulsam.surgery.edited import is_followed
-from ulsam.surgery.followed import follow
+from ulsam.surgery.layer_host import attach_layer
 from ulsam.surgery.pruners import customized_pruners, keep_channels
 from ulsam.training.config import TrainConfig
 from ulsam.training.train import train
@@ -283,7 +283,7 @@ def test_eager_fusing_of_modules_keeps_the_layer_or_refuses(place: str) -> None:
     try:
         fused = torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["conv", "bn", "relu"]])
     except (NotImplementedError, AssertionError) as error:
-        assert "Followed" in str(error)
+        assert "LayerHost" in str(error)
         fused = torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["tail.0", "tail.1"]])
     torch.testing.assert_close(fused(images()), expected)
 
@@ -693,11 +693,11 @@ class Named(nn.Module):
 def test_a_host_may_be_called_by_keyword_and_scripted() -> None:
     model = Named()
     expected = nn.ReLU()(model.conv(images()))
-    follow(model.conv, nn.ReLU())
+    attach_layer(model.conv, nn.ReLU())
     torch.testing.assert_close(model.conv(input=images()), expected)
     torch.testing.assert_close(torch.jit.script(model.conv)(images()), expected)
     up = nn.ConvTranspose2d(3, 8, 3)  # has an optional second argument
-    follow(up, nn.ReLU())
+    attach_layer(up, nn.ReLU())
     torch.testing.assert_close(torch.jit.script(up)(images()), up(images()))
     torch.testing.assert_close(up(images(), [100, 100][:0] or None), up(images()))
 
@@ -707,7 +707,7 @@ def test_a_patch_of_the_hosts_class_takes_effect() -> None:
         pass
 
     model = Patched()
-    follow(model, nn.Sigmoid())
+    attach_layer(model, nn.Sigmoid())
     Patched.forward = lambda self, x: self.conv(x)  # type: ignore[method-assign]
     torch.testing.assert_close(model(images()), model.conv(images()).sigmoid())
 
@@ -734,10 +734,10 @@ def test_a_container_whose_forward_is_another_one_is_refused() -> None:
     host.forward = host.other  # type: ignore[method-assign]
     expected = host(images())
     with pytest.raises(UlsamError, match="would no longer run"):
-        follow(host, nn.ReLU())
+        attach_layer(host, nn.ReLU())
     torch.testing.assert_close(host(images()), expected)
     plain = Switching(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    follow(plain, nn.ReLU())
+    attach_layer(plain, nn.ReLU())
     with pytest.raises(UlsamError, match="would no longer run"):
         plain.forward = plain.other  # type: ignore[method-assign]
     assert not is_followed(plain[:2])
@@ -762,7 +762,7 @@ def test_what_wraps_the_forward_around_the_layer_keeps_it_and_is_taken_off_befor
     host.forward = present
     ulsam.undo(model)
     with pytest.raises(UlsamError, match="would no longer run"):
-        follow(host, nn.ReLU())
+        attach_layer(host, nn.ReLU())
         host.forward = lambda x: x
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import ulsam
-from tiny import NET, draw
+from tiny import TINY_MODEL, draw
 from ulsam.cli import main
 from ulsam.data.images import read_pixels
 from ulsam.model.build import build, load, make_spec, save
@@ -29,7 +29,7 @@ from ulsam.training.evaluate import spec_transform
 def world(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("predict")
-    spec = make_spec(NET, ["class0", "class1", "class2"], size=32)
+    spec = make_spec(TINY_MODEL, ["class0", "class1", "class2"], size=32)
     model = build(spec)[0]
     nn.init.normal_(model.classifier.weight)
     save(model, spec, root / "model.safetensors")
@@ -52,6 +52,18 @@ def test_a_row_an_image_in_order_with_what_is_printed(world, tmp_path, capsys):
     assert rows[-1]["error"] == printed[-1]["error"] and not rows[-1]["class_1"]
 
 
+def test_parquet_holds_what_csv_does_with_types(world, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    words = ["predict", str(world / "model.safetensors"), str(world / "images"), str(world / "broken.jpg")]
+    assert main([*words, "--parquet", str(tmp_path / "f.parquet"), "--csv", str(tmp_path / "f.csv")]) == 2
+    found = parquet.read_table(tmp_path / "f.parquet").to_pylist()
+    rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+    assert len(found) == 7 and found[-1]["class_1"] is None and "broken.jpg" in found[-1]["error"]
+    assert all(isinstance(one["probability_1"], float) and one["error"] is None for one in found[:-1])
+    texts = [{name: "" if value is None else str(value) for name, value in one.items()} for one in found]
+    assert texts == rows
+
+
 @pytest.mark.parametrize("ending", [".npz", ".csv"])
 def test_features_are_what_the_classifier_is_given(ending, world, tmp_path, capsys):
     file = tmp_path / f"features{ending}"
@@ -67,7 +79,7 @@ def test_features_are_what_the_classifier_is_given(ending, world, tmp_path, caps
     assert paths == images
     model, spec = load(world / "model.safetensors")
     look = spec_transform(spec)
-    batch = look.normalise(torch.stack([look.pixels(read_pixels(path, look.reduction)) for path in images]))
+    batch = look.normalize(torch.stack([look.pixels(read_pixels(path, look.reduction)) for path in images]))
     with torch.no_grad():
         pooled = model.forward_head(model.forward_features(batch), pre_logits=True)
     assert features.dtype == np.float32 and features.shape == (6, 256)

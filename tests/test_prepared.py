@@ -29,7 +29,7 @@ FILES = ["checkpoint.pt", "config.yaml", "curves.png", "metrics.csv", "summary.j
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 training and 15 validation images of 3 colours."""
+    """36 training and 15 validation images of 3 colors."""
     return draw_splits(tmp_path_factory.mktemp("data"), noise=30)
 
 

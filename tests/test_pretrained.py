@@ -19,14 +19,14 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 import ulsam
-from tiny import NET, draw
+from tiny import TINY_MODEL, draw
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.folder import class_numbers
 from ulsam.model.build import build, load, make_spec, save, spec_of
 from ulsam.model.spec import Edit
 
-TAGGED = f"{NET}.r160_in1k"
+TAGGED = f"{TINY_MODEL}.r160_in1k"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with all weights of timm's tiny model for ImageNet."""
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(timm.create_model(NET).state_dict(), file)
+    save_file(timm.create_model(TINY_MODEL).state_dict(), file)
     return file
 
 
@@ -43,32 +43,32 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder in the hub's format, with a model of three classes."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("hub")
-    model = timm.create_model(NET, num_classes=3, pretrained_cfg_overlay={"input_size": (3, 48, 48)})
+    model = timm.create_model(TINY_MODEL, num_classes=3, pretrained_cfg_overlay={"input_size": (3, 48, 48)})
     timm.models.save_for_hf(model, folder, model_config={"label_names": ["class0", "class1", "class2"]})
     return f"local-dir:{folder}"
 
 
 def test_a_timm_name_with_a_weight_file_is_that_model(weights: Path) -> None:
-    model, spec = load(NET, weights=weights)
-    known = timm.create_model(NET, checkpoint_path=str(weights)).eval()
+    model, spec = load(TINY_MODEL, weights=weights)
+    known = timm.create_model(TINY_MODEL, checkpoint_path=str(weights)).eval()
     x = torch.randn(2, *spec.input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model(x), known(x))
     assert not model.training
-    assert spec == spec_of(NET)
+    assert spec == spec_of(TINY_MODEL)
     assert spec.classes[0] == "n01440764 tench, Tinca tinca"
     assert [name.split()[0] for name in spec.classes] == ImageNetInfo().label_names()
 
 
 def test_a_weight_file_decides_on_the_classes(tmp_path: Path) -> None:
-    torch.save({"state_dict": timm.create_model(NET, num_classes=4).state_dict()}, tmp_path / "four.pth.tar")
-    assert load(NET, weights=tmp_path / "four.pth.tar")[1].classes == ("0", "1", "2", "3")
+    torch.save({"state_dict": timm.create_model(TINY_MODEL, num_classes=4).state_dict()}, tmp_path / "four.pth.tar")
+    assert load(TINY_MODEL, weights=tmp_path / "four.pth.tar")[1].classes == ("0", "1", "2", "3")
 
 
 def test_weights_without_a_classifier_are_refused(weights: Path, tmp_path: Path) -> None:
-    save_file(timm.create_model(NET, num_classes=0).state_dict(), tmp_path / "backbone.safetensors")
+    save_file(timm.create_model(TINY_MODEL, num_classes=0).state_dict(), tmp_path / "backbone.safetensors")
     with pytest.raises(UlsamError, match=r"backbone.safetensors does not fit .*: classifier.weight: not there$"):
-        load(NET, weights=tmp_path / "backbone.safetensors")
+        load(TINY_MODEL, weights=tmp_path / "backbone.safetensors")
 
 
 def test_a_folder_in_the_format_of_the_hub_gives_its_labels(hub: str) -> None:
@@ -77,7 +77,7 @@ def test_a_folder_in_the_format_of_the_hub_gives_its_labels(hub: str) -> None:
     x = torch.randn(2, *spec.input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model(x), theirs(x))
-    assert (spec.base, spec.classes, spec.input_size) == (NET, ("class0", "class1", "class2"), (3, 48, 48))
+    assert (spec.base, spec.classes, spec.input_size) == (TINY_MODEL, ("class0", "class1", "class2"), (3, 48, 48))
 
 
 def test_a_model_of_the_hub_can_be_saved_and_opened(hub: str, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_model_of_the_hub_can_be_saved_and_opened(hub: str, tmp_path: Path) ->
         ({"model_type": "bert"}, "its config.json names no architecture"),
         ({"architecture": "nonsuch", "num_classes": 3}, "timm has no model 'nonsuch'"),
         (
-            {"architecture": NET, "num_classes": 3, "model_args": {"checkpoint_path": "x.pth"}},
+            {"architecture": TINY_MODEL, "num_classes": 3, "model_args": {"checkpoint_path": "x.pth"}},
             "model arguments may not hold checkpoint_path",
         ),
     ],
@@ -106,10 +106,13 @@ def test_what_is_no_model_of_timm_is_refused(config: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((NET, {}), r"is a model without weights: `pretrained=True` loads timm's, `weights=FILE` those in a file$"),
-        ((f"{NET}.nonsuch", {}), "Invalid pretrained tag"),
-        (("test_eficientnet", {"pretrained": True}), f"nearest: {NET}"),
-        ((NET, {"pretrained": True, "weights": "w.pth"}), "give `pretrained` or `weights`, not both"),
+        (
+            (TINY_MODEL, {}),
+            r"is a model without weights: `pretrained=True` loads timm's, `weights=FILE` those in a file$",
+        ),
+        ((f"{TINY_MODEL}.nonsuch", {}), "Invalid pretrained tag"),
+        (("test_eficientnet", {"pretrained": True}), f"nearest: {TINY_MODEL}"),
+        ((TINY_MODEL, {"pretrained": True, "weights": "w.pth"}), "give `pretrained` or `weights`, not both"),
         (("hf-hub:me/birds", {"weights": "w.pth"}), "hf-hub:me/birds has its own weights"),
         (("hf-hub:a/b/c", {}), "no model hf-hub:a/b/c to be had"),
         (("mobilenetv1_050", {"pretrained": True}), "No pretrained weights exist"),
@@ -122,14 +125,14 @@ def test_a_name_that_is_no_whole_model_is_one_line(arguments: tuple[str, dict[st
 
 
 def test_options_for_a_name_are_refused_with_a_file(tmp_path: Path) -> None:
-    spec = make_spec(NET, ["a", "b"], size=32)
+    spec = make_spec(TINY_MODEL, ["a", "b"], size=32)
     save(build(spec)[0], spec, tmp_path / "model.safetensors")
     with pytest.raises(UlsamError, match=r"^`pretrained` is for a timm name; .*model.safetensors has its own weights$"):
         load(tmp_path / "model.safetensors", pretrained=True)
 
 
 def test_wordnet_ids_match_classes() -> None:
-    classes = [*spec_of(NET).classes, "mine"]
+    classes = [*spec_of(TINY_MODEL).classes, "mine"]
     names = ["n03888257", "n01440764", "mine", "tench", "n99999999", "n02085620-Chihuahua", "n014407641"]
     found = class_numbers(names, classes)
     assert found == {"n03888257": 701, "n01440764": 0, "mine": 1000, "n02085620-Chihuahua": 151}
@@ -148,13 +151,13 @@ def test_a_subset_of_imagenet_is_measured_by_its_ids(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model that says parachute of all images is right for the parachutes, among all 1000 classes."""
-    state = load(NET, weights=weights)[0].state_dict()
+    state = load(TINY_MODEL, weights=weights)[0].state_dict()
     state["classifier.weight"].zero_()
     state["classifier.bias"] = nn.functional.one_hot(torch.tensor(701), 1000).float() * 9
     save_file(state, tmp_path / "parachutes.safetensors")
     data = _imagenette(tmp_path / "data")
     options = ["--weights", str(tmp_path / "parachutes.safetensors"), "--workers", "0", "--device", "cpu", "--json"]
-    assert main(["eval", NET, str(data), *options]) == 0
+    assert main(["eval", TINY_MODEL, str(data), *options]) == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert (scores["images"], scores["top1"]) == (8, 0.5)
     row = scores["per_class"]["n03888257 parachute, chute"]
@@ -169,7 +172,7 @@ def test_commands_take_a_model_by_name(
     image = "val/class0/000.png"
     assert main(["predict", hub, image, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["classes"].keys() == {"class0", "class1", "class2"}
-    assert main(["predict", NET, image, "--weights", str(weights), "--top", "1"]) == 0
+    assert main(["predict", TINY_MODEL, image, "--weights", str(weights), "--top", "1"]) == 0
     assert image in capsys.readouterr().out
     assert main(["explain", hub, "val", "--out", "explained"]) == 0
     assert "3 images" in capsys.readouterr().out
@@ -183,10 +186,10 @@ def test_a_name_without_weights_names_the_options(
 ) -> None:
     draw(tmp_path, 1)
     rest = {"export": [], "serve": ["--port", "0"], "slim": [str(tmp_path), "--macs", "0.8"]}
-    assert main([command, NET, *rest.get(command, [str(tmp_path)])]) == 2
+    assert main([command, TINY_MODEL, *rest.get(command, [str(tmp_path)])]) == 2
     error = capsys.readouterr().err
     remedy = "--pretrained loads timm's, --weights FILE those in a file"
-    assert error.startswith(f"ulsam: error: {NET} is a model without weights: {remedy}")
+    assert error.startswith(f"ulsam: error: {TINY_MODEL} is a model without weights: {remedy}")
     assert error.count("\n") == 1
 
 
@@ -258,12 +261,12 @@ def test_what_is_in_the_cache_needs_no_network(weights: Path, tmp_path: Path) ->
     of_timm.mkdir()
     (of_timm / "model.safetensors").write_bytes(weights.read_bytes())
     config = {
-        "architecture": NET,
+        "architecture": TINY_MODEL,
         "num_classes": 1000,
         "pretrained_cfg": {"num_classes": 1000, "input_size": [3, 64, 64]},
     }
     (of_timm / "config.json").write_text(json.dumps(config))
-    spec = make_spec(NET, ("wren", "robin"), [Edit("insert", "blocks.2", 4)], size=48)
+    spec = make_spec(TINY_MODEL, ("wren", "robin"), [Edit("insert", "blocks.2", 4)], size=48)
     save(build(spec)[0], spec, tmp_path / "birds.safetensors")
     ulsam.push(tmp_path / "birds.safetensors", _in_cache(tmp_path, "me/birds"))
     begin = time.monotonic()
@@ -276,7 +279,7 @@ def test_what_is_in_the_cache_needs_no_network(weights: Path, tmp_path: Path) ->
 def test_a_model_by_name_is_slimmed_from_a_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its classes are then called as the folders are; a second start resumes."""
     torch.manual_seed(0)
-    model = timm.create_model(NET, num_classes=2, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+    model = timm.create_model(TINY_MODEL, num_classes=2, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
     labels = ["n01440764 tench", "n01443537 goldfish"]
     timm.models.save_for_hf(model, tmp_path / "hub", model_config={"label_names": labels})
     draw(tmp_path / "data", 6, classes=2)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tiny import NET, SETTINGS, draw_splits, options
+from tiny import SETTINGS, TINY_MODEL, draw_splits, options
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
@@ -47,7 +47,7 @@ def config(data: str | Path = "data", **settings: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return build(ModelSpec(NET, ("a", "b", "c"), (Edit.parse("insert blocks.2 g=4"),), input_size=SIZE))[0]
+    return build(ModelSpec(TINY_MODEL, ("a", "b", "c"), (Edit.parse("insert blocks.2 g=4"),), input_size=SIZE))[0]
 
 
 @pytest.fixture(scope="module")

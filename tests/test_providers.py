@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from tiny import NET, draw_splits
+from tiny import TINY_MODEL, draw_splits
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.base.providers import PROVIDERS
@@ -29,7 +29,7 @@ CUDA = torch.cuda.is_available()
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     torch.manual_seed(0)
-    spec = make_spec(NET, ("class0", "class1", "class2"), [Edit("insert", "blocks.1.0", 4)], size=32)
+    spec = make_spec(TINY_MODEL, ("class0", "class1", "class2"), [Edit("insert", "blocks.1.0", 4)], size=32)
     model, _ = build(spec)
     torch.nn.init.normal_(model.get_submodule("classifier").weight)
     root = tmp_path_factory.mktemp("providers")

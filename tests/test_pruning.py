@@ -14,7 +14,7 @@ from torch import nn
 
 from scripts import BENCHMARKS, load_benchmark
 from stopping import stop_after
-from tiny import NET, SETTINGS, draw_splits
+from tiny import SETTINGS, TINY_MODEL, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.base.locks import take_lock
 from ulsam.model.build import build
@@ -41,7 +41,7 @@ def pruning() -> ModuleType:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
-    model, _ = build(ModelSpec(NET, ("a", "b", "c"), input_size=SIZE))
+    model, _ = build(ModelSpec(TINY_MODEL, ("a", "b", "c"), input_size=SIZE))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -75,7 +75,7 @@ def test_it_ends_on_the_nearer_side_of_a_coarse_step(
 
 def test_the_least_important_channels_go_whatever_the_classifier_says(pruning: ModuleType) -> None:
     """Channels 0 and 1 have small weights in the backbone and great ones in the classifier; they go first."""
-    model, _ = build(ModelSpec(NET, ("a", "b", "c"), input_size=SIZE))
+    model, _ = build(ModelSpec(TINY_MODEL, ("a", "b", "c"), input_size=SIZE))
     with torch.no_grad():
         for parameter in (model.conv_head.weight, model.bn2.weight):
             parameter[:2] = 1e-6

@@ -17,7 +17,7 @@ import timm
 import torch
 
 import ulsam
-from tiny import NET
+from tiny import TINY_MODEL
 from ulsam.cli import main
 from ulsam.deploy.hub import FILES
 from ulsam.deploy.model_card import model_card
@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of two runs, `plain` and `edited`."""
     root = tmp_path_factory.mktemp("runs")
     for name, edits in (("plain", []), ("edited", [Edit("insert", "blocks.2", 4)])):
-        spec = make_spec(NET, CLASSES, edits, size=48, mean=(0.1, 0.2, 0.3), crop_pct=0.9)
+        spec = make_spec(TINY_MODEL, CLASSES, edits, size=48, mean=(0.1, 0.2, 0.3), crop_pct=0.9)
         torch.manual_seed(0)
         (root / name).mkdir()
         save(build(spec)[0], spec, root / name / "model.safetensors")
@@ -87,7 +87,7 @@ def test_the_card_has_the_results_and_no_path_of_this_machine(runs: Path, tmp_pa
         assert "| MACs | 75.0 M (-25.0 % against the base model) |" in text
         assert "On 9 held-out images of birds; trained on 36." in text
         assert r"a\*b\_c" in text
-    assert "## Results" not in model_card("me/birds", ModelSpec(NET, CLASSES))
+    assert "## Results" not in model_card("me/birds", ModelSpec(TINY_MODEL, CLASSES))
 
 
 @pytest.mark.parametrize(

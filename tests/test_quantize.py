@@ -1,4 +1,4 @@
-"""Quantised models: from drawn birds to int8, what stays in float32, and what is refused."""
+"""Quantized models: from drawn birds to int8, what stays in float32, and what is refused."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ import torch
 from onnx.numpy_helper import to_array
 
 from serving import form, service
-from tiny import NET, options
+from tiny import TINY_MODEL, options
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
@@ -36,9 +36,17 @@ def birds(tmp_path_factory) -> Path:
 
 
 def test_round_trip_from_images_to_int8(birds, tmp_path, capsys):
-    """Train on drawn birds, fold and export, quantise, run without PyTorch, serve, and compare all by image."""
+    """Train on drawn birds, fold and export, quantize, run without PyTorch, serve, and compare all by image."""
     run = tmp_path / "run"
-    settings = {"model": NET, "size": 32, "batch_size": 8, "epochs": 2, "workers": 0, "threads": 1, "device": "cpu"}
+    settings = {
+        "model": TINY_MODEL,
+        "size": 32,
+        "batch_size": 8,
+        "epochs": 2,
+        "workers": 0,
+        "threads": 1,
+        "device": "cpu",
+    }
     training = {**settings, "layout": "channels_last", "amp": "none", "compile": "none"}
     edit = ["--insert", "blocks.1.0", "--form", "released"]
     assert main(["train", str(birds), *edit, "--out", str(run), *options(training)]) == 0
@@ -79,7 +87,7 @@ def test_round_trip_from_images_to_int8(birds, tmp_path, capsys):
 def exported(birds, tmp_path_factory) -> Path:
     """A model that was not trained, as a model file and exported."""
     torch.manual_seed(0)
-    spec = make_spec(NET, sorted(path.name for path in (birds / "val").iterdir()), [Edit.parse(EDIT)], size=32)
+    spec = make_spec(TINY_MODEL, sorted(path.name for path in (birds / "val").iterdir()), [Edit.parse(EDIT)], size=32)
     path = tmp_path_factory.mktemp("models") / "model.onnx"
     save(build(spec)[0], spec, path.with_suffix(".safetensors"))
     assert main(["export", str(path.with_suffix(".safetensors"))]) == 0
@@ -117,7 +125,7 @@ def test_an_unknown_target_is_named(exported, birds, tmp_path):
 
 
 @pytest.mark.slow
-def test_only_normalisation_other_attention_and_logits_stay_in_float(birds, exported, tmp_path):
+def test_only_normalization_other_attention_and_logits_stay_in_float(birds, exported, tmp_path):
     out = tmp_path / "small.onnx"
     report = quantize(exported, str(birds), out, calibrate=8, measure=10)
     assert (report.calibrated, report.images, report.bytes) == (8, 10, out.stat().st_size)
@@ -135,26 +143,26 @@ def test_only_normalisation_other_attention_and_logits_stay_in_float(birds, expo
         assert makes[node.input[0]].op_type == "DequantizeLinear"
     products = [node for node in made.graph.node if node.op_type == "Mul"]
     assert sum(ATTENTION in node.name for node in products) == 1 < len(products)
-    for node in products[1:]:  # the first one is the normalisation's
+    for node in products[1:]:  # the first one is the normalization's
         small = [name in makes and makes[name].op_type == "DequantizeLinear" for name in node.input]
         assert all(small) == (ATTENTION in node.name)
     assert makes["logits"].op_type == "Gemm"
     assert [node.op_type for node in made.graph.node if "pixels" in node.input] == [
         "Reshape"
-    ]  # normalised by rows, in float
+    ]  # normalized by rows, in float
 
 
 @pytest.mark.slow
 def test_a_range_leaves_out_what_few_images_reach(exported):
-    """Of the normalised images, known exactly: 19 grey ones, and a black and white one."""
-    greys = range(100, 119)
-    images = [np.full((32, 32, 3), grey, np.uint8) for grey in greys]
+    """Of the normalized images, known exactly: 19 gray ones, and a black and white one."""
+    grays = range(100, 119)
+    images = [np.full((32, 32, 3), gray, np.uint8) for gray in grays]
     images.append(np.repeat(np.uint8([0, 255]), 16)[:, None, None].repeat(32, 1).repeat(3, 2))
     content = exported.read_bytes()
     graph = onnx.load_from_string(content).graph
     first = next(node.input[0] for node in graph.node if node.op_type == "Conv")
     low, high = map_statistics(content, images)[first][:2]
-    seen = runtime.load(exported).preprocessing.normalise(np.stack(images)).reshape(20, -1)
+    seen = runtime.load(exported).preprocessing.normalize(np.stack(images)).reshape(20, -1)
     assert low == pytest.approx(np.quantile(seen.min(1), 1 - COVERED), abs=1e-5)
     assert high == pytest.approx(np.quantile(seen.max(1), COVERED), abs=1e-5)
     assert seen.min() < low < seen[0].max() and high < seen.max() - 1
@@ -166,7 +174,7 @@ def test_a_range_leaves_out_what_few_images_reach(exported):
 def test_biases_take_up_what_rounding_the_weights_loses(birds, tmp_path):
     """In the means of each convolution's channels, on the maps of the model in float32."""
     torch.manual_seed(0)
-    spec = make_spec(NET, ["robin", "wren"], [Edit.parse(EDIT + " form=released")], size=32)
+    spec = make_spec(TINY_MODEL, ["robin", "wren"], [Edit.parse(EDIT + " form=released")], size=32)
     model, _ = build(spec)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -214,7 +222,7 @@ def test_biases_take_up_what_rounding_the_weights_loses(birds, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_for_normalised_images_is_quantised_too(birds, exported, tmp_path):
+def test_a_model_for_normalized_images_is_quantized_too(birds, exported, tmp_path):
     out = tmp_path / "plain-int8.onnx"
     assert main(["export", str(exported.with_suffix(".safetensors")), "--no-preprocessing", "--out", str(out)]) == 0
     plain = out.rename(tmp_path / "plain.onnx")

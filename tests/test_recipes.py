@@ -11,7 +11,7 @@ import yaml
 from ulsam.cli import main
 from ulsam.data.prepare import OFFICIAL
 from ulsam.layer.ulsam import ULSAM
-from ulsam.model.build import make_spec, sketch
+from ulsam.model.build import make_spec, meta_model
 from ulsam.model.spec import Edit
 from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig, read_config
@@ -36,7 +36,7 @@ def test_a_recipe_builds_the_papers_model_for_its_classes(path):
     classes = OFFICIAL[path.stem].counts["classes"] if path.stem in OFFICIAL else 1000
     edits = [Edit.parse(text) for text in config.edits]
     names = [f"class {n}" for n in range(classes)]
-    model = sketch(make_spec(config.model, names, edits, size=config.size, model_args=config.model_args))
+    model = meta_model(make_spec(config.model, names, edits, size=config.size, model_args=config.model_args))
     layers = {name: part.groups for name, part in model.named_modules() if isinstance(part, ULSAM)}
     assert layers == dict.fromkeys(("blocks.4.2", "blocks.5.2"), GROUPS[path.stem])
     assert cost(model, (3, config.size, config.size)).params == BACKBONE + 1281 * classes

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ulsam
-from tiny import NET, SETTINGS, draw_shards, draw_splits
+from tiny import SETTINGS, TINY_MODEL, draw_shards, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.data.opening import open_data
-from ulsam.layer.choice import Layer, make_layer
 from ulsam.layer.inverted_residual import InvertedResidual
+from ulsam.layer.make_layer import Layer, make_layer
 from ulsam.model.build import build, load, load_weights, save
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.surgery.cost import cost
@@ -412,7 +412,7 @@ def test_training_starts_from_reconstructed_layers(data: Path, tmp_path: Path, l
         trained = load(tmp_path / name / "model.safetensors")[0].get_submodule("blocks.3.0.se")
         return {name: value.detach() for name, value in trained.named_parameters()}  # BatchNorm statistics continue
 
-    base = timm.create_model(NET, num_classes=3)
+    base = timm.create_model(TINY_MODEL, num_classes=3)
     torch.save(base.state_dict(), tmp_path / "base.pt")
     torch.manual_seed(5)
     reconstructed = start("reconstructed", weights=str(tmp_path / "base.pt"))
@@ -421,7 +421,7 @@ def test_training_starts_from_reconstructed_layers(data: Path, tmp_path: Path, l
     again = start("again", weights=str(tmp_path / "reconstructed" / "model.safetensors"))
     assert all(torch.equal(again[name], reconstructed[name]) for name in reconstructed)
     shown = {"weights": str(tmp_path / "base.pt"), "images_for_reconstruction": str(data / "val" / "class0")}
-    other = start("unlabelled", **shown)  # type: ignore[arg-type]
+    other = start("unlabeled", **shown)  # type: ignore[arg-type]
     assert f"images of {data / 'val' / 'class0'}" in logged()
     assert not torch.equal(other["bn3.weight"], reconstructed["bn3.weight"])
     for wrong, message in [
@@ -438,7 +438,7 @@ def test_training_starts_from_reconstructed_layers(data: Path, tmp_path: Path, l
 
 
 def test_a_stream_cannot_be_reconstructed_on(data: Path, tmp_path: Path) -> None:
-    torch.save(timm.create_model(NET, num_classes=3).state_dict(), tmp_path / "base.pt")
+    torch.save(timm.create_model(TINY_MODEL, num_classes=3).state_dict(), tmp_path / "base.pt")
     shards = tmp_path / "shards"
     shards.mkdir()
     draw_shards(shards, data / "train")
@@ -452,7 +452,7 @@ def test_a_stream_cannot_be_reconstructed_on(data: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_reconstruction_moves_no_random_generator(data: Path, tmp_path: Path) -> None:
     """The run continues with the same numbers, whether it reconstructed or not."""
-    torch.save(timm.create_model(NET, num_classes=3).state_dict(), tmp_path / "base.pt")
+    torch.save(timm.create_model(TINY_MODEL, num_classes=3).state_dict(), tmp_path / "base.pt")
     config = {**SETTINGS, "data": str(data), "weights": str(tmp_path / "base.pt"), "epochs": 1}
     config["edits"] = ["replace blocks.3.0.se layer=inverted_residual width=3"]
     trainer = Trainer(TrainConfig.from_mapping(config), tmp_path / "run", ALONE)

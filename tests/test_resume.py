@@ -31,7 +31,7 @@ from ulsam.training.probe import undecided
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
 
-PATIENCE = 120.0  # seconds; what is waited for comes much sooner
+TIMEOUT = 120.0  # seconds; what is waited for comes much sooner
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def unbroken(interpreter: Warm, data: Path, tmp_path_factory: pytest.TempPathFac
 
 def wait_for(event: Callable[[], Any], pause: float = 0.0) -> None:
     """Wait until ``event`` is true."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while not event():
         assert time.monotonic() < end, "waited too long"
         time.sleep(pause)
@@ -220,7 +220,7 @@ def test_stopped_it_saves_and_says_how_to_resume(
         wait_for(lambda: (run / "metrics.csv").exists(), 0.001)
         time.sleep(0.05)
         os.killpg(process.pid, number)
-        _, err = process.communicate(timeout=PATIENCE)
+        _, err = process.communicate(timeout=TIMEOUT)
         pid, code = process.pid, process.returncode
     else:
         pid = interpreter.start(words, log)
@@ -355,7 +355,7 @@ def pair(odd_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     run = tmp_path_factory.mktemp("runs") / "pair"
     words = ["train", str(odd_data), "--out", str(run), *options(PAIR)]
     process = command(words, launcher=[*TORCHRUN, free_port()])
-    out, err = process.communicate(timeout=PATIENCE)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     return run, out, err
 
@@ -493,11 +493,11 @@ def test_torchrun_stopped_and_resumed(pair: tuple[Path, str, str], odd_data: Pat
     )
     wait_for(changed(run / "checkpoint.pt", 1))
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=TIMEOUT)
     check_whole(run)
     assert not (run / "summary.json").exists()
     process = command(["train", "--resume", str(run)], launcher=[*TORCHRUN, free_port()])
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
     assert_same_end(run, pair[0])
 
@@ -538,7 +538,7 @@ def test_under_real_torchrun_one_process_says_that_another_is_gone(odd_data: Pat
     wait_for(changed(run / "checkpoint.pt", 1))
     first = next(one for one in psutil.Process(process.pid).children() if one.environ()["RANK"] == "0")
     first.kill()
-    _, err = process.communicate(timeout=PATIENCE)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert err.count("resume with: torchrun --nproc-per-node 3 -m ulsam train --resume") == 1
     assert "gloo" not in err
 
@@ -547,7 +547,7 @@ def test_under_real_torchrun_one_process_says_that_another_is_gone(odd_data: Pat
 def test_a_mistake_under_real_torchrun(odd_data: Path, tmp_path: Path) -> None:
     words = ["train", str(odd_data), "--out", str(tmp_path / "run"), *options({**PAIR, "insert": "blocks.99"})]
     process = command(words, launcher=[*TORCHRUN, free_port()])
-    _, err = process.communicate(timeout=PATIENCE)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
     assert err.count("ulsam: error: no module is named 'blocks.99'") == 1
     assert not (tmp_path / "run").exists()

@@ -19,7 +19,7 @@ from timm.data import create_transform
 from torch import nn
 
 import ulsam
-from tiny import NET, draw_splits
+from tiny import TINY_MODEL, draw_splits
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
@@ -38,7 +38,7 @@ CLASSES = ("class0", "class1", "class2")
 def world(tmp_path_factory):
     """A model file, the same model exported, and a folder with images, one of which cannot be read."""
     torch.manual_seed(0)
-    spec = make_spec(NET, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=48)
+    spec = make_spec(TINY_MODEL, CLASSES, [Edit("insert", "blocks.1.0", 4)], size=48)
     model, _ = build(spec)
     nn.init.normal_(model.get_submodule("classifier").weight)
     root = tmp_path_factory.mktemp("runtime")
@@ -125,13 +125,13 @@ def test_streams_and_pixels_are_images_too(world):
 def test_what_is_no_image_or_no_number_is_reported(world):
     model = runtime.load(world / "model.onnx")
     path = world / "data" / "val" / "class0" / "large.jpg"
-    grey, none = np.zeros((48, 48), np.uint8), np.zeros((0, 5, 3), np.uint8)
+    gray, none = np.zeros((48, 48), np.uint8), np.zeros((0, 5, 3), np.uint8)
     for images, options, message in [
         ([path], {"batch": 0}, "`batch` must be 1 or more, not 0"),
         ([path], {"top": -1}, "`top` must be 1 or more, not -1"),
         (str(path), {}, "give a list, of one image too"),
         ([path.read_bytes()], {}, r"not bytes; io.BytesIO\(...\) makes a stream"),
-        ([grey], {}, r"uint8 \[H, W, 3\], not uint8 \[48, 48\]"),
+        ([gray], {}, r"uint8 \[H, W, 3\], not uint8 \[48, 48\]"),
         ([none], {}, r"not uint8 \[0, 5, 3\]"),
         ([np.zeros((48, 48, 3))], {}, r"not float64 \[48, 48, 3\]"),
     ]:

@@ -26,7 +26,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from torch import nn
 
 from serving import KEY, PNG, Service, form, reply, service
-from tiny import NET, draw
+from tiny import TINY_MODEL, draw
 from ulsam import runtime
 from ulsam.apps.service import _about, create_app
 from ulsam.apps.service_engine import Engine
@@ -45,7 +45,7 @@ CHROMIUM = os.environ.get("ULSAM_CHROMIUM") or shutil.which("chromium") or shuti
 def world(tmp_path_factory):
     """A model file, the same model exported, and images."""
     torch.manual_seed(0)
-    spec = make_spec(NET, ("class0", "class1", "class2"), [Edit("insert", "blocks.1.0", 4)], size=48)
+    spec = make_spec(TINY_MODEL, ("class0", "class1", "class2"), [Edit("insert", "blocks.1.0", 4)], size=48)
     model, _ = build(spec)
     nn.init.normal_(model.get_submodule("classifier").weight, std=5)
     root = tmp_path_factory.mktemp("serve")
@@ -99,7 +99,7 @@ def test_answers_are_those_of_predict(served, world, capsys):
             assert found == pytest.approx(wanted, abs=2e-5)
 
 
-def test_a_image_that_is_none_has_an_error_in_its_place(served, world):
+def test_an_image_that_is_none_has_an_error_in_its_place(served, world):
     good = paths(world)[0].read_bytes()
     body, headers = form([("no.jpg", b"nothing"), ("good.png", good), ("cut.png", good[:900])])
     found = served.ask("/predict", body, headers)
@@ -167,7 +167,7 @@ class Brightness:
         return np.stack([1 - light, light], 1).astype(np.float32)
 
 
-def grey(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
+def gray(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
     stream = io.BytesIO()
     Image.new("L", size, value).save(stream, "png")
     return stream.getvalue()
@@ -177,7 +177,7 @@ def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other()
     async def scene() -> tuple[list[int], list[Any]]:
         model, limits = Brightness(), Limits(batch=4)
         engine = Engine(model, limits, Metrics(limits))
-        tasks = [asyncio.create_task(engine.probabilities(grey(20 * number))) for number in range(10)]
+        tasks = [asyncio.create_task(engine.probabilities(gray(20 * number))) for number in range(10)]
         while not model.sizes or engine._batches._queue.qsize() + sum(model.sizes) < 10:
             await asyncio.sleep(0.01)
         tasks[0].cancel()
@@ -205,7 +205,7 @@ def test_no_answer_in_time_is_a_503_that_says_when_to_come_back():
         sent: list[dict[str, Any]] = []
 
         async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": grey(9), "more_body": False}
+            return {"type": "http.request", "body": gray(9), "more_body": False}
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -225,7 +225,7 @@ def test_no_answer_in_time_is_a_503_that_says_when_to_come_back():
 
 def test_what_is_too_large_or_of_another_kind_is_refused(strict, world):
     lock = {"Authorization": f"Bearer {KEY}"}
-    small, headers = grey(90), {**PNG, **lock}
+    small, headers = gray(90), {**PNG, **lock}
     assert strict.ask("/predict", small, headers).status == 200
     large = bytes(5_000_000)
     for body in (large, iter([large[:800_000]] * 6)):  # announced, and in pieces of unknown number
@@ -236,9 +236,9 @@ def test_what_is_too_large_or_of_another_kind_is_refused(strict, world):
     body, kind = form([("a", small)] * 4)
     found = strict.ask("/predict", body, {**kind, **lock})
     assert (found.status, "Maximum number of files is 3" in found.body["detail"]) == (413, True)
-    found = strict.ask("/predict", grey(9, (101, 100)), headers)
+    found = strict.ask("/predict", gray(9, (101, 100)), headers)
     assert (found.status, found.body) == (422, {"detail": "larger than 10000 pixels, the most that is read"})
-    found = strict.ask("/predict", grey(9, (101, 1)), headers)
+    found = strict.ask("/predict", gray(9, (101, 1)), headers)
     assert (found.status, found.body) == (422, {"detail": "one side is more than 100 times as long as the other"})
     for refused in (
         {"Content-Type": "text/plain"},
@@ -256,7 +256,7 @@ def test_what_is_too_large_or_of_another_kind_is_refused(strict, world):
 
 def test_the_key_is_asked_for(strict):
     for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
-        for path, body in (("/predict", grey(9)), ("/metrics", None)):
+        for path, body in (("/predict", gray(9)), ("/metrics", None)):
             found = strict.ask(path, body, {**PNG, **given})
             assert (found.status, found.headers["WWW-Authenticate"]) == (401, "Bearer")
     assert strict.ask("/health").body == {"status": "ok"}
@@ -270,7 +270,7 @@ def test_slow_clients_are_let_go_and_too_many_are_sent_away(strict):
     loris = strict.raw(b"POST /predict HTTP/1.1\r\nHo")
     while strict.metric("ulsam_requests_in_progress") < 2:
         time.sleep(0.02)
-    found = strict.ask("/predict", grey(9), {**PNG, "Authorization": f"Bearer {KEY}"})
+    found = strict.ask("/predict", gray(9), {**PNG, "Authorization": f"Bearer {KEY}"})
     assert (found.status, found.headers["Retry-After"]) == (503, "1")
     with contextlib.suppress(OSError):  # a byte now and then does not help
         for letter in "st: here\r\nA: " + "b" * 100:
@@ -280,7 +280,7 @@ def test_slow_clients_are_let_go_and_too_many_are_sent_away(strict):
     for connection in slow:
         assert b" 408 " in connection.recv(99)
     assert strict.metric("ulsam_requests_in_progress") == 0
-    assert strict.ask("/predict", grey(9), {**PNG, "Authorization": f"Bearer {KEY}"}).status == 200
+    assert strict.ask("/predict", gray(9), {**PNG, "Authorization": f"Bearer {KEY}"}).status == 200
     for connection in (*slow, loris):
         connection.close()
 
@@ -311,7 +311,7 @@ def test_a_request_that_breaks_after_its_answer_ends_its_connection_alone(strict
 
 
 def test_requests_that_are_cut_off_or_broken_leave_nothing_behind(served):
-    strip = grey(9, (60_000, 1_000))
+    strip = gray(9, (60_000, 1_000))
 
     def hostile() -> None:
         for sent in (head(100_000) + bytes(50_000), b"\x16\x03\x01" * 50, b"GET / HTTP/9.9\r\n\r\n", head(-1)):
@@ -377,7 +377,7 @@ def test_asked_to_stop_it_answers_what_is_in_flight_and_loses_nothing(world):
 @pytest.mark.slow
 def test_a_request_that_comes_as_its_connection_is_closed_is_answered_or_not_begun(world):
     """Idle connections are closed half a second after the signal; requests come from before that on until after it."""
-    image = grey(9)
+    image = gray(9)
     with service(str(world / "model.onnx"), "--max-requests", "1000", folder=world / "closing") as one:
         connections = [one.raw(b"") for _ in range(300)]
         assert one.ask("/health").status == 200  # it was accepted last

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from serving import service
-from tiny import NET
+from tiny import TINY_MODEL
 from ulsam.apps.service_readers import Readers
 from ulsam.data.images import MAX_PIXELS, UnreadableImage, image_pixels
 from ulsam.deploy.export import export
@@ -82,7 +82,7 @@ def test_pixels_are_counted_by_the_header(format: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no size of a process to go by")
 def test_large_images_of_many_clients_take_the_memory_of_one_and_return_it(tmp_path: Path) -> None:
-    spec = make_spec(NET, ("a", "b"), size=32)
+    spec = make_spec(TINY_MODEL, ("a", "b"), size=32)
     export(build(spec)[0], tmp_path / "model.onnx", spec=spec)
     stream = io.BytesIO()
     Image.new("RGB", (5000, 4000), (9, 99, 7)).save(stream, "tiff", compression="tiff_deflate")

@@ -16,7 +16,7 @@ from PIL import Image
 import ulsam
 from labelling import ATTRIBUTES, draw_attributes, write_table
 from stopping import stop_after
-from tiny import NET, SETTINGS, Warm, draw_splits, options
+from tiny import SETTINGS, TINY_MODEL, Warm, draw_splits, options
 from ulsam import runtime
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
@@ -194,7 +194,7 @@ def test_predictions_are_sigmoids_from_the_thresholds_on(table: Path, run: Path)
         with Image.open(path) as image:
             pixels = transform.pixels(np.asarray(image.convert("RGB")))
         with torch.no_grad():
-            shares = torch.sigmoid(model(transform.normalise(pixels[None]))[0]).tolist()
+            shares = torch.sigmoid(model(transform.normalize(pixels[None]))[0]).tolist()
         named = dict(zip(spec.classes, shares, strict=True))
         assert dict(whole.classes) == pytest.approx(named, abs=1e-5)
         reached = {name for name, cut in zip(spec.classes, spec.thresholds, strict=True) if named[name] >= cut}
@@ -271,7 +271,11 @@ REFUSED: list[tuple[str, list[str], str]] = [
         ["MODEL", "FOLDER"],
         "is a folder of class folders, one class an image, and the model gives",
     ),
-    ("eval", [NET, "--weights", "MODEL", "TABLE"], "is a model file of several labels an image: name it in place of"),
+    (
+        "eval",
+        [TINY_MODEL, "--weights", "MODEL", "TABLE"],
+        "is a model file of several labels an image: name it in place of",
+    ),
     ("explain", ["MODEL", "IMAGE", "--out", "OUT"], "an explanation is for one class an image"),
     ("report", ["RUN", "--out", "OUT.html"], "a report is for one class an image"),
     ("slim", ["MODEL", "TABLE", "--macs", "0.9", "--out", "OUT"], "slimming is for one class an image"),
@@ -295,7 +299,7 @@ REFUSED: list[tuple[str, list[str], str]] = [
 @pytest.fixture(scope="module")
 def single(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of one class an image, with the classes of the table."""
-    spec = ulsam.make_spec(NET, ATTRIBUTES, size=32)
+    spec = ulsam.make_spec(TINY_MODEL, ATTRIBUTES, size=32)
     file = tmp_path_factory.mktemp("single") / "model.safetensors"
     ulsam.save(ulsam.build(spec)[0], spec, file)
     return file

@@ -209,7 +209,7 @@ def test_the_score_is_that_of_one_image_after_the_other(model, data):
     edited.blocks[5][2].load_state_dict(switched.new["blocks.5.2"].state_dict())
     transform, seen = spec_transform(spec), []
     for path, label in images.samples:
-        image = transform.normalise(transform.pixels(read_pixels(path, transform.reduction))[None])
+        image = transform.normalize(transform.pixels(read_pixels(path, transform.reduction))[None])
         with torch.no_grad():
             logits = edited(image)
         seen.append((image, label, F.cross_entropy(logits, torch.tensor([label])).item(), int(logits.argmax())))

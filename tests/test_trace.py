@@ -154,7 +154,7 @@ def test_a_function_of_the_model_itself_is_refused() -> None:
 def test_the_reason_is_that_of_the_real_pass() -> None:
     with pytest.raises(UlsamError, match=r"expected input\[1, 4, 12, 12\] to have 3 channels"):
         trace(Looking(), (4, 12, 12))
-    with pytest.raises(UlsamError, match=r"nonzero\(\) raises"):  # a sketch has no values
+    with pytest.raises(UlsamError, match=r"nonzero\(\) raises"):  # a meta_model has no values
         trace(Looking().to("meta"), (3, 12, 12))
 
 

@@ -32,7 +32,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from stopping import stop_after
-from tiny import NET, SETTINGS, draw, draw_shards, draw_splits, options
+from tiny import SETTINGS, TINY_MODEL, draw, draw_shards, draw_splits, options
 from ulsam import __version__
 from ulsam.base.distributed import World
 from ulsam.base.errors import Interrupted, UlsamError
@@ -57,7 +57,7 @@ FILES = ["checkpoint.pt", "config.yaml", "curves.png", "metrics.csv", "model.saf
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An easy set: 36 training and 15 validation images of 3 colours."""
+    """An easy set: 36 training and 15 validation images of 3 colors."""
     return draw_splits(tmp_path_factory.mktemp("data"), noise=30)
 
 
@@ -66,7 +66,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of the model with a head of its own."""
     torch.manual_seed(5)
     path = tmp_path_factory.mktemp("weights") / "start.safetensors"
-    save_file(timm.create_model(NET, num_classes=7).state_dict(), path)
+    save_file(timm.create_model(TINY_MODEL, num_classes=7).state_dict(), path)
     return path
 
 
@@ -155,7 +155,10 @@ def test_scores_are_those_of_the_saved_model(trained: Path, data: Path) -> None:
 def test_summary_states_cost_versions_and_command(trained: Path, data: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     opened, spec = load(trained / "model.safetensors")
-    for entry, model in ((summary["cost"], opened), (summary["base_cost"], timm.create_model(NET, num_classes=3))):
+    for entry, model in (
+        (summary["cost"], opened),
+        (summary["base_cost"], timm.create_model(TINY_MODEL, num_classes=3)),
+    ):
         counted = cost(model, (3, 32, 32))
         assert [entry[key] for key in ("params", "macs", "activations")] == [
             counted.params,
@@ -614,7 +617,7 @@ def test_a_stream_with_fewer_shards_than_workers(data: Path, tmp_path: Path) -> 
         train(config(Path("wds/birds"), **stream, batch_size=4), tmp_path / "run")
 
 
-def test_a_image_less_is_a_warning(copied: Path, data: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
+def test_an_image_less_is_a_warning(copied: Path, data: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "train" / "class0" / "000.png").unlink()
     resume(copied, {"data": str(tmp_path / "data")})
@@ -630,7 +633,7 @@ def test_another_image_is_a_warning(copied: Path, data: Path, tmp_path: Path, lo
 
 
 @pytest.mark.parametrize("change", ["size", "time"])
-def test_a_image_that_was_exchanged_is_a_warning(
+def test_an_image_that_was_exchanged_is_a_warning(
     change: str, copied: Path, data: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
@@ -757,7 +760,7 @@ def test_no_foreign_entry_of_a_checkpoint_is_taken(copied: Path) -> None:
         refuse(r"the checkpoint in .* is not of this run: ", copied)
     saved = state["optimizer"]
     groups = saved["param_groups"]
-    foreign = timm.optim.create_optimizer_v2(timm.create_model(NET, num_classes=3), opt="adamw").state_dict()
+    foreign = timm.optim.create_optimizer_v2(timm.create_model(TINY_MODEL, num_classes=3), opt="adamw").state_dict()
     for wrong in (
         foreign,
         {**saved, "param_groups": groups[:1]},

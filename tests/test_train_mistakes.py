@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tiny import NET, SETTINGS, draw_splits, options
+from tiny import SETTINGS, TINY_MODEL, draw_splits, options
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.model.build import build, save
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_text(text)
     (root / "latin.yaml").write_bytes("data: Zaunkönig".encode("latin-1"))
     save_file({"conv.weight": torch.zeros(2)}, root / "other.safetensors")
-    two = ModelSpec(NET, ("robin", "wren"))
+    two = ModelSpec(TINY_MODEL, ("robin", "wren"))
     save(build(two)[0], two, root / "teacher.safetensors")
     return root
 

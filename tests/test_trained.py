@@ -57,7 +57,7 @@ def test_a_model_of_the_package_is_what_its_card_says(name: str) -> None:
     found, card = cost(model, spec.input_size), trained.card(name)
     assert f"| parameters | {found.params / 1e6:.2f} M |" in card
     assert f"| multiply-adds | {found.macs / 1e6:.2f} M |" in card
-    assert f"Recognises {len(spec.classes)} kinds" in card
+    assert f"Recognizes {len(spec.classes)} kinds" in card
 
 
 @pytest.mark.slow

@@ -38,12 +38,12 @@ def add(shape: tuple[int, ...], groups: int, form: str, kind: str, layout: str, 
 
 
 SHAPES: list[tuple[tuple[int, ...], int, str, str, torch.dtype]] = [
-    ((2, 6, 3, 4), 2, form, ("normal", "relu", "quantised")[n % 3], torch.float32)
+    ((2, 6, 3, 4), 2, form, ("normal", "relu", "quantized")[n % 3], torch.float32)
     for n, form in enumerate(FORMS + UNUSUAL)
 ]
 SHAPES += [
     ((1, 4, 5, 3), 2, "equations", "equal", torch.float32),
-    ((1, 4, 5, 3), 2, "folded", "quantised", torch.float32),
+    ((1, 4, 5, 3), 2, "folded", "quantized", torch.float32),
     ((1, 10, 3, 4), 2, "folded", "relu", torch.float16),
     ((2, 5, 3, 3), 1, "batch statistics", "normal", torch.float16),
     ((2, 5, 3, 3), 1, "batch statistics", "normal", torch.bfloat16),

@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 from ulsam.base.errors import UlsamError
 from ulsam.model.build import load_weights, read_weights
 
-NET = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-STATE = NET.state_dict()
+TINY_MODEL = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+STATE = TINY_MODEL.state_dict()
 OTHER = {name: value + 1 for name, value in STATE.items()}
 
 
@@ -25,8 +25,8 @@ def under(prefix: str, state: dict[str, Tensor] = STATE) -> dict[str, Tensor]:
 
 
 def optimizer() -> dict[str, Any]:
-    made = torch.optim.Adam(NET.parameters())
-    NET(torch.ones(2, 3, 2, 2)).sum().backward()
+    made = torch.optim.Adam(TINY_MODEL.parameters())
+    TINY_MODEL(torch.ones(2, 3, 2, 2)).sum().backward()
     made.step()
     return made.state_dict()
 
@@ -74,7 +74,7 @@ def test_averaged_weights_are_preferred_and_said(name: str, tmp_path: Path, logg
 
 
 def test_an_averaged_model_is_one(tmp_path: Path, logged: Callable[[], str]) -> None:
-    torch.save(AveragedModel(NET).state_dict(), tmp_path / "x.pt")
+    torch.save(AveragedModel(TINY_MODEL).state_dict(), tmp_path / "x.pt")
     assert list(read_weights(tmp_path / "x.pt")) == list(STATE)
     assert "takes the averaged weights, n_averaged" in logged()
 
@@ -85,7 +85,10 @@ def test_an_averaged_model_is_one(tmp_path: Path, logged: Callable[[], str]) -> 
         ({"student": STATE, "teacher": OTHER}, "holds several state dicts, 'student', 'teacher': save the one of"),
         ({"epoch": 3, "optimizer": optimizer()}, "is no state dict: it holds 'epoch', 'optimizer'; save the model's"),
         ({}, "is no state dict: it holds nothing"),
-        (NET, "it needs the code of torch.nn.modules.batchnorm.BatchNorm2d, torch.nn.modules.container.Sequential"),
+        (
+            TINY_MODEL,
+            "it needs the code of torch.nn.modules.batchnorm.BatchNorm2d, torch.nn.modules.container.Sequential",
+        ),
         ([STATE], "is no state dict, but a list"),
     ],
     ids=lambda value: str(value)[:20],

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-NET = "test_efficientnet"  # of timm: 0.1 M parameters, 4 ms a step of 8 images of 32 px
-COLOURS = [(200, 60, 60), (60, 200, 60), (60, 60, 200), (190, 190, 60), (60, 190, 190), (190, 60, 190)]
+TINY_MODEL = "test_efficientnet"  # of timm: 0.1 M parameters, 4 ms a step of 8 images of 32 px
+COLORS = [(200, 60, 60), (60, 200, 60), (60, 60, 200), (190, 190, 60), (60, 190, 190), (190, 60, 190)]
 SETTINGS: dict[str, Any] = {
-    "model": NET,
+    "model": TINY_MODEL,
     "size": 32,
     "batch_size": 8,
     "epochs": 2,
@@ -52,12 +52,12 @@ FULL: dict[str, Any] = {
 
 
 def draw(folder: Path, number: int, *, classes: int = 3, size: int = 40, noise: float = 60, seed: int = 0) -> None:
-    """``number`` PNG images in each of ``classes`` class folders: a colour a class, under noise."""
+    """``number`` PNG images in each of ``classes`` class folders: a color a class, under noise."""
     random = np.random.default_rng(seed)
     for label in range(classes):
         (folder / f"class{label}").mkdir(parents=True)
         for index in range(number):
-            pixels = random.normal(COLOURS[label], noise, (size, size, 3)).clip(0, 255).astype(np.uint8)
+            pixels = random.normal(COLORS[label], noise, (size, size, 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"class{label}" / f"{index:03}.png")
 
 

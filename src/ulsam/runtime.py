@@ -66,10 +66,10 @@ class Model:
 
     def feed(self, images: Pixels) -> dict[str, Any]:
         """The input that the file takes for RGB bytes [B, H, W, 3], by its name."""
-        return {self._name: images if self._takes_pixels else self.preprocessing.normalise(images)}
+        return {self._name: images if self._takes_pixels else self.preprocessing.normalize(images)}
 
     def predict(self, images: Iterable[Image], *, top: int | None = None, batch: int = 32) -> Iterator[Prediction]:
-        """Name what is in images, in their order: `ulsam.training.predict.predict`.
+        """Classify images, in their order: `ulsam.training.predict.predict`.
 
         An image is a file's path, a binary stream, or RGB bytes [H, W, 3] of any size; an unreadable one gives a
         prediction with an error.

@@ -61,14 +61,14 @@ def explain_upload(models: Sequence[Model], content: bytes, name: str) -> list[E
     return found
 
 
-def grey_image() -> bytes:
+def gray_image() -> bytes:
     """A small PNG, to be the first image that models are given: first times are slow.
 
-    >>> len(grey_image()) < 1000
+    >>> len(gray_image()) < 1000
     True
     """
     buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "grey").save(buffer, "png")
+    Image.new("RGB", (64, 64), "gray").save(buffer, "png")
     return buffer.getvalue()
 
 

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from ulsam.apps.explore_guard import Guard
-from ulsam.apps.explore_models import Model, explain_upload, grey_image
+from ulsam.apps.explore_models import Model, explain_upload, gray_image
 from ulsam.apps.explore_views import about, panel_png, view
 from ulsam.base.errors import UlsamError, printable
 from ulsam.explanation.explanation import Explanation
@@ -21,7 +21,7 @@ MEGABYTE = 10**6
 PLACES = 4
 """Images that are taken in at a time: one that is looked at, the others waiting or on their way."""
 
-PATIENCE = 30.0
+TIMEOUT = 30.0
 """Seconds that an upload may take."""
 
 _FILES = {
@@ -94,7 +94,7 @@ class _ExplainQueue:
         self.places = asyncio.Semaphore(PLACES)
         self.thread = ThreadPoolExecutor(1)
         self.thread.submit(
-            self.work, grey_image(), "grey", lambda found: (view(found), panel_png(models, found, 0, ""))
+            self.work, gray_image(), "gray", lambda found: (view(found), panel_png(models, found, 0, ""))
         ).result()
 
     async def ask(self, request: Request, name: str, answer: Callable[[Sequence[Explanation]], T]) -> T:
@@ -116,7 +116,7 @@ class _ExplainQueue:
         """The body, whole, or read and forgotten; of too large a one some is read on, for its sender to hear so."""
         content, size = bytearray(), 0
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 async for part in request.stream():
                     size += len(part)
                     if size > 2 * self.max_bytes:
@@ -124,7 +124,7 @@ class _ExplainQueue:
                     if keep and size <= self.max_bytes:
                         content += part
         except TimeoutError:
-            raise HTTPException(408, f"the upload took more than {PATIENCE:.0f} seconds") from None
+            raise HTTPException(408, f"the upload took more than {TIMEOUT:.0f} seconds") from None
         if size > self.max_bytes:
             limit = f"{self.max_bytes / MEGABYTE:g} MB"
             raise HTTPException(413, f"the file is larger than {limit}, the most that is taken (see --max-mb)")

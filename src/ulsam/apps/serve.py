@@ -21,7 +21,7 @@ from ulsam.apps.service_engine import Engine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
 from ulsam.base.errors import UlsamError
-from ulsam.base.processes import heeded_signals
+from ulsam.base.processes import active_stop_signals
 from ulsam.deploy.classifier import open_classifier
 from ulsam.training.predict import probabilities
 
@@ -52,7 +52,7 @@ def serve(
     limits: Limits | None = None,
     ready: Callable[[str], None] = print,
 ) -> int:
-    """Answer requests to name images over HTTP, until SIGTERM or SIGINT.
+    """Answer requests to classify images over HTTP, until SIGTERM or SIGINT.
 
     Then no connection is taken any more, what is in progress is answered, and the function returns. A second signal
     does what it would without the service. Nothing of a request is written to a file. One process, one model, no state:
@@ -128,7 +128,7 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Within it the first signal ends the service; the next one does what it would without the service."""
-        before = {number: signal.getsignal(number) for number in heeded_signals()}
+        before = {number: signal.getsignal(number) for number in active_stop_signals()}
 
         def restore() -> None:
             for number, handler in before.items():

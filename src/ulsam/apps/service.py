@@ -124,7 +124,7 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = 
 
     @app.post(
         PREDICT,
-        summary="Name what is in images",
+        summary="Classify images",
         openapi_extra={"requestBody": _BODY},
         responses={**_PROBLEMS, **refusals},
         dependencies=locked,

@@ -25,10 +25,10 @@ STOP_SIGNALS = tuple(int(getattr(signal, name)) for name in _STOP_NAMES if hasat
 """What asks a program to end: Ctrl-C, kill(1), a container's stop, the end of the terminal; on Windows Ctrl-Break."""
 
 
-def heeded_signals() -> tuple[int, ...]:
+def active_stop_signals() -> tuple[int, ...]:
     """`STOP_SIGNALS`, but for the end of the terminal where that is ignored, as under nohup.
 
-    >>> set(heeded_signals()) <= set(STOP_SIGNALS)
+    >>> set(active_stop_signals()) <= set(STOP_SIGNALS)
     True
     """
     hangup = getattr(signal, "SIGHUP", None)

@@ -11,7 +11,7 @@ CALLS = 20
 """For each tensor; timm's models make up to 3 for each that is allowed."""
 
 
-class AtMost(TorchFunctionMode):
+class TensorLimit(TorchFunctionMode):
     """Within it, in this thread alone, no more than so many empty tensors are made, as which parameters begin.
 
     Of other calls of PyTorch there may be `CALLS` times as many: some models fill large tables value by value.
@@ -19,7 +19,7 @@ class AtMost(TorchFunctionMode):
     Raises:
         UlsamError: one more is asked for; ``message`` is what it says.
 
-    >>> with AtMost(3, "too large"):
+    >>> with TensorLimit(3, "too large"):
     ...     torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(2)])
     Traceback (most recent call last):
     ulsam.base.errors.UlsamError: too large

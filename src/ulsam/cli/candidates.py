@@ -17,13 +17,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print one line a candidate, outermost first."""
-    from ulsam.model.build import sketch
+    from ulsam.model.build import meta_model
     from ulsam.surgery.cost import cost
     from ulsam.surgery.find import candidates
     from ulsam.surgery.places import layer_names
 
     spec = spec_from(args)
-    model = sketch(spec)
+    model = meta_model(spec)
     found = candidates(model, spec.input_size, leaves=args.leaves)
     if not found:
         raise UlsamError(f"{args.model} has no block that takes and outputs the same feature map [B, C, H, W]")

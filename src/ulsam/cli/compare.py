@@ -1,4 +1,4 @@
-"""`ulsam compare DATA --arm base --arm EDITS ...`: train several models under one recipe, and compare them."""
+"""`ulsam compare DATA --arm base --arm EDITS ...`: train several models with the same settings, and compare them."""
 
 import argparse
 from typing import Any

@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, and print the scores; only the first of several processes prints."""
     from ulsam.base.provenance import command_line, versions
-    from ulsam.deploy.confusion_picture import confusion_png
+    from ulsam.deploy.confusion_plot import confusion_png
     from ulsam.deploy.evaluate import Evaluation, evaluate
     from ulsam.deploy.evaluate_labels import LabelEvaluation, evaluate_labels, gives_several
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
                 for error in errors.values():
                     bar.write(f"unreadable {printable(error)}")
                 if images:
-                    yield transform.normalise(torch.stack(images))
+                    yield transform.normalize(torch.stack(images))
                 bar.update(len(images) + len(errors))
 
     with only_json(args):

@@ -1,4 +1,4 @@
-"""`ulsam predict MODEL IMAGES...`: name what is in images."""
+"""`ulsam predict MODEL IMAGES...`: classify images."""
 
 import argparse
 import contextlib
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.base.extras import installed
+from ulsam.base.extras import extra, installed
 from ulsam.base.files import check_writable, write_atomic
 from ulsam.base.text_table import as_csv
 from ulsam.cli.common import add_device, add_model, model_from, print_json
@@ -38,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="classes to name an image (default: 3; of several labels an image those that reach their thresholds)",
     )
     parser.add_argument("--csv", metavar="FILE", help="also write a row an image: path, classes, probabilities")
+    parser.add_argument("--parquet", metavar="FILE", help="the same as an Apache Parquet file")
     parser.add_argument(
         "--features", metavar="FILE", help="also write the pooled features of each image: NAME.npz or NAME.csv"
     )
@@ -53,7 +54,10 @@ def run(args: argparse.Namespace) -> None:
 
     if args.features and not args.features.endswith((".npz", ".csv")):
         raise UlsamError(f"--features writes NAME.npz or NAME.csv, not {args.features}")
-    for file in filter(None, (args.csv, args.features)):
+    if args.parquet:
+        with extra("parquet", "--parquet needs"):
+            import pyarrow  # noqa: F401
+    for file in filter(None, (args.csv, args.parquet, args.features)):
         check_writable(file)
     paths = image_paths(_listed(args.images))
     found: list[Prediction] = []
@@ -73,7 +77,10 @@ def run(args: argparse.Namespace) -> None:
             if bar is not None:
                 bar.update()
     if args.csv:
-        write_atomic(args.csv, _csv(found))
+        header, rows = _table(found)
+        write_atomic(args.csv, as_csv([header, *(["" if value is None else value for value in row] for row in rows)]))
+    if args.parquet:
+        write_atomic(args.parquet, _parquet(*_table(found)))
     if args.features:
         write_atomic(args.features, _features([one.path for one in found if not one.error], features, args.features))
     if failed := sum(one.error is not None for one in found):
@@ -99,11 +106,24 @@ def _show(prediction: "Prediction", as_json: bool) -> None:
         print(printable(f"{prediction.path}: {named_text or 'no label'}"))
 
 
-def _csv(found: Sequence["Prediction"]) -> str:
+def _table(found: Sequence["Prediction"]) -> tuple[list[str], list[list[Any]]]:
+    """A row an image, as long as the header; None where an image has no such class, or no error."""
     most = max(len(one.classes) for one in found)
-    header = [f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability")]
-    rows = ([one.path, one.error or "", *(value for pair in one.classes for value in pair)] for one in found)
-    return as_csv([["path", "error", *header], *rows])
+    header = ["path", "error", *(f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability"))]
+    rows = [[one.path, one.error, *(value for pair in one.classes for value in pair)] for one in found]
+    return header, [row + [None] * (len(header) - len(row)) for row in rows]
+
+
+def _parquet(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
+    """The content of a file with texts and float64."""
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = [pyarrow.float64() if name.startswith("probability_") else pyarrow.string() for name in header]
+    columns = [pyarrow.array([row[place] for row in rows], kind) for place, kind in enumerate(kinds)]
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns, names=list(header)), buffer)
+    return buffer.getvalue()
 
 
 def _features(paths: Sequence[str], batches: Sequence[Any], file: str) -> bytes | str:

@@ -31,15 +31,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, with edits also base against edited."""
-    from ulsam.model.build import sketch
+    from ulsam.model.build import meta_model
     from ulsam.surgery.cost import cost
     from ulsam.training.summary import cost_entry
 
     spec = spec_from(args)
     edits = edits_from(args, args.model)
     edited = dataclasses.replace(spec, edits=(*spec.edits, *edits))
-    found = cost(sketch(edited), spec.input_size, args.rule)
-    base = cost(sketch(spec), spec.input_size, args.rule) if edits else None
+    found = cost(meta_model(edited), spec.input_size, args.rule)
+    base = cost(meta_model(spec), spec.input_size, args.rule) if edits else None
     if args.json:
         blocks = [dataclasses.asdict(row) for row in found.rows]
         print_json({**cost_entry(found), "base": base and cost_entry(base), "blocks": blocks})

@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Quantise, and print how the result compares with the model."""
+    """Quantize, and print how the result compares with the model."""
     from ulsam.deploy.quantize import quantize
 
     model = model_from(args)

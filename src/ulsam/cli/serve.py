@@ -1,4 +1,4 @@
-"""`ulsam serve MODEL`: name images over HTTP."""
+"""`ulsam serve MODEL`: classify images over HTTP."""
 
 import argparse
 import os

@@ -26,6 +26,7 @@ _METAVARS = {
     **dict.fromkeys(("class_names", "weights", "teacher"), "FILE"),
     **dict.fromkeys(("train_split", "val_split", "model", "freeze", "interpolation", "opt", "device", "track"), "NAME"),
     "rand_augment": "POLICY",
+    "fold": "K/N",
 }
 
 

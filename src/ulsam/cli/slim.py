@@ -10,7 +10,7 @@ from ulsam.cli.settings import add_settings, given_settings
 EXAMPLE = "ulsam slim runs/mine/model.safetensors images --macs 0.75 --epochs 30 --out runs/slimmer"
 ENGINES = ("eager", "onnxruntime")
 #: The settings of training that slimming decides itself.
-DECIDED = ("model", "model_args", "pretrained", "weights", "teacher", "in_chans", "keep", "patience")
+RESERVED_SETTINGS = ("model", "model_args", "pretrained", "weights", "teacher", "in_chans", "keep", "patience")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="time of measuring, all blocks in turn (default: 20)",
     )
-    add_settings(parser, but=DECIDED)
+    add_settings(parser, but=RESERVED_SETTINGS)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             data=args.data,
             out=out,
             fine_tune=args.fine_tune,
-            settings={name: value for name, value in given_settings(args).items() if name not in DECIDED},
+            settings={name: value for name, value in given_settings(args).items() if name not in RESERVED_SETTINGS},
             macs=args.macs,
             params=args.params,
             latency=args.latency,

@@ -14,7 +14,7 @@ from ulsam.data.images import UnreadableImage
 MOST_FETCHED = 100_000_000
 """Bytes of the largest image that is fetched."""
 
-PATIENCE = 30.0
+TIMEOUT = 30.0
 """Seconds within which a whole image must have come."""
 
 _AGENT = {"User-Agent": "ulsam"}  # some servers refuse the default one of Python
@@ -47,17 +47,17 @@ def fetch(address: str) -> Fetched:
     Traceback (most recent call last):
     ulsam.data.images.UnreadableImage: https:///wren.jpg: cannot be fetched: no host given
     """
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     try:
         request = urllib.request.Request(address, headers=_AGENT)
-        with contextlib.closing(urllib.request.urlopen(request, timeout=PATIENCE / 3)) as answer:
+        with contextlib.closing(urllib.request.urlopen(request, timeout=TIMEOUT / 3)) as answer:
             content = bytearray()
             while part := answer.read1(1 << 20):
                 content += part
                 if len(content) > MOST_FETCHED:
                     raise UnreadableImage(f"{address}: larger than {MOST_FETCHED} bytes, the most that is fetched")
                 if time.monotonic() > end:
-                    raise UnreadableImage(f"{address}: not whole after {PATIENCE:g} s")
+                    raise UnreadableImage(f"{address}: not whole after {TIMEOUT:g} s")
             if answer.length:
                 raise UnreadableImage(f"{address}: the connection ended {answer.length} bytes too early")
     except urllib.error.HTTPError as error:

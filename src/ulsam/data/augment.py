@@ -1,6 +1,6 @@
-"""From decoded images to the model's input: random crop, flip, colours, erasing; resize and centre crop to measure.
+"""From decoded images to the model's input: random crop, flip, colors, erasing; resize and center crop to measure.
 
-Images are uint8 arrays [H, W, C] up to the batch; :class:`Normalise` makes the float input, a batch at once. Every
+Images are uint8 arrays [H, W, C] up to the batch; :class:`Normalize` makes the float input, a batch at once. Every
 random choice is drawn from the one `random.Random` that comes with the image.
 """
 
@@ -40,20 +40,20 @@ class Box(NamedTuple):
 class Transform(Protocol):
     """What makes a decoded image fit a batch."""
 
-    normalise: "Normalise"
+    normalize: "Normalize"
     channels: int
 
     def reduction(self, width: int, height: int) -> int:
         """By which of 1, 2, 4, 8 an image of this size may be reduced when it is decoded."""
 
     def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Box | None]:
-        """The image at the model's size, uint8 [H, W, C], and what is to be erased of it once it is normalised."""
+        """The image at the model's size, uint8 [H, W, C], and what is to be erased of it once it is normalized."""
 
 
-class Normalise:
+class Normalize:
     """Bytes [B, H, W, C] to the model's float input [B, C, H, W] in channels_last: (bytes / 255 - mean) / std.
 
-    >>> look = Normalise([0.5] * 3, [0.25] * 3)
+    >>> look = Normalize([0.5] * 3, [0.25] * 3)
     >>> look(torch.tensor([0, 255, 51], dtype=torch.uint8).reshape(1, 1, 1, 3)).flatten()
     tensor([-2.0000,  2.0000, -1.2000])
     """
@@ -74,11 +74,11 @@ class Normalise:
 
 
 class TrainTransform:
-    """Random resized crop, flip, colour jitter or a policy of timm's, random erasing.
+    """Random resized crop, flip, color jitter or a policy of timm's, random erasing.
 
     Args:
         input_size: channels, height and width of the model's input.
-        mean, std: of the normalisation, a channel.
+        mean, std: of the normalization, a channel.
         interpolation: bilinear or bicubic; always with antialiasing.
         crop_scale: least and largest area of the crop, as shares of the image's.
         hflip: probability of a horizontal flip.
@@ -105,7 +105,7 @@ class TrainTransform:
     ) -> None:
         self.size, self.interpolation = input_size[1:], interpolation
         self.crop_scale, self.hflip, self.erasing = crop_scale, hflip, random_erasing
-        self.normalise = Normalise(mean, std)
+        self.normalize = Normalize(mean, std)
         self.channels = input_size[0]
         self.policy = None
         if rand_augment:
@@ -143,7 +143,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """timm's evaluation transform: resize, centre crop, normalise.
+    """timm's evaluation transform: resize, center crop, normalize.
 
     Called with an image, it gives the model's input: float [C, H, W].
     """
@@ -157,7 +157,7 @@ class EvalTransform:
         interpolation: str,
         crop_pct: float,
     ) -> None:
-        self.normalise = Normalise(mean, std)
+        self.normalize = Normalize(mean, std)
         self.preprocessing = Preprocessing(input_size[1:], interpolation, crop_pct, tuple(mean), tuple(std))
         self.reduction, self.channels = self.preprocessing.reduction, self.preprocessing.channels
 
@@ -169,14 +169,14 @@ class EvalTransform:
         pixels = opened_pixels(image, self.channels)
         if pixels is None:
             raise UlsamError(f"the model takes images of {self.channels} channels, not of mode {image.mode}")
-        return self.normalise(self.pixels(pixels)[None])[0]
+        return self.normalize(self.pixels(pixels)[None])[0]
 
 
 def random_crop(width: int, height: int, scale: tuple[float, float], generator: random.Random) -> Box:
     """A crop of random area and aspect within an image (Szegedy et al. 2015, section 6), as torchvision draws it.
 
     The area is uniform in ``scale``, a share of the image's, and the logarithm of width / height uniform in `ASPECT`.
-    What does not fit is drawn again; after ten times it is the largest centred crop of an aspect within `ASPECT`.
+    What does not fit is drawn again; after ten times it is the largest centered crop of an aspect within `ASPECT`.
 
     >>> random_crop(100, 10, (0.9, 1.0), random.Random(0))
     Box(top=0, left=43, height=10, width=13)
@@ -214,7 +214,7 @@ def jittered(image: Tensor, strength: float, generator: random.Random) -> Tensor
     """Random brightness, contrast and saturation, in random order, as torchvision's ``ColorJitter`` draws them.
 
     Each factor is uniform in 1 - ``strength`` (0 at least) to 1 + ``strength``: brightness scales the values, contrast
-    their distance from the mean grey of the image, saturation that from each pixel's own grey.
+    their distance from the mean gray of the image, saturation that from each pixel's own gray.
 
     Args:
         image: uint8 [H, W, 3].
@@ -234,11 +234,11 @@ def jittered(image: Tensor, strength: float, generator: random.Random) -> Tensor
 
 
 def _blend(planes: Tensor, factor: float, with_mean: bool) -> None:
-    """Move float [3, H, W] from grey, each pixel's own or the mean of all, by ``factor``, in place."""
-    grey = torch.mul(planes[0], GREY[0]).add_(planes[1], alpha=GREY[1]).add_(planes[2], alpha=GREY[2])
+    """Move float [3, H, W] from gray, each pixel's own or the mean of all, by ``factor``, in place."""
+    gray = torch.mul(planes[0], GREY[0]).add_(planes[1], alpha=GREY[1]).add_(planes[2], alpha=GREY[2])
     if with_mean:
-        grey = torch.tensor(float(grey.numpy().mean()))  # PyTorch's sum depends on the number of threads
-    torch.lerp(grey, planes, factor, out=planes)
+        gray = torch.tensor(float(gray.numpy().mean()))  # PyTorch's sum depends on the number of threads
+    torch.lerp(gray, planes, factor, out=planes)
 
 
 def _policy(input_size: tuple[int, int, int], name: str, look: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:

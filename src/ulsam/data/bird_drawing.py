@@ -22,7 +22,7 @@ Box = tuple[int, int, int, int]
 """(x0, y0, x1, y1) in pixels, x1 and y1 just outside."""
 
 _Points = NDArray[np.float64]  # [n, 2]
-_Colour = tuple[int, int, int]
+_Color = tuple[int, int, int]
 _Range = tuple[float, float]
 
 _OVERSAMPLE = 3
@@ -98,11 +98,11 @@ def draw_bird(marks: Marks, size: int, rng: random.Random) -> tuple[Image.Image,
     canvas = _scene(size * _OVERSAMPLE, rng)
     bird = _Bird(canvas, rng)
     hue = rng.random()
-    back = _colour(rng, (0.25, 0.75), (0.1, 0.6), hue)
-    wing = _colour(rng, (0.1, 0.4), (0.1, 0.6), hue)
-    horn = _colour(rng, (0.92, 1.0), (0.9, 1.0), 0.09, spread=0.012)
+    back = _color(rng, (0.25, 0.75), (0.1, 0.6), hue)
+    wing = _color(rng, (0.1, 0.4), (0.1, 0.6), hue)
+    horn = _color(rng, (0.92, 1.0), (0.9, 1.0), 0.09, spread=0.012)
     slope = rng.uniform(-0.15, 0.15)
-    perch = _colour(rng, (0.15, 0.6), (0.2, 0.6), 0.08)
+    perch = _color(rng, (0.15, 0.6), (0.2, 0.6), 0.08)
     bird.line([(-2.5, 0.46 - 2.5 * slope), (2.5, 0.46 + 2.5 * slope)], rng.uniform(0.04, 0.1), perch)
     for x in (-0.06, 0.06):
         bird.line([(x, 0.2), (x + 0.02, 0.45)], 0.025, wing)
@@ -115,11 +115,11 @@ def draw_bird(marks: Marks, size: int, rng: random.Random) -> tuple[Image.Image,
     bird.polygon(_ellipse((0.41, -0.27), (0.19, 0.175)), back)
     places["spots"] = _draw_breast(bird, marks, rng)
     places["wing_bars"] = _draw_wing(bird, marks, wing, rng)
-    pale = _colour(rng, (0.9, 1.0), (0.0, 0.15))
+    pale = _color(rng, (0.9, 1.0), (0.0, 0.15))
     places["eye_ring"] = bird.polygon(_ellipse(_EYE, (_RING_RADIUS,) * 2), pale if marks.eye_ring else back)
     bird.polygon(_ellipse(_EYE, (_EYE_RADIUS,) * 2), (15, 12, 10))
     for _ in range(rng.choice((0, 0, 1, 2))):
-        _draw_leaf(bird.draw, canvas.width, rng, _colour(rng, (0.2, 0.9), (0.1, 0.7)), 0.7)
+        _draw_leaf(bird.draw, canvas.width, rng, _color(rng, (0.2, 0.9), (0.1, 0.7)), 0.7)
     return _develop(canvas, rng), {name: _box(points, size) for name, points in places.items()}
 
 
@@ -143,20 +143,20 @@ class _Bird:
         placed: _Points = points @ self.matrix + self.origin
         return placed
 
-    def polygon(self, points: _Points, colour: _Colour) -> _Points:
+    def polygon(self, points: _Points, color: _Color) -> _Points:
         """Fill a polygon; returns its corners on the canvas."""
         placed = self.place(points)
-        self.draw.polygon(placed.ravel().tolist(), fill=colour)
+        self.draw.polygon(placed.ravel().tolist(), fill=color)
         return placed
 
-    def line(self, points: Sequence[tuple[float, float]], width: float, colour: _Colour) -> None:
+    def line(self, points: Sequence[tuple[float, float]], width: float, color: _Color) -> None:
         placed = self.place(np.array(points))
-        self.draw.line(placed.ravel().tolist(), fill=colour, width=max(1, round(width * self.unit)))
+        self.draw.line(placed.ravel().tolist(), fill=color, width=max(1, round(width * self.unit)))
 
 
 def _draw_breast(bird: _Bird, marks: Marks, rng: random.Random) -> _Points:
     """A pale breast with its spots, on a jittered hexagonal lattice from the middle outwards."""
-    pale, dark = _colour(rng, (0.7, 1.0), (0.0, 0.35)), _colour(rng, (0.05, 0.3), (0.0, 0.5))
+    pale, dark = _color(rng, (0.7, 1.0), (0.0, 0.35)), _color(rng, (0.05, 0.3), (0.0, 0.5))
     shift = (rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5))
     jitter = np.array([(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)) for _ in range(_SPOTS["fine"][0])])
     breast = bird.polygon(_ellipse(_BREAST, _BREAST_RADII, _BREAST_TILT), pale)
@@ -170,16 +170,16 @@ def _draw_breast(bird: _Bird, marks: Marks, rng: random.Random) -> _Points:
     radius = 0.29 * period
     inside = (np.array(lattice[:count]) + jitter[:count]) * period / (np.array(_BREAST_RADII) - radius)
     inside /= np.hypot(*inside.T).clip(1.0)[:, None]  # no spot leaves the breast
-    for centre in _turn(inside * (np.array(_BREAST_RADII) - radius), _BREAST_TILT) + _BREAST:
-        bird.polygon(_CIRCLE[::3] * radius + centre, dark)
+    for center in _turn(inside * (np.array(_BREAST_RADII) - radius), _BREAST_TILT) + _BREAST:
+        bird.polygon(_CIRCLE[::3] * radius + center, dark)
     return breast
 
 
-def _draw_wing(bird: _Bird, marks: Marks, colour: _Colour, rng: random.Random) -> _Points:
+def _draw_wing(bird: _Bird, marks: Marks, color: _Color, rng: random.Random) -> _Points:
     """A dark wing with its pale bars; returns where the bars are, or would be."""
     along = np.linspace(0, 1, 12)
-    bird.polygon(np.concatenate([_on_wing(along, 1.0), _on_wing(along[::-1], -1.0)]), colour)
-    pale = _colour(rng, (0.8, 1.0), (0.0, 0.25))
+    bird.polygon(np.concatenate([_on_wing(along, 1.0), _on_wing(along[::-1], -1.0)]), color)
+    pale = _color(rng, (0.8, 1.0), (0.0, 0.25))
     middle = _BAR_CENTRE + rng.uniform(-0.12, 0.12)
     barred = _BARRED / float(np.hypot(*(_WING_TIP - _SHOULDER)))
     for number in range(marks.wing_bars):
@@ -206,11 +206,11 @@ def _scene(side: int, rng: random.Random) -> Image.Image:
     hues = (rng.random(), rng.random())
     soft = Image.new("RGB", (4, 4))
     for place in range(16):
-        soft.putpixel((place % 4, place // 4), _colour(rng, (0.25, 0.95), (0.05, 0.45), rng.choice(hues)))
+        soft.putpixel((place % 4, place // 4), _color(rng, (0.25, 0.95), (0.05, 0.45), rng.choice(hues)))
     canvas = soft.resize((side, side), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.randint(3, 10)):
-        _draw_leaf(draw, side, rng, _colour(rng, (0.2, 0.9), (0.1, 0.7), rng.choice(hues)))
+        _draw_leaf(draw, side, rng, _color(rng, (0.2, 0.9), (0.1, 0.7), rng.choice(hues)))
     for _ in range(rng.randint(0, 2)):
         _draw_stems(draw, side, rng)
     for _ in range(rng.randint(0, 2)):
@@ -218,35 +218,35 @@ def _scene(side: int, rng: random.Random) -> Image.Image:
     return canvas
 
 
-def _draw_leaf(draw: ImageDraw.ImageDraw, side: int, rng: random.Random, colour: _Colour, scale: float = 1.0) -> None:
+def _draw_leaf(draw: ImageDraw.ImageDraw, side: int, rng: random.Random, color: _Color, scale: float = 1.0) -> None:
     length = side * scale * rng.uniform(0.05, 0.2)
-    centre = (rng.uniform(0, side), rng.uniform(0, side))
-    points = _ellipse(centre, (length, length * rng.uniform(0.25, 0.7)), rng.uniform(0, math.pi))
-    draw.polygon(points.ravel().tolist(), fill=colour)
+    center = (rng.uniform(0, side), rng.uniform(0, side))
+    points = _ellipse(center, (length, length * rng.uniform(0.25, 0.7)), rng.uniform(0, math.pi))
+    draw.polygon(points.ravel().tolist(), fill=color)
 
 
 def _draw_stems(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> None:
     """Parallel stripes anywhere, as far apart as broad or fine wing bars."""
-    colour, turn = _colour(rng, (0.1, 1.0), (0.1, 0.8)), rng.uniform(0, math.pi)
+    color, turn = _color(rng, (0.1, 1.0), (0.1, 0.8)), rng.uniform(0, math.pi)
     start = np.array((rng.uniform(0, side), rng.uniform(0, side)))
     period, length = side * rng.choice((0.045, 0.11)) * rng.uniform(0.8, 1.25), side * rng.uniform(0.06, 0.14)
     along, across = _turn(np.array(((length, 0.0), (0.0, period))), turn)
     for number in range(rng.choice((2, 3, 5, 6))):
         foot = start + number * across
-        draw.line([*foot, *(foot + along)], fill=colour, width=max(1, round(period / 2)))
+        draw.line([*foot, *(foot + along)], fill=color, width=max(1, round(period / 2)))
 
 
 def _draw_berries(draw: ImageDraw.ImageDraw, side: int, rng: random.Random) -> None:
     """A cluster of dots anywhere, as wide as coarse or fine breast spots."""
-    colour = _colour(rng, (0.1, 1.0), (0.1, 0.8))
+    color = _color(rng, (0.1, 1.0), (0.1, 0.8))
     x, y, period = (
         rng.uniform(0, side),
         rng.uniform(0, side),
         side * rng.choice((0.043, 0.086)) * rng.uniform(0.8, 1.25),
     )
     for _ in range(rng.randint(3, 14)):
-        centre = (x + period * rng.uniform(-2.5, 2.5), y + period * rng.uniform(-2.5, 2.5))
-        draw.polygon(_ellipse(centre, (0.29 * period,) * 2).ravel().tolist(), fill=colour)
+        center = (x + period * rng.uniform(-2.5, 2.5), y + period * rng.uniform(-2.5, 2.5))
+        draw.polygon(_ellipse(center, (0.29 * period,) * 2).ravel().tolist(), fill=color)
 
 
 def _develop(canvas: Image.Image, rng: random.Random) -> Image.Image:
@@ -260,10 +260,10 @@ def _develop(canvas: Image.Image, rng: random.Random) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _colour(
+def _color(
     rng: random.Random, value: _Range, saturation: _Range, hue: float | None = None, spread: float = 0.04
-) -> _Colour:
-    """A random colour in ranges of HSV value and saturation, and close to `hue` if one is given."""
+) -> _Color:
+    """A random color in ranges of HSV value and saturation, and close to `hue` if one is given."""
     hue = rng.random() if hue is None else (hue + rng.uniform(-spread, spread)) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value))
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -275,8 +275,8 @@ def _turn(points: _Points, angle: float) -> _Points:
     return turned
 
 
-def _ellipse(centre: Iterable[float], radii: _Range, tilt: float = 0.0) -> _Points:
-    points: _Points = _turn(_CIRCLE * radii, tilt) + np.array(tuple(centre))
+def _ellipse(center: Iterable[float], radii: _Range, tilt: float = 0.0) -> _Points:
+    points: _Points = _turn(_CIRCLE * radii, tilt) + np.array(tuple(center))
     return points
 
 

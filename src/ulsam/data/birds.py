@@ -1,6 +1,6 @@
 """The generated data set: an image folder of drawn birds, whose classes differ in their field marks alone.
 
-The marks differ in size and spatial frequency, and where each lies is written down for every image. Colours, pose,
+The marks differ in size and spatial frequency, and where each lies is written down for every image. Colors, pose,
 place, scene, light and what hides the bird vary at random in the same way for all classes.
 """
 

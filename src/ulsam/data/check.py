@@ -64,7 +64,7 @@ class Checked:
     notes: tuple[str, ...]
 
 
-class _Seen(NamedTuple):
+class _StopForward(NamedTuple):
     side: int
     digest: bytes
     hash: NDArray[np.uint64]  # [4]
@@ -99,7 +99,7 @@ def check(
     notes += [source.note] if source.note else []
     splits = {name: dict(zip(folder.classes, folder.counts(), strict=True)) for name, folder in folders.items()}
     broken: list[str] = []
-    seen: dict[int, _Seen] = {}
+    seen: dict[int, _StopForward] = {}
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         results = pool.map(_look, [path for path, _, _ in images])
         for number, result in enumerate(progress(results, total=len(images), unit=" images")):
@@ -167,29 +167,29 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _look(path: str) -> _Seen | str:
+def _look(path: str) -> _StopForward | str:
     try:
         pixels = read_pixels(path)
     except UnreadableImage as error:
         return str(error)
     digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
-    return _Seen(min(pixels.shape[:2]), digest, *difference_hash(pixels))
+    return _StopForward(min(pixels.shape[:2]), digest, *difference_hash(pixels))
 
 
 def difference_hash(pixels: Pixels) -> tuple[NDArray[np.uint64], NDArray[np.int16]]:
-    """256 bits, whether each of 16 x 16 points of the image is darker than its right neighbour; and a thumbnail.
+    """256 bits, whether each of 16 x 16 points of the image is darker than its right neighbor; and a thumbnail.
 
     >>> bits, thumbnail = difference_hash(np.tile(np.arange(0, 255, 5, np.uint8)[:, None], (51, 1, 3)))
     >>> int(np.bitwise_count(bits).sum()), thumbnail.shape
     (256, (8, 8, 3))
     """
     image = Image.fromarray(pixels)
-    grey = np.asarray(image.convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX), np.int16)
-    bits = np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)
+    gray = np.asarray(image.convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX), np.int16)
+    bits = np.packbits(gray[:, 1:] > gray[:, :-1]).view(np.uint64)
     return bits, np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.int16)
 
 
-def _pairs(seen: Mapping[int, _Seen]) -> Iterator[tuple[int, int, bool]]:
+def _pairs(seen: Mapping[int, _StopForward]) -> Iterator[tuple[int, int, bool]]:
     """Numbers of images that look the same, the smaller one first, and whether they are identical."""
     numbers = sorted(seen)
     groups: dict[bytes, list[int]] = defaultdict(list)
@@ -197,7 +197,7 @@ def _pairs(seen: Mapping[int, _Seen]) -> Iterator[tuple[int, int, bool]]:
         groups[seen[number].digest].append(number)
     for group in groups.values():
         yield from ((group[0], other, True) for other in group[1:])
-    distinct = [group[0] for group in groups.values() if np.ptp(seen[group[0]].thumbnail) > ALIKE]  # no plain colours
+    distinct = [group[0] for group in groups.values() if np.ptp(seen[group[0]].thumbnail) > ALIKE]  # no plain colors
     if len(numbers) > MOST_COMPARED or not distinct:
         return
     hashes = np.stack([seen[number].hash for number in distinct])

@@ -216,14 +216,23 @@ def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[Sample
     return listed.take(np.flatnonzero(~chosen)), listed.take(np.flatnonzero(chosen))
 
 
-def held_out(labels: NDArray[np.int32], fraction: float, seed: int) -> NDArray[np.bool_]:
+def held_out(
+    labels: NDArray[np.int32], fraction: float, seed: int, fold: tuple[int, int] | None = None
+) -> NDArray[np.bool_]:
     """Which images :func:`split` holds out, [N], by the class of each image, [N].
+
+    Args:
+        labels, fraction, seed: as of :func:`split`.
+        fold: K and N, in place of the fraction: the Kth of N parts of each class. Each image is in one of the parts; a
+            class of one image keeps it.
 
     Raises:
         UlsamError: as of :func:`split`.
 
     >>> held_out(np.zeros(5, np.int32), 0.4, seed=0).sum()
     np.int64(2)
+    >>> sum(held_out(np.zeros(5, np.int32), 0.4, seed=0, fold=(k, 3)) for k in (1, 2, 3)).tolist()
+    [1, 1, 1, 1, 1]
     """
     if not 0 < fraction < 1:
         raise UlsamError(f"the fraction to hold out must lie between 0 and 1, both excluded: got {fraction}")
@@ -231,9 +240,11 @@ def held_out(labels: NDArray[np.int32], fraction: float, seed: int) -> NDArray[n
     sizes = np.bincount(labels)
     chosen = np.zeros(len(labels), bool)
     for label, numbers in enumerate(np.split(by_class, np.cumsum(sizes)[:-1])):
-        count = min(max(int(len(numbers) * fraction + 0.5), 1), len(numbers) - 1)
+        first, last = 0, min(max(int(len(numbers) * fraction + 0.5), 1), len(numbers) - 1)
+        if fold is not None and len(numbers) > 1:
+            first, last = ((fold[0] - 1) * len(numbers) // fold[1], fold[0] * len(numbers) // fold[1])
         draws = [hashlib.sha256(f"{seed}/{label}/{position}".encode()).digest() for position in range(len(numbers))]
-        chosen[[number for _, number in sorted(zip(draws, numbers, strict=True))[: max(0, count)]]] = True
+        chosen[[number for _, number in sorted(zip(draws, numbers, strict=True))[first:last]]] = True
     if not chosen.any():
         raise UlsamError("nothing to hold out: no class has two images or more")
     return chosen

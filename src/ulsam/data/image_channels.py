@@ -26,10 +26,10 @@ def rgb_array(image: Image.Image) -> NDArray[np.uint8]:
     return pixels
 
 
-def grey_of(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Luma (ITU-R BT.601) of RGB bytes [H, W, 3], as [H, W, 1]: grey stays as it is.
+def gray_of(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Luma (ITU-R BT.601) of RGB bytes [H, W, 3], as [H, W, 1]: gray stays as it is.
 
-    >>> grey_of(np.uint8([[[7, 7, 7], [255, 0, 0]]]))[0, :, 0].tolist()
+    >>> gray_of(np.uint8([[[7, 7, 7], [255, 0, 0]]]))[0, :, 0].tolist()
     [7, 76]
     """
     return np.array(Image.fromarray(pixels).convert("L"))[:, :, None]
@@ -38,7 +38,7 @@ def grey_of(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def bands_of(image: Image.Image, channels: int) -> NDArray[np.uint8] | None:
     """The channels of an image as they are stored, [H, W, channels]; None where it has another number of them.
 
-    They are the bands of an image of mode LA, RGBA or CMYK, or the pages of a TIFF, each grey, of 8 or 16 bits, and of
+    They are the bands of an image of mode LA, RGBA or CMYK, or the pages of a TIFF, each gray, of 8 or 16 bits, and of
     one size. 16 bits are divided by 256.
 
     >>> bands_of(Image.new("RGBA", (1, 1), (1, 2, 3, 0)), 4).tolist()
@@ -73,7 +73,7 @@ def opened_pixels(image: Image.Image, channels: int) -> NDArray[np.uint8] | None
     if channels not in (1, 3):
         return bands_of(image, channels)
     pixels = np.array(image.convert("RGB"))
-    return pixels if channels == 3 else grey_of(pixels)
+    return pixels if channels == 3 else gray_of(pixels)
 
 
 def shown(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -89,9 +89,9 @@ def lacking(channels: int) -> str:
     """What to say of an image that has not so many channels.
 
     >>> lacking(5)
-    'it does not have 5 channels: store them as a TIFF of 5 grey pages'
+    'it does not have 5 channels: store them as a TIFF of 5 gray pages'
     """
-    modes = {2: ", or as grey with alpha", 4: ", or as RGBA or CMYK"}
+    modes = {2: ", or as gray with alpha", 4: ", or as RGBA or CMYK"}
     return (
-        f"it does not have {channels} channels: store them as a TIFF of {channels} grey pages{modes.get(channels, '')}"
+        f"it does not have {channels} channels: store them as a TIFF of {channels} gray pages{modes.get(channels, '')}"
     )

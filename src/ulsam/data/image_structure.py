@@ -9,13 +9,13 @@ import zlib
 from collections.abc import Iterator
 
 MAX_SCANS = 100
-"""Scans of a JPEG that are decoded at most; ordinary progressive ones have 10, in four colours 18."""
+"""Scans of a JPEG that are decoded at most; ordinary progressive ones have 10, in four colors 18."""
 
 MAX_SCANNED = 2_000_000_000
 """Scans of a JPEG times its pixels that are decoded at most: 22 scans of the largest image. Pillow takes about 3 ns
 for each, even where the scan changes nothing."""
 
-_MOST_SEGMENTS = 1000  # of a JPEG before its first scan; a colour profile, the largest of them, takes up to 255
+_MOST_SEGMENTS = 1000  # of a JPEG before its first scan; a color profile, the largest of them, takes up to 255
 _MOST_FILL = 1000  # bytes between them, each of which Pillow reads on its own
 _LARGEST_BLOCK = 65_536  # of a PNG's texts: as much as a JPEG has room for
 _LARGEST_EXIF = 1_000_000
@@ -69,7 +69,7 @@ def plain_jpeg(content: bytes) -> bytes:
     unsound |= len(segments) > _MOST_SEGMENTS or fill > _MOST_FILL
     if not unsound and tags_fit(exif, cut_off=True):
         return content
-    # APP0 (JFIF) and APP14 (Adobe) say how colours are stored
+    # APP0 (JFIF) and APP14 (Adobe) say how colors are stored
     kept = [content[a:b] for a, b in segments if content[a + 1] in (0xE0, 0xEE) or content[a + 1] < 0xE0]
     return b"".join([content[:2], *kept, content[end:]])
 

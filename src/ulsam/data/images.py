@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ulsam.base.errors import MachineError, UlsamError
-from ulsam.base.kinds import kind_of
+from ulsam.base.file_signatures import kind_of
 from ulsam.base.reading import machine_errors, machine_fault, open_regular
-from ulsam.data.image_channels import bands_of, grey_of, lacking, rgb_array
-from ulsam.data.image_colours import as_rgb
+from ulsam.data.image_channels import bands_of, gray_of, lacking, rgb_array
+from ulsam.data.image_colors import as_rgb
 from ulsam.data.image_structure import MAX_SCANNED, MAX_SCANS, count_scans, plain_jpeg, plain_png, tags_fit
 from ulsam.data.image_turns import TURNS, turned
 
@@ -82,8 +82,8 @@ def read_image(path: str | os.PathLike[str] | BinaryIO) -> Image.Image:
 
     The content decides on the format (one of `FORMATS`), the file's name does not. Of an animation the first frame is
     read. EXIF rotation is undone; EXIF that cannot be parsed turns nothing. Transparency is laid over white. 16-bit
-    grey is divided by 256. Grey of 32-bit integers within 0..255 is taken as it is, otherwise its own range, from the
-    smallest value to the largest, becomes 0..255, because such files do not state theirs. Float grey is taken as 0..1,
+    gray is divided by 256. Gray of 32-bit integers within 0..255 is taken as it is, otherwise its own range, from the
+    smallest value to the largest, becomes 0..255, because such files do not state theirs. Float gray is taken as 0..1,
     0..255 or 0..65535, the smallest of these that holds its largest value.
 
     Args:
@@ -126,9 +126,9 @@ def read_pixels(
 
     Args:
         path: as of :func:`read_image`.
-        reduction: asked for the scale of a JPEG (grey or RGB); all else is read at full size.
+        reduction: asked for the scale of a JPEG (gray or RGB); all else is read at full size.
         most: pixels, width * height, that are read; `MAX_PIXELS` at most.
-        channels: 3 for RGB, 1 for grey, which is the luma of RGB; any other number takes the channels as they are
+        channels: 3 for RGB, 1 for gray, which is the luma of RGB; any other number takes the channels as they are
             stored: see `ulsam.data.image_channels.bands_of`.
 
     Returns:
@@ -160,7 +160,7 @@ def image_pixels(path: str | os.PathLike[str] | BinaryIO, *, most: int = MAX_PIX
 
 
 def jpeg_of(pixels: Pixels, quality: int) -> bytes:
-    """An image as a JPEG file, with half the colours' resolution.
+    """An image as a JPEG file, with half the colors' resolution.
 
     >>> jpeg_of(np.zeros((8, 8, 3), np.uint8), 85)[:2].hex()
     'ffd8'
@@ -219,7 +219,7 @@ def _pixels(content: bytes, reduction: Reduction, most: int, channels: int) -> P
     if channels not in (1, 3):
         return _tolerant(content, lambda plain: _read_bands(plain, most, channels))
     pixels = _rgb(content, reduction, most)
-    return pixels if channels == 3 else grey_of(pixels)
+    return pixels if channels == 3 else gray_of(pixels)
 
 
 def _rgb(content: bytes, reduction: Reduction, most: int) -> Pixels:
@@ -247,10 +247,10 @@ def _jpeg(content: bytes, reduction: Reduction, most: int) -> Pixels | None:
     pieces into four bytes a pixel.
     """
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
         _check_size(width, height, most)
         _check_scans(content, width * height)
-        if colours not in ("YCbCr", "RGB", "Gray"):
+        if colors not in ("YCbCr", "RGB", "Gray"):
             return None
         turn = _stored_turn(content) if _may_be_turned(content) else None
         factor = reduction(width, height)

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ulsam.base.errors import MachineError, UlsamError
-from ulsam.base.processes import MOST_WORKERS, heeded_signals
+from ulsam.base.processes import MOST_WORKERS, active_stop_signals
 from ulsam.base.reading import machine_fault
-from ulsam.data.augment import Box, EvalTransform, Normalise, Transform
+from ulsam.data.augment import Box, EvalTransform, Normalize, Transform
 from ulsam.data.cache import ImageCache
 from ulsam.data.images import Pixels, UnreadableImage
 from ulsam.data.sources import AnyImages, MapImages, StreamImages, check_one_class
@@ -200,18 +200,18 @@ class EpochOrder(Sampler[list[Key]]):
 
 
 class Loader(DataLoader[Item]):
-    """PyTorch's loader, which normalises and erases a batch at once, on ``device``.
+    """PyTorch's loader, which normalizes and erases a batch at once, on ``device``.
 
     A reading process that dies is noticed where its batch is missed, and reported in one line. PyTorch reports it from
     a handler of SIGCHLD, which can raise at any line of the program.
     """
 
     def __init__(
-        self, dataset: Dataset[Item], normalise: Normalise, device: torch.device, workers: int, **options: Any
+        self, dataset: Dataset[Item], normalize: Normalize, device: torch.device, workers: int, **options: Any
     ) -> None:
         if not 0 <= workers <= MOST_WORKERS:
             raise UlsamError(f"`workers` must be 0 to {MOST_WORKERS}, not {workers}")
-        self.normalise, self.target = normalise, device
+        self.normalize, self.target = normalize, device
         super().__init__(
             dataset,
             num_workers=workers,
@@ -242,7 +242,7 @@ class Loader(DataLoader[Item]):
     def _finish(self, batch: Batch) -> Batch:
         """Bytes to the model's input."""
         if len(batch.labels):
-            batch.images = self.normalise(batch.images.to(self.target, non_blocking=True))
+            batch.images = self.normalize(batch.images.to(self.target, non_blocking=True))
         for number, box in batch.erased:
             batch.images[number, :, box.top : box.top + box.height, box.left : box.left + box.width] = 0
         return batch
@@ -300,10 +300,10 @@ def train_loader(
     """Batches of training images: in ``order``, or, for a stream (order None), in the stream's own."""
     if isinstance(images, StreamImages):  # new workers each epoch: their generators are seeded when they start
         dataset = StreamTrainSet(images, transform)
-        return Loader(dataset, transform.normalise, device, workers, batch_size=batch_size, drop_last=True)
+        return Loader(dataset, transform.normalize, device, workers, batch_size=batch_size, drop_last=True)
     return Loader(
         TrainSet(images, transform, seed, cache),
-        transform.normalise,
+        transform.normalize,
         device,
         workers,
         batch_sampler=order,
@@ -324,10 +324,10 @@ def eval_loader(
     """Batches of this process's share of the images: every image is in exactly one process's share."""
     if isinstance(images, StreamImages):
         stream = StreamEvalSet(images, transform, rank, world)
-        return Loader(stream, transform.normalise, device, workers, batch_size=batch_size)
+        return Loader(stream, transform.normalize, device, workers, batch_size=batch_size)
     share = range(rank, len(images), world)
     dataset = EvalSet(images, transform)
-    return Loader(dataset, transform.normalise, device, workers, batch_size=batch_size, sampler=share)
+    return Loader(dataset, transform.normalize, device, workers, batch_size=batch_size, sampler=share)
 
 
 def collate(items: list[Item]) -> Batch:
@@ -361,7 +361,7 @@ def _quiet(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_not_handed_over))  # noqa: B010
     if hasattr(signal, "alarm"):
-        for number in set(heeded_signals()) - {signal.SIGINT}:
+        for number in set(active_stop_signals()) - {signal.SIGINT}:
             signal.signal(number, lambda *_: signal.alarm(5))
     parent = multiprocessing.parent_process()
     if parent and parent.pid != os.getppid():  # a fork server's child: PyTorch would wait for that one to go

@@ -12,6 +12,7 @@ from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.extras import extra
 from ulsam.base.reading import read_text
 from ulsam.data.folder import Folder, held_out, image_paths, imbalance_note, index_like
+from ulsam.data.folds import parse_fold
 from ulsam.data.label_table import is_table
 from ulsam.data.labelled import labelled
 from ulsam.data.layouts import with_advice
@@ -28,6 +29,7 @@ def open_data(
     train_split: str = "train",
     val_split: str | None = None,
     val_fraction: float | None = None,
+    fold: str | None = None,
     class_names: str | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -43,6 +45,7 @@ def open_data(
             of a named data set ``validation``.
         val_fraction: hold this share of the training images out for validation, whatever splits there are; a folder
             without splits holds out 0.2 by default.
+        fold: ``K/N``, in place of ``val_fraction``: hold the Kth of N parts of the training images out.
         class_names: a text file with the class names, one a line, for a named data set that does not know them.
         batch_size: what a stream rounds its epochs to.
         seed: of a stream's order, and, without ``split_seed``, of the choice of held-out images.
@@ -55,8 +58,9 @@ def open_data(
         UlsamError: no such data, or it has not the expected shape.
     """
     if is_named(data):
-        if val_fraction is not None:
-            raise UlsamError("`val_fraction` works on image folders; name a split of this data set with `val_split`")
+        if val_fraction is not None or fold is not None:
+            what = "val_fraction" if fold is None else "fold"
+            raise UlsamError(f"`{what}` works on image folders; name a split of this data set with `val_split`")
         options: dict[str, Any] = {
             "data_dir": data_dir,
             "class_names": class_names,
@@ -81,24 +85,22 @@ def open_data(
                 notes.append(note)
         return train, val, notes
     chosen_by = seed if split_seed is None else split_seed
-    return _open_local(data, data_dir, train_split, val_split, val_fraction, chosen_by)
+    return _open_local(data, data_dir, train_split, val_split, val_fraction, fold, chosen_by)
 
 
-def unlabelled(folder: str | os.PathLike[str]) -> FolderImages:
+def unlabeled(folder: str | os.PathLike[str]) -> FolderImages:
     """All images at any depth below a folder, as of one class.
 
     Raises:
         UlsamError: there is no such folder, or no image in it.
 
-    >>> unlabelled("missing")
+    >>> unlabeled("missing")
     Traceback (most recent call last):
     ulsam.base.errors.UlsamError: no folder missing
     """
     if not os.path.isdir(folder):
         raise UlsamError(f"no folder {os.fspath(folder)}")
-    return FolderImages(
-        SampleList((path, 0) for path in image_paths([os.fspath(folder)])), ("unlabelled",), "unlabelled"
-    )
+    return FolderImages(SampleList((path, 0) for path in image_paths([os.fspath(folder)])), ("unlabeled",), "unlabeled")
 
 
 def is_named(data: str) -> bool:
@@ -146,7 +148,13 @@ def open_split(
 
 
 def _open_local(
-    data: str, data_dir: str | None, train_split: str, val_split: str | None, val_fraction: float | None, seed: int
+    data: str,
+    data_dir: str | None,
+    train_split: str,
+    val_split: str | None,
+    val_fraction: float | None,
+    fold: str | None,
+    seed: int,
 ) -> tuple[FolderImages, FolderImages, list[str]]:
     found = labelled(data, data_dir=data_dir)
     splits = found.splits
@@ -162,9 +170,10 @@ def _open_local(
         notes.append(f"{len(folder.empty)} class folders without an image left out: {a_few(folder.empty)}")
     if folder.ignored:
         notes.append(f"{len(folder.ignored)} files passed over, no images by name: {a_few(folder.ignored)}")
-    if val_fraction is None and val_split is None:
+    holds_out = val_fraction is not None or fold is not None
+    if not holds_out and val_split is None:
         val_split = next((name for name in ("val", "test") if name in splits), None)
-    if val_split is not None and val_fraction is None:
+    if val_split is not None and not holds_out:
         measured = index_like(found.read(val_split, min_classes=1), classes)
         train = _images(folder, folder.samples, "training", data)
         val = _images(measured, measured.samples, _words(val_split), data)
@@ -174,7 +183,9 @@ def _open_local(
             notes.append(f"measured on the images that are trained on, split {val_split}")
     else:
         groups = folder.samples.labels if folder.sets is None else np.zeros(len(folder.samples), np.int32)
-        chosen = held_out(groups, 0.2 if val_fraction is None else val_fraction, seed)
+        chosen = held_out(
+            groups, 0.2 if val_fraction is None else val_fraction, seed, parse_fold(fold) if fold else None
+        )
         train = _images(folder, folder.samples.take(np.flatnonzero(~chosen)), "training", data)
         val = _images(folder, folder.samples.take(np.flatnonzero(chosen)), "held-out", data)
         notes.append(f"{len(val)} of {len(folder.samples)} training images held out for validation ({seed=})")

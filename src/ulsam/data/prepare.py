@@ -1,4 +1,4 @@
-"""Official data-set archives as image folders: Food-101, Stanford Dogs and CUB-200-2011, each with its official split.
+"""Official archives as image folders: Food-101, Stanford Dogs and CUB-200-2011, each with its official split.
 
 Home pages:
     Food-101: https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/
@@ -27,7 +27,7 @@ Split = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Official:
+class DatasetArchive:
     """How a data set is published.
 
     Attributes:
@@ -77,7 +77,7 @@ def _read_cub200(lists: Sequence[bytes]) -> Split:
 
 
 OFFICIAL = {
-    "food101": Official(
+    "food101": DatasetArchive(
         title="Food-101",
         archives=("food-101.tar.gz",),
         root="food-101",
@@ -86,7 +86,7 @@ OFFICIAL = {
         read=_read_food101,
         counts={"train": 75750, "test": 25250, "classes": 101},
     ),
-    "dogs": Official(
+    "dogs": DatasetArchive(
         title="Stanford Dogs",
         archives=("images.tar", "lists.tar"),
         root="",
@@ -95,7 +95,7 @@ OFFICIAL = {
         read=_read_dogs,
         counts={"train": 12000, "test": 8580, "classes": 120},
     ),
-    "cub200": Official(
+    "cub200": DatasetArchive(
         title="CUB-200-2011",
         archives=("CUB_200_2011.tgz",),
         root="CUB_200_2011",
@@ -166,11 +166,11 @@ def mismatch(name: str, counts: dict[str, int]) -> str | None:
     )
 
 
-def _expected(official: Official) -> str:
+def _expected(official: DatasetArchive) -> str:
     return f"{official.title} is made from {' and '.join(official.archives)}, or the folders they unpack to"
 
 
-def _write(official: Official, sources: Sequence[Path], folder: Path) -> dict[str, int]:
+def _write(official: DatasetArchive, sources: Sequence[Path], folder: Path) -> dict[str, int]:
     """Unpack to ``folder/train`` and ``folder/test``; an archive may end with its lists, so sorting comes second."""
     unsorted = folder / "unsorted"
     found, lists = _unpack(official, sources, unsorted)
@@ -195,7 +195,7 @@ def _write(official: Official, sources: Sequence[Path], folder: Path) -> dict[st
     return {"train": parts.count("train"), "test": parts.count("test"), "classes": len(classes)}
 
 
-def _unpack(official: Official, sources: Sequence[Path], folder: Path) -> tuple[set[str], dict[str, bytes]]:
+def _unpack(official: DatasetArchive, sources: Sequence[Path], folder: Path) -> tuple[set[str], dict[str, bytes]]:
     """Copy every image to ``folder/CLASS/FILE``; returns their ``CLASS/FILE`` and the contents of the lists."""
     found: set[str] = set()
     lists: dict[str, bytes] = {}
@@ -219,7 +219,7 @@ def _unpack(official: Official, sources: Sequence[Path], folder: Path) -> tuple[
     return found, lists
 
 
-def _folder_files(official: Official, folder: Path) -> Iterator[tuple[str, BinaryIO]]:
+def _folder_files(official: DatasetArchive, folder: Path) -> Iterator[tuple[str, BinaryIO]]:
     """Files of an unpacked archive that may matter, open, by their path below `official.root`."""
     base = folder / official.root if (folder / official.root).is_dir() else folder
     patterns = [f"{official.images}/*/*", *official.lists, *(f"*/{name}" for name in official.lists)]
@@ -230,7 +230,7 @@ def _folder_files(official: Official, folder: Path) -> Iterator[tuple[str, Binar
                     yield path.relative_to(base).as_posix(), file
 
 
-def _archive_files(official: Official, archive: Path) -> Iterator[tuple[str, BinaryIO]]:
+def _archive_files(official: DatasetArchive, archive: Path) -> Iterator[tuple[str, BinaryIO]]:
     """Regular files of an archive, open, in its order, by their path below `official.root`."""
     inside = f"{official.root}/" if official.root else ""
     check_readable(archive, "archive")
@@ -242,7 +242,7 @@ def _archive_files(official: Official, archive: Path) -> Iterator[tuple[str, Bin
                 yield path.removeprefix(inside), cast(BinaryIO, file)
 
 
-def _image(official: Official, path: str) -> str | None:
+def _image(official: DatasetArchive, path: str) -> str | None:
     """``CLASS/FILE`` if the path is where the data set keeps its images and cannot lead anywhere else."""
     inside = f"{official.images}/"
     parts = path.removeprefix(inside).split("/")
@@ -250,7 +250,7 @@ def _image(official: Official, path: str) -> str | None:
     return "/".join(parts) if path.startswith(inside) and len(parts) == 2 and plain else None
 
 
-def _read(official: Official, lists: Sequence[bytes]) -> Split:
+def _read(official: DatasetArchive, lists: Sequence[bytes]) -> Split:
     """The split; whatever the reader of a damaged list raises becomes one line."""
     try:
         split = official.read(lists)

@@ -1,4 +1,4 @@
-"""From a decoded image to a model's input, by NumPy and Pillow alone: resize, centre crop, normalise."""
+"""From a decoded image to a model's input, by NumPy and Pillow alone: resize, center crop, normalize."""
 
 import json
 import math
@@ -21,7 +21,7 @@ MOST_SIDE = 4096
 class Preprocessing:
     """timm's evaluation transform, pixel for pixel.
 
-    The shorter side is resized to the model's size over ``crop_pct``, and the centre is cut out; what lies beyond the
+    The shorter side is resized to the model's size over ``crop_pct``, and the center is cut out; what lies beyond the
     image is black.
 
     Args:
@@ -34,7 +34,7 @@ class Preprocessing:
     >>> pixels = np.repeat(np.uint8([0, 51, 255, 255])[:, None, None], 4, 1).repeat(3, 2)
     >>> look.crop(pixels)[:, :, 0].tolist()
     [[51, 51], [255, 255]]
-    >>> look.normalise(look.crop(pixels)[None])[0, 0].round(3).astype(float).round(3).tolist()
+    >>> look.normalize(look.crop(pixels)[None])[0, 0].round(3).astype(float).round(3).tolist()
     [[-1.2, -1.2], [2.0, 2.0]]
     """
 
@@ -46,7 +46,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """Of the images: 3 is RGB, 1 grey."""
+        """Of the images: 3 is RGB, 1 gray."""
         return len(self.mean)
 
     def reduction(self, width: int, height: int) -> int:
@@ -84,7 +84,7 @@ class Preprocessing:
         left, top = _margin(image.width, width), _margin(image.height, height)
         return np.array(image.crop((left, top, left + width, top + height)))
 
-    def normalise(self, images: Pixels) -> NDArray[np.float32]:
+    def normalize(self, images: Pixels) -> NDArray[np.float32]:
         """Bytes [B, H, W, C] to float [B, C, H, W]: (bytes / 255 - mean) / std."""
         spread = np.array(self.std)
         scale, shift = (1 / (255 * spread)).astype(np.float32), (-np.array(self.mean) / spread).astype(np.float32)
@@ -131,5 +131,5 @@ def power_of_two(most: float) -> int:
 
 
 def _margin(side: int, wanted: int) -> int:
-    """Where a centred piece of ``wanted`` pixels begins; below 0 where the side is shorter."""
+    """Where a centered piece of ``wanted`` pixels begins; below 0 where the side is shorter."""
     return round((side - wanted) / 2) if side >= wanted else -((wanted - side) // 2)

@@ -17,7 +17,7 @@ from ulsam.deploy.export import engine_of
 from ulsam.deploy.onnx_graph import check_installed
 from ulsam.deploy.parity import TOLERANCE, generated_images
 from ulsam.deploy.quantize import QUANTIZATION
-from ulsam.model.build import build, load, save, sketch, spec_of
+from ulsam.model.build import build, load, meta_model, save, spec_of
 from ulsam.model.pretrained import is_hub_name
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import names
@@ -29,7 +29,7 @@ from ulsam.training.predict import Logits
 INT8_TOLERANCE = 0.15
 """As `ulsam.deploy.parity.TOLERANCE`, between two engines that each round maps to a byte in their own way.
 
-OpenVINO's logits of quantised MobileNets were found 4 to 6 % from ONNX Runtime's, with the same first classes."""
+OpenVINO's logits of quantized MobileNets were found 4 to 6 % from ONNX Runtime's, with the same first classes."""
 
 
 @dataclass(frozen=True)
@@ -127,4 +127,4 @@ def _open_torch(name: str, backends: Collection[Backend], folder: Path, size: in
 
 
 def _cost(spec: ModelSpec) -> Cost:
-    return cost(sketch(spec), spec.input_size)
+    return cost(meta_model(spec), spec.input_size)

@@ -72,7 +72,7 @@ def _in_openvino(case: Case, images: Pixels) -> Run:
     if model.input().element_type == openvino.Type.u8:
         return lambda: compiled(images)[0]
     look = Preprocessing.from_json(model.get_rt_info(["framework", runtime.PREPROCESSING]).value)
-    return lambda: compiled(look.normalise(images))[0]
+    return lambda: compiled(look.normalize(images))[0]
 
 
 def _in_pytorch(case: Case, images: Pixels) -> tuple[Run, int]:
@@ -87,11 +87,11 @@ def _in_pytorch(case: Case, images: Pixels) -> tuple[Run, int]:
     timed = fold(model, spec.input_size) if case.fold else model.to(memory_format=torch.channels_last)
     size = sum(tensor.nbytes for tensor in (*timed.parameters(), *timed.buffers()))
     run: Any = torch.compile(timed) if case.backend == "compile" else timed
-    normalise, pixels = spec_transform(spec).normalise, torch.from_numpy(images)
+    normalize, pixels = spec_transform(spec).normalize, torch.from_numpy(images)
 
     @torch.inference_mode()
     def call() -> Logits:
-        logits: Logits = run(normalise(pixels)).numpy()
+        logits: Logits = run(normalize(pixels)).numpy()
         return logits
 
     return call, size

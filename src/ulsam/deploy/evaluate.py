@@ -16,7 +16,7 @@ from ulsam.data.loading import Loader, eval_loader
 from ulsam.data.opening import is_named, open_split
 from ulsam.data.sources import FolderImages
 from ulsam.deploy.exported_module import load_exported
-from ulsam.model.build import sketch
+from ulsam.model.build import meta_model
 from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import cost
@@ -85,7 +85,7 @@ class Evaluation:
                 },
             },
             "confusion": self.by_class.confusion(),
-            "cost": cost_entry(cost(sketch(self.spec), self.spec.input_size)),
+            "cost": cost_entry(cost(meta_model(self.spec), self.spec.input_size)),
             "spec": spec_entry(self.spec),
         }
 

@@ -10,7 +10,7 @@ from ulsam import runtime
 from ulsam.base.errors import printable
 from ulsam.base.text_table import as_csv
 from ulsam.deploy.evaluate import ON_ALL, to_measure
-from ulsam.model.build import load, read_spec, sketch
+from ulsam.model.build import load, meta_model, read_spec
 from ulsam.model.pretrained import is_pretrained_name
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import names
@@ -66,7 +66,7 @@ class LabelEvaluation:
         return {
             "split": self.split,
             "scores": self.scores.entry(),
-            "cost": cost_entry(cost(sketch(self.spec), self.spec.input_size)),
+            "cost": cost_entry(cost(meta_model(self.spec), self.spec.input_size)),
             "spec": spec_entry(self.spec),
         }
 

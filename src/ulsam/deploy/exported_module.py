@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
-from ulsam.data.augment import EvalTransform, Normalise
+from ulsam.data.augment import EvalTransform, Normalize
 from ulsam.model.spec import ModelSpec
 from ulsam.training.evaluate import spec_transform
 
@@ -23,8 +23,8 @@ class Exported(nn.Module):
         return torch.from_numpy(self.model.logits(images.numpy()))
 
 
-class Bytes(Normalise):
-    """Leaves the images as they are: an exported model normalises them itself."""
+class Bytes(Normalize):
+    """Leaves the images as they are: an exported model normalizes them itself."""
 
     def __init__(self) -> None:
         super().__init__([0.0] * 3, [1.0] * 3)
@@ -48,5 +48,5 @@ def load_exported(path: str | os.PathLike[str], device: str = "cpu") -> tuple[Ex
         raise UlsamError(f"{path} holds no spec: write it by `ulsam.export`")
     spec = ModelSpec.from_json(model.metadata[runtime.SPEC])
     transform = spec_transform(spec)
-    transform.normalise = Bytes()
+    transform.normalize = Bytes()
     return Exported(model), spec, transform

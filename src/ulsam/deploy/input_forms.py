@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ulsam.data.augment import Normalise
+from ulsam.data.augment import Normalize
 
 
 class FromPixels(nn.Module):
@@ -23,9 +23,9 @@ class FromPixels(nn.Module):
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        normalise = Normalise(mean, std)
-        self.register_buffer("scale", normalise.scale.flatten())
-        self.register_buffer("shift", normalise.shift.flatten())
+        normalize = Normalize(mean, std)
+        self.register_buffer("scale", normalize.scale.flatten())
+        self.register_buffer("shift", normalize.shift.flatten())
 
     def forward(self, pixels: Tensor) -> Any:
         width, channels = pixels.shape[2:]

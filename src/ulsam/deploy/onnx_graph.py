@@ -15,7 +15,7 @@ from ulsam.base.extras import extra
 from ulsam.layer.ops.reference import softmax_over_maps
 from ulsam.layer.ulsam import ULSAM
 from ulsam.runtime import import_onnxruntime
-from ulsam.surgery.followed import Followed, follow, host_class
+from ulsam.surgery.layer_host import LayerHost, attach_layer, host_class
 
 OPSET = 18
 """Version of ONNX's operators (ONNX 1.13, ONNX Runtime 1.14)."""
@@ -144,8 +144,8 @@ def with_attention(model: nn.Module) -> tuple[nn.Module, set[str]]:
     for name, layer in layers.items():
         if cast(ULSAM, layer).form != "released" and name and cast(ULSAM, layer).is_standard():
             made = _Attention(cast(ULSAM, layer)).train(layer.training)
-            if isinstance(layer, Followed):
-                follow(made, layer.ulsam)
+            if isinstance(layer, LayerHost):
+                attach_layer(made, layer.ulsam)
             model.set_submodule(name, made)
             names.add(name)
     return model, names

@@ -119,9 +119,9 @@ def compared(
     Args:
         model: the model itself, on any device, not folded; in eval mode for the time being.
         run: the exported model, by default on bytes [B, H, W, C].
-        look: whose normalisation the model's input needs.
+        look: whose normalization the model's input needs.
         images: all of one size.
-        pixels: False if ``run`` takes normalised images.
+        pixels: False if ``run`` takes normalized images.
         one_by_one: whether ``run`` takes one image at a time.
 
     Raises:
@@ -132,16 +132,16 @@ def compared(
     found = []
     for first in [0, *range(1, len(images), step)]:
         batch = np.stack(images[first : first + (step if first else 1)])
-        normalised = look.normalise(batch)
+        normalized = look.normalize(batch)
         try:
-            theirs = np.asarray(run(batch if pixels else normalised))
+            theirs = np.asarray(run(batch if pixels else normalized))
         except Exception as error:  # each engine has its own; a size may be fixed in the model, though left open
             size = "x".join(map(str, batch.shape[1:3]))
             raise UlsamError(
                 f"the exported model fails on images of {size}: {first_line(error)}; nothing was written"
             ) from error
         with torch.no_grad(), eval_mode(model):
-            ours = model(torch.from_numpy(normalised).to(device)).float().cpu().numpy()
+            ours = model(torch.from_numpy(normalized).to(device)).float().cpu().numpy()
         found.append(parity_of(theirs, ours))
     return sum(found[1:], found[0])
 
@@ -180,7 +180,7 @@ def read_images(paths: Sequence[str | os.PathLike[str]], look: Preprocessing) ->
 
 
 def generated_images(size: tuple[int, int], channels: int = 3) -> NDArray[np.uint8]:
-    """`GENERATED_IMAGES` images [B, H, W, C] of this H and W, always the same: random colours that change smoothly.
+    """`GENERATED_IMAGES` images [B, H, W, C] of this H and W, always the same: random colors that change smoothly.
 
     As in photos, coarse structure is stronger than fine structure: the sum of grids of 2, 8 and 32 cells to a side.
 

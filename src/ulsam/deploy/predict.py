@@ -1,4 +1,4 @@
-"""Name what is in images, whatever runs the model: PyTorch, or ONNX Runtime alone for an exported file."""
+"""Classify images, whatever runs the model: PyTorch, or ONNX Runtime alone for an exported file."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +28,7 @@ def predict(
     device: str | None = None,
     features: Callable[[NDArray[np.float32]], None] | None = None,
 ) -> Iterator[Prediction]:
-    """Name what is in images, in their order; an unreadable one gives a prediction with an error.
+    """Classify images, in their order; an unreadable one gives a prediction with an error.
 
     PyTorch is not imported for an exported file.
 

@@ -96,7 +96,7 @@ def quantize(
 ) -> Quantized:
     """Write a model with 8-bit weights and maps, and measure it beside the model in float32.
 
-    ONNX Runtime's static quantisation after training (Jacob et al. 2018, arXiv 1712.05877): weights as int8, each
+    ONNX Runtime's static quantization after training (Jacob et al. 2018, arXiv 1712.05877): weights as int8, each
     output channel with a scale of its own, maps as uint8 with ranges from images (:func:`map_statistics`), ULSAM
     layers included. The normalization, what other attention multiplies, and the logits stay in float32. Biases take up
     what rounding the weights changes on average.

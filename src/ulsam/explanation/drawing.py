@@ -1,4 +1,4 @@
-"""What panels and the report draw with: one colour map, fonts, and maps laid over images."""
+"""What panels and the report draw with: one color map, fonts, and maps laid over images."""
 
 from functools import cache
 from pathlib import Path
@@ -11,22 +11,22 @@ from PIL import Image, ImageFont
 from ulsam.data.image_channels import shown
 from ulsam.data.images import Pixels
 
-COLOURS = "viridis"
-"""Perceptually uniform, and readable without seeing colours."""
+COLORS = "viridis"
+"""Perceptually uniform, and readable without seeing colors."""
 
 STRENGTH = 0.64
-"""Share of a map's colour where it lies on an image, whose greys make up the rest."""
+"""Share of a map's color where it lies on an image, whose grays make up the rest."""
 
 Bytes = NDArray[np.uint8]
 
 
 @cache
 def palette() -> Bytes:
-    """The colours of values from 0 to 1, [256, 3]."""
+    """The colors of values from 0 to 1, [256, 3]."""
     from matplotlib import colormaps
 
-    colours: Bytes = (colormaps[COLOURS](np.arange(256), bytes=True))[:, :3]
-    return colours
+    colors: Bytes = (colormaps[COLORS](np.arange(256), bytes=True))[:, :3]
+    return colors
 
 
 @cache
@@ -54,13 +54,13 @@ def fitting(text: str, width: float, size: int, weight: Literal["", "-Bold"] = "
 
 
 def ramp(width: int, height: int) -> Image.Image:
-    """A vertical colour scale, its largest value on top."""
+    """A vertical color scale, its largest value on top."""
     values = np.linspace(255, 0, height).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(palette()[values][:, None], (height, width, 3)).copy())
 
 
 def gradient() -> str:
-    """The colours from 0 to 1 as the stops of a CSS gradient.
+    """The colors from 0 to 1 as the stops of a CSS gradient.
 
     >>> gradient()[:18], gradient().count(",")
     ('#440154, #481e70, ', 12)
@@ -68,8 +68,8 @@ def gradient() -> str:
     return ", ".join("#" + bytes(palette()[step]).hex() for step in np.linspace(0, 255, 13).astype(int))
 
 
-def greyed(pixels: Pixels, width: int) -> Image.Image:
-    """The image in grey and of that width, for maps to be laid over."""
+def grayed(pixels: Pixels, width: int) -> Image.Image:
+    """The image in gray and of that width, for maps to be laid over."""
     return resized(pixels, width).convert("L")
 
 
@@ -79,17 +79,17 @@ def resized(pixels: Pixels, width: int) -> Image.Image:
     return Image.fromarray(shown(pixels)).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def coloured(values: NDArray[np.floating], size: tuple[int, int]) -> Bytes:
-    """A map [h, w] of values from 0 to 1 as colours [height, width, 3], bilinearly enlarged to a width and height."""
+def colored(values: NDArray[np.floating], size: tuple[int, int]) -> Bytes:
+    """A map [h, w] of values from 0 to 1 as colors [height, width, 3], bilinearly enlarged to a width and height."""
     large = Image.fromarray(np.ascontiguousarray(values, np.float32)).resize(size, Image.Resampling.BILINEAR)
-    colours: Bytes = palette()[(np.asarray(large).clip(0, 1) * 255).round().astype(np.uint8)]
-    return colours
+    colors: Bytes = palette()[(np.asarray(large).clip(0, 1) * 255).round().astype(np.uint8)]
+    return colors
 
 
-def overlaid(grey: Image.Image, values: NDArray[np.floating]) -> Image.Image:
-    """A map of values from 0 to 1 on an image of :func:`greyed`."""
-    colours = Image.fromarray(coloured(values, grey.size))
-    return Image.blend(grey.convert("RGB"), colours, STRENGTH)
+def overlaid(gray: Image.Image, values: NDArray[np.floating]) -> Image.Image:
+    """A map of values from 0 to 1 on an image of :func:`grayed`."""
+    colors = Image.fromarray(colored(values, gray.size))
+    return Image.blend(gray.convert("RGB"), colors, STRENGTH)
 
 
 def _cut(text: str, kept: int) -> str:

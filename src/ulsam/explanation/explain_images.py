@@ -19,7 +19,7 @@ from ulsam.explanation.captions import model_name, other_classes
 from ulsam.explanation.explain_page import Card, card, page
 from ulsam.explanation.explain_table import table
 from ulsam.explanation.explainer import Explainer
-from ulsam.explanation.image_list import list_images, urgency
+from ulsam.explanation.image_list import list_images, reading_order
 from ulsam.explanation.map_numbers import MapNumbers
 from ulsam.explanation.measured_batches import add, check_any, explained
 from ulsam.explanation.panel import panel
@@ -92,7 +92,7 @@ def explain_images(
     written = table(results) if results else ""
     if results:
         _write_numbers(out / "numbers.json", results, {name: spec for name, (_, spec) in models.items()})
-    cards.sort(key=lambda one: urgency(one.truth, one.named, one.share))
+    cards.sort(key=lambda one: reading_order(one.truth, one.named, one.share))
     labels = {name: model_name(spec) for name, (_, spec) in models.items()}
     note = other_classes(*(spec for _, spec in models.values()))
     look: dict[str, Any] = {"model": labels["this model"], "base": labels.get("base"), "numbers": written, "note": note}

@@ -15,7 +15,7 @@ from PIL import Image
 from ulsam.data.image_channels import shown
 from ulsam.data.images import Pixels, jpeg_of
 from ulsam.explanation import captions as words
-from ulsam.explanation.drawing import coloured, gradient, resized
+from ulsam.explanation.drawing import colored, gradient, resized
 from ulsam.explanation.explanation import (
     NO_LAYER,
     Explanation,
@@ -195,12 +195,12 @@ def map_uri(values: NDArray[np.floating], smallest: int = SMALLEST) -> str:
     height, width = values.shape
     factor = max(1, -(-smallest // min(height, width)))
     buffer = io.BytesIO()
-    Image.fromarray(coloured(values, (width * factor, height * factor))).save(buffer, "png")
+    Image.fromarray(colored(values, (width * factor, height * factor))).save(buffer, "png")
     return _uri("png", buffer.getvalue())
 
 
 def layer_view(layer: LayerMaps, smallest: int = SMALLEST) -> dict[str, Any]:
-    """What a page shows of a layer: heading, the note that ends it, the top of its colour scale, where "uniform" lies
+    """What a page shows of a layer: heading, the note that ends it, the top of its color scale, where "uniform" lies
     on it in percent, and of each map the caption and an image, as of :func:`map_uri`.
 
     >>> view = layer_view(LayerMaps("blocks.5.2", "17", "equations", np.full((1, 2, 2), 0.25)))

@@ -62,7 +62,7 @@ class Explainer:
         self.transform = spec_transform(spec)
         if self.transform.channels not in (1, 3):
             raise UlsamError(
-                f"pictures explain models of RGB or grey images; this one takes {self.transform.channels} channels"
+                f"pictures explain models of RGB or gray images; this one takes {self.transform.channels} channels"
             )
         self.attention = {name: module for name, module in model.named_modules() if isinstance(module, ULSAM)}
         self.places = paper_places(model)
@@ -72,7 +72,7 @@ class Explainer:
 
     def images(self, pixels: Sequence[Tensor]) -> Tensor:
         """The model's input [B, C, H, W] of images [H, W, C] in uint8, as ``transform.pixels`` makes them."""
-        return self.transform.normalise(torch.stack(list(pixels))).to(self.device, self.dtype)
+        return self.transform.normalize(torch.stack(list(pixels))).to(self.device, self.dtype)
 
     @torch.inference_mode(False)
     def __call__(self, pixels: Sequence[Tensor], targets: Sequence[int] | None = None) -> list[Explanation]:
@@ -138,7 +138,7 @@ def explain(
 
     Args:
         model: a model file, or a model together with its ``spec``, as `ulsam.load` gives them.
-        image: an image file, a Pillow image, or an array in uint8, [H, W, 3] or, of grey, [H, W, 1]; resized and
+        image: an image file, a Pillow image, or an array in uint8, [H, W, 3] or, of gray, [H, W, 1]; resized and
             cropped as for evaluation.
         spec: of the model; not with a model file, which holds its own.
         target: the class that the CAM is of; by default the most probable one.

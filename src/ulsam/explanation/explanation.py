@@ -14,7 +14,7 @@ from ulsam.base.extras import check_plots
 from ulsam.data.image_channels import shown
 from ulsam.data.images import Pixels
 from ulsam.explanation.captions import percent, verdict
-from ulsam.explanation.drawing import COLOURS, STRENGTH
+from ulsam.explanation.drawing import COLORS, STRENGTH
 from ulsam.explanation.measures import INERT, entropy_share, most_effect, peak
 from ulsam.layer.ulsam import Form
 
@@ -51,7 +51,7 @@ class LayerMaps:
 class Explanation:
     """One image as one model sees it."""
 
-    pixels: Pixels  # what the model was given, before normalisation: [H, W, 3], of grey [H, W, 1]
+    pixels: Pixels  # what the model was given, before normalization: [H, W, 3], of gray [H, W, 1]
     classes: tuple[str, ...]
     probabilities: Floats  # [classes]
     target: int  # the class that the CAM is of
@@ -72,7 +72,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class MapRow:
-    """Maps on one colour scale, as panels, pages and figures all show them."""
+    """Maps on one color scale, as panels, pages and figures all show them."""
 
     heading: str
     maps: tuple[NDArray[np.floating], ...]  # [h, w] each, from 0 to 1, the top of the scale
@@ -150,7 +150,7 @@ def _times(value: float) -> str:
 
 
 def _figure(found: Explanation) -> "Figure":
-    """The image, its most probable classes, the CAM and all attention maps, with their colour scales."""
+    """The image, its most probable classes, the CAM and all attention maps, with their color scales."""
     from matplotlib.figure import Figure
 
     columns = min(MOST_COLUMNS, max([4, *(len(layer.maps) for layer in found.layers)]))
@@ -185,12 +185,12 @@ def _figure(found: Explanation) -> "Figure":
 
 
 def _lay(axes: Any, found: Explanation, values: Any) -> Any:
-    """Draw a map of values from 0 to 1 on the image in grey."""
+    """Draw a map of values from 0 to 1 on the image in gray."""
     height, width = found.pixels.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axes.imshow(found.pixels.mean(2), cmap="gray", vmin=0, vmax=255)
     axes.set_axis_off()
-    look = {"cmap": COLOURS, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+    look = {"cmap": COLORS, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
     return axes.imshow(values, alpha=STRENGTH, extent=extent, **look)
 
 

@@ -43,12 +43,12 @@ def list_images(names: Sequence[str], classes: Sequence[str]) -> list[Image]:
     return found
 
 
-def urgency(truth: str | None, named: str, share: float) -> tuple[int, float]:
+def reading_order(truth: str | None, named: str, share: float) -> tuple[int, float]:
     """A key to sort by: errors first, the surest of them on top; then what has no true class, and what is right, the
     least sure first.
 
     >>> shown = [("wren", "wren", 0.6), ("wren", "robin", 0.7), (None, "wren", 0.5), ("wren", "robin", 0.9)]
-    >>> [share for _, _, share in sorted(shown, key=lambda one: urgency(*one))]
+    >>> [share for _, _, share in sorted(shown, key=lambda one: reading_order(*one))]
     [0.9, 0.7, 0.5, 0.6]
     """
     rank = {"wrong": 0, "unknown": 1, "right": 2}[verdict(truth, named)]

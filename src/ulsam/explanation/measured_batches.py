@@ -100,5 +100,5 @@ def check_any(read: int, unreadable: Sequence[str]) -> None:
 
 
 def look(spec: ModelSpec) -> tuple[Any, ...]:
-    """What decides on an image before it is normalised: two models of the same look are given the same pixels."""
+    """What decides on an image before it is normalized: two models of the same look are given the same pixels."""
     return spec.input_size, spec.interpolation, spec.crop_pct

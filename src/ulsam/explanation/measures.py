@@ -157,7 +157,7 @@ def spread_by_chance(
     """How far the subspaces' mean frequencies lie apart, and how far those of random groups of as many channels do.
 
     Args:
-        power, weighted: of :func:`radial_content`, [C]; the subspaces are ``groups`` runs of neighbouring channels.
+        power, weighted: of :func:`radial_content`, [C]; the subspaces are ``groups`` runs of neighboring channels.
         draws: random groupings, of seed 0.
 
     Returns:

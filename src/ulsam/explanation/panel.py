@@ -6,7 +6,7 @@ from typing import Literal
 from PIL import Image, ImageDraw
 
 from ulsam.explanation import captions as words
-from ulsam.explanation.drawing import fitting, font, greyed, overlaid, ramp, resized
+from ulsam.explanation.drawing import fitting, font, grayed, overlaid, ramp, resized
 from ulsam.explanation.explanation import (
     NO_LAYER,
     Explanation,
@@ -19,7 +19,7 @@ from ulsam.explanation.explanation import (
 MARGIN, IMAGE, GUTTER = 28, 264, 36
 TILE, GAP, CAPTION = 136, 10, 36
 HEAD, HEADING, ROW_GAP = 86, 24, 16
-SCALE = 66  # a colour scale with its labels
+SCALE = 66  # a color scale with its labels
 LIST_ROW = 23
 PAPER, INK, QUIET, LINE = "#ffffff", "#17181c", "#5b5f69", "#d9dbe0"
 BAR = (63, 90, 140)
@@ -35,8 +35,8 @@ def panel(
 ) -> Image.Image:
     """A panel: the image, the five most probable classes, the CAM, and the attention maps of every ULSAM layer.
 
-    The maps of a layer share one colour scale, from 0 to its largest value and to twice a uniform map's at least, so
-    that maps that are nearly uniform look so. Maps lie on the image in grey; what the image shows is what the model
+    The maps of a layer share one color scale, from 0 to its largest value and to twice a uniform map's at least, so
+    that maps that are nearly uniform look so. Maps lie on the image in gray; what the image shows is what the model
     was given.
 
     Args:
@@ -71,11 +71,11 @@ class _Page:
     def __init__(self, found: Explanation, base: Explanation | None, names: tuple[str, str]) -> None:
         self.found, self.base, self.names = found, base, names
         self.columns = 4 if all(len(layer.maps) <= 4 for layer in found.layers) else 8
-        self.grey = greyed(found.pixels, TILE)
+        self.gray = grayed(found.pixels, TILE)
         self.x = MARGIN + IMAGE + GUTTER
         self.width = self.x + self.columns * (TILE + GAP) - GAP + SCALE + MARGIN
         lines = 1 + sum(-(-len(layer.maps) // self.columns) for layer in found.layers)
-        row = HEADING + self.grey.height + CAPTION + ROW_GAP
+        row = HEADING + self.gray.height + CAPTION + ROW_GAP
         tall = HEAD + lines * row + 6 * IMAGE + resized(found.pixels, IMAGE).height
         self.canvas = Image.new("RGB", (self.width, tall), PAPER)
         self.draw = ImageDraw.Draw(self.canvas)
@@ -85,8 +85,8 @@ class _Page:
         """The name of the image and what was made of it."""
         room = self.width - 2 * MARGIN
         self.text((MARGIN, 20), fitting(title, room, 20, "-Bold"), 20, weight="-Bold")
-        colour = {"wrong": "#a3241b", "right": "#1d6b3a"}.get(verdict, QUIET)
-        self.text((MARGIN, 50), fitting(headline, room, 14), 14, colour)
+        color = {"wrong": "#a3241b", "right": "#1d6b3a"}.get(verdict, QUIET)
+        self.text((MARGIN, 50), fitting(headline, room, 14), 14, color)
 
     def left(self, truth: str | None) -> None:
         """The image, and the classes below it."""
@@ -119,33 +119,33 @@ class _Page:
         """The CAMs, then the maps of each layer."""
         y = HEAD - 2
         models = {name: one for name, one in zip(self.names, (self.found, self.base), strict=True) if one is not None}
-        y = self.row(y, cam_row(models), [greyed(one.pixels, TILE) for one in models.values()])
+        y = self.row(y, cam_row(models), [grayed(one.pixels, TILE) for one in models.values()])
         for layer in self.found.layers:
-            y = self.row(y, attention_row(layer), [self.grey] * len(layer.maps))
+            y = self.row(y, attention_row(layer), [self.gray] * len(layer.maps))
         if not self.found.layers:
             self.text((self.x, y), NO_LAYER, 12, QUIET)
             y += HEADING
         self.bottom = max(self.bottom, y - ROW_GAP)
 
-    def row(self, y: int, row: MapRow, greys: Sequence[Image.Image]) -> int:
+    def row(self, y: int, row: MapRow, grays: Sequence[Image.Image]) -> int:
         """Maps on their images, in as many lines as they need, with their scale; returns where the next row begins."""
         self.text((self.x, y), fitting(row.heading, self.width - MARGIN - self.x, 13, "-Bold"), 13, weight="-Bold")
         y += HEADING
-        for first in range(0, len(greys), self.columns):
+        for first in range(0, len(grays), self.columns):
             line = slice(first, first + self.columns)
-            for number, grey in enumerate(greys[line], start=first):
+            for number, gray in enumerate(grays[line], start=first):
                 x = self.x + (number - first) * (TILE + GAP)
-                self.canvas.paste(overlaid(grey, row.maps[number]), (x, y))
+                self.canvas.paste(overlaid(gray, row.maps[number]), (x, y))
                 for step, text in enumerate(row.captions[number]):
-                    self.text((x, y + grey.height + 4 + 15 * step), fitting(text, TILE, 11), 11, QUIET)
+                    self.text((x, y + gray.height + 4 + 15 * step), fitting(text, TILE, 11), 11, QUIET)
             if not first:
-                self.scale(self.x + min(len(greys), self.columns) * (TILE + GAP), y, row.marks)
-            y += max(grey.height for grey in greys[line]) + CAPTION + ROW_GAP // 2
+                self.scale(self.x + min(len(grays), self.columns) * (TILE + GAP), y, row.marks)
+            y += max(gray.height for gray in grays[line]) + CAPTION + ROW_GAP // 2
         return y + ROW_GAP // 2
 
     def scale(self, x: int, y: int, labels: Sequence[tuple[float, str]]) -> None:
-        """A colour scale with labels at shares of its height; one that would lie on another is left out."""
-        height = self.grey.height
+        """A color scale with labels at shares of its height; one that would lie on another is left out."""
+        height = self.gray.height
         self.canvas.paste(ramp(10, height), (x, y))
         last = -20.0
         for share, text in labels:
@@ -161,12 +161,12 @@ class _Page:
         place: tuple[float, float],
         text: str,
         size: int,
-        colour: str = INK,
+        color: str = INK,
         *,
         weight: Literal["", "-Bold"] = "",
         anchor: str = "la",
     ) -> None:
-        self.draw.text(place, text, fill=colour, font=font(size, weight), anchor=anchor)
+        self.draw.text(place, text, fill=color, font=font(size, weight), anchor=anchor)
 
     def cut(self) -> Image.Image:
         """The part of the page that is filled."""

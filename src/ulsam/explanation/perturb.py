@@ -18,16 +18,16 @@ Scores = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def deletion_curves(model: Scores, images: Tensor, saliency: Tensor, targets: Tensor, steps: int = STEPS) -> Tensor:
-    """The target's probability while the most salient pixels are set to the mean colour, [B, steps + 1].
+    """The target's probability while the most salient pixels are set to the mean color, [B, steps + 1].
 
     Deletion of Petsiuk et al. (BMVC 2018, arXiv 1806.07421, section 4.1): the faster it falls, the better the map.
 
     Args:
         model: gives probabilities.
-        images: normalised, so that 0 is the mean colour, [B, C, H, W].
+        images: normalized, so that 0 is the mean color, [B, C, H, W].
         saliency: [B, H, W]; of equal values the one further up, then further left comes first.
         targets: the class of each image, [B].
-        steps: the first column is the whole image, the last one the mean colour alone.
+        steps: the first column is the whole image, the last one the mean color alone.
 
     >>> white, class_0 = torch.ones(1, 1, 2, 2), torch.tensor([0])
     >>> deletion_curves(lambda x: x.mean((2, 3)), white, white[0], class_0, steps=2).tolist()
@@ -59,7 +59,7 @@ def area_under(curves: Tensor) -> NDArray[np.float64]:
 
 @torch.no_grad()
 def kept_confidence(model: Scores, images: Tensor, maps: Tensor, targets: Tensor) -> Tensor:
-    """The target's probability on the image times its map, [B]; what the map leaves out has the mean colour.
+    """The target's probability on the image times its map, [B]; what the map leaves out has the mean color.
 
     Args:
         model, images, targets: as in :func:`deletion_curves`.

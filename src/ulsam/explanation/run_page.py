@@ -24,7 +24,7 @@ from ulsam.explanation.trained_runs import TrainedRun
 from ulsam.model.build import load
 
 TABLE_CLASSES = 16
-"""A confusion matrix of up to so many classes is a table with figures, a larger one an image of coloured cells."""
+"""A confusion matrix of up to so many classes is a table with figures, a larger one an image of colored cells."""
 
 THUMBNAIL = 168
 """The most pixels to a side of a small image: twice what it is shown at, for dense screens."""

@@ -1,4 +1,4 @@
-"""Curves as SVG: where each line, mark and label goes. The page's style sheet gives the colours, light and dark."""
+"""Curves as SVG: where each line, mark and label goes. The page's style sheet gives the colors, light and dark."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ WIDTH, HEIGHT = 460, 290
 LEFT, RIGHT, TOP, BOTTOM = 52, 26, 12, 40  # of what is outside the axes
 LABEL = 13  # the least distance of two labels, from base line to base line
 
-#: Shapes of marks, as SVG paths around (0, 0). Runs differ in colour, in shape and by the letter at a line's end.
+#: Shapes of marks, as SVG paths around (0, 0). Runs differ in color, in shape and by the letter at a line's end.
 SHAPES = (
     "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
     "M-3.2 -3.2h6.4v6.4h-6.4z",
@@ -25,7 +25,7 @@ class Line:
     """A curve to draw: (x, y) points, sorted by x."""
 
     key: str  # of the run, its label; empty for none
-    number: int  # of the run; it gives colour and mark
+    number: int  # of the run; it gives color and mark
     name: str  # in the description and the marks' tooltips
     points: tuple[tuple[float, float], ...]
     dashed: bool = False

@@ -47,7 +47,7 @@ class ULSAM(nn.Module):
     - ``"released"``: the authors' released module: both convolutions have a bias and are followed by BatchNorm and ReLU
       (also before the softmax); 5 * channels + 3 * groups parameters. The released BatchNorm momentum of 0.9 (PyTorch's
       sense: the running statistics are nearly the last batch's) makes evaluation depend on that one batch, so the
-      default here is PyTorch's 0.1; ``momentum=0.9`` gives the released behaviour.
+      default here is PyTorch's 0.1; ``momentum=0.9`` gives the released behavior.
     - ``"folded"``: what :meth:`fold` makes of the released form for inference; biases and ReLU, no BatchNorm.
 
     Args:

@@ -19,10 +19,10 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from ulsam.base.errors import UlsamError, first_line
+from ulsam.base.file_signatures import kind_of
 from ulsam.base.files import check_readable, read_json, write_atomic
-from ulsam.base.kinds import kind_of
 from ulsam.base.reading import open_regular
-from ulsam.base.tensor_limit import AtMost
+from ulsam.base.tensor_limit import TensorLimit
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.hub import hub_folder, timm_weights
 from ulsam.model.presets import PLACEMENTS
@@ -40,10 +40,10 @@ __all__ = [
     "load",
     "load_weights",
     "make_spec",
+    "meta_model",
     "read_spec",
     "read_weights",
     "save",
-    "sketch",
     "spec_of",
     "ulsam_parameters",
 ]
@@ -116,7 +116,7 @@ def build(
         raise
     except Exception as error:  # whatever timm raises at these arguments, or the hub
         if pretrained:
-            sketch(spec)  # raises unless it was the weights
+            meta_model(spec)  # raises unless it was the weights
             raise UlsamError(
                 f"no hub weights of {spec.base} to be had: {first_line(error)} Name a weight file by `weights`"
             ) from error
@@ -132,13 +132,13 @@ def build(
     return model.train(), notes
 
 
-def sketch(spec: ModelSpec) -> nn.Module:
+def meta_model(spec: ModelSpec) -> nn.Module:
     """A spec's model on the meta device: shapes to look at and count, no memory, no weights.
 
     Raises:
         UlsamError: as :func:`build`.
 
-    >>> sketch(ModelSpec("mobilenetv2_100", ("cat", "dog"))).classifier.weight.device
+    >>> meta_model(ModelSpec("mobilenetv2_100", ("cat", "dog"))).classifier.weight.device
     device(type='meta')
     """
     with torch.device("meta"):
@@ -251,7 +251,7 @@ def _load_name(name: str, pretrained: bool, weights: str | os.PathLike[str] | No
     if _gives_several(weights):
         raise UlsamError(f"{os.fspath(weights)} is a model file of several labels an image: name it in place of {name}")
     state = read_weights(weights)
-    plain = sketch(spec)
+    plain = meta_model(spec)
     outputs = [key for key, part in plain.named_modules() if part in heads(plain)]
     counts = [len(state[f"{key}.weight"]) for key in outputs if f"{key}.weight" in state]
     if counts and counts[0] != len(spec.classes):
@@ -367,8 +367,8 @@ def _check_fit(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], source: s
     A spec that makes far more parameters than there are shapes is refused while it makes them.
     """
     too_many = f"{source} is not what its spec builds: it holds {len(shapes)} tensors, that many more"
-    with AtMost(4_000 + 10 * len(shapes), too_many):  # far more, because edits take blocks out
-        model = sketch(spec)
+    with TensorLimit(4_000 + 10 * len(shapes), too_many):  # far more, because edits take blocks out
+        model = meta_model(spec)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:

@@ -25,7 +25,7 @@ from ulsam.base.logs import say
 from ulsam.model.presets import PLACEMENTS
 from ulsam.model.weights import read_weights
 
-PATIENCE = 3.0
+TIMEOUT = 3.0
 """Seconds after which a server that has not answered counts as out of reach, name look-up and all."""
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as timm calls them
@@ -100,8 +100,8 @@ def _fetched(repository: str, names: Sequence[str], revision: str = "") -> Path:
     for name in names:
         url = hf_hub_url(repository, name, revision=revision or None)
         try:
-            _within(PATIENCE, lambda url=url: get_hf_file_metadata(url, timeout=PATIENCE))  # type: ignore[misc]
-            return Path(hf_hub_download(repository, name, revision=revision or None, etag_timeout=PATIENCE))
+            _within(TIMEOUT, lambda url=url: get_hf_file_metadata(url, timeout=TIMEOUT))  # type: ignore[misc]
+            return Path(hf_hub_download(repository, name, revision=revision or None, etag_timeout=TIMEOUT))
         except GatedRepoError as error:
             raise PermissionError(f"{repository} wants its terms accepted, and `hf auth login`.") from error
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -121,12 +121,12 @@ def _check_url(url: str) -> None:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT).close()
         except urllib.error.HTTPError:
             return
 
     try:
-        _within(PATIENCE, ask)
+        _within(TIMEOUT, ask)
     except (OSError, TimeoutError) as error:
         raise TimeoutError(f"it is not in the cache, and {urlsplit(url).netloc} cannot be reached.") from error
 

@@ -12,12 +12,12 @@ from typing import Any, Literal, Self, TypeVar, cast, get_args
 from torch import nn
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.layer.choice import TIMMS, Chain, Layer
 from ulsam.layer.inverted_residual import DEFAULT_WIDTH, InvertedResidual
+from ulsam.layer.make_layer import TIMMS, Chain, Layer
 from ulsam.layer.ulsam import MOMENTUM, ULSAM, Form
 from ulsam.surgery import edit as surgery
 from ulsam.surgery.edited import edited, is_followed, undo_edits
-from ulsam.surgery.followed import host_class
+from ulsam.surgery.layer_host import host_class
 from ulsam.surgery.places import unwrapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -139,7 +139,7 @@ class ModelSpec:
         model_args: JSON keyword arguments for `timm.create_model`.
         input_size: C, H, W.
         interpolation: of the resize before the crop, as timm names it.
-        crop_pct: share of the resized image's side that the centre crop keeps.
+        crop_pct: share of the resized image's side that the center crop keeps.
         mean: of each channel, for images scaled to 0..1.
         std: of each channel, likewise.
         thresholds: of a model that gives several labels an image, for each class: the probability, a sigmoid of its

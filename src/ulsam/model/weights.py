@@ -14,8 +14,8 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError, a_few, first_line
+from ulsam.base.file_signatures import kind_of
 from ulsam.base.files import check_readable
-from ulsam.base.kinds import kind_of
 from ulsam.base.logs import say
 from ulsam.base.reading import open_regular
 from ulsam.model.trained import locate
@@ -133,7 +133,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
 def _adapted(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The state with the first convolution's weights for the channels of this model, where they are for RGB.
 
-    By timm's rule: for grey their sum over the colors; otherwise they are repeated, and scaled to keep the sum.
+    By timm's rule: for gray their sum over the colors; otherwise they are repeated, and scaled to keep the sum.
     """
     first = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
     found = dict(state)

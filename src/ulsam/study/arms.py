@@ -23,7 +23,7 @@ from ulsam.training.dry_run import dry_run
 
 #: Settings that are one and the same for all arms: what is trained and measured on, and what `compare` decides itself.
 COMMON = (
-    *("data", "data_dir", "train_split", "val_split", "val_fraction", "split_seed", "class_names"),
+    *("data", "data_dir", "train_split", "val_split", "val_fraction", "fold", "split_seed", "class_names"),
     *("seed", "val_every", "edits"),
 )
 
@@ -150,11 +150,11 @@ def check_shared(shared: TrainConfig) -> None:
     if shared.edits:
         raise UlsamError("edits in the shared settings would change every arm, base too: give edits with `arms`")
     if shared.val_every != 1:
-        raise UlsamError("every run is measured once, after its last epoch: leave val_every out of the settings")
+        raise UlsamError("every run is measured once, after its last epoch: leave `val_every` out of the settings")
     if shared.keep != TrainConfig.keep or shared.patience is not None:
         raise UlsamError(_NO_CHOICE)
     if shared.split_seed is not None:
-        raise UlsamError("the same images are held out for all runs: leave split_seed out of the settings")
+        raise UlsamError("the same images are held out for all runs: leave `split_seed` out of the settings")
 
 
 def check_arms(arms: Sequence[Arm], shared: TrainConfig) -> None:
@@ -166,7 +166,7 @@ def check_arms(arms: Sequence[Arm], shared: TrainConfig) -> None:
     """
     configs = [arm.config(shared) for arm in arms]
     if shared.ulsam_lr != 1 and all(config.ulsam_lr == 1 for config in configs):
-        raise UlsamError("ulsam_lr has nothing to act on: no arm has a ULSAM layer")
+        raise UlsamError("`ulsam_lr` has nothing to act on: no arm has a ULSAM layer")
     for number, config in enumerate(configs):
         if config in configs[:number]:
             twin = arms[configs.index(config)].name
@@ -195,8 +195,9 @@ def check_choosing(shared: TrainConfig, choose_split: str | None = None) -> None
             f"choosing learning rates or epochs needs an image folder or a table with val or test, which {shared.data} "
             "is not: the final runs are measured on images that choosing did not see"
         )
-    if shared.val_fraction is not None:
-        raise UlsamError("choosing holds images out by itself, and measures on val/ or test/: leave val_fraction out")
+    if shared.val_fraction is not None or shared.fold is not None:
+        what = "fold" if shared.val_fraction is None else "val_fraction"
+        raise UlsamError(f"choosing holds images out by itself, and measures on val/ or test/: leave `{what}` out")
     if shared.val_split == shared.train_split:
         raise UlsamError(f"the final runs cannot be measured on {shared.val_split}, which is trained on")
     if choose_split is None:
@@ -227,7 +228,7 @@ def _setting(name: str, text: str) -> dict[str, Any]:
     if name in ("keep", "patience"):
         raise UlsamError(_NO_CHOICE)
     if name in COMMON:
-        raise UlsamError(f"{name} is the same for all arms: give it once, for the whole comparison")
+        raise UlsamError(f"`{name}` is the same for all arms: give it once, for the whole comparison")
     try:
         return {name: yaml.safe_load(text)}
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""Matched comparisons: many models under one recipe, several seeds, one table; see :func:`compare`."""
+"""Matched comparisons: many models with the same settings, several seeds, one table; see :func:`compare`."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from ulsam.base.logs import say
 from ulsam.base.packed import check_packed_name
 from ulsam.base.provenance import command_line
 from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arms
-from ulsam.study.compare_report import measure_latency, summarise, write_reports
+from ulsam.study.compare_report import measure_latency, summarize, write_reports
 from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import CLOSE, Grid
 from ulsam.study.identity import data_digest, file_digests, seen_before
@@ -45,7 +45,7 @@ def compare(
     start_from: str | Path | None = None,
     publish: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Train every arm under one recipe with the same seeds, and compare their top-1, paired by seed and image.
+    """Train every arm with the same settings with the same seeds, and compare their top-1, paired by seed and image.
 
     With several ``rates`` or ``tried_epochs`` each arm first gets its own learning rate and epochs: those with the best
     top-1 on a fifth of the training images that is held out, the same for all, or on ``choose_split``. Then each arm
@@ -93,7 +93,7 @@ def compare(
     if launcher == "ray":
         require_ray()
     if jobs is not None and jobs < 1:
-        raise UlsamError(f"jobs must be 1 or more, not {jobs}")
+        raise UlsamError(f"`jobs` must be 1 or more, not {jobs}")
     parsed = parse_arms(arms)
     shared = TrainConfig.from_mapping({**(settings or {}), "data": str(data)})
     check_shared(shared)
@@ -177,7 +177,7 @@ def _publish(grid: Grid, comparison: ComparisonFolder, file: str | Path) -> None
 
 
 def _reported(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None) -> dict[str, Any]:
-    result = summarise(grid, comparison, margin, command)
+    result = summarize(grid, comparison, margin, command)
     write_reports(comparison, result)
     return result
 

@@ -32,11 +32,11 @@ def draw(result: Mapping[str, Any]) -> bytes:
         costs.append((label, [(*pair, pair[1]["latency"]["ratio"]) for pair in timed]))
     for panel, (label, shown) in zip(axes, costs, strict=False):
         for number, arm, cost in shown:
-            middle = centre(arm, arms[0][1])
+            middle = center(arm, arms[0][1])
             bar: Any = _bar(arm, number == 0)
             panel.errorbar(cost, middle, yerr=bar, capsize=4, label=arm["name"], **style(number))
             if number == 0:
-                panel.axhline(middle, ls="--", lw=0.8, color="grey")
+                panel.axhline(middle, ls="--", lw=0.8, color="gray")
         panel.set(xlabel=label)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -72,7 +72,7 @@ def draw_rates(result: Mapping[str, Any]) -> bytes:
                 continue
             axes.plot([lr for lr, _ in found], [top for _, top in found], **style(number) | _turn(turn))
     for turn, epochs in enumerate(tried):
-        axes.plot([], [], label=f"{epochs} epochs", **{**style(0), "color": "grey"} | _turn(turn))
+        axes.plot([], [], label=f"{epochs} epochs", **{**style(0), "color": "gray"} | _turn(turn))
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"top-1 on {result['chosen_on']} images (%)")
     rates = sorted({entry["lr"] for arm in result["arms"] for entry in arm["tries"]})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -85,11 +85,11 @@ def draw_rates(result: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def centre(arm: Mapping[str, Any], base: Mapping[str, Any]) -> float:
+def center(arm: Mapping[str, Any], base: Mapping[str, Any]) -> float:
     """Where an arm is drawn, in points: its difference, which is over common seeds, above the base's mean.
 
     >>> base = {"top1_mean": 0.5}
-    >>> centre({"top1_mean": 0.9, "minus_base": {"mean": 0.25}}, base), centre({**base, "minus_base": None}, base)
+    >>> center({"top1_mean": 0.9, "minus_base": {"mean": 0.25}}, base), center({**base, "minus_base": None}, base)
     (75.0, 50.0)
     """
     minus = arm["minus_base"]

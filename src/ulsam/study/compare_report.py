@@ -22,7 +22,7 @@ from ulsam.study.statistics import Difference, check_paired, difference, pooled_
 Runs = dict[int, Mapping[str, Any]]  # summaries by seed
 
 
-def summarise(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None = None) -> dict[str, Any]:
+def summarize(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None = None) -> dict[str, Any]:
     """Everything that a comparison found, as JSON; shares are 0..1, times in seconds.
 
     Args:
@@ -58,7 +58,7 @@ def summarise(grid: Grid, comparison: ComparisonFolder, margin: float, command: 
         minus = [found for found in differences if (found["arm"], found["minus"]) == (entry["name"], base)]
         entry["minus_base"] = minus[0] if minus else None
     return {
-        "what": "top-1 of models trained under one recipe, paired by seed and image",
+        "what": "top-1 of models trained with the same settings, paired by seed and image",
         "command": command or command_line(),
         "margin": margin,
         "seeds": grid.seeds,

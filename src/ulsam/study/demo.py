@@ -156,9 +156,9 @@ def draw(data: Path, rows: list[DemoRow]) -> bytes:
     steps.grid(alpha=0.3)
 
     bars = right
-    for shift, row, colour in zip((-0.2, 0.2), edited, ("C0", "C1"), strict=True):
+    for shift, row, color in zip((-0.2, 0.2), edited, ("C0", "C1"), strict=True):
         shares = [100 * row.params / base.params, 100 * row.macs / base.macs]
-        drawn = bars.bar([shift, 1 + shift], shares, width=0.38, color=colour, label=row.name)
+        drawn = bars.bar([shift, 1 + shift], shares, width=0.38, color=color, label=row.name)
         bars.bar_label(drawn, fmt="%.0f %%", fontsize=11)
     bars.set_xticks(range(2), ["parameters", "MACs"])
     bars.set(ylabel="% of the base model", title="cost", ylim=(0, 105))

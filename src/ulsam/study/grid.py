@@ -49,7 +49,7 @@ class Failed:
 
 
 #: What came of a run: its summary, a failure, or None where it has not ended yet.
-Look = Callable[[Run], Mapping[str, Any] | Failed | None]
+OutcomeOf = Callable[[Run], Mapping[str, Any] | Failed | None]
 
 
 @dataclass(frozen=True)
@@ -125,25 +125,25 @@ class Grid:
         tries = max(1, len(self.rates)) + max(1, len(self.epochs)) - 1 if self.choosing else 0
         return len(self.arms) * (tries * self.tried_seeds + self.seeds)
 
-    def due(self, look: Look) -> list[Run]:
+    def due(self, look: OutcomeOf) -> list[Run]:
         """The runs that are known to be needed by now and have not ended; first those that choose, the base first."""
         return [run for run in self.known(look) if look(run) is None]
 
-    def known(self, look: Look) -> list[Run]:
+    def known(self, look: OutcomeOf) -> list[Run]:
         """All runs that are known to be needed by now, in the order in which they are to be done."""
         found = [run for arm in self.arms for run in self.tries(arm, look)]
         finals = [self.finals(arm, look) for arm in self.arms]
         return found + [runs[number] for number in range(self.seeds) for runs in finals if runs]
 
-    def tries(self, arm: Arm, look: Look) -> list[Run]:
+    def tries(self, arm: Arm, look: OutcomeOf) -> list[Run]:
         """The runs that choose, as far as they are known: the further ones need the results of the first ones."""
         return [run for runs in self._tries(arm, look) for run in runs]
 
-    def tried(self, arm: Arm, look: Look) -> list[Try]:
+    def tried(self, arm: Arm, look: OutcomeOf) -> list[Try]:
         """What came of the runs that choose, an entry for each rate and number of epochs."""
         return [_outcome(runs, look) for runs in self._tries(arm, look)]
 
-    def chosen(self, arm: Arm, look: Look) -> tuple[float, int] | None:
+    def chosen(self, arm: Arm, look: OutcomeOf) -> tuple[float, int] | None:
         """The learning rate and the epochs of the arm's final runs; None where they are not known, or no try succeeded.
 
         >>> grid = Grid((Arm.parse("base"), Arm.parse("lr=0.1")), TrainConfig("birds"))
@@ -157,7 +157,7 @@ class Grid:
         best = _best(tried)
         return (best.rate, best.epochs) if best else None
 
-    def finals(self, arm: Arm, look: Look) -> list[Run]:
+    def finals(self, arm: Arm, look: OutcomeOf) -> list[Run]:
         """The arm's runs on all training images, one for each seed; empty where :meth:`chosen` is None."""
         chosen = self.chosen(arm, look)
         if chosen is None:
@@ -209,7 +209,7 @@ class Grid:
             for epochs in self.epochs or (own["epochs"],):
                 yield rate, epochs
 
-    def _tries(self, arm: Arm, look: Look) -> list[list[Run]]:
+    def _tries(self, arm: Arm, look: OutcomeOf) -> list[list[Run]]:
         """A list for each rate and number of epochs, with a run for each seed."""
         if not self.choosing:
             return []
@@ -288,7 +288,7 @@ def most_epochs(tries: Sequence[Try]) -> bool:
     return len(epochs) > 1 and best is not None and best.epochs == max(epochs)
 
 
-def _outcome(runs: Sequence[Run], look: Look) -> Try:
+def _outcome(runs: Sequence[Run], look: OutcomeOf) -> Try:
     """What came of the seeds of one rate and number of epochs."""
     config = runs[0].config
     found = [look(run) for run in runs]

@@ -25,7 +25,7 @@ from ulsam.study.epoch_lines import EpochLines
 from ulsam.study.grid import Failed, Grid, Run
 from ulsam.training.config import TrainConfig
 from ulsam.training.parts import stop_signals
-from ulsam.training.restore import HARMLESS
+from ulsam.training.restore import CHANGEABLE_ON_RESUME
 
 PAUSE = 0.2  # seconds between two looks at the runs that were started
 OTHERS = 5.0  # seconds between two looks at what other processes have done: each reads the whole plan
@@ -154,7 +154,7 @@ def start_process(folder: Path, config: TrainConfig, cwd: str | None = None) -> 
     say(f"start   ulsam {shlex.join(words)}", level=logging.DEBUG)
     with open(folder.with_name(f"{folder.name}.log"), "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "ulsam.attached", str(_running_lock_of(folder).absolute()), *words],
+            [sys.executable, "-m", "ulsam.child_process", str(_running_lock_of(folder).absolute()), *words],
             cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=log,
@@ -171,7 +171,7 @@ def resume_options(config: TrainConfig) -> list[str]:
     ['--workers=0', '--cache=auto']
     """
     options: list[str] = []
-    for name in HARMLESS:
+    for name in CHANGEABLE_ON_RESUME:
         value, option = getattr(config, name), f"--{name.replace('_', '-')}"
         if isinstance(value, list):
             options += [option, *value] if value else []

@@ -27,7 +27,7 @@ from ulsam.training.checkpoint import CHECKPOINT
 from ulsam.training.config import TrainConfig
 
 RETRIES = 8  # of a run whose node was lost
-PATIENCE = 90.0  # seconds in which runs save and stop
+TIMEOUT = 90.0  # seconds in which runs save and stop
 
 
 class RayLauncher:
@@ -87,7 +87,7 @@ class RayLauncher:
         for task in self.tasks:
             self.ray.cancel(task)
         if self.tasks:
-            self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=PATIENCE)
+            self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=TIMEOUT)
         self.tasks = {}
         self.token.unlink(missing_ok=True)
         if self.started:

@@ -18,7 +18,7 @@ from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
 from ulsam.data.folder import class_numbers
 from ulsam.data.loading import eval_loader
-from ulsam.data.opening import unlabelled
+from ulsam.data.opening import unlabeled
 from ulsam.data.sources import AnyImages, check_one_class
 from ulsam.model.build import file_content
 from ulsam.model.given import model_and_spec
@@ -50,7 +50,7 @@ STEPS = 200
 #: The file in ``out`` that keeps a model that no model file was named for.
 ORIGINAL = "original.safetensors"
 #: Settings of training that slimming decides.
-DECIDED = (
+RESERVED_SETTINGS = (
     *("data", "model", "model_args", "edits", "pretrained", "weights", "teacher"),
     *("in_chans", "keep", "patience"),
 )
@@ -109,8 +109,8 @@ def slim(
         threads: CPU threads, where latency is measured; None: PyTorch's own number.
         seconds: how long latency is measured, of all blocks in turn, and of each set.
         fine_tune: whether to continue after the choice.
-        settings: of `ulsam.training.config.TrainConfig`, for the fine-tuning, but for `DECIDED`; how images are read
-            (``size``, ``mean``, ...) is by default as in the model file.
+        settings: of `ulsam.training.config.TrainConfig`, for the fine-tuning, but for `RESERVED_SETTINGS`; how images
+            are read (``size``, ``mean``, ...) is by default as in the model file.
 
     Returns:
         What ``slim.json`` holds.
@@ -169,7 +169,7 @@ def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, setti
     >>> fine_tuning("model.safetensors", ModelSpec("resnet18", ("a", "b")), "birds", {"epochs": 3}).teacher
     'model.safetensors'
     """
-    for name in DECIDED:
+    for name in RESERVED_SETTINGS:
         if name in settings:
             raise UlsamError(f"slimming decides {name}: leave it out of the settings")
     _, height, width = spec.input_size
@@ -244,7 +244,7 @@ def _choose(
             def shown() -> list[Tensor]:
                 other = config.images_for_reconstruction
                 return draw_sample(
-                    unlabelled(other) if other else images,
+                    unlabeled(other) if other else images,
                     seen,
                     config.reconstruct_images,
                     world,
@@ -299,7 +299,7 @@ def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
         return train(config, run)
     if (run / "summary.json").exists():
         return read_json(run / "summary.json")
-    given = {name: getattr(config, name) for name in restore.HARMLESS}
+    given = {name: getattr(config, name) for name in restore.CHANGEABLE_ON_RESUME}
     return resume(run, {name: value for name, value in given.items() if value not in ("auto", None)})
 
 

@@ -59,9 +59,9 @@ class Budget:
         for name in ("images", "most_sets", "batch", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UlsamError(f"{name} must be 1 or more, not {value}")
+                raise UlsamError(f"`{name}` must be 1 or more, not {value}")
         if not 0 <= self.seconds < math.inf:
-            raise UlsamError(f"seconds must be 0 or more, not {self.seconds}")
+            raise UlsamError(f"`seconds` must be 0 or more, not {self.seconds}")
         if self.reconstruct_sets < 0:
             raise UlsamError(f"reconstruct_sets must be 0 or more, not {self.reconstruct_sets}")
         self.edit(["any"])

@@ -116,7 +116,7 @@ class BlockSearch:
     def _measure(self, sets: Iterable[Blocks], progress: SearchProgress) -> None:
         """Measure those of the sets that were not, many together."""
         due = sorted({blocks for blocks in sets if self.record.score(self._places(blocks)) is None}, key=sorted)
-        for first in range(0, len(due), TOGETHER):  # neighbours in this order have most in common
+        for first in range(0, len(due), TOGETHER):  # neighbors in this order have most in common
             some, began = due[first : first + TOGETHER], time.monotonic()
             found = self.score([[self.blocks[number].name for number in sorted(blocks)] for blocks in some])
             self.record.add_scores(zip(map(self._places, some), found, strict=True))

@@ -120,7 +120,7 @@ def improve(
     tried: set[Blocks] = set()
     while (best := min(seen, key=lambda blocks: (seen[blocks], sorted(blocks)))) not in tried:
         tried.add(best)
-        fresh = [blocks for blocks in _neighbours(best, savings, least) if blocks not in seen][: most_sets - len(seen)]
+        fresh = [blocks for blocks in _neighbors(best, savings, least) if blocks not in seen][: most_sets - len(seen)]
         ahead(fresh)
         seen.update({blocks: damage(blocks) for blocks in fresh})
     return sorted(seen, key=lambda blocks: (seen[blocks], sorted(blocks)))
@@ -155,7 +155,7 @@ def saved(savings: Sequence[float], blocks: Blocks | tuple[int, ...]) -> float:
     return sum(savings[block] for block in sorted(blocks))
 
 
-def _neighbours(blocks: Blocks, savings: Sequence[float], least: float) -> list[Blocks]:
+def _neighbors(blocks: Blocks, savings: Sequence[float], least: float) -> list[Blocks]:
     """The minimal sets in what comes of ``blocks`` when one of them is exchanged for one or two others."""
     others = [block for block in range(len(savings)) if block not in blocks]
     found: dict[Blocks, None] = {}  # in order

@@ -43,7 +43,7 @@ class _Variants:
         return before
 
 
-class _Fork(nn.Module):
+class _SharedPrefix(nn.Module):
     """Stands at the place of a block: runs the old one for some variants and the new one for others."""
 
     def __init__(self, name: str, old: nn.Module, new: nn.Module, variants: _Variants) -> None:
@@ -62,13 +62,13 @@ class _Fork(nn.Module):
 
 
 @contextmanager
-def _forked(switched: SwitchableModel, sets: Sequence[Names]) -> Iterator[_Variants]:
+def _sharing_prefixes(switched: SwitchableModel, sets: Sequence[Names]) -> Iterator[_Variants]:
     """Within it the model outputs the logits of every set, one behind the other, in the order of ``variants.now``."""
     variants, model = _Variants(sets), switched.model
     places = frozenset[str]().union(*sets)
     try:
         for name in places:
-            model.set_submodule(name, _Fork(name, switched.old[name], switched.new[name], variants))
+            model.set_submodule(name, _SharedPrefix(name, switched.old[name], switched.new[name], variants))
         with torch.no_grad(), eval_mode(model):
             yield variants
     finally:
@@ -93,7 +93,7 @@ def scores_together(switched: SwitchableModel, sets: Sequence[Sequence[str]], ba
         module.to(device)
     sums = {blocks: torch.zeros(2, dtype=torch.float64) for blocks in wanted}  # loss and right
     count = 0
-    with _forked(switched, wanted) as variants:
+    with _sharing_prefixes(switched, wanted) as variants:
         for batch in batches:
             for images, labels in _parts(batch, max(1, ROWS.get(device.type, ROWS["cpu"]) // len(wanted))):
                 count += len(labels)
@@ -130,7 +130,7 @@ def can_stack(switched: SwitchableModel, images: Tensor) -> bool:
             alone.append(model(images))
     expected = torch.cat(alone)
     try:
-        with _forked(switched, sets) as variants:
+        with _sharing_prefixes(switched, sets) as variants:
             found = switched.model(images)
             found = torch.cat([found.chunk(len(sets))[variants.now.index(blocks)] for blocks in sets])
     except (RuntimeError, ValueError) as error:  # of the model's own code, at a batch that grew on the way

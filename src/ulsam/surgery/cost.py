@@ -15,7 +15,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.text_table import text_table
 from ulsam.layer.ulsam import ULSAM
 from ulsam.surgery.edited import added_layers
-from ulsam.surgery.followed import host_class
+from ulsam.surgery.layer_host import host_class
 from ulsam.surgery.trace import default_input_size, trace
 
 Rule = Literal["exact", "paper"]

@@ -1,8 +1,8 @@
 """Put ULSAM, or another attention layer, into any `nn.Module`: find where it fits, insert, replace, remove, and undo.
 
 An edit happens or raises: on an error the model is as it was. An inserted layer is the child ``ulsam`` of the module
-it follows (see `ulsam.surgery.followed`): every other parameter keeps its name, and a checkpoint of the unedited model
-loads strictly, the new keys aside. What wraps a model (`torch.compile`, DataParallel) is looked through.
+it follows (see `ulsam.surgery.layer_host`): every other parameter keeps its name, and a checkpoint of the unedited
+model loads strictly, the new keys aside. What wraps a model (`torch.compile`, DataParallel) is looked through.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ulsam.base.errors import UlsamError
-from ulsam.layer.choice import Layer, make_layer
+from ulsam.layer.make_layer import Layer, make_layer
 from ulsam.layer.ulsam import Form
 from ulsam.surgery.edited import (
     attach,
@@ -32,7 +32,7 @@ from ulsam.surgery.edited import (
 )
 from ulsam.surgery.find import blocks_at, host_of, targets, traced, why_not_insert, why_not_replace
 from ulsam.surgery.places import At, match, unwrapped
-from ulsam.surgery.trace import Flow, Shape, trace
+from ulsam.surgery.trace import ModuleTrace, Shape, trace
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -61,7 +61,7 @@ def replace(
         at: module names, globs (``*`` stays within one level, ``**`` crosses levels), or, for MobileNet-V1 and V2, the
             paper's layer numbers (1 = stem, then one a block): ``"14,17"``, ``[14, 17]``, ``"blocks.4.2"``.
         groups: subspaces of each new ULSAM layer, by default 4.
-        layer: what to put there; see :func:`ulsam.layer.choice.make_layer`.
+        layer: what to put there; see :func:`ulsam.layer.make_layer.make_layer`.
         form: as in :class:`ulsam.ULSAM`; like ``groups`` refused for other layers.
         momentum: as ``form``.
         width: of the :class:`ulsam.InvertedResidual` that ``layer="inverted_residual"`` is; behind another layer, put
@@ -117,7 +117,7 @@ def insert(
     """Put an attention layer behind each named module; in place, and returns ``model``.
 
     The new layer, of whatever kind, becomes the child ``ulsam`` of the module it follows, whose class becomes a
-    subclass that runs it (`ulsam.surgery.followed`): no other name changes. It follows the last module of an
+    subclass that runs it (`ulsam.surgery.layer_host`): no other name changes. It follows the last module of an
     `nn.Sequential`, and the BatchNorm behind a convolution. Arguments and errors are those of :func:`replace`;
     ``"17:1"`` and ``17`` both mean behind the paper's layer 17. The output may have another shape than the input, but
     must be a map [B, C, H, W]. An inserted narrow inverted residual stands for no block, and is not reconstructed. A
@@ -173,7 +173,7 @@ def _warn_of_norm(model: nn.Module, name: str) -> None:
         )
 
 
-def _layers(model: nn.Module, flows: Mapping[str, Flow], make: Callable[..., nn.Module]) -> dict[str, nn.Module]:
+def _layers(model: nn.Module, flows: Mapping[str, ModuleTrace], make: Callable[..., nn.Module]) -> dict[str, nn.Module]:
     """A new layer for what each place outputs, on that module's device and in its dtype and mode."""
     made = {}
     for name, flow in flows.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ulsam.base.errors import UlsamError
-from ulsam.surgery.followed import Followed, check_unfollow, follow, unfollow
+from ulsam.surgery.layer_host import LayerHost, attach_layer, check_detach_layer, detach_layer
 from ulsam.surgery.places import original
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -92,7 +92,7 @@ def undo_edits(model: nn.Module, kept: Collection[nn.Module] = ()) -> None:
     inserted = [name for name, module in places if is_followed(module) and module.ulsam not in kept]
     replaced = [name for name, module in places if "replaced_module" in vars(module) and module not in kept]
     for name in inserted:
-        check_unfollow(model.get_submodule(name))
+        check_detach_layer(model.get_submodule(name))
     for name, _ in reversed(places):
         if name in inserted:
             detach(model, f"{name}.ulsam")
@@ -129,12 +129,12 @@ def lacks_weights(old: nn.Module) -> bool:
 
 def attach(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put ``layer`` behind its host, the module before ``.ulsam`` in ``name``."""
-    follow(model.get_submodule(name.removesuffix(".ulsam")), layer)
+    attach_layer(model.get_submodule(name.removesuffix(".ulsam")), layer)
 
 
 def detach(model: nn.Module, name: str) -> None:
     """Undo :func:`attach`."""
-    unfollow(model.get_submodule(name.removesuffix(".ulsam")))
+    detach_layer(model.get_submodule(name.removesuffix(".ulsam")))
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -167,7 +167,7 @@ def reference_tensor(module: nn.Module, model: nn.Module) -> Tensor:
 
 def is_followed(module: nn.Module) -> bool:
     """Whether a layer was inserted behind this module."""
-    return isinstance(module, Followed) and "ulsam" in module._modules  # a slice of a Sequential may have none
+    return isinstance(module, LayerHost) and "ulsam" in module._modules  # a slice of a Sequential may have none
 
 
 def is_edited(module: nn.Module) -> bool:

@@ -15,22 +15,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ulsam.base.errors import UlsamError
 from ulsam.layer.ulsam import ULSAM, divisors
 from ulsam.surgery.edited import added_layers, is_edited, is_followed
-from ulsam.surgery.followed import host_class
+from ulsam.surgery.layer_host import host_class
 from ulsam.surgery.places import At, match, unwrapped, words
-from ulsam.surgery.trace import Flow, Shape, trace
+from ulsam.surgery.trace import ModuleTrace, Shape, trace
 
 
 class TracedModel(NamedTuple):
     """What is known of a model before it is edited."""
 
-    flows: dict[str, Flow]
+    flows: dict[str, ModuleTrace]
     shared: set[int]  # ids of modules registered under more than one name
     layers: set[int]  # ids of ULSAM layers and of those that edits put in
     inside: set[int]  # ids of modules that are part of such a layer
     fused: dict[int, str]  # the block that fuses it, by id of a module
 
 
-WhyNot = Callable[[nn.Module, Flow, TracedModel], str | None]
+WhyNot = Callable[[nn.Module, ModuleTrace, TracedModel], str | None]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def traced(model: nn.Module, input_size: Sequence[int] | None) -> TracedModel:
     )
 
 
-def targets(model: nn.Module, names: list[str], seen: TracedModel, why_not: WhyNot) -> dict[str, Flow]:
+def targets(model: nn.Module, names: list[str], seen: TracedModel, why_not: WhyNot) -> dict[str, ModuleTrace]:
     """What flows through each named place; raises unless every one of them is valid."""
     for name in names:
         if reason := why_not(model.get_submodule(name), seen.flows[name], seen):
@@ -152,7 +152,7 @@ def _nearest(name: str, valid: list[str]) -> str:
     return f"valid places near it: {', '.join(near)}" if near else "this model has no valid place"
 
 
-def _why_not_map(module: nn.Module, flow: Flow, image: Shape | None) -> str | None:
+def _why_not_map(module: nn.Module, flow: ModuleTrace, image: Shape | None) -> str | None:
     shape = flow.output_shape
     if shape is None:
         return "does not output one tensor"
@@ -184,7 +184,7 @@ def _fused_blocks(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def _why_not_both(module: nn.Module, flow: Flow, model: TracedModel) -> str | None:
+def _why_not_both(module: nn.Module, flow: ModuleTrace, model: TracedModel) -> str | None:
     if id(module) in model.inside:
         return "is part of an attention layer"
     if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) or "_orig_mod" in module._modules:
@@ -200,13 +200,13 @@ def _why_not_both(module: nn.Module, flow: Flow, model: TracedModel) -> str | No
     return _why_not_map(module, flow, model.flows[""].input_shape)
 
 
-def why_not_insert(module: nn.Module, flow: Flow, model: TracedModel) -> str | None:
+def why_not_insert(module: nn.Module, flow: ModuleTrace, model: TracedModel) -> str | None:
     if hasattr(module, "ulsam"):
         return "holds something named ulsam already"
     return _why_not_both(module, flow, model)
 
 
-def why_not_replace(module: nn.Module, flow: Flow, model: TracedModel) -> str | None:
+def why_not_replace(module: nn.Module, flow: ModuleTrace, model: TracedModel) -> str | None:
     if id(module) in model.layers:
         return f"is a {type(module).__name__} layer already"
     if is_followed(module):

@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 
 from ulsam.base.errors import UlsamError
-from ulsam.surgery.followed import host_class
+from ulsam.surgery.layer_host import host_class
 
 At = str | int | Sequence[str | int]
 

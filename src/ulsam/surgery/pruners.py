@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ulsam.base.errors import UlsamError
 from ulsam.layer.ulsam import ULSAM
 from ulsam.surgery.edited import is_followed
-from ulsam.surgery.followed import host_class
+from ulsam.surgery.layer_host import host_class
 
 
 def customized_pruners(model: nn.Module) -> dict[type[nn.Module], Any]:

@@ -197,17 +197,17 @@ def passing(model: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[lis
     def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         given.append(args[0].clone())
         wanted.append(output.clone())
-        raise _Seen
+        raise _StopForward
 
     handle = model.get_submodule(name).register_forward_hook(look)
     try:
         for batch in batches:
-            with suppress(_Seen):
+            with suppress(_StopForward):
                 model(batch)
     finally:
         handle.remove()
     return given, wanted
 
 
-class _Seen(Exception):
+class _StopForward(Exception):
     """Ends a pass through a model whose rest is of no use."""

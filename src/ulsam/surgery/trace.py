@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass
-class Flow:
+class ModuleTrace:
     """What one module did in the pass of one image.
 
     ``macs`` are its multiply-accumulates in convolutions and matrix products (PyTorch's FLOP formulas, halved), with
@@ -63,7 +63,7 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     return known if type(known) is int else first, height, width
 
 
-def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str, Flow]:
+def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str, ModuleTrace]:
     """Send one image through a copy of ``model`` in eval mode; the flow of every module by name ("" = the model).
 
     Args:
@@ -100,8 +100,8 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
     ) from failure
 
 
-def _pass(shadow: nn.Module, image: Tensor) -> dict[str, Flow]:
-    flows = {module: Flow() for module in shadow.modules()}
+def _pass(shadow: nn.Module, image: Tensor) -> dict[str, ModuleTrace]:
+    flows = {module: ModuleTrace() for module in shadow.modules()}
     running: list[nn.Module] = []  # outermost first
 
     def book(macs: int, elements: int) -> None:

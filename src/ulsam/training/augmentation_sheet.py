@@ -20,15 +20,15 @@ _GAP = 4
 def augmentation_sheet(paths: Sequence[str], config: TrainConfig) -> bytes:
     """A PNG: a row an image, `ROWS` of them spread evenly, first the whole image, then what training makes of it.
 
-    A rectangle that is erased is grey: training sets it to the mean.
+    A rectangle that is erased is gray: training sets it to the mean.
 
     Raises:
-        UlsamError: none of these images can be read, or they have other channels than RGB or grey.
+        UlsamError: none of these images can be read, or they have other channels than RGB or gray.
     """
     spec = spec_of(config, ("class",))
     look = train_transform(config, spec)
     if look.channels not in (1, 3):
-        raise UlsamError(f"the sheet shows RGB or grey images, not those of {look.channels} channels")
+        raise UlsamError(f"the sheet shows RGB or gray images, not those of {look.channels} channels")
     height, width = spec.input_size[1:]
     count = min(ROWS, len(paths))
     rows = []

@@ -38,14 +38,14 @@ def class_weights_of(setting: Mapping[str, float] | str | None, images: AnyImage
         if unknown := [name for name in setting if name not in classes]:
             near = difflib.get_close_matches(unknown[0], classes, n=1)
             hint = f"; did you mean {printable(near[0])!r}?" if near else ""
-            raise UlsamError(f"class_weights names {printable(unknown[0])!r}, which is no class of the data{hint}")
+            raise UlsamError(f"`class_weights` names {printable(unknown[0])!r}, which is no class of the data{hint}")
         return {name: float(setting.get(name, 1.0)) for name in classes}
     if images.labels is None:
-        raise UlsamError("class_weights balanced needs a data set that lists its labels: give weights by class name")
+        raise UlsamError("`class_weights` balanced needs a data set that lists its labels: give weights by class name")
     counts = np.bincount(images.labels[images.labels >= 0], minlength=len(classes))[: len(classes)]
     if not counts.all():
         empty = printable(classes[int(counts.argmin())])
-        raise UlsamError(f"class_weights balanced: the class {empty!r} has no training image: give weights by name")
+        raise UlsamError(f"`class_weights` balanced: the class {empty!r} has no training image: give weights by name")
     return dict(zip(classes, (counts.sum() / (len(classes) * counts)).tolist(), strict=True))
 
 

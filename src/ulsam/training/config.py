@@ -18,6 +18,7 @@ import yaml
 from ulsam.base.errors import UlsamError
 from ulsam.base.processes import MOST_WORKERS
 from ulsam.base.reading import read_text
+from ulsam.data.folds import parse_fold
 from ulsam.training.setting_kinds import checked, is_number
 
 
@@ -82,6 +83,7 @@ class TrainConfig:
     train_split: str = _option("train", "name of the split to train on")
     val_split: str | None = _option(None, "name of the split to measure on (default: val, else test, else held out)")
     val_fraction: float | None = _option(None, "hold this share of the training images out and measure on it")
+    fold: str | None = _option(None, "K/N, such as 2/5: hold the Kth of N parts of the training images out")
     split_seed: int | None = _option(None, "of the choice of the images that are held out (default: seed)")
     class_names: str | None = _option(None, "text file with the class names of a wds/ data set, one a line")
     sampler: Literal["shuffle", "balanced"] = _option("shuffle", "balanced: every class equally often")
@@ -113,7 +115,7 @@ class TrainConfig:
     distill_features: float | None = _option(None, "weight of the difference of feature maps (default: 0, off)")
     # image
     in_chans: int | None = _option(
-        None, "channels of the images (default: 3, RGB); 1 is grey, other numbers are taken as they are stored"
+        None, "channels of the images (default: 3, RGB); 1 is gray, other numbers are taken as they are stored"
     )
     size: int | None = _option(None, "height and width of the input in pixels (default: the model's own)")
     mean: list[float] | None = _option(None, "of the input normalization, a channel (default: the model's own)")
@@ -183,7 +185,7 @@ class TrainConfig:
             if self.teacher is not None and getattr(self, name) is None:
                 object.__setattr__(self, name, default)
             elif self.teacher is None and getattr(self, name) is not None:
-                raise UlsamError(f"{name} needs a teacher: name the model file of a trained model")
+                raise UlsamError(f"`{name}` needs a teacher: name the model file of a trained model")
         if self.edits:
             from ulsam.model.spec import Edit  # it imports PyTorch, which the help of these settings does without
 
@@ -199,54 +201,60 @@ class TrainConfig:
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value:
-                raise UlsamError(f"{name} must be {least} or more, not {reprlib.repr(value)}")
+                raise UlsamError(f"`{name}` must be {least} or more, not {reprlib.repr(value)}")
             if value is not None and value > most:
-                raise UlsamError(f"{name} must be {most:.15g} or less, not {reprlib.repr(value)}")
+                raise UlsamError(f"`{name}` must be {most:.15g} or less, not {reprlib.repr(value)}")
         for key, number in re.findall(r"-([a-z]+)([\d.]+)", self.rand_augment or ""):
             if not is_number(number) or float(number) > _POLICY.get(key, 100):
                 most = _POLICY.get(key, 100)
-                raise UlsamError(f"rand_augment takes a number up to {most} after {key}, not {number}")
+                raise UlsamError(f"`rand_augment` takes a number up to {most} after {key}, not {number}")
         for name in _SHARES:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise UlsamError(f"{name} must lie between 0 and 1, not {value}")
+                raise UlsamError(f"`{name}` must lie between 0 and 1, not {value}")
         for name in ("lr", "ulsam_lr", "clip_grad", "distill_temperature", "decay_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UlsamError(f"{name} must be above 0, not {value}")
+                raise UlsamError(f"`{name}` must be above 0, not {value}")
         if self.teacher is not None and not (self.distill or self.distill_features):
-            raise UlsamError("distill and distill_features are both 0: the teacher would teach nothing")
+            raise UlsamError("`distill` and `distill_features` are both 0: the teacher would teach nothing")
         if self.min_lr > self.lr:
-            raise UlsamError(f"min_lr, where the schedule ends, is {self.min_lr}: above its peak lr, {self.lr}")
+            raise UlsamError(f"`min_lr`, where the schedule ends, is {self.min_lr}: above its peak `lr`, {self.lr}")
         if self.warmup_epochs >= self.epochs:
-            raise UlsamError(f"warmup_epochs is {self.warmup_epochs}, which leaves nothing of {self.epochs} epochs")
+            raise UlsamError(f"`warmup_epochs` is {self.warmup_epochs}, which leaves nothing of {self.epochs} epochs")
         if self.opt == "sgd" and not 0 < self.momentum < 1:
-            raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {self.momentum}")
+            raise UlsamError(f"`momentum` must lie between 0 and 1, both excluded, not {self.momentum}")
+        if self.fold is not None and self.val_fraction is not None:
+            raise UlsamError("`fold` and `val_fraction` exclude each other: both say which images are held out")
+        if self.fold is not None:
+            parse_fold(self.fold)
         self._check_schedule()
         self._check_class_weights()
         if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1.5:
-            raise UlsamError(f"crop_pct must lie between 0.1 and 1.5, not {self.crop_pct}")
+            raise UlsamError(f"`crop_pct` must lie between 0.1 and 1.5, not {self.crop_pct}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UlsamError(f"crop_scale takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
+            raise UlsamError(f"`crop_scale` takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
         self._check_channels()
         if self.std is not None and min(self.std) <= 0:
-            raise UlsamError(f"std must be above 0 in every channel, not {self.std}")
+            raise UlsamError(f"`std` must be above 0 in every channel, not {self.std}")
         if self.interpolation not in (None, "bilinear", "bicubic"):
-            raise UlsamError(f"interpolation must be bilinear or bicubic, not {self.interpolation!r}")
+            raise UlsamError(f"`interpolation` must be bilinear or bicubic, not {self.interpolation!r}")
         if self.pretrained and self.weights:
-            raise UlsamError("pretrained and weights exclude each other: start from the hub or from a file")
+            raise UlsamError("`pretrained` and `weights` exclude each other: start from the hub or from a file")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise UlsamError(f"mixup and cutmix need an even batch size, not {self.batch_size}")
+            raise UlsamError(f"`mixup` and `cutmix` need an even batch size, not {self.batch_size}")
 
     def _check_schedule(self) -> None:
         for name, its in _SCHEDULES.items():
             if getattr(self, name) not in (None, [], 0.0) and self.sched not in its:
-                raise UlsamError(f"{name} is for sched {' and '.join(its)}, not {self.sched}: leave it out")
+                raise UlsamError(f"`{name}` is for `sched` {' and '.join(its)}, not {self.sched}: leave it out")
         falls = self.decay_milestones
         if self.sched == "multistep" and not falls:
-            raise UlsamError("sched multistep needs decay_milestones: the epochs after which the rate falls")
+            raise UlsamError("`sched=multistep` needs `decay_milestones`: the epochs after which the rate falls")
         if falls != sorted(set(falls)) or not all(0 < epoch < self.epochs for epoch in falls):
-            raise UlsamError(f"decay_milestones must rise, within the {self.epochs} epochs, not {reprlib.repr(falls)}")
+            raise UlsamError(
+                f"`decay_milestones` must rise, within the {self.epochs} epochs, not {reprlib.repr(falls)}"
+            )
 
     @property
     def channels(self) -> int:
@@ -257,25 +265,29 @@ class TrainConfig:
         given = self.model_args.get("in_chans", 3)
         least, most = _RANGES["in_chans"]
         if type(given) is not int or not least <= given <= most:
-            raise UlsamError(f"in_chans is a whole number from {least} to {most}, not {reprlib.repr(given)}")
+            raise UlsamError(f"`in_chans` is a whole number from {least} to {most}, not {reprlib.repr(given)}")
         if self.in_chans and self.model_args.get("in_chans", self.in_chans) != self.in_chans:
-            raise UlsamError(f"in_chans is {self.in_chans}, and {given} in model_args: leave one of them out")
+            raise UlsamError(f"`in_chans` is {self.in_chans}, and {given} in `model_args`: leave one of them out")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and (len(value) != self.channels or not all(map(math.isfinite, value))):
-                raise UlsamError(f"{name} takes a number for each of the {self.channels} channels, not {value}")
+                raise UlsamError(f"`{name}` takes a number for each of the {self.channels} channels, not {value}")
         for name in ("color_jitter", "rand_augment"):
             if self.channels != 3 and getattr(self, name):
-                raise UlsamError(f"{name} works on RGB images, not on those of {self.channels} channels: leave it out")
+                raise UlsamError(
+                    f"`{name}` works on RGB images, not on those of {self.channels} channels: leave it out"
+                )
 
     def _check_class_weights(self) -> None:
         weights = self.class_weights
         if isinstance(weights, str) and weights != "balanced":
-            raise UlsamError(f"class_weights is balanced, or weights by class name, not {reprlib.repr(weights)}")
+            raise UlsamError(f"`class_weights` is balanced, or weights by class name, not {reprlib.repr(weights)}")
         if isinstance(weights, dict) and not (weights and all(0 < weight < 1e6 for weight in weights.values())):
-            raise UlsamError(f"class_weights takes numbers above 0 by class name, not {reprlib.repr(weights)}")
+            raise UlsamError(f"`class_weights` takes numbers above 0 by class name, not {reprlib.repr(weights)}")
         if weights == "balanced" == self.sampler:
-            raise UlsamError("sampler and class_weights are both balanced, which counts rare classes twice: choose one")
+            raise UlsamError(
+                "`sampler` and `class_weights` are both balanced, which counts rare classes twice: choose one"
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:

@@ -23,7 +23,7 @@ from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import locate
 from ulsam.surgery.edited import edited
 from ulsam.surgery.fold import fold
-from ulsam.surgery.trace import Flow, trace
+from ulsam.surgery.trace import ModuleTrace, trace
 from ulsam.training.config import TrainConfig
 
 Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps at the places
@@ -37,7 +37,7 @@ class Teacher:
         model: folded, in eval mode; nothing in it is trained.
         spec: of its file.
         digest: SHA-256 of its file, in hexadecimal.
-        scale, shift: [C, 1, 1]; the student's normalised pixels times ``scale`` plus ``shift`` are the teacher's.
+        scale, shift: [C, 1, 1]; the student's normalized pixels times ``scale`` plus ``shift`` are the teacher's.
         places: names of the modules, in both models, whose feature maps are compared.
         notes: lines for the user.
     """
@@ -94,7 +94,7 @@ def open_teacher(config: TrainConfig, spec: ModelSpec, student: nn.Module) -> Te
     )
 
 
-def shared_places(student: nn.Module, teacher: Mapping[str, Flow], input_size: Sequence[int]) -> list[str]:
+def shared_places(student: nn.Module, teacher: Mapping[str, ModuleTrace], input_size: Sequence[int]) -> list[str]:
     """Where the student's feature maps are compared with the teacher's.
 
     That is at every place of an edit, and at the last map before the head, which begins with the pooling: at the
@@ -175,11 +175,11 @@ def feature_loss(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tens
     return torch.stack(shares).mean()
 
 
-class Tapped(nn.Module):
+class FeatureCapture(nn.Module):
     """A model that also outputs the feature maps at named places in it; within :meth:`listening` alone.
 
     >>> model = nn.Sequential(nn.Identity(), nn.Flatten())
-    >>> tapped = Tapped(model, ["0"])
+    >>> tapped = FeatureCapture(model, ["0"])
     >>> with tapped.listening():
     ...     logits, maps = tapped(torch.ones(2, 3, 4, 4))
     >>> logits.shape, maps[0].shape, len(model[0]._forward_hooks)
@@ -230,9 +230,9 @@ class Distiller:
         layout: torch.memory_format,
     ) -> None:
         self.config = config
-        self.student = Tapped(student, teacher.places)
+        self.student = FeatureCapture(student, teacher.places)
         model = copy.deepcopy(teacher.model).to(device).to(memory_format=layout)
-        self.teacher = Tapped(model, teacher.places).eval()
+        self.teacher = FeatureCapture(model, teacher.places).eval()
         self.same_pixels = bool((teacher.scale == 1).all() and (teacher.shift == 0).all())
         self.scale, self.shift = teacher.scale.to(device), teacher.shift.to(device)
         self._run: nn.Module = self.teacher

@@ -1,4 +1,4 @@
-"""Measure a model: top-1, top-5, loss, every class, with confidence intervals; and name what is in images."""
+"""Measure a model: top-1, top-5, loss, every class, with confidence intervals; and classify images."""
 
 import hashlib
 import math
@@ -66,9 +66,9 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     if n == 0:
         return 0.0, 1.0
     share, spread = right / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
+    center = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def evaluate_batches(
@@ -236,7 +236,7 @@ def logits_of(model: nn.Module, transform: EvalTransform) -> Callable[[Pixels], 
     @torch.no_grad()
     def logits(images: Pixels) -> Logits:
         with eval_mode(model):
-            found: Tensor = model(transform.normalise(torch.from_numpy(images).to(device)))
+            found: Tensor = model(transform.normalize(torch.from_numpy(images).to(device)))
         return found.float().cpu().numpy()
 
     return logits
@@ -246,7 +246,7 @@ def read_batch(paths: Iterable[str], transform: EvalTransform) -> tuple[list[Ten
     """Read image files for a model.
 
     Returns:
-        The images that can be read, uint8 [H, W, C] each, in the order of ``paths`` (stacked, ``transform.normalise``
+        The images that can be read, uint8 [H, W, C] each, in the order of ``paths`` (stacked, ``transform.normalize``
         makes the model's input of them); and why the others cannot, by path.
 
     >>> read_batch(["missing.jpg"], spec_transform(ModelSpec("resnet18", ("cat",))))

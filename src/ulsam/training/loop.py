@@ -25,7 +25,7 @@ from ulsam.base.errors import Interrupted, LostProcess, NotFinite, UlsamError
 from ulsam.base.provenance import command_line, environment, versions
 from ulsam.data import loading, sources
 from ulsam.data.targets import check_labels
-from ulsam.model.build import build, sketch
+from ulsam.model.build import build, meta_model
 from ulsam.surgery.cost import cost
 from ulsam.training import best, class_weights, distill, parts, restore
 from ulsam.training import summary as report
@@ -75,7 +75,7 @@ class Trainer:
             config, self.spec, self.train_images, world
         )
         self.cost = cost(self.model, self.spec.input_size)
-        self.base_cost = cost(sketch(dataclasses.replace(self.spec, edits=())), self.spec.input_size)
+        self.base_cost = cost(meta_model(dataclasses.replace(self.spec, edits=())), self.spec.input_size)
         n_train, n_val = len(self.train_images), len(self.val_images)
         self._say(f"data    {n_train} training, {n_val} {self.val_images.split} images of {len(self.classes)} classes")
         if cache_line:

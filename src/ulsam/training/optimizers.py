@@ -49,20 +49,22 @@ def check_optimizer(opt: str, opt_args: Mapping[str, Any], momentum: float) -> N
         raise UlsamError(f"the optimizer {opt} {reason}: take another one, such as sgd, adamw or lamb")
     info = get_optimizer_info(opt)
     if info.has_momentum and not 0 < momentum < 1:
-        raise UlsamError(f"momentum must lie between 0 and 1, both excluded, not {momentum}")
+        raise UlsamError(f"`momentum` must lie between 0 and 1, both excluded, not {momentum}")
     dropped = {
         name for name in ("betas", "eps") if not getattr(info, f"has_{name}")
     }  # timm passes over them in silence
     for name in opt_args:
         if name in _NOT_ARGUMENTS:
-            raise UlsamError(f"opt_args cannot hold {name}: it has a setting of its own, or none")
+            raise UlsamError(f"`opt_args` cannot hold {name}: it has a setting of its own, or none")
         if name in dropped:
             raise UlsamError(f"opt_args: the optimizer {opt} takes no {name}")
     try:
         weights = torch.nn.Parameter(torch.zeros(2, 2, 1, 1)), torch.nn.Parameter(torch.zeros(2))
         _stepped(make_optimizer([{"params": list(weights)}], opt, opt_args, lr=0.1, momentum=momentum))
     except Exception as error:  # whatever an optimizer raises at these arguments
-        raise UlsamError(f"the optimizer {opt} does not take opt_args {dict(opt_args)}: {first_line(error)}") from error
+        raise UlsamError(
+            f"the optimizer {opt} does not take `opt_args` {dict(opt_args)}: {first_line(error)}"
+        ) from error
 
 
 def make_optimizer(

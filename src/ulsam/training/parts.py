@@ -21,7 +21,7 @@ from ulsam.base.distributed import World
 from ulsam.base.errors import LostProcess, MachineError, UlsamError, first_line, is_out_of_memory
 from ulsam.base.extras import installed
 from ulsam.base.logs import say
-from ulsam.base.processes import heeded_signals
+from ulsam.base.processes import active_stop_signals
 from ulsam.base.reading import machine_fault
 from ulsam.data import loading, opening, sources
 from ulsam.data.augment import TrainTransform
@@ -47,6 +47,7 @@ def open_images(config: TrainConfig) -> tuple[sources.AnyImages, sources.AnyImag
         train_split=config.train_split,
         val_split=config.val_split,
         val_fraction=config.val_fraction,
+        fold=config.fold,
         class_names=config.class_names,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -202,7 +203,7 @@ def _scaled_groups(groups: list[dict[str, Any]], model: nn.Module, scale: float)
     ours = {id(model.get_parameter(name)) for name in ulsam_parameters(model)}
     own = [parameter for group in groups for parameter in group["params"] if id(parameter) in ours]
     if not own:
-        raise UlsamError("ulsam_lr has nothing to act on: this model has no ULSAM layer that is trained")
+        raise UlsamError("`ulsam_lr` has nothing to act on: this model has no ULSAM layer that is trained")
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in ours]} for group in groups]
     return [
         *(group for group in rest if group["params"]),
@@ -300,7 +301,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     seen: list[int] = []
-    before = {number: signal.getsignal(number) for number in heeded_signals()}
+    before = {number: signal.getsignal(number) for number in active_stop_signals()}
     terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def note(number: int, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""Name what is in images: the same reading and the same answers, whatever computes the model."""
+"""Classify images: the same reading and the same answers, whatever computes the model."""
 
 import itertools
 import os
@@ -46,7 +46,7 @@ def predict(
     batch: int = 32,
     thresholds: Sequence[float] | None = None,
 ) -> Iterator[Prediction]:
-    """Name what is in images, in their order; an unreadable one gives a prediction with an error.
+    """Classify images, in their order; an unreadable one gives a prediction with an error.
 
     Args:
         images: of any size. What is no file is called ``<image N>``, counted from 0.

@@ -4,7 +4,7 @@ from torch import nn
 
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
-from ulsam.data.opening import unlabelled
+from ulsam.data.opening import unlabeled
 from ulsam.data.sources import AnyImages, StreamImages
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery import reconstruct as reconstruction
@@ -53,7 +53,7 @@ def reconstruct_model(
         return []
     source = "training images"
     if folder := config.images_for_reconstruction:
-        images, source = unlabelled(folder), f"images of {folder}"
+        images, source = unlabeled(folder), f"images of {folder}"
     with parts.same_generators(world.device):
         sample = draw_sample(images, spec, config.reconstruct_images, world, workers=config.workers)
     model.to(world.device)

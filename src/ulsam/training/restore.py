@@ -16,9 +16,19 @@ from ulsam.training.distill import Teacher
 from ulsam.training.probe import undecided
 
 #: Settings that a resumed run may change: what is trained, and how, stays the same.
-HARMLESS = ("data", "data_dir", "workers", "cache", "max_unreadable", "device", "threads", "save_seconds", "track")
+CHANGEABLE_ON_RESUME = (
+    "data",
+    "data_dir",
+    "workers",
+    "cache",
+    "max_unreadable",
+    "device",
+    "threads",
+    "save_seconds",
+    "track",
+)
 #: The teacher's file may lie elsewhere: its content is checked.
-_MAY_CHANGE = (*HARMLESS, "teacher")
+_MAY_CHANGE = (*CHANGEABLE_ON_RESUME, "teacher")
 
 
 def fixed_settings(config: TrainConfig) -> dict[str, Any]:
@@ -48,14 +58,14 @@ def resumed_config(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
 
 
 def check_begun(found: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) -> None:
-    """Raise unless the settings found in a run's folder are those wanted; how it is computed may differ (`HARMLESS`).
+    """Raise unless the settings found in a run's folder are those wanted, but for `CHANGEABLE_ON_RESUME`.
 
     Raises:
         UlsamError: one differs; the line names it.
     """
     before = dataclasses.asdict(TrainConfig.from_mapping(found))
     for name, value in wanted.items():
-        if name not in HARMLESS and before[name] != value:
+        if name not in CHANGEABLE_ON_RESUME and before[name] != value:
             raise UlsamError(
                 f"{run} holds a run with {name} {before[name]}, not {value}: put that back, move it away, or name "
                 "another `out`"

@@ -60,7 +60,7 @@ def draw_sample(
     transform = spec_transform(spec)
     loader = Loader(
         EvalSet(images, transform),
-        transform.normalise,
+        transform.normalize,
         world.device,
         workers,
         batch_size=batch_size,

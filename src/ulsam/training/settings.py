@@ -13,6 +13,7 @@ class TrainSettings(TypedDict, total=False):
     train_split: str
     val_split: str | None
     val_fraction: float | None
+    fold: str | None
     split_seed: int | None
     class_names: str | None
     sampler: Literal["shuffle", "balanced"]

@@ -91,8 +91,8 @@ def resume(
 
     Args:
         run: its folder.
-        overrides: settings; only those in `restore.HARMLESS`, and the place of the teacher's file, may differ from the
-            run's own.
+        overrides: settings; only those in `restore.CHANGEABLE_ON_RESUME`, and the place of the teacher's file, may
+            differ from the run's own.
         model: for a run that :func:`train` began with one, a model of the same shapes; its weights do not matter.
         callbacks: as of :func:`train`.
 

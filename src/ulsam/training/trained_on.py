@@ -45,7 +45,8 @@ def held_out_settings(model: object, data: str, settings: Mapping[str, Any]) -> 
         return {}  # another data set, with splits of its own
     place = {"data_dir": before.data_dir} if same and before.data_dir is not None else {}
     found = {**place, "split_seed": before.seed if before.split_seed is None else before.split_seed}
-    return found if "val_split" in settings else {"val_fraction": before.val_fraction, **found}
+    own = {"val_split", "val_fraction", "fold"} & settings.keys()
+    return found if own else {"val_fraction": before.val_fraction, "fold": before.fold, **found}
 
 
 def note_trained_on(
@@ -94,7 +95,7 @@ def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
     """
     try:
         splits = find_splits(run.data) if os.path.isdir(run.data) else {}
-        if run.train_split in splits and run.val_fraction is None and len(splits) > 1:
+        if run.train_split in splits and run.val_fraction is None and run.fold is None and len(splits) > 1:
             train = splits[run.train_split]
             below = (os.path.join(folder, name) for folder, names, _ in os.walk(train) for name in names)
             folders = (str(train), *filter(os.path.islink, below))

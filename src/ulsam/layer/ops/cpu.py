@@ -35,13 +35,13 @@ _pack = _JOB.pack
 _FLOAT32, _BFLOAT16, _CHANNELS_LAST = torch.float32, torch.bfloat16, torch.channels_last
 _LOGITS_MULTIPLY = stages.LOGITS | stages.MULTIPLY
 
-_forked = False
+_sharing_prefixes = False
 
 
 def _after_fork() -> None:
     """A child has none of its parent's OpenMP threads, and libgomp would wait for them: it works with one."""
-    global _forked
-    _forked = True
+    global _sharing_prefixes
+    _sharing_prefixes = True
 
 
 if hasattr(os, "register_at_fork"):
@@ -151,7 +151,7 @@ def _job(tensors: Sequence[Tensor | None], x: Tensor, groups: int, asked: int, r
         *_addresses_of(tensors),
         *x.shape,
         *(groups, asked, relu, not x.is_contiguous(), x.dtype is _BFLOAT16),
-        *(1 if _forked else get_num_threads(), chosen_isa()),
+        *(1 if _sharing_prefixes else get_num_threads(), chosen_isa()),
     )
 
 
@@ -193,7 +193,7 @@ def infer(
             *(scale.data_ptr(), 0 if shift is None else shift.data_ptr()),
             *(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0),
             *(batch, channels, height, width, groups, _LOGITS_MULTIPLY, relu, not contiguous, bf16),
-            *(1 if _forked else get_num_threads(), isa if isa >= 0 else chosen_isa()),
+            *(1 if _sharing_prefixes else get_num_threads(), isa if isa >= 0 else chosen_isa()),
         )
     )
     if failed:

@@ -38,46 +38,46 @@ static void fold(
 }
 
 /* norm2 of the logits */
-static void normalise(const struct training *t, const float *mean, const float *variance, float *normed) {
+static void normalize(const struct training *t, const float *mean, const float *variance, float *normed) {
     const struct job *job = &t->job;
     const float *l = job->l;
     int64_t pixels = job->H * job->W;
     for (int64_t k = 0; k < job->B * job->g; k++, l += pixels, normed += pixels) {
         int64_t n = k % job->g;
-        float centre = mean[n], factor = t->gamma2[n] / sqrtf(variance[n] + t->eps), add = t->beta2[n];
-        for (int64_t p = 0; p < pixels; p++) normed[p] = (l[p] - centre) * factor + add;
+        float center = mean[n], factor = t->gamma2[n] / sqrtf(variance[n] + t->eps), add = t->beta2[n];
+        for (int64_t p = 0; p < pixels; p++) normed[p] = (l[p] - center) * factor + add;
     }
 }
 
-/* sum of d * (l - centre), in parts that fit a vector */
-static float product(const float *d, const float *l, float centre, int64_t pixels) {
+/* sum of d * (l - center), in parts that fit a vector */
+static float product(const float *d, const float *l, float center, int64_t pixels) {
     float parts[16] = {0}, sum = 0;
     int64_t p = 0;
     for (; p + 16 <= pixels; p += 16)
-        for (int k = 0; k < 16; k++) parts[k] += d[p + k] * (l[p + k] - centre);
-    for (; p < pixels; p++) sum += d[p] * (l[p] - centre);
+        for (int k = 0; k < 16; k++) parts[k] += d[p + k] * (l[p + k] - center);
+    for (; p < pixels; p++) sum += d[p] * (l[p] - center);
     for (int k = 0; k < 16; k++) sum += parts[k];
     return sum;
 }
 
 /* dl, the gradient of norm2's result, to that of the logits, in place; sums [B, g] are dl's over the pixels */
-static void normalise_back(
+static void normalize_back(
     const struct training *t, const float *mean, const float *variance, const float *sums, float *dl
 ) {
     const struct job *job = &t->job;
     int64_t pixels = job->H * job->W, step = job->g * pixels;
     float share = 1.0f / (float)(job->B * pixels);
     for (int64_t n = 0; n < job->g; n++) {
-        float *d = dl + n * pixels, centre = mean[n], inverse = 1 / sqrtf(variance[n] + t->eps), beta = 0, gamma = 0;
+        float *d = dl + n * pixels, center = mean[n], inverse = 1 / sqrtf(variance[n] + t->eps), beta = 0, gamma = 0;
         const float *l = job->l + n * pixels;
         for (int64_t b = 0; b < job->B; b++) {
             beta += sums[b * job->g + n];
-            gamma += product(d + b * step, l + b * step, centre, pixels);
+            gamma += product(d + b * step, l + b * step, center, pixels);
         }
         t->dbeta2[n] = beta, t->dgamma2[n] = gamma *= inverse;
         float factor = t->gamma2[n] * inverse, less = beta * share, slope = gamma * inverse * share;
         for (int64_t b = 0; b < job->B; b++, d += step, l += step)
-            for (int64_t p = 0; p < pixels; p++) d[p] = factor * (d[p] - less - slope * (l[p] - centre));
+            for (int64_t p = 0; p < pixels; p++) d[p] = factor * (d[p] - less - slope * (l[p] - center));
     }
 }
 
@@ -105,7 +105,7 @@ int ulsam_forward(const struct training *t) {
     struct job logits = job;
     logits.x = job.l, logits.C = g, logits.channels_last = logits.bf16 = 0;
     failed |= moments(logits, parts, mean2, variance2);
-    normalise(t, mean2, variance2, normed);
+    normalize(t, mean2, variance2, normed);
     job.l = normed;
     return failed | run(job, MULTIPLY);
 }
@@ -129,10 +129,10 @@ int ulsam_backward(const struct training *t) {
     const float *mean = t->moments, *variance = mean + C, *mean2 = variance + C, *variance2 = mean2 + g;
     float *normed = shift + C, *dl = normed + maps, share = 1.0f / (float)(B * job.H * job.W);
     fold(t, w, mean, variance, scale, shift);
-    normalise(t, mean2, variance2, normed);
+    normalize(t, mean2, variance2, normed);
     job.scale = scale, job.shift = shift, job.l = normed, job.dl = dl;
     int failed = run(job, MAPS_BACK);
-    normalise_back(t, mean2, variance2, dbias, dl);
+    normalize_back(t, mean2, variance2, dbias, dl);
     failed |= run(job, INPUT_BACK);
     sum_rows(q, B, C), sum_rows(r, B, C);
     for (int64_t c = 0; c < C; c++) {

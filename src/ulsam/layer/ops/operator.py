@@ -112,7 +112,7 @@ def subspace_attention(
     others = (scale, shift, weight, bias, *norms)
     transformed = chosen == "reference" or is_transformed() or is_captured()
     if not (transformed or chosen != "cpu" or is_watched()) and all(map(is_memory, (x, *others))):
-        return _Direct.apply(x, scale, shift, weight, bias, groups, relu, eps, *norms)
+        return _UndispatchedFunction.apply(x, scale, shift, weight, bias, groups, relu, eps, *norms)
     operands = (x, scale.flatten(), shift, weight.flatten(), bias, list(norms), groups, relu, eps)
     if transformed:
         return reference.subspace_attention(*operands)
@@ -328,7 +328,7 @@ def _second(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
     return ddy, *dleaves[:5], dleaves[5:], *[None] * 5
 
 
-class _Direct(torch.autograd.Function):
+class _UndispatchedFunction(torch.autograd.Function):
     """The operator on a CPU past PyTorch's dispatcher, which takes longer than a small map does."""
 
     @staticmethod

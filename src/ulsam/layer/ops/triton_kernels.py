@@ -1,11 +1,11 @@
 """The GPU backend, in Triton. It has only run in Triton's interpreter so far (TRITON_INTERPRET=1), not on a GPU.
 
 A program does all stages of one group of one image, which need nothing of any other group: what the next stage reads
-again should still be in the cache, no sum needs an atomic, and results are the same from run to run. Neighbouring
-programs have neighbouring groups, which in channels_last share cache lines. All arithmetic is in float32.
+again should still be in the cache, no sum needs an atomic, and results are the same from run to run. Neighboring
+programs have neighboring groups, which in channels_last share cache lines. All arithmetic is in float32.
 
-To shift values between lanes is dear in Triton. So where neighbours matter, a tile is one row of the map by some
-channels: its neighbours in the row are loaded again, from the L1 cache, and what is needed of the rows before stays in
+To shift values between lanes is dear in Triton. So where neighbors matter, a tile is one row of the map by some
+channels: its neighbors in the row are loaded again, from the L1 cache, and what is needed of the rows before stays in
 registers. The 3x3 maximum is that of 3 rows' maxima of 3 pixels. Its gradient goes to the first maximum in row-major
 order: to the first row that holds it, and there, by one gather each way, to the first pixel. One NaN makes the softmax
 of its whole map NaN.

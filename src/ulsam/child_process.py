@@ -1,4 +1,4 @@
-"""``ulsam`` in a process that does not outlive the one that started it: ``python -m ulsam.attached LOCK train ...``.
+"""``ulsam`` in a process that ends with the one that started it: ``python -m ulsam.child_process LOCK train ...``.
 
 Its standard input is a pipe that only the starting process holds open. When that is closed, on purpose or because the
 process is gone, whatever ended it, the run saves and stops as after Ctrl-C. Until its end it holds a lock file.
@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from ulsam.cli import main
 
-PATIENCE = 60.0  # seconds for saving; the second signal stops at once
+TIMEOUT = 60.0  # seconds for saving; the second signal stops at once
 
 
 def _stop_at_the_end_of_input() -> None:
@@ -22,7 +22,7 @@ def _stop_at_the_end_of_input() -> None:
         pass
     while True:
         signal.raise_signal(signal.SIGTERM)  # os.kill would end the process on Windows
-        time.sleep(PATIENCE)
+        time.sleep(TIMEOUT)
 
 
 if __name__ == "__main__":

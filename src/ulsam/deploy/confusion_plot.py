@@ -14,7 +14,7 @@ _COUNTED = 25  # the most classes whose cells can hold a number
 def confusion_png(scores: ClassScores) -> bytes:
     """A PNG: a row for each class that has images, a column for each that was named or has images.
 
-    The colour is the share of the row; with few classes each cell also holds its count.
+    The color is the share of the row; with few classes each cell also holds its count.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -35,8 +35,8 @@ def confusion_png(scores: ClassScores) -> bytes:
     axes.tick_params(axis="x", labelrotation=90)
     if len(columns) <= _COUNTED:
         for row, column in zip(*np.nonzero(counts), strict=True):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

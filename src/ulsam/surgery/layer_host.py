@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ulsam.base.errors import UlsamError
 
 
-class Followed(nn.Module):
+class LayerHost(nn.Module):
     """What the class of every host inherits from: a module with an inserted layer behind it."""
 
     if TYPE_CHECKING:  # TorchScript reads annotations too, and has no such types
@@ -39,7 +39,7 @@ class Followed(nn.Module):
         return _new, (self.host_class, self.host_method), cast(Any, self).__getstate__()
 
 
-def follow(host: nn.Module, layer: nn.Module) -> None:
+def attach_layer(host: nn.Module, layer: nn.Module) -> None:
     """Put ``layer`` behind ``host``, as its child ``ulsam``.
 
     A plain `nn.Sequential` runs its children by itself: there the layer is the last one.
@@ -49,10 +49,10 @@ def follow(host: nn.Module, layer: nn.Module) -> None:
 
     >>> import torch
     >>> conv = nn.Conv2d(3, 8, 3)
-    >>> follow(conv, nn.ReLU())
+    >>> attach_layer(conv, nn.ReLU())
     >>> isinstance(conv, nn.Conv2d), list(conv.state_dict()), bool((conv(torch.randn(1, 3, 5, 5)) < 0).any())
     (True, ['weight', 'bias'], False)
-    >>> type(unfollow(conv)), type(conv)
+    >>> type(detach_layer(conv)), type(conv)
     (<class 'torch.nn.modules.activation.ReLU'>, <class 'torch.nn.modules.conv.Conv2d'>)
     """
     before, kind = vars(host).pop("forward", None), type(host)
@@ -69,8 +69,8 @@ def follow(host: nn.Module, layer: nn.Module) -> None:
         raise
 
 
-def check_unfollow(host: nn.Module) -> None:
-    """Raise where :func:`unfollow` would.
+def check_detach_layer(host: nn.Module) -> None:
+    """Raise where :func:`detach_layer` would.
 
     Raises:
         UlsamError: another tool has wrapped the host's ``forward`` since.
@@ -80,13 +80,13 @@ def check_unfollow(host: nn.Module) -> None:
         raise UlsamError(f"another tool has wrapped the forward of a {name}: take its hook off first")
 
 
-def unfollow(host: nn.Module) -> nn.Module:
-    """Undo :func:`follow`; the layer that stood behind ``host``.
+def detach_layer(host: nn.Module) -> nn.Module:
+    """Undo :func:`attach_layer`; the layer that stood behind ``host``.
 
     Raises:
         UlsamError: another tool has wrapped the host's ``forward`` since.
     """
-    check_unfollow(host)
+    check_detach_layer(host)
     layer = host.ulsam
     method = cast(str, host.host_method)
     del host.ulsam
@@ -103,7 +103,7 @@ def host_class(module: nn.Module) -> type[nn.Module]:
     >>> host_class(nn.ReLU())
     <class 'torch.nn.modules.activation.ReLU'>
     """
-    return cast(Any, module).host_class if isinstance(module, Followed) else type(module)
+    return cast(Any, module).host_class if isinstance(module, LayerHost) else type(module)
 
 
 def _change_class(host: nn.Module, change: Callable[[Any], type[nn.Module]]) -> None:
@@ -119,7 +119,7 @@ def _change_class(host: nn.Module, change: Callable[[Any], type[nn.Module]]) -> 
         host.__class__ = change(kind)
 
 
-def _set_forward(host: "Followed", value: Any) -> None:
+def _set_forward(host: "LayerHost", value: Any) -> None:
     """Take what a tool makes the host's ``forward``: another method of its class, or a function around the present one.
 
     Hugging Face's accelerate wraps ``forward``, and says so by `functools.update_wrapper`.
@@ -149,7 +149,7 @@ def _class_of(base: type[nn.Module], method: str) -> type[nn.Module]:
         made["forward"] = _then_layer_of_one if _needs_one(made["host_forward"]) else _then_layer
     if hasattr(base, "fuse"):
         made["fuse"] = _fuse
-    return type(f"Followed{base.__name__}", (Followed, base), made)
+    return type(f"LayerHost{base.__name__}", (LayerHost, base), made)
 
 
 def _renamed(function: Any, name: str) -> Any:
@@ -189,11 +189,11 @@ def _fuse(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The host's own ``fuse``, as of timm's `reparameterize_model`: the layer follows the module that it returns."""
     layer = self._modules.pop("ulsam")  # the host's own method may count its children
     try:
-        fused = super(Followed, self).fuse(*args, **kwargs)
+        fused = super(LayerHost, self).fuse(*args, **kwargs)
     finally:
         self.add_module("ulsam", layer)
     if isinstance(fused, nn.Module) and fused is not self:
-        follow(fused, layer)
+        attach_layer(fused, layer)
     return fused
 
 
