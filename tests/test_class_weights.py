@@ -120,14 +120,14 @@ def test_balanced_weights_from_the_command_line(data: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"class_weights": "even"}, r"^class_weights is balanced, or weights by class name, not 'even'$"),
-        ({"class_weights": {}}, r"^class_weights takes numbers above 0 by class name, not {}$"),
-        ({"class_weights": {"a": 0}}, r"^class_weights takes numbers above 0 by class name, not {'a': 0.0}$"),
-        ({"class_weights": {"a": float("nan")}}, r"^class_weights takes numbers above 0 by class name"),
-        ({"class_weights": {"a": "x"}}, r"^class_weights must be a number, not 'x'$"),
-        ({"class_weights": {3: 1}}, r"^class_weights must be text, not 3$"),
-        ({"class_weights": [1, 2]}, r"^class_weights must be a JSON object, not \[1, 2\]$"),
-        ({"class_weights": "balanced", "sampler": "balanced"}, r"^sampler and class_weights are both balanced"),
+        ({"class_weights": "even"}, r"^`class_weights` is balanced, or weights by class name, not 'even'$"),
+        ({"class_weights": {}}, r"^`class_weights` takes numbers above 0 by class name, not {}$"),
+        ({"class_weights": {"a": 0}}, r"^`class_weights` takes numbers above 0 by class name, not {'a': 0.0}$"),
+        ({"class_weights": {"a": float("nan")}}, r"^`class_weights` takes numbers above 0 by class name"),
+        ({"class_weights": {"a": "x"}}, r"^`class_weights` must be a number, not 'x'$"),
+        ({"class_weights": {3: 1}}, r"^`class_weights` must be text, not 3$"),
+        ({"class_weights": [1, 2]}, r"^`class_weights` must be a JSON object, not \[1, 2\]$"),
+        ({"class_weights": "balanced", "sampler": "balanced"}, r"^`sampler` and `class_weights` are both balanced"),
     ],
 )
 def test_what_are_no_weights(settings: dict[str, Any], message: str) -> None:
@@ -136,7 +136,9 @@ def test_what_are_no_weights(settings: dict[str, Any], message: str) -> None:
 
 
 def test_weights_that_are_not_for_the_data(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UlsamError, match=r"^class_weights names 'clas0', which is no class of the data; did you mean"):
+    with pytest.raises(
+        UlsamError, match=r"^`class_weights` names 'clas0', which is no class of the data; did you mean"
+    ):
         train(config(data, class_weights={"clas0": 2.0}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UlsamError, match=r"the class 'wren' has no training image: give weights by name$"):

@@ -80,8 +80,8 @@ def test_an_arm_is_edits_and_settings_on_top_of_the_shared_ones() -> None:
         (["base", "x:remove 14"], "the arm 'x:remove 14': put a space after the colon"),
         (["base", "two words:replace 14 g=4; size=24"], "put a space after the colon"),
         (["base", "x:size=24"], "put a space after the colon"),
-        (["base", "seed=3"], "the arm 'seed=3': seed is the same for all arms"),
-        (["base", "data=x"], "data is the same for all arms"),
+        (["base", "seed=3"], "the arm 'seed=3': `seed` is the same for all arms"),
+        (["base", "data=x"], "`data` is the same for all arms"),
         (["base", "size=[1"], "cannot read size="),
         (["base", "???: size=24"], "needs a name"),
         (["base", "Base: size=24"], "two arms are called 'Base'"),
@@ -97,7 +97,7 @@ def test_an_arm_can_do_without_the_shared_teacher() -> None:
     taught = shared(teacher="model.safetensors", distill=0.7)
     assert Arm.parse("alone: teacher=null").config(taught) == Arm.parse("base").config(shared())
     assert Arm.parse("less: distill=0.2").config(taught).distill == 0.2
-    with pytest.raises(UlsamError, match="the arm 'odd': distill needs a teacher"):
+    with pytest.raises(UlsamError, match="the arm 'odd': `distill` needs a teacher"):
         Arm.parse("odd: teacher=null; distill=0.2").config(taught)
 
 
@@ -107,11 +107,11 @@ def test_an_arm_can_do_without_the_shared_teacher() -> None:
         (["base", "other: size=32"], "the arms 'base' and 'other' are the same model and spec"),
         (["base", "insert nowhere"], "the arm 'insert nowhere g=4' cannot be built: .*nowhere"),
         (["base", "big: model=no_such_model"], "the arm 'big' cannot be built: timm has no model"),
-        (["base", "size=big"], "the arm 'size=big': size must be a whole number"),
+        (["base", "size=big"], "the arm 'size=big': `size` must be a whole number"),
         (["base", "color=red"], "the arm 'color=red': unknown setting 'color'"),
         (["base", "weights=missing.safetensors"], "the arm 'weights=missing.safetensors' cannot be built: no weight"),
         (["base", "taught: teacher=missing.safetensors"], "the arm 'taught' cannot be built: .*missing.safetensors"),
-        (["base", "ulsam_lr=10"], "the arm 'ulsam_lr=10' cannot be built: ulsam_lr has nothing to act on"),
+        (["base", "ulsam_lr=10"], "the arm 'ulsam_lr=10' cannot be built: `ulsam_lr` has nothing to act on"),
         (["base", "freeze=[nothing.here]"], "cannot be built: .*nothing.here"),
         (["base", "freeze=['*']"], "cannot be built: every parameter is frozen"),
         (["base", "rand_augment=foo"], "the arm 'rand_augment=foo' cannot be built: .*foo"),
@@ -129,7 +129,7 @@ def test_a_shared_rate_of_ulsam_layers_is_for_the_arms_that_have_some(data: Path
     scaled = shared(data, ulsam_lr=10.0)
     assert [arm.config(scaled).ulsam_lr for arm in arms] == [1, 1, 10, 1, 10]
     check_arms((arms[0], *arms[2:]), scaled)
-    with pytest.raises(UlsamError, match="ulsam_lr has nothing to act on: no arm has a ULSAM layer"):
+    with pytest.raises(UlsamError, match="`ulsam_lr` has nothing to act on: no arm has a ULSAM layer"):
         check_arms(arms[:2], scaled)
 
 
@@ -151,13 +151,13 @@ def test_grids_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 
 def test_every_tried_rate_is_checked_before_training() -> None:
-    with pytest.raises(UlsamError, match="the arm 'base': min_lr"):
+    with pytest.raises(UlsamError, match="the arm 'base': `min_lr`"):
         grid("base", "size=24", rates=(0.05, 0.001), settings={"min_lr": 0.002})
 
 
 def test_choosing_needs_images_that_choosing_does_not_see(data: Path, tmp_path: Path) -> None:
     check_choosing(shared(data))
-    with pytest.raises(UlsamError, match="leave val_fraction out"):
+    with pytest.raises(UlsamError, match="leave `val_fraction` out"):
         check_choosing(shared(data, val_fraction=0.3))
     with pytest.raises(UlsamError, match="cannot be measured on train"):
         check_choosing(shared(data, val_split="train"))

@@ -14,7 +14,7 @@ from ulsam.study import demo
 
 def test_a_bad_seed_is_reported_before_anything_is_drawn(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo"), "--seed", "-1"]) == 2
-    assert capsys.readouterr().err == "ulsam: error: seed must be 0 or more, not -1\n"
+    assert capsys.readouterr().err == "ulsam: error: --seed must be 0 or more, not -1\n"
     assert not (tmp_path / "demo").exists()
 
 

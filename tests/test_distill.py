@@ -446,14 +446,17 @@ def test_a_checkpoint_from_before_these_settings_resumes(data: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"distill": 0.5}, "distill needs a teacher: name the model file of a trained model"),
-        ({"distill_temperature": 4}, "distill_temperature needs a teacher"),
-        ({"distill_features": 0}, "distill_features needs a teacher"),
-        ({"teacher": "a", "distill": 1.5}, "distill must lie between 0 and 1, not 1.5"),
-        ({"teacher": "a", "distill_temperature": 0}, "distill_temperature must be above 0, not 0.0"),
-        ({"teacher": "a", "distill_features": -1}, "distill_features must be 0 or more, not -1.0"),
-        ({"teacher": "a", "distill": 0}, "distill and distill_features are both 0: the teacher would teach nothing"),
-        ({"ulsam_lr": 0}, "ulsam_lr must be above 0, not 0.0"),
+        ({"distill": 0.5}, "`distill` needs a teacher: name the model file of a trained model"),
+        ({"distill_temperature": 4}, "`distill_temperature` needs a teacher"),
+        ({"distill_features": 0}, "`distill_features` needs a teacher"),
+        ({"teacher": "a", "distill": 1.5}, "`distill` must lie between 0 and 1, not 1.5"),
+        ({"teacher": "a", "distill_temperature": 0}, "`distill_temperature` must be above 0, not 0.0"),
+        ({"teacher": "a", "distill_features": -1}, "`distill_features` must be 0 or more, not -1.0"),
+        (
+            {"teacher": "a", "distill": 0},
+            "`distill` and `distill_features` are both 0: the teacher would teach nothing",
+        ),
+        ({"ulsam_lr": 0}, "`ulsam_lr` must be above 0, not 0.0"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -523,6 +526,6 @@ def test_ulsam_layers_move_at_their_own_rate(opt: str, data: Path, tmp_path: Pat
 
 def test_a_rate_for_layers_that_are_not_there(data: Path, tmp_path: Path) -> None:
     for settings in ({}, {"edits": ["insert blocks.3"], "freeze": ["blocks.3"]}, {"edits": ["remove blocks.4.0.se"]}):
-        with pytest.raises(UlsamError, match=r"^ulsam_lr has nothing to act on: this model has no ULSAM layer"):
+        with pytest.raises(UlsamError, match=r"^`ulsam_lr` has nothing to act on: this model has no ULSAM layer"):
             Trainer(config(data, ulsam_lr=2.0, **settings), tmp_path, ALONE).prepare()
     assert os.listdir(tmp_path) == []

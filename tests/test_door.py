@@ -80,7 +80,7 @@ def test_a_wrong_setting_is_refused_before_anything_is_written(tmp_path: Path) -
     misspelt: dict[str, typing.Any] = {"epoch": 3}
     with pytest.raises(ulsam.UlsamError, match=r"^unknown setting 'epoch'; did you mean epochs\?$"):
         ulsam.train("birds", tmp_path / "run", **misspelt)
-    with pytest.raises(ulsam.UlsamError, match=r"^epochs must be a whole number, not '3'$"):
+    with pytest.raises(ulsam.UlsamError, match=r"^`epochs` must be a whole number, not '3'$"):
         ulsam.train("birds", tmp_path / "run", epochs="3")  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
 

@@ -166,7 +166,7 @@ def test_what_cannot_be_resumed(stopped: Path, data: Path, tmp_path: Path, capsy
         ({}, narrow()[:-1], r"the prepared model outputs \[1, 6\] for an image; \[1, 3\] is right here"),
         ({}, narrow()[:1], r"the prepared model outputs \[1, 6, 15, 15\] for an image"),
         ({}, narrow()[3:], r"Sequential does not run on one image of \[3, 32, 32\]"),
-        ({"ulsam_lr": 2}, narrow(), "ulsam_lr has nothing to act on"),
+        ({"ulsam_lr": 2}, narrow(), "`ulsam_lr` has nothing to act on"),
     ],
 )
 def test_what_cannot_be_trained(

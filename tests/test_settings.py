@@ -27,7 +27,7 @@ TAUGHT = {"teacher": "teacher.safetensors"}
 def test_a_number_out_of_range_is_one_line(name: str, value: Any) -> None:
     if name in UNBOUNDED and value == 10**30:
         return
-    with pytest.raises(UlsamError, match=rf"^({name}|min_lr, where)") as caught:
+    with pytest.raises(UlsamError, match=rf"^`({name}`|min_lr`, where)") as caught:
         TrainConfig.from_mapping({"data": "birds", **TAUGHT, name: value})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
@@ -46,7 +46,7 @@ def test_a_value_of_another_kind_is_one_line(name: str) -> None:
     "policy", ["rand-m999999-n99999-inc1", "rand-m9-n17", "rand-m9-mmax11", "rand-p1.5", "rand-m1.2.3", "augmix-w99-d2"]
 )
 def test_policies_of_very_many_steps_are_refused(policy: str) -> None:
-    with pytest.raises(UlsamError, match=r"^rand_augment takes a number up to \d+ after \w+, not [\d.]+$"):
+    with pytest.raises(UlsamError, match=r"^`rand_augment` takes a number up to \d+ after \w+, not [\d.]+$"):
         TrainConfig("birds", rand_augment=policy)
 
 
@@ -95,7 +95,7 @@ def test_a_value_that_refers_to_itself_very_often_is_one_line(name: str, tmp_pat
         f"{LAUGHS}{name}: {{b: *a11}}\nmean: &m [*m]\n" if name == "model_args" else f"{LAUGHS}{name}: *a11\n"
     )
     values = {key: value for key, value in read_config(tmp_path / "settings.yaml").items() if key == name}
-    with pytest.raises(UlsamError, match=f"^{name} has more than 10000 entries$"):
+    with pytest.raises(UlsamError, match=f"^`{name}` has more than 10000 entries$"):
         TrainConfig.from_mapping({"data": "birds", **values})
 
 

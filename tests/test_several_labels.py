@@ -249,7 +249,7 @@ def test_the_command_line_names_labels(
     assert all(name in lines[1] for name in ATTRIBUTES)
     rows = list(csv.reader((tmp_path / "found.csv").open()))
     assert rows[0] == ["path", "error", "class_1", "probability_1", "class_2", "probability_2"]
-    assert rows[1] == [none, ""]
+    assert rows[1] == [none, "", "", "", "", ""]
     assert {rows[2][2], rows[2][4]} == set(ATTRIBUTES)
     assert main(["predict", model, none, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"path": none, "classes": {}, "error": None}

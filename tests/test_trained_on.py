@@ -118,6 +118,6 @@ def test_of_a_run_with_splits_the_folder_says_what_it_was_trained_on(
 
 def test_settings_are_those_of_the_run(world: Path) -> None:
     model = str(world / "run" / "model.safetensors")
-    assert held_out_settings(model, str(world / "flat"), {}) == {"split_seed": 5, "val_fraction": 0.3}
+    assert held_out_settings(model, str(world / "flat"), {}) == {"split_seed": 5, "val_fraction": 0.3, "fold": None}
     assert held_out_settings(model, "torch/cifar10", {}) == {}
     assert run_of(world / "alone" / "model.safetensors") is None

@@ -145,7 +145,7 @@ def check_shared(shared: TrainConfig) -> None:
 
     >>> check_shared(TrainConfig("birds", val_every=5))
     Traceback (most recent call last):
-    ulsam.base.errors.UlsamError: every run is measured once, after its last epoch: leave val_every out of the settings
+    ulsam.base.errors.UlsamError: every run is measured once, after its last epoch: leave `val_every` out of the settings
     """
     if shared.edits:
         raise UlsamError("edits in the shared settings would change every arm, base too: give edits with `arms`")

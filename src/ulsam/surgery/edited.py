@@ -69,7 +69,7 @@ def put_back(model: ModelT) -> ModelT:
     >>> from ulsam import remove, insert
     >>> model = insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "0", groups=2, input_size=(3, 9, 9))
     >>> [type(module).__name__ for module in put_back(remove(model, "1", input_size=(3, 9, 9)))], edited(model)
-    (['FollowedConv2d', 'Conv2d'], ['0'])
+    (['LayerHostConv2d', 'Conv2d'], ['0'])
     """
     for name in edited_blocks(model):
         swap_back(model, name)
