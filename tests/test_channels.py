@@ -292,15 +292,16 @@ def test_a_gray_model_is_quantized(gray: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [2, 4, 6])
 def test_more_channels_from_training_to_deployment(channels: int, tmp_path: Path) -> None:
     data = draw_pages(tmp_path / "data", channels)
+    look = {"mean": [0.4] * channels, "std": [0.2] * channels}
     cached, read = (
-        train(settings_for(data, channels, cache=cache, workers=workers), tmp_path / cache)
+        train(settings_for(data, channels, cache=cache, workers=workers, **look), tmp_path / cache)
         for cache, workers in (("true", 2), ("false", 0))
     )
     assert cached["scores"]["top1"] >= 0.5 and cached["scores"] == read["scores"]
     content = (tmp_path / "true" / "model.safetensors").read_bytes()
     assert content == (tmp_path / "false" / "model.safetensors").read_bytes()
     _, spec = load(tmp_path / "true" / "model.safetensors")
-    assert spec.input_size[0] == len(spec.mean) == channels
+    assert (spec.input_size[0], spec.mean, spec.std) == (channels, (0.4,) * channels, (0.2,) * channels)
     export(tmp_path / "true" / "model.safetensors", tmp_path / "model.onnx", images=[data / "val"])
     files = sorted((data / "val").rglob("*.tif"))
     ours = ulsam.predict(tmp_path / "true" / "model.safetensors", files, top=2)
@@ -340,6 +341,42 @@ def test_a_pushed_model_keeps_its_first_convolution(channels: int, tmp_path: Pat
         save_file(model.state_dict(), Path(folder) / "model.safetensors")
         with pytest.raises(UlsamError, match=r"takes 5 channels, with which timm cannot load its conv_stem$"):
             load(f"local-dir:{folder}")
+
+
+def test_pages_of_five_channels_are_slimmed_and_reported_without_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = draw_pages(tmp_path / "data", 5)
+    train(settings_for(data, 5, epochs=1), tmp_path / "run")
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 0
+    assert "pages show RGB and gray images, and this model takes 5 channels" in capsys.readouterr().out
+    words = [
+        "slim",
+        str(tmp_path / "run"),
+        str(data),
+        "--macs",
+        "0.999",
+        "--images",
+        "4",
+        "--no-train",
+        "--device",
+        "cpu",
+    ]
+    assert main([*words, "--reconstruct-images", "0", "--workers", "0", "--out", str(tmp_path / "slim")]) == 0
+    with pytest.raises(UlsamError, match=r"cannot teach: it takes images of 5 channels, and these have 1$"):
+        teacher = str(tmp_path / "run" / "model.safetensors")
+        train(settings_for(draw_splits(tmp_path / "rgb"), 1, teacher=teacher), tmp_path / "taught")
+
+
+def test_pages_that_differ_behind_the_first_are_no_copies(tmp_path: Path) -> None:
+    first, rng = np.full((8, 8), 7, np.uint8), np.random.default_rng(0)
+    for number in range(4):
+        planes = [first, *rng.integers(0, 255, (2, 8, 8), np.uint8)]
+        file = tmp_path / f"class{number % 2}" / f"{number}.tif"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(pages(planes).getvalue())
+    found = ulsam.check(tmp_path)
+    assert not any(pair.identical for pair in (*found.duplicates, *found.conflicts))
 
 
 def test_rgb_images_for_a_model_of_four_channels_end_the_run(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data import loading
 from ulsam.data.sources import FolderImages
-from ulsam.training.class_weights import class_weights_of
+from ulsam.training.class_weights import class_weights_of, weighted_cross_entropy
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import soft_target_loss
 from ulsam.training.evaluate import spec_transform
@@ -45,14 +45,15 @@ def config(data: Path | str, **settings: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1, 2, 2]), torch.tensor([[0.5, 0.5, 0], [0, 0.1, 0.9]] * 2)])
-def test_the_loss_of_a_step_is_that_of_pytorch_with_these_weights(labels: torch.Tensor) -> None:
+def test_each_image_of_a_step_counts_as_its_class_weighs(labels: torch.Tensor) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     images = torch.randn(4, 3, 2, 2)
     weights = {"a": 0.25, "b": 1.0, "c": 3.0}
     step = TrainingStep(config("birds", compile="none"), copy.deepcopy(model), 1, ALONE, class_weights=weights)
     loss = step.add_gradients(images, labels, smoothing=0.1)
-    expected = F.cross_entropy(model(images), labels, weight=torch.tensor([0.25, 1.0, 3.0]), label_smoothing=0.1)
+    weight = torch.tensor([0.25, 1.0, 3.0])
+    expected = F.cross_entropy(model(images), labels, weight, reduction="sum", label_smoothing=0.1) / 4
     assert loss == pytest.approx(expected.item(), abs=1e-6)
     expected.backward()
     for mine, its in zip(step.model.parameters(), model.parameters(), strict=True):
@@ -61,8 +62,24 @@ def test_the_loss_of_a_step_is_that_of_pytorch_with_these_weights(labels: torch.
         logs = model(images).log_softmax(1)
         share = torch.tensor([0.25, 1.0, 3.0, 3.0])
         each = torch.stack([-logs[image, label] for image, label in enumerate(labels)])
-        plain = F.cross_entropy(model(images), labels, weight=torch.tensor([0.25, 1.0, 3.0]))
-        assert plain.item() == pytest.approx(float((each * share).sum() / share.sum()), abs=1e-6)
+        plain = weighted_cross_entropy(model(images), labels, weight, 0.0)
+        assert plain.item() == pytest.approx(float((each * share).mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_smaller_batches_whose_gradients_are_added_give_the_same(size: int) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    images, labels, weights = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 2]), {"a": 0.25, "b": 1.0, "c": 3.0}
+    grads = []
+    for part in (4, size):
+        settings = config("birds", compile="none", accumulate=4 // part)
+        step = TrainingStep(settings, copy.deepcopy(model), 1, ALONE, class_weights=weights)
+        for mine, its in zip(images.split(part), labels.split(part), strict=True):
+            step.add_gradients(mine, its, smoothing=0.1)
+        grads.append([parameter.grad for parameter in step.model.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.4])
@@ -78,7 +95,8 @@ def test_a_run_trains_with_the_weights_and_measures_without(mixup: float, data: 
         loading.seed_all(0, 2, 0, 0, 0)
         images, targets = Mixup(mixup, label_smoothing=0.2, num_classes=3)(images, targets)
     weight = torch.tensor([0.25, 1.0, 3.0])
-    expected = F.cross_entropy(model(images), targets, weight=weight, label_smoothing=0.0 if mixup else 0.2)
+    smoothing = 0.0 if mixup else 0.2
+    expected = F.cross_entropy(model(images), targets, weight, reduction="sum", label_smoothing=smoothing) / 28
     summary = trainer.fit()
     assert summary["epochs"][0]["train_loss"] == pytest.approx(expected.item(), abs=1e-4)
     assert summary["class_weights"] == {"class0": 0.25, "class1": 1.0, "class2": 3.0}
@@ -99,7 +117,7 @@ def test_the_cross_entropy_of_a_distilled_run_has_the_weights(data: Path, tmp_pa
     assert trainer.teacher is not None
     model, batch = copy.deepcopy(trainer.model).train(), next(iter(trainer.loader))
     logits, its = model(batch.images), trainer.teacher.model(batch.images)
-    hard = F.cross_entropy(logits, batch.labels, weight=torch.tensor([0.25, 1.0, 3.0]))
+    hard = F.cross_entropy(logits, batch.labels, torch.tensor([0.25, 1.0, 3.0]), reduction="sum") / 28
     expected = 0.75 * hard + 0.25 * soft_target_loss(logits, its, 4.0)
     assert trainer.fit()["epochs"][0]["train_loss"] == pytest.approx(expected.item(), abs=1e-4)
 

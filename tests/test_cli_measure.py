@@ -201,7 +201,7 @@ def test_eval_of_a_flat_folder_says_that_training_images_are_in_it(world, capsys
     root, _ = world
     words = ["eval", str(root / "model.safetensors"), str(root / "data" / "test"), "--workers", "0"]
     assert main(words) == 0
-    assert "measured on all images of the folder, those trained on included" in capsys.readouterr().out
+    assert "measured on all images, those trained on included" in capsys.readouterr().out
     assert main([*words[:2], str(root / "data"), "--workers", "0"]) == 0
     assert "note" not in capsys.readouterr().out
 

@@ -168,7 +168,7 @@ def test_choosing_needs_images_that_choosing_does_not_see(data: Path, tmp_path: 
     with pytest.raises(UlsamError, match="chosen on train, which is trained on"):
         check_choosing(shared(data), "train")
     draw(tmp_path, 4)
-    with pytest.raises(UlsamError, match="needs an image folder with val/ or test/"):
+    with pytest.raises(UlsamError, match="needs an image folder or a table with val or test"):
         check_choosing(shared(tmp_path))
 
 

@@ -18,10 +18,11 @@ from tiny import SETTINGS, command, draw, draw_splits, options
 from ulsam.base.distributed import World
 from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.cli import main
+from ulsam.explanation.run_report import report_runs
 from ulsam.study.arms import Arm, check_shared
 from ulsam.study.slim import slim
 from ulsam.training import callbacks
-from ulsam.training.best import best_row
+from ulsam.training.best import best_row, kept_entry, kept_lines
 from ulsam.training.checkpoint import read_checkpoint, write_checkpoint
 from ulsam.training.config import TrainConfig
 from ulsam.training.loop import Trainer
@@ -191,6 +192,32 @@ def test_a_measurement_on_the_images_that_the_epoch_was_chosen_on_says_so(
         assert main(["eval", str(tmp_path / name), str(data), "-j", "0"]) == 0
         note = "note    the epoch was chosen by its score on 24 of these 24 images: their score is optimistic"
         assert (note in capsys.readouterr().err) == said
+
+
+def test_so_it_does_on_a_table(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{path.relative_to(data)},{path.parent.name}" for path in sorted(data.glob("train/*/*.png"))]
+    table = data / "labels.csv"
+    table.write_text("\n".join(["path,label", *rows]))
+    train(config(table, keep="best", epochs=2), tmp_path / "best")
+    assert main(["eval", str(tmp_path / "best"), str(table), "-j", "0"]) == 0
+    said = capsys.readouterr()
+    assert "note    the epoch was chosen by its score on " in said.out + said.err
+
+
+def test_what_no_epoch_could_decide_is_not_said_to_be_chosen() -> None:
+    rows = [{"epoch": epoch, "val_map": None, "val_loss": 1.0} for epoch in (1, 2)]
+    kept = kept_entry(TrainConfig("birds", keep="best", epochs=2), rows, "held-out")
+    assert (kept["epoch"], kept["best"], kept["chosen_on"]) == (2, None, None)
+    assert kept_lines(kept, 2) == [
+        "note    no epoch could be scored, so none is the best: the weights are those of the last one"
+    ]
+
+
+def test_a_report_says_that_the_score_chose_the_epoch(data: Path, tmp_path: Path) -> None:
+    train(config(data, keep="best", epochs=2), tmp_path / "best")
+    written = report_runs([str(tmp_path / "best")], tmp_path / "report.html", images=False)
+    assert any("chosen on the validation images: its score on them is optimistic" in note for note in written.notes)
+    assert "its score on them is optimistic" in (tmp_path / "report.html").read_text()
 
 
 def test_a_comparison_and_slimming_choose_no_epoch(data: Path, tmp_path: Path) -> None:

@@ -297,3 +297,35 @@ def test_label_sets_are_numbered_like_the_model(places: Path) -> None:
     assert images.folder.counts() == [1, 0, 2]
     both = dataclasses.replace(images, sets=np.concatenate([images.sets, images.sets]))
     assert both.folder.counts() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("path,label,split\na/1.png,a,train\na/1,a,val\n", "row 3: a/1 is the file of row 2, a/1.png: leave one"),
+        ("path,label\na/1.png,a\nA_PATH/a/1.png,b\n", "row 3: A_PATH/a/1.png is the file of row 2, a/1.png"),
+        ("path,label,label\na/1.png,a,b\n", "has two columns called 'label': leave one of them out"),
+        ("path,label\nphoto.heic,a\n", "row 2: HERE/photo.heic is a .heic, which is not read: convert it to JPEG"),
+        ("path,label\na,a\n", "row 2: HERE/a is a folder, which is not read: name an image file"),
+    ],
+)
+def test_one_file_by_two_paths_and_what_is_no_image_are_one_line(text: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").touch()
+    (tmp_path / "photo.heic").touch()
+    (tmp_path / "labels.csv").write_text(text.replace("A_PATH", str(tmp_path)))
+    wanted = line.replace("HERE", str(tmp_path)).replace("A_PATH", str(tmp_path))
+    with pytest.raises(UlsamError) as caught:
+        table_images(read_table(tmp_path / "labels.csv"), "train" if "split" in text else None, min_classes=1)
+    assert wanted in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_absolute_and_relative_paths_stand_in_one_table(folder: Path, tmp_path: Path) -> None:
+    rows = rows_of(folder)
+    mixed = [(str(folder / path) if number % 2 else path, label) for number, (path, label) in enumerate(rows)]
+    table = write_table(tmp_path / "mixed.csv", [("path", "label"), *mixed])
+    train, val, _ = open_data(str(table), data_dir=str(folder))
+    same, same_val, _ = open_data(str(folder))
+    for images, its in ((train, same), (val, same_val)):
+        assert [label for _, label in images.samples] == [label for _, label in its.samples]
+        assert [Path(name.split("\t")[0]).name for name in images.names] == [Path(name).name for name in its.names]

@@ -116,6 +116,13 @@ def test_a_checkpoint_in_a_model_files_place_names_the_option(world: Path, capsy
         load(world / "images" / "class0" / "000.png")
 
 
+@pytest.mark.parametrize("name", ["model.mlpackage", "model.tflite", "model.xml"])
+def test_an_exported_model_is_no_model_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).mkdir() if name.endswith("package") else (tmp_path / name).write_bytes(b"TFL3")
+    assert main(["predict", str(tmp_path / name), "image.jpg"]) == 2
+    assert "is an exported model; this takes the .safetensors model file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["eval", "predict", "explain", "inspect", "quantize", "slim"])
 @pytest.mark.parametrize("model", ["model.safetensors", TINY_MODEL])
 def test_swapped_arguments_are_put_in_order(

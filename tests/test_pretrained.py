@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -78,6 +79,15 @@ def test_a_folder_in_the_format_of_the_hub_gives_its_labels(hub: str) -> None:
     with torch.no_grad():
         assert torch.equal(model(x), theirs(x))
     assert (spec.base, spec.classes, spec.input_size) == (TINY_MODEL, ("class0", "class1", "class2"), (3, 48, 48))
+
+
+@pytest.mark.parametrize("thresholds", [5, "abc", {"a": 1}, [None, 0.5, 0.5]])
+def test_thresholds_that_are_none_are_one_line(thresholds: Any, hub: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(hub.removeprefix("local-dir:"), tmp_path / "hub")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "thresholds": thresholds}))
+    with pytest.raises(UlsamError, match=r"^the thresholds in the config.json of \S+ are no list of numbers$"):
+        load(f"local-dir:{folder}")
 
 
 def test_a_model_of_the_hub_can_be_saved_and_opened(hub: str, tmp_path: Path) -> None:

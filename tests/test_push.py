@@ -87,6 +87,10 @@ def test_the_card_has_the_results_and_no_path_of_this_machine(runs: Path, tmp_pa
         assert "| MACs | 75.0 M (-25.0 % against the base model) |" in text
         assert "On 9 held-out images of birds; trained on 36." in text
         assert r"a\*b\_c" in text
+    kept = {"keep": "best", "epoch": 2, "trained": 3, "best": 2, "chosen_on": "validation"}
+    text = model_card("me/birds", ModelSpec(TINY_MODEL, CLASSES), {**SUMMARY, "kept": kept})
+    assert "3 epochs of sgd, of which the weights of epoch 2 are kept, with" in text
+    assert "birds, which also chose the epoch (the scores are optimistic); trained on 36." in text
     assert "## Results" not in model_card("me/birds", ModelSpec(TINY_MODEL, CLASSES))
 
 

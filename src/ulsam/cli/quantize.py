@@ -20,6 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure", type=int, default=1000, metavar="N", help="other images to measure on, at most (default: 1000)"
     )
+    parser.add_argument("--data-dir", metavar="DIR", help="where the paths of a table count from")
     parser.add_argument(
         "--for",
         dest="target",
@@ -37,7 +38,13 @@ def run(args: argparse.Namespace) -> None:
     model = model_from(args)
     out = args.out or beside(args.model, "-int8.onnx")
     found = quantize(
-        **model, data=args.data, out=out, calibrate=args.calibrate, measure=args.measure, target=args.target
+        **model,
+        data=args.data,
+        out=out,
+        data_dir=args.data_dir,
+        calibrate=args.calibrate,
+        measure=args.measure,
+        target=args.target,
     )
     if args.json:
         print_json({"file": out, **vars(found)})

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ class Checked:
     notes: tuple[str, ...]
 
 
-class _StopForward(NamedTuple):
+class _ImageFacts(NamedTuple):
     side: int
     digest: bytes
     hash: NDArray[np.uint64]  # [4]
@@ -99,7 +100,7 @@ def check(
     notes += [source.note] if source.note else []
     splits = {name: dict(zip(folder.classes, folder.counts(), strict=True)) for name, folder in folders.items()}
     broken: list[str] = []
-    seen: dict[int, _StopForward] = {}
+    seen: dict[int, _ImageFacts] = {}
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         results = pool.map(_look, [path for path, _, _ in images])
         for number, result in enumerate(progress(results, total=len(images), unit=" images")):
@@ -167,13 +168,16 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _look(path: str) -> _StopForward | str:
+def _look(path: str) -> _ImageFacts | str:
     try:
         pixels = read_pixels(path)
     except UnreadableImage as error:
         return str(error)
-    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
-    return _StopForward(min(pixels.shape[:2]), digest, *difference_hash(pixels))
+    content = pixels.tobytes()
+    if path.lower().endswith((".tif", ".tiff")):  # its other pages and bands are not in the pixels
+        content = Path(path).read_bytes()
+    digest = hashlib.sha256(repr(pixels.shape).encode() + content).digest()
+    return _ImageFacts(min(pixels.shape[:2]), digest, *difference_hash(pixels))
 
 
 def difference_hash(pixels: Pixels) -> tuple[NDArray[np.uint64], NDArray[np.int16]]:
@@ -189,7 +193,7 @@ def difference_hash(pixels: Pixels) -> tuple[NDArray[np.uint64], NDArray[np.int1
     return bits, np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.int16)
 
 
-def _pairs(seen: Mapping[int, _StopForward]) -> Iterator[tuple[int, int, bool]]:
+def _pairs(seen: Mapping[int, _ImageFacts]) -> Iterator[tuple[int, int, bool]]:
     """Numbers of images that look the same, the smaller one first, and whether they are identical."""
     numbers = sorted(seen)
     groups: dict[bytes, list[int]] = defaultdict(list)

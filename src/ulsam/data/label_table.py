@@ -155,6 +155,10 @@ def read_table(table: str | os.PathLike[str], several: bool | None = None) -> La
             f"({', '.join(LABELS[:3])}, ...), one for several labels ({', '.join(SETS[:2])}, ...), or a column of 0 "
             f"and 1 for each class; it has {a_few(header) if header else 'none'}"
         )
+    names = [one.strip().lower() for one in header]
+    used = (names[place] for place in (found.path, found.label, found.split) if place is not None)
+    if twice := next((one for one in used if names.count(one) > 1), None):
+        raise UlsamError(f"{name} has two columns called {twice!r}: leave one of them out")
     if not cells:
         raise UlsamError(f"{name} has a header, but no row: it names no image")
     labels, how = _labels(name, header, cells, found)
@@ -194,13 +198,20 @@ def table_images(
     """
     root = Path(data_dir if data_dir is not None else Path(table.path).parent)
     rows = [row for row in table.rows if split is None or row.split == split]
-    paths = list(_files(root, rows))
+    resolved = list(_files(root, table.rows))
+    _check_resolved_twice(table, resolved)
+    paths = [path for row, path in zip(table.rows, resolved, strict=True) if split is None or row.split == split]
     lacking = [(row, path) for row, path in zip(rows, paths, strict=True) if path is None]
     if lacking:
         row = lacking[0][0]
+        named = root / row.path
+        if named.exists():
+            kind = "a folder" if named.is_dir() else f"a {named.suffix or 'file without ending'}"
+            advice = "convert it to JPEG" if named.suffix else "name an image file"
+            raise UlsamError(f"{table.path}, row {row.number}: {named} is {kind}, which is not read: {advice}")
         raise UlsamError(
             f"{table.path} names {len(lacking)} of {len(rows)} images that are not there, the first one in row "
-            f"{row.number}: {root / row.path}; paths count from {root} on, or from `data_dir`"
+            f"{row.number}: {named}; paths count from {root} on, or from `data_dir`"
         )
     used = {label for row in rows for label in row.labels}
     classes = table.classes if table.classes and table.several else tuple(sorted(used))
@@ -314,6 +325,18 @@ def _split(table: str, number: int, row: Sequence[str], found: Columns) -> str |
     if split is None:
         raise UlsamError(f"{table}, row {number}: the split is {row[found.split]!r}, not one of {', '.join(SPLITS)}")
     return split
+
+
+def _check_resolved_twice(table: LabelTable, files: Sequence[str | None]) -> None:
+    """Raise where two rows mean one file by different paths: with and without its ending, or from another folder."""
+    seen: dict[str, Row] = {}
+    for row, file in zip(table.rows, files, strict=True):
+        if file is not None and seen.setdefault(os.path.abspath(file), row) is not row:
+            before = seen[os.path.abspath(file)]
+            raise UlsamError(
+                f"{table.path}, row {row.number}: {row.path} is the file of row {before.number}, {before.path}: leave "
+                "one of them out"
+            )
 
 
 def _check_twice(table: str, rows: Iterable[Row]) -> None:

@@ -295,5 +295,7 @@ def _opened(image: Image.Image, name: str, channels: int) -> Pixels:
 def _relative(paths: Iterable[str]) -> list[str]:
     """The paths from the folder on that holds them all."""
     found = list(paths)
+    if len({os.path.isabs(path) for path in found}) > 1:  # of a table
+        found = [os.path.abspath(path) for path in found]
     root = os.path.commonpath([min(found), max(found)]) if found else ""  # what these two share, all share
     return [path[len(root) :] for path in found]

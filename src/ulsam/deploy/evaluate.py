@@ -28,7 +28,7 @@ from ulsam.training.trained_on import note_trained_on
 _TITLES = {"precision": "precision", "recall": "recall", "f1": "F1", "specificity": "specificity", "auc": "AUC"}
 
 ON_ALL = (
-    "note    measured on all images of the folder, those trained on included: a fair score is that on the"
+    "note    measured on all images, those trained on included: a fair score is that on the"
     " held-out ones in the summary.json of the run, or on a folder of other images"
 )
 

@@ -48,9 +48,15 @@ def model_card(name: str, spec: ModelSpec, summary: Mapping[str, Any] | None = N
 def _results(summary: Mapping[str, Any]) -> list[str]:
     scores, cost, base = summary["scores"], summary["cost"], summary["base_cost"]
     config = summary["config"]
-    epochs = summary.get("kept", {}).get("epoch", config["epochs"])
+    kept = summary.get("kept", {"chosen_on": None})
+    chosen = f", of which the weights of epoch {kept['epoch']} are kept" if kept["chosen_on"] else ""
+    on = f"On {scores['images']} {summary['split']} images of {_plain(PurePath(_slashes(config['data'])).name)}"
+    on += ", which also chose the epoch (the scores are optimistic)" if kept["chosen_on"] else ""
     if "map" in scores:
-        shown = [f"| mAP | {percent(scores['map'])} |", f"| mean F1 at the thresholds | {percent(scores['f1'])} |"]
+        shown = [
+            f"| mAP | {percent(scores['map'])} |",
+            f"| mean F1 at the thresholds, which these images chose | {percent(scores['f1'])} |",
+        ]
     else:
         low, high = scores["top1_interval_95"]
         interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}, over images"
@@ -58,11 +64,10 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
             f"| top-1 | {100 * scores['top1']:.2f} % ({interval}) |",
             f"| top-5 | {100 * scores['top5']:.2f} % |",
         ]
-    data = PurePath(config["data"].replace("\\", "/")).name
     lines = [
         "## Results",
         "",
-        f"On {scores['images']} {summary['split']} images of {_plain(data)}; trained on {summary['images']['train']}.",
+        f"{on}; trained on {summary['images']['train']}.",
         "",
         "| | |",
         "|---|---|",
@@ -73,7 +78,7 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
         "",
         "## Training",
         "",
-        f"{epochs} epochs of {config['opt']} with learning rate {config['lr']:g}, batches of "
+        f"{config['epochs']} epochs of {config['opt']}{chosen}, with learning rate {config['lr']:g}, batches of "
         f"{config['batch_size']}, seed {config['seed']}"
         + (f", distilled from `{summary['teacher']['spec']['base']}`." if summary["teacher"] else "."),
         "",
@@ -92,8 +97,13 @@ def _usage(name: str, spec: ModelSpec) -> list[str]:
         "import ulsam",
         "",
         f'model, spec = ulsam.load("hf-hub:{name}")',
-        f'print(ulsam.predict("hf-hub:{name}", ["image.jpg"]))',
+        f'for found in ulsam.predict("hf-hub:{name}", ["image.jpg"]):',
+        "    print(found.classes)",
     ]
+
+
+def _slashes(path: str) -> str:
+    return path.replace("\\", "/")
 
 
 def _plain(text: str) -> str:

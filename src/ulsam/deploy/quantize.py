@@ -90,6 +90,7 @@ def quantize(
     out: str | os.PathLike[str],
     *,
     spec: ModelSpec | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     calibrate: int = 256,
     measure: int = 1000,
     target: Target = "this",
@@ -107,6 +108,7 @@ def quantize(
             images, accuracy from the others. Where the model file lies in the folder of its run, the same images are
             held out as in that run.
         out: the file to write, NAME.onnx.
+        data_dir: where the paths of a table count from, or a named data set lies.
         spec: of a model in memory, as of `ulsam.load`.
         calibrate: images to calibrate on, at most; the same ones each time.
         measure: images to measure on, likewise.
@@ -144,7 +146,8 @@ def quantize(
         )
     if whole.thresholds is not None:
         raise UlsamError("quantizing is measured by one class an image, and this model gives several labels")
-    train, others, _ = open_data(os.fspath(data), **held_out_settings(model, os.fspath(data), {}))
+    place = {} if data_dir is None else {"data_dir": os.fspath(data_dir)}
+    train, others, _ = open_data(os.fspath(data), **{**held_out_settings(model, os.fspath(data), {}), **place})
     check_one_class(others, "quantizing")
     if isinstance(others, FolderImages):
         note_trained_on(model, [path for path, _ in others.samples], [data])

@@ -67,6 +67,8 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
         raise UlsamError("the run is not finished")
     if run.result.prepared:
         raise UlsamError("no spec builds its model, so it cannot be run again")
+    if (channels := run.result.spec.input_size[0]) not in (1, 3):
+        raise UlsamError(f"pages show RGB and gray images, and this model takes {channels} channels")
     config = run.config if data is None else replace(run.config, data=data)
     _, images, _ = open_images(config)
     if not isinstance(images, FolderImages | FactoryImages):

@@ -59,6 +59,13 @@ def report_runs(
     measured: list[Measured] = []
     lacking: dict[str, list[str]] = {}  # reasons -> keys of runs
     notes = []
+    for run in runs:
+        kept = run.result.summary.get("kept", {}) if run.result else {}
+        if kept.get("chosen_on"):
+            notes.append(
+                f"run {run.key} keeps epoch {kept['epoch']}, chosen on the {kept['chosen_on']} images: its score on "
+                "them is optimistic"
+            )
     for run in runs if images else []:
         try:
             measured.append(measure_again(run, data))

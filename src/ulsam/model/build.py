@@ -29,7 +29,7 @@ from ulsam.model.presets import PLACEMENTS
 from ulsam.model.pretrained import HUB, LOCAL, class_names, is_hub_name, is_pretrained_name
 from ulsam.model.spec import Json, ModelSpec
 from ulsam.model.timm_spec import check_base, make_spec, spec_from, timm_config
-from ulsam.model.trained import locate, names
+from ulsam.model.trained import EXPORTED, locate, names
 from ulsam.model.weights import heads, load_weights, read_weights, shrink_head
 from ulsam.surgery.edited import changes, note_weights
 
@@ -294,7 +294,10 @@ def _load_hub(name: str) -> tuple[nn.Module, ModelSpec]:
         raise UlsamError(f"{name} has no classifier: it gives features alone")
     spec = spec_from(base, class_names(config), (), config, model_args=arguments)
     if thresholds := given.get("thresholds"):  # of `ulsam.push`
-        spec = dataclasses.replace(spec, thresholds=tuple(map(float, thresholds)))
+        try:
+            spec = dataclasses.replace(spec, thresholds=tuple(map(float, thresholds)))
+        except (TypeError, ValueError) as error:
+            raise UlsamError(f"the thresholds in the config.json of {name} are no list of numbers") from error
     _check_fit(spec, {key: tuple(value.shape) for key, value in model.state_dict().items()}, name)
     return model, spec
 
@@ -347,7 +350,7 @@ def _opened(path: str | os.PathLike[str]) -> Any:
         whose = "the package has a trained model" if near[0] in names() else "timm has a model"
         raise UlsamError(f"no model file {path}; {whose} {near[0]}")
     check_readable(path, "model file")
-    if path.suffix in (".onnx", ".xml", ".pte"):
+    if path.suffix in EXPORTED:
         raise UlsamError(f"{path} is an exported model; this takes the .safetensors model file that it was made from")
     try:
         return safe_open(path, "pt")

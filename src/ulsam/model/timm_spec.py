@@ -57,7 +57,8 @@ def spec_from(
     **data: Any,
 ) -> ModelSpec:
     """As :func:`make_spec`, with timm's configuration given."""
-    config = resolve_data_config({"img_size": size, **data}, pretrained_cfg=known)
+    given = {key: tuple(data.pop(key)) for key in ("mean", "std") if data.get(key)}  # timm takes three numbers alone
+    config = {**resolve_data_config({"img_size": size, **data}, pretrained_cfg=known), **given}
     channels = cast(int, (model_args or {}).get("in_chans", config["input_size"][0]))
     for key in ("mean", "std"):
         if len(config[key]) != channels:  # a model for other than RGB images

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from ulsam.base.errors import UlsamError
 
+EXPORTED = (".onnx", ".xml", ".pte", ".mlpackage", ".tflite")
+"""What files of `ulsam.export` end in; a Core ML package is a folder."""
+
 _FOLDER = Path(__file__).with_name("weights")
 
 
@@ -35,7 +38,7 @@ def locate(model: str | os.PathLike[str]) -> Path:
     if isinstance(model, str) and model in names():
         return _FOLDER / f"{model}.safetensors"
     path = Path(model)
-    if not path.is_dir():
+    if not path.is_dir() or path.suffix in EXPORTED:
         return path
     if file := model_in(path):
         return file

@@ -18,7 +18,7 @@ from ulsam.base.file_signatures import kind_of
 from ulsam.base.files import check_readable
 from ulsam.base.logs import say
 from ulsam.base.reading import open_regular
-from ulsam.model.trained import locate
+from ulsam.model.trained import EXPORTED, locate
 from ulsam.surgery.edited import changes, note_weights
 
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
@@ -165,7 +165,7 @@ def _content(path: Path) -> dict[Any, Any]:
     """What the file holds."""
     with open_regular(path) as file:
         kind = kind_of(file.read(64))
-    if path.suffix in (".onnx", ".xml", ".pte"):
+    if path.suffix in EXPORTED:
         kind = "an exported model, whose weights are folded: name the model file or the checkpoint it was made from"
     elif _is_torchscript(path):
         kind = "a TorchScript archive, which is a whole program: save the model's state_dict() alone"

@@ -145,12 +145,12 @@ def check_shared(shared: TrainConfig) -> None:
 
     >>> check_shared(TrainConfig("birds", val_every=5))
     Traceback (most recent call last):
-    ulsam.base.errors.UlsamError: every run is measured once, after its last epoch: leave `val_every` out of the settings
+    ulsam.base.errors.UlsamError: every run is measured once, after its last epoch: leave `val_every` out
     """
     if shared.edits:
         raise UlsamError("edits in the shared settings would change every arm, base too: give edits with `arms`")
     if shared.val_every != 1:
-        raise UlsamError("every run is measured once, after its last epoch: leave `val_every` out of the settings")
+        raise UlsamError("every run is measured once, after its last epoch: leave `val_every` out")
     if shared.keep != TrainConfig.keep or shared.patience is not None:
         raise UlsamError(_NO_CHOICE)
     if shared.split_seed is not None:

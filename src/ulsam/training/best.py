@@ -106,7 +106,7 @@ def kept_entry(config: TrainConfig, rows: Sequence[Row], split: str) -> dict[str
         "epoch": best["epoch"] if best and config.keep == "best" else last,
         "trained": last,
         "best": best and best["epoch"],
-        "chosen_on": split if chosen else None,
+        "chosen_on": split if chosen and best else None,
     }
 
 
@@ -115,6 +115,8 @@ def kept_lines(kept: Mapping[str, Any], epochs: int) -> list[str]:
     lines = []
     if kept["trained"] < epochs:
         lines.append(f"note    stopped after epoch {kept['trained']} of {epochs}: epoch {kept['best']} was the best")
+    if kept["keep"] == "best" and kept["best"] is None:
+        lines.append("note    no epoch could be scored, so none is the best: the weights are those of the last one")
     if kept["chosen_on"]:
         lines.append(
             f"note    the weights are those of epoch {kept['epoch']}, which was chosen on the {kept['chosen_on']} "

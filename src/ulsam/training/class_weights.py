@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ulsam.base.errors import UlsamError, printable
@@ -56,6 +57,29 @@ def weight_tensor(weights: Mapping[str, float] | None, device: torch.device) -> 
     tensor([2.0000, 0.5000])
     """
     return None if weights is None else torch.tensor(list(weights.values()), device=device)
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """The mean over the images of the cross-entropy, each part multiplied by the weight of its class.
+
+    It is divided by the number of images, and not by the sum of their weights as PyTorch does for class numbers: an
+    image counts the same whatever else is in its batch, and in its process.
+
+    Args:
+        logits: [B, classes].
+        labels: class numbers [B], or shares [B, classes].
+        weights: [classes].
+        smoothing: of the labels.
+
+    >>> logits, weights = torch.zeros(2, 2), torch.tensor([1.0, 3.0])
+    >>> loss = [weighted_cross_entropy(logits, torch.tensor(labels), weights, 0.0) for labels in ([0, 0], [1, 1])]
+    >>> float(loss[1] / loss[0])
+    3.0
+    """
+    if weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    total = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
+    return total / len(labels)
 
 
 def describe(weights: Mapping[str, float]) -> str:

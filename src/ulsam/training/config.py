@@ -19,7 +19,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.processes import MOST_WORKERS
 from ulsam.base.reading import read_text
 from ulsam.data.folds import parse_fold
-from ulsam.training.setting_kinds import checked, is_number
+from ulsam.training.setting_kinds import MOMENTUM, checked, is_number
 
 
 def _option(default: Any, help: str) -> Any:
@@ -137,7 +137,7 @@ class TrainConfig:
     opt_args: dict[str, Any] = _option({}, "JSON object of further arguments of the optimizer, e.g. its betas")
     lr: float = _option(0.01, "peak learning rate")
     ulsam_lr: float = _option(1.0, "the learning rate of ULSAM layers, as a multiple of that of the rest")
-    momentum: float = _option(0.9, "of optimizers that have one, as sgd has")
+    momentum: float = _option(MOMENTUM, "of optimizers that have one, as sgd has")
     weight_decay: float = _option(1e-4, "not applied to norms, biases and ULSAM's weights")
     sched: Literal["cosine", "tanh", "poly", "step", "multistep", "constant"] = _option(
         "cosine", "timm's name of the schedule of the learning rate"
@@ -192,7 +192,7 @@ class TrainConfig:
             for text in self.edits:
                 Edit.parse(text)
         self._check_ranges()
-        if self.opt not in ("sgd", "adamw") or self.opt_args:  # lazy, as above
+        if self.opt != "sgd" or self.opt_args:  # lazy, as above
             from ulsam.training.optimizers import check_optimizer
 
             check_optimizer(self.opt, self.opt_args, self.momentum)
@@ -248,9 +248,13 @@ class TrainConfig:
         for name, its in _SCHEDULES.items():
             if getattr(self, name) not in (None, [], 0.0) and self.sched not in its:
                 raise UlsamError(f"`{name}` is for `sched` {' and '.join(its)}, not {self.sched}: leave it out")
+        if self.decay_epochs is not None and self.decay_epochs >= self.epochs:
+            raise UlsamError(f"`decay_epochs` must be below epochs, {self.epochs}, not {self.decay_epochs}")
         falls = self.decay_milestones
         if self.sched == "multistep" and not falls:
-            raise UlsamError("`sched=multistep` needs `decay_milestones`: the epochs after which the rate falls")
+            raise UlsamError(
+                "`sched=multistep` needs `decay_milestones`: the epochs after which the rate falls, such as 6 9"
+            )
         if falls != sorted(set(falls)) or not all(0 < epoch < self.epochs for epoch in falls):
             raise UlsamError(
                 f"`decay_milestones` must rise, within the {self.epochs} epochs, not {reprlib.repr(falls)}"

@@ -24,6 +24,7 @@ from ulsam.model.trained import locate
 from ulsam.surgery.edited import edited
 from ulsam.surgery.fold import fold
 from ulsam.surgery.trace import ModuleTrace, trace
+from ulsam.training.class_weights import weighted_cross_entropy
 from ulsam.training.config import TrainConfig
 
 Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps at the places
@@ -69,6 +70,11 @@ def open_teacher(config: TrainConfig, spec: ModelSpec, student: nn.Module) -> Te
     its.check_one_class("teaching")
     if its.classes != spec.classes:
         raise UlsamError(f"{config.teacher} cannot teach: {_other_classes(its.classes, spec.classes)}")
+    if its.input_size[0] != spec.input_size[0]:
+        raise UlsamError(
+            f"{config.teacher} cannot teach: it takes images of {its.input_size[0]} channels, and these have "
+            f"{spec.input_size[0]}"
+        )
     flows = trace(model, spec.input_size)  # raises where it does not run at this size
     places = shared_places(student, flows, spec.input_size) if config.distill_features else []
     notes = []
@@ -275,7 +281,7 @@ class Distiller:
         """
         (logits, maps), (its_logits, its_maps) = output, teacher_output
         weight, temperature = cast(float, self.config.distill), cast(float, self.config.distill_temperature)
-        hard = F.cross_entropy(logits.float(), labels, class_weights, label_smoothing=smoothing)
+        hard = weighted_cross_entropy(logits.float(), labels, class_weights, smoothing)
         total = (1 - weight) * hard + weight * soft_target_loss(logits, its_logits, temperature)
         if maps:
             total = total + cast(float, self.config.distill_features) * feature_loss(maps, its_maps)

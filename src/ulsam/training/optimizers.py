@@ -10,6 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
 from ulsam.base.errors import UlsamError, first_line
+from ulsam.training.setting_kinds import MOMENTUM
 
 #: What `create_optimizer_v2` makes groups of parameters with, or what has a setting of its own.
 _NOT_ARGUMENTS = set(inspect.signature(create_optimizer_v2).parameters) - {"foreach", "kwargs"}
@@ -50,6 +51,8 @@ def check_optimizer(opt: str, opt_args: Mapping[str, Any], momentum: float) -> N
     info = get_optimizer_info(opt)
     if info.has_momentum and not 0 < momentum < 1:
         raise UlsamError(f"`momentum` must lie between 0 and 1, both excluded, not {momentum}")
+    if not info.has_momentum and momentum != MOMENTUM:
+        raise UlsamError(f"the optimizer {opt} takes no `momentum`: leave it out")
     dropped = {
         name for name in ("betas", "eps") if not getattr(info, f"has_{name}")
     }  # timm passes over them in silence

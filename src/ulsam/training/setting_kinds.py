@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from ulsam.base.errors import UlsamError
 
+MOMENTUM = 0.9
+"""Of optimizers that have one, where none is given."""
+
 _MOST_ENTRIES = 10_000  # of a setting, inner ones included: a few lines of YAML can stand for any number
 
 

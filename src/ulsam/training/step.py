@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ulsam.base.distributed import World
 from ulsam.training import parts
-from ulsam.training.class_weights import weight_tensor
+from ulsam.training.class_weights import weight_tensor, weighted_cross_entropy
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Distiller, Teacher
 
@@ -82,7 +82,7 @@ class TrainingStep:
                 logits = self.wrapped(images)
             if self.several:
                 return F.binary_cross_entropy_with_logits(logits.float(), parts.smoothed(labels, smoothing))
-            return F.cross_entropy(logits.float(), labels, self.class_weights, label_smoothing=smoothing)
+            return weighted_cross_entropy(logits.float(), labels, self.class_weights, smoothing)
         with precision, self.distiller.listening():
             teacher_output = self.distiller.teach(images)
             output = self.wrapped(images)

@@ -136,7 +136,11 @@ def result_lines(summary: Mapping[str, Any], run: Path) -> list[str]:
     on = f"on {scores['images']} {summary['split']} images; {run}"
     if "map" in scores:
         lines = [f"result  mAP {percent(scores['map'])}, mean F1 {percent(scores['f1'])} {on}"]
-        lines.append("note    the thresholds were chosen on these images: F1 is a little too good there, mAP is not")
+        if scores["map"] is None:
+            lines.append("note    no label has a validation image: the thresholds stay at 0.5")
+        else:
+            good = "" if summary["kept"]["chosen_on"] else ", mAP is not"
+            lines.append(f"note    the thresholds were chosen on these images: F1 is a little too good there{good}")
     else:
         low, high = scores["top1_interval_95"]
         lines = [

@@ -110,7 +110,7 @@ def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
 def _validation_images(run: TrainConfig) -> set[str]:
     """The images that a run was measured on; empty where its data is no folder, or is gone."""
     try:
-        images = parts.open_images(run)[1] if Path(run.data).is_dir() else None
+        images = parts.open_images(run)[1] if is_local(run.data) else None
     except (UlsamError, OSError):
         return set()
     return set(_real(path for path, _ in images.samples)) if isinstance(images, FolderImages) else set()
