@@ -43,8 +43,9 @@ lint: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
+# what failed beside other tests is tried once more by itself: some wait for processes that they start
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow || $(BIN)/python -m pytest -m slow --last-failed --last-failed-no-failures none
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

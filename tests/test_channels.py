@@ -363,9 +363,9 @@ def test_pages_of_five_channels_are_slimmed_and_reported_without_images(
         "cpu",
     ]
     assert main([*words, "--reconstruct-images", "0", "--workers", "0", "--out", str(tmp_path / "slim")]) == 0
-    with pytest.raises(UlsamError, match=r"cannot teach: it takes images of 5 channels, and these have 1$"):
+    with pytest.raises(UlsamError, match=r"cannot teach: it takes images of 5 channels, and these have 6$"):
         teacher = str(tmp_path / "run" / "model.safetensors")
-        train(settings_for(draw_splits(tmp_path / "rgb"), 1, teacher=teacher), tmp_path / "taught")
+        train(settings_for(draw_pages(tmp_path / "six", 6), 6, teacher=teacher), tmp_path / "taught")
 
 
 def test_pages_that_differ_behind_the_first_are_no_copies(tmp_path: Path) -> None:

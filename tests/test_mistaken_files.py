@@ -97,7 +97,11 @@ def _script(file: Path) -> None:
             lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)),
             "it is an HDF5 file",
         ),
-        ("t.tflite", lambda file: file.write_bytes(b"\x1c\0\0\0TFL3" + bytes(99)), "it is a TFLite model"),
+        (
+            "t.tflite",
+            lambda file: file.write_bytes(b"\x1c\0\0\0TFL3" + bytes(99)),
+            "it is an exported model, whose weights are folded",
+        ),
     ],
 )
 def test_what_is_no_weight_file_says_what_it_is(name: str, make: object, message: str, tmp_path: Path) -> None:

@@ -349,9 +349,9 @@ def _opened(path: str | os.PathLike[str]) -> Any:
     if not os.path.exists(path) and (near := difflib.get_close_matches(str(path), known, n=1)):
         whose = "the package has a trained model" if near[0] in names() else "timm has a model"
         raise UlsamError(f"no model file {path}; {whose} {near[0]}")
-    check_readable(path, "model file")
-    if path.suffix in EXPORTED:
+    if path.suffix in EXPORTED and path.exists():
         raise UlsamError(f"{path} is an exported model; this takes the .safetensors model file that it was made from")
+    check_readable(path, "model file")
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
