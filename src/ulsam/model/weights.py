@@ -3,7 +3,7 @@
 import argparse
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
@@ -20,6 +20,8 @@ from ulsam.base.logs import say
 from ulsam.base.reading import open_regular
 from ulsam.model.trained import EXPORTED, locate
 from ulsam.surgery.edited import changes, note_weights
+
+Entries = dict[str, Tensor]
 
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 _PLAIN = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
@@ -85,49 +87,75 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
     ['classifier.weight: [9, 1280] there, [7, 1280] here: skipped, starts fresh', \
 'classifier.bias: [9] there, [7] here: skipped, starts fresh']
     """
+    state = _adapted(model, state, model.state_dict())
+    own, put_aside = _expected(model, state)
+    fitting, notes, wrong = _compared(own, state, _head_names(model))
+    wrong += [f"{name} belongs to no layer" for name in state if name not in own and name not in put_aside]
+    wrong += [
+        f"{name} has another shape" for name in put_aside.keys() & state if put_aside[name].shape != state[name].shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UlsamError(f"{source} does not fit this model: {wrong[0]}{more}")
+    model.load_state_dict(fitting, strict=False)
+    _fill_put_aside(model, {name: state[name] for name in put_aside.keys() & state})
+    return notes
+
+
+def _expected(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[Entries, Entries]:
+    """The entries of the model that ``state`` should have, and those of modules put aside by edits that it may have.
+
+    The state may be of the edited model, of the model before all edits, or of one before some of them.
+    """
     own = model.state_dict()
-    state = _adapted(model, state, own)
-    found_heads = heads(model)
     added, aside = changes(model)
-    before = {f"{name}.{key}": value for name, old in aside.items() for key, value in old.state_dict().items()}
+    put_aside = {f"{name}.{key}": value for name, old in aside.items() for key, value in old.state_dict().items()}
     for place, old in aside.items():  # where the state has the old block, it is of a model from before that edit
         theirs = {f"{place}.{key}" for key in old.state_dict()}
         ours = {name for name in added if name.startswith(f"{place}.")}
         if (theirs - ours) & state.keys() and not (ours - theirs) & state.keys():
             own = {name: value for name, value in own.items() if name not in ours}
             added -= ours
-    new, old_alone = (
-        added - before.keys(),
-        before.keys() - added,
-    )  # a layer may have names of the block that it replaced
-    if new & state.keys() or (added & state.keys() and not old_alone & state.keys()):  # the state of the edited model
-        before = {name: before[name] for name in old_alone}
-    else:
-        own = {name: value for name, value in own.items() if name not in added}
-    fitting: dict[str, Tensor] = {}
+    new = added - put_aside.keys()  # a layer may have names of the block that it replaced
+    old_alone = put_aside.keys() - added
+    is_edited = new & state.keys() or (added & state.keys() and not old_alone & state.keys())
+    if is_edited:
+        return own, {name: put_aside[name] for name in old_alone}
+    return {name: value for name, value in own.items() if name not in added}, put_aside
+
+
+def _compared(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], head_names: Collection[str]
+) -> tuple[Entries, list[str], list[str]]:
+    """The entries that fit; a line about each of the classifier that does not, and one about each other."""
+    fitting: Entries = {}
     notes: list[str] = []
     wrong: list[str] = []
     for name, value in own.items():
-        head = any(model.get_submodule(name.rpartition(".")[0]) is layer for layer in found_heads)
+        is_head = name.rpartition(".")[0] in head_names
         if name in state and state[name].shape == value.shape:
             fitting[name] = state[name]
         elif name in state:
             shapes = f"{name}: {list(state[name].shape)} there, {list(value.shape)} here"
-            (notes if head else wrong).append(f"{shapes}: skipped, starts fresh" if head else shapes)
+            (notes if is_head else wrong).append(f"{shapes}: skipped, starts fresh" if is_head else shapes)
         elif not name.endswith("num_batches_tracked"):
-            (notes if head else wrong).append(f"{name}: not there, starts fresh" if head else f"{name} is missing")
-    wrong += [f"{name} belongs to no layer" for name in state if name not in own and name not in before]
-    wrong += [f"{name} has another shape" for name in before.keys() & state if before[name].shape != state[name].shape]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise UlsamError(f"{source} does not fit this model: {wrong[0]}{more}")
-    model.load_state_dict(fitting, strict=False)
-    for place, old in aside.items():
-        keys = {key: f"{place}.{key}" for key in old.state_dict()}
-        filled = {key: state[name] for key, name in keys.items() if name in before.keys() & state}
-        old.load_state_dict(filled, False)
-        note_weights(old, all(key in filled for key in keys if not key.endswith("num_batches_tracked")))
-    return notes
+            lacks = f"{name}: not there, starts fresh" if is_head else f"{name} is missing"
+            (notes if is_head else wrong).append(lacks)
+    return fitting, notes, wrong
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    found = heads(model)
+    return {name for name, module in model.named_modules() if any(module is head for head in found)}
+
+
+def _fill_put_aside(model: nn.Module, filling: Mapping[str, Tensor]) -> None:
+    """Fill the modules that edits put aside, as far as it goes, and note whether each is whole."""
+    for place, old in changes(model)[1].items():
+        names = {key: f"{place}.{key}" for key in old.state_dict()}
+        filled = {key: filling[name] for key, name in names.items() if name in filling}
+        old.load_state_dict(filled, strict=False)
+        note_weights(old, all(key in filled for key in names if not key.endswith("num_batches_tracked")))
 
 
 def _adapted(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
