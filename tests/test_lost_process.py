@@ -6,7 +6,7 @@ import pytest
 
 from ulsam.base.distributed import lost_processes
 from ulsam.base.errors import LostProcess
-from ulsam.training.parts import stop_signals
+from ulsam.training.signals import stop_signals
 
 
 def test_an_error_in_a_single_process_stays_what_it_is() -> None:

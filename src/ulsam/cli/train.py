@@ -37,14 +37,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ulsam.training import parts
+    from ulsam.training import signals
     from ulsam.training.machine import keep_freed_memory
     from ulsam.training.summary import result_lines
     from ulsam.training.train import resume, train
 
     keep_freed_memory()
     if "WORLD_SIZE" in os.environ:  # torchrun's
-        parts.AFTER_LOSS = signal.SIG_IGN
+        signals.AFTER_LOSS = signal.SIG_IGN
     if args.resume:
         if args.out or args.config:
             raise UlsamError("--resume continues in its own folder with its own settings: leave --out and --config out")

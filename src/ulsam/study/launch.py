@@ -24,8 +24,8 @@ from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.epoch_lines import EpochLines
 from ulsam.study.grid import Failed, Grid, Run
 from ulsam.training.config import TrainConfig
-from ulsam.training.parts import stop_signals
 from ulsam.training.restore import CHANGEABLE_ON_RESUME
+from ulsam.training.signals import stop_signals
 
 PAUSE = 0.2  # seconds between two looks at the runs that were started
 OTHERS = 5.0  # seconds between two looks at what other processes have done: each reads the whole plan

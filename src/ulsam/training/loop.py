@@ -37,8 +37,10 @@ from ulsam.training.label_scores import LabelScores, evaluate_label_batches
 from ulsam.training.optimizers import load_optimizer
 from ulsam.training.probe import probe
 from ulsam.training.reconstruct_first import reconstruct_model
+from ulsam.training.signals import stop_signals
 from ulsam.training.step import TrainingStep
 from ulsam.training.trackers import open_trackers
+from ulsam.training.unreadable import Unreadable
 
 
 class Trainer:
@@ -98,8 +100,8 @@ class Trainer:
         self.at = Position()
         self.best: best.State | None = None  # weights of the best epoch, where they are to be kept
         self.unreadable = {
-            "train": parts.Unreadable(len(self.train_images), config.max_unreadable, world.writes),
-            "val": parts.Unreadable(len(self.val_images), config.max_unreadable, world.writes),
+            "train": Unreadable(len(self.train_images), config.max_unreadable, world.writes),
+            "val": Unreadable(len(self.val_images), config.max_unreadable, world.writes),
         }
 
     def prepare(self) -> None:
@@ -201,7 +203,7 @@ class Trainer:
             leave=True,
             shown=world.writes,
         )
-        with bar, parts.stop_signals() as stopping, self._resumable(), parts.clear_errors():
+        with bar, stop_signals() as stopping, self._resumable(), parts.clear_errors():
             saved_at = time.monotonic()
             while not self._done:
                 bar.set_description(f"epoch {self.at.epoch + 1}/{config.epochs}")

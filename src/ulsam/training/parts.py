@@ -1,11 +1,7 @@
 """What a training run is made of: images, model, batches, optimizer, each built from the settings."""
 
 import dataclasses
-import logging
-import os
 import random
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +14,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ulsam.base.distributed import World
-from ulsam.base.errors import LostProcess, MachineError, UlsamError, first_line, is_out_of_memory
+from ulsam.base.errors import MachineError, UlsamError, first_line, is_out_of_memory
 from ulsam.base.extras import installed
-from ulsam.base.logs import say
-from ulsam.base.processes import active_stop_signals
 from ulsam.base.reading import machine_fault
 from ulsam.data import loading, opening, sources
 from ulsam.data.augment import TrainTransform
@@ -239,29 +233,6 @@ def smoothed(labels: Tensor, smoothing: float) -> Tensor:
     return labels * (1 - smoothing) + smoothing / 2
 
 
-class Unreadable:
-    """Images that any process could not read: each is named once, and too many of them end the run."""
-
-    def __init__(self, total: int, largest_share: float, reports: bool = True) -> None:
-        self.limit = max(3, int(total * largest_share))
-        self.reports = reports
-        self.reasons: dict[str, str] = {}
-
-    def add(self, found: Iterable[tuple[str, str]]) -> None:
-        """Note what was met; all processes note the same, so that all end.
-
-        Raises:
-            UlsamError: more than the largest share of all images (and more than 3) cannot be read.
-        """
-        for name, reason in found:
-            if name not in self.reasons:
-                self.reasons[name] = reason
-                if self.reports:
-                    say(f"unreadable {reason}", level=logging.WARNING)
-        if len(self.reasons) > self.limit:
-            raise UlsamError(f"more than {self.limit} images cannot be read (named above): see `max_unreadable`")
-
-
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn what is no bug, but a limit of the machine or of the model, into one line.
@@ -283,46 +254,6 @@ def clear_errors() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise UlsamError("BatchNorm cannot train on one image at a time here: use `batch_size=2` or more") from error
-
-
-#: What SIGTERM does for good once another process was lost; None: what it did before. The command line, whose process
-#: is all its own, ignores it, so that it can say how to resume.
-AFTER_LOSS: Any = None
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it, the first Ctrl-C, SIGTERM or SIGHUP only makes the yielded function true; a second one acts as ever.
-
-    Outside the main thread, where Python sets no handlers, signals act as ever. Where another process is gone, torchrun
-    sends SIGTERM to the rest at once: see `AFTER_LOSS`.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    seen: list[int] = []
-    before = {number: signal.getsignal(number) for number in active_stop_signals()}
-    terminals = [number for number in (1, 2) if os.isatty(number)]
-
-    def note(number: int, _: Any) -> None:
-        seen.append(number)
-        signal.signal(number, before[number])
-        if number == getattr(signal, "SIGHUP", None):  # what is written to a terminal that is gone is an error
-            for output in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-        os.write(2, b"\nulsam: saving and stopping; once more stops at once\n")
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(seen)
-    except LostProcess:
-        if AFTER_LOSS is not None:
-            before[signal.SIGTERM] = AFTER_LOSS
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

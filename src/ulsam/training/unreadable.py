@@ -1,0 +1,30 @@
+"""Images that cannot be read: a few are left out and named, too many end the run."""
+
+import logging
+from collections.abc import Iterable
+
+from ulsam.base.errors import UlsamError
+from ulsam.base.logs import say
+
+
+class Unreadable:
+    """Images that any process could not read: each is named once, and too many of them end the run."""
+
+    def __init__(self, total: int, largest_share: float, reports: bool = True) -> None:
+        self.limit = max(3, int(total * largest_share))
+        self.reports = reports
+        self.reasons: dict[str, str] = {}
+
+    def add(self, found: Iterable[tuple[str, str]]) -> None:
+        """Note what was met; all processes note the same, so that all end.
+
+        Raises:
+            UlsamError: more than the largest share of all images (and more than 3) cannot be read.
+        """
+        for name, reason in found:
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                if self.reports:
+                    say(f"unreadable {reason}", level=logging.WARNING)
+        if len(self.reasons) > self.limit:
+            raise UlsamError(f"more than {self.limit} images cannot be read (named above): see `max_unreadable`")
