@@ -20,6 +20,7 @@ from ulsam.study.launch import Launcher, LocalLauncher, refuse_torchrun, run_all
 from ulsam.study.ray_launcher import RayLauncher, require_ray
 from ulsam.training.config import TrainConfig
 from ulsam.training.probe import SETTINGS, resolve_auto, undecided
+from ulsam.training.settings import TrainSettings
 
 __all__ = ["compare", "report"]
 
@@ -37,7 +38,7 @@ def compare(
     tried_seeds: int = 1,
     tried_within: float = CLOSE,
     choose_split: str | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: TrainSettings | Mapping[str, Any] | None = None,
     jobs: int | None = None,
     launcher: Literal["local", "ray"] = "local",
     ray_address: str | None = None,

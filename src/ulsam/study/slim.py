@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.evaluate import evaluate_batches, spec_transform
 from ulsam.training.sample import draw_sample
+from ulsam.training.settings import TrainSettings
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
 from ulsam.training.summary import cost_entry, score_entry
 from ulsam.training.train import resume, train
@@ -58,7 +59,7 @@ RESERVED_SETTINGS = (
 
 def slim(
     model: nn.Module | str | os.PathLike[str],
-    data: str,
+    data: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     spec: ModelSpec | None = None,
@@ -75,7 +76,7 @@ def slim(
     threads: int | None = None,
     seconds: float = 20.0,
     fine_tune: bool = True,
-    settings: Mapping[str, Any] | None = None,
+    settings: TrainSettings | Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Replace blocks of a trained model so that it fits a budget, with the least damage, and restore its accuracy.
 
@@ -141,7 +142,7 @@ def slim(
     original, spec = model_and_spec(model, spec)
     spec.check_one_class("slimming")
     file = out / ORIGINAL if isinstance(model, nn.Module) or is_pretrained_name(model) else model
-    config = fine_tuning(file, spec, data, settings or {})
+    config = fine_tuning(file, spec, os.fspath(data), cast(Mapping[str, Any], settings or {}))
     with _resumable(out):
         record = _choose(asked, out, original, spec, config, locate(file))
         chosen = [*config.edits, asked.edit(record.data["chosen"]["blocks"])]
