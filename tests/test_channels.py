@@ -289,7 +289,9 @@ def test_a_gray_model_is_quantized(gray: Path, tmp_path: Path) -> None:
     assert named.error is None
 
 
-@pytest.mark.parametrize("channels", [2, 4, 6])
+@pytest.mark.parametrize(
+    "channels", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_more_channels_from_training_to_deployment(channels: int, tmp_path: Path) -> None:
     data = draw_pages(tmp_path / "data", channels)
     look = {"mean": [0.4] * channels, "std": [0.2] * channels}

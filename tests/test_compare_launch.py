@@ -51,7 +51,9 @@ def test_a_run_is_resumed_with_the_settings_that_may_differ(changed: dict[str, A
     assert TrainConfig(data="birds", **given) == config
 
 
-@pytest.mark.parametrize(("settings", "diverged"), [({"lr": 1e30}, True), ({"batch_size": 1000}, False)])
+@pytest.mark.parametrize(
+    ("settings", "diverged"), [({"lr": 1e30}, True), pytest.param({"batch_size": 1000}, False, marks=pytest.mark.slow)]
+)
 def test_what_its_process_prints_says_whether_a_run_diverged(
     settings: dict[str, Any], diverged: bool, data: Path, tmp_path: Path
 ) -> None:

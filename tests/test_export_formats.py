@@ -119,6 +119,7 @@ def test_half_is_float16_inside_and_float32_outside(saved, tmp_path, capsys):
     assert near(found, expected, HALF_TOLERANCE) and not near(found, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_half_takes_open_sizes_and_normalized_images(tmp_path):
     spec = MODELS["inserted"]
     model = build(spec)[0].eval()
@@ -170,7 +171,9 @@ def test_a_file_in_half_precision_is_not_quantized(tmp_path, capsys):
     assert "half.onnx is in float16: name the file in float32, or the model file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
+@pytest.mark.parametrize(
+    "half", [pytest.param(False, id="float32"), pytest.param(True, id="half", marks=pytest.mark.slow)]
+)
 def test_bytes_go_into_a_cast_and_nowhere_else(half):
     """TensorRT has no other operation on bytes."""
     spec = MODELS["inserted"]
@@ -198,7 +201,9 @@ def test_without_its_package_a_format_says_what_to_install(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "half"])
+@pytest.mark.parametrize(
+    "half", [pytest.param(False, id="float32"), pytest.param(True, id="half", marks=pytest.mark.slow)]
+)
 def test_core_ml_has_the_models_weights_and_operations(saved, half, tmp_path, monkeypatch, capsys):
     """Its program and weights are read back from the package, and computed operation by operation."""
     pytest.importorskip("coremltools")

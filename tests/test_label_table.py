@@ -257,6 +257,7 @@ def test_check_reads_tables(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_comparing_slimming_and_reporting_take_tables(
     folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -372,6 +372,7 @@ def test_the_maps_of_its_layers_can_be_inspected(
     assert "blocks.1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_broken_run_resumes_to_the_same_end(interpreter: Warm, table: Path, tmp_path: Path) -> None:
     settings = {**RECIPE, "epochs": 3, "mixup": 0.3, "cutmix": 0.5, "ema": 0.9, "save_seconds": 0, "workers": 1}
     whole, stopped, killed = (tmp_path / name for name in ("whole", "stopped", "killed"))
@@ -463,6 +464,7 @@ def test_specs_of_several_labels() -> None:
             ModelSpec.from_json(spec.to_json().replace("[0.25, 0.5]", text))
 
 
+@pytest.mark.slow
 def test_a_service_names_labels(table: Path, run: Path, tmp_path: Path) -> None:
     pytest.importorskip("fastapi")
     from serving import form, service
