@@ -24,8 +24,11 @@ os.environ.pop("PYTHONUNBUFFERED", None)
 # A module for the start of other processes: imported here, it takes names away from this one.
 collect_ignore = ["windows"]
 
-# Ctrl-C works. `nohup make test &` in a script ignores it, and what ignores it passes that on.
+# Ctrl-C works, and so does the end of a terminal. `nohup make test &` in a script ignores both, and what ignores them
+# passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # A machine may be slow, or emulated.

@@ -493,7 +493,7 @@ def test_a_rate_that_is_too_high_is_a_result_and_no_failure(data: Path, tmp_path
     for arm in result["arms"]:
         assert (arm["lr"], arm["failed"], arm["missing"], arm["seeds"]) == (0.02, [], 0, [0])
         assert "the loss is nan" in arm["tries"][1]["failed"]
-    assert any(note.startswith("slim: rate 1e+30 (1 epochs) failed: the loss") for note in result["notes"])
+    assert any(note.startswith("slim: rate 1e+30 (1 epochs) failed: diverged: the loss") for note in result["notes"])
     assert main(["compare", "--report-only", "--out", str(tmp_path)]) == 0
     assert "1 failed" not in (tmp_path / "compare.md").read_text()
     assert run_here(tmp_path, data, ARMS, **given) == (result, [])
