@@ -410,6 +410,7 @@ def test_a_run_of_an_earlier_choice_stays_on_record(finished: tuple[Path, dict[s
     assert published["scores"] == json.loads((earlier / "summary.json").read_text())["scores"]
 
 
+@pytest.mark.slow
 def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_path: Path) -> None:
     three = shutil.copytree(data, tmp_path / "three")
     shutil.copytree(three / "val", three / "test")
@@ -621,6 +622,7 @@ def test_images_that_the_start_was_trained_on_are_no_held_out_ones(data: Path, t
     assert seen_before(tries) == []
 
 
+@pytest.mark.slow
 def test_a_locked_run_is_left_to_the_other_process(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

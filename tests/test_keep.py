@@ -126,7 +126,7 @@ def test_patience_counts_epochs_where_not_every_one_is_measured(data: Path, tmp_
     assert measured[-2] == best and len(summary["epochs"]) == best + 2
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.5])
+@pytest.mark.parametrize("ema", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_after_the_best_epoch_ends_the_same(ema: float, data: Path, tmp_path: Path) -> None:
     chosen = config(data, keep="best", patience=2, ema=ema)
     whole = train(chosen, tmp_path / "whole")

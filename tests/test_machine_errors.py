@@ -123,6 +123,7 @@ def test_an_error_in_a_reading_process_stays_one_line(tmp_path: Path) -> None:
         list(eval_loader(images, EVAL, batch_size=1, workers=1))
 
 
+@pytest.mark.slow
 def test_too_many_open_files_lose_no_shard(folder: Path, tmp_path: Path) -> None:
     draw_shards(tmp_path, folder / "train")
     names = str(tmp_path / "names.txt")

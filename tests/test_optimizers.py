@@ -159,6 +159,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 # runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

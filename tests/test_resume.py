@@ -443,6 +443,7 @@ def test_two_processes_train_compiled(
         torch.testing.assert_close(ours[name], value, atol=1e-2, rtol=1e-1)
 
 
+@pytest.mark.slow
 def test_too_many_bad_images_end_all_processes(interpreter: Warm, tmp_path: Path) -> None:
     data, log = draw_splits(tmp_path / "data"), tmp_path / "log"
     bad = sorted((data / "train").rglob("*.png"))[::4]

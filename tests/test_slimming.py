@@ -693,6 +693,7 @@ def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, lo
         assert numbers == ([] if again else [1, *range(3, sets + 1)])  # the base, both blocks, and the others
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_it_resumes_to_the_same_end(model, data, slimmed, interpreter, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     argv = ["slim", str(model), str(data), "--out", str(out), "--params", "0.85", "--at", AT]
