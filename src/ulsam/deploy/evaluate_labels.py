@@ -105,7 +105,13 @@ def evaluate_labels(
     Args:
         model: a model file, or NAME.onnx of `ulsam.export`; or a model in memory, which is moved to the device.
         data: a CSV of paths and labels.
-        spec, split, data_dir, classes_by_number, batch_size, workers, device: as of `ulsam.evaluate`.
+        spec: of a model in memory.
+        split: of the table, as of `ulsam.evaluate`.
+        data_dir: where the paths of the table count from.
+        classes_by_number: take the data's classes for the model's by their position.
+        batch_size: images a step.
+        workers: processes that read images.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
 
     Raises:
         UlsamError: as of `ulsam.evaluate`; or the model gives one class an image, or the data has.
