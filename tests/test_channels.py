@@ -183,15 +183,7 @@ def test_weights_for_rgb_are_adapted_so_that_gray_gives_the_same(tmp_path: Path)
     with torch.no_grad():
         torch.testing.assert_close(gray.eval()(x), rgb.eval()(x.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4)
     for channels in (2, 6):
-        spec = ModelSpec(
-            TINY_MODEL,
-            ("a", "b"),
-            (),
-            {"in_chans": channels},
-            (channels, 32, 32),
-            mean=(0.4,) * channels,
-            std=(0.2,) * channels,
-        )
+        spec = spec_of(channels)
         model, _ = build(spec, weights=tmp_path / "rgb.safetensors")
         expected = timm.models.adapt_input_conv(channels, rgb.conv_stem.weight)
         torch.testing.assert_close(model.conv_stem.weight, expected)
@@ -225,6 +217,11 @@ def gray(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 values = random.integers(0, 20_000, (36, 40)).astype(np.uint16) + np.uint16(40_000 * label)
                 Image.fromarray(values).save(root / split / f"class{label}" / f"{index}.png")
     return root
+
+
+def spec_of(channels: int) -> ModelSpec:
+    look = {"mean": (0.4,) * channels, "std": (0.2,) * channels}
+    return ModelSpec(TINY_MODEL, ("a", "b"), (), {"in_chans": channels}, (channels, 32, 32), **look)
 
 
 def settings_for(data: Path, channels: int, **settings: Any) -> TrainConfig:
@@ -320,15 +317,7 @@ def test_more_channels_from_training_to_deployment(channels: int, tmp_path: Path
 @pytest.mark.parametrize("channels", [1, 5])
 def test_a_pushed_model_keeps_its_first_convolution(channels: int, tmp_path: Path) -> None:
     """timm adapts a first convolution for RGB when it loads one; what is pushed has been adapted already."""
-    spec = ModelSpec(
-        TINY_MODEL,
-        ("a", "b"),
-        (),
-        {"in_chans": channels},
-        (channels, 32, 32),
-        mean=(0.4,) * channels,
-        std=(0.2,) * channels,
-    )
+    spec = spec_of(channels)
     model, _ = build(spec)
     ulsam.save(model, spec, tmp_path / "model.safetensors")
     folder = push(tmp_path / "model.safetensors", tmp_path / "pushed")

@@ -13,7 +13,7 @@ import torch
 from onnx.numpy_helper import to_array
 
 from serving import form, service
-from tiny import TINY_MODEL, options
+from tiny import SETTINGS, TINY_MODEL, options
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
@@ -38,16 +38,7 @@ def birds(tmp_path_factory) -> Path:
 def test_round_trip_from_images_to_int8(birds, tmp_path, capsys):
     """Train on drawn birds, fold and export, quantize, run without PyTorch, serve, and compare all by image."""
     run = tmp_path / "run"
-    settings = {
-        "model": TINY_MODEL,
-        "size": 32,
-        "batch_size": 8,
-        "epochs": 2,
-        "workers": 0,
-        "threads": 1,
-        "device": "cpu",
-    }
-    training = {**settings, "layout": "channels_last", "amp": "none", "compile": "none"}
+    training = {**SETTINGS, "layout": "channels_last", "amp": "none", "compile": "none"}
     edit = ["--insert", "blocks.1.0", "--form", "released"]
     assert main(["train", str(birds), *edit, "--out", str(run), *options(training)]) == 0
     model, whole, small = (run / name for name in ("model.safetensors", "model.onnx", "model-int8.onnx"))

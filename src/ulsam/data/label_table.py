@@ -163,7 +163,7 @@ def read_table(table: str | os.PathLike[str], several: bool | None = None) -> La
         raise UlsamError(f"{name} has a header, but no row: it names no image")
     labels, how = _labels(name, header, cells, found)
     rows = [
-        Row(number, row[found.path].strip(), own, _split(name, number, row, found))
+        Row(number, row[found.path].strip(), own, row_split(name, number, row, found))
         for (number, row), own in zip(cells, labels, strict=True)
     ]
     _check_twice(name, rows)
@@ -183,7 +183,11 @@ def read_table(table: str | os.PathLike[str], several: bool | None = None) -> La
 
 
 def table_images(
-    table: LabelTable, split: str | None = None, data_dir: str | os.PathLike[str] | None = None, min_classes: int = 2
+    table: LabelTable,
+    split: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    min_classes: int = 2,
+    files: Sequence[str | None] | None = None,
 ) -> Folder:
     """The images of a split of a table, None for all, as a folder of them would be.
 
@@ -192,15 +196,15 @@ def table_images(
         split: one of ``table.splits``.
         data_dir: where paths count from; by default the table's folder.
         min_classes: fewest classes that are accepted; of several labels an image, one is enough.
+        files: what :func:`table_files` found, where several splits are read.
 
     Raises:
-        UlsamError: images that are not there, or fewer classes.
+        UlsamError: as of :func:`table_files`; images that are not there, or fewer classes.
     """
-    root = Path(data_dir if data_dir is not None else Path(table.path).parent)
+    root = _root(table, data_dir)
+    files = table_files(table, data_dir) if files is None else files
     rows = [row for row in table.rows if split is None or row.split == split]
-    resolved = list(_files(root, table.rows))
-    _check_resolved_twice(table, resolved)
-    paths = [path for row, path in zip(table.rows, resolved, strict=True) if split is None or row.split == split]
+    paths = [path for row, path in zip(table.rows, files, strict=True) if split is None or row.split == split]
     lacking = [(row, path) for row, path in zip(rows, paths, strict=True) if path is None]
     if lacking:
         row = lacking[0][0]
@@ -318,7 +322,15 @@ def _from_columns(
     return labels
 
 
-def _split(table: str, number: int, row: Sequence[str], found: Columns) -> str | None:
+def row_split(table: str | os.PathLike[str], number: int, row: Sequence[str], found: Columns) -> str | None:
+    """The split that a row of cells names; None for a table without splits.
+
+    Raises:
+        UlsamError: the name of no split.
+
+    >>> row_split("labels.csv", 2, ["a.jpg", "wren", "Valid"], Columns(path=0, label=1, split=2))
+    'val'
+    """
     if found.split is None:
         return None
     split = SPLITS.get(row[found.split].strip().lower())
@@ -327,8 +339,20 @@ def _split(table: str, number: int, row: Sequence[str], found: Columns) -> str |
     return split
 
 
-def _check_resolved_twice(table: LabelTable, files: Sequence[str | None]) -> None:
-    """Raise where two rows mean one file by different paths: with and without its ending, or from another folder."""
+def _root(table: LabelTable, data_dir: str | os.PathLike[str] | None) -> Path:
+    return Path(data_dir if data_dir is not None else Path(table.path).parent)
+
+
+def table_files(table: LabelTable, data_dir: str | os.PathLike[str] | None = None) -> list[str | None]:
+    """The file of each row, of all splits; None where there is none.
+
+    Args:
+        table, data_dir: as of :func:`table_images`.
+
+    Raises:
+        UlsamError: two rows mean one file by different paths: with and without its ending, or from another folder.
+    """
+    files = list(_files(_root(table, data_dir), table.rows))
     seen: dict[str, Row] = {}
     for row, file in zip(table.rows, files, strict=True):
         if file is not None and seen.setdefault(os.path.abspath(file), row) is not row:
@@ -337,6 +361,7 @@ def _check_resolved_twice(table: LabelTable, files: Sequence[str | None]) -> Non
                 f"{table.path}, row {row.number}: {row.path} is the file of row {before.number}, {before.path}: leave "
                 "one of them out"
             )
+    return files
 
 
 def _check_twice(table: str, rows: Iterable[Row]) -> None:

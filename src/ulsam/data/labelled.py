@@ -1,5 +1,6 @@
 """Image folders and tables of labels, read alike: which splits there are, and the images of each."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from ulsam.base.errors import UlsamError
 from ulsam.data.folder import Folder, find_splits, scan
-from ulsam.data.label_table import is_table, read_table, table_images
+from ulsam.data.label_table import is_table, read_table, table_files, table_images
 from ulsam.data.layouts import with_advice
 
 
@@ -65,12 +66,13 @@ def labelled(
     name = os.fspath(data)
     if is_table(name):
         table = read_table(name, several)
+        files = functools.cache(lambda: table_files(table, data_dir))  # looked up once for all splits
         return Labelled(
             name,
             table.splits,
             table.several,
             table.note,
-            lambda split, least: table_images(table, split, data_dir, least),
+            lambda split, least: table_images(table, split, data_dir, least, files()),
         )
     splits = find_splits(name)
     if several:

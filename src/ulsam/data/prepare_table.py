@@ -8,8 +8,7 @@ from pathlib import Path
 from ulsam.base.errors import UlsamError, a_few
 from ulsam.base.files import check_empty, whole_folder
 from ulsam.base.logs import progress
-from ulsam.data.folder import SPLITS
-from ulsam.data.label_table import LABELS, PATHS, columns, image_file, read_cells
+from ulsam.data.label_table import LABELS, PATHS, columns, image_file, read_cells, row_split
 
 
 def prepare_table(table: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, int]:
@@ -41,12 +40,9 @@ def prepare_table(table: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     copies: dict[Path, Path] = {}
     for number, row in rows:
         path, label = row[found.path].strip(), row[found.label].strip()
-        split = None if found.split is None else SPLITS.get(row[found.split].strip().lower())
         if not label or label.startswith(".") or Path(label).name != label or "\\" in label:
             raise UlsamError(f"{table}, row {number}: {label!r} is no name of a folder")
-        if found.split is not None and split is None:
-            given = row[found.split]
-            raise UlsamError(f"{table}, row {number}: the split is {given!r}, not one of {', '.join(SPLITS)}")
+        split = row_split(table, number, row, found)
         source = image_file(table.parent, path)
         if source is None:
             raise UlsamError(f"{table}, row {number}: no image {table.parent / path}")

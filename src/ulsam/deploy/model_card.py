@@ -50,7 +50,8 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
     config = summary["config"]
     kept = summary.get("kept", {"chosen_on": None})
     chosen = f", of which the weights of epoch {kept['epoch']} are kept" if kept["chosen_on"] else ""
-    on = f"On {scores['images']} {summary['split']} images of {_plain(PurePath(_slashes(config['data'])).name)}"
+    data = PurePath(config["data"].replace("\\", "/")).name
+    on = f"On {scores['images']} {summary['split']} images of {_plain(data)}"
     on += ", which also chose the epoch (the scores are optimistic)" if kept["chosen_on"] else ""
     if "map" in scores:
         shown = [
@@ -100,10 +101,6 @@ def _usage(name: str, spec: ModelSpec) -> list[str]:
         f'for found in ulsam.predict("hf-hub:{name}", ["image.jpg"]):',
         "    print(found.classes)",
     ]
-
-
-def _slashes(path: str) -> str:
-    return path.replace("\\", "/")
 
 
 def _plain(text: str) -> str:

@@ -62,7 +62,7 @@ class Explainer:
         self.transform = spec_transform(spec)
         if self.transform.channels not in (1, 3):
             raise UlsamError(
-                f"pictures explain models of RGB or gray images; this one takes {self.transform.channels} channels"
+                f"maps explain models of RGB or gray images; this one takes {self.transform.channels} channels"
             )
         self.attention = {name: module for name, module in model.named_modules() if isinstance(module, ULSAM)}
         self.places = paper_places(model)
