@@ -108,6 +108,7 @@ int ulsam_run(const struct job *job) {
     int best = ulsam_isa(), isa = job->isa ? (int)job->isa : best;
     if (isa > best) return -2;
 #ifdef __x86_64__
+    if (!job->isa && isa == 3 && !job->channels_last && job->W <= 8) isa = 2; /* such a row would fill half a vector */
     if (isa == 3) return ulsam_run_avx512(job);
     if (isa == 2) return ulsam_run_avx2(job);
 #endif

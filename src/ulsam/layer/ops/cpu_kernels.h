@@ -696,41 +696,60 @@ INLINE int64_t row_vectors(const struct job *job) {
     int64_t n = (job->W + V - 1) / V;
     return job->H && n * V * 4 <= job->W * 5 ? n : 0;
 }
-/* the maxima of each 3 pixels of a row, V of them from p on */
-INLINE vf row_window(const void *x, int64_t p, vf scale, vi first, vi last, int bf16) {
+/* sums[i] += the weighted maxima of the 3x3 pixels, V of them from p + i * W on; `first` and `last` are the row's ends */
+INLINE vf weighted(vf m, vf shift, vf weight, int relu) { return weight * (relu ? positive(m + shift) : m); }
+INLINE vf row_maxima_at(const void *x, int64_t p, vf scale, vi first, vi last, int bf16) {
     vf here = load(x, p, bf16, V) * scale, left = load(x, p - 1, bf16, V) * scale, right = load(x, p + 1, bf16, V) * scale;
     left = (vf)((vi)left | first), right = (vf)((vi)right | last); /* -1 is a NaN, which vmax passes over */
     return max3(left, here, right);
 }
+INLINE void add_windows(const struct unit *u, const void *x, int64_t c, int64_t p, vf *sums, int bf16, int relu) {
+    const struct job *job = u->job;
+    int64_t H = job->H, W = job->W;
+    vf scale = splat(job->scale[c]), shift = splat(relu ? job->shift[c] : 0), weight = splat(job->weight[c]);
+    vi first = NUMBERS == (int32_t)-p, last = NUMBERS >= (int32_t)(W - 1 - p);
+    vf here = row_maxima_at(x, p, scale, first, last, bf16), above = here;
+    for (int64_t i = 1; i < H; i++, sums++) {
+        vf below = row_maxima_at(x, p += W, scale, first, last, bf16);
+        *sums += weighted(max3(above, here, below), shift, weight, relu);
+        above = here, here = below;
+    }
+    *sums += weighted(vmax(above, here), shift, weight, relu);
+}
+/* the same where a row is shorter than a vector: behind its end come NaNs, which turning a vector brings before it, too */
+INLINE vf short_window(vf m, vi behind) {
+    m = (vf)((vi)m | behind);
+    return max3(permute(m, (NUMBERS + V - 1) % V), m, permute(m, (NUMBERS + 1) % V));
+}
+INLINE void add_short_windows(const struct unit *u, const void *x, int64_t c, vf *sums, int bf16, int relu) {
+    const struct job *job = u->job;
+    int64_t H = job->H, W = job->W, p = 0;
+    vf scale = splat(job->scale[c]), shift = splat(relu ? job->shift[c] : 0), weight = splat(job->weight[c]);
+    vi behind = NUMBERS >= (int32_t)W;
+    vf here = load(x, p, bf16, V) * scale, above = here;
+    for (int64_t i = 1; i < H; i++, sums++) {
+        vf below = load(x, p += W, bf16, V) * scale;
+        *sums += weighted(short_window(max3(above, here, below), behind), shift, weight, relu);
+        above = here, here = below;
+    }
+    *sums += weighted(short_window(vmax(above, here), behind), shift, weight, relu);
+}
 INLINE void logits_rows(const struct unit *u, int bf16, int relu) {
     const struct job *job = u->job;
-    int64_t G = job->C / job->g, H = job->H, W = job->W, vectors = row_vectors(job);
-    for (int64_t c = u->c0; c < u->c1; c++) {
-        int64_t n = (c - u->c0) / G;
-        const void *x = plane_of(u, job->x, c, bf16);
-        vf scale = splat(job->scale[c]), shift = splat(relu ? job->shift[c] : 0), weight = splat(job->weight[c]);
-        for (int64_t k = 0; k < vectors; k++) {
-            int64_t p = k * V + V <= W || !k ? k * V : W - V; /* the last one again from the row's end */
-            vi first = NUMBERS == (int32_t)-p, last = NUMBERS >= (int32_t)(W - 1 - p);
-            vf *sums = u->sums + k * H;
-            vf here = row_window(x, p, scale, first, last, bf16), above = here;
-            for (int64_t i = 1; i < H; i++, sums++) {
-                vf below = row_window(x, p += W, scale, first, last, bf16), m = max3(above, here, below);
-                if (relu) m = positive(m + shift);
-                *sums += weight * m;
-                above = here, here = below;
-            }
-            vf m = vmax(above, here);
-            if (relu) m = positive(m + shift);
-            *sums += weight * m;
+    int64_t G = job->C / job->g, H = job->H, W = job->W, vectors = row_vectors(job), c = u->c0;
+    for (int64_t n = 0; n < u->n1 - u->n0; n++) {
+        for (int64_t k = 0; k < vectors * H; k++) u->sums[k] = (vf){0};
+        for (int64_t end = c + G; c < end; c++) {
+            const void *x = plane_of(u, job->x, c, bf16);
+            if (W < V)
+                add_short_windows(u, x, c, u->sums, bf16, relu);
+            else
+                for (int64_t k = 0; k < vectors; k++)
+                    add_windows(u, x, c, k * V + V <= W ? k * V : W - V, u->sums + k * H, bf16, relu); /* the last one from the row's end */
         }
-        if ((c + 1 - u->c0) % G) continue;
         for (int64_t k = 0; k < vectors; k++) {
             int64_t p = k * V + V <= W || !k ? k * V : W - V;
-            for (int64_t i = 0; i < H; i++) {
-                store(u->maps + n * u->ld, i * W + p, 0, (int)(W < V ? W : V), u->sums[k * H + i]);
-                u->sums[k * H + i] = (vf){0};
-            }
+            for (int64_t i = 0; i < H; i++) store(u->maps + n * u->ld, i * W + p, 0, (int)(W < V ? W : V), u->sums[k * H + i]);
         }
     }
 }
@@ -997,7 +1016,6 @@ static void prepare(struct unit *u, int64_t groups) {
             for (int64_t p = u->pixels; p < u->ld; p++) u->sums[t * u->ld + p] = (vf){0};
         return;
     }
-    for (int64_t k = 0; job->stages & LOGITS && k < row_vectors(job) * job->H; k++) u->sums[k] = (vf){0};
     for (int64_t p = 0; p < u->ld; p++) {
         u->no_left[p] = p < u->pixels && p % W ? 0 : -1;
         u->no_right[p] = p < u->pixels && (p + 1) % W ? 0 : -1;
