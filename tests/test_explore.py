@@ -205,16 +205,17 @@ def test_a_fifth_image_is_told_to_wait_and_the_four_are_answered(port: int) -> N
     assert ask(port, "/explain", content)[0] == 200
 
 
-def test_uploads_that_stop_or_stall_give_their_place_back(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = f"POST /explain HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\n".encode()
-    monkeypatch.setattr(app, "TIMEOUT", 0.3)
-    for _ in range(2 * app.PLACES):
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as gone:
-            gone.sendall(head + b"x")
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as stalled:
-        stalled.sendall(head + b"x")
-        assert stalled.makefile("rb").readline().startswith(b"HTTP/1.1 408")
-    assert ask(port, "/explain", png())[0] == 200
+def test_uploads_that_stop_or_stall_give_their_place_back() -> None:
+    with serving(two(), timeout=0.3) as port:
+        head = f"POST /explain HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\n".encode()
+        for _ in range(2 * app.PLACES):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as gone:
+                gone.sendall(head + b"x")
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as stalled:
+            stalled.sendall(head + b"x")
+            answer = stalled.makefile("rb").read()
+            assert answer.startswith(b"HTTP/1.1 408") and b"the upload took more than 0.3 seconds" in answer
+        assert ask(port, "/explain", png())[0] == 200
 
 
 @pytest.mark.parametrize(

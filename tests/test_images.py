@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from ulsam.base.errors import UlsamError
-from ulsam.data import images
 from ulsam.data.image_turns import TURNS
 from ulsam.data.images import UnreadableImage, read_image, read_pixels
 
@@ -240,7 +240,7 @@ def test_lines_are_refused_from_the_header(kind: str, monkeypatch: pytest.Monkey
     assert read_pixels(encoded(scene((400, 4)), kind)).shape == (4, 400, 3)
     lines = [encoded(Image.new("RGB", size), kind) for size in ((401, 4), (1, 60_000))]
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("the line was decoded"))
-    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("the line was decoded"))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("the line was decoded"))
     for line in lines:
         with pytest.raises(UnreadableImage, match=r"^<stream>: one side is more than 100 times as long as the other$"):
             read_pixels(line)

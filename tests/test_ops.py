@@ -34,9 +34,9 @@ ISAS = [1] if cpu.LIBRARY is None else list(range(1, cpu.LIBRARY.ulsam_isa() + 1
 
 
 @pytest.fixture(params=ISAS, ids=lambda isa: cpu.ISA_NAMES[isa])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(cpu, "isa", request.param)
-    return int(request.param)
+def isa(request: pytest.FixtureRequest) -> Iterator[int]:
+    with cpu.instruction_set(request.param):
+        yield int(request.param)
 
 
 def values(kind: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -138,8 +138,7 @@ def test_equals_the_definition_in_float64(
     spread = batch * height * width >= 8 and kind != "equal"
     assume(spread or not form.startswith("batch statistics"))
     case = Case((batch, groups * size, height, width), groups, form, kind, layout, dtype, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "isa", isa)
+    with cpu.instruction_set(isa):
         found = case.run("cpu")
     exact = case.run("reference", torch.float64)
     if form.startswith("batch statistics"):  # of equal values PyTorch's own float32 gradients are as far off
@@ -772,11 +771,9 @@ torch.testing.assert_close(found, reference.subspace_attention(*given)[0])
 
 @pytest.fixture(scope="module")
 def without_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the layer as it is where nothing could be compiled, and what is tried there."""
+    """A folder with the package as it is where nothing could be compiled, and what is tried there."""
     folder, package = tmp_path_factory.mktemp("without"), Path(cpu.__file__).parents[2]
-    for room in ("base", "layer"):
-        shutil.copytree(package / room, folder / "ulsam" / room, ignore=shutil.ignore_patterns("kernels.*", "__pyc*"))
-    shutil.copy(package / "__init__.py", folder / "ulsam")
+    shutil.copytree(package, folder / "ulsam", ignore=shutil.ignore_patterns("kernels.*", "__pyc*", "weights"))
     (folder / "tried.py").write_text(WITHOUT)
     return folder
 
@@ -784,11 +781,15 @@ def without_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_without_kernels_the_reference_does_it_and_one_warning_says_so(how: str, without_kernels: Path) -> None:
-    path = os.pathsep.join([str(without_kernels), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": ""}
-    words = [sys.executable, str(without_kernels / "tried.py"), how]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = run_in(without_kernels, str(without_kernels / "tried.py"), how)
     assert done.returncode == 0, done.stderr
+
+
+def run_in(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python with the package in this folder."""
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": ""}
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
 
 
 def with_isa(name: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -819,17 +820,22 @@ def test_an_instruction_set_that_is_not_there_is_refused(name: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"ulsam: error: ULSAM_ISA={name}: {why}\n")
 
 
-@pytest.mark.parametrize("missing", [False, True])
-def test_doctor_says_what_runs_and_why(
-    missing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if missing:
-        monkeypatch.setattr(cpu, "LIBRARY", None)
-        monkeypatch.setattr(cpu, "WHY_NONE", "no C compiler was found")
+def backend_in_float32(report: str) -> str:
+    rows = [line.split() for line in report.splitlines() if line.startswith("cpu ")]
+    return next(row[2] for row in rows if row[1] == "float32")
+
+
+@compiled
+def test_doctor_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines() if line.startswith("cpu ") and line.split()[1] == "float32"]
-    assert rows[0][2] == ("reference" if cpu.LIBRARY is None else "cpu")
-    assert ("no C kernels" in out) == (cpu.LIBRARY is None)
-    assert cpu.LIBRARY is not None or cpu.WHY_NONE in out
-    assert f"torch {torch.__version__}" in out
+    report = capsys.readouterr().out
+    assert backend_in_float32(report) == "cpu"
+    assert "no C kernels" not in report
+    assert f"torch {torch.__version__}" in report
+
+
+@pytest.mark.slow
+def test_doctor_says_why_there_are_no_kernels(without_kernels: Path) -> None:
+    report = run_in(without_kernels, "-m", "ulsam", "doctor").stdout
+    assert backend_in_float32(report) == "reference"
+    assert "cpu     no C kernels: ulsam was installed without them: there is no file" in report

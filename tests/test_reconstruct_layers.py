@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ulsam
+from stopping import stop_after
 from tiny import SETTINGS, TINY_MODEL, draw_shards, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.data.opening import open_data
@@ -321,18 +321,10 @@ def test_a_frozen_layer_is_fitted_and_stays_frozen() -> None:
     assert not model[1].is_new and not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_an_interrupted_fit_leaves_the_layer_new(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_fit_leaves_the_layer_new() -> None:
     model = ulsam.replace(small_model().train(), "1", layer=NARROW, width=2, input_size=SIZE)
     before = copy.deepcopy(model.state_dict())
-    step, steps = torch.optim.Adam.step, iter(range(5))
-
-    def stop(self: torch.optim.Adam, *args: Any) -> Any:
-        if next(steps) == 3:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch.optim.Adam, "step", stop)
+    with stop_after(3), pytest.raises(KeyboardInterrupt):
         reconstruct_layers(model, [images()])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model[1].training and all(parameter.grad is None for parameter in model.parameters())

@@ -20,6 +20,7 @@ from torch import nn
 
 import ulsam
 from tiny import draw_splits, options
+from ulsam.base import logs
 from ulsam.base.errors import UlsamError
 from ulsam.base.timing import Timing, time_in_turn
 from ulsam.cli import main
@@ -34,6 +35,7 @@ from ulsam.study.slim_budget import Budget
 from ulsam.study.slim_choose import BlockSearch
 from ulsam.study.slim_damage import Score, score
 from ulsam.study.slim_latency import call_of, check_engine
+from ulsam.study.slim_progress import SearchProgress
 from ulsam.study.slim_record import SlimRecord
 from ulsam.study.slim_report import choice_lines
 from ulsam.study.slim_stacked import can_stack, scores_together
@@ -682,15 +684,16 @@ def wait_for(event: Any) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_a_log_says_how_far_the_search_is(model, data, tmp_path, monkeypatch, logged):
-    monkeypatch.setattr("ulsam.study.slim_progress.INTERVAL", 0.0)  # a line for each pass
-    for again in range(2):
-        slim(model, str(data), tmp_path / "out", macs=0.97, at="16,17", fine_tune=False, settings=SETTINGS)
-        lines = [line for line in logged().splitlines() if line.startswith("damage ")]
-        sets = len(kept(tmp_path / "out")["measured"])
-        numbers = [int(re.search(r"so far: (\d+)", line)[1]) for line in lines]
-        assert numbers == ([] if again else [1, *range(3, sets + 1)])  # the base, both blocks, and the others
+@pytest.mark.parametrize(("interval", "said"), [(0.0, [1, 3, 4]), (1000.0, [])])
+def test_a_log_says_how_far_the_search_is(interval, said, logged):
+    with logs.progress(total=5, shown=False) as bar:
+        progress = SearchProgress(bar, "fewer `images`", interval)
+        for sets in (1, 2, 1):
+            progress.count(sets, 60.0 * sets)
+    lines = logged().splitlines()
+    assert [int(re.search(r"sets measured so far: (\d+)", line)[1]) for line in lines] == said
+    left = [f"about {more} min 0 s left for up to {more} more" for more in (4, 2, 1)]
+    assert all(rest in line for rest, line in zip(left, lines, strict=False))
 
 
 @pytest.mark.slow
