@@ -492,15 +492,19 @@ def test_compile_trains_as_eager_does() -> None:
 
 
 @pytest.mark.parametrize("form", ["equations", "released"])
-def test_ddp(form: str, tmp_path: Path) -> None:
+def test_ddp_has_the_gradients_of_the_model_alone(form: str, tmp_path: Path) -> None:
+    alone = nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8, 2, form=form))
+    model, steps = copy.deepcopy(alone), torch.randn(2, 2, 3, 5, 5)
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 1), ULSAM(8, 2, form=form)))
-        for _ in range(2):  # parameters without a gradient would stop the second step
-            model(torch.randn(2, 3, 5, 5)).square().sum().backward()
+        distributed = nn.parallel.DistributedDataParallel(model)
+        for images in steps:  # parameters without a gradient would stop the second step
+            distributed(images).square().sum().backward()
+            alone(images).square().sum().backward()
     finally:
         dist.destroy_process_group()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    for parameter, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -86,7 +86,7 @@ def test_it_starts_from_the_weights_that_it_has(data: Path, tmp_path: Path) -> N
     after = load_file(tmp_path / "run" / "weights.safetensors")
     for name in ("0.weight", "6.weight", "6.bias"):
         torch.testing.assert_close(after[name], before[name], atol=1e-7, rtol=0)
-    assert summary["prepared"]
+    assert summary["prepared"] is True
 
 
 def test_a_specs_model_ends_in_the_weights_of_its_own_run(data: Path, tmp_path: Path) -> None:
