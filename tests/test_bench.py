@@ -106,9 +106,9 @@ def test_csv_has_timms_columns_and_units():
         BenchRow(model="a", model_size=864, cost=found, **common, **times),
         BenchRow(model="b", model_size=1, cost=None, **common, **{**times, "ratio": None, "ratio_interval": None}),
     ]
-    told = csv_text(rows)
-    assert told.splitlines()[0].startswith(f"model,{TIMM},")
-    one, two = csv.DictReader(io.StringIO(told))
+    written = csv_text(rows)
+    assert written.splitlines()[0].startswith(f"model,{TIMM},")
+    one, two = csv.DictReader(io.StringIO(written))
     assert tuple(one) == COLUMNS
     assert one == {
         "model": "a",

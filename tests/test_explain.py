@@ -391,9 +391,9 @@ def test_the_right_cam_beats_chance_in_the_numbers() -> None:
 def test_field_marks_are_found_where_they_were_drawn(tmp_path: Path) -> None:
     root = draw_birds(tmp_path / "birds", classes=2, train=1, val=1, size=64)
     path = sorted(root.glob("val/*/*.jpg"))[0]
-    told = mark_boxes(path)
-    assert told is not None
-    size, boxes = told
+    found = mark_boxes(path)
+    assert found is not None
+    size, boxes = found
     spec = ModelSpec(TINY_MODEL, ("a", "b"), input_size=(3, 64, 64), crop_pct=1.0)
     areas = mark_areas(path, spec_transform(spec))
     assert size == 64 and areas is not None and set(areas) == {BIRD, *boxes}

@@ -179,7 +179,9 @@ def walk(images: FolderImages, found: Any) -> None:
     found.put((private_memory() - before, last, list(map(int, images.labels[-2:]))))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this system does not tell who has memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="this system does not report whose memory it is"
+)
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_paths_are_not_copied_into_the_reading_processes(method: str) -> None:
     number = 100_000  # of strings 20 MB are copied
