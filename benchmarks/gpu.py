@@ -82,7 +82,7 @@ class Machine:
 
 def correctness(machine: Machine, end: float) -> dict[str, Any]:
     """The kernels against the definition in float64, on this device: what was wrong, by case."""
-    from test_ops import FORMS, Case, check
+    from operator_cases import FORMS, Case, check
 
     found: dict[str, str] = {}
     shapes = [

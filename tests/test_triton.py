@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import ulsam.layer.ops
-from test_ops import FORMS, OPERATOR, UNUSUAL, Case, check, laid_out
+from operator_cases import FORMS, OPERATOR, UNUSUAL, Case, check, laid_out
 from ulsam.layer.ops import subspace_attention, which_backend
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
