@@ -48,23 +48,23 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(ROUNDS):
         for amp, compiled in CASES:
-            for way in ("handed back", "kept"):
+            for way in ("handed_back", "kept"):
                 case = json.dumps([way == "kept", amp, compiled])
                 out = subprocess.run([sys.executable, __file__, case], capture_output=True, text=True, check=True)
                 found.setdefault(f"{amp}, {compiled}, {way}", []).append(json.loads(out.stdout))
     cases = []
     for amp, compiled in CASES:
-        back, kept = (found[f"{amp}, {compiled}, {way}"] for way in ("handed back", "kept"))
+        back, kept = (found[f"{amp}, {compiled}, {way}"] for way in ("handed_back", "kept"))
         ratios = [one["seconds"] / other["seconds"] for one, other in zip(back, kept, strict=True)]
         cases.append(
             {
                 "amp": amp,
                 "compile": compiled,
-                "seconds": {"handed back": [one["seconds"] for one in back], "kept": [one["seconds"] for one in kept]},
+                "seconds": {"handed_back": [one["seconds"] for one in back], "kept": [one["seconds"] for one in kept]},
                 "times_faster": statistics.median(ratios),
                 "times_faster_of_each_round": ratios,
                 "peak_bytes": {
-                    "handed back": statistics.median(one["peak_bytes"] for one in back),
+                    "handed_back": statistics.median(one["peak_bytes"] for one in back),
                     "kept": statistics.median(one["peak_bytes"] for one in kept),
                 },
             }

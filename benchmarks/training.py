@@ -169,9 +169,9 @@ def rates(config: TrainConfig, turns: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         step = ours(config, folder)
         contenders: dict[str, Callable[[], Any]] = {
-            "ulsam train": lambda: (torch.set_num_threads(config.threads or threads), step()),
-            "timm loop, defaults": timm_loop(config, threads, best=False),
-            "timm loop, channels_last and bf16": timm_loop(config, threads, best=True),
+            "ulsam_train": lambda: (torch.set_num_threads(config.threads or threads), step()),
+            "timm_loop_defaults": timm_loop(config, threads, best=False),
+            "timm_loop_channels_last_bf16": timm_loop(config, threads, best=True),
         }
         found = in_turn(contenders, config.batch_size, turns)
     torch.set_num_threads(threads)
@@ -227,19 +227,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     random.seed(0)
-    missing = "not measured"
-    speed: dict[str, Any] = {"images a second": missing}
+    speed: dict[str, Any] = {"images_per_second": None}
     if args.data:
         config = dataclasses.replace(BASE, data=args.data, workers=args.workers, epochs=100)
         config = resolve_auto(adapt_to_device(config, CPU))
         found: dict[str, Any] = {**rates(config, args.turns)}
-        for name, flags in (("defaults", ""), ("best flags", "--channels-last --amp --amp-dtype bfloat16")):
-            script = args.timm_script and script_rate(args.timm_script, config, flags.split())
-            found[f"timm script, {name}"] = script or missing
-        speed = {"images a second": found, "config": dataclasses.asdict(config)}
+        for name, flags in (("defaults", ""), ("best_flags", "--channels-last --amp --amp-dtype bfloat16")):
+            script = args.timm_script
+            found[f"timm_script_{name}"] = script_rate(script, config, flags.split()) if script else None
+        speed = {"images_per_second": found, "config": dataclasses.asdict(config)}
         speed["config"]["data"] = Path(args.data).name
         for name, rate in found.items():
-            print(f"{name:40} {rate if rate == missing else f'{rate:.1f} images a second'}", flush=True)
+            print(f"{name:40} {f'{rate:.1f} images a second' if rate else 'not measured'}", flush=True)
     result = {
         "what": "MobileNet-V2, 160 px, batch 32: seconds a training step, and images a second with reading",
         "command": f"python benchmarks/training.py --seconds {args.seconds:g}"
