@@ -19,13 +19,13 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from turns import medians
 
 from ulsam import ULSAM
 from ulsam.base.provenance import processor
@@ -68,27 +68,6 @@ class Loop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = x.chunk(len(self.subspaces), 1)
         return torch.cat([subspace(part) for subspace, part in zip(self.subspaces, parts, strict=True)], 1)
-
-
-def medians(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Seconds a call of each contender: they take turns of about 4 milliseconds; the first of 4 or more is left out."""
-    calls = {}
-    for name, call in contenders.items():
-        call()
-        began = time.perf_counter()
-        call()
-        calls[name] = max(1, int(4e-3 / (time.perf_counter() - began)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
-        for name, call in contenders.items():
-            if calls[name] > 3:
-                call()
-            began = time.perf_counter()
-            for _ in range(calls[name]):
-                call()
-            times[name].append((time.perf_counter() - began) / calls[name])
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def inference(x: Tensor, groups: int, form: str, with_compile: bool, seconds: float) -> dict[str, float]:

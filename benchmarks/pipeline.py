@@ -26,12 +26,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from network import interval
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
-from training import in_turn, ours
+from training import ours, rates_in_turn
+from turns import interval
 
 from ulsam.base.provenance import processor
 from ulsam.data import loading
@@ -170,7 +170,7 @@ def training(folder: Path, size: int, turns: int, work: Path) -> dict[str, float
         steps[name] = ours(config, str(work / name))
     for _ in range(len(scan(folder, 1).samples) // BATCH):
         steps["memory"]()  # the first epoch fills it
-    rates = in_turn(steps, BATCH, turns)
+    rates = rates_in_turn(steps, BATCH, turns)
     ratios = [disk / memory for disk, memory in zip(*rates.values(), strict=True)]
     low, high = interval(ratios)
     middle = {name: statistics.median(found) for name, found in rates.items()}
