@@ -18,8 +18,6 @@ from ulsam.training.config import TrainConfig
 from ulsam.training.train import train
 
 RESOLVED = {**SETTINGS, "epochs": 1, "layout": "contiguous", "amp": "none", "compile": "none"}
-
-
 ARMS = ("base", "slim: insert blocks.2 g=4; size=24")
 
 

@@ -12,17 +12,9 @@ from ulsam.model.spec import Edit, ModelSpec
 from ulsam.training.config import TrainConfig
 
 ALONE = World(0, 1, torch.device("cpu"))
-
-
 CLASSES = ("class0", "class1", "class2")
-
-
 SIZE = (3, 64, 64)
-
-
 EDITS = ["insert blocks.3", "replace blocks.4.0.se"]
-
-
 PLACES = ["blocks.3.0", "blocks.4.0.se", "bn2"]
 
 

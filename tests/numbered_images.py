@@ -10,14 +10,8 @@ from ulsam.data.images import UnreadableImage
 from ulsam.data.loading import Batch
 
 PLAIN = {"crop_scale": (1.0, 1.0), "hflip": 0, "color_jitter": 0, "rand_augment": None, "random_erasing": 0}
-
-
 LOOK = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
-
-
 WHOLE = TrainTransform((3, 32, 32), **PLAIN, **LOOK)
-
-
 EVAL = EvalTransform((3, 32, 32), crop_pct=0.9, **LOOK)
 
 

@@ -11,11 +11,7 @@ from torch import Tensor
 from ulsam.layer.ops import cpu, subspace_attention
 
 OPERATOR = torch.ops.ulsam.subspace_attention.default
-
-
 compiled = pytest.mark.skipif(cpu.LIBRARY is None, reason="installed without the C kernels")
-
-
 ISAS = [1] if cpu.LIBRARY is None else list(range(1, cpu.LIBRARY.ulsam_isa() + 1))
 
 

@@ -4,11 +4,7 @@ import torch
 from torch import Tensor, nn
 
 V2 = "ulsam_mobilenetv2_100_insert_17"
-
-
 REPLACED = "ulsam_mobilenetv2_100_replace_14_17"
-
-
 SMALL = "mobilenetv2_050"
 
 

@@ -5,11 +5,7 @@ from pathlib import Path
 from typing import Any
 
 SIZE = (3, 32, 32)
-
-
 CLASSES = ("class0", "class1", "class2")
-
-
 SETTINGS: dict[str, Any] = {
     "epochs": 1,
     "batch_size": 8,

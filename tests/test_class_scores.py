@@ -105,7 +105,7 @@ def test_there_is_no_auc_of_more_numbers_than_are_kept():
 
 
 @pytest.mark.parametrize("classes", [3, pytest.param(90, marks=pytest.mark.slow)])
-def test_the_picture_is_drawn_whatever_the_number_of_classes(classes, tmp_path):
+def test_the_confusion_matrix_is_drawn_whatever_the_number_of_classes(classes, tmp_path):
     truths = np.arange(classes)
     scores = ClassScores(tuple(f"class $ {n}" for n in truths), truths, np.roll(truths, 1), np.full(classes, np.nan))
     (tmp_path / "a.png").write_bytes(confusion_png(scores))
@@ -115,7 +115,7 @@ def test_the_picture_is_drawn_whatever_the_number_of_classes(classes, tmp_path):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # not blank
 
 
-def test_eval_writes_the_table_and_the_picture(tmp_path: Path, capsys):
+def test_eval_writes_the_table_and_the_confusion_matrix(tmp_path: Path, capsys):
     torch.manual_seed(0)
     spec = make_spec(TINY_MODEL, ["class0", "class1", "class2"], size=32)
     save(build(spec)[0], spec, tmp_path / "model.safetensors")

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distilling import ALONE, CLASSES, EDITS, PLACES, SIZE, config, spec, update_norms
@@ -48,10 +47,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     save(model, its, path)
     return path
-
-
-def weights(run: Path, name: str = "model") -> dict[str, Tensor]:
-    return load_file(run / f"{name}.safetensors")
 
 
 # the run

@@ -312,9 +312,6 @@ def test_random_bytes(content: bytes) -> None:
     assert_reads_or_names(content)
 
 
-BEFORE = [b"", b"\xff", b"\xff\xd0", b"\xff\xfe\x00\x06\xff\xda\xff\xda", b"\xff\xe5\x00\x02"]
-
-
 @pytest.mark.parametrize("name", ["gone.jpg", "."])
 def test_files_that_cannot_be_opened(tmp_path, name):
     with pytest.raises(UnreadableImage, match=r"no such file|is a directory"):

@@ -56,8 +56,6 @@ REFUSED = [
     ["explore", "model.safetensors", "--port", "0"],
     ["report", "run", "--out", "new/report.html"],
 ]
-
-
 pytestmark = pytest.mark.slow
 
 

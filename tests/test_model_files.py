@@ -147,8 +147,6 @@ def with_spec(file: Path, path: Path, text: str) -> Path:
 
 
 NESTED = "[" * 100_000
-
-
 HOSTILE = [
     ({"base": "hf-hub:timm/resnet18.a1_in1k"}, "timm has no model 'hf-hub:timm/resnet18.a1_in1k'"),
     ({"base": "local-dir:/etc"}, "timm has no model 'local-dir:/etc'"),

@@ -19,8 +19,6 @@ from ulsam.model.build import (
 from ulsam.model.spec import Edit, ModelSpec
 
 PRESETS = sorted(PLACEMENTS)
-
-
 V1 = "ulsam_mobilenetv1_100_insert_13"
 
 

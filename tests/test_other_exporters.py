@@ -26,8 +26,6 @@ from tool_models import (
 from ulsam.layer.ulsam import ULSAM
 
 DYNAMIC = torch.export.Dim.DYNAMIC
-
-
 #: For tools that take seconds a model: the one that holds both forms, behind a block and in a block's place.
 EDITED_ONCE = pytest.mark.parametrize(
     "make", [pytest.param(inserted, marks=pytest.mark.slow), pytest.param(replaced, marks=pytest.mark.slow), released]

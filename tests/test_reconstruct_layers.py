@@ -23,8 +23,6 @@ from ulsam.surgery.cost import cost
 from ulsam.surgery.reconstruct_layers import new_layers, reconstruct_each, reconstruct_layers
 
 NARROW: Layer = "inverted_residual"
-
-
 SIZE = (3, 12, 12)
 
 

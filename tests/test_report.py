@@ -26,11 +26,7 @@ from ulsam.training.config import TrainConfig
 from ulsam.training.train import train
 
 CHROMIUM = os.environ.get("ULSAM_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-
-
 EVIL = '<img src=x onerror="alert(1)">'
-
-
 NAMES = ("base", "slim & <i>thin<")
 
 

@@ -36,8 +36,6 @@ def odd_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PAIR = {**SETTINGS, "workers": 1, "batch_size": 4, "accumulate": 2, "ema": 0.5, "insert": "blocks.2", "lr": 0.02}
-
-
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
 

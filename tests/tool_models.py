@@ -13,8 +13,6 @@ import ulsam
 from ulsam.layer.ulsam import ULSAM
 
 SIZE = (3, 48, 48)  # maps of 6 x 6 at the last blocks: small ones are flat, whatever the weights
-
-
 FIRST, SECOND, LAST = "blocks.1.1", "blocks.1.2", "blocks.2.1"  # the blocks that can go
 
 
