@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 
+import ulsam.model.presets  # registers MODEL
 import ulsam.timm
 
 MODEL = "ulsam_mobilenetv2_100_replace_14_17"

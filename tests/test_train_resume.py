@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from stopping import stop_after
-from tiny import SETTINGS, TINY_MODEL, draw_shards, draw_splits, options
+from tiny import TINY_MODEL, draw_shards, draw_splits
 from training_runs import FILES, config, same, weights
 from ulsam.base.errors import Interrupted, UlsamError
-from ulsam.cli import main
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.machine import why_not_compiled
 from ulsam.training.train import resume, train
@@ -34,20 +33,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_splits(tmp_path_factory.mktemp("data"), noise=30)
 
 
-# the files of a run
-
-
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from the command line."""
+    """A finished run."""
     run = tmp_path_factory.mktemp("runs") / "trained"
-    settings = {**SETTINGS, "epochs": 8, "lr": 0.01, "val_every": 3, "rand_augment": "rand-m5-n1"}
-    words = ["train", str(data), "--insert", "blocks.2", "--groups", "8", "--out", str(run), *options(settings)]
-    assert main(words) == 0
+    train(config(data, rand_augment="rand-m5-n1", edits=["insert blocks.2 g=8"]), run)
     return run
-
-
-# the folder of a run, and resuming it
 
 
 @pytest.fixture(scope="module")
