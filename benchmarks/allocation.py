@@ -12,11 +12,11 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from turns import seconds_of
 
 from ulsam.base.provenance import processor
 from ulsam.model.build import build, make_spec
@@ -35,11 +35,7 @@ def measure(kept: bool, amp: Any, compiled: Any) -> dict[str, float]:
     model, _ = build(make_spec("mobilenetv2_100", [str(n) for n in range(100)], size=160))
     config = TrainConfig("none", size=160, batch_size=32, layout="channels_last", amp=amp, compile=compiled, threads=1)
     take = probe.training_step(config, model, (3, 160, 160), torch.device("cpu"))
-    seconds = []
-    for _ in range(SKIPPED + TIMED):
-        start = time.perf_counter()
-        take()
-        seconds.append(time.perf_counter() - start)
+    seconds = [seconds_of(take) for _ in range(SKIPPED + TIMED)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
     return {"seconds": statistics.median(seconds[SKIPPED:]), "peak_bytes": peak}
 
@@ -48,23 +44,23 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(ROUNDS):
         for amp, compiled in CASES:
-            for way in ("handed back", "kept"):
+            for way in ("handed_back", "kept"):
                 case = json.dumps([way == "kept", amp, compiled])
                 out = subprocess.run([sys.executable, __file__, case], capture_output=True, text=True, check=True)
                 found.setdefault(f"{amp}, {compiled}, {way}", []).append(json.loads(out.stdout))
     cases = []
     for amp, compiled in CASES:
-        back, kept = (found[f"{amp}, {compiled}, {way}"] for way in ("handed back", "kept"))
+        back, kept = (found[f"{amp}, {compiled}, {way}"] for way in ("handed_back", "kept"))
         ratios = [one["seconds"] / other["seconds"] for one, other in zip(back, kept, strict=True)]
         cases.append(
             {
                 "amp": amp,
                 "compile": compiled,
-                "seconds": {"handed back": [one["seconds"] for one in back], "kept": [one["seconds"] for one in kept]},
+                "seconds": {"handed_back": [one["seconds"] for one in back], "kept": [one["seconds"] for one in kept]},
                 "times_faster": statistics.median(ratios),
                 "times_faster_of_each_round": ratios,
                 "peak_bytes": {
-                    "handed back": statistics.median(one["peak_bytes"] for one in back),
+                    "handed_back": statistics.median(one["peak_bytes"] for one in back),
                     "kept": statistics.median(one["peak_bytes"] for one in kept),
                 },
             }

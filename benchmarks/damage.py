@@ -40,7 +40,7 @@ from ulsam.training.sample import draw_sample
 
 ROOT = Path(__file__).parents[1]
 FITTED = 512  # images, as `ulsam slim` takes by default
-SAMPLES = ("trained on, 1", "trained on, 2", "held out, 1", "held out, 2")
+SAMPLES = ("trained_on_1", "trained_on_2", "held_out_1", "held_out_2")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,7 +120,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     whole, rest = found["sets"][0], found["sets"][1:]
     sets = [entry for entry in rest if len(entry["blocks"]) > 1]
     agree = {
-        f"{first} / {second}": float(
+        f"{first}_and_{second}": float(
             spearmanr([entry["loss"][first] for entry in sets], [entry["loss"][second] for entry in sets]).statistic
         )
         for first, second in itertools.combinations(SAMPLES, 2)
@@ -132,16 +132,16 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         best = min(sets, key=lambda entry: entry["loss"][name])
         chosen[name] = {
             "blocks": best["blocks"],
-            "loss there": best["loss"][judge],
-            "top-1 there": best["top1"][judge],
-            "place among the sets there": 1 + ranked.index(best["loss"][judge]),
+            "judged_loss": best["loss"][judge],
+            "judged_top1": best["top1"][judge],
+            "judged_rank": 1 + ranked.index(best["loss"][judge]),
         }
     return {
         "sets": len(sets),
-        "whole model": {"loss": whole["loss"], "top1": whole["top1"]},
-        "rank correlation": agree,
+        "whole_model": {"loss": whole["loss"], "top1": whole["top1"]},
+        "rank_correlation": agree,
         "judge": judge,
-        "the best set by each": chosen,
+        "best_set_by": chosen,
     }
 
 

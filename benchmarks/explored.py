@@ -9,6 +9,7 @@ runs from the choice of the file until every image on it is decoded. Chromium is
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -28,7 +29,7 @@ from ulsam.base.files import check_writable, write_atomic
 from ulsam.base.provenance import processor, versions
 from ulsam.data.birds import draw_birds
 
-SIZES = {"0.2 Mpx": (512, 384), "12 Mpx": (4000, 3000)}
+SIZES = {"small": (512, 384), "large": (4000, 3000)}
 DECODED = "Promise.all([...document.images].filter((it) => it.src).map((it) => it.decode()))"
 
 
@@ -48,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "models": {name: ["mobilenetv2_100", *map(str, edits)] for name, edits in EDITS.items()},
         "size": args.size,
         "seconds": {
-            name: {"first": times[0], "median": statistics.median(times), "largest": max(times), "times": len(times)}
+            name: {
+                "megapixels": round(math.prod(SIZES[name]) / 1e6, 1),
+                **{"first": times[0], "median": statistics.median(times), "largest": max(times), "times": len(times)},
+            }
             for name, times in seconds.items()
         },
         "machine": {"processor": processor(), "threads": torch.get_num_threads()},

@@ -9,7 +9,6 @@ import functools
 import itertools
 import math
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from layer import Loop
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+from turns import medians
 
 import ulsam
 from ulsam.base.files import write_json
@@ -60,29 +60,12 @@ class Machine:
 
     def in_turn(self, calls: dict[str, Callable[[], Any]], turns: int = 9) -> dict[str, float]:
         """Seconds a call of each: medians of turns of about 10 milliseconds."""
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        number = {}
-        for name, call in calls.items():
-            for _ in range(3):
-                call()
-            self.wait()
-            began = time.perf_counter()
-            call()
-            self.wait()
-            number[name] = max(1, min(200, int(0.01 / (time.perf_counter() - began))))
-        for _ in range(turns):
-            for name, call in calls.items():
-                began = time.perf_counter()
-                for _ in range(number[name]):
-                    call()
-                self.wait()
-                times[name].append((time.perf_counter() - began) / number[name])
-        return {name: statistics.median(found) for name, found in times.items()}
+        return medians(calls, least_turns=turns, block=0.01, wait=self.wait)
 
 
 def correctness(machine: Machine, end: float) -> dict[str, Any]:
     """The kernels against the definition in float64, on this device: what was wrong, by case."""
-    from test_ops import FORMS, Case, check
+    from operator_cases import FORMS, Case, check
 
     found: dict[str, str] = {}
     shapes = [

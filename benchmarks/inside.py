@@ -44,9 +44,9 @@ def main() -> None:
 
     assert cpu.LIBRARY is not None
     cpu.LIBRARY.ulsam_run = timed("kernels", cpu.LIBRARY.ulsam_run)  # type: ignore[assignment]
-    cpu.empty_like = timed("memory for the output", cpu.empty_like)  # type: ignore[assignment]
+    cpu.empty_like = timed("output_memory", cpu.empty_like)  # type: ignore[assignment]
     layer = next(module for module in model.modules() if isinstance(module, ulsam.ULSAM))
-    layer.forward = timed("the layer", layer.forward)  # type: ignore[method-assign]
+    layer.forward = timed("layer", layer.forward)  # type: ignore[method-assign]
     inputs: list[torch.Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     x = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
@@ -56,8 +56,8 @@ def main() -> None:
         for _ in range(CALLS):
             module(given)
         middle = {name: statistics.median(times) for name, times in found.items()}
-        whole = middle.pop("the layer")
-        return {**middle, "Python": whole - sum(middle.values()), "in all": whole}
+        whole = middle.pop("layer")
+        return {**middle, "python": whole - sum(middle.values()), "total": whole}
 
     with torch.inference_mode():
         model(x)
@@ -67,7 +67,7 @@ def main() -> None:
             "command": "python benchmarks/inside.py",
             "machine": {"processor": processor(), "threads": torch.get_num_threads()},
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "seconds": {"in the model": medians(model, x), "by itself": medians(layer, inputs[0])},
+            "seconds": {"in_the_model": medians(model, x), "by_itself": medians(layer, inputs[0])},
         }
     Path("results/inside.json").write_text(json.dumps(result, indent=1) + "\n")
     for place, parts in result["seconds"].items():

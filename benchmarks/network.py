@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import platform
-import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from turns import interval
 
 import ulsam
 from ulsam.base.provenance import processor
@@ -61,13 +61,6 @@ def build(base: str, kind: str | None, at: str, form: str) -> nn.Module:
         if kind == "copy" and isinstance(module, ulsam.ULSAM):
             model.set_submodule(name, Copy())
     return model
-
-
-def interval(values: list[float], rounds: int = 1000) -> tuple[float, float]:
-    """95 % of the medians of samples drawn from ``values`` with repetition."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(rounds))
-    return medians[int(0.025 * rounds)], medians[int(0.975 * rounds)]
 
 
 def main() -> None:

@@ -5,13 +5,12 @@ pip install numba && python benchmarks/numba_kernel.py
 
 import json
 import platform
-import time
 from pathlib import Path
 
 import numba
 import numpy as np
 import torch
-from layer import medians
+from turns import medians, seconds_of
 
 from ulsam.layer.ops import subspace_attention
 
@@ -66,9 +65,8 @@ def main() -> None:
                 groups,
                 y.permute(0, 2, 3, 1).numpy(),
             ]
-            began = time.perf_counter()
-            forward(*arrays)
-            first_call = first_call or time.perf_counter() - began
+            taken = seconds_of(lambda arrays=arrays: forward(*arrays))
+            first_call = first_call or taken
             expected = subspace_attention(x, scale, weight, groups)[0]
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 

@@ -16,9 +16,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import PIL
 import simplejpeg
@@ -26,12 +26,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from network import interval
 from PIL import Image
 from timm.data import ImageDataset, create_loader
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
-from training import in_turn, ours
+from training import ours, rates_in_turn
+from turns import interval
 
 from ulsam.base.provenance import processor
 from ulsam.data import loading
@@ -44,15 +44,16 @@ from ulsam.data.sources import FolderImages
 from ulsam.training.config import TrainConfig
 from ulsam.training.machine import adapt_to_device
 
+NameT = TypeVar("NameT")
 LOOK: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bilinear"}
 SCALE, FLIP, BATCH = (0.25, 1.0), 0.5, 32
 LARGER = {"500 x 375": (500, 375, 96), "2000 x 1500": (2000, 1500, 32)}
 JITTERS = {"crop, flip": 0.0, "crop, flip, color jitter 0.4": 0.4}
 
 
-def medians(contenders: dict[str, Callable[[], int]], turns: int) -> dict[str, float]:
+def medians(contenders: Mapping[NameT, Callable[[], int]], turns: int) -> dict[NameT, float]:
     """Processor seconds an image of each contender, which returns how many it did; the first turn is left out."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[NameT, list[float]] = {name: [] for name in contenders}
     for turn in range(turns + 1):
         for name, call in contenders.items():
             began = time.process_time()
@@ -75,7 +76,7 @@ def loaders(folder: Path, size: int, jitter: float, turns: int) -> dict[str, flo
         contenders[name] = loading.train_loader(
             images, transform, order, batch_size=BATCH, seed=0, workers=0, cache=cache
         )
-    for name, prefetcher in (("timm", False), ("timm, prefetcher", True)):
+    for name, prefetcher in (("timm", False), ("timm_prefetcher", True)):
         contenders[name] = create_loader(
             ImageDataset(str(folder)),
             (3, size, size),
@@ -99,8 +100,8 @@ def _epoch(loader: Any) -> Callable[[], int]:
     return read
 
 
-def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
-    """Seconds an image of each step, as it was tried."""
+def steps(folder: Path, size: int, turns: int) -> dict[str, dict[str, float]]:
+    """Seconds an image of each step, in each way that was tried."""
     files = [path for path, _ in scan(folder, 1).samples]
     contents = [Path(path).read_bytes() for path in files]
     images, pixels = [read_image(path) for path in files], [read_pixels(path) for path in files]
@@ -137,24 +138,27 @@ def steps(folder: Path, size: int, turns: int) -> dict[str, float]:
             normalize(tensors[first : first + BATCH])
         return len(tensors)
 
-    contenders = {
-        "decode: Pillow": each(lambda n: Image.open(io.BytesIO(contents[n])).convert("RGB")),
-        "decode: torchvision": each(
+    contenders: dict[tuple[str, str], Callable[[], int]] = {
+        ("decode", "pillow"): each(lambda n: Image.open(io.BytesIO(contents[n])).convert("RGB")),
+        ("decode", "torchvision"): each(
             lambda n: decode_jpeg(torch.frombuffer(bytearray(contents[n]), dtype=torch.uint8), ImageReadMode.RGB)
         ),
-        "decode: simplejpeg": each(lambda n: simplejpeg.decode_jpeg(contents[n])),
-        "crop and resize, bilinear: Pillow": each(by_pillow(Image.Resampling.BILINEAR)),
-        "crop and resize, bilinear: PyTorch, uint8": each(by_torch("bilinear")),
-        "crop and resize, bicubic: Pillow": each(by_pillow(Image.Resampling.BICUBIC)),
-        "crop and resize, bicubic: PyTorch, uint8": each(by_torch("bicubic")),
-        "normalize: each image, torchvision": each(lambda n: per_image(small[n])),
-        "normalize: a batch at once": normalize_batches,
-        "seed: three generators": each(lambda n: loading.seed_all(0, 1, 0, n)),
-        "seed: one generator": each(lambda n: random.Random(1 << 96 | n)),
-        "color jitter: torchvision, on Pillow's": each(lambda n: jitter(small[n])),
-        "color jitter: ours": each(lambda n: jittered(tensors[n], 0.4, generator)),
+        ("decode", "simplejpeg"): each(lambda n: simplejpeg.decode_jpeg(contents[n])),
+        ("crop_and_resize_bilinear", "pillow"): each(by_pillow(Image.Resampling.BILINEAR)),
+        ("crop_and_resize_bilinear", "pytorch_uint8"): each(by_torch("bilinear")),
+        ("crop_and_resize_bicubic", "pillow"): each(by_pillow(Image.Resampling.BICUBIC)),
+        ("crop_and_resize_bicubic", "pytorch_uint8"): each(by_torch("bicubic")),
+        ("normalize", "each_image_torchvision"): each(lambda n: per_image(small[n])),
+        ("normalize", "a_batch_at_once"): normalize_batches,
+        ("seed", "three_generators"): each(lambda n: loading.seed_all(0, 1, 0, n)),
+        ("seed", "one_generator"): each(lambda n: random.Random(1 << 96 | n)),
+        ("color_jitter", "torchvision_on_pillow"): each(lambda n: jitter(small[n])),
+        ("color_jitter", "ours"): each(lambda n: jittered(tensors[n], 0.4, generator)),
     }
-    return medians(contenders, turns)
+    found: dict[str, dict[str, float]] = {}
+    for (step, way), seconds in medians(contenders, turns).items():
+        found.setdefault(step, {})[way] = seconds
+    return found
 
 
 def training(folder: Path, size: int, turns: int, work: Path) -> dict[str, float]:
@@ -166,7 +170,7 @@ def training(folder: Path, size: int, turns: int, work: Path) -> dict[str, float
         steps[name] = ours(config, str(work / name))
     for _ in range(len(scan(folder, 1).samples) // BATCH):
         steps["memory"]()  # the first epoch fills it
-    rates = in_turn(steps, BATCH, turns)
+    rates = rates_in_turn(steps, BATCH, turns)
     ratios = [disk / memory for disk, memory in zip(*rates.values(), strict=True)]
     low, high = interval(ratios)
     middle = {name: statistics.median(found) for name, found in rates.items()}
@@ -218,7 +222,7 @@ def main() -> None:
             for augmentations, jitter in JITTERS.items():
                 found = loaders(folder, args.size, jitter, args.turns)
                 cases.append({"images": images, "augmentations": augmentations, "seconds": found})
-                best = min(found["timm"], found["timm, prefetcher"])
+                best = min(found["timm"], found["timm_prefetcher"])
                 print(
                     f"{images:12} {augmentations:30} {1 / found['disk']:7.0f} images a second and core; "
                     f"timm / ours {found['timm'] / found['disk']:.2f}, its better form {best / found['disk']:.2f}, "
@@ -226,8 +230,9 @@ def main() -> None:
                     flush=True,
                 )
         tried = steps(own, args.size, args.turns)
-    for step, seconds in tried.items():
-        print(f"{step:45} {1e6 * seconds:7.0f} us")
+    for step, ways in tried.items():
+        for way, seconds in ways.items():
+            print(f"{step:26} {way:24} {1e6 * seconds:7.0f} us")
     print(f"training, disk / memory: {rates['ratio']:.3f} ({rates['ratio_low']:.3f} to {rates['ratio_high']:.3f})")
     result = {
         "what": "processor seconds an image on one thread, medians of turns; training: images a second",

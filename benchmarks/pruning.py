@@ -58,10 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prune(
-    model: nn.Module, input_size: Sequence[int], share: float, measure: Measure = "macs", *, uniform: bool = False
+    model: nn.Module,
+    input_size: Sequence[int],
+    share: float,
+    measure: Measure = "macs",
+    *,
+    uniform: bool = False,
+    steps: int = STEPS,
+    tolerance: float = TOLERANCE,
 ) -> nn.Module:
-    """A copy of ``model`` with fewer channels, that costs ``share`` of what it did, to 1 %; its classifier is all
-    zeros.
+    """A copy of ``model`` with fewer channels, that costs about ``share`` of what it did; its classifier is all zeros.
 
     Args:
         model: a timm classifier; stays as it is.
@@ -69,6 +75,8 @@ def prune(
         share: of the MACs or of the parameters that stay, above 0 and below 1.
         measure: which of the two.
         uniform: the same share of every layer's channels, instead of the least important ones of all.
+        steps: in which all channels would go, if nothing stopped it.
+        tolerance: how far from ``share`` it may end, as a share of it.
 
     Raises:
         UlsamError: the share is none, or pruning does not come near it.
@@ -91,12 +99,12 @@ def prune(
             global_pruning=not uniform,
             pruning_ratio=1.0,
             max_pruning_ratio=MOST,
-            iterative_steps=STEPS,
+            iterative_steps=steps,
             ignored_layers=[head],
         )
         now = before = wanted / share
         above = pruned
-        for _ in range(STEPS):
+        for _ in range(steps):
             if now <= wanted:
                 break
             above, before = copy.deepcopy(pruned), now
@@ -104,8 +112,10 @@ def prune(
             now = getattr(cost(pruned, input_size), measure)
         if before - wanted < wanted - now:  # a step of the same share of all layers takes up to 2 % of the MACs
             pruned, now = above, before
-    if abs(now / wanted - 1) > TOLERANCE:
-        raise UlsamError(f"pruning ends at {now / wanted * share:.4f} of the {measure}, not within 1 % of {share}")
+    if abs(now / wanted - 1) > tolerance:
+        raise UlsamError(
+            f"pruning ends at {now / wanted * share:.4f} of the {measure}, not within {100 * tolerance:g} % of {share}"
+        )
     return pruned.train()
 
 

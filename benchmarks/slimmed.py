@@ -6,9 +6,8 @@
    on which the comparison measured the base. Beside it the base model is trained on in the same way, with itself as the
    teacher and no block replaced: what the further epochs bring without slimming. Several budgets share these runs.
 3. With --package the slimmed model of the first seed becomes the package's, whichever seed is the best, with
-convolutions
-   and classifier in half precision; it is measured once more. It is known by its name once there is a card, NAME.md,
-   beside it.
+   convolutions and classifier in half precision; it is measured once more. It is known by its name once there is a
+   card, NAME.md, beside it.
 
 The committed results are of narrow inverted residuals, chosen by their damage alone.
 
@@ -78,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="slim only this many of the base model's final runs (default: all)")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--package", metavar="NAME", help="put the first seed's model there, as ARCHITECTURE.DATA_WHAT")
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout to write results to (default: this one)")
     args = parser.parse_args(argv)
 
     comparison = ComparisonFolder(args.compared)
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = {name: dict(zip(seeds, map(_summary, found), strict=True)) for name, found in folders.items()}
     kept = {f"seed-{seed}/slim.json": chosen for seed, chosen in zip(seeds, done, strict=True)}
     kept |= {f"seed-{seed}/{name}.json": found[seed] for name, found in runs.items() for seed in seeds}
-    write_packed(ROOT / "results" / f"slimmed_{args.name}{SUFFIX}", without_paths(kept))
+    write_packed(args.root / "results" / f"slimmed_{args.name}{SUFFIX}", without_paths(kept))
     before, after, longer = runs["whole"], runs["slimmed"], runs["longer"]
     compared = {"minus_whole": difference(after, before), "minus_longer": difference(after, longer)}
     models = [load(folder / "model.safetensors") for folder in (folders["whole"][0], *folders["slimmed"])]
@@ -166,12 +166,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions(),
     }
     if args.package:
-        file = ROOT / "src" / "ulsam" / "model" / "weights" / f"{args.package}.safetensors"
+        file = args.root / "src" / "ulsam" / "model" / "weights" / f"{args.package}.safetensors"
         pack(model, spec, file)
         packed = {"name": args.package, "seed": first, "top1": measured(load(file)[0], finals[0])}
         result["packed"] = {**packed, "bytes": file.stat().st_size}
     text = json.dumps(without_paths(result), indent=1) + "\n"
-    write_atomic(ROOT / "results" / f"slimmed_{args.name}.json", text)
+    write_atomic(args.root / "results" / f"slimmed_{args.name}.json", text)
     print(text)
 
 

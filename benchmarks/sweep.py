@@ -13,8 +13,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from layer import Loop, medians
+from layer import Loop
 from torch import nn
+from turns import medians
 
 from ulsam import ULSAM
 from ulsam.base.provenance import processor

@@ -104,9 +104,9 @@ def waiting_table(results: Path) -> str:
         for case in result.get("cases", ()):
             rate = f"{case['images_per_second']:.1f} images a second"
             lines.append(f"| `ulsam explain`, {case['what']} | a folder of {case['images']} | {rate} |")
-        for name, seconds in result.get("seconds", {}).items():
+        for seconds in result.get("seconds", {}).values():
             times = f"{seconds['median']:.2f} s, the slowest of {seconds['times']}: {seconds['largest']:.2f} s"
-            lines.append(f"| `ulsam explore`, two models | a JPEG of {name} | {times} |")
+            lines.append(f"| `ulsam explore`, two models | a JPEG of {seconds['megapixels']:g} Mpx | {times} |")
     return "\n".join(lines)
 
 

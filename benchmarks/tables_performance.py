@@ -7,33 +7,53 @@ from pathlib import Path
 PRECISIONS = {"none": "float32", "bf16": "bf16"}
 #: what is measured, and its name in the summary of results/layer.json
 LAYER = [
-    (
-        "inference against a loop over the groups, times faster, geometric mean",
-        "loop / ours, inference, geometric mean",
-    ),
-    ("the same, least of all cases", "loop / ours, inference, least"),
-    ("forward and backward, times faster, geometric mean", "loop / ours, forward and backward, geometric mean"),
-    ("the same, least", "loop / ours, forward and backward, least"),
+    ("inference against a loop over the groups, times faster, geometric mean", "inference_speedup_mean"),
+    ("the same, least of all cases", "inference_speedup_min"),
+    ("forward and backward, times faster, geometric mean", "training_speedup_mean"),
+    ("the same, least", "training_speedup_min"),
     (
         "time over that of a copy, tensors of 256 KiB or more, channels_last, geometric mean",
-        "ours / copy of 256 KiB or more, channels_last, geometric mean",
+        "over_copy_channels_last_mean",
     ),
-    ("the same, most", "ours / copy of 256 KiB or more, channels_last, most"),
-    ("the same, contiguous, geometric mean", "ours / copy of 256 KiB or more, contiguous, geometric mean"),
-    ("the same, contiguous, most", "ours / copy of 256 KiB or more, contiguous, most"),
-    ("microseconds a call, smaller tensors, most", "microseconds a call below 256 KiB, most"),
-    (
-        "memory beyond x, y and their gradients in forward and backward, of x, g = 4, most",
-        "memory beyond x, y and their gradients over x, g = 4, most",
-    ),
-    ("the same, g = 16", "memory beyond x, y and their gradients over x, g = 16, most"),
-    ("error against float64, most", "error against float64, most"),
+    ("the same, most", "over_copy_channels_last_max"),
+    ("the same, contiguous, geometric mean", "over_copy_contiguous_mean"),
+    ("the same, contiguous, most", "over_copy_contiguous_max"),
+    ("microseconds a call, smaller tensors, most", "small_microseconds_max"),
+    ("memory beyond x, y and their gradients in forward and backward, of x, g = 4, most", "extra_memory_g4_max"),
+    ("the same, g = 16", "extra_memory_g16_max"),
+    ("error against float64, most", "error_max"),
 ]
 #: the same of results/layer_compile.json
 COMPILED = [
-    ("torch.compile of the definition over the kernels, geometric mean", "torch.compile / ours, geometric mean"),
-    ("the same, least", "torch.compile / ours, least"),
+    ("torch.compile of the definition over the kernels, geometric mean", "compile_over_ours_mean"),
+    ("the same, least", "compile_over_ours_min"),
 ]
+#: the parts of a call in results/inside.json, and where it is made
+CALL_PARTS = {"output_memory": "memory for the output", "kernels": "kernels", "python": "Python", "total": "in all"}
+CALLED = {"in_the_model": "in the model", "by_itself": "by itself"}
+#: the ways of training in results/training.json
+TRAINING = {
+    "ulsam_train": "ulsam train",
+    "timm_loop_defaults": "timm loop, defaults",
+    "timm_loop_channels_last_bf16": "timm loop, channels_last and bf16",
+    "timm_script_defaults": "timm script, defaults",
+    "timm_script_best_flags": "timm script, best flags",
+}
+#: the steps of the input pipeline in results/pipeline.json, and the ways to take them
+STEPS = {
+    "decode": "decode",
+    "crop_and_resize_bilinear": "crop and resize, bilinear",
+    "crop_and_resize_bicubic": "crop and resize, bicubic",
+    "normalize": "normalize",
+    "seed": "seed",
+    "color_jitter": "color jitter",
+}
+WAYS = {
+    **{"pillow": "Pillow", "torchvision": "torchvision", "simplejpeg": "simplejpeg", "pytorch_uint8": "PyTorch, uint8"},
+    **{"each_image_torchvision": "each image, torchvision", "a_batch_at_once": "a batch at once"},
+    **{"three_generators": "three generators", "one_generator": "one generator"},
+    **{"torchvision_on_pillow": "torchvision, on Pillow's", "ours": "ours"},
+}
 
 
 def layer_table(results: Path) -> str:
@@ -43,7 +63,7 @@ def layer_table(results: Path) -> str:
     }
     compiled = results.pop("_compile")
     assert [results[name]["instructions"] for name in ("", "_avx2")] == ["AVX-512", "AVX2"]
-    columns = [(result["summary"], form) for result in results.values() for form in ("equations", "released")]
+    columns = [result["summary"][form] for result in results.values() for form in ("equations", "released")]
     machine, other = (results[name]["machine"] for name in ("", "_avx2"))
     names = [f"{form}, {kind}" for kind in ("AVX-512", "AVX2", "bf16") for form in ("equations", "released, folded")]
     lines = [
@@ -54,9 +74,9 @@ def layer_table(results: Path) -> str:
         "|---" * 7 + "|",
     ]
     for title, key in LAYER:
-        lines.append(_figures(title, [summary[f"{form}: {key}"] for summary, form in columns]))
+        lines.append(_figures(title, [summary[key] for summary in columns]))
     for title, key in COMPILED:
-        lines.append(_figures(title, [compiled["summary"][f"{form}: {key}"] for form in ("equations", "released")]))
+        lines.append(_figures(title, [compiled["summary"][form][key] for form in ("equations", "released")]))
     return "\n".join(lines)
 
 
@@ -83,9 +103,9 @@ def network_table(results: Path, name: str = "network") -> str:
 def inside_table(results: Path) -> str:
     """One column a part of a call: in a model, and by itself."""
     places = json.loads((results / "inside.json").read_text())["seconds"]
-    lines = [f"| microseconds | {' | '.join(places['in the model'])} |", "|---" * 5 + "|"]
-    for place, parts in places.items():
-        lines.append(f"| {place} | {' | '.join(f'{1e6 * seconds:.0f}' for seconds in parts.values())} |")
+    lines = [f"| microseconds | {' | '.join(CALL_PARTS.values())} |", "|---" * 5 + "|"]
+    for place, title in CALLED.items():
+        lines.append(f"| {title} | {' | '.join(f'{1e6 * places[place][part]:.0f}' for part in CALL_PARTS)} |")
     return "\n".join(lines)
 
 
@@ -107,13 +127,12 @@ def training_table(results: Path) -> str:
         "|---" * (1 + len(cells["base"])) + "|",
         *(f"| {model} | {' | '.join(found.values())} |" for model, found in cells.items()),
     ]
-    rates = result["loops"]["images a second"]
-    if isinstance(rates, dict):
-        ours = rates["ulsam train"]
+    if rates := result["loops"]["images_per_second"]:
+        ours = rates["ulsam_train"]
         lines += ["", "| training, reading included | images a second | `ulsam train` over it |", "|---|---|---|"]
-        for name, rate in rates.items():
-            measured = isinstance(rate, float)
-            lines.append(f"| {name} | {rate:.1f} | {ours / rate:.2f} |" if measured else f"| {name} | {rate} | |")
+        for name, title in TRAINING.items():
+            rate = rates[name]
+            lines.append(f"| {title} | {rate:.1f} | {ours / rate:.2f} |" if rate else f"| {title} | not measured | |")
     return "\n".join(lines)
 
 
@@ -127,9 +146,9 @@ def allocation_table(results: Path) -> str:
         "|---|---|---|---|---|",
     ]
     for case in result["cases"]:
-        back, kept = (f"{1e3 * statistics.median(case['seconds'][way]):.0f} ms" for way in ("handed back", "kept"))
+        back, kept = (f"{1e3 * statistics.median(case['seconds'][way]):.0f} ms" for way in ("handed_back", "kept"))
         each = ", ".join(f"{ratio:.2f}" for ratio in case["times_faster_of_each_round"])
-        more = case["peak_bytes"]["kept"] / case["peak_bytes"]["handed back"] - 1
+        more = case["peak_bytes"]["kept"] / case["peak_bytes"]["handed_back"] - 1
         form = "eager" if case["compile"] == "none" else "compiled"
         lines.append(
             f"| {PRECISIONS[case['amp']]}, {form} | {back} | {kept} | {case['times_faster']:.2f} ({each}) "
@@ -162,7 +181,7 @@ def pipeline_table(results: Path) -> str:
     ]
     for case in result["loaders"]:
         seconds = case["seconds"]
-        better = min(seconds["timm"], seconds["timm, prefetcher"])
+        better = min(seconds["timm"], seconds["timm_prefetcher"])
         lines.append(
             f"| {case['images']} | {case['augmentations']} | {1 / seconds['disk']:.0f} "
             f"| {seconds['timm'] / seconds['disk']:.2f} | {better / seconds['disk']:.2f} "
@@ -181,9 +200,9 @@ def pipeline_table(results: Path) -> str:
 def steps_table(results: Path) -> str:
     """One row a step of the input pipeline: what it took before and takes now."""
     steps = json.loads((results / "pipeline.json").read_text())["steps"]
-    found: dict[str, list[str]] = {}
-    for name, seconds in steps.items():
-        step, _, way = name.partition(": ")
-        found.setdefault(step, []).append(f"{way} {1e6 * seconds:.0f}")
     lines = ["| step | microseconds an image |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {step} | {' -> '.join(ways)} |" for step, ways in found.items())])
+    for step, title in STEPS.items():
+        lines.append(
+            f"| {title} | {' -> '.join(f'{WAYS[way]} {1e6 * took:.0f}' for way, took in steps[step].items())} |"
+        )
+    return "\n".join(lines)

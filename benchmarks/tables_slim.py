@@ -151,18 +151,18 @@ def damage_table(results: Path, name: str) -> str:
     ]
     for model, entry in found["models"].items():
         summary = entry["summary"]
-        top1, agree = summary["whole model"]["top1"], summary["rank correlation"]
-        chosen = summary["the best set by each"]
-        ours, best = chosen["trained on, 1"], chosen[summary["judge"]]
-        shares = [statistics.mean(top1[f"{kind}, {n}"] for n in (1, 2)) for kind in ("trained on", "held out")]
-        mixed = [value for key, value in agree.items() if "trained on" in key and "held out" in key]
+        top1, agree = summary["whole_model"]["top1"], summary["rank_correlation"]
+        chosen = summary["best_set_by"]
+        ours, best = chosen["trained_on_1"], chosen[summary["judge"]]
+        shares = [statistics.mean(top1[f"{kind}_{n}"] for n in (1, 2)) for kind in ("trained_on", "held_out")]
+        mixed = [value for key, value in agree.items() if "trained_on" in key and "held_out" in key]
         cells = [
             model,
             *(f"{100 * share:.1f}" for share in shares),
-            f"{agree['held out, 1 / held out, 2']:.3f}",
+            f"{agree['held_out_1_and_held_out_2']:.3f}",
             f"{min(mixed):.3f} to {max(mixed):.3f}",
-            f"{ours['place among the sets there']} of {summary['sets']}",
-            f"{ours['loss there']:.3f}, {best['loss there']:.3f}",
+            f"{ours['judged_rank']} of {summary['sets']}",
+            f"{ours['judged_loss']:.3f}, {best['judged_loss']:.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     versions = found["versions"]

@@ -8,12 +8,13 @@ Images a second, reading included: `ulsam train` as it sets itself up, a loop wr
 manner of timm's training script (with its defaults, and with channels_last and bfloat16), and the script itself where
 its path is given: it is not in timm's wheel. The same model, augmentations and reading processes; the loops take turns.
 
-    python benchmarks/training.py --data cub100                     # results/training.json; 4 minutes on two cores
+    python benchmarks/training.py --data cub100                     # results/training.json; 6 minutes on two cores
     python benchmarks/training.py --data cub100 --timm-script pytorch-image-models/train.py
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import platform
 import random
@@ -22,20 +23,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from network import interval
 from timm.data import create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
+from turns import interval, seconds_of
 
 from ulsam.base.distributed import World
 from ulsam.base.provenance import processor
+from ulsam.base.timing import in_turn
 from ulsam.model.build import build
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
@@ -67,17 +68,8 @@ def steps(seconds: float) -> list[dict[str, Any]]:
             config = dataclasses.replace(BASE, edits=edits, **dataclasses.asdict(setup))
             spec = parts.spec_of(config, [str(number) for number in range(100)])
             take[name] = training_step(config, build(spec)[0], spec.input_size, CPU)
-        times: dict[str, list[float]] = {name: [] for name in take}
-        order = list(take)
-        for name in order:
-            take[name]()
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times["base"]) < 5:
-            random.shuffle(order)
-            for name in order:
-                began = time.perf_counter()
-                take[name]()
-                times[name].append(time.perf_counter() - began)
+        turns = list(in_turn({name: functools.partial(seconds_of, step) for name, step in take.items()}, seconds, 1000))
+        times = {name: [turn[name] for turn in turns] for name in take}
         for name, found in times.items():
             ratios = [ours / base for ours, base in zip(found, times["base"], strict=True)]
             row = {
@@ -149,17 +141,14 @@ def timm_loop(config: TrainConfig, threads: int, best: bool) -> Callable[[], Any
     return step
 
 
-def in_turn(contenders: dict[str, Callable[[], Any]], images: int, turns: int) -> dict[str, list[float]]:
+def rates_in_turn(contenders: dict[str, Callable[[], Any]], images: int, turns: int) -> dict[str, list[float]]:
     """Images a second of each contender in every turn; a call of it is a step with so many images."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(turns):
         for name, take in contenders.items():
             for _ in range(SKIPPED):
                 take()
-            began = time.perf_counter()
-            for _ in range(TIMED):
-                take()
-            found[name].append(TIMED * images / (time.perf_counter() - began))
+            found[name].append(TIMED * images / seconds_of(lambda take=take: [take() for _ in range(TIMED)]))
     return found
 
 
@@ -169,11 +158,11 @@ def rates(config: TrainConfig, turns: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         step = ours(config, folder)
         contenders: dict[str, Callable[[], Any]] = {
-            "ulsam train": lambda: (torch.set_num_threads(config.threads or threads), step()),
-            "timm loop, defaults": timm_loop(config, threads, best=False),
-            "timm loop, channels_last and bf16": timm_loop(config, threads, best=True),
+            "ulsam_train": lambda: (torch.set_num_threads(config.threads or threads), step()),
+            "timm_loop_defaults": timm_loop(config, threads, best=False),
+            "timm_loop_channels_last_bf16": timm_loop(config, threads, best=True),
         }
-        found = in_turn(contenders, config.batch_size, turns)
+        found = rates_in_turn(contenders, config.batch_size, turns)
     torch.set_num_threads(threads)
     return {name: statistics.median(values) for name, values in found.items()}
 
@@ -227,19 +216,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     random.seed(0)
-    missing = "not measured"
-    speed: dict[str, Any] = {"images a second": missing}
+    speed: dict[str, Any] = {"images_per_second": None}
     if args.data:
         config = dataclasses.replace(BASE, data=args.data, workers=args.workers, epochs=100)
         config = resolve_auto(adapt_to_device(config, CPU))
         found: dict[str, Any] = {**rates(config, args.turns)}
-        for name, flags in (("defaults", ""), ("best flags", "--channels-last --amp --amp-dtype bfloat16")):
-            script = args.timm_script and script_rate(args.timm_script, config, flags.split())
-            found[f"timm script, {name}"] = script or missing
-        speed = {"images a second": found, "config": dataclasses.asdict(config)}
+        for name, flags in (("defaults", ""), ("best_flags", "--channels-last --amp --amp-dtype bfloat16")):
+            script = args.timm_script
+            found[f"timm_script_{name}"] = script_rate(script, config, flags.split()) if script else None
+        speed = {"images_per_second": found, "config": dataclasses.asdict(config)}
         speed["config"]["data"] = Path(args.data).name
         for name, rate in found.items():
-            print(f"{name:40} {rate if rate == missing else f'{rate:.1f} images a second'}", flush=True)
+            print(f"{name:40} {f'{rate:.1f} images a second' if rate else 'not measured'}", flush=True)
     result = {
         "what": "MobileNet-V2, 160 px, batch 32: seconds a training step, and images a second with reading",
         "command": f"python benchmarks/training.py --seconds {args.seconds:g}"

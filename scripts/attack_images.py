@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from ulsam.data import images
 
 SECONDS, MEGABYTES, LARGE = 2.0, 500.0, 31e6  # pixels
-#: How to store the picture, by name.
+#: How to store the image, by name.
 FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "jpeg": ("RGB", "JPEG", {}),
     "jpeg-progressive": ("RGB", "JPEG", {"progressive": True}),
@@ -213,7 +213,7 @@ def _metadata() -> Iterator[tuple[str, bytes]]:
     yield "png with a wrong checksum in its pixels", _png(10, 10, data=row)[:-16] + bytes(4) + _chunk(b"IEND", b"")
     yield "png with a name for a chunk of another length", _png(10, 10, b"\x7f\xff\xff\xfftEXt", data=row)
     animation = _chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0))
-    yield "png that announces 2**31 pictures", _png(10, 10, animation, data=row)
+    yield "png that announces 2**31 frames", _png(10, 10, animation, data=row)
     wild = b"\x0f\x01\x02\x00\xff\xff\xff\x7f" + bytes(4)
     for count in (1, 5_000):
         tags = b"II*\0\x08\0\0\0" + struct.pack("<H", count) + count * wild
@@ -240,7 +240,7 @@ def _metadata() -> Iterator[tuple[str, bytes]]:
     yield "jpeg with a megabyte of begun scans behind its end", jpeg + 300_000 * b"\xff\xda\0\2"
     gif = _stored(_picture((8, 8)), "P", "GIF")
     frame = gif[13 + 3 * 256 : -1]
-    yield "gif of 50,000 pictures", gif[:-1] + 50_000 * frame + b";"
+    yield "gif of 50,000 frames", gif[:-1] + 50_000 * frame + b";"
     yield "gif with 20 MB of comments", gif[:-1] + b"!\xfe" + 80_000 * (b"\xff" + bytes(255)) + b"\0;"
     note = PngImagePlugin.PngInfo()
     note.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="' + "3" * 100_000 + '"/>')
@@ -270,7 +270,7 @@ def _others() -> Iterator[tuple[str, bytes]]:
     yield "jpeg without tables", jpeg[:2] + jpeg[jpeg.index(b"\xff\xc0") :]
     yield "jpeg of tables alone", jpeg[: jpeg.index(b"\xff\xc0")] + b"\xff\xd9"
     yield "jpeg with 255 colors", jpeg.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\x03\x05\x08")
-    yield "jpeg 2000 without a picture", b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\x14ftypjp2 \0\0\0\0jp2 "
-    yield "avif without a picture", b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf\0\0\0\0"
+    yield "jpeg 2000 without an image", b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\x14ftypjp2 \0\0\0\0jp2 "
+    yield "avif without an image", b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf\0\0\0\0"
     yield "webp that claims to be long", b"RIFF\xff\xff\xff\x7fWEBPVP8X\n\0\0\0" + b"\xff" * 10
     yield "heif", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)

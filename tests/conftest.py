@@ -11,7 +11,10 @@ from hypothesis import HealthCheck, settings
 
 from tiny import Warm, warm
 
-LONGEST = ["train", "slimming", "compare", "portable", "resume", "other_tools", "timm_scripts"]
+LONGEST = [
+    *("train", "train_options", "train_resume", "slimming", "slimming_damage", "slimming_choice", "compare"),
+    *("compare_runs", "portable", "resume", "resume_processes", "other_tools", "other_exporters", "timm_scripts"),
+]
 
 # A user's choice of the backend is none of the tests': they choose themselves.
 os.environ.pop("ULSAM_BACKEND", None)

@@ -5,6 +5,7 @@ import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import uvicorn
@@ -40,7 +41,7 @@ def two() -> tuple[Model, Model]:
 
 
 @contextlib.contextmanager
-def serving(models: Sequence[Model], **options: int) -> Iterator[int]:
+def serving(models: Sequence[Model], **options: Any) -> Iterator[int]:
     """The port on which the page is served, from a thread of this process."""
     with listen("127.0.0.1", 0) as socket:
         server = uvicorn.Server(uvicorn.Config(create_app(models, **options), log_level="warning"))

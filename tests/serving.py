@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import json
 import resource
 import signal
@@ -9,6 +10,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from PIL import Image
 
 from tiny import command, session
 
@@ -20,6 +23,13 @@ class Reply(NamedTuple):
     status: int
     headers: http.client.HTTPMessage
     body: Any  # of JSON, or text
+
+
+def gray(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
+    """A PNG file of one value."""
+    stream = io.BytesIO()
+    Image.new("L", size, value).save(stream, "png")
+    return stream.getvalue()
 
 
 class Service:

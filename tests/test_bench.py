@@ -27,6 +27,7 @@ from ulsam.cli import main
 from ulsam.deploy.bench import MOST_TURNS, bench, start
 from ulsam.deploy.bench_models import open_bench_model
 from ulsam.deploy.bench_report import COLUMNS, BenchRow, csv_text, text
+from ulsam.deploy.bench_worker import Case, opened
 from ulsam.deploy.export import engine_of
 from ulsam.model.build import build, load, make_spec, save
 from ulsam.model.spec import Edit
@@ -105,9 +106,9 @@ def test_csv_has_timms_columns_and_units():
         BenchRow(model="a", model_size=864, cost=found, **common, **times),
         BenchRow(model="b", model_size=1, cost=None, **common, **{**times, "ratio": None, "ratio_interval": None}),
     ]
-    told = csv_text(rows)
-    assert told.splitlines()[0].startswith(f"model,{TIMM},")
-    one, two = csv.DictReader(io.StringIO(told))
+    written = csv_text(rows)
+    assert written.splitlines()[0].startswith(f"model,{TIMM},")
+    one, two = csv.DictReader(io.StringIO(written))
     assert tuple(one) == COLUMNS
     assert one == {
         "model": "a",
@@ -240,7 +241,7 @@ def test_what_was_measured_is_kept_on_ctrl_c(folder, tmp_path, logged, request):
     assert [line for line in logged().splitlines() if line.startswith("start")] == ["start   batch 64, threads 1"]
 
 
-def test_a_process_that_dies_is_told(folder, tmp_path):
+def test_a_process_that_dies_is_reported(folder, tmp_path):
     model = open_bench_model(str(folder / "model.onnx"), ["onnxruntime"], tmp_path)
     with start(model, "onnxruntime", batch=1, threads=1) as process:
         assert process.time() > 0
@@ -257,8 +258,11 @@ def test_openvino_gives_the_models_answers(folder, tmp_path):
     (tmp_path / "normalized.onnx").write_bytes(normalized.files[".onnx"])
     for path in (folder / "model.onnx", tmp_path / "normalized.onnx"):
         model = open_bench_model(str(path), ["openvino"], tmp_path)
-        with start(model, "openvino", batch=2, threads=1) as process:
-            assert process.time() > 0 and process.size == path.stat().st_size
+        images = model.images(2)
+        np.save(tmp_path / "images.npy", images)
+        run, size = opened(Case("openvino", model.files["openvino"], str(tmp_path / "images.npy"), "", 1, True))
+        np.testing.assert_allclose(run(), model.logits(images), atol=1e-4)
+        assert size == path.stat().st_size
 
 
 @pytest.mark.slow  # compiles
@@ -281,7 +285,7 @@ def test_compiled_and_not_folded_models_leave_no_process(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("{folder}/model.onnx --backends tensorrt", "unknown backend 'tensorrt'; valid: eager, compile, onnxruntime, "),
         ("{folder}/model.onnx --backends openvino", "--backends openvino needs openvino, which is not installed: "),
@@ -297,11 +301,11 @@ def test_compiled_and_not_folded_models_leave_no_process(folder, tmp_path):
         ("{folder}/model.onnx --out {folder}/model.onnx", "cannot make the folder {folder}/model.onnx: File exists"),
     ],
 )
-def test_mistakes_are_told_in_one_line(folder, tmp_path, monkeypatch, capsys, words, told):
+def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "openvino", None)  # as where it is not installed
     assert main(["bench", *words.format(folder=folder).split()]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"ulsam: error: {told.format(folder=folder)}") and error.count("\n") == 1
+    assert error.startswith(f"ulsam: error: {message.format(folder=folder)}") and error.count("\n") == 1
     assert "openvino" not in words or "pip install 'ulsam[openvino]'" in error
     assert not any(path.is_dir() and any(path.iterdir()) for path in tmp_path.glob("runs/*"))

@@ -16,7 +16,7 @@ from ulsam.data.layouts import advice
 from ulsam.data.prepare_table import prepare_table
 
 
-def picture(seed: int, size: int = 96) -> Image.Image:
+def draw(seed: int, size: int = 96) -> Image.Image:
     """Smooth shapes, as photos have; each seed has its own."""
     coarse = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
@@ -25,7 +25,7 @@ def picture(seed: int, size: int = 96) -> Image.Image:
 def images(folder: Path, seeds: range) -> None:
     folder.mkdir(parents=True)
     for seed in seeds:
-        picture(seed).save(folder / f"{seed:03}.png")
+        draw(seed).save(folder / f"{seed:03}.png")
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def test_a_clean_folder_has_no_findings(data: Path, capsys: pytest.CaptureFixtur
 
 def test_copies_are_found_whatever_their_size_and_quality(data: Path) -> None:
     shutil.copy(data / "train/robin/001.png", data / "test/robin/copy.png")  # a leak, to the bit
-    picture(9).resize((60, 60)).save(data / "test/wren/small.jpg", quality=60)  # a leak, by its look
-    picture(2).save(data / "train/wren/again.bmp")  # the same pixels in another class
-    picture(10).save(data / "train/wren/twice.jpg", quality=80)
+    draw(9).resize((60, 60)).save(data / "test/wren/small.jpg", quality=60)  # a leak, by its look
+    draw(2).save(data / "train/wren/again.bmp")  # the same pixels in another class
+    draw(10).save(data / "train/wren/twice.jpg", quality=80)
     found = named(check(data, workers=1))
     assert sorted(found["leaks"]) == [("train001", "testcopy", True), ("train009", "testsmall", False)]
     assert found["conflicts"] == [("train002", "trainagain", True)]

@@ -105,7 +105,7 @@ def test_there_is_no_auc_of_more_numbers_than_are_kept():
 
 
 @pytest.mark.parametrize("classes", [3, pytest.param(90, marks=pytest.mark.slow)])
-def test_the_picture_is_drawn_whatever_the_number_of_classes(classes, tmp_path):
+def test_the_confusion_matrix_is_drawn_whatever_the_number_of_classes(classes, tmp_path):
     truths = np.arange(classes)
     scores = ClassScores(tuple(f"class $ {n}" for n in truths), truths, np.roll(truths, 1), np.full(classes, np.nan))
     (tmp_path / "a.png").write_bytes(confusion_png(scores))
@@ -115,14 +115,14 @@ def test_the_picture_is_drawn_whatever_the_number_of_classes(classes, tmp_path):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # not blank
 
 
-def test_eval_writes_the_table_and_the_picture(tmp_path: Path, capsys):
+def test_eval_writes_the_table_and_the_confusion_matrix(tmp_path: Path, capsys):
     torch.manual_seed(0)
     spec = make_spec(TINY_MODEL, ["class0", "class1", "class2"], size=32)
     save(build(spec)[0], spec, tmp_path / "model.safetensors")
     draw(tmp_path / "val", 3)
     words = ["eval", str(tmp_path / "model.safetensors"), str(tmp_path / "val"), "--workers", "0", "--device", "cpu"]
-    table, picture = tmp_path / "classes.csv", tmp_path / "confusion.png"
-    assert main([*words, "--csv", str(table), "--confusion", str(picture), "--json"]) == 0
+    table, image = tmp_path / "classes.csv", tmp_path / "confusion.png"
+    assert main([*words, "--csv", str(table), "--confusion", str(image), "--json"]) == 0
     entry = json.loads(capsys.readouterr().out)
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["class"] for row in rows] == ["class0", "class1", "class2"]
@@ -132,7 +132,7 @@ def test_eval_writes_the_table_and_the_picture(tmp_path: Path, capsys):
         assert row["precision"] == ("" if ours["precision"] is None else str(ours["precision"]))
     right = sum(row.get(name, 0) for name, row in entry["confusion"].items())
     assert right == entry["scores"]["top1"] * 9
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")
     assert main(words) == 0
     assert "means   precision " in capsys.readouterr().out
     assert main([*words, "--confusion", "matrix.jpg"]) == 2

@@ -1,4 +1,4 @@
-"""What arms mean, which runs a grid needs in which order, and that arms see the same images in the same order."""
+"""What arms mean, and which runs a grid needs in which order."""
 
 import itertools
 import json
@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tiny import SETTINGS, TINY_MODEL, draw, draw_splits
-from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
 from ulsam.study.arms import Arm, check_arms, check_choosing, parse_arms
 from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge, close_call, most_epochs
 from ulsam.study.paths import without_paths
-from ulsam.training import parts
 from ulsam.training.config import TrainConfig
-from ulsam.training.loop import Trainer
 
 ARMS = ("base", "slim: insert blocks.2 g=4", "size=24; lr=0.03")
 
@@ -368,35 +364,3 @@ def test_no_path_is_published() -> None:
         "list": ["c d.jpg", "torch/imagenet", "3/4", "cannot read y.png: gone"],
         "number": 3,
     }
-
-
-# the same images
-
-
-def test_all_arms_see_the_same_batches_and_mixtures(data: Path, tmp_path: Path) -> None:
-    """The order, the augmentation, mixup and what is held out depend on seed, epoch and place, never on the model."""
-    strong = {"mixup": 0.5, "rand_augment": "rand-m7-n2-mstd0.5", "random_erasing": 0.5, "drop_rate": 0.3}
-    same = {"mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bilinear"}  # which models bring of their own
-    settings = {**strong, **same, "val_fraction": 0.25, "split_seed": 0, "layout": "contiguous", "amp": "none"}
-    arms = parse_arms(["base", "insert blocks.2 g=4", "model=test_resnet"])
-    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
-    names: dict[tuple[str, int], Any] = {}
-    for arm, seed in itertools.product(arms, (0, 1)):
-        config = arm.config(shared(data, **settings), seed=seed, compile="none")
-        trainer = Trainer(config, tmp_path, World(0, 1, torch.device("cpu")))
-        trainer.prepare()
-        batches = seen.setdefault((arm.name, seed), [])
-        trainer.model.register_forward_pre_hook(lambda _, args, batches=batches: batches.append(args[0].clone()))
-        for epoch in range(2):
-            trainer.at.epoch, trainer.at.batch = epoch, 0
-            stream = trainer._begin_epoch()
-            for _ in range(trainer.epoch_updates):
-                trainer._update(stream, False, False)
-        names[arm.name, seed] = parts.open_images(config)[1].names
-    for seed in (0, 1):
-        first, *others = (torch.stack(seen[arm.name, seed]) for arm in arms)
-        assert len(first) == 2 * (36 - 9) // 8
-        assert all(torch.equal(first, other) for other in others)
-    assert not torch.equal(seen["base", 0][0], seen["base", 1][0])
-    assert not torch.equal(seen["base", 0][0], seen["base", 0][3])
-    assert len({tuple(found) for found in names.values()}) == 1

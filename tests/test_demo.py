@@ -9,7 +9,7 @@ import ulsam
 from stopping import stop_after
 from ulsam.cli import main
 from ulsam.model.build import load
-from ulsam.study import demo
+from ulsam.study.demo import run_demo, table
 
 
 def test_a_bad_seed_is_reported_before_anything_is_drawn(tmp_path, capsys):
@@ -18,9 +18,8 @@ def test_a_bad_seed_is_reported_before_anything_is_drawn(tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
 
 
-def test_stopped_it_says_how_to_begin_anew(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "BIRDS", {"classes": 2, "train": 12, "val": 6, "size": 32})
-    monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 9, "batch_size": 8, "size": 32, "workers": 0})
+@pytest.mark.slow  # draws all the birds
+def test_stopped_it_says_how_to_begin_anew(tmp_path, capsys):
     with stop_after(1):
         assert main(["demo", "--out", str(tmp_path / "demo")]) == 130
     line = capsys.readouterr().err.splitlines()[-1]
@@ -28,14 +27,11 @@ def test_stopped_it_says_how_to_begin_anew(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_shows_what_it_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "BIRDS", {"classes": 2, "train": 12, "val": 6, "size": 32})
-    monkeypatch.setattr(demo, "RECIPE", {**demo.RECIPE, "epochs": 1, "batch_size": 8, "size": 32, "workers": 0})
-    monkeypatch.setattr(demo, "STEPS", 20)
+def test_the_demo_shows_what_it_measured(tmp_path, capsys):
     out = tmp_path / "demo"
-    assert main(["demo", "--out", str(out), "--seed", "3"]) == 0
-    text = capsys.readouterr().out
-    assert "Seed 3." in text and "proves nothing" in text
+    settings = {"epochs": 1, "batch_size": 8, "size": 32, "workers": 0}
+    birds = {"classes": 2, "train": 12, "val": 6, "size": 32}
+    text = table(run_demo(out, 3, birds=birds, settings=settings, steps=20))
     base, removed, replaced = json.loads((out / "demo.json").read_text())
     assert removed["macs"] < replaced["macs"] < 0.8 * base["macs"]
     for name, row in (("base", base), ("remove", removed), ("replace", replaced)):

@@ -157,7 +157,7 @@ def test_a_model_without_ulsam_says_so() -> None:
     assert "no ULSAM layer" in text and "1 image." in text and "0 of the 1 whose class is known are wrong" in text
 
 
-def test_errors_come_first_and_folders_tell_the_class(tmp_path: Path) -> None:
+def test_errors_come_first_and_folders_name_the_class(tmp_path: Path) -> None:
     shown = [("a", "a", 0.6), ("a", "b", 0.4), (None, "a", 0.9), ("a", "b", 0.8), (None, "b", 0.3), ("b", "b", 0.5)]
     assert [share for *_, share in sorted(shown, key=lambda one: reading_order(*one))] == [0.8, 0.4, 0.3, 0.9, 0.5, 0.6]
     draw(tmp_path / "a" / "class9", 1, classes=2)
@@ -199,11 +199,11 @@ def test_a_folder_becomes_panels_a_report_and_numbers(root: Path, capsys: pytest
     out = root / "out"
     words = ["explain", str(root / "model.safetensors"), str(root / "here"), str(root / "there")]
     assert main([*words, "--against", str(root / "plain.safetensors"), "--out", str(out), "--numbers"]) == 2
-    told = capsys.readouterr()
-    note, error = told.err.splitlines()
+    printed = capsys.readouterr()
+    note, error = printed.err.splitlines()
     assert note.startswith("note    nothing says that the model was not trained on these images")
     assert error == "ulsam: error: 1 of 19 images could not be read; they are named above"
-    assert re.search(r"^unreadable .*bad\.png: not an image", told.out, re.MULTILINE)
+    assert re.search(r"^unreadable .*bad\.png: not an image", printed.out, re.MULTILINE)
     panels = sorted((out / "panels").iterdir())
     assert len(panels) == len({path.read_bytes() for path in panels}) == 18
     assert all(Image.open(path).format == "PNG" for path in panels)
@@ -214,7 +214,7 @@ def test_a_folder_becomes_panels_a_report_and_numbers(root: Path, capsys: pytest
     verdicts = [verdict for verdict, _, _ in rows]
     assert len(rows) == 18 and verdicts == sorted(verdicts, reverse=True)  # wrong before right
     wrong = verdicts.count("wrong")
-    assert f"18 images, {wrong} of 18 with a known class wrong: {out / 'report.html'}" in told.out
+    assert f"18 images, {wrong} of 18 with a known class wrong: {out / 'report.html'}" in printed.out
     shares = [float(share.strip("<> ")) for verdict, _, share in rows if verdict == "wrong"]
     assert wrong > 0 and shares == sorted(shares, reverse=True)
     assert {name for _, name, _ in rows} == {
@@ -226,7 +226,7 @@ def test_a_folder_becomes_panels_a_report_and_numbers(root: Path, capsys: pytest
     assert numbers["models"]["this model"]["images"] == 18
     assert len(numbers["models"]["this model"]["layers"]) == 1 and numbers["models"]["base"]["layers"] == []
     deletion = numbers["models"]["base"]["cam"]["deletion"]["mean"]
-    assert f"{deletion:.3f} ± " in told.out and f"{deletion:.3f} ± " in text
+    assert f"{deletion:.3f} ± " in printed.out and f"{deletion:.3f} ± " in text
 
 
 def test_a_model_alone_and_images_of_unknown_class(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,9 +292,9 @@ def test_the_benchmark_writes_numbers_and_no_path(root: Path, capsys: pytest.Cap
     load_benchmark("explained").main(
         ["tiny", str(root / "model.safetensors"), str(root / "there"), "--images", "4", "--out", str(out)]
     )
-    told = json.loads(out.read_text())
-    assert (told["data"], told["images"], told["of"]) == ("there", 4, 9)
-    model = told["models"]["this model"]
+    described = json.loads(out.read_text())
+    assert (described["data"], described["images"], described["of"]) == ("there", 4, 9)
+    model = described["models"]["this model"]
     assert model["images"] == 4 and set(model["layers"][0]["entropy_of_class"]) == set(CLASSES)
     assert f"{model['cam']['insertion']['mean']:.3f}" in capsys.readouterr().out
     assert str(root) not in out.read_text()
@@ -336,12 +336,12 @@ def test_tables_say_what_was_measured(root: Path, tmp_path: Path) -> None:
 def test_the_speed_of_reports_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "explain_speed.json"
     load_benchmark("explain_speed").main(["--images", "4", "--size", "64", "--out", str(out)])
-    told = json.loads(out.read_text())
-    assert [case["images"] for case in told["cases"]] == [4, 4, 1]
-    rates = [case["images"] / case["seconds"] for case in told["cases"]]
-    assert [case["images_per_second"] for case in told["cases"]] == pytest.approx(rates)
+    described = json.loads(out.read_text())
+    assert [case["images"] for case in described["cases"]] == [4, 4, 1]
+    rates = [case["images"] / case["seconds"] for case in described["cases"]]
+    assert [case["images_per_second"] for case in described["cases"]] == pytest.approx(rates)
     rows = load_benchmark("tables_explain").waiting_table(tmp_path).splitlines()
-    assert len(rows) == 7 and f"{told['cases'][1]['images_per_second']:.1f} images a second" in rows[5]
+    assert len(rows) == 7 and f"{described['cases'][1]['images_per_second']:.1f} images a second" in rows[5]
 
 
 @pytest.mark.slow

@@ -84,12 +84,12 @@ def image(uri: str) -> Any:
 # ------------------------------------------------------------------------------------------ answers
 
 
-def test_the_page_is_told_what_the_models_find(port: int) -> None:
+def test_the_page_gets_what_the_models_find(port: int) -> None:
     content = png()
     found = explained(content)
-    status, _, told = ask(port, "/explain?name=a.png", content)
+    status, _, answer = ask(port, "/explain?name=a.png", content)
     assert status == 200
-    for one, model in zip(found, told["models"], strict=True):
+    for one, model in zip(found, answer["models"], strict=True):
         assert [(name, share) for name, _, share in model["top"]] == [
             (name, pytest.approx(share, abs=1e-5)) for name, share in one.top()
         ]
@@ -107,9 +107,9 @@ def test_the_page_is_told_what_the_models_find(port: int) -> None:
             for (_, drawn), values in zip(view["maps"], layer.maps * layer.maps[0].size / top, strict=True):
                 expected = colored(values, image(drawn).shape[1::-1])
                 assert np.abs(image(drawn) - expected.astype(int)).max() <= 8
-    assert [len(model["layers"]) for model in told["models"]] == [2, 0]
+    assert [len(model["layers"]) for model in answer["models"]] == [2, 0]
     named = [one.top(1)[0][0] for one in found]
-    assert all(name in told["said"] for name in named)
+    assert all(name in answer["said"] for name in named)
 
 
 def test_a_panel_is_that_of_the_model_beside_the_next_one(port: int) -> None:
@@ -170,13 +170,13 @@ def test_models_of_different_classes_are_not_said_to_disagree() -> None:
         (png((1, 101)), 422, "a.png: one side is more than 100 times as long as the other"),
         (bytes(LIMIT + 1), 413, "larger than 0.3 MB, the most that is taken (see --max-mb)"),
         (bytes(5 * LIMIT), 413, "larger than 0.3 MB"),
-        (iter([bytes(LIMIT), b"x"]), 413, "larger than 0.3 MB"),  # chunked: the header tells no length
+        (iter([bytes(LIMIT), b"x"]), 413, "larger than 0.3 MB"),  # chunked: the header states no length
     ],
     ids=["empty", "text", "truncated", "bomb", "line", "large", "very large", "chunked"],
 )
 def test_what_is_no_image_or_too_large_is_refused(port: int, content: Any, status: int, message: str) -> None:
-    found, headers, told = ask(port, "/explain?name=a.png", content)
-    assert found == status and message in told["detail"] and "\n" not in told["detail"]
+    found, headers, answer = ask(port, "/explain?name=a.png", content)
+    assert found == status and message in answer["detail"] and "\n" not in answer["detail"]
     assert headers["x-content-type-options"] == "nosniff"
 
 
@@ -185,7 +185,7 @@ def test_strange_names_of_files_stay_on_their_line(port: int) -> None:
     assert detail.isprintable() and len(detail) < 400
 
 
-def test_a_fifth_image_is_told_to_wait_and_the_four_are_answered(port: int) -> None:
+def test_a_fifth_image_is_refused_and_the_four_are_answered(port: int) -> None:
     content = png()
     head = f"POST /explain HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
     held = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(app.PLACES)]
@@ -205,16 +205,17 @@ def test_a_fifth_image_is_told_to_wait_and_the_four_are_answered(port: int) -> N
     assert ask(port, "/explain", content)[0] == 200
 
 
-def test_uploads_that_stop_or_stall_give_their_place_back(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = f"POST /explain HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\n".encode()
-    monkeypatch.setattr(app, "TIMEOUT", 0.3)
-    for _ in range(2 * app.PLACES):
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as gone:
-            gone.sendall(head + b"x")
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as stalled:
-        stalled.sendall(head + b"x")
-        assert stalled.makefile("rb").readline().startswith(b"HTTP/1.1 408")
-    assert ask(port, "/explain", png())[0] == 200
+def test_uploads_that_stop_or_stall_give_their_place_back() -> None:
+    with serving(two(), timeout=0.3) as port:
+        head = f"POST /explain HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\n".encode()
+        for _ in range(2 * app.PLACES):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as gone:
+                gone.sendall(head + b"x")
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as stalled:
+            stalled.sendall(head + b"x")
+            answer = stalled.makefile("rb").read()
+            assert answer.startswith(b"HTTP/1.1 408") and b"the upload took more than 0.3 seconds" in answer
+        assert ask(port, "/explain", png())[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -231,8 +232,8 @@ def test_uploads_that_stop_or_stall_give_their_place_back(port: int, monkeypatch
 def test_other_hosts_and_origins_are_refused(port: int, headers: dict[str, str], message: str) -> None:
     sent = {name: value.format(port=port) for name, value in headers.items()}
     for path, method in (("/explain", "POST"), ("/panel/0", "POST"), ("/models", "GET"), ("/", "GET")):
-        status, got, told = ask(port, path, png() if method == "POST" else None, method, **sent)
-        assert status == 403 and message in told["detail"]
+        status, got, answer = ask(port, path, png() if method == "POST" else None, method, **sent)
+        assert status == 403 and message in answer["detail"]
         assert "default-src 'none'" in got["content-security-policy"]
 
 
@@ -252,16 +253,16 @@ def test_the_page_is_its_own_and_nothing_else_is_served(port: int) -> None:
     for path in ("/docs", "/openapi.json", "/../app.py", "/page.html", "/%2e%2e/serve.py"):
         assert ask(port, path, method="GET")[0] == 404
     assert ask(port, "/explain", method="GET")[0] == 405
-    told = ask(port, "/models", method="GET")[2]
-    assert [(model["name"], model["attention"]) for model in told["models"]] == [
+    answer = ask(port, "/models", method="GET")[2]
+    assert [(model["name"], model["attention"]) for model in answer["models"]] == [
         (two()[0].name, True),
         (two()[1].name, False),
     ]
-    assert told["max_bytes"] == LIMIT
+    assert answer["max_bytes"] == LIMIT
 
 
 def test_no_file_is_written(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python tells what is opened for writing, by whichever thread of this process."""
+    """Python reports what is opened for writing, by whichever thread of this process."""
     written: list[object] = []
 
     def note(event: str, args: tuple[Any, ...]) -> None:
@@ -292,15 +293,15 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-def test_the_command_tells_its_address_and_ends_with_ctrl_c(file: str, tmp_path: Path) -> None:
+def test_the_command_prints_its_address_and_ends_with_ctrl_c(file: str, tmp_path: Path) -> None:
     with command(["explore", file, file, "--port", "0", "--max-mb", "1"], cwd=tmp_path) as server:
         assert server.stdout is not None and server.stderr is not None
         line = server.stdout.readline()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+  \(Ctrl-C ends it\)\n", line)
         port = urlsplit(line.split()[0]).port
         assert port is not None
-        told = ask(port, "/models", method="GET")[2]
-        assert told["max_bytes"] == 1_000_000 and [model["file"] for model in told["models"]] == [file, file]
+        answer = ask(port, "/models", method="GET")[2]
+        assert answer["max_bytes"] == 1_000_000 and [model["file"] for model in answer["models"]] == [file, file]
         answer = ask(port, "/explain", png())[2]
         assert {name for name, _, _ in answer["models"][0]["top"]} == set(CLASSES)
         with socket.create_connection(("127.0.0.1", port)):  # one that is left open keeps nobody waiting
@@ -337,7 +338,7 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
 def test_the_page_comes_with_the_package() -> None:
     import tomllib
 
-    told = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    packed = told["tool"]["setuptools"]["package-data"]["ulsam.apps"]
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    packed = project["tool"]["setuptools"]["package-data"]["ulsam.apps"]
     folder = Path(ulsam.apps.__file__).parent
     assert sorted(packed) == sorted(path.name for path in folder.iterdir() if path.suffix not in (".py", ""))

@@ -6,25 +6,25 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from decoding import images_without_simplejpeg
 from ulsam.data import images
 from ulsam.data.image_structure import MAX_SCANS, count_scans, plain_jpeg, tags_fit
-from ulsam.data.images import UnreadableImage, read_image, read_pixels
+from ulsam.data.images import UnreadableImage, read_pixels
 
 SCENE = Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint32).reshape(30, 40, 3).astype(np.uint8))
 UPSIDE_DOWN = b'<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
 
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """With and without the package simplejpeg, which is not required."""
-    if request.param == "Pillow":
-        monkeypatch.setattr(images, "simplejpeg", None)
-    yield
+def reader(request: pytest.FixtureRequest) -> ModuleType:
+    """The reading of images with and without the package simplejpeg, which is not required."""
+    return images_without_simplejpeg() if request.param == "Pillow" else images
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +40,9 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
-def read(content: bytes) -> np.ndarray:
-    pixels = read_pixels(io.BytesIO(content))
-    assert np.array_equal(pixels, np.asarray(read_image(io.BytesIO(content))))
+def read(content: bytes, reader: ModuleType = images) -> np.ndarray:
+    pixels = reader.read_pixels(io.BytesIO(content))
+    assert np.array_equal(pixels, np.asarray(reader.read_image(io.BytesIO(content))))
     return pixels
 
 
@@ -61,27 +61,29 @@ def with_scans(content: bytes, scans: int, size: tuple[int, int] | None = None) 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"progressive": False}])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_scans_beyond_any_use_are_refused(options: dict[str, bool], mode: str, decoder: None) -> None:
+def test_scans_beyond_any_use_are_refused(options: dict[str, bool], mode: str, reader: ModuleType) -> None:
     content = encoded(SCENE.convert(mode), "JPEG", **options)
     assert count_scans(content) < 19
-    read(content)
+    read(content, reader)
     for scans in (MAX_SCANS + 1, 5_000):
-        with pytest.raises(UnreadableImage, match=f"^<stream>: {scans} scans of 1200 pixels, and at most 100 are"):
-            read(with_scans(content, scans))
+        message = f"^<stream>: {scans} scans of 1200 pixels, and at most 100 are"
+        with pytest.raises(reader.UnreadableImage, match=message):
+            read(with_scans(content, scans), reader)
 
 
-def test_large_images_have_fewer_scans(decoder: None) -> None:
+def test_large_images_have_fewer_scans(reader: ModuleType) -> None:
     content = encoded(SCENE, "JPEG", progressive=True)
-    with pytest.raises(UnreadableImage, match=r"41 scans of 49000000 pixels, and at most 40 are decoded: store it as"):
-        read(with_scans(content, 41, (7000, 7000)))
+    message = "41 scans of 49000000 pixels, and at most 40 are decoded: store it as"
+    with pytest.raises(reader.UnreadableImage, match=message):
+        read(with_scans(content, 41, (7000, 7000)), reader)
 
 
-def test_scans_inside_a_thumbnail_or_behind_the_end_do_not_count(decoder: None) -> None:
+def test_scans_inside_a_thumbnail_or_behind_the_end_do_not_count(reader: ModuleType) -> None:
     """A preview in the header, a second image behind the first one, data that looks like a scan."""
     content = encoded(SCENE, "JPEG", quality=95, comment=b"\xff\xda" * 200)
     assert count_scans(content + 300 * b"\xff\xda\0\2") == 1
-    read(content)
-    read(content + 300 * b"\xff\xda\0\2")
+    read(content, reader)
+    read(content + 300 * b"\xff\xda\0\2", reader)
 
 
 def test_restarts_and_fill_bytes_are_no_scans() -> None:
@@ -98,13 +100,13 @@ def test_restarts_and_fill_bytes_are_no_scans() -> None:
     [b"\xff" * 3_000_000, b"\xff" * 3_000_000 + b"\0", b"x" * 3_000_000, b"\xff\xd8" * 1_000_000],
     ids=["ff", "ff 00", "x", "d8"],
 )
-def test_bytes_between_the_segments_of_a_header_cost_nothing(between: bytes, decoder: None) -> None:
+def test_bytes_between_the_segments_of_a_header_cost_nothing(between: bytes, reader: ModuleType) -> None:
     content = encoded(SCENE, "JPEG")
     place = 4 + int.from_bytes(content[4:6])
-    assert np.array_equal(read(content[:place] + between + content[place:]), read(content))
+    assert np.array_equal(read(content[:place] + between + content[place:], reader), read(content, reader))
 
 
-def test_tags_behind_a_fill_byte_count(decoder: None) -> None:
+def test_tags_behind_a_fill_byte_count() -> None:
     wild = b"II*\0\x08\0\0\0" + struct.pack("<H", 5_000) + 5_000 * (b"\x0f\x01\x02\x00\xff\xff\xff\x7f" + bytes(4))
     exif = b"\xff\xe1" + struct.pack(">H", len(wild) + 8) + b"Exif\0\0" + wild
     content = encoded(SCENE, "JPEG")
@@ -206,17 +208,17 @@ def test_tags_are_added_up() -> None:
         tags_fit(big[:end])
 
 
-def test_metadata_that_costs_too_much_is_left_alone(decoder: None) -> None:
+def test_metadata_that_costs_too_much_is_left_alone(reader: ModuleType) -> None:
     block = bomb(5000, 60_000)  # 300 MB in 60 kB
     jpeg = encoded(SCENE, "JPEG")
     part = b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block
     pages = b"\xff\xe2" + struct.pack(">H", len(block) + 6) + b"MPF\0" + block
     for changed in (part, part + 100 * (b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)), pages, 500_000 * b"\xff\xfe\0\2"):
-        assert np.array_equal(read(jpeg[:2] + changed + jpeg[2:]), read(jpeg))
+        assert np.array_equal(read(jpeg[:2] + changed + jpeg[2:], reader), read(jpeg, reader))
     for format in ("PNG", "WEBP"):
-        assert read(encoded(SCENE, format, exif=b"Exif\0\0" + block)).shape == (30, 40, 3)
-    with pytest.raises(UnreadableImage, match="its tags ask for more bytes than the file has"):
-        read(block)
+        assert read(encoded(SCENE, format, exif=b"Exif\0\0" + block), reader).shape == (30, 40, 3)
+    with pytest.raises(reader.UnreadableImage, match="its tags ask for more bytes than the file has"):
+        read(block, reader)
 
 
 def test_a_sound_jpeg_stays_as_it_is() -> None:

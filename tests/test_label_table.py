@@ -101,7 +101,7 @@ def test_paths_with_backslashes_from_elsewhere_and_without_an_ending(tmp_path: P
 WRONG = [
     ("", "labels.csv needs a header with a column for the path (path, file, filename, ...)"),
     ("path,label\n", "labels.csv has a header, but no row: it names no image"),
-    ("picture,label\na.png,x\n", "for each class; it has picture, label"),
+    ("photo,label\na.png,x\n", "for each class; it has photo, label"),
     ("path\na.png\n", "for each class; it has path"),
     ("path,label\na.png,x\nb.png\n", "labels.csv, row 3: 1 values, and the header has 2"),
     ("path,label\na.png,x\n\nb.png,\n", "labels.csv, row 4: the label is empty; images without a label need a column"),
@@ -222,7 +222,7 @@ def test_training_on_a_table_is_training_on_the_folder(folder: Path, run: Path, 
     assert (run / "model.safetensors").read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
 
 
-def test_a_table_is_measured_and_the_model_is_not_told_from_its_images(
+def test_eval_measures_a_tables_test_split_and_notes_images_trained_on(
     folder: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, model = str(folder / "splits.csv"), str(run / "model.safetensors")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ulsam
+from ulsam.cli import main
 
 TESTS = Path(__file__).parent
 
@@ -51,6 +52,10 @@ def test_all_works_without_what_windows_lacks(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_process_that_is_not_forked_imports_the_command_without_starting_it() -> None:
+def test_a_process_that_is_not_forked_imports_the_command_without_starting_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """`multiprocessing` runs the main module of the one that starts it, under another name."""
-    runpy.run_module("ulsam.__main__", run_name="__mp_main__")  # else it ends this process with a usage error
+    found = runpy.run_module("ulsam.__main__", run_name="__mp_main__")  # else it ends this process with a usage error
+    assert found["main"] is main
+    assert capsys.readouterr() == ("", "")

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from stopping import stop_after
 from tiny import SETTINGS, draw_splits
 from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.cli import main
 from ulsam.data import loading
 from ulsam.model.build import build
 from ulsam.surgery.cost import cost
-from ulsam.training import loop, parts
+from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.train import resume, train
 
@@ -60,20 +60,9 @@ def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stopped(data: Path, tmp_path: Path) -> Path:
     """Stopped by Ctrl-C in the second of its 8 updates."""
-    seen: list[int] = []
-
-    def note(*_: Any) -> None:
-        seen.append(1)
-        if len(seen) == 1:
-            signal.raise_signal(signal.SIGINT)
-
-    handle = register_optimizer_step_post_hook(note)
-    try:
-        call = re.escape(f"; resume with: ulsam.resume({str(tmp_path / 'run')!r}, model=...)")
-        with pytest.raises(Interrupted, match=rf"stopped in epoch 1, step 2{call}"):
-            train(config(data, ema=0.5), tmp_path / "run", model=narrow())
-    finally:
-        handle.remove()
+    call = re.escape(f"; resume with: ulsam.resume({str(tmp_path / 'run')!r}, model=...)")
+    with stop_after(1), pytest.raises(Interrupted, match=rf"stopped in epoch 1, step 2{call}"):
+        train(config(data, ema=0.5), tmp_path / "run", model=narrow())
     return tmp_path / "run"
 
 
@@ -97,7 +86,7 @@ def test_it_starts_from_the_weights_that_it_has(data: Path, tmp_path: Path) -> N
     after = load_file(tmp_path / "run" / "weights.safetensors")
     for name in ("0.weight", "6.weight", "6.bias"):
         torch.testing.assert_close(after[name], before[name], atol=1e-7, rtol=0)
-    assert summary["prepared"]
+    assert summary["prepared"] is True
 
 
 def test_a_specs_model_ends_in_the_weights_of_its_own_run(data: Path, tmp_path: Path) -> None:
@@ -119,15 +108,18 @@ def test_a_stopped_run_resumes_to_the_same_weights(stopped: Path, unbroken: Path
     assert sorted(os.listdir(stopped)) == FILES
 
 
-def test_killed_before_its_first_step_it_resumes_from_the_weights_it_had(
-    data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_before_its_first_update_it_resumes_from_the_weights_it_had(
+    data: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    def power_cut(*_: Any, **__: Any) -> None:
+    def power_cut(*_: Any) -> None:
         raise SystemError
 
-    with monkeypatch.context() as patch, pytest.raises(SystemError):
-        patch.setattr(loop, "check_labels", power_cut)
-        train(config(data, ema=0.5), tmp_path / "run", model=narrow())
+    handle = register_optimizer_step_pre_hook(power_cut)
+    try:
+        with pytest.raises(SystemError):
+            train(config(data, ema=0.5), tmp_path / "run", model=narrow())
+    finally:
+        handle.remove()
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "checkpoint.pt", "config.yaml"]
     resume(tmp_path / "run", model=narrow(seed=7))
     assert (tmp_path / "run" / "weights.safetensors").read_bytes() == (unbroken / "weights.safetensors").read_bytes()

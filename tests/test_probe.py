@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from stopping import stop_after
 from tiny import SETTINGS, TINY_MODEL, draw_splits, options
 from ulsam.base.distributed import World
-from ulsam.base.errors import UlsamError
+from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.cli import main
 from ulsam.model.build import build, load
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.training import machine
-from ulsam.training import probe as probe_module
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.loop import Trainer
@@ -232,21 +232,26 @@ def test_it_leaves_no_trace(model: nn.Module) -> None:
     assert [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()] == flags
 
 
-@pytest.fixture
-def eager_to_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of a few steps are probed too."""
-    monkeypatch.setattr(probe_module, "SHARE", 10.0)
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many images as make a run worth a probe."""
+    return draw_splits(tmp_path_factory.mktemp("many"), train=120, noise=30)
+
+
+def long_enough(many: Path, **settings: Any) -> TrainConfig:
+    """540 steps, and two candidates."""
+    return config(many, **{"epochs": 3, "batch_size": 2, "amp": "none", **settings})
 
 
 @pytest.mark.slow
 def test_a_probed_run_ends_in_the_weights_of_one_with_given_settings(
-    data: Path, tmp_path: Path, eager_to_probe: None, logged: Callable[[], str]
+    many: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
-    probed = train(config(data, drop_rate=0.2, ema=0.5), tmp_path / "probed")
+    probed = train(long_enough(many, drop_rate=0.2, ema=0.5), tmp_path / "probed")
     assert logged().count("probe   ") == 2
     chosen = {name: probed["config"][name] for name in ("layout", "amp", "compile")}
     assert "auto" not in chosen.values()
-    given = train(config(data, drop_rate=0.2, ema=0.5, **chosen), tmp_path / "given")
+    given = train(long_enough(many, drop_rate=0.2, ema=0.5, **chosen), tmp_path / "given")
     repeated = ["train", "--config", str(tmp_path / "probed" / "config.yaml"), "--out", str(tmp_path / "repeated")]
     assert main(repeated) == 0
     assert "probe " not in logged()
@@ -267,10 +272,10 @@ def test_a_candidate_that_runs_out_of_memory_late_is_left_out() -> None:
     assert list(time_in_turn({Setup("contiguous"): greedy, Setup(): lambda: None}, 1000)) == [Setup()]
 
 
-def test_one_probe_serves_a_comparison(data: Path, eager_to_probe: None, logged: Callable[[], str]) -> None:
+def test_one_probe_serves_a_comparison(many: Path, logged: Callable[[], str]) -> None:
     torch.manual_seed(1)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    resolved = resolve_auto(config(data))
+    resolved = resolve_auto(long_enough(many))
     assert logged().count("probe   ") == 2
     assert "auto" not in (resolved.layout, resolved.amp, resolved.compile)
     assert resolve_auto(resolved) == resolved
@@ -282,18 +287,19 @@ def test_one_probe_serves_a_comparison(data: Path, eager_to_probe: None, logged:
 # resuming
 
 
-def test_a_resumed_run_does_not_probe(
-    data: Path, tmp_path: Path, eager_to_probe: None, logged: Callable[[], str]
-) -> None:
+def test_a_resumed_run_does_not_probe(many: Path, tmp_path: Path, logged: Callable[[], str]) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    trainer = Trainer(config(data), run, ALONE)
+    trainer = Trainer(long_enough(many), run, ALONE)
     trainer.prepare()
     (run / "config.yaml").write_text(trainer.config.to_yaml())
     trainer.save()
     assert "auto" not in read_checkpoint(run)["settings"].values()  # type: ignore[index]
     assert logged().count("probe   ") == 2
-    assert resume(run)["config"] == dataclasses.asdict(trainer.config)
+    with stop_after(1), pytest.raises(Interrupted):
+        resume(run)
+    assert read_checkpoint(run)["position"]["updates"] == 2  # type: ignore[index]
+    assert read_config(run / "config.yaml") == dataclasses.asdict(trainer.config)
     assert "probe " not in logged()
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scripts import BENCHMARKS, load_benchmark
-from stopping import stop_after
+from stopping import after, stop_after
 from tiny import SETTINGS, TINY_MODEL, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.base.locks import take_lock
@@ -49,12 +49,9 @@ def model() -> nn.Module:
 
 
 @pytest.mark.parametrize(("measure", "uniform"), [("macs", False), ("params", True)])
-def test_the_share_is_reached(
-    pruning: ModuleType, model: nn.Module, measure: str, uniform: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pruning, "STEPS", 200)  # fine enough for so few channels
+def test_the_share_is_reached(pruning: ModuleType, model: nn.Module, measure: str, uniform: bool) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    pruned = pruning.prune(model, SIZE, 0.95, measure, uniform=uniform)
+    pruned = pruning.prune(model, SIZE, 0.95, measure, uniform=uniform, steps=200)  # enough for so few channels
     whole, now = cost(model, SIZE), cost(pruned, SIZE)
     assert getattr(now, measure) / getattr(whole, measure) == pytest.approx(0.95, rel=0.01)
     assert now.macs < whole.macs
@@ -63,13 +60,9 @@ def test_the_share_is_reached(
     assert pruned(torch.randn(2, *SIZE)).shape == (2, 3)
 
 
-def test_it_ends_on_the_nearer_side_of_a_coarse_step(
-    pruning: ModuleType, model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pruning, "STEPS", 20)
-    monkeypatch.setattr(pruning, "TOLERANCE", 1.0)
-    whole = cost(model, SIZE).macs
-    shares = [cost(pruning.prune(model, SIZE, share, uniform=True), SIZE).macs / whole for share in (0.97, 0.93, 0.9)]
+def test_it_ends_on_the_nearer_side_of_a_coarse_step(pruning: ModuleType, model: nn.Module) -> None:
+    whole, options = cost(model, SIZE).macs, {"uniform": True, "steps": 20, "tolerance": 1.0}
+    shares = [cost(pruning.prune(model, SIZE, share, **options), SIZE).macs / whole for share in (0.97, 0.93, 0.9)]
     assert shares == [1.0, pytest.approx(0.8727, abs=1e-4), pytest.approx(0.8727, abs=1e-4)]  # one step leads there
 
 
@@ -86,12 +79,11 @@ def test_the_least_important_channels_go_whatever_the_classifier_says(pruning: M
     assert not pruned.classifier.weight.any()
 
 
-def test_a_share_that_cannot_be(pruning: ModuleType, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_that_cannot_be(pruning: ModuleType, model: nn.Module) -> None:
     with pytest.raises(UlsamError, match=r"^the share that stays lies between 0 and 1, not 1.5$"):
         pruning.prune(model, SIZE, 1.5)
-    monkeypatch.setattr(pruning, "STEPS", 4)
     with pytest.raises(UlsamError, match=r"^pruning ends at \d\.\d+ of the macs, not within 1 % of 0.95$"):
-        pruning.prune(model, SIZE, 0.95)
+        pruning.prune(model, SIZE, 0.95, steps=4)
 
 
 def test_a_mistake_is_one_line(
@@ -128,7 +120,7 @@ def test_ctrl_c_saves_and_is_one_line(
 
 @pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(
-    pruning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pruning: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A rate diverges, and the second seed's training fails; with the cause gone only that seed is trained again."""
     data = draw_splits(tmp_path / "data", train=12, val=4)
@@ -157,9 +149,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
 
 
 @pytest.mark.slow
-def test_its_runs(
-    pruning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_runs(pruning: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = draw_splits(tmp_path / "data", train=12, val=4)
     base = TrainConfig.from_mapping(
         {**SETTINGS, "data": str(data), "epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none"}
@@ -172,16 +162,11 @@ def test_its_runs(
     comparison.write("grid.json", grid.to_json())
     while due := grid.due(comparison.outcome):
         train(due[0].config, comparison.folder(due[0]))
-    steps = 0
 
-    def kill(*_: object, **__: object) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 5:
-            raise SystemError
+    def kill() -> None:
+        raise SystemError
 
-    with monkeypatch.context() as patch, pytest.raises(SystemError):
-        patch.setattr("ulsam.training.loop.check_labels", kill)
+    with after(5, kill), pytest.raises(SystemError):
         pruning.main(words)
     arm = tmp_path / "out" / "arms" / "pruned-uniform-params-0.95"
     first = arm / "choose-0.01-1" / "summary.json"

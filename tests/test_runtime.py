@@ -19,11 +19,11 @@ from timm.data import create_transform
 from torch import nn
 
 import ulsam
+from decoding import images_without_simplejpeg
 from tiny import TINY_MODEL, draw_splits
 from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.data import images as images_room
 from ulsam.data.images import read_pixels
 from ulsam.data.preprocessing import Preprocessing
 from ulsam.deploy.export import export
@@ -79,7 +79,7 @@ def test_the_crop_is_timms(image, size, crop_pct, interpolation):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_pillow_alone_reads_the_same_pixels(monkeypatch, mode, factor):
+def test_pillow_alone_reads_the_same_pixels(mode, factor):
     for number, (width, height) in enumerate([(97, 64), (201, 155), (33, 47)]):
         stream = io.BytesIO()
         options = {"subsampling": number, "progressive": number == 1, "exif": b"Exif\0\0"} if mode == "RGB" else {}
@@ -89,9 +89,7 @@ def test_pillow_alone_reads_the_same_pixels(monkeypatch, mode, factor):
             options["exif"] = exif
         Image.fromarray(photograph(width, height)).convert(mode).save(stream, "jpeg", **options)
         expected = read_pixels(stream, lambda *_: factor)
-        with monkeypatch.context() as patch:
-            patch.setattr(images_room, "simplejpeg", None)
-            found = read_pixels(stream, lambda *_: factor)
+        found = images_without_simplejpeg().read_pixels(stream, lambda *_: factor)
         assert np.array_equal(found, expected)
 
 

@@ -1,8 +1,6 @@
 """The HTTP service in processes of its own: right answers, limits, a clean end, nothing on disk."""
 
-import asyncio
 import contextlib
-import io
 import json
 import os
 import re
@@ -15,25 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
-import schemathesis
 import torch
-from hypothesis import strategies as st
 from PIL import Image
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 from torch import nn
 
-from serving import KEY, PNG, Service, form, reply, service
+from conforming import check_conforms
+from serving import KEY, PNG, form, gray, reply, service
 from tiny import TINY_MODEL, draw
 from ulsam import runtime
-from ulsam.apps.service import _about, create_app
-from ulsam.apps.service_engine import Engine
+from ulsam.apps.service import _about
 from ulsam.apps.service_limits import Limits
-from ulsam.apps.service_metrics import Metrics
 from ulsam.cli import main
-from ulsam.data.preprocessing import Preprocessing
 from ulsam.deploy.export import export
 from ulsam.model.build import build, make_spec, save
 from ulsam.model.spec import Edit
@@ -147,80 +139,6 @@ def run(threads: list[threading.Thread]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-class Brightness:
-    """A model of two outputs that holds its first batch until it is let go, and keeps the sizes of its batches."""
-
-    classes = ("dark", "light")
-    preprocessing = Preprocessing((4, 4), "nearest", 1.0, (0.5,) * 3, (0.5,) * 3)
-    thresholds = None
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.go = threading.Event()
-
-    def logits(self, images):
-        self.sizes.append(len(images))
-        assert self.go.wait(20)
-        light = images.mean((1, 2, 3)) / 255
-        return np.stack([1 - light, light], 1).astype(np.float32)
-
-
-def gray(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", size, value).save(stream, "png")
-    return stream.getvalue()
-
-
-def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other():
-    async def scene() -> tuple[list[int], list[Any]]:
-        model, limits = Brightness(), Limits(batch=4)
-        engine = Engine(model, limits, Metrics(limits))
-        tasks = [asyncio.create_task(engine.probabilities(gray(20 * number))) for number in range(10)]
-        while not model.sizes or engine._batches._queue.qsize() + sum(model.sizes) < 10:
-            await asyncio.sleep(0.01)
-        tasks[0].cancel()
-        tasks[6].cancel()
-        model.go.set()
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        await engine.close()
-        return model.sizes, found
-
-    sizes, found = asyncio.run(asyncio.wait_for(scene(), 20))
-    assert sum(sizes) == 10
-    assert max(sizes) == 4
-    for number, shares in enumerate(found):
-        if number in (0, 6):
-            assert isinstance(shares, asyncio.CancelledError)
-        else:
-            assert shares[1] == pytest.approx(1 / (1 + np.exp(1 - 2 * 20 * number / 255)), abs=1e-4)
-
-
-def test_no_answer_in_time_is_a_503_that_says_when_to_come_back():
-    async def scene() -> tuple[list[dict[str, Any]], bytes]:
-        model, limits = Brightness(), Limits(timeout=0.2)
-        engine = Engine(model, limits, Metrics(limits))
-        app = create_app(engine, limits, None)
-        sent: list[dict[str, Any]] = []
-
-        async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": gray(9), "more_body": False}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "http_version": "1.1"}
-        await app({**scope, "headers": [(b"content-type", b"image/png")]}, receive, send)
-        model.go.set()
-        await engine.close()
-        return sent, engine.metrics.text()
-
-    (start, body), metrics = asyncio.run(scene())
-    assert start["status"] == 503
-    assert (b"retry-after", b"1") in start["headers"]
-    assert json.loads(body["body"]) == {"detail": "no answer within 0.2 seconds"}
-    assert b'ulsam_requests_total{status="503"} 1.0' in metrics
 
 
 def test_what_is_too_large_or_of_another_kind_is_refused(strict, world):
@@ -457,25 +375,6 @@ def test_the_page_shows_the_interface_and_asks_nobody_else(served):
     assert all(url.startswith((f"http://127.0.0.1:{served.port}/", "data:")) for url in asked), asked
 
 
-def check_conforms(one: Service, examples: int) -> None:
-    """Requests made from the OpenAPI page, and such as break it, get answers that the page names, and no 5xx."""
-    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{one.port}/openapi.json")
-    operations = [found.ok() for found in schema.get_all_operations()]
-    assert [operation.path for operation in operations] == ["/predict", "/health", "/metrics"]
-    for operation in operations:
-        requests = st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode))
-
-        @hypothesis.given(requests)
-        @hypothesis.settings(
-            max_examples=examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
-        )
-        def conforms(case):
-            # what is no image is refused, though the schema cannot distinguish it from one
-            case.call_and_validate(excluded_checks=[positive_data_acceptance])
-
-        conforms()
-
-
 @pytest.mark.slow
 def test_requests_made_from_the_schema_get_answers_that_it_names(served):
     check_conforms(served, 15)
@@ -486,26 +385,6 @@ def test_many_requests_made_from_the_schema_get_answers_that_it_names(served):
     before = served.metric("process_resident_memory_bytes")
     check_conforms(served, 1000)
     assert served.metric("process_resident_memory_bytes") - before < 40e6
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--host", "0.0.0.0", "--port", "0"], "0.0.0.0 can be reached from elsewhere: set ULSAM_API_KEY"),
-        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid: "),
-        (["--port", "99999"], "--port must be 0 to 65535, not 99999"),
-        (["--max-batch", "1"], "the limit of batch must be 2 or more, not 1"),
-        (["--max-pixels", "90000000"], "the limit of pixels must be 89000000 or less"),
-        (["--timeout", "nan"], "the limit of timeout must be 0.1 or more, not nan"),
-        (["--idle", "0"], "the limit of idle must be 1 or more, not 0"),
-        (["--port", "0", "--threads", "0"], "--threads must be 1 or more, not 0"),
-        (["--port", "0"], "no exported model missing.onnx"),
-    ],
-)
-def test_mistakes_are_one_line(words, message, capsys):
-    assert main(["serve", "missing.onnx", *words]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
 
 
 def test_a_taken_port_an_unfit_key_and_a_missing_package_are_reported(served, monkeypatch, capsys):

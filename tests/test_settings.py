@@ -1,9 +1,11 @@
 """Every setting has a range, which is checked when it is read, and no settings file costs much."""
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,7 +58,12 @@ def test_policies_of_very_many_steps_are_refused(policy: str) -> None:
 def test_usual_policies_pass(policy: str) -> None:
     config = TrainConfig("birds", rand_augment=policy)
     look = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "color_jitter": 0.0, "hflip": 0.0}
-    TrainTransform((3, 8, 8), crop_scale=(1, 1), rand_augment=config.rand_augment, random_erasing=0.0, **look)
+    options = {"crop_scale": (1, 1), "rand_augment": config.rand_augment, "random_erasing": 0.0}
+    transform = TrainTransform((3, 8, 8), **options, **look)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    images = [transform(pixels, random.Random(seed))[0].numpy() for seed in range(20)]
+    assert {image.shape for image in images} == {(8, 8, 3)}
+    assert any(not np.array_equal(image, pixels) for image in images)
 
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

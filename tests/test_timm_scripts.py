@@ -9,8 +9,11 @@ import venv
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
+import ulsam.model.presets  # registers MODEL
 import ulsam.timm
 
 MODEL = "ulsam_mobilenetv2_100_replace_14_17"
@@ -200,16 +203,26 @@ class TestTimmsScripts:
             assert len(list(csv.DictReader(file))) == 8
 
     def test_onnx_export(self, checkpoint, tmp_path):
-        pytest.importorskip("onnxruntime", reason="timm's check runs the file")
+        onnxruntime = pytest.importorskip("onnxruntime", reason="timm's check runs the file")
         model = ("--model", MODEL, "--num-classes", 2, "--checkpoint", checkpoint, "--img-size", 64)
         timms("onnx_export.py", tmp_path / "model.onnx", *model, "--check-forward")
-        assert (tmp_path / "model.onnx").is_file()
+        trained = timm.create_model(MODEL, num_classes=2, checkpoint_path=str(checkpoint)).eval()
+        image = torch.randn(1, 3, 64, 64)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), trained(image).detach(), rtol=1e-3, atol=1e-4)
 
-    @pytest.mark.parametrize("options", [("--bench", "both"), ("--bench", "inference", "--torchscript")], ids=" ".join)
-    def test_benchmark(self, options):
+    @pytest.mark.parametrize(
+        ("options", "measured"),
+        [(("--bench", "both"), {"infer", "train"}), (("--bench", "inference", "--torchscript"), {"infer"})],
+        ids=["both", "torchscript"],
+    )
+    def test_benchmark(self, options, measured):
         steps = ("--num-warm-iter", 1, "--num-bench-iter", 5, "--no-retry")
         out = timms("benchmark.py", "--model", MODEL, *SMALL, *steps, *options)
-        assert json.loads(out.partition("--result")[2])["infer_samples_per_sec"] > 0
+        found = json.loads(out.partition("--result")[2])
+        assert found["model"] == MODEL
+        assert {name.partition("_")[0] for name in found if name.endswith("_samples_per_sec")} == measured
 
     def test_bulk_runner(self, images, checkpoint, tmp_path):
         names = write(tmp_path / "names.txt", MODEL)

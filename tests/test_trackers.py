@@ -27,7 +27,7 @@ def settings(**changes: Any) -> Any:
 
 
 class Heard(ulsam.Callback):
-    """All that a callback is told; raises at an update, if it shall."""
+    """All that a callback is called with; raises at an update, if it shall."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []

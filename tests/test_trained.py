@@ -31,20 +31,27 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("slimmed")
 
 
-def test_a_name_that_is_none_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_none_is_a_file(tmp_path: Path) -> None:
     assert trained.locate(tmp_path / "model.safetensors") == tmp_path / "model.safetensors"
     assert trained.locate("wren") == Path("wren")
-    monkeypatch.setattr(trained, "_FOLDER", tmp_path)
-    (tmp_path / "wren.md").write_text("# wren\n<!-- card -->\n| a |\n<!-- /card -->\n")
-    assert trained.names() == ["wren"]
-    assert trained.locate("wren") == tmp_path / "wren.safetensors"
-    assert trained.locate("./wren") == Path("./wren")
-    assert trained.locate(Path("wren")) == Path("wren")
-    assert trained.card("wren") == "# wren\n| a |\n"
+    name = trained.names()[0]
+    assert trained.locate(name) == Path(trained.__file__).parent / "weights" / f"{name}.safetensors"
+    assert trained.locate(f"./{name}") == Path(name)
+    assert trained.locate(Path(name)) == Path(name)
     with pytest.raises(UlsamError, match="no trained model 'other' comes with the package"):
         trained.card("other")
-    with pytest.raises(UlsamError, match=r"^no model file wrens; the package has a trained model wren$"):
-        load("wrens")
+    near = name.replace(".", "_")
+    with pytest.raises(UlsamError, match=rf"^no model file {near}; the package has a trained model {name}$"):
+        load(near)
+
+
+def test_a_card_comes_without_the_marks_of_its_tables() -> None:
+    name = trained.names()[0]
+    file = Path(trained.__file__).parent / "weights" / f"{name}.md"
+    written = file.read_text(encoding="utf-8").splitlines()
+    marks = [line for line in written if line.startswith("<!--")]
+    assert marks
+    assert trained.card(name).splitlines() == [line for line in written if line not in marks]
 
 
 @pytest.mark.parametrize("name", trained.names())
@@ -61,19 +68,17 @@ def test_a_model_of_the_package_is_what_its_card_says(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_script_slims_what_a_comparison_trained(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_script_slims_what_a_comparison_trained(script: ModuleType, tmp_path: Path) -> None:
     data = draw_splits(tmp_path / "data", train=12, val=4)
     resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
     base = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
     grid, comparison = Grid((Arm.parse("base"),), base, rates=(0.01, 0.02), seeds=2), ComparisonFolder(tmp_path / "out")
     comparison.root.mkdir()
     comparison.write("grid.json", grid.to_json())
-    monkeypatch.setattr(script, "ROOT", tmp_path)
     (tmp_path / "src" / "ulsam" / "model" / "weights").mkdir(parents=True)
     (tmp_path / "results").mkdir()
     words = f"{comparison.root} birds --package model --macs 0.9 --width 4 --rates 0.01 0.02 --epochs 1".split()
+    words += ["--root", str(tmp_path)]
     with pytest.raises(
         UlsamError, match="has not chosen a learning rate for its base model: continue with ulsam compare"
     ):
@@ -117,7 +122,8 @@ def test_the_script_slims_what_a_comparison_trained(
     script.main(words)
     assert made.stat().st_mtime_ns > before[0]
     rate = f"{result['lr']:g}"
-    script.main(f"{comparison.root} paper --macs 0.99 --at 16,17 --width 4 --rates {rate} --epochs 1".split())
+    other_words = f"{comparison.root} paper --macs 0.99 --at 16,17 --width 4 --rates {rate} --epochs 1".split()
+    script.main([*other_words, "--root", str(tmp_path)])
     other = json.loads((tmp_path / "results" / "slimmed_paper.json").read_text())
     assert (other["tries"], other["lr"], other["longer"]) == ({}, result["lr"], result["longer"])
     assert all(set(blocks) <= {"16", "17"} for blocks in other["blocks"])

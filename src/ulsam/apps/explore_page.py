@@ -34,7 +34,9 @@ _LONGEST_NAME = 200
 T = TypeVar("T")
 
 
-def create_app(models: Sequence[Model], *, host: str = "127.0.0.1", max_bytes: int = 20 * MEGABYTE) -> FastAPI:
+def create_app(
+    models: Sequence[Model], *, host: str = "127.0.0.1", max_bytes: int = 20 * MEGABYTE, timeout: float = TIMEOUT
+) -> FastAPI:
     """The server as an ASGI application, whose models have seen a first image.
 
     ``POST /explain`` takes an image file as its body, with its name as ``?name=``, and answers what
@@ -46,10 +48,11 @@ def create_app(models: Sequence[Model], *, host: str = "127.0.0.1", max_bytes: i
         models: of :func:`ulsam.apps.explore_models.open_models`.
         host: that the server listens on, and may be called by, besides "localhost" and addresses.
         max_bytes: of an image file.
+        timeout: seconds in which an image file must have arrived.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's pages load scripts from elsewhere
     app.add_middleware(Guard, host=host)
-    desk = _ExplainQueue(models, max_bytes)
+    desk = _ExplainQueue(models, max_bytes, timeout)
     for path, (name, kind) in _FILES.items():
         app.add_api_route(path, _file(Path(__file__).with_name(name).read_bytes(), kind), methods=["GET"])
 
@@ -89,8 +92,8 @@ class _ExplainQueue:
         that calls it, which are slow to start.
     """
 
-    def __init__(self, models: Sequence[Model], max_bytes: int) -> None:
-        self.models, self.max_bytes = models, max_bytes
+    def __init__(self, models: Sequence[Model], max_bytes: int, timeout: float) -> None:
+        self.models, self.max_bytes, self.timeout = models, max_bytes, timeout
         self.places = asyncio.Semaphore(PLACES)
         self.thread = ThreadPoolExecutor(1)
         self.thread.submit(
@@ -116,7 +119,7 @@ class _ExplainQueue:
         """The body, whole, or read and forgotten; of too large a one some is read on, for its sender to hear so."""
         content, size = bytearray(), 0
         try:
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(self.timeout):
                 async for part in request.stream():
                     size += len(part)
                     if size > 2 * self.max_bytes:
@@ -124,7 +127,7 @@ class _ExplainQueue:
                     if keep and size <= self.max_bytes:
                         content += part
         except TimeoutError:
-            raise HTTPException(408, f"the upload took more than {TIMEOUT:.0f} seconds") from None
+            raise HTTPException(408, f"the upload took more than {self.timeout:g} seconds") from None
         if size > self.max_bytes:
             limit = f"{self.max_bytes / MEGABYTE:g} MB"
             raise HTTPException(413, f"the file is larger than {limit}, the most that is taken (see --max-mb)")

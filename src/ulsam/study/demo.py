@@ -26,7 +26,7 @@ from ulsam.training.train import train
 
 CAUTION = "One run with one seed proves nothing: another seed can turn the order."
 BIRDS: dict[str, Any] = {"classes": 8, "train": 120, "val": 60, "size": 96}
-RECIPE: dict[str, Any] = {
+TRAINING: dict[str, Any] = {
     "model": "mobilenetv1_050",
     "size": 96,
     "epochs": 16,  # beyond those in which rounding decides when a mark is learned
@@ -59,11 +59,25 @@ class DemoRow:
     top1: Mapping[str, float]
 
 
-def run_demo(out: str | Path, seed: int = 0) -> list[DemoRow]:
+def run_demo(
+    out: str | Path,
+    seed: int = 0,
+    *,
+    birds: Mapping[str, Any] = BIRDS,
+    settings: Mapping[str, Any] | None = None,
+    steps: int = STEPS,
+) -> list[DemoRow]:
     """Draw the birds, train the base model, edit, reconstruct and fine-tune it, all into the new folder ``out``.
 
     The base model is fine-tuned for as long as the edited ones. ``out/demo.json`` holds what is returned,
     ``out/demo.png`` shows it.
+
+    Args:
+        out: the folder.
+        seed: of the drawings and of all trainings.
+        birds: how many to draw, and their size in pixels: arguments of `ulsam.data.birds.draw_birds`.
+        settings: of the base model's training, in place of the demonstration's own.
+        steps: of reconstruction.
 
     Returns:
         The base model and the edited ones.
@@ -74,8 +88,8 @@ def run_demo(out: str | Path, seed: int = 0) -> list[DemoRow]:
     check_plots("ulsam demo")
     out = Path(out)
     data = out / "birds"
-    config = TrainConfig.from_mapping({**RECIPE, "data": str(data), "seed": seed})
-    draw_birds(data, seed=seed, **BIRDS)  # after the settings are known to be sound
+    config = TrainConfig.from_mapping({**TRAINING, **(settings or {}), "data": str(data), "seed": seed})
+    draw_birds(data, seed=seed, **birds)  # after the settings are known to be sound
     say("base model: training")
     trained = train(config, out / "base")["scores"]["top1"]
     weights = out / "base" / "model.safetensors"
@@ -89,7 +103,7 @@ def run_demo(out: str | Path, seed: int = 0) -> list[DemoRow]:
         spec = dataclasses.replace(spec, edits=(*spec.edits, edit))
         top1 = {"at once": _top1(model, spec, data)}
         say(f"{name}: {100 * top1['at once']:.1f} % at once; reconstructing")
-        reconstruct(model, draw_sample(open_data(str(data))[0], spec, IMAGES, ALONE).images, steps=STEPS)
+        reconstruct(model, draw_sample(open_data(str(data))[0], spec, IMAGES, ALONE).images, steps=steps)
         top1["reconstructed"] = _top1(model, spec, data)
         say(f"{name}: {100 * top1['reconstructed']:.1f} % reconstructed, without labels; fine-tuning")
         save(model, spec, out / f"{text.split()[0]}.safetensors")

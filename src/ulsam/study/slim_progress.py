@@ -18,10 +18,11 @@ class SearchProgress:
     Args:
         bar: of `ulsam.base.logs.progress`.
         shorter: the ways to measure less, for the user.
+        interval: seconds between two lines.
     """
 
-    def __init__(self, bar: "tqdm[Any]", shorter: str) -> None:
-        self.bar, self.shorter = bar, shorter
+    def __init__(self, bar: "tqdm[Any]", shorter: str, interval: float = INTERVAL) -> None:
+        self.bar, self.shorter, self.interval = bar, shorter, interval
         self.sets, self.seconds, self.last = 0, 0.0, time.monotonic()
 
     def count(self, sets: int, seconds: float) -> None:
@@ -29,7 +30,7 @@ class SearchProgress:
         self.sets += sets
         self.seconds += seconds
         self.bar.update(sets)
-        if self.bar.disable and time.monotonic() - self.last >= INTERVAL:
+        if self.bar.disable and time.monotonic() - self.last >= self.interval:
             left = int(self.bar.total or 0) - self.sets
             rest = f"; about {duration(self.left(left))} left for up to {left} more" if left > 0 else ""
             self.say(f"damage  sets measured so far: {self.sets}{rest}")

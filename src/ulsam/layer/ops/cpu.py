@@ -1,10 +1,11 @@
 """The CPU backend: calls the C kernels of `cpu.h` by pointer."""
 
+import contextlib
 import ctypes
 import os
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,6 +118,22 @@ def chosen_isa() -> int:
     if isa < 0:
         isa = _isa_asked()
     return isa
+
+
+@contextlib.contextmanager
+def instruction_set(index: int) -> Iterator[None]:
+    """Within it the kernels use this instruction set, an index in `ISA_NAMES`; 0 is the processor's best.
+
+    >>> with instruction_set(1):
+    ...     ISA_NAMES[chosen_isa()]
+    'base'
+    """
+    global isa
+    before, isa = isa, index
+    try:
+        yield
+    finally:
+        isa = before
 
 
 def _run(
