@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from ulsam.model.build import load
 from ulsam.study.statistics import right
 from ulsam.training.evaluate import evaluate_batches, outcomes, spec_transform
 from ulsam.training.parts import open_images
+from ulsam.training.train_summary import OutcomeEntry
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
     return Measured(run, images, guesses, changed, transform)
 
 
-def _changed(run: TrainedRun, now: dict[str, Any] | None, data: str) -> int:
+def _changed(run: TrainedRun, now: OutcomeEntry | None, data: str) -> int:
     """On how many images the outcome is another one than in the run.
 
     Raises:

@@ -15,6 +15,7 @@ from ulsam.study import compare_plot as plot
 from ulsam.study import compare_table as table
 from ulsam.study import latency
 from ulsam.study.arms import Arm
+from ulsam.study.compare_result import ArmResult, CompareResult, DifferenceEntry, FailedRun, LatencyEntry
 from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Failed, Grid, Try, at_the_edge, close_call, most_epochs
 from ulsam.study.statistics import Difference, check_paired, difference, pooled_seed_variance
@@ -22,7 +23,7 @@ from ulsam.study.statistics import Difference, check_paired, difference, pooled_
 Runs = dict[int, Mapping[str, Any]]  # summaries by seed
 
 
-def summarize(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None = None) -> dict[str, Any]:
+def summarize(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None = None) -> CompareResult:
     """Everything that a comparison found, as JSON; shares are 0..1, times in seconds.
 
     Args:
@@ -48,11 +49,11 @@ def summarize(grid: Grid, comparison: ComparisonFolder, margin: float, command: 
     pooled = pooled_seed_variance(
         {seed: summary["scores"]["top1"] for seed, summary in found.items()} for found in runs.values()
     )
-    differences = []
+    differences: list[DifferenceEntry] = []
     for number, arm in enumerate(grid.arms):
         for other in grid.arms[:number]:
             if found := difference(runs[arm.name], runs[other.name], pooled):
-                differences.append({"arm": arm.name, "minus": other.name, **_difference_entry(found, margin)})
+                differences.append(_difference_entry(arm, other, found, margin))
     base = grid.arms[0].name
     for entry in arms:
         minus = [found for found in differences if (found["arm"], found["minus"]) == (entry["name"], base)]
@@ -101,7 +102,7 @@ def measure_latency(grid: Grid, comparison: ComparisonFolder) -> None:
         comparison.write("latency.json", latency.entry(specs, comparison.read("latency.json")))
 
 
-def write_reports(comparison: ComparisonFolder, result: Mapping[str, Any]) -> None:
+def write_reports(comparison: ComparisonFolder, result: CompareResult) -> None:
     """Write ``compare.json``, ``.md``, ``.csv``, ``.png``, and ``rates.png`` where rates were tried."""
     comparison.write("compare.json", result)
     write_atomic(comparison.root / "compare.md", table.markdown(result))
@@ -131,16 +132,14 @@ def _finals(grid: Grid, arm: Arm, comparison: ComparisonFolder) -> Runs:
     return found
 
 
-def _arm_entry(
-    grid: Grid, arm: Arm, comparison: ComparisonFolder, runs: Runs, times: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _arm_entry(grid: Grid, arm: Arm, comparison: ComparisonFolder, runs: Runs, times: LatencyEntry | None) -> ArmResult:
     top1 = [summary["scores"]["top1"] for summary in runs.values()]
     chosen = grid.chosen(arm, comparison.outcome)
     tries = grid.tried(arm, comparison.outcome)
     finals = grid.finals(arm, comparison.outcome)
     # a rate that fails is a result of its own, but without any that works the arm has failed
     counted = grid.tries(arm, comparison.outcome) if tries and all(entry.failed for entry in tries) else finals
-    failed = [
+    failed: list[FailedRun] = [
         {"run": run.name, "reason": found.reason}
         for run in counted
         if isinstance(found := comparison.outcome(run), Failed)
@@ -167,19 +166,32 @@ def _arm_entry(
         "top1": top1,
         "top1_mean": statistics.mean(top1) if top1 else None,
         "top1_sd": statistics.stdev(top1) if len(top1) > 1 else None,
-        "cost": dict(next(iter(runs.values()))["cost"]) if runs else {},
-        "latency": dict(times) if times else None,
+        "cost": next(iter(runs.values()))["cost"] if runs else {},
+        "latency": times,
         "failed": failed,
         "missing": grid.seeds - sum(comparison.outcome(run) is not None for run in finals),
+        "minus_base": None,
     }
 
 
-def _difference_entry(found: Difference, margin: float) -> dict[str, Any]:
-    entry = {**dataclasses.asdict(found), "verdict": list(found.words(margin))}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+def _difference_entry(arm: Arm, other: Arm, found: Difference, margin: float) -> DifferenceEntry:
+    return {
+        "arm": arm.name,
+        "minus": other.name,
+        "mean": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "over": found.over,
+        "seeds": list(found.seeds),
+        "of_seeds": list(found.of_seeds),
+        "differ": found.differ,
+        "verdict": list(found.words(margin)),
+    }
 
 
-def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[Mapping[str, Any]]) -> list[str]:
+def _notes(
+    grid: Grid, arms: list[ArmResult], differences: list[DifferenceEntry], measured: list[Mapping[str, Any]]
+) -> list[str]:
     notes, longest = [], []
     for entry in arms:
         notes += [

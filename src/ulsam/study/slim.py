@@ -32,6 +32,7 @@ from ulsam.study.slim_choose import BlockSearch
 from ulsam.study.slim_damage import Score, score
 from ulsam.study.slim_latency import Engine, check_engine
 from ulsam.study.slim_record import SlimRecord, check_folder
+from ulsam.study.slim_result import SlimmedScores, SlimResult
 from ulsam.study.slim_stacked import can_stack, scores_together
 from ulsam.surgery.cost import cost
 from ulsam.surgery.places import match
@@ -44,6 +45,7 @@ from ulsam.training.settings import TrainSettings
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
 from ulsam.training.summary import cost_entry, score_entry
 from ulsam.training.train import resume, train
+from ulsam.training.train_summary import TrainSummary
 from ulsam.training.trained_on import held_out_settings
 
 #: Of the reconstruction by which sets are compared; training starts with a longer one.
@@ -77,7 +79,7 @@ def slim(
     seconds: float = 20.0,
     fine_tune: bool = True,
     settings: TrainSettings | Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> SlimResult:
     """Replace blocks of a trained model so that it fits a budget, with the least damage, and restore its accuracy.
 
     The damage of a set of blocks is the increase of the mean cross-entropy on a sample of the training images when
@@ -114,7 +116,7 @@ def slim(
             are read (``size``, ``mean``, ...) is by default as in the model file.
 
     Returns:
-        What ``slim.json`` holds.
+        What ``slim.json`` holds: `ulsam.SlimResult` names its keys.
 
     Raises:
         UlsamError: no model file, other classes, no block to replace, a budget that all blocks together do not reach,
@@ -155,7 +157,7 @@ def slim(
             summary = _trained(config, out / "run")
             if record.get("result") is None:
                 record.put("result", _result(original, config, summary))
-    return record.data
+    return record.result
 
 
 def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, settings: Mapping[str, Any]) -> TrainConfig:
@@ -234,7 +236,7 @@ def _choose(
         if kept:
             record.write()
             write_atomic(model, content)
-        for line in [*report.start_lines(record.data), *(f"note    {note}" for note in notes)]:
+        for line in [*report.start_lines(record.result), *(f"note    {note}" for note in notes)]:
             say(line)
         for _, reason in sample.unreadable:
             say(f"unreadable {reason}")
@@ -289,22 +291,22 @@ def _choose(
                 reconstruct_new_layers,
                 reconstructed if config.reconstruct and config.reconstruct_images else None,
             ).choose()
-        for line in report.choice_lines(record.data):
+        for line in report.choice_lines(record.result):
             say(line)
     return record
 
 
-def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
+def _trained(config: TrainConfig, run: Path) -> TrainSummary:
     """The summary of the fine-tuning's run: a new one, the one that is there, or its rest."""
     if not (run / "config.yaml").exists():
         return train(config, run)
     if (run / "summary.json").exists():
-        return read_json(run / "summary.json")
+        return cast(TrainSummary, read_json(run / "summary.json"))
     given = {name: getattr(config, name) for name in restore.CHANGEABLE_ON_RESUME}
     return resume(run, {name: value for name, value in given.items() if value not in ("auto", None)})
 
 
-def _result(model: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _result(model: nn.Module, config: TrainConfig, summary: TrainSummary) -> SlimmedScores:
     """The slimmed model beside the original one, both on the run's own images, in its precision and layout."""
     ran = TrainConfig.from_mapping(summary["config"])
     with start(config.device) as world, cpu_threads(config.threads):

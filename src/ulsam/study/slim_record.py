@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_empty, clear_parts, make_folder, read_json, write_json
 from ulsam.base.provenance import command_line, versions
 from ulsam.study.slim_damage import Score
+from ulsam.study.slim_result import SlimResult
 
 NAME = "slim.json"
 RECONSTRUCTED = "measured_reconstructed"  # scores of sets after reconstruction
@@ -52,6 +53,11 @@ class SlimRecord:
                 )
         self.data = {**before, "budget": dict(budget)}
         clear_parts(out)
+
+    @property
+    def result(self) -> SlimResult:
+        """All that is kept; once the blocks are chosen it has every key that is not optional."""
+        return cast(SlimResult, self.data)
 
     def get(self, key: str) -> Any:
         """What is kept under this key; None if nothing."""

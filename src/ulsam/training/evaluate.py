@@ -23,6 +23,7 @@ from ulsam.data.sources import AnyImages, StreamImages
 from ulsam.data.targets import check_labels
 from ulsam.model.spec import ModelSpec
 from ulsam.training.predict import NOT_FINITE, Logits
+from ulsam.training.train_summary import OutcomeEntry
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -181,7 +182,7 @@ def run_batches(
     return unreadable
 
 
-def outcomes(scores: Scores, images: AnyImages) -> dict[str, Any] | None:
+def outcomes(scores: Scores, images: AnyImages) -> OutcomeEntry | None:
     """Which images were right, for pairing this measurement with another one of the same images; JSON.
 
     Args:

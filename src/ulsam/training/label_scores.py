@@ -15,6 +15,7 @@ from ulsam.base.errors import NotFinite
 from ulsam.data.loading import Batch
 from ulsam.training.evaluate import ALONE, run_batches
 from ulsam.training.predict import NOT_FINITE, sigmoid
+from ulsam.training.train_summary import ScoreEntry
 
 LABEL_COLUMNS = ("images", "named", "precision", "recall", "f1", "average_precision", "threshold")
 """What is said of each class."""
@@ -96,7 +97,7 @@ class LabelScores:
             "f1": _share(2 * right, named + images),
         }
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> ScoreEntry:
         """All scores as JSON."""
         return {
             "images": self.images,

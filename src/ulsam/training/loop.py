@@ -40,6 +40,7 @@ from ulsam.training.reconstruct_first import reconstruct_model
 from ulsam.training.signals import stop_signals
 from ulsam.training.step import TrainingStep
 from ulsam.training.trackers import open_trackers
+from ulsam.training.train_summary import TrainSummary
 from ulsam.training.unreadable import Unreadable
 
 
@@ -178,9 +179,9 @@ class Trainer:
             }
             write_checkpoint(self.run, state)
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self) -> TrainSummary:
         """Run the epochs that are left, measure, and write the result; the callbacks hear of it."""
-        result: dict[str, Any] | None = None
+        result: TrainSummary | None = None
 
         def end(callback: Callback) -> None:
             callback.end(result)
@@ -192,7 +193,7 @@ class Trainer:
             result = summary = self._fit()
         return summary
 
-    def _fit(self) -> dict[str, Any]:
+    def _fit(self) -> TrainSummary:
         config, world = self.config, self.world
         scores: Scores | LabelScores | None = None
         update_images = config.accumulate * config.batch_size * world.size
@@ -332,18 +333,17 @@ class Trainer:
             f"({row['images_per_second']:.0f} img/s)"
         )
 
-    def _finish(self, scores: Scores | LabelScores) -> dict[str, Any]:
+    def _finish(self, scores: Scores | LabelScores) -> TrainSummary:
         """Write the model file, the curves and, last, the summary: with it the run is finished."""
         if isinstance(scores, LabelScores):
             self.spec = dataclasses.replace(self.spec, thresholds=scores.thresholds)
-        bad = {split: sorted(found.reasons) for split, found in self.unreadable.items()}
-        summary = {
+        summary: TrainSummary = {
             "command": command_line(),
             "config": dataclasses.asdict(self.config),
             "spec": report.spec_entry(self.spec),
             "prepared": self.prepared,
             "class_weights": self.class_weights,
-            "teacher": self.teacher and report.teacher_entry(self.teacher),
+            "teacher": report.teacher_entry(self.teacher) if self.teacher else None,
             "images": {"train": len(self.train_images), "val": len(self.val_images)},
             "split": self.val_images.split,
             "scores": report.score_entry(scores, self.classes),
@@ -352,7 +352,7 @@ class Trainer:
             "base_cost": report.cost_entry(self.base_cost),
             "epochs": self.at.rows,
             "kept": best.kept_entry(self.config, self.at.rows, self.val_images.split),
-            "unreadable": bad,
+            "unreadable": {"train": self.unreadable["train"].names, "val": self.unreadable["val"].names},
             "versions": {**versions(), "device": self.world.device.type},
         }
         if self.world.writes:

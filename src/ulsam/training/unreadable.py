@@ -15,6 +15,11 @@ class Unreadable:
         self.reports = reports
         self.reasons: dict[str, str] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """The names of those that were met, sorted."""
+        return sorted(self.reasons)
+
     def add(self, found: Iterable[tuple[str, str]]) -> None:
         """Note what was met; all processes note the same, so that all end.
 
