@@ -302,7 +302,7 @@ def test_slimming_says_what_it_will_measure_and_for_how_long(model, data, tmp_pa
     lines = capsys.readouterr().out.splitlines()
     plan = next(line for line in lines if line.startswith("plan "))
     assert plan.startswith("plan    5 blocks one by one, up to ")
-    assert plan.endswith("to shorten it: fewer --images, a smaller --most-sets, blocks named by --at")
+    assert plan.endswith("to shorten it: fewer --images, a smaller --max-sets, blocks named by --at")
     most = [int(number) for number in re.findall(r"up to (\d+) sets", plan)]
     (time_line,) = [line for line in lines if line.startswith("time ")]
     assert time_line.startswith(f"time    up to {sum(most)} sets to measure, about ")
@@ -388,7 +388,7 @@ def test_a_budget_of_time_is_met_by_the_model_that_was_timed(model, data, tmp_pa
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     argv = ["slim", str(model), str(data), "--out", str(tmp_path / "out"), "--latency", "0.93", "--no-train"]
-    argv += ["--latency-seconds", "0", "--latency-threads", "1", "--most-sets", "4", "--groups", "2"]
+    argv += ["--latency-seconds", "0", "--latency-threads", "1", "--max-sets", "4", "--groups", "2"]
     argv += ["--engine", engine, "--latency-batch", batch, *options(SETTINGS)]
     status, shown = main(argv), capsys.readouterr()
     if status:  # a busy machine: no blocks were timed to be fast enough

@@ -25,7 +25,7 @@ NEAR = 12
 ALIKE = 12.0
 """And the mean difference of their thumbnails, in steps of 0 to 255."""
 
-MOST_COMPARED = 60_000
+MAX_COMPARED = 60_000
 """Images that are compared with each other by their looks; of more, only identical ones are found."""
 
 FEW = 5  # images of a class that are too few to learn from
@@ -109,7 +109,7 @@ def check(
             else:
                 seen[number] = result
     pairs = [(images[one], images[two], same) for one, two, same in _pairs(seen)]
-    if len(seen) > MOST_COMPARED:
+    if len(seen) > MAX_COMPARED:
         notes.append(f"{len(seen)} images are too many to compare by their looks: only identical ones were looked for")
     kinds: dict[str, list[Pair]] = {"leak": [], "conflict": [], "duplicate": []}
     for one, two, same in pairs:
@@ -202,7 +202,7 @@ def _pairs(seen: Mapping[int, _ImageFacts]) -> Iterator[tuple[int, int, bool]]:
     for group in groups.values():
         yield from ((group[0], other, True) for other in group[1:])
     distinct = [group[0] for group in groups.values() if np.ptp(seen[group[0]].thumbnail) > ALIKE]  # no plain colors
-    if len(numbers) > MOST_COMPARED or not distinct:
+    if len(numbers) > MAX_COMPARED or not distinct:
         return
     hashes = np.stack([seen[number].hash for number in distinct])
     for row, number in enumerate(distinct[:-1]):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ulsam.base.errors import MachineError, UlsamError
-from ulsam.base.processes import MOST_WORKERS, active_stop_signals
+from ulsam.base.processes import MAX_WORKERS, active_stop_signals
 from ulsam.base.reading import machine_fault
 from ulsam.data.augment import Box, EvalTransform, Normalize, Transform
 from ulsam.data.cache import ImageCache
@@ -209,8 +209,8 @@ class Loader(DataLoader[Item]):
     def __init__(
         self, dataset: Dataset[Item], normalize: Normalize, device: torch.device, workers: int, **options: Any
     ) -> None:
-        if not 0 <= workers <= MOST_WORKERS:
-            raise UlsamError(f"`workers` must be 0 to {MOST_WORKERS}, not {workers}")
+        if not 0 <= workers <= MAX_WORKERS:
+            raise UlsamError(f"`workers` must be 0 to {MAX_WORKERS}, not {workers}")
         self.normalize, self.target = normalize, device
         super().__init__(
             dataset,

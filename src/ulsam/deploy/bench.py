@@ -24,7 +24,7 @@ from ulsam.deploy.bench_report import BenchRow
 from ulsam.deploy.bench_worker import Backend, Case
 from ulsam.deploy.parity import parity_of
 
-MOST_TURNS = 2000
+MAX_TURNS = 2000
 Key = tuple[int, Backend]  # a model's number, and what runs it
 
 
@@ -93,7 +93,7 @@ def bench(
                     say(f"time    {len(processes)} in turn")
                     turns: list[dict[Key, float]] = []
                     try:
-                        for turn in in_turn({key: one.time for key, one in processes.items()}, seconds, MOST_TURNS):
+                        for turn in in_turn({key: one.time for key, one in processes.items()}, seconds, MAX_TURNS):
                             turns.append(turn)
                     finally:
                         if turns:

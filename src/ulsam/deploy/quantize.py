@@ -32,7 +32,7 @@ from ulsam.training.trained_on import held_out_settings, note_trained_on
 QUANTIZATION = "quantization"
 """Key of the metadata that says how a file was quantized."""
 
-MOST_LOST = 0.01
+MAX_LOST = 0.01
 """Share of top-1 that may be lost, as far as the images can show it."""
 
 COVERED = 0.85
@@ -117,7 +117,7 @@ def quantize(
             is measured by the operations one by one, which are exact.
 
     Raises:
-        UlsamError: an unknown target; top-1 falls by more than `MOST_LOST`, beyond what the choice of images explains
+        UlsamError: an unknown target; top-1 falls by more than `MAX_LOST`, beyond what the choice of images explains
             at 95 %; the model is quantized or in float16 already; the images have other classes, or come in a stream; a
             package is missing; the file cannot be written. There is no new file then.
 
@@ -168,8 +168,8 @@ def quantize(
         time_ratio=None if target != "this" else _time_ratio(whole, small),
     )
     lost = report.top1_before - report.top1
-    if lost - 1.96 * report.error > MOST_LOST:
-        raise UlsamError(f"the quantized model is worse than {100 * MOST_LOST:g} point: {report}; nothing was written")
+    if lost - 1.96 * report.error > MAX_LOST:
+        raise UlsamError(f"the quantized model is worse than {100 * MAX_LOST:g} point: {report}; nothing was written")
     write_atomic(out, quantized)
     return report
 
@@ -313,7 +313,7 @@ def _content(model: nn.Module | str | os.PathLike[str], spec: ModelSpec | None) 
     return engine_of(*model_and_spec(model, spec)).files[".onnx"]
 
 
-def _read(images: AnyImages, model: runtime.Model, most: int, title: str) -> Iterator[tuple[Pixels, int]]:
+def _read(images: AnyImages, model: runtime.Model, max_images: int, title: str) -> Iterator[tuple[Pixels, int]]:
     """So many of the images at the model's size, the same ones each time, and the model's number of their classes."""
     if isinstance(images, StreamImages):
         raise UlsamError("images cannot be picked from a stream of shards: name an image folder, or torch/... data")
@@ -321,7 +321,7 @@ def _read(images: AnyImages, model: runtime.Model, most: int, title: str) -> Ite
     if unknown := [name for name in images.classes if name not in found]:
         raise UlsamError(f"the model knows no class {unknown[0]!r}; it has {', '.join(model.classes[:8])}, ...")
     number_of = [found[name] for name in images.classes]
-    for number in progress(pick(len(images), most), desc=title, unit="image"):
+    for number in progress(pick(len(images), max_images), desc=title, unit="image"):
         try:
             pixels, label = _fetch(images, number, model)
         except UnreadableImage:
@@ -359,4 +359,4 @@ def _time_ratio(before: runtime.Model, after: runtime.Model) -> float:
     """The time of one image, over that of the other model, in turn."""
     pixels = np.zeros((1, *before.preprocessing.size, before.preprocessing.channels), np.uint8)
     calls = {"before": functools.partial(before.logits, pixels), "after": functools.partial(after.logits, pixels)}
-    return time_in_turn(calls, seconds=1.0, most_turns=200)["after"].ratio
+    return time_in_turn(calls, seconds=1.0, max_turns=200)["after"].ratio

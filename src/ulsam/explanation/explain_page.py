@@ -25,7 +25,7 @@ from ulsam.explanation.explanation import (
     headline,
 )
 
-MOST_CARDS = 500
+MAX_CARDS = 500
 """Images that the page shows in full, the first of the index; the others have their line there."""
 
 LARGEST, SMALLEST = 256, 24
@@ -151,7 +151,7 @@ def page(
         .get_template("explain_page.html")
         .render(
             cards=cards,
-            most=MOST_CARDS,
+            max_cards=MAX_CARDS,
             known=len(known),
             wrong=sum(one.verdict == "wrong" for one in known),
             model=model,

@@ -15,7 +15,7 @@ from ulsam.data.image_channels import shown
 from ulsam.data.images import Pixels
 from ulsam.explanation.captions import percent, verdict
 from ulsam.explanation.drawing import COLORS, STRENGTH
-from ulsam.explanation.measures import INERT, entropy_share, most_effect, peak
+from ulsam.explanation.measures import INERT, entropy_share, max_effect, peak
 from ulsam.layer.ulsam import Form
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 NO_LAYER = "This model has no ULSAM layer: there are no attention maps to show."
-MOST_COLUMNS = 8
+MAX_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def attention_row(layer: LayerMaps) -> MapRow:
 
 def _little(layer: LayerMaps) -> str:
     """That the maps change the features by less than `INERT`, whatever these are, if it is so."""
-    if most_effect(layer.maps) >= INERT:
+    if max_effect(layer.maps) >= INERT:
         return ""
     return f"{'nearly uniform' if max(layer.peak) < 2 else 'weak'}: this layer does little"
 
@@ -153,7 +153,7 @@ def _figure(found: Explanation) -> "Figure":
     """The image, its most probable classes, the CAM and all attention maps, with their color scales."""
     from matplotlib.figure import Figure
 
-    columns = min(MOST_COLUMNS, max([4, *(len(layer.maps) for layer in found.layers)]))
+    columns = min(MAX_COLUMNS, max([4, *(len(layer.maps) for layer in found.layers)]))
     lines = [-(-len(layer.maps) // columns) for layer in found.layers]
     figure = Figure(figsize=(2.1 * columns + 0.8, 2.6 * (1 + sum(lines))), layout="constrained")
     parts: Any = figure.subfigures(1 + len(lines), 1, squeeze=False, height_ratios=[1, *lines])

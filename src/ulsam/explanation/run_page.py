@@ -114,7 +114,7 @@ def page(
         forest=_forest(found),
         rows=class_rows(runs, measured),
         matrices=[_matrix(one) for one in measured],
-        most=TABLE_CLASSES,
+        max_classes=TABLE_CLASSES,
         pairs=pairs,
         small=small,
         samples=samples,

@@ -15,7 +15,7 @@ from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arm
 from ulsam.study.compare_report import measure_latency, summarize, write_reports
 from ulsam.study.compare_result import CompareResult
 from ulsam.study.comparison_folder import ComparisonFolder
-from ulsam.study.grid import CLOSE, Grid
+from ulsam.study.grid import TRIED_WITHIN, Grid
 from ulsam.study.identity import data_digest, file_digests, seen_before
 from ulsam.study.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.study.ray_launcher import RayLauncher, require_ray
@@ -37,7 +37,7 @@ def compare(
     rates: Sequence[float] = (),
     tried_epochs: Sequence[int] = (),
     tried_seeds: int = 1,
-    tried_within: float = CLOSE,
+    tried_within: float = TRIED_WITHIN,
     choose_split: str | None = None,
     settings: TrainSettings | Mapping[str, Any] | None = None,
     jobs: int | None = None,

@@ -17,7 +17,7 @@ from ulsam.study import latency
 from ulsam.study.arms import Arm
 from ulsam.study.compare_result import ArmResult, CompareResult, DifferenceEntry, FailedRun, LatencyEntry
 from ulsam.study.comparison_folder import ComparisonFolder
-from ulsam.study.grid import Failed, Grid, Try, at_the_edge, close_call, most_epochs
+from ulsam.study.grid import Failed, Grid, Try, at_the_edge, close_call, longest_is_best
 from ulsam.study.statistics import Difference, check_paired, difference, pooled_seed_variance
 
 Runs = dict[int, Mapping[str, Any]]  # summaries by seed
@@ -214,7 +214,7 @@ def _notes(
                 f"{entry['name']}: chance may have chosen {_settings(best)} over {_settings(other)}, whose loss is "
                 "lower; raise `tried_seeds`"
             )
-        if most_epochs(tries):
+        if longest_is_best(tries):
             longest.append(entry["name"])
         minus = entry["minus_base"]
         if minus and not set(minus["seeds"]) == set(entry["seeds"]) == set(arms[0]["seeds"]):

@@ -71,12 +71,12 @@ def slim(
     layer: Mapping[str, Any] | None = None,
     at: str | None = None,
     images: int = 400,
-    most_sets: int = 200,
+    max_sets: int = 200,
     reconstruct_sets: int = 4,
     engine: Engine = "eager",
-    batch: int = 1,
-    threads: int | None = None,
-    seconds: float = 20.0,
+    latency_batch: int = 1,
+    latency_threads: int | None = None,
+    latency_seconds: float = 20.0,
     fine_tune: bool = True,
     settings: TrainSettings | Mapping[str, Any] | None = None,
 ) -> SlimResult:
@@ -105,12 +105,12 @@ def slim(
             ULSAM by default; the layer "none" removes the blocks.
         at: names, globs or layer numbers of the blocks to choose from; None: all that can be replaced.
         images: how many training images to measure the damage on.
-        most_sets: how many sets of blocks to measure after the greedy search.
+        max_sets: how many sets of blocks to measure after the greedy search.
         reconstruct_sets: how many of the sets of least damage to reconstruct.
         engine: what runs the model where latency is measured, ``eager`` or ``onnxruntime``.
-        batch: images at a time, where latency is measured.
-        threads: CPU threads, where latency is measured; None: PyTorch's own number.
-        seconds: how long latency is measured, of all blocks in turn, and of each set.
+        latency_batch: images at a time, where latency is measured.
+        latency_threads: CPU threads, where latency is measured; None: PyTorch's own number.
+        latency_seconds: how long latency is measured, of all blocks in turn, and of each set.
         fine_tune: whether to continue after the choice.
         settings: of `ulsam.training.config.TrainConfig`, for the fine-tuning, but for `RESERVED_SETTINGS`; how images
             are read (``size``, ``mean``, ...) is by default as in the model file.
@@ -130,12 +130,12 @@ def slim(
         layer=layer or {},
         at=at,
         images=images,
-        most_sets=most_sets,
+        max_sets=max_sets,
         reconstruct_sets=reconstruct_sets,
         engine=engine,
-        batch=batch,
-        threads=threads,
-        seconds=seconds,
+        latency_batch=latency_batch,
+        latency_threads=latency_threads,
+        latency_seconds=latency_seconds,
     )
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -25,7 +25,7 @@ from ulsam.study.slim_stacked import TOGETHER
 from ulsam.surgery.cost import Cost
 
 STEP = 0.005  # share of the time by which more is asked for at least, where the sets that were found are too slow
-MOST_TURNS = 2000  # of timing
+MAX_TURNS = 2000  # of timing
 TIMED = 8  # sets of one search that are timed at most
 
 
@@ -62,7 +62,7 @@ class BlockSearch:
         """
         by_time = self.budget.measure == "latency"
         bar: tqdm[Any] = logs.progress(desc="damage", unit="set")
-        with bar, cpu_threads(self.budget.threads if by_time else None):
+        with bar, cpu_threads(self.budget.latency_threads if by_time else None):
             progress = SearchProgress(bar, self._shorter)
             savings, total = self._savings(progress)
             useful = _useful(savings)
@@ -92,7 +92,7 @@ class BlockSearch:
 
     @property
     def _shorter(self) -> str:
-        ways = ["fewer `images`", "a smaller `most_sets`", "blocks named by `at`"]
+        ways = ["fewer `images`", "a smaller `max_sets`", "blocks named by `at`"]
         return ", ".join([*ways, *["a smaller `reconstruct_sets`"] * (self.reconstructed is not None)])
 
     def _plan(self, savings: Sequence[float], least: float) -> str:
@@ -108,10 +108,10 @@ class BlockSearch:
         """How many sets the greedy search will measure, about, and how many at most are measured after it."""
         useful = sorted(_useful(savings))
         sets = list(
-            itertools.islice(minimal_sets([savings[number] for number in useful], least), self.budget.most_sets + 1)
+            itertools.islice(minimal_sets([savings[number] for number in useful], least), self.budget.max_sets + 1)
         )
         longest = max(map(len, sets), default=0)
-        return sum(len(useful) - step for step in range(1, longest)), min(len(sets), self.budget.most_sets)
+        return sum(len(useful) - step for step in range(1, longest)), min(len(sets), self.budget.max_sets)
 
     def _measure(self, sets: Iterable[Blocks], progress: SearchProgress) -> None:
         """Measure those of the sets that were not, many together."""
@@ -185,7 +185,7 @@ class BlockSearch:
         def ahead(sets: Iterable[Blocks]) -> None:
             self._measure(map(real, sets), progress)
 
-        found = search([savings[number] for number in useful], least, damage, self.budget.most_sets, ahead)
+        found = search([savings[number] for number in useful], least, damage, self.budget.max_sets, ahead)
         return SearchResult(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
 
     def _by_latency(self, savings: Sequence[float], progress: SearchProgress) -> SearchResult:
@@ -244,9 +244,9 @@ class BlockSearch:
         for blocks in (frozenset(), *sets):
             with self.switched.replaced([self.blocks[number].name for number in blocks]) as model:
                 calls[blocks] = call_of(
-                    model, self.cost.input_size, self.budget.engine, self.budget.batch, torch.get_num_threads()
+                    model, self.cost.input_size, self.budget.engine, self.budget.latency_batch, torch.get_num_threads()
                 )
-        return time_in_turn(calls, self.budget.seconds, MOST_TURNS)
+        return time_in_turn(calls, self.budget.latency_seconds, MAX_TURNS)
 
     def _places(self, blocks: Blocks) -> list[str]:
         return [self.blocks[number].place for number in sorted(blocks)]

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, get_type_hints
 import yaml
 
 from ulsam.base.errors import UlsamError
-from ulsam.base.processes import MOST_WORKERS
+from ulsam.base.processes import MAX_WORKERS
 from ulsam.base.reading import read_text
 from ulsam.data.folds import parse_fold
 from ulsam.training.setting_kinds import MOMENTUM, checked, is_number
@@ -39,12 +39,12 @@ _RANGES: dict[str, tuple[float, float]] = {  # least and most, both included; no
     "size": (1, 8192),
     "in_chans": (1, 64),
     "threads": (1, 1024),  # OpenMP ends the process where it cannot make as many as it is asked for
-    "workers": (0, MOST_WORKERS),
+    "workers": (0, MAX_WORKERS),
     "distill_temperature": (0, 1000),
     "reconstruct_images": (0, 100 * _LARGE),
 }
 _POLICY = {"m": 30, "mmax": 10, "n": 16, "mstd": 1000, "p": 1, "inc": 1, "w": 16, "d": 16}  # most of each number
-_MOST_YAML = 1_000_000  # characters of settings
+_MAX_YAML = 1_000_000  # characters of settings
 _SHARES = (
     "smoothing",
     "hflip",
@@ -328,8 +328,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     try:
         text = read_text(path)
-        if len(text) > _MOST_YAML:
-            raise UlsamError(f"{path} has {len(text)} characters: no settings have more than {_MOST_YAML}")
+        if len(text) > _MAX_YAML:
+            raise UlsamError(f"{path} has {len(text)} characters: no settings have more than {_MAX_YAML}")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UlsamError(f"cannot read the settings in {path}: {error}") from error

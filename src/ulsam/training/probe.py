@@ -25,7 +25,7 @@ from ulsam.training.machine import has_bf16, session, why_not_compiled
 from ulsam.training.step import LAYOUTS, TrainingStep
 
 MARGIN = 0.05  # so much faster than a plainer one a choice must be, so that noise does not choose
-LEAST_TURNS, MOST_TURNS = 3, 15  # timed steps of each candidate, after one that is not timed
+MIN_TURNS, MAX_TURNS = 3, 15  # timed steps of each candidate, after one that is not timed
 SHARE, SHORT_SHARE, SHORT_SECONDS = 0.02, 0.05, 20.0  # of the run the probe may take; the larger one up to 20 seconds
 COMPILE_SECONDS = 3600.0  # the shortest run for which compilation is tried
 NAMES = {"none": "float32", "bf16": "bf16", "fp16": "fp16"}
@@ -125,7 +125,7 @@ def probe(
         chosen = dataclasses.replace(tried[0], **given)
         lines = [f"probe   none: this machine leaves no choice but {chosen}" + (f", as {lack}" if lack else "")]
         lines[-1] += f"; to choose: {options}"
-    elif SHARE * steps < max(len(tried), 2) * (1 + LEAST_TURNS):  # one alone is timed against its compiled form
+    elif SHARE * steps < max(len(tried), 2) * (1 + MIN_TURNS):  # one alone is timed against its compiled form
         usual = Setup(amp=tried[-1].amp if world.device.type == "cuda" else "none")
         chosen = dataclasses.replace(usual, **given)
         lines = [f"probe   none for a run of {steps} steps: {chosen}; to choose: {options}"]
@@ -193,7 +193,7 @@ def choose(times: Mapping[Setup, float], margin: float = MARGIN) -> Setup:
 def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
     """Median seconds of a step of each candidate; they take turns, after a step each that is not timed.
 
-    It ends after `MOST_TURNS`; or from `LEAST_TURNS` on, when it has taken 2 % of the run, or 5 % while these are under
+    It ends after `MAX_TURNS`; or from `MIN_TURNS` on, when it has taken 2 % of the run, or 5 % while these are under
     20 seconds.
 
     Args:
@@ -203,7 +203,7 @@ def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
     began = time.monotonic()
     times: dict[Setup, list[float]] = {setup: [] for setup in take}
     medians: dict[Setup, float] = {}
-    for turn in range(1 + MOST_TURNS):
+    for turn in range(1 + MAX_TURNS):
         for setup in list(times):
             before = time.perf_counter()
             try:
@@ -218,7 +218,7 @@ def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
         medians = {setup: statistics.median(found) for setup, found in times.items() if found}
         run = steps * min(medians.values(), default=0.0)
         limit = max(SHARE * run, min(SHORT_SECONDS, SHORT_SHARE * run))
-        if turn >= LEAST_TURNS and time.monotonic() - began > limit:
+        if turn >= MIN_TURNS and time.monotonic() - began > limit:
             break
     return medians
 
