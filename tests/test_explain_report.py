@@ -249,7 +249,9 @@ def test_each_model_is_given_images_of_its_own_size(root: Path) -> None:
         explainers.append(Explainer(build(spec)[0], spec))
     images = list_images([str(root / "sized")], CLASSES)
     (batch,) = explained(images, explainers, [])
-    assert [[one.pixels.shape[:2] for one in each.found] for each in batch] == [[(32, 32), (48, 48), (32, 32)]] * 6
+    assert [[one.pixels.shape[:2] for one in each.explanations] for each in batch] == [
+        [(32, 32), (48, 48), (32, 32)]
+    ] * 6
 
 
 def test_models_of_different_classes_do_not_compare(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

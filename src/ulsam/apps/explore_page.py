@@ -65,8 +65,8 @@ def create_app(models: Sequence[Model], *, host: str = "127.0.0.1", max_bytes: i
     async def draw(
         request: Request, number: Annotated[int, PathParameter(ge=0, lt=len(models))], name: str = "image"
     ) -> Response:
-        def png(found: Sequence[Explanation]) -> Response:
-            drawn = panel_png(models, found, number, printable(name[:_LONGEST_NAME]))
+        def png(explanations: Sequence[Explanation]) -> Response:
+            drawn = panel_png(models, explanations, number, printable(name[:_LONGEST_NAME]))
             return Response(drawn, media_type="image/png")
 
         return await desk.ask(request, name, png)

@@ -271,8 +271,8 @@ def _lock(api_key: str) -> Callable[..., Awaitable[None]]:
     return check
 
 
-def _reasons(found: Sequence[Prediction]) -> str:
+def _reasons(predictions: Sequence[Prediction]) -> str:
     """Why no image could be read."""
-    if len(found) == 1:
-        return str(found[0].error)
-    return "; ".join(f"{one.image or f'image {number}'}: {one.error}" for number, one in enumerate(found))
+    if len(predictions) == 1:
+        return str(predictions[0].error)
+    return "; ".join(f"{one.image or f'image {number}'}: {one.error}" for number, one in enumerate(predictions))

@@ -213,14 +213,14 @@ def _pairs(seen: Mapping[int, _ImageFacts]) -> Iterator[tuple[int, int, bool]]:
                 yield number, other, False
 
 
-def entry(found: Checked) -> dict[str, Any]:
+def entry(checked: Checked) -> dict[str, Any]:
     """All of it as JSON."""
-    pairs = {name: [one._asdict() for one in getattr(found, name)] for name in ("duplicates", "leaks", "conflicts")}
+    pairs = {name: [one._asdict() for one in getattr(checked, name)] for name in ("duplicates", "leaks", "conflicts")}
     return {
-        "splits": {name: dict(counts) for name, counts in found.splits.items()},
-        "images": dict(found.images),
-        "shorter_side": found.sides and dict(zip(("least", "median", "largest"), found.sides, strict=True)),
-        "broken": list(found.broken),
+        "splits": {name: dict(counts) for name, counts in checked.splits.items()},
+        "images": dict(checked.images),
+        "shorter_side": checked.sides and dict(zip(("least", "median", "largest"), checked.sides, strict=True)),
+        "broken": list(checked.broken),
         **pairs,
-        "notes": list(found.notes),
+        "notes": list(checked.notes),
     }

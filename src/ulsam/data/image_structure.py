@@ -35,18 +35,18 @@ def count_scans(content: bytes, pixels: int = 0) -> int:
     >>> count_scans(b"\\xff\\xd8" + 101 * b"\\xff\\xda\\x00\\x02" + b"\\xff\\xd9" + b"\\xff\\xda")
     101
     """
-    found = content.count(b"\xff\xda")
-    if found <= MAX_SCANS and found * pixels <= MAX_SCANNED:
-        return found  # what lies behind the image may look like scans, too
-    found, place = 0, 2
+    scans = content.count(b"\xff\xda")
+    if scans <= MAX_SCANS and scans * pixels <= MAX_SCANNED:
+        return scans  # what lies behind the image may look like scans, too
+    scans, place = 0, 2
     while marker := _MARKER.search(content, place):
         kind, place = marker[1][0], marker.end()
         if kind == 0xD9:  # end of the image
             break
-        found += kind == 0xDA
+        scans += kind == 0xDA
         if kind not in (0x01, 0xD8):  # these alone have no length
             place += int.from_bytes(content[place : place + 2])
-    return found
+    return scans
 
 
 def plain_jpeg(content: bytes) -> bytes:

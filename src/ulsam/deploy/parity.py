@@ -129,7 +129,7 @@ def compared(
     """
     device = next(model.parameters()).device
     step = 1 if one_by_one else BATCH
-    found = []
+    parities = []
     for first in [0, *range(1, len(images), step)]:
         batch = np.stack(images[first : first + (step if first else 1)])
         normalized = look.normalize(batch)
@@ -142,8 +142,8 @@ def compared(
             ) from error
         with torch.no_grad(), eval_mode(model):
             ours = model(torch.from_numpy(normalized).to(device)).float().cpu().numpy()
-        found.append(parity_of(theirs, ours))
-    return sum(found[1:], found[0])
+        parities.append(parity_of(theirs, ours))
+    return sum(parities[1:], parities[0])
 
 
 def parity_of(theirs: Logits, ours: Logits) -> Parity:

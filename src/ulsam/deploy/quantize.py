@@ -137,35 +137,35 @@ def quantize(
     if os.path.realpath(out) == os.path.realpath(name):
         raise UlsamError(f"{out} is the model in float32, and would be lost: name another file to write")
     content = _content(model, spec)
-    whole = runtime.open_model(content, name)
-    if QUANTIZATION in whole.metadata:
+    before = runtime.open_model(content, name)
+    if QUANTIZATION in before.metadata:
         raise UlsamError(f"{name} is quantized already: name the file in float32, or the model file")
-    if runtime.PRECISION in whole.metadata:
+    if runtime.PRECISION in before.metadata:
         raise UlsamError(
-            f"{name} is in {whole.metadata[runtime.PRECISION]}: name the file in float32, or the model file"
+            f"{name} is in {before.metadata[runtime.PRECISION]}: name the file in float32, or the model file"
         )
-    if whole.thresholds is not None:
+    if before.thresholds is not None:
         raise UlsamError("quantizing is measured by one class an image, and this model gives several labels")
     place = {} if data_dir is None else {"data_dir": os.fspath(data_dir)}
     train, others, _ = open_data(os.fspath(data), **{**held_out_settings(model, os.fspath(data), {}), **place})
     check_one_class(others, "quantizing")
     if isinstance(others, FolderImages):
         note_trained_on(model, [path for path, _ in others.samples], [data])
-    seen = [image for image, _ in _read(train, whole, calibrate, "calibrate")]
+    seen = [image for image, _ in _read(train, before, calibrate, "calibrate")]
     if not seen:
         raise UlsamError(f"none of the images of {data} to calibrate on could be read")
-    quantized = quantize_graph(content, seen, whole.metadata, bits=bits)
+    quantized = quantize_graph(content, seen, before.metadata, bits=bits)
     elsewhere = bits == 8 and saturates()
     small = runtime.open_model(quantized, out, as_written=elsewhere)
     report = _measured(
-        whole,
+        before,
         small,
-        _read(others, whole, measure, "measure"),
+        _read(others, before, measure, "measure"),
         calibrated=len(seen),
         bytes=len(quantized),
         bytes_before=len(content),
         weight_bits=bits,
-        time_ratio=None if target != "this" else _time_ratio(whole, small),
+        time_ratio=None if target != "this" else _time_ratio(before, small),
     )
     lost = report.top1_before - report.top1
     if lost - 1.96 * report.error > MAX_LOST:
@@ -268,7 +268,7 @@ def map_statistics(content: bytes, images: Sequence[Pixels]) -> dict[str, MapSta
     return found
 
 
-def _correct_biases(model: Any, whole: Any, means: Mapping[str, NDArray[np.float64]]) -> None:
+def _correct_biases(model: Any, original: Any, means: Mapping[str, NDArray[np.float64]]) -> None:
     """Add to each bias of the quantized model what its channel's mean loses as the weights are rounded, in place.
 
     The loss is the sum of what each weight loses times the mean of what it multiplies, which at the borders of a map is
@@ -278,8 +278,8 @@ def _correct_biases(model: Any, whole: Any, means: Mapping[str, NDArray[np.float
     """
     from onnx.numpy_helper import from_array, to_array
 
-    before = {tensor.name: to_array(tensor) for tensor in whole.graph.initializer}
-    sources = {node.name: node for node in whole.graph.node}
+    before = {tensor.name: to_array(tensor) for tensor in original.graph.initializer}
+    sources = {node.name: node for node in original.graph.node}
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     makes = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     for node in model.graph.node:
@@ -338,19 +338,19 @@ def _measured(
     before: runtime.Model, after: runtime.Model, images: Iterator[tuple[Pixels, int]], **facts: Any
 ) -> Quantized:
     """Both models' answers on the same images; ``facts`` are the rest of `Quantized`."""
-    found = []
+    outcomes = []
     for pixels, label in images:
-        found.append((*(int(model.logits(pixels[None]).argmax()) for model in (before, after)), label))
-    if not found:
+        outcomes.append((*(int(model.logits(pixels[None]).argmax()) for model in (before, after)), label))
+    if not outcomes:
         raise UlsamError("none of the images to measure on could be read")
-    one, two, labels = np.array(found).T
-    change = (two == labels).astype(float) - (one == labels)
+    old, new, labels = np.array(outcomes).T
+    change = (new == labels).astype(float) - (old == labels)
     return Quantized(
-        images=len(found),
-        top1=float((two == labels).mean()),
-        top1_before=float((one == labels).mean()),
-        same=float((one == two).mean()),
-        error=float(change.std()) / math.sqrt(len(found)),
+        images=len(outcomes),
+        top1=float((new == labels).mean()),
+        top1_before=float((old == labels).mean()),
+        same=float((old == new).mean()),
+        error=float(change.std()) / math.sqrt(len(outcomes)),
         **facts,
     )
 

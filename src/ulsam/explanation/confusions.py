@@ -120,9 +120,9 @@ def seen_by(runs: Iterable[Measured]) -> list[SharedImage]:
 def _mixed(pool: Iterable[SharedImage], classes: tuple[str, str]) -> list[SharedImage]:
     """The images of one of two classes that a run takes for the other, the surest first."""
 
-    def surest(one: SharedImage) -> float:
+    def surest(image: SharedImage) -> float:
         return max(
-            (guess.share for guess in one.guesses.values() if {guess.truth, guess.named} == {*classes}), default=0
+            (guess.share for guess in image.guesses.values() if {guess.truth, guess.named} == {*classes}), default=0
         )
 
     return sorted((one for one in pool if surest(one)), key=surest, reverse=True)

@@ -271,13 +271,13 @@ def _figure(printed: str, counted: int, base: int = 0) -> Figure:
     return Figure(printed, counted, f"{value}{unit}")
 
 
-def _table(title: str, found: list[PaperRow]) -> str:
-    notes = list(dict.fromkeys(row.note for row in found if row.note))
+def _table(title: str, rows: list[PaperRow]) -> str:
+    notes = list(dict.fromkeys(row.note for row in rows if row.note))
     cells = [
-        ["model", "place" if found[0].name else "formulas", "timm name", *(["", "counted", "gives", "verdict"] * 2)]
+        ["model", "place" if rows[0].name else "formulas", "timm name", *(["", "counted", "gives", "verdict"] * 2)]
     ]
     cells[0][3], cells[0][7] = "params", "FLOPs"
-    for row in found:
+    for row in rows:
         cells.append([row.model, row.place, row.name])
         figures = [row.params, row.macs]
         for figure in figures:

@@ -174,18 +174,18 @@ def _arm_entry(grid: Grid, arm: Arm, comparison: ComparisonFolder, runs: Runs, t
     }
 
 
-def _difference_entry(arm: Arm, other: Arm, found: Difference, margin: float) -> DifferenceEntry:
+def _difference_entry(arm: Arm, other: Arm, between: Difference, margin: float) -> DifferenceEntry:
     return {
         "arm": arm.name,
         "minus": other.name,
-        "mean": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "over": found.over,
-        "seeds": list(found.seeds),
-        "of_seeds": list(found.of_seeds),
-        "differ": found.differ,
-        "verdict": list(found.words(margin)),
+        "mean": between.mean,
+        "low": between.low,
+        "high": between.high,
+        "over": between.over,
+        "seeds": list(between.seeds),
+        "of_seeds": list(between.of_seeds),
+        "differ": between.differ,
+        "verdict": list(between.words(margin)),
     }
 
 

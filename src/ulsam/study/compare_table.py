@@ -87,14 +87,18 @@ def csv_text(result: Mapping[str, Any]) -> str:
     return as_csv(found)
 
 
-def points(found: Mapping[str, Any]) -> str:
+def points(difference: Mapping[str, Any]) -> str:
     """A difference in points of top-1, with its interval.
 
     >>> points({"mean": 0.012, "low": -0.001, "high": 0.025})
     '+1.20 [-0.10, +2.50]'
     """
-    mean = f"{100 * found['mean']:+.2f}"
-    return mean if found["low"] is None else f"{mean} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
+    mean = f"{100 * difference['mean']:+.2f}"
+    return (
+        mean
+        if difference["low"] is None
+        else f"{mean} [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
+    )
 
 
 def latency(arm: Mapping[str, Any], *, is_base: bool) -> str:

@@ -129,12 +129,12 @@ class BlockSearch:
             self._measure([blocks], progress)
         return cast(Score, self.record.score(places))
 
-    def _best_reconstructed(self, found: SearchResult, progress: SearchProgress) -> Blocks:
+    def _best_reconstructed(self, result: SearchResult, progress: SearchProgress) -> Blocks:
         """Of the sets of least damage that reach the budget the one that is best when it is reconstructed."""
         if self.reconstructed is None:
-            return found.blocks
+            return result.blocks
         by_time = self.budget.measure == "latency"
-        fitting = [rival for rival in found.rivals if not by_time or self._ratio(rival) <= self.budget.share]
+        fitting = [rival for rival in result.rivals if not by_time or self._ratio(rival) <= self.budget.share]
         losses: dict[Blocks, float] = {}
         chosen = fitting[: self.budget.reconstruct_sets]
         for number, blocks in enumerate(chosen):
@@ -152,7 +152,7 @@ class BlockSearch:
             progress.say(
                 f"damage  {', '.join(places)}: loss {before:+.4f}, {known.loss - base.loss:+.4f} after reconstruction"
             )
-        return min(losses, key=lambda blocks: (losses[blocks], sorted(blocks)), default=found.blocks)
+        return min(losses, key=lambda blocks: (losses[blocks], sorted(blocks)), default=result.blocks)
 
     def _damage(self, blocks: Blocks, progress: SearchProgress) -> float:
         """How much the loss grows when these blocks are replaced."""

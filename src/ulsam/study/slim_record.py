@@ -78,10 +78,10 @@ class SlimRecord:
         """Keep a score."""
         self.add_scores([(blocks, score)], reconstructed=reconstructed)
 
-    def add_scores(self, found: Iterable[tuple[list[str], Score]], *, reconstructed: bool = False) -> None:
+    def add_scores(self, scores: Iterable[tuple[list[str], Score]], *, reconstructed: bool = False) -> None:
         """Keep scores, with one write."""
         self.data.setdefault(_KEYS[reconstructed], []).extend(
-            {"blocks": blocks, "loss": score.loss, "top1": score.top1} for blocks, score in found
+            {"blocks": blocks, "loss": score.loss, "top1": score.top1} for blocks, score in scores
         )
         self.write()
 

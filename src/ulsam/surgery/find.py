@@ -71,7 +71,7 @@ def candidates(model: nn.Module, input_size: Sequence[int] | None = None, leaves
     model = unwrapped(model)
     seen = traced(model, input_size)
     owners = _owners(model)
-    found = []
+    blocks = []
     for name, module in model.named_modules():
         if not name or why_not_replace(module, seen.flows[name], seen):
             continue
@@ -82,8 +82,8 @@ def candidates(model: nn.Module, input_size: Sequence[int] | None = None, leaves
         saved = sum(p.numel() for p in module.parameters() if inside[id(p)] == owners[id(p)])
         params = saved - 2 * channels
         macs = seen.flows[name].macs - 2 * channels * height * width
-        found.append(Candidate(name, host_class(module).__name__, (channels, height, width), params, macs))
-    return found
+        blocks.append(Candidate(name, host_class(module).__name__, (channels, height, width), params, macs))
+    return blocks
 
 
 def blocks_at(model: nn.Module, at: At) -> list[str]:

@@ -68,10 +68,10 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
             raise
         try:
             folded, x = _fold(model, size, like, torch.float64, channels_last), like.new_zeros(1, *size)
-            wanted, found = ([one.dtype for one in _run(one, x)] for one in (plain_copy(model).eval(), folded))
+            wanted, got = ([one.dtype for one in _run(one, x)] for one in (plain_copy(model).eval(), folded))
         except Exception:  # the same, an operator or a device without float64, or code that kept a float64 tensor
             raise error from None
-        if found != wanted:  # it kept one
+        if got != wanted:  # it kept one
             raise
         return folded
 
@@ -167,7 +167,7 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[Pair], list[Tensor]]:
     The convolution's output is the BatchNorm's input, and both run once.
     """
     made: dict[int, tuple[Tensor, int, nn.Conv2d]] = {}  # a convolution's output and its version, by id
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     calls: Counter[nn.Module] = Counter()
 
     def after(conv: nn.Module, _: Any, output: Any) -> None:
@@ -180,7 +180,7 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[Pair], list[Tensor]]:
         if args and id(args[0]) in made:
             output, version, conv = made[id(args[0])]
             if _version(output) == version:  # not changed in place
-                found.append((conv, cast(nn.BatchNorm2d, norm)))
+                pairs.append((conv, cast(nn.BatchNorm2d, norm)))
 
     of_layers = {child for module in model.modules() if isinstance(module, ULSAM) for child in module.children()}
     handles = []
@@ -196,8 +196,8 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[Pair], list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-    uses = Counter(conv for conv, _ in found)
-    return [pair for pair in found if calls[pair[0]] == calls[pair[1]] == uses[pair[0]] == 1], expected
+    uses = Counter(conv for conv, _ in pairs)
+    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == uses[pair[0]] == 1], expected
 
 
 def _version(output: Tensor) -> int:
@@ -337,13 +337,13 @@ def _gives(model: nn.Module, x: Tensor, expected: Sequence[Tensor], *, values: b
         return False
 
 
-def _agree(expected: Sequence[Tensor], found: Sequence[Tensor], *, values: bool = True) -> bool:
+def _agree(expected: Sequence[Tensor], actual: Sequence[Tensor], *, values: bool = True) -> bool:
     """Whether these are of the same shapes, with NaN in the same places; and of the same values to 1e-4."""
-    if [one.shape for one in expected] != [one.shape for one in found]:
+    if [one.shape for one in expected] != [one.shape for one in actual]:
         return False
     return all(
         torch.equal(before.isnan(), after.isnan()) and (not values or _is_close(before, after))
-        for before, after in zip(expected, found, strict=True)
+        for before, after in zip(expected, actual, strict=True)
     )
 
 

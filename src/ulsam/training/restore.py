@@ -57,13 +57,13 @@ def resumed_config(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def check_begun(found: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) -> None:
+def check_begun(begun: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) -> None:
     """Raise unless the settings found in a run's folder are those wanted, but for `CHANGEABLE_ON_RESUME`.
 
     Raises:
         UlsamError: one differs; the line names it.
     """
-    before = dataclasses.asdict(TrainConfig.from_mapping(found))
+    before = dataclasses.asdict(TrainConfig.from_mapping(begun))
     for name, value in wanted.items():
         if name not in CHANGEABLE_ON_RESUME and before[name] != value:
             raise UlsamError(
