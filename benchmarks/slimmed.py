@@ -211,7 +211,7 @@ def pack(model: nn.Module, spec: ModelSpec, target: Path) -> None:
 def measured(model: nn.Module, run: Run) -> float:
     """Top-1 of the model, as a share, on the images on which ``run`` was measured."""
     _, images, _ = parts.open_images(run.config)
-    spec = parts.spec_of(run.config, images.classes)
+    spec = parts.spec_of_run(run.config, images.classes)
     batches = eval_loader(images, spec_transform(spec), batch_size=32, workers=0, device=ALONE.device)
     return evaluate_batches(model, batches, len(images.classes), world=ALONE).top1
 

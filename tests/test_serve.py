@@ -29,7 +29,7 @@ from serving import KEY, PNG, Service, form, reply, service
 from tiny import TINY_MODEL, draw
 from ulsam import runtime
 from ulsam.apps.service import _about, create_app
-from ulsam.apps.service_engine import Engine
+from ulsam.apps.service_engine import ServiceEngine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
 from ulsam.cli import main
@@ -176,7 +176,7 @@ def gray(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
 def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other():
     async def scene() -> tuple[list[int], list[Any]]:
         model, limits = Brightness(), Limits(batch=4)
-        engine = Engine(model, limits, Metrics(limits))
+        engine = ServiceEngine(model, limits, Metrics(limits))
         tasks = [asyncio.create_task(engine.probabilities(gray(20 * number))) for number in range(10)]
         while not model.sizes or engine._batches._queue.qsize() + sum(model.sizes) < 10:
             await asyncio.sleep(0.01)
@@ -200,7 +200,7 @@ def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other()
 def test_no_answer_in_time_is_a_503_that_says_when_to_come_back():
     async def scene() -> tuple[list[dict[str, Any]], bytes]:
         model, limits = Brightness(), Limits(timeout=0.2)
-        engine = Engine(model, limits, Metrics(limits))
+        engine = ServiceEngine(model, limits, Metrics(limits))
         app = create_app(engine, limits, None)
         sent: list[dict[str, Any]] = []
 

@@ -32,7 +32,7 @@ from ulsam.study.slim import _result, fine_tuning, slim
 from ulsam.study.slim_blocks import Block, SwitchableModel, find_blocks
 from ulsam.study.slim_budget import Budget
 from ulsam.study.slim_choose import BlockSearch
-from ulsam.study.slim_damage import Score, score
+from ulsam.study.slim_damage import SampleScore, score
 from ulsam.study.slim_latency import call_of, check_engine
 from ulsam.study.slim_record import SlimRecord
 from ulsam.study.slim_report import choice_lines
@@ -40,7 +40,7 @@ from ulsam.study.slim_stacked import can_stack, scores_together
 from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
-from ulsam.training.parts import open_images, spec_of
+from ulsam.training.parts import open_images, spec_of_run
 from ulsam.training.sample import draw_sample
 
 SIZE = (3, 32, 32)
@@ -410,7 +410,7 @@ def search_of(asked, blocks, record, reconstructed=None, kind=BlockSearch):
         blocks,
         SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
         cost(model, SIZE),
-        lambda sets: [Score(sum(1.0 + int(name[1:]) for name in names), 0.5) for names in sets],
+        lambda sets: [SampleScore(sum(1.0 + int(name[1:]) for name in names), 0.5) for names in sets],
         record,
         lambda: None,
         reconstructed,
@@ -469,7 +469,7 @@ def test_several_sets_that_are_fast_enough_are_compared_after_reconstruction(tmp
     record.put("timings", entries)
     together = {**entries[0], "blocks": ["0", "1", "2", "3"], "ratio": 0.5}
     record.put("timed", [entries[1], {**entries[2], "ratio": 0.95}, entries[3], entries[4], together])
-    search_of(asked, blocks, record, lambda names: Score(1.0 - 0.1 * int(names[0][1:]), 0.5)).choose()
+    search_of(asked, blocks, record, lambda names: SampleScore(1.0 - 0.1 * int(names[0][1:]), 0.5)).choose()
     found = record.get("chosen")
     assert (found["blocks"], found["rivals"]) == (["2"], [["0"], ["2"], ["1"]])  # the fourth is not needed
     assert [entry["blocks"] for entry in record.get("measured_reconstructed")] == [["0"], ["2"]]
@@ -521,7 +521,7 @@ def test_of_the_sets_of_least_damage_the_best_after_reconstruction_is_chosen(tmp
 
     def reconstructed(names):
         calls.append(names)
-        return Score(1.5 - 0.1 * int(names[0][1:]), 0.5)
+        return SampleScore(1.5 - 0.1 * int(names[0][1:]), 0.5)
 
     blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, cost(model, SIZE).macs // 5) for n in range(3)]
     for _ in range(2):  # what was measured is not measured again
@@ -531,7 +531,7 @@ def test_of_the_sets_of_least_damage_the_best_after_reconstruction_is_chosen(tmp
             blocks,
             SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
             cost(model, SIZE),
-            lambda sets: [Score(1.0 + sum(1 + int(name[1:]) for name in names), 0.5) for names in sets],
+            lambda sets: [SampleScore(1.0 + sum(1 + int(name[1:]) for name in names), 0.5) for names in sets],
             record,
             lambda: None,
             reconstructed,
@@ -666,7 +666,7 @@ def test_a_model_with_edits_is_slimmed_further(data, tmp_path, capsys):
     chosen = kept(out)["chosen"]["blocks"]
     config = TrainConfig.from_mapping(yaml.safe_load((out / "train.yaml").read_text()))
     assert config.edits == ["replace 17 g=2", f"replace {','.join(chosen)} layer=eca"]
-    model, notes = build(spec_of(config, CLASSES), weights=config.weights)
+    model, notes = build(spec_of_run(config, CLASSES), weights=config.weights)
     assert notes == []
     original = load(tmp_path / "model.safetensors")[0]
     assert torch.equal(model.blocks[5][2].pointwise.weight, original.blocks[5][2].pointwise.weight)

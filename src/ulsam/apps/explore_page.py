@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from ulsam.apps.explore_guard import Guard
-from ulsam.apps.explore_models import Model, explain_upload, gray_image
+from ulsam.apps.explore_models import ExploredModel, explain_upload, gray_image
 from ulsam.apps.explore_views import about, panel_png, view
 from ulsam.base.errors import UlsamError, printable
 from ulsam.explanation.explanation import Explanation
@@ -34,7 +34,7 @@ _LONGEST_NAME = 200
 T = TypeVar("T")
 
 
-def create_app(models: Sequence[Model], *, host: str = "127.0.0.1", max_bytes: int = 20 * MEGABYTE) -> FastAPI:
+def create_app(models: Sequence[ExploredModel], *, host: str = "127.0.0.1", max_bytes: int = 20 * MEGABYTE) -> FastAPI:
     """The server as an ASGI application, whose models have seen a first image.
 
     ``POST /explain`` takes an image file as its body, with its name as ``?name=``, and answers what
@@ -89,7 +89,7 @@ class _ExplainQueue:
         that calls it, which are slow to start.
     """
 
-    def __init__(self, models: Sequence[Model], max_bytes: int) -> None:
+    def __init__(self, models: Sequence[ExploredModel], max_bytes: int) -> None:
         self.models, self.max_bytes = models, max_bytes
         self.places = asyncio.Semaphore(PLACES)
         self.thread = ThreadPoolExecutor(1)

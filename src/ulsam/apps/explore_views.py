@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from ulsam.apps.explore_models import Model
+from ulsam.apps.explore_models import ExploredModel
 from ulsam.explanation import captions as words
 from ulsam.explanation.drawing import gradient
 from ulsam.explanation.explain_page import layer_view, map_uri, photo_uri, top_view
@@ -15,7 +15,7 @@ SIDE = 112
 """Pixels to a side of a map at least: the page shows it larger than the report does."""
 
 
-def about(models: Sequence[Model], max_bytes: int) -> dict[str, Any]:
+def about(models: Sequence[ExploredModel], max_bytes: int) -> dict[str, Any]:
     """What the page needs before there is an image."""
     return {
         "models": [
@@ -32,7 +32,7 @@ def view(explanations: Sequence[Explanation]) -> dict[str, Any]:
     return {"said": said(explanations), "models": [_model_view(one) for one in explanations]}
 
 
-def panel_png(models: Sequence[Model], explanations: Sequence[Explanation], number: int, title: str) -> bytes:
+def panel_png(models: Sequence[ExploredModel], explanations: Sequence[Explanation], number: int, title: str) -> bytes:
     """The panel of one model, beside the next one if there is another, as a PNG."""
     other = (number + 1) % len(models)
     names = [f"{letter(place)}, {model.name}" if len(models) > 1 else model.name for place, model in enumerate(models)]

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ulsam import __version__
 from ulsam.apps.service_body import FORM, UploadedFile, images_sent
-from ulsam.apps.service_engine import Engine
+from ulsam.apps.service_engine import ServiceEngine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
 from ulsam.base.errors import MachineError, NotFinite
@@ -93,7 +93,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 _LOCKED: dict[int | str, dict[str, Any]] = {401: {"model": Problem, "description": "No key, or another one"}}
 
 
-def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = "model") -> "RequestLimit":
+def create_app(engine: ServiceEngine, limits: Limits, api_key: str | None, name: str = "model") -> "RequestLimit":
     """The ASGI application of a service.
 
     Args:

@@ -41,7 +41,7 @@ class _Batches(AsyncBatcher):  # type: ignore[misc]  # carries no types
             return list(self.model.logits(np.stack(batch)))
 
 
-class Engine:
+class ServiceEngine:
     """A model with the threads that decode images for it and the one that runs it.
 
     Args:

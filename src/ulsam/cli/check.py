@@ -9,7 +9,7 @@ from ulsam.base.files import check_writable, write_atomic
 from ulsam.cli.common import print_json
 
 if TYPE_CHECKING:
-    from ulsam.data.check import Checked, Pair
+    from ulsam.data.check import Checked, ImagePair
 
 EXAMPLE = """\
 ulsam check images
@@ -83,7 +83,7 @@ def _lines(checked: "Checked") -> list[str]:
     return lines
 
 
-def _pair(pair: "Pair") -> str:
+def _pair(pair: "ImagePair") -> str:
     return f"{pair.first} {'=' if pair.identical else '~'} {pair.second}"
 
 

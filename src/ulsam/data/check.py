@@ -32,7 +32,7 @@ FEW = 5  # images of a class that are too few to learn from
 _SIDE = 16
 
 
-class Pair(NamedTuple):
+class ImagePair(NamedTuple):
     """Two images that look the same."""
 
     first: str
@@ -59,9 +59,9 @@ class Checked:
     images: Mapping[str, int]
     sides: tuple[int, int, int] | None
     broken: tuple[str, ...]
-    duplicates: tuple[Pair, ...]
-    leaks: tuple[Pair, ...]
-    conflicts: tuple[Pair, ...]
+    duplicates: tuple[ImagePair, ...]
+    leaks: tuple[ImagePair, ...]
+    conflicts: tuple[ImagePair, ...]
     notes: tuple[str, ...]
 
 
@@ -111,10 +111,10 @@ def check(
     pairs = [(images[one], images[two], same) for one, two, same in _pairs(seen)]
     if len(seen) > MAX_COMPARED:
         notes.append(f"{len(seen)} images are too many to compare by their looks: only identical ones were looked for")
-    kinds: dict[str, list[Pair]] = {"leak": [], "conflict": [], "duplicate": []}
+    kinds: dict[str, list[ImagePair]] = {"leak": [], "conflict": [], "duplicate": []}
     for one, two, same in pairs:
         kind = "leak" if one[1] != two[1] else "conflict" if one[2] != two[2] else "duplicate"
-        kinds[kind].append(Pair(one[0], two[0], same))
+        kinds[kind].append(ImagePair(one[0], two[0], same))
     sides = sorted(one.side for one in seen.values())
     return Checked(
         splits,

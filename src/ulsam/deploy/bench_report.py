@@ -8,7 +8,7 @@ from typing import Any
 
 from ulsam.base.plot_style import style
 from ulsam.base.text_table import as_csv, text_table
-from ulsam.deploy.bench_worker import Backend
+from ulsam.deploy.bench_worker import BenchBackend
 from ulsam.surgery.cost import Cost
 from ulsam.training.summary import cost_entry
 
@@ -64,7 +64,7 @@ class BenchRow:
     """
 
     model: str
-    backend: Backend
+    backend: BenchBackend
     batch: int
     threads: int
     image_size: int

@@ -20,7 +20,7 @@ class SharedImage:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ConfusedPair:
     """Two classes that are taken for each other."""
 
     classes: tuple[str, str]
@@ -50,7 +50,7 @@ def confusion(measured: Measured) -> Counter[tuple[str, str]]:
     return Counter((one.truth, one.named) for one in measured.guesses.values())
 
 
-def most_confused(runs: Sequence[Measured], pairs: int = 8, images: int = 6) -> list[Pair]:
+def most_confused(runs: Sequence[Measured], pairs: int = 8, images: int = 6) -> list[ConfusedPair]:
     """The pairs of classes with the most errors over all runs, either way round, most first; then by name.
 
     Args:
@@ -67,7 +67,7 @@ def most_confused(runs: Sequence[Measured], pairs: int = 8, images: int = 6) -> 
     chosen = sorted(totals, key=lambda pair: (-totals[pair], pair))[:pairs]
     pool = seen_by(runs)
     return [
-        Pair(
+        ConfusedPair(
             classes,
             {key: (found[classes], found[classes[::-1]]) for key, found in counts.items()},
             tuple(_mixed(pool, classes)[:images]),

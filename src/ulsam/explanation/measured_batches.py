@@ -9,7 +9,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.logs import progress
 from ulsam.explanation.explainer import Explainer
 from ulsam.explanation.explanation import Explanation
-from ulsam.explanation.image_list import Image
+from ulsam.explanation.image_list import ListedImage
 from ulsam.explanation.map_numbers import MapNumbers
 from ulsam.explanation.regions import mark_areas
 from ulsam.model.spec import ModelSpec
@@ -22,12 +22,12 @@ class ExplainedImage(NamedTuple):
     """An image, its number among all from 1 on, and what each model finds on it."""
 
     number: int
-    image: Image
+    image: ListedImage
     explanations: tuple[Explanation, ...]
 
 
 def explained(
-    images: Sequence[Image], explainers: Sequence[Explainer], unreadable: list[str]
+    images: Sequence[ListedImage], explainers: Sequence[Explainer], unreadable: list[str]
 ) -> Iterator[list[ExplainedImage]]:
     """Explain images, up to `BATCH` at a time, behind a progress bar.
 
@@ -67,7 +67,7 @@ def add(tallies: Sequence[MapNumbers], seen: Sequence[ExplainedImage]) -> None:
 
 
 def measure(
-    models: Mapping[str, tuple[nn.Module, ModelSpec]], images: Sequence[Image], *, curves: bool = True
+    models: Mapping[str, tuple[nn.Module, ModelSpec]], images: Sequence[ListedImage], *, curves: bool = True
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The numbers of several models over images, without panels.
 

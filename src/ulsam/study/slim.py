@@ -29,8 +29,8 @@ from ulsam.study import slim_report as report
 from ulsam.study.slim_blocks import find_blocks
 from ulsam.study.slim_budget import Budget, budget
 from ulsam.study.slim_choose import BlockSearch
-from ulsam.study.slim_damage import Score, score
-from ulsam.study.slim_latency import Engine, check_engine
+from ulsam.study.slim_damage import SampleScore, score
+from ulsam.study.slim_latency import LatencyEngine, check_engine
 from ulsam.study.slim_record import SlimRecord, check_folder
 from ulsam.study.slim_result import SlimmedScores, SlimResult
 from ulsam.study.slim_stacked import can_stack, scores_together
@@ -73,7 +73,7 @@ def slim(
     images: int = 400,
     max_sets: int = 200,
     reconstruct_sets: int = 4,
-    engine: Engine = "eager",
+    engine: LatencyEngine = "eager",
     latency_batch: int = 1,
     latency_threads: int | None = None,
     latency_seconds: float = 20.0,
@@ -206,7 +206,7 @@ def _choose(
             spec = dataclasses.replace(spec, classes=images.classes)  # the same ones, by their WordNet ids
         if images.classes != spec.classes:
             raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(images, spec)}")
-        seen = parts.spec_of(config, spec.classes)
+        seen = parts.spec_of_run(config, spec.classes)
         # what cannot be trained or kept shows before anything is measured
         check_folder(out)
         if config.freeze:
@@ -263,7 +263,7 @@ def _choose(
 
             known: Known = {}
 
-            def reconstructed(names: Sequence[str]) -> Score:
+            def reconstructed(names: Sequence[str]) -> SampleScore:
                 model = switched.edited(names, world.device)
                 reconstruct(model, shown(), steps=STEPS, known=known)
                 return score(model, sample, spec.classes, world)
@@ -272,7 +272,7 @@ def _choose(
             def stacked() -> bool:
                 return can_stack(switched, sample.images[0][:2])
 
-            def replaced(sets: Sequence[Sequence[str]]) -> list[Score]:
+            def replaced(sets: Sequence[Sequence[str]]) -> list[SampleScore]:
                 if len(sets) > 1 and stacked():
                     return scores_together(switched, sets, sample.batches)
                 found = []
@@ -311,7 +311,7 @@ def _result(model: nn.Module, config: TrainConfig, summary: TrainSummary) -> Sli
     ran = TrainConfig.from_mapping(summary["config"])
     with start(config.device) as world, cpu_threads(config.threads):
         _, images, _ = parts.open_images(config)
-        seen = parts.spec_of(config, summary["spec"]["classes"])
+        seen = parts.spec_of_run(config, summary["spec"]["classes"])
         batches = eval_loader(
             images,
             spec_transform(seen),

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from ulsam.base.errors import UlsamError
 from ulsam.model.spec import Edit
-from ulsam.study.slim_latency import Engine
+from ulsam.study.slim_latency import LatencyEngine
 
-Measure = Literal["macs", "params", "latency"]
+BudgetMeasure = Literal["macs", "params", "latency"]
 WORDS = {"macs": "MACs", "params": "parameters", "latency": "time"}
 
 
@@ -36,14 +36,14 @@ class Budget:
     ('replace 14,17 g=4', 'remove 14,17')
     """
 
-    measure: Measure
+    measure: BudgetMeasure
     share: float
     layer: Mapping[str, Any] = field(default_factory=dict)
     at: str | None = None
     images: int = 400
     max_sets: int = 200
     reconstruct_sets: int = 4
-    engine: Engine = "eager"
+    engine: LatencyEngine = "eager"
     latency_batch: int = 1
     latency_threads: int | None = None
     latency_seconds: float = 20.0
@@ -54,8 +54,8 @@ class Budget:
                 f"`{self.measure}` is the share of the model's own {WORDS[self.measure]} to keep, "
                 f"between 0 and 1, both excluded, e.g. 0.75: not {self.share}"
             )
-        if self.engine not in get_args(Engine):
-            raise UlsamError(f"unknown engine {self.engine!r}; valid: {', '.join(get_args(Engine))}")
+        if self.engine not in get_args(LatencyEngine):
+            raise UlsamError(f"unknown engine {self.engine!r}; valid: {', '.join(get_args(LatencyEngine))}")
         for name in ("images", "max_sets", "latency_batch", "latency_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -104,7 +104,7 @@ def budget(
     >>> budget(params=0.8).measure
     'params'
     """
-    budgets: dict[Measure, float | None] = {"macs": macs, "params": params, "latency": latency}
+    budgets: dict[BudgetMeasure, float | None] = {"macs": macs, "params": params, "latency": latency}
     given = [(measure, share) for measure, share in budgets.items() if share is not None]
     if len(given) != 1:
         raise UlsamError("give exactly one budget: `macs`, `params` or `latency`, a share such as 0.75")

@@ -16,7 +16,7 @@ from ulsam.base.threads import cpu_threads
 from ulsam.base.timing import Call, Timing, duration, time_in_turn
 from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import WORDS, Budget
-from ulsam.study.slim_damage import Score
+from ulsam.study.slim_damage import SampleScore
 from ulsam.study.slim_latency import call_of
 from ulsam.study.slim_progress import SearchProgress
 from ulsam.study.slim_record import SlimRecord
@@ -49,10 +49,10 @@ class BlockSearch:
     blocks: Sequence[Block]
     switched: SwitchableModel
     cost: Cost
-    score: Callable[[Sequence[Sequence[str]]], Sequence[Score]]
+    score: Callable[[Sequence[Sequence[str]]], Sequence[SampleScore]]
     record: SlimRecord
     prepare: Callable[[], None]
-    reconstructed: Callable[[Sequence[str]], Score] | None = None
+    reconstructed: Callable[[Sequence[str]], SampleScore] | None = None
 
     def choose(self) -> None:
         """Choose the blocks to replace; these, and how they were found, are in the record then, under "chosen".
@@ -122,12 +122,12 @@ class BlockSearch:
             self.record.add_scores(zip(map(self._places, some), found, strict=True))
             progress.count(len(some), time.monotonic() - began)
 
-    def _scored(self, blocks: Blocks, progress: SearchProgress) -> Score:
+    def _scored(self, blocks: Blocks, progress: SearchProgress) -> SampleScore:
         """The score with these blocks replaced; of none: of the model as it is."""
         places = self._places(blocks)
         if self.record.score(places) is None:
             self._measure([blocks], progress)
-        return cast(Score, self.record.score(places))
+        return cast(SampleScore, self.record.score(places))
 
     def _best_reconstructed(self, result: SearchResult, progress: SearchProgress) -> Blocks:
         """Of the sets of least damage that reach the budget the one that is best when it is reconstructed."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_empty, clear_parts, make_folder, read_json, write_json
 from ulsam.base.provenance import command_line, versions
-from ulsam.study.slim_damage import Score
+from ulsam.study.slim_damage import SampleScore
 from ulsam.study.slim_result import SlimResult
 
 NAME = "slim.json"
@@ -28,9 +28,9 @@ class SlimRecord:
 
     >>> import tempfile
     >>> out = Path(tempfile.mkdtemp()) / "new"
-    >>> SlimRecord(out, {"share": 0.75}).add_score(["14"], Score(loss=0.5, top1=0.9))
+    >>> SlimRecord(out, {"share": 0.75}).add_score(["14"], SampleScore(loss=0.5, top1=0.9))
     >>> SlimRecord(out, {"share": 0.75}).score(["14"])
-    Score(loss=0.5, top1=0.9)
+    SampleScore(loss=0.5, top1=0.9)
     """
 
     def __init__(self, out: Path, budget: Mapping[str, Any]) -> None:
@@ -68,17 +68,17 @@ class SlimRecord:
         self.data[key] = value
         self.write()
 
-    def score(self, blocks: list[str], *, reconstructed: bool = False) -> Score | None:
+    def score(self, blocks: list[str], *, reconstructed: bool = False) -> SampleScore | None:
         """The score with these blocks replaced, before or after reconstruction, if it was measured."""
         entries = self.data.get(_KEYS[reconstructed], [])
         found = next((entry for entry in entries if entry["blocks"] == blocks), None)
-        return found and Score(found["loss"], found["top1"])
+        return found and SampleScore(found["loss"], found["top1"])
 
-    def add_score(self, blocks: list[str], score: Score, *, reconstructed: bool = False) -> None:
+    def add_score(self, blocks: list[str], score: SampleScore, *, reconstructed: bool = False) -> None:
         """Keep a score."""
         self.add_scores([(blocks, score)], reconstructed=reconstructed)
 
-    def add_scores(self, scores: Iterable[tuple[list[str], Score]], *, reconstructed: bool = False) -> None:
+    def add_scores(self, scores: Iterable[tuple[list[str], SampleScore]], *, reconstructed: bool = False) -> None:
         """Keep scores, with one write."""
         self.data.setdefault(_KEYS[reconstructed], []).extend(
             {"blocks": blocks, "loss": score.loss, "top1": score.top1} for blocks, score in scores

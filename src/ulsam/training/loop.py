@@ -68,7 +68,7 @@ class Trainer:
         best.check_chosen_on(config, self.val_images.split)
         self.classes = self.train_images.classes
         self.several = isinstance(self.train_images, sources.LabelSetImages)
-        self.spec = parts.spec_of(config, self.classes, self.several)
+        self.spec = parts.spec_of_run(config, self.classes, self.several)
         start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
         if model is None:
             self.model, notes[len(notes) :] = build(self.spec, **start_weights)

@@ -32,7 +32,7 @@ NAMES = {"none": "float32", "bf16": "bf16", "fp16": "fp16"}
 
 SETTINGS = ("layout", "amp", "compile")
 
-Step = Callable[[], object]
+TakeStep = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Setup:
         return f"{self.layout} {NAMES[self.amp]} {'eager' if self.compile == 'none' else 'compiled'}"
 
 
-Measure = Callable[[Mapping[Setup, Step], int], dict[Setup, float]]
+TimeSteps = Callable[[Mapping[Setup, TakeStep], int], dict[Setup, float]]
 
 
 def resolve_auto(config: TrainConfig) -> TrainConfig:
@@ -88,7 +88,7 @@ def probe(
     input_size: tuple[int, int, int],
     epoch_updates: int,
     world: World,
-    measure: Measure | None = None,
+    measure: TimeSteps | None = None,
     teacher: Teacher | None = None,
 ) -> tuple[TrainConfig, list[str]]:
     """Decide what is left at "auto"; all processes get the first one's choice.
@@ -101,7 +101,7 @@ def probe(
         model: its model; stays as it is.
         input_size: channels, height, width.
         epoch_updates: of the weights in an epoch.
-        measure: in place of :func:`time_in_turn`.
+        measure: in place of :func:`time_steps`.
         teacher: whose forward pass is part of the step.
 
     Returns:
@@ -117,7 +117,7 @@ def probe(
     if not names:
         return config, notes
     given: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS if name not in names}
-    tried = candidates(config, world.device)
+    tried = setup_candidates(config, world.device)
     steps = config.epochs * epoch_updates * config.accumulate
     options = " ".join(f"`{name}`" for name in names)
     lack = why_not_compiled() if "compile" in names else None
@@ -131,9 +131,9 @@ def probe(
         lines = [f"probe   none for a run of {steps} steps: {chosen}; to choose: {options}"]
     else:
 
-        def step(setup: Setup) -> Step:
+        def step(setup: Setup) -> TakeStep:
             resolved = dataclasses.replace(config, **dataclasses.asdict(setup))
-            made: list[Step] = []  # in its first turn, where too little memory leaves it out
+            made: list[TakeStep] = []  # in its first turn, where too little memory leaves it out
 
             def take() -> None:
                 if not made:
@@ -143,7 +143,7 @@ def probe(
             return take
 
         with parts.clear_errors(), parts.same_generators(world.device):
-            times = (measure or time_in_turn)({setup: step(setup) for setup in tried}, steps)
+            times = (measure or time_steps)({setup: step(setup) for setup in tried}, steps)
             if not times:
                 raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead")
             chosen = choose(times)
@@ -160,7 +160,7 @@ def probe(
     return dataclasses.replace(config, **dataclasses.asdict(chosen)), notes + lines
 
 
-def candidates(config: TrainConfig, device: torch.device) -> list[Setup]:
+def setup_candidates(config: TrainConfig, device: torch.device) -> list[Setup]:
     """What the settings leave to choose from, eager, the plainest first.
 
     >>> [str(setup) for setup in candidates(TrainConfig("birds", amp="none"), torch.device("cpu"))]
@@ -190,7 +190,7 @@ def choose(times: Mapping[Setup, float], margin: float = MARGIN) -> Setup:
     return best
 
 
-def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
+def time_steps(take: Mapping[Setup, TakeStep], steps: int) -> dict[Setup, float]:
     """Median seconds of a step of each candidate; they take turns, after a step each that is not timed.
 
     It ends after `MAX_TURNS`; or from `MIN_TURNS` on, when it has taken 2 % of the run, or 5 % while these are under
@@ -229,7 +229,7 @@ def training_step(
     input_size: tuple[int, int, int],
     device: torch.device,
     teacher: Teacher | None = None,
-) -> Step:
+) -> TakeStep:
     """A function that takes one training step, forward, backward and update, on random images with a copy of the model.
 
     Args:
@@ -258,7 +258,7 @@ def training_step(
 
 
 def _try_compiled(
-    eager: Setup, seconds: float, steps: int, step: Callable[[Setup], Step], lack: str | None
+    eager: Setup, seconds: float, steps: int, step: Callable[[Setup], TakeStep], lack: str | None
 ) -> tuple[Setup, str]:
     """The eager setup or its compiled form, and why; ``lack`` is what compilation lacks here."""
     run = seconds * steps
@@ -274,7 +274,7 @@ def _try_compiled(
     except Exception as error:  # whatever a compiler, or the model under it, may raise: the run continues without
         return eager, f"not compiled: torch.compile failed: {type(error).__name__}: {first_line(error)}"
     cost = time.monotonic() - began
-    times = time_in_turn(take, steps)
+    times = time_steps(take, steps)
     if len(times) < 2:
         return eager, "not compiled: there is too little memory to time both"
     measured = f"{1e3 * times[compiled]:.0f} ms a step for {1e3 * times[eager]:.0f}, after {cost:.0f} s of compilation"
