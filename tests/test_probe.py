@@ -202,7 +202,7 @@ def test_compilation_is_tried_where_it_can_pay(model: nn.Module, monkeypatch: py
     be_a_machine(monkeypatch, bf16=False)
     given = config(amp="none")
     short = probe(given, model, SIZE, MANY, ALONE, Timer({PLAIN: 1e-2, LAST: 1e-2}))[1][-1]
-    assert "not compiled: it takes a minute or more, which a run of about 17 minutes does not earn back" in short
+    assert "not compiled: it takes a minute or more, which a run of about 16 min 40 s does not earn back" in short
     monkeypatch.setenv("CXX", "no-such-compiler")
     resolved, lines = probe(given, model, SIZE, MANY, ALONE, Timer({PLAIN: 1.0, LAST: 1.0}))
     assert resolved.compile == "none"

@@ -6,7 +6,6 @@
 import asyncio
 import contextlib
 import hmac
-import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
@@ -26,6 +25,7 @@ from ulsam.apps.service_engine import ServiceEngine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
 from ulsam.base.errors import MachineError, NotFinite
+from ulsam.base.markdown import escaped
 from ulsam.data.images import UnreadableImage
 from ulsam.training.predict import chosen
 
@@ -245,19 +245,14 @@ def _about(name: str, classes: Sequence[str], limits: Limits, *, locked: bool) -
     """What the page says of the service, in Markdown; who has no key does not learn the classes."""
     key = ' -H "Authorization: Bearer KEY"' if locked else ""
     lines = [
-        f"Names what is in images, with the model {_plain(name)}. Try `POST {PREDICT}` below, or send a file:",
+        f"Names what is in images, with the model {escaped(name)}. Try `POST {PREDICT}` below, or send a file:",
         f"```\ncurl{key} -F images=@bird.jpg 'http://HOST:PORT{PREDICT}?top=3'\n```",
         f"At most {limits.images} images a request, {limits.megabytes} MB together.",
     ]
     if not locked:
         more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
-        lines.append(f"{len(classes)} classes: {', '.join(map(_plain, classes[:SHOWN]))}{more}.")
+        lines.append(f"{len(classes)} classes: {', '.join(map(escaped, classes[:SHOWN]))}{more}.")
     return "\n\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([^\w\s])", r"\\\1", " ".join(text.split()))
 
 
 def _lock(api_key: str) -> Callable[..., Awaitable[None]]:

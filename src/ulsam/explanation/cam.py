@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.eval_mode import eval_mode
+from ulsam.surgery.trace import is_feature_map
 
 
 def grad_cam_plus_plus(features: Tensor, gradients: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
     def note(name: str) -> None:
         def hook(_module: nn.Module, _args: object, output: object) -> None:
             nonlocal tokens
-            if isinstance(output, Tensor) and _is_map(output, image):
+            if isinstance(output, Tensor) and _has_positions(output, image):
                 outputs_seen.append((name, output))
                 tokens = 0
             elif isinstance(output, Tensor):
@@ -132,9 +133,6 @@ def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def _is_map(output: Tensor, image: Tensor) -> bool:
-    """[B, C, h, w] of several positions, with the sides of the image in proportion: [B, H, W, C] has not."""
-    if output.ndim != 4 or not output.is_floating_point():
-        return False
-    (height, width), (rows, columns) = image.shape[2:], output.shape[2:]
-    return rows * columns > 1 and 0.5 <= (height / rows) / (width / columns) <= 2
+def _has_positions(output: Tensor, image: Tensor) -> bool:
+    """Whether this is a feature map of several positions."""
+    return output.is_floating_point() and is_feature_map(output.shape, image.shape) and output.shape[2:].numel() > 1

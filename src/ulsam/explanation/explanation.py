@@ -1,6 +1,7 @@
 """What one model sees in one image: its answer, its CAM and its attention maps, in words and as a figure.
 
-The figure is matplotlib's, to change and to print; panels of whole folders are drawn by Pillow.
+The figure is matplotlib's, to change and to print. `ulsam.explanation.panel` draws the panels of whole folders with
+Pillow, which needs no extra package. Both draw the same :class:`MapRow`, with the same words.
 """
 
 from collections.abc import Mapping

@@ -147,14 +147,16 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            running.append(_Call(name, module, next(clock), given=_map(args[0] if len(args) == 1 else None)))
+            running.append(
+                _Call(name, module, next(clock), given=_four_dimensional(args[0] if len(args) == 1 else None))
+            )
             calls.append(running[-1])
 
         return hook
 
     def leave(_: nn.Module, args: Any, output: Any) -> None:
         call = running.pop()
-        call.ended, call.output = next(clock), _map(output)
+        call.ended, call.output = next(clock), _four_dimensional(output)
 
     handles = []
     for name, module in model.named_modules():
@@ -168,7 +170,7 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
     return calls
 
 
-def _map(value: Any) -> Tensor | None:
+def _four_dimensional(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.ndim == 4 else None
 
 

@@ -45,9 +45,29 @@ class ModuleTrace:
     norm_behind: str | None = None  # of a convolution: the BatchNorm that takes its output
 
     @property
-    def is_map(self) -> bool:
-        """Whether it outputs one tensor of the form [1, C, H, W]."""
+    def is_four_dimensional(self) -> bool:
+        """Whether it outputs one tensor of four dimensions: a feature map, or [1, H, W, C]."""
         return self.output_shape is not None and len(self.output_shape) == 4
+
+
+def is_feature_map(shape: Sequence[int], image: Sequence[int]) -> bool:
+    """Whether an output is a feature map [B, C, H, W]: the last two of four dimensions have the image's proportions.
+
+    Of [B, H, W, C] the two before the last have them.
+
+    Args:
+        shape: of the output.
+        image: shape of the model's input, [B, C, H, W].
+
+    >>> image = (1, 3, 224, 224)
+    >>> [is_feature_map(shape, image) for shape in ((1, 768, 7, 7), (1, 7, 7, 768), (1, 49, 768))]
+    [True, False, False]
+    """
+    if len(shape) != 4:
+        return False
+    _, _, height, width = image
+    before, last = (abs(shape[n] / height - shape[n + 1] / width) for n in (1, 2))
+    return last <= before
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:

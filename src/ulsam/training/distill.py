@@ -122,7 +122,7 @@ def shared_places(student: nn.Module, teacher: Mapping[str, ModuleTrace], input_
     ['blocks.4.2', 'blocks.5.2', 'bn2']
     """
     flows = trace(student, input_size)
-    maps = [name for name in flows if name and flows[name].is_map]
+    maps = [name for name in flows if name and flows[name].is_four_dimensional]
     outermost = [name for name in maps if not any(name.startswith(f"{other}.") for other in maps)]
     pools = [
         number for number, name in enumerate(outermost) if "Adaptive" in type(student.get_submodule(name)).__name__
@@ -132,7 +132,9 @@ def shared_places(student: nn.Module, teacher: Mapping[str, ModuleTrace], input_
     places = [
         name
         for name in wanted
-        if name in teacher and teacher[name].is_map and teacher[name].output_shape == flows[name].output_shape
+        if name in teacher
+        and teacher[name].is_four_dimensional
+        and teacher[name].output_shape == flows[name].output_shape
     ]
     if places and places[-1:] == last and _is_repeated(student, places, input_size):
         del places[-1]

@@ -17,6 +17,7 @@ from torch import nn
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
 from ulsam.base.logs import say
+from ulsam.base.timing import duration
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Teacher
@@ -163,7 +164,7 @@ def probe(
 def setup_candidates(config: TrainConfig, device: torch.device) -> list[Setup]:
     """What the settings leave to choose from, eager, the plainest first.
 
-    >>> [str(setup) for setup in candidates(TrainConfig("birds", amp="none"), torch.device("cpu"))]
+    >>> [str(setup) for setup in setup_candidates(TrainConfig("birds", amp="none"), torch.device("cpu"))]
     ['contiguous float32 eager', 'channels_last float32 eager']
     """
     layouts: list[Any] = list(LAYOUTS) if config.layout == "auto" else [config.layout]
@@ -263,7 +264,10 @@ def _try_compiled(
     """The eager setup or its compiled form, and why; ``lack`` is what compilation lacks here."""
     run = seconds * steps
     if run < COMPILE_SECONDS:
-        return eager, f"not compiled: it takes a minute or more, which a run of about {_span(run)} does not earn back"
+        return (
+            eager,
+            f"not compiled: it takes a minute or more, which a run of about {duration(run)} does not earn back",
+        )
     if lack:
         return eager, f"not compiled: {lack}"
     compiled = dataclasses.replace(eager, compile="inductor")
@@ -281,11 +285,3 @@ def _try_compiled(
     if choose(times) == eager or (times[eager] - times[compiled]) * steps < cost:
         return eager, f"not compiled: {measured}"
     return compiled, f"compiled: {measured}"
-
-
-def _span(seconds: float) -> str:
-    """
-    >>> _span(40), _span(600)
-    ('40 s', '10 minutes')
-    """
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
