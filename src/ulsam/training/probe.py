@@ -8,7 +8,8 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -120,45 +121,61 @@ def probe(
     given: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS if name not in names}
     tried = setup_candidates(config, world.device)
     steps = config.epochs * epoch_updates * config.accumulate
-    options = " ".join(f"`{name}`" for name in names)
     lack = why_not_compiled() if "compile" in names else None
     if len(tried) == 1 and ("compile" not in names or lack):
         chosen = dataclasses.replace(tried[0], **given)
         lines = [f"probe   none: this machine leaves no choice but {chosen}" + (f", as {lack}" if lack else "")]
-        lines[-1] += f"; to choose: {options}"
     elif SHARE * steps < max(len(tried), 2) * (1 + MIN_TURNS):  # one alone is timed against its compiled form
         usual = Setup(amp=tried[-1].amp if world.device.type == "cuda" else "none")
         chosen = dataclasses.replace(usual, **given)
-        lines = [f"probe   none for a run of {steps} steps: {chosen}; to choose: {options}"]
+        lines = [f"probe   none for a run of {steps} steps: {chosen}"]
     else:
-
-        def step(setup: Setup) -> TakeStep:
-            resolved = dataclasses.replace(config, **dataclasses.asdict(setup))
-            made: list[TakeStep] = []  # in its first turn, where too little memory leaves it out
-
-            def take() -> None:
-                if not made:
-                    made.append(training_step(resolved, model, input_size, world.device, teacher))
-                made[0]()
-
-            return take
-
+        step = partial(_step_of, config, model, input_size, world.device, teacher)
         with parts.clear_errors(), parts.same_generators(world.device):
-            times = (measure or time_steps)({setup: step(setup) for setup in tried}, steps)
-            if not times:
-                raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead")
-            chosen = choose(times)
-            others = [f"{setup} {1e3 * times[setup]:.0f} ms" for setup in times if setup != chosen]
-            others += [f"{setup} does not fit into the memory" for setup in tried if setup not in times]
-            lines = [f"probe   {chosen}: {1e3 * times[chosen]:.0f} ms a step" + "; ".join(["", *others])]
+            chosen, seconds, line = _fastest(tried, step, steps, measure or time_steps)
+            lines = [line]
             if "compile" in names:
-                chosen, why = _try_compiled(chosen, times[chosen], steps, step, lack)
+                chosen, why = _try_compiled(chosen, seconds, steps, step, lack)
                 lines.append(f"probe   {why}")
-        lines[-1] += f"; to choose: {options}"
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
+    lines[-1] += "; to choose: " + " ".join(f"`{name}`" for name in names)
     chosen = world.gather(dataclasses.replace(chosen, **given))[0]
     return dataclasses.replace(config, **dataclasses.asdict(chosen)), notes + lines
+
+
+def _step_of(
+    config: TrainConfig,
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    teacher: Teacher | None,
+    setup: Setup,
+) -> TakeStep:
+    """A function that takes a step in this setup; its model is made in the first turn, which may lack memory."""
+    resolved = dataclasses.replace(config, **dataclasses.asdict(setup))
+    made: list[TakeStep] = []
+
+    def take() -> None:
+        if not made:
+            made.append(training_step(resolved, model, input_size, device, teacher))
+        made[0]()
+
+    return take
+
+
+def _fastest(
+    tried: Sequence[Setup], step: Callable[[Setup], TakeStep], steps: int, measure: TimeSteps
+) -> tuple[Setup, float, str]:
+    """The setup whose steps are the fastest, their seconds, and a line with the times of all."""
+    times = measure({setup: step(setup) for setup in tried}, steps)
+    if not times:
+        raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead")
+    chosen = choose(times)
+    others = [f"{setup} {1e3 * times[setup]:.0f} ms" for setup in times if setup != chosen]
+    others += [f"{setup} does not fit into the memory" for setup in tried if setup not in times]
+    line = f"probe   {chosen}: {1e3 * times[chosen]:.0f} ms a step" + "; ".join(["", *others])
+    return chosen, times[chosen], line
 
 
 def setup_candidates(config: TrainConfig, device: torch.device) -> list[Setup]:

@@ -141,6 +141,20 @@ def position(saved: dict[str, Any], config: TrainConfig, epoch_updates: int) -> 
     return at
 
 
+def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What is not as it was when the run was stopped, a line each.
+
+    >>> environment_changes({"torch": "2.7"}, {"torch": "2.8", "image files": "1f"})
+    ['torch: 2.7 before, 2.8 now']
+    """
+    known = {
+        name: value for name, value in now.items() if name != "image files" or name in before
+    }  # older runs lack it
+    return [
+        f"{name}: {before.get(name)} before, {value} now" for name, value in known.items() if value != before.get(name)
+    ]
+
+
 def resume_call(run: Path, prepared: bool) -> str:
     """How to resume a run, of a prepared model or not.
 

@@ -17,10 +17,11 @@ from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import Cost
 from ulsam.training.best import kept_lines
 from ulsam.training.checkpoint import Position
+from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Teacher
 from ulsam.training.evaluate import Scores
 from ulsam.training.label_scores import LabelScores
-from ulsam.training.train_summary import CostEntry, EpochEntry, ScoreEntry, TeacherEntry, TrainSummary
+from ulsam.training.train_summary import CostEntry, EpochEntry, ImageCounts, ScoreEntry, TeacherEntry, TrainSummary
 
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds", "images_per_second")
 LABEL_COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_map", "val_f1", "seconds", "images_per_second")
@@ -40,6 +41,23 @@ def epoch_row(at: Position, rate: float, scores: Scores | LabelScores | None, se
         "images_per_second": round(at.images / at.seconds, 1),
     }
     return cast(EpochEntry, row)
+
+
+def epoch_line(row: EpochEntry, epochs: int, split: str) -> str:
+    """How the epoch of this row was, for the user.
+
+    >>> row = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.25, "val_top1": 0.75, "images_per_second": 90.0}
+    >>> epoch_line(row, 3, "validation")
+    'epoch   1/3: training loss 0.5000, validation top-1 75.00 %, loss 0.2500 (90 img/s)'
+    """
+    measured = "not measured"
+    if row["val_loss"] is not None:
+        score = f"mAP {percent(row['val_map'])}" if "val_map" in row else f"top-1 {percent(row['val_top1'])}"
+        measured = f"{split} {score}, loss {row['val_loss']:.4f}"
+    return (
+        f"epoch   {row['epoch']}/{epochs}: training loss {row['train_loss']:.4f}, {measured} "
+        f"({row['images_per_second']:.0f} img/s)"
+    )
 
 
 def write_metrics(run: Path, rows: Sequence[EpochEntry]) -> None:
@@ -130,6 +148,20 @@ def cost_line(edited: Cost, base: Cost) -> str:
         f"{edited.params / 1e6:.3f} M parameters{change(edited.params, base.params)}, "
         f"{edited.macs / 1e6:.1f} M MACs{change(edited.macs, base.macs)} at {size}"
     )
+
+
+def data_lines(images: ImageCounts, split: str, classes: int, cached: str | None) -> list[str]:
+    """What is trained on: how many images of how many classes, and what is ``cached`` of them."""
+    data = f"data    {images['train']} training, {images['val']} {split} images of {classes} classes"
+    return [data, *([f"cache   {cached}"] if cached else [])]
+
+
+def model_lines(config: TrainConfig, cost: Cost, base_cost: Cost, *, prepared: nn.Module | None) -> list[str]:
+    """What is trained: the settings' model, or a prepared one in its place, and its cost."""
+    named = f"{config.model}; edits: {'; '.join(config.edits) or 'none'}"
+    if prepared is not None:
+        named = f"a prepared {type(prepared).__name__} for {config.model}"
+    return [f"model   {named}", f"cost    {cost_line(cost, base_cost)}"]
 
 
 def result_lines(summary: TrainSummary, run: Path) -> list[str]:
