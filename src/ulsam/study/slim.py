@@ -5,11 +5,10 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from ulsam.base.distributed import start
 from ulsam.base.errors import Interrupted, UlsamError
@@ -18,7 +17,6 @@ from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
 from ulsam.data.folder import class_numbers
 from ulsam.data.loading import eval_loader
-from ulsam.data.opening import unlabeled
 from ulsam.data.sources import AnyImages, check_one_class
 from ulsam.model.build import file_content
 from ulsam.model.given import model_and_spec
@@ -26,21 +24,19 @@ from ulsam.model.pretrained import is_pretrained_name
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import locate
 from ulsam.study import slim_report as report
-from ulsam.study.slim_blocks import find_blocks
+from ulsam.study.slim_blocks import Block, find_blocks
 from ulsam.study.slim_budget import Budget, budget
 from ulsam.study.slim_choose import BlockSearch
-from ulsam.study.slim_damage import SampleScore, score
 from ulsam.study.slim_latency import LatencyEngine, check_engine
+from ulsam.study.slim_measure import SetMeasurer
 from ulsam.study.slim_record import SlimRecord, check_folder
 from ulsam.study.slim_result import SlimmedScores, SlimResult
-from ulsam.study.slim_stacked import can_stack, scores_together
-from ulsam.surgery.cost import cost
+from ulsam.surgery.cost import Cost, cost
 from ulsam.surgery.places import match
-from ulsam.surgery.reconstruct import Known, reconstruct
 from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.evaluate import evaluate_batches, spec_transform
-from ulsam.training.sample import draw_sample
+from ulsam.training.sample import ImageSample, draw_sample
 from ulsam.training.settings import TrainSettings
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
 from ulsam.training.summary import cost_entry, score_entry
@@ -48,8 +44,6 @@ from ulsam.training.train import resume, train
 from ulsam.training.train_summary import TrainSummary
 from ulsam.training.trained_on import held_out_settings
 
-#: Of the reconstruction by which sets are compared; training starts with a longer one.
-STEPS = 200
 #: The file in ``out`` that keeps a model that no model file was named for.
 ORIGINAL = "original.safetensors"
 #: Settings of training that slimming decides.
@@ -202,8 +196,7 @@ def _choose(
         images, measured, _ = parts.open_images(config)
         check_one_class(images, "slimming")
         kept = model == out / ORIGINAL
-        if kept and list(class_numbers(images.classes, spec.classes).values()) == [*range(len(spec.classes))]:
-            spec = dataclasses.replace(spec, classes=images.classes)  # the same ones, by their WordNet ids
+        spec = _with_names_of(images, spec) if kept else spec
         if images.classes != spec.classes:
             raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(images, spec)}")
         seen = parts.spec_of_run(config, spec.classes)
@@ -214,86 +207,78 @@ def _choose(
         blocks, switched, notes = find_blocks(original, seen.input_size, dict(asked.layer), asked.at)
         sample = draw_sample(images, seen, asked.images, world, workers=config.workers)
         content = file_content(original, spec) if kept else model.read_bytes()
-        identity = {
-            **asked.entry(),
-            "reconstruct_images": config.reconstruct_images,
-            "reconstruct": config.reconstruct,
-            "images_for_reconstruction": config.images_for_reconstruction,
-            "model_sha256": hashlib.sha256(content).hexdigest(),
-            "sample_sha256": sample.names,
-            "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
-        }
-        record = SlimRecord(out, identity)
-        whole = cost(original, seen.input_size)
-        record.data["model"] = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(whole)}
+        base_cost = cost(original, seen.input_size)
+        record = SlimRecord(out, _identity(asked, config, seen, sample, content))
+        record.data["model"] = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(base_cost)}
         record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
         record.data["images"] = {"sample": sample.count, "training": len(images)}
+        if kept:
+            record.write()
+            write_atomic(model, content)
         if measured.split == "held-out" and config.split_seed is None:
             notes.append(
                 f"the held-out images may be ones that {model} was trained on: there is no config.yaml of its run "
                 "beside it; give that run's seed as `split_seed`, and its `val_fraction`"
             )
-        if kept:
-            record.write()
-            write_atomic(model, content)
-        for line in [*report.start_lines(record.result), *(f"note    {note}" for note in notes)]:
-            say(line)
-        for _, reason in sample.unreadable:
-            say(f"unreadable {reason}")
+        _say_start(record, notes, sample)
         if record.get("chosen") is None:
             original.to(world.device)
-
-            @cache
-            def shown() -> list[Tensor]:
-                other = config.images_for_reconstruction
-                return draw_sample(
-                    unlabeled(other) if other else images,
-                    seen,
-                    config.reconstruct_images,
-                    world,
-                    apart_from=0 if other else asked.images,
-                    workers=config.workers,
-                ).images
-
-            def reconstruct_new_layers() -> None:
-                if config.reconstruct_images:
-                    record.put(
-                        "reconstructed", {found.name: found.explained for found in switched.reconstruct(shown())}
-                    )
-
-            known: Known = {}
-
-            def reconstructed(names: Sequence[str]) -> SampleScore:
-                model = switched.edited(names, world.device)
-                reconstruct(model, shown(), steps=STEPS, known=known)
-                return score(model, sample, spec.classes, world)
-
-            @cache
-            def stacked() -> bool:
-                return can_stack(switched, sample.images[0][:2])
-
-            def replaced(sets: Sequence[Sequence[str]]) -> list[SampleScore]:
-                if len(sets) > 1 and stacked():
-                    return scores_together(switched, sets, sample.batches)
-                found = []
-                for names in sets:
-                    with switched.replaced(names) as model:
-                        found.append(score(model, sample, spec.classes, world))
-                return found
-
-            BlockSearch(
-                asked,
-                blocks,
-                switched,
-                whole,
-                replaced,
-                record,
-                reconstruct_new_layers,
-                reconstructed if config.reconstruct and config.reconstruct_images else None,
-            ).choose()
+            measurer = SetMeasurer(switched, sample, images, seen, config, world)
+            _search(asked, blocks, base_cost, measurer, record).choose()
         for line in report.choice_lines(record.result):
             say(line)
     return record
+
+
+def _with_names_of(images: AnyImages, spec: ModelSpec) -> ModelSpec:
+    """The spec with the images' names of its classes, if they are the same ones, by their WordNet ids say."""
+    if list(class_numbers(images.classes, spec.classes).values()) == [*range(len(spec.classes))]:
+        return dataclasses.replace(spec, classes=images.classes)
+    return spec
+
+
+def _identity(
+    asked: Budget, config: TrainConfig, seen: ModelSpec, sample: ImageSample, content: bytes
+) -> dict[str, Any]:
+    """What a record must be of for its figures to be taken."""
+    return {
+        **asked.entry(),
+        "reconstruct_images": config.reconstruct_images,
+        "reconstruct": config.reconstruct,
+        "images_for_reconstruction": config.images_for_reconstruction,
+        "model_sha256": hashlib.sha256(content).hexdigest(),
+        "sample_sha256": sample.names,
+        "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
+    }
+
+
+def _say_start(record: SlimRecord, notes: Sequence[str], sample: ImageSample) -> None:
+    for line in [*report.start_lines(record.result), *(f"note    {note}" for note in notes)]:
+        say(line)
+    for _, reason in sample.unreadable:
+        say(f"unreadable {reason}")
+
+
+def _search(
+    asked: Budget, blocks: Sequence[Block], base_cost: Cost, measurer: SetMeasurer, record: SlimRecord
+) -> BlockSearch:
+    """The search; new layers are reconstructed where the training that follows does."""
+    reconstructs = bool(measurer.config.reconstruct_images)
+
+    def prepare() -> None:
+        if reconstructs:
+            record.put("reconstructed", measurer.explained())
+
+    return BlockSearch(
+        asked,
+        blocks,
+        measurer.switched,
+        base_cost,
+        measurer.scores,
+        record,
+        prepare,
+        measurer.reconstructed_score if measurer.config.reconstruct and reconstructs else None,
+    )
 
 
 def _trained(config: TrainConfig, run: Path) -> TrainSummary:
