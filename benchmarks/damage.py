@@ -79,7 +79,7 @@ def damages(run: Path, macs: float, number: int, images: int) -> dict[str, Any]:
     seen_images, others, _ = parts.open_images(config)
     if others.split != "held-out" or len(others) < 2 * images:
         raise UlsamError(f"{run} held out fewer than {2 * images} images: give fewer --images")
-    seen = parts.spec_of(config, spec.classes)
+    seen = parts.spec_of_run(config, spec.classes)
     blocks, switched, _ = find_blocks(original, seen.input_size, {"layer": "inverted_residual", "width": 32})
     switched.reconstruct(draw_sample(seen_images, seen, FITTED, ALONE, apart_from=2 * images).images)
     samples = dict(

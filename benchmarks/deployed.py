@@ -43,7 +43,7 @@ from ulsam.training import parts
 from ulsam.training.evaluate import ALONE, evaluate_batches, outcomes
 
 ROOT = Path(__file__).parents[1]
-MOST_TURNS = 20_000
+MAX_TURNS = 20_000
 PRECISIONS = ("float32", "int8")
 
 
@@ -148,7 +148,7 @@ def summary(found: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, A
 def timed(files: Mapping[tuple[str, str], Path], batch: int, threads: int, seconds: float) -> dict[str, Any]:
     """What each file takes for a batch, all in turn."""
     calls = {key: call(file, batch, threads) for key, file in files.items()}
-    times = times_in_turn(calls, seconds, MOST_TURNS)
+    times = times_in_turn(calls, seconds, MAX_TURNS)
     first = next(iter(times))
     models: dict[str, dict[str, Any]] = {}
     for (arm, precision), taken in times.items():

@@ -57,7 +57,7 @@ def host(out: str) -> Host:
     grid = comparison.grid()
     config = grid.arms[0].config(grid.shared)
     comparison.check_identity(config.data, data_digest(config, grid.choose_split), file_digests([config]))
-    spec = parts.spec_of(config, parts.open_images(config)[0].classes)
+    spec = parts.spec_of_run(config, parts.open_images(config)[0].classes)
     if spec.edits:
         raise UlsamError(f"the first arm of {out} is an edited model: compare with the plain one first")
     loading.seed_all(0)

@@ -26,7 +26,7 @@ import ulsam
 from ulsam.base.provenance import processor
 from ulsam.base.timing import times_in_turn
 
-MOST_TURNS = 20_000
+MAX_TURNS = 20_000
 
 #: name: base model, edit, place, and how many layers it makes
 CASES = {
@@ -82,7 +82,7 @@ def main() -> None:
         run = {name: torch.compile(model, fullgraph=True) if args.compile else model for name, model in models.items()}
         x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
         calls = {name: functools.partial(model, x) for name, model in run.items()}
-        times = times_in_turn(calls, args.seconds, MOST_TURNS)
+        times = times_in_turn(calls, args.seconds, MAX_TURNS)
         base = statistics.median(times["base"])
         for name, (_, kind, _, layers) in cases.items():
             without = name.replace("replace", "remove") if kind == "replace" else "base"

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--at", help="blocks to choose from (default: all that can be replaced)")
     add_layer_options(parser)
     parser.add_argument("--reconstruct-sets", type=int, default=4, metavar="N", help="as of ulsam slim (default: 4)")
-    parser.add_argument("--most-sets", type=int, default=100, metavar="N", help="as of ulsam slim (default: 100)")
+    parser.add_argument("--max-sets", type=int, default=100, metavar="N", help="as of ulsam slim (default: 100)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, help="slim only this many of the base model's final runs (default: all)")
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **wanted,
         "at": args.at,
         "layer": layer_options(args),
-        "most_sets": args.most_sets,
+        "max_sets": args.max_sets,
         "reconstruct_sets": args.reconstruct_sets,
     }
     asked["data"] = grid.shared.data
@@ -211,7 +211,7 @@ def pack(model: nn.Module, spec: ModelSpec, target: Path) -> None:
 def measured(model: nn.Module, run: Run) -> float:
     """Top-1 of the model, as a share, on the images on which ``run`` was measured."""
     _, images, _ = parts.open_images(run.config)
-    spec = parts.spec_of(run.config, images.classes)
+    spec = parts.spec_of_run(run.config, images.classes)
     batches = eval_loader(images, spec_transform(spec), batch_size=32, workers=0, device=ALONE.device)
     return evaluate_batches(model, batches, len(images.classes), world=ALONE).top1
 

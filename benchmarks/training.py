@@ -42,7 +42,7 @@ from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.loop import Trainer
 from ulsam.training.machine import adapt_to_device
-from ulsam.training.probe import candidates, resolve_auto, training_step
+from ulsam.training.probe import resolve_auto, setup_candidates, training_step
 
 CPU = torch.device("cpu")
 BASE = TrainConfig("none", model="mobilenetv2_100", size=160, batch_size=32, compile="none")
@@ -62,11 +62,11 @@ AUGMENTATION = {"scale": (0.25, 1.0), "hflip": 0.5, "color_jitter": 0.0, "interp
 def steps(seconds: float) -> list[dict[str, Any]]:
     """A row for each model, layout and precision."""
     rows = []
-    for setup in candidates(BASE, CPU):
+    for setup in setup_candidates(BASE, CPU):
         take = {}
         for name, edits in NETS.items():
             config = dataclasses.replace(BASE, edits=edits, **dataclasses.asdict(setup))
-            spec = parts.spec_of(config, [str(number) for number in range(100)])
+            spec = parts.spec_of_run(config, [str(number) for number in range(100)])
             take[name] = training_step(config, build(spec)[0], spec.input_size, CPU)
         turns = list(in_turn({name: functools.partial(seconds_of, step) for name, step in take.items()}, seconds, 1000))
         times = {name: [turn[name] for turn in turns] for name in take}

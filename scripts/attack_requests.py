@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from serving import Service, form, service
-from tiny import NET
+from tiny import TINY_MODEL
 from ulsam.deploy.export import export
 from ulsam.model.build import build, make_spec
 
@@ -31,7 +31,7 @@ def attack(count: int = 100_000, seed: int = 0) -> tuple[dict[str, Any], list[st
     """``count`` broken requests."""
     fell: list[str] = []
     with tempfile.TemporaryDirectory(prefix="ulsam-attack-") as root:
-        spec = make_spec(NET, ("a", "b"), size=32)
+        spec = make_spec(TINY_MODEL, ("a", "b"), size=32)
         export(build(spec)[0], Path(root) / "model.onnx", spec=spec)
         with service(str(Path(root) / "model.onnx"), *LIMITS.split(), folder=Path(root) / "here") as one:
             sound = _sound(one)

@@ -18,10 +18,14 @@ KEYS = {
     "fitted": "reconstructed",
     "wish": "budget",
     "recipe": "spec",
+    "close": "tried_within",
+    "most_sets": "max_sets",
     "whole net": "whole model",
     "this net": "this model",
     "in the net": "in the model",
 }
+#: Keys that mean something else outside the budget of a slimming.
+BUDGET_KEYS = {"batch": "latency_batch", "threads": "latency_threads", "seconds": "latency_seconds"}
 #: Values that are names from elsewhere.
 NAMES = {"classes", "names", "unreadable", "data", "weights", "teacher"}
 FOLDERS = [
@@ -43,7 +47,11 @@ def words(text: str) -> str:
     text = re.sub(r"\bthin (?=\d)", "inverted residual ", text)
     text = re.sub(r"\bthin block", "narrow inverted residual", text)
     text = re.sub(r"^removed(?= |$)|(?<=minus )removed\b|(?<=--arm ')removed\b", "remove", text)
-    text = text.replace("--fit-pictures", "--reconstruct-images").replace("guest.json", "external_arm.json")
+    text = (
+        text.replace("--most-sets", "--max-sets")
+        .replace("--fit-pictures", "--reconstruct-images")
+        .replace("guest.json", "external_arm.json")
+    )
     text = re.sub(r"\bfit_(pictures|images)\b", "reconstruct_images", text)
     for old, new in (("picture", "image"), ("Picture", "Image"), ("PICTURE", "IMAGE")):
         text = text.replace(old, new)
@@ -63,8 +71,9 @@ def renamed(value: Any, key: str = "") -> Any:
     if key == "per_class" and isinstance(value, dict):
         return {name: renamed(item) for name, item in value.items()}
     if isinstance(value, dict):
+        keys = {**KEYS, **BUDGET_KEYS} if key in ("budget", "wish") else KEYS
         return {
-            KEYS.get(name, name if key in NAMES else words(name)): renamed(item, name) for name, item in value.items()
+            keys.get(name, name if key in NAMES else words(name)): renamed(item, name) for name, item in value.items()
         }
     if key in NAMES:
         return value

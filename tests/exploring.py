@@ -11,7 +11,7 @@ import torch
 import uvicorn
 
 from tiny import TINY_MODEL
-from ulsam.apps.explore_models import Model
+from ulsam.apps.explore_models import ExploredModel
 from ulsam.apps.explore_page import create_app
 from ulsam.apps.listening import listen
 from ulsam.explanation import Explainer
@@ -24,24 +24,24 @@ CLASSES = ("wren", "<b>robin</b>", "a-bird-with-a-rather-long-name-without-a-sin
 EDITS = (Edit("insert", "blocks.2", 2), Edit("insert", "blocks.3", 4))
 
 
-def tiny_model(*edits: Edit, size: int = 64) -> Model:
+def tiny_model(*edits: Edit, size: int = 64) -> ExploredModel:
     torch.manual_seed(0)
     spec = make_spec(TINY_MODEL, CLASSES, edits, size=size)
     model = build(spec)[0]
     for layer in model.modules():
         if isinstance(layer, ULSAM):
             torch.nn.init.normal_(layer.pointwise.weight, std=30)
-    return Model(f"runs/{len(edits)}/model.safetensors", model_name(spec), Explainer(model, spec))
+    return ExploredModel(f"runs/{len(edits)}/model.safetensors", model_name(spec), Explainer(model, spec))
 
 
 @functools.cache
-def two() -> tuple[Model, Model]:
+def two() -> tuple[ExploredModel, ExploredModel]:
     """One with two layers, and one without, which takes larger images."""
     return tiny_model(*EDITS), tiny_model(size=96)
 
 
 @contextlib.contextmanager
-def serving(models: Sequence[Model], **options: Any) -> Iterator[int]:
+def serving(models: Sequence[ExploredModel], **options: Any) -> Iterator[int]:
     """The port on which the page is served, from a thread of this process."""
     with listen("127.0.0.1", 0) as socket:
         server = uvicorn.Server(uvicorn.Config(create_app(models, **options), log_level="warning"))

@@ -24,7 +24,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.logs import LOGGER
 from ulsam.base.timing import WARM_UP, figures, in_turn
 from ulsam.cli import main
-from ulsam.deploy.bench import MOST_TURNS, bench, start
+from ulsam.deploy.bench import MAX_TURNS, bench, start
 from ulsam.deploy.bench_models import open_bench_model
 from ulsam.deploy.bench_report import COLUMNS, BenchRow, csv_text, text
 from ulsam.deploy.bench_worker import Case, opened
@@ -144,7 +144,7 @@ def test_turns_are_whole_and_shuffled():
         order.append(name)
         return random.random()
 
-    turns = in_turn({name: lambda name=name: measure(name) for name in "abcd"}, seconds=0, most_turns=100)
+    turns = in_turn({name: lambda name=name: measure(name) for name in "abcd"}, seconds=0, max_turns=100)
     first = next(turns)
     assert order[: 4 * WARM_UP] == [name for name in "abcd" for _ in range(WARM_UP)]
     assert len(order) == 4 * WARM_UP + 4 and set(first) == set("abcd")  # no turn is begun before it is asked for
@@ -237,7 +237,7 @@ def test_what_was_measured_is_kept_on_ctrl_c(folder, tmp_path, logged, request):
         bench([str(folder / "model.onnx")], out, backends=["onnxruntime"], batches=[64, 1], seconds=600)
     assert children() == before
     (row,) = csv.DictReader((out / "bench.csv").open())
-    assert (row["infer_batch_size"], 0 < int(row["turns"]) < MOST_TURNS) == ("64", True)
+    assert (row["infer_batch_size"], 0 < int(row["turns"]) < MAX_TURNS) == ("64", True)
     assert [line for line in logged().splitlines() if line.startswith("start")] == ["start   batch 64, threads 1"]
 
 

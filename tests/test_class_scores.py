@@ -98,7 +98,7 @@ def test_they_are_those_of_scikit_learn(found):
 
 def test_there_is_no_auc_of_more_numbers_than_are_kept():
     logits, labels = _outputs()
-    collected = Collected(most=logits.numel() - 1)
+    collected = Collected(max_numbers=logits.numel() - 1)
     collected.add(logits, labels)
     found = collected.scores(CLASSES, ALONE)
     assert found.macro()["auc"] is None and found.macro()["recall"] is not None

@@ -20,7 +20,7 @@ from ulsam.deploy.export import Format
 from ulsam.layer.make_layer import Layer
 from ulsam.layer.ulsam import Form
 from ulsam.study.slim import RESERVED_SETTINGS
-from ulsam.study.slim_latency import Engine
+from ulsam.study.slim_latency import LatencyEngine
 from ulsam.surgery.cost import Rule
 
 HELP_OF_ALL = """
@@ -116,7 +116,7 @@ def test_choices_are_those_of_the_library() -> None:
     assert set(get_args(Form)) - {"folded"} == set(common.FORMS)  # folded layers do not train
     assert get_args(Format) == export.FORMATS
     assert get_args(Rule) == profile.RULES
-    assert get_args(Engine) == slim.ENGINES
+    assert get_args(LatencyEngine) == slim.ENGINES
     assert {"data", "edits", *slim.RESERVED_SETTINGS} == set(RESERVED_SETTINGS)
 
 

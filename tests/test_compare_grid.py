@@ -11,7 +11,7 @@ import pytest
 from tiny import SETTINGS, TINY_MODEL, draw, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.study.arms import Arm, check_arms, check_choosing, parse_arms
-from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge, close_call, most_epochs
+from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge, close_call, longest_is_best
 from ulsam.study.paths import without_paths
 from ulsam.training.config import TrainConfig
 
@@ -136,7 +136,7 @@ def test_a_shared_rate_of_ulsam_layers_is_for_the_arms_that_have_some(data: Path
         ({"seeds": 0}, "1 seed or more"),
         ({"tried_seeds": 0, "epochs": (1, 2)}, "tried with 1 seed or more"),
         ({"tried_seeds": 2}, "nothing to try"),
-        ({"close": -0.1}, "0 to 100 points"),
+        ({"tried_within": -0.1}, "0 to 100 points"),
         ({"epochs": (2, 2)}, "number of epochs is given twice"),
         ({"settings": {"min_lr": 0.02, "lr": 0.05}, "rates": (0.01,)}, "sets lr|min_lr"),
     ],
@@ -264,15 +264,15 @@ def test_the_lower_loss_chooses_where_as_many_images_are_right() -> None:
 
 
 def test_rates_close_to_the_best_get_the_further_epochs_too() -> None:
-    plan = grid("base", "size=24", rates=(0.01, 0.02, 0.04, 0.08), epochs=(1, 3), seeds=1, close=0.01)
+    plan = grid("base", "size=24", rates=(0.01, 0.02, 0.04, 0.08), epochs=(1, 3), seeds=1, tried_within=0.01)
     base, look = plan.arms[0], Results()
     top1 = {(0.01, 1): 0.594, (0.02, 1): 0.6, (0.04, 1): 0.58, (0.08, 1): None, (0.01, 3): 0.72, (0.02, 3): 0.71}
     while due := [run for run in plan.due(look) if run.arm == base and run.is_try]:
         look.add(due[0], top1.pop((due[0].config.lr, due[0].config.epochs)))
     assert not top1 and plan.chosen(base, look) == (0.01, 3)
     assert Grid.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    before = {name: value for name, value in plan.to_json().items() if name != "close"}
-    assert Grid.from_json(before).close == 0  # a plan of before tried the best rate alone
+    before = {name: value for name, value in plan.to_json().items() if name != "tried_within"}
+    assert Grid.from_json(before).tried_within == 0  # a plan of before tried the best rate alone
 
 
 def test_a_choice_against_the_loss_by_less_than_a_point_is_close() -> None:
@@ -344,11 +344,11 @@ def test_the_edge_of_the_tried_rates() -> None:
 
 def test_the_most_epochs_that_were_tried() -> None:
     first = [Try(0.01, 2, 0.5), Try(0.02, 2, 0.6)]
-    assert most_epochs([*first, Try(0.02, 4, 0.7)])
-    assert not most_epochs([*first, Try(0.02, 4, 0.55)])
-    assert not most_epochs([*first, Try(0.02, 4, None)])  # it has not ended
-    assert not most_epochs([*first, Try(0.02, 4, None, "diverged")])
-    assert not most_epochs(first)
+    assert longest_is_best([*first, Try(0.02, 4, 0.7)])
+    assert not longest_is_best([*first, Try(0.02, 4, 0.55)])
+    assert not longest_is_best([*first, Try(0.02, 4, None)])  # it has not ended
+    assert not longest_is_best([*first, Try(0.02, 4, None, "diverged")])
+    assert not longest_is_best(first)
 
 
 def test_no_path_is_published() -> None:

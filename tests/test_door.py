@@ -69,6 +69,27 @@ def test_the_settings_of_training_are_checked(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow  # with an empty cache mypy reads all of PyTorch
+def test_the_keys_of_results_are_known(tmp_path: Path) -> None:
+    types = {
+        "ulsam.resume('run')": "TrainSummary",
+        "ulsam.train('birds', 'run')": "TrainSummary",
+        "ulsam.train('birds', 'run')['scores']['top1']": "float",
+        "ulsam.train('birds', 'run')['epochs'][0]['val_top1']": "float | None",
+        "ulsam.compare('birds', [], 'out')": "CompareResult",
+        "ulsam.compare('birds', [], 'out')['arms'][0]['latency']": "LatencyEntry",
+        "ulsam.slim('model', 'birds', 'out')": "SlimResult",
+        "ulsam.slim('model', 'birds', 'out')['chosen']['blocks']": "list[str]",
+        "ulsam.slim('model', 'birds', 'out')['result']['slimmed']": "ScoreEntry",
+    }
+    lines = ["import ulsam", *(f"reveal_type({expression})" for expression in types)]
+    printed = check_types(tmp_path / "user.py", [*lines, "ulsam.train('birds', 'run')['score']"])
+    revealed = re.findall(r"user\.py:\d+: note: Revealed type is \"(.*)\"", printed)
+    for kind, wanted in zip(revealed, types.values(), strict=True):
+        assert wanted in kind.replace("builtins.", ""), (kind, wanted)
+    assert 'error: TypedDict "TrainSummary" has no key "score"' in printed
+
+
 def test_the_types_of_settings_are_those_of_the_config() -> None:
     config = typing.get_type_hints(ulsam.TrainConfig)
     assert [*config] == [field.name for field in dataclasses.fields(ulsam.TrainConfig)]

@@ -261,7 +261,7 @@ def test_a_layer_of_nearly_uniform_maps_is_said_to_do_little():
         assert row.heading == "x: 2 maps of 7 × 7" + ("; " + note if note else "")
         x = np.random.default_rng(0).normal(size=(2, 7, 7))
         effect = np.linalg.norm((maps - uniform) * x) / np.linalg.norm(x)
-        assert effect <= measures.most_effect(maps)
+        assert effect <= measures.max_effect(maps)
     fine = np.full((1, 64, 64), 1 / 4096, np.float32)
     fine[0, 0, 0] = 0.005  # twenty times uniform, and yet next to nothing
     assert attention_row(LayerMaps("x", None, "equations", fine)).note == "weak: this layer does little"

@@ -19,7 +19,7 @@ from ulsam.data.birds import draw_birds
 from ulsam.explanation import Explanation, LayerMaps
 from ulsam.explanation.drawing import STRENGTH, colored, grayed, overlaid, palette
 from ulsam.explanation.explain_images import panel_name
-from ulsam.explanation.explain_page import MOST_CARDS, card, page
+from ulsam.explanation.explain_page import MAX_CARDS, card, page
 from ulsam.explanation.explainer import Explainer
 from ulsam.explanation.image_list import list_images, reading_order
 from ulsam.explanation.measured_batches import explained
@@ -145,10 +145,10 @@ def test_the_page_needs_nothing_else_and_escapes_every_name() -> None:
 
 def test_a_long_page_lists_all_and_shows_the_first() -> None:
     one = card("1.jpg", None, found(1))
-    text = page([one] * (MOST_CARDS + 3), model="a model")
-    assert text.count("<article") == MOST_CARDS
-    assert text.count("<tr data-verdict") == MOST_CARDS + 3
-    assert f"The first {MOST_CARDS} are shown" in text
+    text = page([one] * (MAX_CARDS + 3), model="a model")
+    assert text.count("<article") == MAX_CARDS
+    assert text.count("<tr data-verdict") == MAX_CARDS + 3
+    assert f"The first {MAX_CARDS} are shown" in text
     assert "The true classes are not known." in text
 
 
@@ -249,7 +249,9 @@ def test_each_model_is_given_images_of_its_own_size(root: Path) -> None:
         explainers.append(Explainer(build(spec)[0], spec))
     images = list_images([str(root / "sized")], CLASSES)
     (batch,) = explained(images, explainers, [])
-    assert [[one.pixels.shape[:2] for one in each.found] for each in batch] == [[(32, 32), (48, 48), (32, 32)]] * 6
+    assert [[one.pixels.shape[:2] for one in each.explanations] for each in batch] == [
+        [(32, 32), (48, 48), (32, 32)]
+    ] * 6
 
 
 def test_models_of_different_classes_do_not_compare(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

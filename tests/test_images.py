@@ -232,9 +232,9 @@ def test_lines_are_refused_from_the_header(kind: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_fewer_pixels_may_be_the_most(kind: str) -> None:
-    assert read_pixels(encoded(scene((30, 20)), kind), most=600).shape == (20, 30, 3)
+    assert read_pixels(encoded(scene((30, 20)), kind), max_pixels=600).shape == (20, 30, 3)
     with pytest.raises(UnreadableImage, match=r"^<stream>: larger than 599 pixels, the most that is read$"):
-        read_pixels(encoded(scene((30, 20)), kind), most=599)
+        read_pixels(encoded(scene((30, 20)), kind), max_pixels=599)
 
 
 def test_pillow_settings_and_warning_filters_stay_as_they_were() -> None:

@@ -94,7 +94,7 @@ def test_a_specs_model_ends_in_the_weights_of_its_own_run(data: Path, tmp_path: 
     chosen = config(data, ema=0.5)
     train(chosen, tmp_path / "own")
     loading.seed_all(chosen.seed)
-    model, _ = build(parts.spec_of(chosen, ["class0", "class1", "class2"]))
+    model, _ = build(parts.spec_of_run(chosen, ["class0", "class1", "class2"]))
     train(chosen, tmp_path / "prepared", model=model)
     own = load_file(tmp_path / "own" / "model.safetensors")
     prepared = load_file(tmp_path / "prepared" / "weights.safetensors")

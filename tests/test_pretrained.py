@@ -24,7 +24,7 @@ from tiny import TINY_MODEL, draw
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.folder import class_numbers
-from ulsam.model.build import build, load, make_spec, save, spec_of
+from ulsam.model.build import build, load, make_spec, save, spec_of_name
 from ulsam.model.spec import Edit
 
 TAGGED = f"{TINY_MODEL}.r160_in1k"
@@ -56,7 +56,7 @@ def test_a_timm_name_with_a_weight_file_is_that_model(weights: Path) -> None:
     with torch.no_grad():
         assert torch.equal(model(x), known(x))
     assert not model.training
-    assert spec == spec_of(TINY_MODEL)
+    assert spec == spec_of_name(TINY_MODEL)
     assert spec.classes[0] == "n01440764 tench, Tinca tinca"
     assert [name.split()[0] for name in spec.classes] == ImageNetInfo().label_names()
 
@@ -142,7 +142,7 @@ def test_options_for_a_name_are_refused_with_a_file(tmp_path: Path) -> None:
 
 
 def test_wordnet_ids_match_classes() -> None:
-    classes = [*spec_of(TINY_MODEL).classes, "mine"]
+    classes = [*spec_of_name(TINY_MODEL).classes, "mine"]
     names = ["n03888257", "n01440764", "mine", "tench", "n99999999", "n02085620-Chihuahua", "n014407641"]
     found = class_numbers(names, classes)
     assert found == {"n03888257": 701, "n01440764": 0, "mine": 1000, "n02085620-Chihuahua": 151}

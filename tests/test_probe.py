@@ -29,7 +29,7 @@ from ulsam.training import machine
 from ulsam.training.checkpoint import read_checkpoint
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.loop import Trainer
-from ulsam.training.probe import Setup, Step, candidates, choose, probe, resolve_auto, time_in_turn, undecided
+from ulsam.training.probe import Setup, TakeStep, choose, probe, resolve_auto, setup_candidates, time_steps, undecided
 from ulsam.training.train import resume, train
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ class Timer:
         self.times = times
         self.asked: list[list[Setup]] = []
 
-    def __call__(self, take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
+    def __call__(self, take: Mapping[Setup, TakeStep], steps: int) -> dict[Setup, float]:
         self.asked.append(list(take))
         return {setup: self.times[setup] for setup in take if setup in self.times}
 
@@ -101,7 +101,7 @@ def test_bf16_is_a_candidate_where_the_processor_has_it(
     bf16: bool, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be_a_machine(monkeypatch, bf16=bf16, used=used)
-    found = candidates(config(), CPU)
+    found = setup_candidates(config(), CPU)
     assert found == ([PLAIN, LAST, PLAIN_BF16, LAST_BF16] if bf16 and used else [PLAIN, LAST])
 
 
@@ -181,7 +181,7 @@ def test_what_does_not_fit_into_the_memory_is_left_out(model: nn.Module) -> None
     def full() -> None:
         raise torch.OutOfMemoryError
 
-    assert list(time_in_turn({PLAIN: full, LAST: lambda: None}, MANY)) == [LAST]
+    assert list(time_steps({PLAIN: full, LAST: lambda: None}, MANY)) == [LAST]
 
 
 @pytest.mark.parametrize(("seconds", "steps", "times"), [(0.001, MANY, 16), (0.02, 30, 4)])
@@ -194,7 +194,7 @@ def test_the_probe_is_short(seconds: float, steps: int, times: int) -> None:
         taken += 1
         time.sleep(seconds)
 
-    time_in_turn({PLAIN: take}, steps)
+    time_steps({PLAIN: take}, steps)
     assert taken == times
 
 
@@ -202,7 +202,7 @@ def test_compilation_is_tried_where_it_can_pay(model: nn.Module, monkeypatch: py
     be_a_machine(monkeypatch, bf16=False)
     given = config(amp="none")
     short = probe(given, model, SIZE, MANY, ALONE, Timer({PLAIN: 1e-2, LAST: 1e-2}))[1][-1]
-    assert "not compiled: it takes a minute or more, which a run of about 17 minutes does not earn back" in short
+    assert "not compiled: it takes a minute or more, which a run of about 16 min 40 s does not earn back" in short
     monkeypatch.setenv("CXX", "no-such-compiler")
     resolved, lines = probe(given, model, SIZE, MANY, ALONE, Timer({PLAIN: 1.0, LAST: 1.0}))
     assert resolved.compile == "none"
@@ -269,7 +269,7 @@ def test_a_candidate_that_runs_out_of_memory_late_is_left_out() -> None:
         if next(turns) == 2:
             raise torch.OutOfMemoryError
 
-    assert list(time_in_turn({Setup("contiguous"): greedy, Setup(): lambda: None}, 1000)) == [Setup()]
+    assert list(time_steps({Setup("contiguous"): greedy, Setup(): lambda: None}, 1000)) == [Setup()]
 
 
 def test_one_probe_serves_a_comparison(many: Path, logged: Callable[[], str]) -> None:

@@ -270,14 +270,14 @@ def test_differences_are_paired_by_image(root: Path, tmp_path: Path) -> None:
     assert row[-2:] == [str(only_b), str(only_a)]
     runs = read_runs([root / name for name in NAMES])
     (pair,) = differences(runs)
-    assert pair.found and pair.found.low is not None and pair.found.over == "images"
-    assert pair.found.low < pair.found.mean < (pair.found.high or 0)
+    assert pair.gap and pair.gap.low is not None and pair.gap.over == "images"
+    assert pair.gap.low < pair.gap.mean < (pair.gap.high or 0)
     other = dataclasses.replace(runs[1], result=_with(runs[1], split="test"))
     (pair,) = differences([runs[0], other])
-    assert pair.found is None and "their split differs" in pair.why_not
+    assert pair.gap is None and "their split differs" in pair.why_not
     unknown = dataclasses.replace(runs[1], result=_with(runs[1], outcomes=None))
     (pair,) = differences([runs[0], unknown])
-    assert pair.found and pair.found.low is None and pair.only_run is None
+    assert pair.gap and pair.gap.low is None and pair.only_run is None
     three = [dataclasses.replace(runs[0], number=number) for number in range(3)]
     assert [(one.run.key, one.minus.key) for one in differences(three)] == [("B", "A"), ("C", "A"), ("C", "B")]
 

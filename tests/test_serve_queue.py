@@ -10,7 +10,7 @@ import pytest
 
 from serving import gray
 from ulsam.apps.service import create_app
-from ulsam.apps.service_engine import Engine
+from ulsam.apps.service_engine import ServiceEngine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
 from ulsam.data.preprocessing import Preprocessing
@@ -37,7 +37,7 @@ class Brightness:
 def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other():
     async def scene() -> tuple[list[int], list[Any]]:
         model, limits = Brightness(), Limits(batch=4)
-        engine = Engine(model, limits, Metrics(limits))
+        engine = ServiceEngine(model, limits, Metrics(limits))
         tasks = [asyncio.create_task(engine.probabilities(gray(20 * number))) for number in range(10)]
         while not model.sizes or engine._batches._queue.qsize() + sum(model.sizes) < 10:
             await asyncio.sleep(0.01)
@@ -61,7 +61,7 @@ def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other()
 def test_no_answer_in_time_is_a_503_that_says_when_to_come_back():
     async def scene() -> tuple[list[dict[str, Any]], bytes]:
         model, limits = Brightness(), Limits(timeout=0.2)
-        engine = Engine(model, limits, Metrics(limits))
+        engine = ServiceEngine(model, limits, Metrics(limits))
         app = create_app(engine, limits, None)
         sent: list[dict[str, Any]] = []
 

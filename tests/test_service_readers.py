@@ -74,9 +74,9 @@ def test_pixels_are_counted_by_the_header(format: str) -> None:
     Image.new("RGB", (300, 200)).save(stream, format)
     assert image_pixels(stream) == 60_000
     with pytest.raises(UnreadableImage, match="larger than 59999 pixels"):
-        image_pixels(stream, most=59_999)
+        image_pixels(stream, max_pixels=59_999)
     with pytest.raises(UnreadableImage, match="empty file"):
-        image_pixels(io.BytesIO(), most=MAX_PIXELS)
+        image_pixels(io.BytesIO(), max_pixels=MAX_PIXELS)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from ulsam.study.slim import _result, fine_tuning, slim
 from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
-from ulsam.training.parts import open_images, spec_of
+from ulsam.training.parts import open_images, spec_of_run
 
 AT = "13,14,16,17"
 
@@ -124,7 +124,7 @@ def test_a_model_with_edits_is_slimmed_further(data, tmp_path, capsys):
     chosen = kept(out)["chosen"]["blocks"]
     config = TrainConfig.from_mapping(yaml.safe_load((out / "train.yaml").read_text()))
     assert config.edits == ["replace 17 g=2", f"replace {','.join(chosen)} layer=eca"]
-    model, notes = build(spec_of(config, CLASSES), weights=config.weights)
+    model, notes = build(spec_of_run(config, CLASSES), weights=config.weights)
     assert notes == []
     original = load(tmp_path / "model.safetensors")[0]
     assert torch.equal(model.blocks[5][2].pointwise.weight, original.blocks[5][2].pointwise.weight)

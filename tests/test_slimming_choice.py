@@ -23,7 +23,7 @@ from ulsam.study.slim import slim
 from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import Budget
 from ulsam.study.slim_choose import BlockSearch
-from ulsam.study.slim_damage import Score
+from ulsam.study.slim_damage import SampleScore
 from ulsam.study.slim_latency import call_of, check_engine
 from ulsam.study.slim_progress import SearchProgress
 from ulsam.study.slim_record import SlimRecord
@@ -83,7 +83,7 @@ def test_a_budget_of_time_is_met_by_the_model_that_was_timed(model, data, tmp_pa
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     argv = ["slim", str(model), str(data), "--out", str(tmp_path / "out"), "--latency", "0.93", "--no-train"]
-    argv += ["--latency-seconds", "0", "--latency-threads", "1", "--most-sets", "4", "--groups", "2"]
+    argv += ["--latency-seconds", "0", "--latency-threads", "1", "--max-sets", "4", "--groups", "2"]
     argv += ["--engine", engine, "--latency-batch", batch, *options(SETTINGS)]
     status, shown = main(argv), capsys.readouterr()
     if status:  # a busy machine: no blocks were timed to be fast enough
@@ -105,7 +105,7 @@ def search_of(asked, blocks, record, reconstructed=None, kind=BlockSearch):
         blocks,
         SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
         cost(model, SIZE),
-        lambda sets: [Score(sum(1.0 + int(name[1:]) for name in names), 0.5) for names in sets],
+        lambda sets: [SampleScore(sum(1.0 + int(name[1:]) for name in names), 0.5) for names in sets],
         record,
         lambda: None,
         reconstructed,
@@ -164,7 +164,7 @@ def test_several_sets_that_are_fast_enough_are_compared_after_reconstruction(tmp
     record.put("timings", entries)
     together = {**entries[0], "blocks": ["0", "1", "2", "3"], "ratio": 0.5}
     record.put("timed", [entries[1], {**entries[2], "ratio": 0.95}, entries[3], entries[4], together])
-    search_of(asked, blocks, record, lambda names: Score(1.0 - 0.1 * int(names[0][1:]), 0.5)).choose()
+    search_of(asked, blocks, record, lambda names: SampleScore(1.0 - 0.1 * int(names[0][1:]), 0.5)).choose()
     found = record.get("chosen")
     assert (found["blocks"], found["rivals"]) == (["2"], [["0"], ["2"], ["1"]])  # the fourth is not needed
     assert [entry["blocks"] for entry in record.get("measured_reconstructed")] == [["0"], ["2"]]
@@ -216,7 +216,7 @@ def test_of_the_sets_of_least_damage_the_best_after_reconstruction_is_chosen(tmp
 
     def reconstructed(names):
         calls.append(names)
-        return Score(1.5 - 0.1 * int(names[0][1:]), 0.5)
+        return SampleScore(1.5 - 0.1 * int(names[0][1:]), 0.5)
 
     blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, cost(model, SIZE).macs // 5) for n in range(3)]
     for _ in range(2):  # what was measured is not measured again
@@ -226,7 +226,7 @@ def test_of_the_sets_of_least_damage_the_best_after_reconstruction_is_chosen(tmp
             blocks,
             SwitchableModel(nn.Sequential(model), ["0"], {"groups": 1}, SIZE),
             cost(model, SIZE),
-            lambda sets: [Score(1.0 + sum(1 + int(name[1:]) for name in names), 0.5) for names in sets],
+            lambda sets: [SampleScore(1.0 + sum(1 + int(name[1:]) for name in names), 0.5) for names in sets],
             record,
             lambda: None,
             reconstructed,

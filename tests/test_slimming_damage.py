@@ -258,7 +258,7 @@ def test_slimming_says_what_it_will_measure_and_for_how_long(model, data, tmp_pa
     lines = capsys.readouterr().out.splitlines()
     plan = next(line for line in lines if line.startswith("plan "))
     assert plan.startswith("plan    5 blocks one by one, up to ")
-    assert plan.endswith("to shorten it: fewer --images, a smaller --most-sets, blocks named by --at")
+    assert plan.endswith("to shorten it: fewer --images, a smaller --max-sets, blocks named by --at")
     most = [int(number) for number in re.findall(r"up to (\d+) sets", plan)]
     (time_line,) = [line for line in lines if line.startswith("time ")]
     assert time_line.startswith(f"time    up to {sum(most)} sets to measure, about ")

@@ -50,7 +50,7 @@ def test_minimal_sets_are_those_of_the_definition(savings, share):
 @given(SAVINGS, st.floats(0.01, 1), st.integers(0, 99))
 def test_the_exact_search_finds_the_best_minimal_set(savings, share, seed):
     least, damage = share * sum(savings), Damages(seed)
-    found = search(savings, least, damage, most_sets=1000)
+    found = search(savings, least, damage, max_sets=1000)
     everything = all_minimal(savings, least)
     assert found.how == "exact"
     assert damage(found.blocks) == min(map(damage, everything)) <= damage(found.greedy)
@@ -65,7 +65,7 @@ def test_a_search_of_few_sets_is_no_worse_than_greedy_and_keeps_to_its_limit(sav
     least, damage = share * sum(savings), Damages(seed)
     greedy(savings, least, damage)
     for_greedy = set(damage.asked)
-    found = search(savings, least, damage, most_sets=most)
+    found = search(savings, least, damage, max_sets=most)
     everything = all_minimal(savings, least)
     assert found.how == ("exact" if len(everything) <= most else "greedy")
     assert damage(found.blocks) <= damage(found.greedy)

@@ -58,6 +58,7 @@ _HOME = {
     # what the functions return
     "BenchRow": "ulsam.deploy.bench_report",
     "Candidate": "ulsam.surgery.find",
+    "CompareResult": "ulsam.study.compare_result",
     "Cost": "ulsam.surgery.cost",
     "Evaluation": "ulsam.deploy.evaluate",
     "Explanation": "ulsam.explanation.explanation",
@@ -67,6 +68,8 @@ _HOME = {
     "Prediction": "ulsam.training.predict",
     "Quantized": "ulsam.deploy.quantize",
     "Reconstructed": "ulsam.surgery.reconstruct",
+    "SlimResult": "ulsam.study.slim_result",
+    "TrainSummary": "ulsam.training.train_summary",
     # errors and progress
     "UlsamError": "ulsam.base.errors",
     "Interrupted": "ulsam.base.errors",

@@ -34,7 +34,9 @@ from ulsam.model.spec import apply as apply
 from ulsam.model.spec import edits_of as edits_of
 from ulsam.model.timm_spec import make_spec as make_spec
 from ulsam.study.compare import compare as compare
+from ulsam.study.compare_result import CompareResult as CompareResult
 from ulsam.study.slim import slim as slim
+from ulsam.study.slim_result import SlimResult as SlimResult
 from ulsam.surgery.cost import Cost as Cost
 from ulsam.surgery.cost import cost as cost
 from ulsam.surgery.edit import insert as insert
@@ -52,5 +54,6 @@ from ulsam.training.predict import Prediction as Prediction
 from ulsam.training.settings import TrainSettings as TrainSettings
 from ulsam.training.train import resume as resume
 from ulsam.training.train import train as train
+from ulsam.training.train_summary import TrainSummary as TrainSummary
 
 __version__: str

@@ -18,7 +18,7 @@ from ulsam.model.build import load
 
 
 @dataclass(frozen=True)
-class Model:
+class ExploredModel:
     """A model of the page."""
 
     file: str  # as it was named
@@ -26,7 +26,7 @@ class Model:
     explainer: Explainer
 
 
-def open_models(files: Sequence[str | os.PathLike[str]]) -> list[Model]:
+def open_models(files: Sequence[str | os.PathLike[str]]) -> list[ExploredModel]:
     """Load model files.
 
     Raises:
@@ -35,11 +35,11 @@ def open_models(files: Sequence[str | os.PathLike[str]]) -> list[Model]:
     models = []
     for file in files:
         model, spec = load(file)
-        models.append(Model(printable(os.fspath(file)), model_name(spec), Explainer(model, spec)))
+        models.append(ExploredModel(printable(os.fspath(file)), model_name(spec), Explainer(model, spec)))
     return models
 
 
-def explain_upload(models: Sequence[Model], content: bytes, name: str) -> list[Explanation]:
+def explain_upload(models: Sequence[ExploredModel], content: bytes, name: str) -> list[Explanation]:
     """What each model finds on an image, read, resized and cropped as for evaluation.
 
     Args:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from ulsam.apps.explore_guard import Guard
-from ulsam.apps.explore_models import Model, explain_upload, gray_image
+from ulsam.apps.explore_models import ExploredModel, explain_upload, gray_image
 from ulsam.apps.explore_views import about, panel_png, view
 from ulsam.base.errors import UlsamError, printable
 from ulsam.explanation.explanation import Explanation
@@ -35,7 +35,11 @@ T = TypeVar("T")
 
 
 def create_app(
-    models: Sequence[Model], *, host: str = "127.0.0.1", max_bytes: int = 20 * MEGABYTE, timeout: float = TIMEOUT
+    models: Sequence[ExploredModel],
+    *,
+    host: str = "127.0.0.1",
+    max_bytes: int = 20 * MEGABYTE,
+    timeout: float = TIMEOUT,
 ) -> FastAPI:
     """The server as an ASGI application, whose models have seen a first image.
 
@@ -68,8 +72,8 @@ def create_app(
     async def draw(
         request: Request, number: Annotated[int, PathParameter(ge=0, lt=len(models))], name: str = "image"
     ) -> Response:
-        def png(found: Sequence[Explanation]) -> Response:
-            drawn = panel_png(models, found, number, printable(name[:_LONGEST_NAME]))
+        def png(explanations: Sequence[Explanation]) -> Response:
+            drawn = panel_png(models, explanations, number, printable(name[:_LONGEST_NAME]))
             return Response(drawn, media_type="image/png")
 
         return await desk.ask(request, name, png)
@@ -92,7 +96,7 @@ class _ExplainQueue:
         that calls it, which are slow to start.
     """
 
-    def __init__(self, models: Sequence[Model], max_bytes: int, timeout: float) -> None:
+    def __init__(self, models: Sequence[ExploredModel], max_bytes: int, timeout: float) -> None:
         self.models, self.max_bytes, self.timeout = models, max_bytes, timeout
         self.places = asyncio.Semaphore(PLACES)
         self.thread = ThreadPoolExecutor(1)

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ulsam.apps.listening import is_loopback, listen, url
 from ulsam.apps.service import RequestLimit, create_app
-from ulsam.apps.service_engine import Engine
+from ulsam.apps.service_engine import ServiceEngine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
 from ulsam.base.errors import UlsamError
@@ -91,14 +91,14 @@ def serve(
         look = opened.preprocessing
         first = opened.logits(np.zeros((1, *look.size, look.channels), np.uint8))  # which takes longer
         probabilities(first, opened.thresholds)  # raises where they are not finite
-        engine = Engine(opened, limits, Metrics(limits))
+        engine = ServiceEngine(opened, limits, Metrics(limits))
         name = Path(model).name if isinstance(model, str) else spec.base if spec else type(model).__name__
         gate = create_app(engine, limits, api_key or None, name)
         asyncio.run(_run(_Server(gate, limits, ready), listening, engine))
     return gate.answered
 
 
-async def _run(server: "_Server", listening: socket.socket, engine: Engine) -> None:
+async def _run(server: "_Server", listening: socket.socket, engine: ServiceEngine) -> None:
     try:
         await server.serve([listening])
     finally:

@@ -6,12 +6,11 @@
 import asyncio
 import contextlib
 import hmac
-import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
-from fastapi import Depends, HTTPException, Query, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -22,10 +21,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ulsam import __version__
 from ulsam.apps.service_body import FORM, UploadedFile, images_sent
-from ulsam.apps.service_engine import Engine
+from ulsam.apps.service_engine import ServiceEngine
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
 from ulsam.base.errors import MachineError, NotFinite
+from ulsam.base.markdown import escaped
 from ulsam.data.images import UnreadableImage
 from ulsam.training.predict import chosen
 
@@ -93,7 +93,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 _LOCKED: dict[int | str, dict[str, Any]] = {401: {"model": Problem, "description": "No key, or another one"}}
 
 
-def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = "model") -> "RequestLimit":
+def create_app(engine: ServiceEngine, limits: Limits, api_key: str | None, name: str = "model") -> "RequestLimit":
     """The ASGI application of a service.
 
     Args:
@@ -102,25 +102,64 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = 
         limits: what is refused.
         api_key: required as a bearer token for predictions and metrics; None requires none.
     """
-    metrics = engine.metrics
-    names = [name.encode(errors="replace").decode() for name in engine.model.classes]  # what JSON in UTF-8 can hold
-    about = _about(name, names, limits, locked=api_key is not None)
+    namer = _Namer(engine, limits)
+    about = _about(name, namer.classes, limits, locked=api_key is not None)
     app = FastAPIOffline(title=f"ulsam serve: {name}", version=__version__, description=about, redoc_url=None)
     locked = [] if api_key is None else [Depends(_lock(api_key))]
     refusals = {} if api_key is None else _LOCKED
+    _add_predictions(app, namer, locked, refusals)
+    _add_state(app, engine.metrics, locked, refusals)
+    _add_errors(app)
+    return RequestLimit(app, engine.metrics, limits)
 
-    thresholds = engine.model.thresholds
-    usual = 3 if thresholds is None else None  # of several labels an image those that reach their thresholds
 
-    async def named(sent: UploadedFile, top: int | None) -> Prediction:
+class _Namer:
+    """Names the images of a request.
+
+    Attributes:
+        classes: the names as JSON in UTF-8 can hold them.
+        top: how many classes an image gets where the request does not say; None: those that reach their thresholds.
+    """
+
+    def __init__(self, engine: ServiceEngine, limits: Limits) -> None:
+        self.engine, self.limits = engine, limits
+        self.classes = [name.encode(errors="replace").decode() for name in engine.model.classes]
+        self.top = 3 if engine.model.thresholds is None else None
+
+    async def answer(self, request: Request, top: int | None) -> list[Prediction]:
+        """What the images of a request show.
+
+        Raises:
+            HTTPException: it does not arrive, or cannot be answered, in time.
+        """
+        arrived = False
         try:
-            best = chosen(await engine.probabilities(sent.content), names, top or usual, thresholds)
+            async with asyncio.timeout(self.limits.timeout):
+                files = await images_sent(request, self.limits)
+                arrived = True
+                return await asyncio.gather(*(self._named(file, top or self.top) for file in files))
+        except TimeoutError as error:
+            if arrived:
+                raise HTTPException(503, f"no answer within {self.limits.timeout:g} seconds", AGAIN) from error
+            raise HTTPException(408, f"the request did not arrive within {self.limits.timeout:g} seconds") from error
+        except ClientDisconnect as error:
+            raise HTTPException(408, "the client went away") from error
+
+    async def _named(self, file: UploadedFile, top: int | None) -> Prediction:
+        images = self.engine.metrics.images
+        try:
+            shares = await self.engine.probabilities(file.content)
         except UnreadableImage as error:
-            metrics.images.labels("unreadable").inc()
-            return Prediction(image=sent.name, classes=[], error=str(error).removeprefix("<stream>: "))
-        metrics.images.labels("named").inc()
-        found = [Class(name=name, probability=round(share, 6)) for name, share in best]
-        return Prediction(image=sent.name, classes=found, error=None)
+            images.labels("unreadable").inc()
+            return Prediction(image=file.name, classes=[], error=str(error).removeprefix("<stream>: "))
+        best = chosen(shares, self.classes, top, self.engine.model.thresholds)
+        images.labels("named").inc()
+        classes = [Class(name=name, probability=round(share, 6)) for name, share in best]
+        return Prediction(image=file.name, classes=classes, error=None)
+
+
+def _add_predictions(app: FastAPI, namer: _Namer, locked: list[Any], refusals: dict[int | str, dict[str, Any]]) -> None:
+    """What the service is for."""
 
     @app.post(
         PREDICT,
@@ -131,23 +170,16 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = 
     )
     async def predict(
         request: Request,
-        top: Annotated[int | None, Query(ge=1, le=1000, description="classes for each image")] = usual,
+        top: Annotated[int | None, Query(ge=1, le=1000, description="classes for each image")] = namer.top,
     ) -> Answer:
-        arrived = False
-        try:
-            async with asyncio.timeout(limits.timeout):
-                sent = await images_sent(request, limits)
-                arrived = True
-                found = await asyncio.gather(*(named(one, top) for one in sent))
-        except TimeoutError as error:
-            if arrived:
-                raise HTTPException(503, f"no answer within {limits.timeout:g} seconds", AGAIN) from error
-            raise HTTPException(408, f"the request did not arrive within {limits.timeout:g} seconds") from error
-        except ClientDisconnect as error:
-            raise HTTPException(408, "the client went away") from error
-        if all(one.error is not None for one in found):
-            raise HTTPException(422, _reasons(found))
-        return Answer(predictions=found)
+        predictions = await namer.answer(request, top)
+        if all(prediction.error is not None for prediction in predictions):
+            raise HTTPException(422, _reasons(predictions))
+        return Answer(predictions=predictions)
+
+
+def _add_state(app: FastAPI, metrics: Metrics, locked: list[Any], refusals: dict[int | str, dict[str, Any]]) -> None:
+    """The page, whether the service is well, and its counters."""
 
     @app.get("/", include_in_schema=False)
     async def page() -> RedirectResponse:
@@ -167,6 +199,10 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = 
     async def text() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
+
+def _add_errors(app: FastAPI) -> None:
+    """The statuses of what goes wrong in naming an image."""
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         detail = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
@@ -179,8 +215,6 @@ def create_app(engine: Engine, limits: Limits, api_key: str | None, name: str = 
     @app.exception_handler(NotFinite)
     async def not_finite(_: Request, error: NotFinite) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 500)
-
-    return RequestLimit(app, metrics, limits)
 
 
 class RequestLimit:
@@ -203,9 +237,9 @@ class RequestLimit:
         watched = _Request(receive, send, self)
         if scope["path"] != PREDICT:
             return await self.app(scope, watched.receive, watched.send)
-        start, most = time.perf_counter(), self.limits.requests
-        full = JSONResponse({"detail": f"{most} requests at once are the most"}, 503, AGAIN)
-        taken = self.inside < most
+        start, limit = time.perf_counter(), self.limits.requests
+        full = JSONResponse({"detail": f"{limit} requests at once are the most"}, 503, AGAIN)
+        taken = self.inside < limit
         self.inside += taken
         try:
             await (self.app if taken else full)(scope, watched.receive, watched.send)
@@ -245,19 +279,14 @@ def _about(name: str, classes: Sequence[str], limits: Limits, *, locked: bool) -
     """What the page says of the service, in Markdown; who has no key does not learn the classes."""
     key = ' -H "Authorization: Bearer KEY"' if locked else ""
     lines = [
-        f"Names what is in images, with the model {_plain(name)}. Try `POST {PREDICT}` below, or send a file:",
+        f"Names what is in images, with the model {escaped(name)}. Try `POST {PREDICT}` below, or send a file:",
         f"```\ncurl{key} -F images=@bird.jpg 'http://HOST:PORT{PREDICT}?top=3'\n```",
         f"At most {limits.images} images a request, {limits.megabytes} MB together.",
     ]
     if not locked:
         more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
-        lines.append(f"{len(classes)} classes: {', '.join(map(_plain, classes[:SHOWN]))}{more}.")
+        lines.append(f"{len(classes)} classes: {', '.join(map(escaped, classes[:SHOWN]))}{more}.")
     return "\n\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([^\w\s])", r"\\\1", " ".join(text.split()))
 
 
 def _lock(api_key: str) -> Callable[..., Awaitable[None]]:
@@ -271,8 +300,8 @@ def _lock(api_key: str) -> Callable[..., Awaitable[None]]:
     return check
 
 
-def _reasons(found: Sequence[Prediction]) -> str:
+def _reasons(predictions: Sequence[Prediction]) -> str:
     """Why no image could be read."""
-    if len(found) == 1:
-        return str(found[0].error)
-    return "; ".join(f"{one.image or f'image {number}'}: {one.error}" for number, one in enumerate(found))
+    if len(predictions) == 1:
+        return str(predictions[0].error)
+    return "; ".join(f"{one.image or f'image {number}'}: {one.error}" for number, one in enumerate(predictions))

@@ -41,7 +41,7 @@ class _Batches(AsyncBatcher):  # type: ignore[misc]  # carries no types
             return list(self.model.logits(np.stack(batch)))
 
 
-class Engine:
+class ServiceEngine:
     """A model with the threads that decode images for it and the one that runs it.
 
     Args:
@@ -75,11 +75,13 @@ class Engine:
         self._runner.shutdown()
 
     def _read(self, content: bytes) -> Pixels:
-        look, most = self.model.preprocessing, self.limits.pixels
-        pixels = image_pixels(io.BytesIO(content), most=most)
+        look, max_pixels = self.model.preprocessing, self.limits.pixels
+        pixels = image_pixels(io.BytesIO(content), max_pixels=max_pixels)
         self._readers.take(pixels)
         try:
-            return look.crop(read_pixels(io.BytesIO(content), look.reduction, most=most, channels=look.channels))
+            return look.crop(
+                read_pixels(io.BytesIO(content), look.reduction, max_pixels=max_pixels, channels=look.channels)
+            )
         finally:
             if pixels >= LARGE:
                 return_freed_memory()

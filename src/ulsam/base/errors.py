@@ -55,16 +55,16 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def shortened(text: str, most: int = 300) -> str:
+def shortened(text: str, max_length: int = 300) -> str:
     """``text`` without its middle where it is longer than a message may be; advice stands at the end.
 
-    >>> shortened("no model " + "x" * 500, most=40)
+    >>> shortened("no model " + "x" * 500, max_length=40)
     'no model xxxxxxxxxxxxxxx ... xxxxxxxxxxx'
     """
-    if len(text) <= most:
+    if len(text) <= max_length:
         return text
-    end = most // 4 + 1
-    return f"{text[: most - end - 5]} ... {text[-end:]}"
+    end = max_length // 4 + 1
+    return f"{text[: max_length - end - 5]} ... {text[-end:]}"
 
 
 def first_line(error: BaseException) -> str:

@@ -72,20 +72,20 @@ def read_packed(path: str | Path) -> dict[str, Any]:
     Raises:
         UlsamError: no such file, a damaged one, or one beside it is missing or lacks what this one takes from it.
     """
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     beside: dict[str, dict[str, Any]] = {}
     for line in read_lines(path):
         name = line["file"]
         if "content" in line:
-            found[name] = line["content"]
+            files[name] = line["content"]
             continue
         other = Path(path).with_name(line["in"])
         if other.name not in beside:
             beside[other.name] = {one["file"]: one["content"] for one in read_lines(other) if "content" in one}
         if name not in beside[other.name]:
             raise UlsamError(f"{path} takes {name} from {other}, which lacks it: restore that file")
-        found[name] = beside[other.name][name]
-    return found
+        files[name] = beside[other.name][name]
+    return files
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:

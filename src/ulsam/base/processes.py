@@ -17,7 +17,7 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-MOST_WORKERS = 512
+MAX_WORKERS = 512
 """Processes that read images at most: each is one more copy of the program."""
 
 _STOP_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")

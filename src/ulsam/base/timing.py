@@ -16,9 +16,9 @@ NameT = TypeVar("NameT")
 Call = Callable[[], Any]
 
 WARM_UP = 3  # calls of each that are not timed
-LEAST_TURNS = 15
+MIN_TURNS = 15
 RESAMPLES = 1000
-FEWEST = 6  # turns; below, no interval of a median has 95 %
+MIN_TURNS_OF_INTERVAL = 6  # below, no interval of a median has 95 %
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Timing:
         return {**asdict(self), "ratio_quartiles": list(self.ratio_quartiles)}
 
 
-def time_in_turn(calls: Mapping[NameT, Call], seconds: float, most_turns: int) -> dict[NameT, Timing]:
+def time_in_turn(calls: Mapping[NameT, Call], seconds: float, max_turns: int) -> dict[NameT, Timing]:
     """Time calls in turns as :func:`times_in_turn`, and compare each with the first one.
 
     >>> found = time_in_turn({"short": lambda: sum(range(100)), "long": lambda: sum(range(100_000))}, 0.1, 100)
     >>> found["short"].ratio, found["long"].ratio > 2
     (1.0, True)
     """
-    times = times_in_turn(calls, seconds, most_turns)
+    times = times_in_turn(calls, seconds, max_turns)
     first = times[next(iter(calls))]
     found = {}
     for name, taken in times.items():
@@ -52,13 +52,13 @@ def time_in_turn(calls: Mapping[NameT, Call], seconds: float, most_turns: int) -
 
 
 @torch.inference_mode()
-def times_in_turn(calls: Mapping[NameT, Call], seconds: float, most_turns: int) -> dict[NameT, list[float]]:
+def times_in_turn(calls: Mapping[NameT, Call], seconds: float, max_turns: int) -> dict[NameT, list[float]]:
     """Time calls in turns, each of them once a turn in shuffled order, so that what slows the machine slows them all.
 
     Args:
         calls: by name.
         seconds: after which, and at least 15 turns, it ends.
-        most_turns: after which it ends in any case.
+        max_turns: after which it ends in any case.
 
     Returns:
         Seconds of each call, a turn each, after three calls of each that are not timed.
@@ -67,12 +67,12 @@ def times_in_turn(calls: Mapping[NameT, Call], seconds: float, most_turns: int) 
     >>> len(found["short"]), min(found["long"]) > min(found["short"])
     (15, True)
     """
-    turns = list(in_turn({name: functools.partial(_timed, call) for name, call in calls.items()}, seconds, most_turns))
+    turns = list(in_turn({name: functools.partial(_timed, call) for name, call in calls.items()}, seconds, max_turns))
     return {name: [turn[name] for turn in turns] for name in calls}
 
 
 def in_turn(
-    measures: Mapping[NameT, Callable[[], float]], seconds: float, most_turns: int
+    measures: Mapping[NameT, Callable[[], float]], seconds: float, max_turns: int
 ) -> Iterator[dict[NameT, float]]:
     """As :func:`times_in_turn`, a turn at a time, of calls that take their own time.
 
@@ -87,8 +87,8 @@ def in_turn(
             measure()
     order, shuffle = list(measures), random.Random(0).shuffle
     end = time.monotonic() + seconds
-    for turn in range(most_turns):
-        if turn >= LEAST_TURNS and time.monotonic() > end:
+    for turn in range(max_turns):
+        if turn >= MIN_TURNS and time.monotonic() > end:
             break
         shuffle(order)
         yield {name: measures[name]() for name in order}
@@ -110,7 +110,7 @@ def figures(times: Sequence[float], first: Sequence[float] | None) -> dict[str, 
     ratio = interval = None
     if first is not None:
         ratio = float(np.median(times) / np.median(first))
-        if first is not times and len(times) >= FEWEST:
+        if first is not times and len(times) >= MIN_TURNS_OF_INTERVAL:
             interval = ratio_interval(np.array(times), np.array(first))
     return {
         "seconds": float(np.median(times)),

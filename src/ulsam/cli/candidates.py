@@ -24,13 +24,13 @@ def run(args: argparse.Namespace) -> None:
 
     spec = spec_from(args)
     model = meta_model(spec)
-    found = candidates(model, spec.input_size, leaves=args.leaves)
-    if not found:
+    blocks = candidates(model, spec.input_size, leaves=args.leaves)
+    if not blocks:
         raise UlsamError(f"{args.model} has no block that takes and outputs the same feature map [B, C, H, W]")
-    whole = cost(model, spec.input_size)
+    total = cost(model, spec.input_size)
     numbers = {name: number for number, name in layer_names(model).items()}
     if args.json:
-        for block in found:
+        for block in blocks:
             print_json(
                 {
                     "layer": numbers.get(block.name),
@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> None:
             )
         return
     cells = [["layer", "name", "type", "output", "params saved", "", "MACs saved", "", "groups"]]
-    for block in found:
+    for block in blocks:
         shape = "x".join(map(str, block.shape))
-        params = [f"{block.params:,}", f"{block.params / whole.params:.2%}"]
-        macs = [f"{block.macs:,}", f"{block.macs / whole.macs:.2%}"]
+        params = [f"{block.params:,}", f"{block.params / total.params:.2%}"]
+        macs = [f"{block.macs:,}", f"{block.macs / total.macs:.2%}"]
         groups = ",".join(map(str, block.groups))
         cells.append([str(numbers.get(block.name, "")), block.name, block.type, shape, *params, *macs, groups])
     print("\n".join(text_table(cells, right=(0, 3, 4, 5, 6, 7))))
     size = "x".join(map(str, spec.input_size))
-    print(f"One {size} image; per cent of the whole model's {whole.params:,} parameters and {whole.macs:,} MACs.")
+    print(f"One {size} image; per cent of the whole model's {total.params:,} parameters and {total.macs:,} MACs.")
     if not numbers:
         print("The paper's layer numbers exist for MobileNet-V1 and V2 alone: name blocks of this model.")

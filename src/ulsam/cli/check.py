@@ -9,7 +9,7 @@ from ulsam.base.files import check_writable, write_atomic
 from ulsam.cli.common import print_json
 
 if TYPE_CHECKING:
-    from ulsam.data.check import Checked, Pair
+    from ulsam.data.check import Checked, ImagePair
 
 EXAMPLE = """\
 ulsam check images
@@ -65,31 +65,31 @@ def _sheet(data: str, data_dir: str | None, config: str | None) -> bytes:
     return augmentation_sheet([path for path, _ in samples], TrainConfig.from_mapping(settings))
 
 
-def _lines(found: "Checked") -> list[str]:
+def _lines(checked: "Checked") -> list[str]:
     lines = [
-        f"{name:<9} {found.images[name]} images of {len(counts)} classes, {min(counts.values())} to "
+        f"{name:<9} {checked.images[name]} images of {len(counts)} classes, {min(counts.values())} to "
         f"{max(counts.values())} a class"
-        for name, counts in found.splits.items()
+        for name, counts in checked.splits.items()
     ]
-    if found.sides:
-        lines.append("sides     {} to {} px, half of them up to {} px".format(*(found.sides[n] for n in (0, 2, 1))))
-    lines += _listed("broken", found.broken)
-    lines += _listed("leak", list(map(_pair, found.leaks)), "in two splits: results on the second one are too good")
-    lines += _listed("conflict", list(map(_pair, found.conflicts)), "in two classes: one of them is wrong")
-    lines += _listed("duplicate", list(map(_pair, found.duplicates)))
-    lines += [f"note      {note}" for note in found.notes]
-    if len(lines) == len(found.splits) + bool(found.sides):
+    if checked.sides:
+        lines.append("sides     {} to {} px, half of them up to {} px".format(*(checked.sides[n] for n in (0, 2, 1))))
+    lines += _listed("broken", checked.broken)
+    lines += _listed("leak", list(map(_pair, checked.leaks)), "in two splits: results on the second one are too good")
+    lines += _listed("conflict", list(map(_pair, checked.conflicts)), "in two classes: one of them is wrong")
+    lines += _listed("duplicate", list(map(_pair, checked.duplicates)))
+    lines += [f"note      {note}" for note in checked.notes]
+    if len(lines) == len(checked.splits) + bool(checked.sides):
         lines.append("found     nothing that is wrong")
     return lines
 
 
-def _pair(pair: "Pair") -> str:
+def _pair(pair: "ImagePair") -> str:
     return f"{pair.first} {'=' if pair.identical else '~'} {pair.second}"
 
 
-def _listed(title: str, found: Sequence[str], why: str = "") -> list[str]:
+def _listed(title: str, entries: Sequence[str], why: str = "") -> list[str]:
     """A line each for the first ones, and how many there are."""
-    if not found:
+    if not entries:
         return []
-    total = f"{title:<9} {len(found)}{why and ' '}{why}" + (f"; the first {SHOWN}:" if len(found) > SHOWN else ":")
-    return [total, *(f"  {one}" for one in found[:SHOWN])]
+    total = f"{title:<9} {len(entries)}{why and ' '}{why}" + (f"; the first {SHOWN}:" if len(entries) > SHOWN else ":")
+    return [total, *(f"  {entry}" for entry in entries[:SHOWN])]

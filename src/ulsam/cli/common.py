@@ -117,15 +117,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def spec_from(args: argparse.Namespace) -> "ModelSpec":
     """The spec that MODEL and ``--size`` mean, with a preset's ``--groups`` and ``--form``:
-    `ulsam.model.build.spec_of`.
+    `ulsam.model.build.spec_of_name`.
 
     >>> spec = spec_from(argparse.Namespace(model="mobilenetv2_100", size=96))
     >>> len(spec.classes), spec.input_size
     (1000, (3, 96, 96))
     """
-    from ulsam.model.build import spec_of
+    from ulsam.model.build import spec_of_name
 
-    return spec_of(args.model, size=args.size, model_args=preset_arguments(args, args.model))
+    return spec_of_name(args.model, size=args.size, model_args=preset_arguments(args, args.model))
 
 
 def add_model(parser: argparse.ArgumentParser, dest: str = "model", *, exported: bool = False) -> None:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
         for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     ]
-    found = {
+    machine = {
         "ulsam": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,21 +41,21 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.json:
         backends = [dict(zip(("device", "dtype", "backend", "why"), one, strict=True)) for one in chosen]
-        print_json({**found, "backends": backends})
+        print_json({**machine, "backends": backends})
         return
-    print(f"ulsam {__version__}, Python {found['python']}, torch {found['torch']}, timm {found['timm']}")
+    print(f"ulsam {__version__}, Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}")
     if cpu.LIBRARY is None:
         print(f"cpu     no C kernels: {cpu.WHY_NONE}")
     else:
         used, best = cpu.ISA_NAMES[isa or cpu.LIBRARY.ulsam_isa()], cpu.ISA_NAMES[cpu.LIBRARY.ulsam_isa()]
         names = used if used == best else f"{used}, which ULSAM_ISA asks for: the processor has {best}"
-        print(f"cpu     {found['threads']} threads, C kernels for {names} ({found['kernels']})")
+        print(f"cpu     {machine['threads']} threads, C kernels for {names} ({machine['kernels']})")
         if not cpu.THREADED:
             print("cpu     the kernels run on one thread: PyTorch has loaded no OpenMP library that they know")
-    if found["simplejpeg"]:
-        print(f"jpeg    simplejpeg {found['simplejpeg']}")
+    if machine["simplejpeg"]:
+        print(f"jpeg    simplejpeg {machine['simplejpeg']}")
     else:
         print("jpeg    Pillow; simplejpeg reads the same values faster: pip install 'ulsam[train]'")
-    drawn = f"matplotlib {found['matplotlib']}" if found["matplotlib"] else "none: pip install 'ulsam[plots]'"
-    print(f"plots   {drawn}\ncuda    {found['cuda'] or 'none'}")
+    drawn = f"matplotlib {machine['matplotlib']}" if machine["matplotlib"] else "none: pip install 'ulsam[plots]'"
+    print(f"plots   {drawn}\ncuda    {machine['cuda'] or 'none'}")
     print("\n".join(text_table([("device", "dtype", "backend", "why"), *chosen], right=())))

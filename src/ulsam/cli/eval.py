@@ -58,25 +58,25 @@ def run(args: argparse.Namespace) -> None:
         name: getattr(args, name)
         for name in ("data", "split", "data_dir", "classes_by_number", "batch_size", "workers", "device")
     }
-    found: Evaluation | LabelEvaluation
+    evaluation: Evaluation | LabelEvaluation
     if gives_several(**model):
         if args.confusion or args.class_names:
             option = "--confusion" if args.confusion else "--class-names"
             raise UlsamError(f"{option} is for one class an image, and this model gives several labels")
-        found = evaluate_labels(**model, **how)
+        evaluation = evaluate_labels(**model, **how)
     else:
-        found = evaluate(**model, **how, class_names=args.class_names)
+        evaluation = evaluate(**model, **how, class_names=args.class_names)
     if not is_first_process():
         return
     if args.csv:
-        write_atomic(args.csv, found.csv())
-    if args.confusion and isinstance(found, Evaluation):
-        write_atomic(args.confusion, confusion_png(found.by_class))
-    unreadable = dict(found.scores.unreadable)
+        write_atomic(args.csv, evaluation.csv())
+    if args.confusion and isinstance(evaluation, Evaluation):
+        write_atomic(args.confusion, confusion_png(evaluation.by_class))
+    unreadable = dict(evaluation.scores.unreadable)
     if args.json:
         about = {"command": command_line(), "model": Path(args.model).name, "versions": versions()}
-        print_json({**about, **found.entry(), "unreadable": unreadable})
+        print_json({**about, **evaluation.entry(), "unreadable": unreadable})
         return
     for reason in unreadable.values():
         print(f"unreadable {reason}")
-    print(found)
+    print(evaluation)

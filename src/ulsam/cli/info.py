@@ -26,22 +26,22 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.training.summary import cost_entry, spec_entry
 
     model, spec = load(args.file)
-    found = cost(model, spec.input_size)
+    model_cost = cost(model, spec.input_size)
     formats: Counter[str] = Counter()
     by_name = args.file not in names() and is_pretrained_name(args.file)
     size_on_disk = None if by_name else locate(args.file).stat().st_size
     for value in (model.state_dict() if by_name else read_weights(args.file)).values():
         formats[str(value.dtype).removeprefix("torch.")] += value.numel()
     if args.json:
-        entry = {"spec": spec_entry(spec), "cost": cost_entry(found), "numbers": formats, "bytes": size_on_disk}
+        entry = {"spec": spec_entry(spec), "cost": cost_entry(model_cost), "numbers": formats, "bytes": size_on_disk}
         print_json(entry)
         return
-    size = "x".join(map(str, found.input_size))
+    size = "x".join(map(str, model_cost.input_size))
     print(spec)
-    print(f"parameters  {found.params:,}")
+    print(f"parameters  {model_cost.params:,}")
     print(f"numbers     {', '.join(f'{count:,} {name}' for name, count in formats.most_common())}")
     if size_on_disk is not None:
         print(f"file        {size_on_disk:,} bytes")
-    print(f"cost        {found.macs:,} MACs, {found.activations:,} activations for one {size} image")
+    print(f"cost        {model_cost.macs:,} MACs, {model_cost.activations:,} activations for one {size} image")
     if args.file in names():
         print(f"\n{card(args.file)}", end="")

@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.images < 1:
         raise UlsamError(f"--images must be 1 or more, not {args.images}")
-    found = image_paths(args.paths)
-    number = min(args.images, len(found))
-    paths = [found[n * len(found) // number] for n in range(number)]
+    files = image_paths(args.paths)
+    number = min(args.images, len(files))
+    paths = [files[n * len(files) // number] for n in range(number)]
     model, spec = model_and_spec(**model_from(args))
     transform = spec_transform(spec)
     unreadable: dict[str, str] = {}
@@ -76,6 +76,6 @@ def run(args: argparse.Namespace) -> None:
         )
         return
     print(table(layers))
-    print(f"{layers[0].images} of {len(found)} images. {LEGEND}")
+    print(f"{layers[0].images} of {len(files)} images. {LEGEND}")
     for line in warnings(layers):
         print(f"warning {line}")

@@ -34,10 +34,10 @@ def in_flags(message: str, parser: argparse.ArgumentParser) -> str:
     """
     actions = {action.dest: action for action in parser._actions}
 
-    def flag(found: re.Match[str]) -> str:
-        action, value = actions.get(found["verb"] or found["name"]), found["value"]
+    def flag(match: re.Match[str]) -> str:
+        action, value = actions.get(match["verb"] or match["name"]), match["value"]
         if action is None:
-            return f"ulsam {found['verb']}" if found["verb"] else found[0]
+            return f"ulsam {match['verb']}" if match["verb"] else match[0]
         if not action.option_strings:
             return str(action.metavar or action.dest)
         if value in ("True", "False") and action.nargs == 0:

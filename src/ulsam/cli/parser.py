@@ -144,21 +144,21 @@ def did_you_mean(word: str, valid: Iterable[str], start: str = "") -> str:
 
 def parser(verbs: Iterable[str]) -> Parser:
     """The parser of the command line, with the arguments of the given verbs alone."""
-    whole = Parser(prog="ulsam", description="Subspace attention for compact CNNs: edit, train, compare, ship.")
-    whole.add_argument("--version", action="version", version=f"ulsam {__version__}")
-    commands = whole.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="ulsam")
+    main = Parser(prog="ulsam", description="Subspace attention for compact CNNs: edit, train, compare, ship.")
+    main.add_argument("--version", action="version", version=f"ulsam {__version__}")
+    commands = main.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="ulsam")
     for name, text in COMMANDS.items():
-        one = commands.add_parser(name, help=text, description=textwrap.fill(text[0].upper() + text[1:] + ".", 80))
-        whole.verbs[name] = one
+        command = commands.add_parser(name, help=text, description=textwrap.fill(text[0].upper() + text[1:] + ".", 80))
+        main.verbs[name] = command
         if name in verbs:
             module = importlib.import_module(f"ulsam.cli.{name}")
-            module.configure(one)
+            module.configure(command)
             if name != "completion":
-                one.add_argument("--json", action="store_true", help=_JSON)
-            add_output_options(one)
-            one.set_defaults(parser=one)
-            one.epilog = "example:\n" + textwrap.indent(module.EXAMPLE, "  ")
-    return whole
+                command.add_argument("--json", action="store_true", help=_JSON)
+            add_output_options(command)
+            command.set_defaults(parser=command)
+            command.epilog = "example:\n" + textwrap.indent(module.EXAMPLE, "  ")
+    return main
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

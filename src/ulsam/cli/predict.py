@@ -60,31 +60,31 @@ def run(args: argparse.Namespace) -> None:
     for file in filter(None, (args.csv, args.parquet, args.features)):
         check_writable(file)
     paths = image_paths(_listed(args.images))
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     features: list[Any] = []
     opened = open_classifier(
         **model_from(args), device=args.device, features=features.append if args.features else None
     )
     top = 3 if args.top is None and opened.thresholds is None else args.top
-    predictions = predict(
-        paths, opened.logits, opened.preprocessing, opened.classes, top=top, thresholds=opened.thresholds
-    )
+    answers = predict(paths, opened.logits, opened.preprocessing, opened.classes, top=top, thresholds=opened.thresholds)
     barred = installed("tqdm") and not sys.stdout.isatty()  # where lines are seen, they are the progress
     with progress(total=len(paths), unit=" images") if barred else contextlib.nullcontext() as bar:
-        for prediction in predictions:
-            found.append(prediction)
+        for prediction in answers:
+            predictions.append(prediction)
             _show(prediction, args.json)
             if bar is not None:
                 bar.update()
     if args.csv:
-        header, rows = _table(found)
+        header, rows = _table(predictions)
         write_atomic(args.csv, as_csv([header, *(["" if value is None else value for value in row] for row in rows)]))
     if args.parquet:
-        write_atomic(args.parquet, _parquet(*_table(found)))
+        write_atomic(args.parquet, _parquet(*_table(predictions)))
     if args.features:
-        write_atomic(args.features, _features([one.path for one in found if not one.error], features, args.features))
-    if failed := sum(one.error is not None for one in found):
-        raise UlsamError(f"{failed} of {len(found)} images could not be read; they are named above")
+        write_atomic(
+            args.features, _features([each.path for each in predictions if not each.error], features, args.features)
+        )
+    if failed := sum(each.error is not None for each in predictions):
+        raise UlsamError(f"{failed} of {len(predictions)} images could not be read; they are named above")
 
 
 def _listed(names: Sequence[str]) -> list[str]:
@@ -106,11 +106,11 @@ def _show(prediction: "Prediction", as_json: bool) -> None:
         print(printable(f"{prediction.path}: {named_text or 'no label'}"))
 
 
-def _table(found: Sequence["Prediction"]) -> tuple[list[str], list[list[Any]]]:
+def _table(predictions: Sequence["Prediction"]) -> tuple[list[str], list[list[Any]]]:
     """A row an image, as long as the header; None where an image has no such class, or no error."""
-    most = max(len(one.classes) for one in found)
+    most = max(len(one.classes) for one in predictions)
     header = ["path", "error", *(f"{what}_{rank}" for rank in range(1, most + 1) for what in ("class", "probability"))]
-    rows = [[one.path, one.error, *(value for pair in one.classes for value in pair)] for one in found]
+    rows = [[one.path, one.error, *(value for pair in one.classes for value in pair)] for one in predictions]
     return header, [row + [None] * (len(header) - len(row)) for row in rows]
 
 

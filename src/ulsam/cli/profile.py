@@ -38,30 +38,30 @@ def run(args: argparse.Namespace) -> None:
     spec = spec_from(args)
     edits = edits_from(args, args.model)
     edited = dataclasses.replace(spec, edits=(*spec.edits, *edits))
-    found = cost(meta_model(edited), spec.input_size, args.rule)
+    model_cost = cost(meta_model(edited), spec.input_size, args.rule)
     base = cost(meta_model(spec), spec.input_size, args.rule) if edits else None
     if args.json:
-        blocks = [dataclasses.asdict(row) for row in found.rows]
-        print_json({**cost_entry(found), "base": base and cost_entry(base), "blocks": blocks})
+        blocks = [dataclasses.asdict(row) for row in model_cost.rows]
+        print_json({**cost_entry(model_cost), "base": base and cost_entry(base), "blocks": blocks})
     else:
-        print(found)
+        print(model_cost)
     if base and not args.json:
         changes = [
             f"{name} {before:,} -> {after:,} ({(after - before) / before:+.2%})"
             for name, before, after in [
-                ("parameters", base.params, found.params),
-                ("MACs", base.macs, found.macs),
-                ("activations", base.activations, found.activations),
+                ("parameters", base.params, model_cost.params),
+                ("MACs", base.macs, model_cost.macs),
+                ("activations", base.activations, model_cost.activations),
             ]
         ]
         print(f"{args.model}, {'; '.join(map(str, edits))}: {', '.join(changes)}")
     if args.csv:
-        write_atomic(args.csv, _csv(found))
+        write_atomic(args.csv, _csv(model_cost))
 
 
-def _csv(found: "Cost") -> str:
+def _csv(model_cost: "Cost") -> str:
     rows: list[list[object]] = [["block", "type", "channels", "height", "width", "params", "macs", "activations"]]
-    for row in found.rows:
+    for row in model_cost.rows:
         shape = row.output_shape[1:] if row.output_shape and len(row.output_shape) == 4 else ("", "", "")
         rows.append([row.name, row.type, *shape, row.params, row.macs, row.activations])
     return as_csv(rows)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     model = model_from(args)
     out = args.out or beside(args.model, "-int8.onnx")
-    found = quantize(
+    quantized = quantize(
         **model,
         data=args.data,
         out=out,
@@ -47,11 +47,13 @@ def run(args: argparse.Namespace) -> None:
         target=args.target,
     )
     if args.json:
-        print_json({"file": out, **vars(found)})
+        print_json({"file": out, **vars(quantized)})
         return
-    print(f"wrote     {out}, {found.bytes:,} bytes, {100 * found.bytes / found.bytes_before:.0f} % of float32")
-    print(f"measured  {found}")
-    if found.time_ratio is not None:
-        slower = ": no faster here, ship the model in float32 to such machines" if found.time_ratio >= 1 else ""
-        print(f"time      of an image x {found.time_ratio:.2f}{slower}")
-    print(f"weights   {found.weight_bits} bits, for {_PROCESSORS[found.weight_bits]}")
+    print(
+        f"wrote     {out}, {quantized.bytes:,} bytes, {100 * quantized.bytes / quantized.bytes_before:.0f} % of float32"
+    )
+    print(f"measured  {quantized}")
+    if quantized.time_ratio is not None:
+        slower = ": no faster here, ship the model in float32 to such machines" if quantized.time_ratio >= 1 else ""
+        print(f"time      of an image x {quantized.time_ratio:.2f}{slower}")
+    print(f"weights   {quantized.weight_bits} bits, for {_PROCESSORS[quantized.weight_bits]}")

@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--images", type=int, default=400, metavar="N", help="training images to measure damage on (default: 400)"
     )
     choice.add_argument(
-        "--most-sets", type=int, default=200, metavar="N", help="sets to measure after the greedy search (default: 200)"
+        "--max-sets", type=int, default=200, metavar="N", help="sets to measure after the greedy search (default: 200)"
     )
     choice.add_argument(
         "--reconstruct-sets",
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
             layer=layer_options(args),
             at=args.at,
             images=args.images,
-            most_sets=args.most_sets,
+            max_sets=args.max_sets,
             reconstruct_sets=args.reconstruct_sets,
             engine=args.engine,
-            batch=args.latency_batch,
-            threads=args.latency_threads,
-            seconds=args.latency_seconds,
+            latency_batch=args.latency_batch,
+            latency_threads=args.latency_threads,
+            latency_seconds=args.latency_seconds,
         )
     if args.json:
         print_json(result)

@@ -11,7 +11,7 @@ from typing import TypeGuard
 from ulsam.base.errors import first_line
 from ulsam.data.images import UnreadableImage
 
-MOST_FETCHED = 100_000_000
+MAX_FETCHED = 100_000_000
 """Bytes of the largest image that is fetched."""
 
 TIMEOUT = 30.0
@@ -54,8 +54,8 @@ def fetch(address: str) -> Fetched:
             content = bytearray()
             while part := answer.read1(1 << 20):
                 content += part
-                if len(content) > MOST_FETCHED:
-                    raise UnreadableImage(f"{address}: larger than {MOST_FETCHED} bytes, the most that is fetched")
+                if len(content) > MAX_FETCHED:
+                    raise UnreadableImage(f"{address}: larger than {MAX_FETCHED} bytes, the most that is fetched")
                 if time.monotonic() > end:
                     raise UnreadableImage(f"{address}: not whole after {TIMEOUT:g} s")
             if answer.length:

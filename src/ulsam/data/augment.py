@@ -28,7 +28,7 @@ GREY = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in luma (ITU-R BT.601)."""
 
 
-class Box(NamedTuple):
+class Rectangle(NamedTuple):
     """A rectangle of pixels."""
 
     top: int
@@ -46,7 +46,7 @@ class Transform(Protocol):
     def reduction(self, width: int, height: int) -> int:
         """By which of 1, 2, 4, 8 an image of this size may be reduced when it is decoded."""
 
-    def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Box | None]:
+    def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Rectangle | None]:
         """The image at the model's size, uint8 [H, W, C], and what is to be erased of it once it is normalized."""
 
 
@@ -125,7 +125,7 @@ class TrainTransform:
         least = min(width, height, math.sqrt(self.crop_scale[0] * width * height * ASPECT[0]))
         return power_of_two(least / max(self.size))
 
-    def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Box | None]:
+    def __call__(self, pixels: Pixels, generator: random.Random) -> tuple[Tensor, Rectangle | None]:
         top, left, height, width = random_crop(pixels.shape[1], pixels.shape[0], self.crop_scale, generator)
         crop = torch.from_numpy(pixels)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
         images = F.interpolate(crop, self.size, mode=self.interpolation, antialias=True)
@@ -172,14 +172,14 @@ class EvalTransform:
         return self.normalize(self.pixels(pixels)[None])[0]
 
 
-def random_crop(width: int, height: int, scale: tuple[float, float], generator: random.Random) -> Box:
+def random_crop(width: int, height: int, scale: tuple[float, float], generator: random.Random) -> Rectangle:
     """A crop of random area and aspect within an image (Szegedy et al. 2015, section 6), as torchvision draws it.
 
     The area is uniform in ``scale``, a share of the image's, and the logarithm of width / height uniform in `ASPECT`.
     What does not fit is drawn again; after ten times it is the largest centered crop of an aspect within `ASPECT`.
 
     >>> random_crop(100, 10, (0.9, 1.0), random.Random(0))
-    Box(top=0, left=43, height=10, width=13)
+    Rectangle(top=0, left=43, height=10, width=13)
     """
     low, high = (math.log(aspect) for aspect in ASPECT)
     for _ in range(10):
@@ -188,13 +188,13 @@ def random_crop(width: int, height: int, scale: tuple[float, float], generator: 
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top, left = generator.randint(0, height - crop_height), generator.randint(0, width - crop_width)
-            return Box(top, left, crop_height, crop_width)
+            return Rectangle(top, left, crop_height, crop_width)
     crop_width = min(width, max(1, round(height * ASPECT[1])))
     crop_height = min(height, max(1, round(width / ASPECT[0])))
-    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+    return Rectangle((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
 
 
-def random_erasing(height: int, width: int, generator: random.Random) -> Box | None:
+def random_erasing(height: int, width: int, generator: random.Random) -> Rectangle | None:
     """The rectangle that random erasing takes out of an image (Zhong et al. 2017), with timm's ranges.
 
     The area is 0.02 to 1/3 of the image's, the logarithm of height / width uniform between 0.3 and 1/0.3. None where
@@ -206,7 +206,7 @@ def random_erasing(height: int, width: int, generator: random.Random) -> Box | N
         box_height, box_width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if box_height < height and box_width < width:
             top, left = generator.randint(0, height - box_height), generator.randint(0, width - box_width)
-            return Box(top, left, box_height, box_width)
+            return Rectangle(top, left, box_height, box_width)
     return None
 
 

@@ -142,7 +142,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
     True
     """
     try:
-        found = [int(psutil.virtual_memory().available)]
+        limits = [int(psutil.virtual_memory().available)]
     except OSError:
         return None
     try:
@@ -156,10 +156,10 @@ def available_memory(root: Path = Path("/")) -> int | None:
         mount = root / "sys/fs/cgroup" / controllers
         folder = mount / path.lstrip("/")
         for place in (folder, *folder.parents):
-            found += _left(place, "usage_in_bytes" if controllers else "current")
+            limits += _left(place, "usage_in_bytes" if controllers else "current")
             if place == mount:
                 break
-    return min(found)
+    return min(limits)
 
 
 def _left(group: Path, usage: str) -> list[int]:

@@ -25,14 +25,14 @@ NEAR = 12
 ALIKE = 12.0
 """And the mean difference of their thumbnails, in steps of 0 to 255."""
 
-MOST_COMPARED = 60_000
+MAX_COMPARED = 60_000
 """Images that are compared with each other by their looks; of more, only identical ones are found."""
 
 FEW = 5  # images of a class that are too few to learn from
 _SIDE = 16
 
 
-class Pair(NamedTuple):
+class ImagePair(NamedTuple):
     """Two images that look the same."""
 
     first: str
@@ -59,9 +59,9 @@ class Checked:
     images: Mapping[str, int]
     sides: tuple[int, int, int] | None
     broken: tuple[str, ...]
-    duplicates: tuple[Pair, ...]
-    leaks: tuple[Pair, ...]
-    conflicts: tuple[Pair, ...]
+    duplicates: tuple[ImagePair, ...]
+    leaks: tuple[ImagePair, ...]
+    conflicts: tuple[ImagePair, ...]
     notes: tuple[str, ...]
 
 
@@ -109,12 +109,12 @@ def check(
             else:
                 seen[number] = result
     pairs = [(images[one], images[two], same) for one, two, same in _pairs(seen)]
-    if len(seen) > MOST_COMPARED:
+    if len(seen) > MAX_COMPARED:
         notes.append(f"{len(seen)} images are too many to compare by their looks: only identical ones were looked for")
-    kinds: dict[str, list[Pair]] = {"leak": [], "conflict": [], "duplicate": []}
+    kinds: dict[str, list[ImagePair]] = {"leak": [], "conflict": [], "duplicate": []}
     for one, two, same in pairs:
         kind = "leak" if one[1] != two[1] else "conflict" if one[2] != two[2] else "duplicate"
-        kinds[kind].append(Pair(one[0], two[0], same))
+        kinds[kind].append(ImagePair(one[0], two[0], same))
     sides = sorted(one.side for one in seen.values())
     return Checked(
         splits,
@@ -202,7 +202,7 @@ def _pairs(seen: Mapping[int, _ImageFacts]) -> Iterator[tuple[int, int, bool]]:
     for group in groups.values():
         yield from ((group[0], other, True) for other in group[1:])
     distinct = [group[0] for group in groups.values() if np.ptp(seen[group[0]].thumbnail) > ALIKE]  # no plain colors
-    if len(numbers) > MOST_COMPARED or not distinct:
+    if len(numbers) > MAX_COMPARED or not distinct:
         return
     hashes = np.stack([seen[number].hash for number in distinct])
     for row, number in enumerate(distinct[:-1]):
@@ -213,14 +213,14 @@ def _pairs(seen: Mapping[int, _ImageFacts]) -> Iterator[tuple[int, int, bool]]:
                 yield number, other, False
 
 
-def entry(found: Checked) -> dict[str, Any]:
+def entry(checked: Checked) -> dict[str, Any]:
     """All of it as JSON."""
-    pairs = {name: [one._asdict() for one in getattr(found, name)] for name in ("duplicates", "leaks", "conflicts")}
+    pairs = {name: [one._asdict() for one in getattr(checked, name)] for name in ("duplicates", "leaks", "conflicts")}
     return {
-        "splits": {name: dict(counts) for name, counts in found.splits.items()},
-        "images": dict(found.images),
-        "shorter_side": found.sides and dict(zip(("least", "median", "largest"), found.sides, strict=True)),
-        "broken": list(found.broken),
+        "splits": {name: dict(counts) for name, counts in checked.splits.items()},
+        "images": dict(checked.images),
+        "shorter_side": checked.sides and dict(zip(("least", "median", "largest"), checked.sides, strict=True)),
+        "broken": list(checked.broken),
         **pairs,
-        "notes": list(found.notes),
+        "notes": list(checked.notes),
     }

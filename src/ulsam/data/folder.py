@@ -130,17 +130,17 @@ def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
     {'train': 'train', 'val': 'valid'}
     """
     root = Path(root)
-    found: dict[str, Path] = {}
+    splits: dict[str, Path] = {}
     for name in _subfolders(root):
         split = SPLITS.get(name.lower())
         if split is None:
             continue
-        if split in found:
-            raise UlsamError(f"{root} has two folders for {split}, {found[split].name} and {name}: keep one of them")
-        found[split] = root / name
-    if "train" not in found or (len(found) == 1 and not _subfolders(found["train"])):
+        if split in splits:
+            raise UlsamError(f"{root} has two folders for {split}, {splits[split].name} and {name}: keep one of them")
+        splits[split] = root / name
+    if "train" not in splits or (len(splits) == 1 and not _subfolders(splits["train"])):
         return {}
-    return {split: found[split] for split in ("train", "val", "test") if split in found}
+    return {split: splits[split] for split in ("train", "val", "test") if split in splits}
 
 
 def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-MOST_CHANNELS = 64
+MAX_CHANNELS = 64
 """The most channels that images are read with."""
 
 _STRIPE = 1 << 22  # pixels

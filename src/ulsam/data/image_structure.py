@@ -15,8 +15,8 @@ MAX_SCANNED = 2_000_000_000
 """Scans of a JPEG times its pixels that are decoded at most: 22 scans of the largest image. Pillow takes about 3 ns
 for each, even where the scan changes nothing."""
 
-_MOST_SEGMENTS = 1000  # of a JPEG before its first scan; a color profile, the largest of them, takes up to 255
-_MOST_FILL = 1000  # bytes between them, each of which Pillow reads on its own
+_MAX_SEGMENTS = 1000  # of a JPEG before its first scan; a color profile, the largest of them, takes up to 255
+_MAX_FILL = 1000  # bytes between them, each of which Pillow reads on its own
 _LARGEST_BLOCK = 65_536  # of a PNG's texts: as much as a JPEG has room for
 _LARGEST_EXIF = 1_000_000
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,18 +35,18 @@ def count_scans(content: bytes, pixels: int = 0) -> int:
     >>> count_scans(b"\\xff\\xd8" + 101 * b"\\xff\\xda\\x00\\x02" + b"\\xff\\xd9" + b"\\xff\\xda")
     101
     """
-    found = content.count(b"\xff\xda")
-    if found <= MAX_SCANS and found * pixels <= MAX_SCANNED:
-        return found  # what lies behind the image may look like scans, too
-    found, place = 0, 2
+    scans = content.count(b"\xff\xda")
+    if scans <= MAX_SCANS and scans * pixels <= MAX_SCANNED:
+        return scans  # what lies behind the image may look like scans, too
+    scans, place = 0, 2
     while marker := _MARKER.search(content, place):
         kind, place = marker[1][0], marker.end()
         if kind == 0xD9:  # end of the image
             break
-        found += kind == 0xDA
+        scans += kind == 0xDA
         if kind not in (0x01, 0xD8):  # these alone have no length
             place += int.from_bytes(content[place : place + 2])
-    return found
+    return scans
 
 
 def plain_jpeg(content: bytes) -> bytes:
@@ -66,7 +66,7 @@ def plain_jpeg(content: bytes) -> bytes:
             exif += content[start + 10 : end]
         elif content[start + 1] == 0xE2 and content.startswith(b"MPF\0", start + 4):
             unsound |= not tags_fit(content[start + 8 : end], cut_off=True)
-    unsound |= len(segments) > _MOST_SEGMENTS or fill > _MOST_FILL
+    unsound |= len(segments) > _MAX_SEGMENTS or fill > _MAX_FILL
     if not unsound and tags_fit(exif, cut_off=True):
         return content
     # APP0 (JFIF) and APP14 (Adobe) say how colors are stored

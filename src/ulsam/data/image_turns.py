@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Pixels = NDArray[np.uint8]
+ImageBytes = NDArray[np.uint8]
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -19,7 +19,7 @@ TURNS = {
 }
 """EXIF orientation (tag 0x0112, table in EXIF 2.3 section 4.6.4) -> the turn that makes the image upright."""
 
-_TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
+_TURNED: dict[Image.Transpose, Callable[[ImageBytes], ImageBytes]] = {
     Image.Transpose.FLIP_LEFT_RIGHT: lambda pixels: pixels[:, ::-1],
     Image.Transpose.ROTATE_180: lambda pixels: pixels[::-1, ::-1],
     Image.Transpose.FLIP_TOP_BOTTOM: lambda pixels: pixels[::-1],
@@ -30,7 +30,7 @@ _TURNED: dict[Image.Transpose, Callable[[Pixels], Pixels]] = {
 }
 
 
-def turned(pixels: Pixels, turn: Image.Transpose | None) -> Pixels:
+def turned(pixels: ImageBytes, turn: Image.Transpose | None) -> ImageBytes:
     """The image [H, W, C] after a turn.
 
     >>> turned(np.uint8([[[1], [2]]]), TURNS[3])[0, :, 0].tolist()

@@ -116,7 +116,7 @@ def read_pixels(
     path: str | os.PathLike[str] | BinaryIO,
     reduction: Reduction = whole,
     *,
-    most: int = MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     channels: int = 3,
 ) -> Pixels:
     """Read one image as :func:`read_image` does, as an array, and faster where it is an ordinary JPEG.
@@ -127,7 +127,7 @@ def read_pixels(
     Args:
         path: as of :func:`read_image`.
         reduction: asked for the scale of a JPEG (gray or RGB); all else is read at full size.
-        most: pixels, width * height, that are read; `MAX_PIXELS` at most.
+        max_pixels: pixels, width * height, that are read; `MAX_PIXELS` at most.
         channels: 3 for RGB, 1 for gray, which is the luma of RGB; any other number takes the channels as they are
             stored: see `ulsam.data.image_channels.bands_of`.
 
@@ -142,10 +142,10 @@ def read_pixels(
     >>> read_pixels(stream).shape, read_pixels(stream, lambda width, height: 4).shape
     ((30, 40, 3), (8, 10, 3))
     """
-    return _decoded(path, lambda content: _pixels(content, reduction, most, channels))
+    return _decoded(path, lambda content: _pixels(content, reduction, max_pixels, channels))
 
 
-def image_pixels(path: str | os.PathLike[str] | BinaryIO, *, most: int = MAX_PIXELS) -> int:
+def image_pixels(path: str | os.PathLike[str] | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> int:
     """Width * height of an image, by its header alone.
 
     Raises:
@@ -156,7 +156,7 @@ def image_pixels(path: str | os.PathLike[str] | BinaryIO, *, most: int = MAX_PIX
     >>> image_pixels(stream)
     1200
     """
-    return _decoded(path, lambda content: _header(content, most))
+    return _decoded(path, lambda content: _header(content, max_pixels))
 
 
 def jpeg_of(pixels: Pixels, quality: int) -> bytes:
@@ -214,19 +214,19 @@ def _memory_is_full() -> bool:
     return False
 
 
-def _pixels(content: bytes, reduction: Reduction, most: int, channels: int) -> Pixels:
+def _pixels(content: bytes, reduction: Reduction, max_pixels: int, channels: int) -> Pixels:
     """Decode; raises whatever Pillow raises."""
     if channels not in (1, 3):
-        return _tolerant(content, lambda plain: _read_bands(plain, most, channels))
-    pixels = _rgb(content, reduction, most)
+        return _tolerant(content, lambda plain: _read_bands(plain, max_pixels, channels))
+    pixels = _rgb(content, reduction, max_pixels)
     return pixels if channels == 3 else gray_of(pixels)
 
 
-def _rgb(content: bytes, reduction: Reduction, most: int) -> Pixels:
+def _rgb(content: bytes, reduction: Reduction, max_pixels: int) -> Pixels:
     if simplejpeg is None:
-        return rgb_array(_read(content, reduction, most))
-    found = _jpeg(content, reduction, most) if content.startswith(JPEG) else None
-    return rgb_array(_read(content, most=most)) if found is None else found
+        return rgb_array(_read(content, reduction, max_pixels))
+    found = _jpeg(content, reduction, max_pixels) if content.startswith(JPEG) else None
+    return rgb_array(_read(content, max_pixels=max_pixels)) if found is None else found
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -240,7 +240,7 @@ def _opened(content: bytes) -> Image.Image:
         raise UnidentifiedImageError("cannot identify the image") from error
 
 
-def _jpeg(content: bytes, reduction: Reduction, most: int) -> Pixels | None:
+def _jpeg(content: bytes, reduction: Reduction, max_pixels: int) -> Pixels | None:
     """An ordinary JPEG, upright; None for any other, and at the least doubt, to be read or refused by Pillow.
 
     Pillow's decoder is the same library (libjpeg-turbo), so that the values are the same, but it decodes in small
@@ -248,7 +248,7 @@ def _jpeg(content: bytes, reduction: Reduction, most: int) -> Pixels | None:
     """
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
-        _check_size(width, height, most)
+        _check_size(width, height, max_pixels)
         _check_scans(content, width * height)
         if colors not in ("YCbCr", "RGB", "Gray"):
             return None
@@ -280,9 +280,9 @@ def _stored_turn(content: bytes) -> Image.Transpose | None:
         return TURNS.get(_orientation(Image.open(io.BytesIO(plain_jpeg(content)), formats=("JPEG",))))
 
 
-def _read(content: bytes, reduction: Reduction = whole, most: int = MAX_PIXELS) -> Image.Image:
+def _read(content: bytes, reduction: Reduction = whole, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode, an ordinary JPEG at the scale asked for, turn upright and convert; raises whatever Pillow raises."""
-    return _tolerant(content, lambda plain: _read_plain(plain, reduction, most))
+    return _tolerant(content, lambda plain: _read_plain(plain, reduction, max_pixels))
 
 
 def _tolerant(content: bytes, read: Callable[[bytes], Decoded]) -> Decoded:
@@ -295,7 +295,7 @@ def _tolerant(content: bytes, read: Callable[[bytes], Decoded]) -> Decoded:
     return read(plain_jpeg(bare) if bare.startswith(JPEG) else bare)
 
 
-def _header(content: bytes, most: int) -> int:
+def _header(content: bytes, max_pixels: int) -> int:
     """Width * height; raises whatever Pillow raises."""
     plain = plain_png(content, metadata=False)
     plain = plain_jpeg(plain) if plain.startswith(JPEG) else plain
@@ -304,18 +304,18 @@ def _header(content: bytes, most: int) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         width, height = _opened(plain).size
-    _check_size(width, height, most)
+    _check_size(width, height, max_pixels)
     return width * height
 
 
-def _read_plain(content: bytes, reduction: Reduction, most: int) -> Image.Image:
-    with _loaded(content, reduction, most) as (stored, turn):
+def _read_plain(content: bytes, reduction: Reduction, max_pixels: int) -> Image.Image:
+    with _loaded(content, reduction, max_pixels) as (stored, turn):
         image = as_rgb(stored)
     return image if turn is None else image.transpose(turn)
 
 
-def _read_bands(content: bytes, most: int, channels: int) -> Pixels:
-    with _loaded(content, whole, 3 * most // max(3, channels)) as (stored, turn):
+def _read_bands(content: bytes, max_pixels: int, channels: int) -> Pixels:
+    with _loaded(content, whole, 3 * max_pixels // max(3, channels)) as (stored, turn):
         pixels = bands_of(stored, channels)
     if pixels is None:
         raise UnreadableImage(lacking(channels))
@@ -323,7 +323,9 @@ def _read_bands(content: bytes, most: int, channels: int) -> Pixels:
 
 
 @contextlib.contextmanager
-def _loaded(content: bytes, reduction: Reduction, most: int) -> Iterator[tuple[Image.Image, Image.Transpose | None]]:
+def _loaded(
+    content: bytes, reduction: Reduction, max_pixels: int
+) -> Iterator[tuple[Image.Image, Image.Transpose | None]]:
     """The image as it is stored, and what makes it upright."""
     if not tags_fit(content):
         raise UnreadableImage(TAGS)
@@ -333,7 +335,7 @@ def _loaded(content: bytes, reduction: Reduction, most: int) -> Iterator[tuple[I
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata: the image is read or it is not
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         stored = _opened(content)
-        _check_size(*stored.size, most)
+        _check_size(*stored.size, max_pixels)
         if stored.format in ("JPEG", "MPO"):
             _check_scans(content, stored.width * stored.height)
         if stored.format in ("JPEG", "MPO") and stored.mode in ("RGB", "L"):
@@ -343,10 +345,10 @@ def _loaded(content: bytes, reduction: Reduction, most: int) -> Iterator[tuple[I
         yield stored, TURNS.get(_orientation(stored))
 
 
-def _check_size(width: int, height: int, most: int) -> None:
+def _check_size(width: int, height: int, max_pixels: int) -> None:
     """Raise unless an image of this size is read."""
-    if width * height > most:
-        raise UnreadableImage(f"larger than {most} pixels, the most that is read")
+    if width * height > max_pixels:
+        raise UnreadableImage(f"larger than {max_pixels} pixels, the most that is read")
     if max(width, height) > LONGEST * min(width, height):
         raise UnreadableImage(f"one side is more than {LONGEST} times as long as the other")
 
@@ -355,8 +357,8 @@ def _check_scans(content: bytes, pixels: int) -> None:
     """Raise where a JPEG of so many pixels has so many scans that decoding them all would take very long."""
     scans = count_scans(content, pixels)
     if scans > MAX_SCANS or scans * pixels > MAX_SCANNED:
-        most = min(MAX_SCANS, MAX_SCANNED // pixels)
-        raise UnreadableImage(f"{scans} scans of {pixels} pixels, and at most {most} are decoded: store it as baseline")
+        cap = min(MAX_SCANS, MAX_SCANNED // pixels)
+        raise UnreadableImage(f"{scans} scans of {pixels} pixels, and at most {cap} are decoded: store it as baseline")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ulsam.base.errors import MachineError, UlsamError
-from ulsam.base.processes import MOST_WORKERS, active_stop_signals
+from ulsam.base.processes import MAX_WORKERS, active_stop_signals
 from ulsam.base.reading import machine_fault
-from ulsam.data.augment import Box, EvalTransform, Normalize, Transform
+from ulsam.data.augment import EvalTransform, Normalize, Rectangle, Transform
 from ulsam.data.cache import ImageCache
 from ulsam.data.images import Pixels, UnreadableImage
 from ulsam.data.sources import AnyImages, MapImages, StreamImages, check_one_class
@@ -35,7 +35,7 @@ from ulsam.data.targets import Target, as_labels, target
 CPU = torch.device("cpu")
 Key = tuple[int, int, int]  # epoch, position in the epoch, image
 Bad = list[tuple[str, str]]  # images that could not be read: name, reason
-Item = tuple[Tensor | None, Target, Box | None, Bad]  # uint8 [H, W, C], target, what is to be erased
+Item = tuple[Tensor | None, Target, Rectangle | None, Bad]  # uint8 [H, W, C], target, what is to be erased
 
 #: An unreadable image is replaced by the next readable one in training; after this many in a row training stops.
 TRIES = 50
@@ -54,7 +54,7 @@ class Batch:
     images: Tensor
     labels: Tensor
     unreadable: Bad
-    erased: list[tuple[int, Box]] = field(default_factory=list)  # number in the batch, rectangle
+    erased: list[tuple[int, Rectangle]] = field(default_factory=list)  # number in the batch, rectangle
 
     def pin_memory(self) -> Self:
         """PyTorch's loader calls this where the images go to a GPU."""
@@ -209,8 +209,8 @@ class Loader(DataLoader[Item]):
     def __init__(
         self, dataset: Dataset[Item], normalize: Normalize, device: torch.device, workers: int, **options: Any
     ) -> None:
-        if not 0 <= workers <= MOST_WORKERS:
-            raise UlsamError(f"`workers` must be 0 to {MOST_WORKERS}, not {workers}")
+        if not 0 <= workers <= MAX_WORKERS:
+            raise UlsamError(f"`workers` must be 0 to {MAX_WORKERS}, not {workers}")
         self.normalize, self.target = normalize, device
         super().__init__(
             dataset,

@@ -160,16 +160,16 @@ def _open_local(
     fold: str | None,
     seed: int,
 ) -> tuple[FolderImages, FolderImages, list[str]]:
-    found = labelled(data, data_dir=data_dir)
-    splits = found.splits
+    source = labelled(data, data_dir=data_dir)
+    splits = source.splits
     for name in (train_split, val_split):
         if name is not None and splits and name not in splits:
             raise UlsamError(f"{data} has no split {name!r}; it has {', '.join(splits)}")
     if val_split is not None and not splits:
         whole = "one table without a column split" if is_table(data) else "one folder of classes"
         raise UlsamError(f"{data} has no split {val_split!r}: it is {whole}; leave `val_split` out")
-    folder = found.read(train_split)
-    classes, notes = folder.classes, [found.note] if found.note else []
+    folder = source.read(train_split)
+    classes, notes = folder.classes, [source.note] if source.note else []
     if folder.empty:
         notes.append(f"{len(folder.empty)} class folders without an image left out: {a_few(folder.empty)}")
     if folder.ignored:
@@ -178,7 +178,7 @@ def _open_local(
     if not holds_out and val_split is None:
         val_split = next((name for name in ("val", "test") if name in splits), None)
     if val_split is not None and not holds_out:
-        measured = index_like(found.read(val_split, min_classes=1), classes)
+        measured = index_like(source.read(val_split, min_classes=1), classes)
         train = _images(folder, folder.samples, "training", data)
         val = _images(measured, measured.samples, _words(val_split), data)
         if val_split == "test":
@@ -193,7 +193,7 @@ def _open_local(
         train = _images(folder, folder.samples.take(np.flatnonzero(~chosen)), "training", data)
         val = _images(folder, folder.samples.take(np.flatnonzero(chosen)), "held-out", data)
         notes.append(f"{len(val)} of {len(folder.samples)} training images held out for validation ({seed=})")
-    if not found.several and (note := imbalance_note(classes, train.folder.counts())):
+    if not source.several and (note := imbalance_note(classes, train.folder.counts())):
         notes.append(note)
     for images, what in ((train, "training"), (val, "validation")):
         if absent := [name for name, count in zip(classes, images.folder.counts(), strict=True) if not count]:

@@ -197,7 +197,7 @@ def _write(official: DatasetArchive, sources: Sequence[Path], folder: Path) -> d
 
 def _unpack(official: DatasetArchive, sources: Sequence[Path], folder: Path) -> tuple[set[str], dict[str, bytes]]:
     """Copy every image to ``folder/CLASS/FILE``; returns their ``CLASS/FILE`` and the contents of the lists."""
-    found: set[str] = set()
+    images: set[str] = set()
     lists: dict[str, bytes] = {}
     total = official.counts["train"] + official.counts["test"]
     with progress(total=total, unit=" images", desc=official.title, leave=True) as bar:
@@ -212,11 +212,11 @@ def _unpack(official: DatasetArchive, sources: Sequence[Path], folder: Path) -> 
                         target.parent.mkdir(parents=True, exist_ok=True)
                         with open(target, "wb") as copy:
                             shutil.copyfileobj(file, copy)
-                        found.add(image)
+                        images.add(image)
                         bar.update()
             except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
                 raise UlsamError(f"{source} is cut off, damaged or no tar archive: download it again") from error
-    return found, lists
+    return images, lists
 
 
 def _folder_files(official: DatasetArchive, folder: Path) -> Iterator[tuple[str, BinaryIO]]:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ulsam.base.errors import UlsamError
-from ulsam.data.image_channels import MOST_CHANNELS
+from ulsam.data.image_channels import MAX_CHANNELS
 from ulsam.data.images import Pixels
 
-MOST_SIDE = 4096
+MAX_SIDE = 4096
 """The longest side of a model's input that a file may ask for."""
 
 
@@ -110,9 +110,9 @@ class Preprocessing:
             height, width = map(int, found.pop("size"))
             mean, std = (tuple(map(float, found.pop(name))) for name in ("mean", "std"))
             made = cls((height, width), mean=mean, std=std, **found)
-            sound = min(height, width) >= 1 and max(height, width) <= MOST_SIDE and 0.1 <= made.crop_pct <= 1.5
+            sound = min(height, width) >= 1 and max(height, width) <= MAX_SIDE and 0.1 <= made.crop_pct <= 1.5
             sound &= (
-                1 <= len(mean) == len(std) <= MOST_CHANNELS and all(map(math.isfinite, (*mean, *std))) and min(std) > 0
+                1 <= len(mean) == len(std) <= MAX_CHANNELS and all(map(math.isfinite, (*mean, *std))) and min(std) > 0
             )
             if not sound or made.interpolation.upper() not in Image.Resampling.__members__:
                 raise ValueError(made)
@@ -121,13 +121,13 @@ class Preprocessing:
         return made
 
 
-def power_of_two(most: float) -> int:
+def power_of_two(limit: float) -> int:
     """The largest of 1, 2, 4, 8 that is not above ``most``, 1 at least.
 
-    >>> [power_of_two(most) for most in (0.5, 3.9, 100)]
+    >>> [power_of_two(limit) for limit in (0.5, 3.9, 100)]
     [1, 2, 8]
     """
-    return next((factor for factor in (8, 4, 2) if factor <= most), 1)
+    return next((factor for factor in (8, 4, 2) if factor <= limit), 1)
 
 
 def _margin(side: int, wanted: int) -> int:

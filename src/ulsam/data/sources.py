@@ -112,7 +112,7 @@ def check_one_class(images: "AnyImages", what: str) -> None:
         raise UlsamError(f"{what} is for one class an image, and these images may have several labels")
 
 
-class _Named:
+class _FactoryImages:
     """A data set of timm's factory."""
 
     def __init__(self, dataset: Any, title: str, classes: tuple[str, ...], split: str = "training") -> None:
@@ -147,7 +147,7 @@ class _Named:
         return number if self.numbers is None else self.numbers.get(number, -1)
 
 
-class FactoryImages(_Named):
+class FactoryImages(_FactoryImages):
     """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderImages`."""
 
     @property
@@ -210,7 +210,7 @@ class Member:
         return read_pixels(self.file, reduction, channels=channels)
 
 
-class StreamImages(_Named):
+class StreamImages(_FactoryImages):
     """An iterable data set of timm's factory (``wds/...``, ``tfds/...``, ``hfids/...``), read shard by shard.
 
     Training images are shared out among the processes by timm's reader, in whole shards; other images pass every

@@ -21,18 +21,18 @@ from ulsam.deploy import bench_report as report
 from ulsam.deploy.bench_models import BenchModel, check_backends, open_bench_model
 from ulsam.deploy.bench_process import Process
 from ulsam.deploy.bench_report import BenchRow
-from ulsam.deploy.bench_worker import Backend, Case
+from ulsam.deploy.bench_worker import BenchBackend, Case
 from ulsam.deploy.parity import parity_of
 
-MOST_TURNS = 2000
-Key = tuple[int, Backend]  # a model's number, and what runs it
+MAX_TURNS = 2000
+Key = tuple[int, BenchBackend]  # a model's number, and what runs it
 
 
 def bench(
     models: Sequence[str],
     out: str | os.PathLike[str],
     *,
-    backends: Sequence[Backend] = ("eager", "onnxruntime"),
+    backends: Sequence[BenchBackend] = ("eager", "onnxruntime"),
     batches: Sequence[int] = (1, 32),
     threads: Sequence[int] = (1,),
     seconds: float = 30.0,
@@ -93,7 +93,7 @@ def bench(
                     say(f"time    {len(processes)} in turn")
                     turns: list[dict[Key, float]] = []
                     try:
-                        for turn in in_turn({key: one.time for key, one in processes.items()}, seconds, MOST_TURNS):
+                        for turn in in_turn({key: one.time for key, one in processes.items()}, seconds, MAX_TURNS):
                             turns.append(turn)
                     finally:
                         if turns:
@@ -104,7 +104,7 @@ def bench(
     return rows
 
 
-def start(model: BenchModel, backend: Backend, batch: int, threads: int, *, fold: bool = True) -> Process:
+def start(model: BenchModel, backend: BenchBackend, batch: int, threads: int, *, fold: bool = True) -> Process:
     """The process of a model in a backend, after comparing its answers with the model's; the caller ends it.
 
     Raises:
@@ -190,7 +190,7 @@ def _check(
     models: Sequence[str], backends: Sequence[str], batches: Sequence[int], threads: Sequence[int], seconds: float
 ) -> None:
     check_plots("ulsam bench")
-    valid = get_args(Backend)
+    valid = get_args(BenchBackend)
     for backend in backends:
         if backend not in valid:
             raise UlsamError(f"unknown backend {backend!r}; valid: {', '.join(valid)}")

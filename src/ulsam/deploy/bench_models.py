@@ -11,13 +11,13 @@ from ulsam import runtime
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import write_atomic
 from ulsam.data.images import Pixels
-from ulsam.deploy.bench_worker import Backend
+from ulsam.deploy.bench_worker import BenchBackend
 from ulsam.deploy.engines import check_openvino
 from ulsam.deploy.export import engine_of
 from ulsam.deploy.onnx_graph import check_installed
 from ulsam.deploy.parity import TOLERANCE, generated_images
 from ulsam.deploy.quantize import QUANTIZATION
-from ulsam.model.build import build, load, meta_model, save, spec_of
+from ulsam.model.build import build, load, meta_model, save, spec_of_name
 from ulsam.model.pretrained import is_hub_name
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import names
@@ -47,7 +47,7 @@ class BenchModel:
 
     name: str
     pixels: Pixels
-    files: dict[Backend, str]
+    files: dict[BenchBackend, str]
     logits: Callable[[Pixels], Logits]
     tolerance: float
     cost: Cost | None
@@ -74,7 +74,9 @@ def check_backends(backends: Collection[str]) -> None:
         check_openvino("`backends=openvino`")
 
 
-def open_bench_model(name: str, backends: Collection[Backend], folder: Path, size: int | None = None) -> BenchModel:
+def open_bench_model(
+    name: str, backends: Collection[BenchBackend], folder: Path, size: int | None = None
+) -> BenchModel:
     """A model, and its files for those of the backends that can run it.
 
     Args:
@@ -89,7 +91,7 @@ def open_bench_model(name: str, backends: Collection[Backend], folder: Path, siz
     return _open_onnx(name, backends, size) if name.endswith(".onnx") else _open_torch(name, backends, folder, size)
 
 
-def _open_onnx(name: str, backends: Collection[Backend], size: int | None) -> BenchModel:
+def _open_onnx(name: str, backends: Collection[BenchBackend], size: int | None) -> BenchModel:
     model = runtime.load(name)
     look, text = model.preprocessing, model.metadata.get(runtime.SPEC)
     spec = ModelSpec.from_json(text) if text else None
@@ -108,12 +110,12 @@ def _open_onnx(name: str, backends: Collection[Backend], size: int | None) -> Be
     )
 
 
-def _open_torch(name: str, backends: Collection[Backend], folder: Path, size: int | None) -> BenchModel:
+def _open_torch(name: str, backends: Collection[BenchBackend], folder: Path, size: int | None) -> BenchModel:
     if is_hub_name(name):
         model, spec = load(name)
         spec = spec if size is None else dataclasses.replace(spec, input_size=(spec.input_size[0], size, size))
     else:
-        spec = spec_of(name, size=size)
+        spec = spec_of_name(name, size=size)
         is_file = name.endswith(".safetensors") or name in names()
         model = load(name)[0] if is_file else build(spec)[0].eval()
     transform = spec_transform(spec)

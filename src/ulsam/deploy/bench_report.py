@@ -8,7 +8,7 @@ from typing import Any
 
 from ulsam.base.plot_style import style
 from ulsam.base.text_table import as_csv, text_table
-from ulsam.deploy.bench_worker import Backend
+from ulsam.deploy.bench_worker import BenchBackend
 from ulsam.surgery.cost import Cost
 from ulsam.training.summary import cost_entry
 
@@ -64,7 +64,7 @@ class BenchRow:
     """
 
     model: str
-    backend: Backend
+    backend: BenchBackend
     batch: int
     threads: int
     image_size: int
@@ -98,7 +98,7 @@ Model: the file that was run, or parameters and buffers in PyTorch. MB: a millio
 
 def csv_text(rows: Sequence[BenchRow]) -> str:
     """As CSV, a line a row, with the columns `COLUMNS`; a cell is empty where there is nothing to say."""
-    found: list[list[object]] = [list(COLUMNS)]
+    lines: list[list[object]] = [list(COLUMNS)]
     for row in rows:
         low, high = row.ratio_interval or (None, None)
         values: dict[str, Any] = {
@@ -120,8 +120,8 @@ def csv_text(rows: Sequence[BenchRow]) -> str:
             "model_size_mb": row.model_size / 1e6,
             "turns": row.turns,
         }
-        found.append([f"{value:.6g}" if isinstance(value := values[name], float) else value for name in COLUMNS])
-    return as_csv(found)
+        lines.append([f"{value:.6g}" if isinstance(value := values[name], float) else value for name in COLUMNS])
+    return as_csv(lines)
 
 
 def draw(rows: Sequence[BenchRow]) -> bytes:

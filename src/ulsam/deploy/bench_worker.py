@@ -21,8 +21,8 @@ from ulsam.data.images import Pixels
 from ulsam.data.preprocessing import Preprocessing
 from ulsam.training.predict import Logits
 
-Backend = Literal["eager", "compile", "onnxruntime", "openvino"]
-Run = Callable[[], Logits]
+BenchBackend = Literal["eager", "compile", "onnxruntime", "openvino"]
+RunOnce = Callable[[], Logits]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Case:
         fold: whether PyTorch runs the folded model (`ulsam.fold`).
     """
 
-    backend: Backend
+    backend: BenchBackend
     model: str
     images: str
     logits: str
@@ -46,7 +46,7 @@ class Case:
     fold: bool
 
 
-def opened(case: Case) -> tuple[Run, int]:
+def opened(case: Case) -> tuple[RunOnce, int]:
     """What runs the batch once, from bytes to logits, and the bytes of the model."""
     images = np.load(case.images)
     if case.backend == "onnxruntime":
@@ -56,12 +56,12 @@ def opened(case: Case) -> tuple[Run, int]:
     return _in_pytorch(case, images)
 
 
-def _in_onnxruntime(case: Case, images: Pixels) -> Run:
+def _in_onnxruntime(case: Case, images: Pixels) -> RunOnce:
     model = runtime.load(case.model, threads=case.threads)
     return lambda: model.logits(images)
 
 
-def _in_openvino(case: Case, images: Pixels) -> Run:
+def _in_openvino(case: Case, images: Pixels) -> RunOnce:
     """In float32: by itself OpenVINO computes in bfloat16 where the processor can."""
     import openvino
 
@@ -75,7 +75,7 @@ def _in_openvino(case: Case, images: Pixels) -> Run:
     return lambda: compiled(look.normalize(images))[0]
 
 
-def _in_pytorch(case: Case, images: Pixels) -> tuple[Run, int]:
+def _in_pytorch(case: Case, images: Pixels) -> tuple[RunOnce, int]:
     import torch
 
     from ulsam.model.build import load

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.extras import extra
-from ulsam.deploy.engines import Engine, Run
+from ulsam.deploy.engines import ExportedEngine, RunBatch
 from ulsam.deploy.input_forms import FromImage
 from ulsam.deploy.onnx_graph import with_attention
 
@@ -27,7 +27,7 @@ MAC_ONLY = "Core ML runs on macOS alone, so the file was not run: export it on a
 
 def coreml_engine(
     model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str], half: bool
-) -> Engine:
+) -> ExportedEngine:
     """An ML program for iOS 15, macOS 12 and later, one image at a time; as `ulsam.deploy.engines.onnx_engine`.
 
     The input of a `FromImage` is an RGB or gray image, that of another model is an array. The metadata is user-defined
@@ -68,11 +68,11 @@ def coreml_engine(
         paths = [package / "Manifest.json", *(path for path in (package / "Data").rglob("*") if path.is_file())]
         files = {f".mlpackage/{path.relative_to(package).as_posix()}": path.read_bytes() for path in paths}
     if sys.platform != "darwin":
-        return Engine(files, None, one_by_one=True, why_not=MAC_ONLY)
-    return Engine(files, _run(made, takes_image), one_by_one=True)
+        return ExportedEngine(files, None, one_by_one=True, why_not=MAC_ONLY)
+    return ExportedEngine(files, _run(made, takes_image), one_by_one=True)
 
 
-def _run(made: Any, takes_image: bool) -> Run:
+def _run(made: Any, takes_image: bool) -> RunBatch:
     def run(images: NDArray[Any]) -> NDArray[np.float32]:
         gray = takes_image and images.shape[3] == 1
         given = {"pixels": Image.fromarray(images[0, :, :, 0] if gray else images[0])} if takes_image else {"x": images}

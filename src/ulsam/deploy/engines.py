@@ -18,11 +18,11 @@ from ulsam.deploy.onnx_graph import check_installed, onnx_graph
 from ulsam.runtime import open_session
 from ulsam.training.predict import Logits
 
-Run = Callable[[NDArray[Any]], Logits]
+RunBatch = Callable[[NDArray[Any]], Logits]
 
 
 @dataclass(frozen=True)
-class Engine:
+class ExportedEngine:
     """An exported model.
 
     Attributes:
@@ -34,14 +34,14 @@ class Engine:
     """
 
     files: Mapping[str, bytes]
-    run: Run | None
+    run: RunBatch | None
     one_by_one: bool = False
     why_not: str = ""
 
 
 def onnx_engine(
     model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str], half: bool
-) -> Engine:
+) -> ExportedEngine:
     """ONNX, run by ONNX Runtime.
 
     Args:
@@ -55,10 +55,10 @@ def onnx_engine(
         UlsamError: a package is missing, or the model cannot be exported.
     """
     content = _onnx(model, example, free, metadata).SerializeToString()
-    return Engine({".onnx": content}, onnx_run(content))
+    return ExportedEngine({".onnx": content}, onnx_run(content))
 
 
-def onnx_run(content: bytes, threads: int | None = None) -> Run:
+def onnx_run(content: bytes, threads: int | None = None) -> RunBatch:
     """What runs an ONNX file's content in ONNX Runtime on the CPU, by default with a thread for each core."""
     session = open_session(content, threads)
     name = session.get_inputs()[0].name
@@ -67,7 +67,7 @@ def onnx_run(content: bytes, threads: int | None = None) -> Run:
 
 def openvino_engine(
     model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str], half: bool
-) -> Engine:
+) -> ExportedEngine:
     """OpenVINO's intermediate representation in float32, read from the ONNX graph; as :func:`onnx_engine`.
 
     It is compared in float32: by itself OpenVINO computes in bfloat16 where the processor can. The metadata is its
@@ -86,7 +86,7 @@ def openvino_engine(
         files = {suffix: path.with_suffix(suffix).read_bytes() for suffix in (".bin", ".xml")}
     written = core.read_model(files[".xml"], files[".bin"])  # not from the folder: files in use stay on Windows
     compiled = core.compile_model(written, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return Engine(files, lambda images: compiled(images)[0])
+    return ExportedEngine(files, lambda images: compiled(images)[0])
 
 
 def check_openvino(what: str) -> None:
@@ -101,7 +101,7 @@ def check_openvino(what: str) -> None:
 
 def executorch_engine(
     model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str], half: bool
-) -> Engine:
+) -> ExportedEngine:
     """ExecuTorch's program for one image at a time, lowered to XNNPACK; as :func:`onnx_engine`.
 
     Each entry of the metadata is a method without arguments that returns it.
@@ -131,7 +131,7 @@ def executorch_engine(
             f"this {type(model).__name__} cannot be exported to ExecuTorch: {first_line(error)}"
         ) from error
     method = Runtime.get().load_program(content).load_method("forward")
-    return Engine({".pte": content}, lambda images: _executed(method, images), one_by_one=True)
+    return ExportedEngine({".pte": content}, lambda images: _executed(method, images), one_by_one=True)
 
 
 def _onnx(model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str]) -> Any:

@@ -13,7 +13,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_writable, write_atomic, write_folder
 from ulsam.data.folder import image_paths
 from ulsam.deploy.coreml_engine import coreml_engine
-from ulsam.deploy.engines import Engine, executorch_engine, onnx_engine, openvino_engine
+from ulsam.deploy.engines import ExportedEngine, executorch_engine, onnx_engine, openvino_engine
 from ulsam.deploy.input_forms import FromImage, FromPixels, InHalf
 from ulsam.deploy.parity import HALF_TOLERANCE, TOLERANCE, Parity, compared, generated_images, read_images
 from ulsam.deploy.tflite_engine import tflite_engine
@@ -146,7 +146,7 @@ def engine_of(
     half: bool = False,
     dynamic_size: bool = False,
     preprocessing: bool = True,
-) -> Engine:
+) -> ExportedEngine:
     """The model in another engine, ready to run, and what its files would hold; otherwise as :func:`export`."""
     channels, height, width = spec.input_size
     look = spec_transform(spec).preprocessing

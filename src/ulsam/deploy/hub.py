@@ -64,17 +64,17 @@ def push(model: str | os.PathLike[str], target: str | os.PathLike[str], *, priva
 def _write(folder: Path, file: Path, model: nn.Module, spec: ModelSpec, name: str) -> None:
     summary = file.with_name("summary.json")
     shutil.copyfile(file, folder / "model.safetensors")
-    write_json(folder / "config.json", timm_config(model, spec))
+    write_json(folder / "config.json", hub_config(model, spec))
     write_atomic(folder / "ulsam.json", json.dumps(json.loads(spec.to_json()), indent=1, ensure_ascii=False) + "\n")
     write_atomic(folder / "README.md", model_card(name, spec, read_json(summary) if summary.exists() else None))
 
 
-def timm_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
+def hub_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
     """What ``config.json`` holds in timm's hub format.
 
     >>> from ulsam.model.build import build
     >>> spec = ModelSpec("mobilenetv2_035", ("wren", "robin"), input_size=(3, 96, 96))
-    >>> found = timm_config(build(spec)[0], spec)
+    >>> found = hub_config(build(spec)[0], spec)
     >>> found["architecture"], found["label_names"], found["pretrained_cfg"]["input_size"]
     ('mobilenetv2_035', ['wren', 'robin'], [3, 96, 96])
     """

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from ulsam.base.markdown import escaped
 from ulsam.model.spec import ModelSpec
 from ulsam.training.summary import percent
 
@@ -41,7 +42,7 @@ def model_card(name: str, spec: ModelSpec, summary: Mapping[str, Any] | None = N
     if summary:
         lines += _results(summary)
     lines += ["## Use", "", "```python", *_usage(name, spec), "```", "", "## Classes", ""]
-    lines += [", ".join(map(_plain, spec.classes[:SHOWN])) + (", ..." if len(spec.classes) > SHOWN else "")]
+    lines += [", ".join(map(escaped, spec.classes[:SHOWN])) + (", ..." if len(spec.classes) > SHOWN else "")]
     return "\n".join(lines) + "\n"
 
 
@@ -51,7 +52,7 @@ def _results(summary: Mapping[str, Any]) -> list[str]:
     kept = summary.get("kept", {"chosen_on": None})
     chosen = f", of which the weights of epoch {kept['epoch']} are kept" if kept["chosen_on"] else ""
     data = PurePath(config["data"].replace("\\", "/")).name
-    on = f"On {scores['images']} {summary['split']} images of {_plain(data)}"
+    on = f"On {scores['images']} {summary['split']} images of {escaped(data)}"
     on += ", which also chose the epoch (the scores are optimistic)" if kept["chosen_on"] else ""
     if "map" in scores:
         shown = [
@@ -101,8 +102,3 @@ def _usage(name: str, spec: ModelSpec) -> list[str]:
         f'for found in ulsam.predict("hf-hub:{name}", ["image.jpg"]):',
         "    print(found.classes)",
     ]
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>()#+!|~" else sign for sign in " ".join(text.split()))

@@ -23,7 +23,7 @@ OPSET = 18
 ATTENTION = "subspace_attention"
 """In the name of every node of a ULSAM layer, behind the layer's own: ``blocks.5.2/subspace_attention/Conv``."""
 
-MOST_WHOLE = 16
+MAX_WHOLE = 16
 """Up to so many subspaces share a convolution: ONNX Runtime computes 16 channels at a time, even if there are fewer."""
 
 
@@ -102,7 +102,7 @@ class _Attention(nn.Module):
     def __init__(self, layer: ULSAM) -> None:
         super().__init__()
         channels, groups = layer.channels, layer.groups
-        parts = 1 if groups <= MOST_WHOLE else groups
+        parts = 1 if groups <= MAX_WHOLE else groups
         whole = groups // parts  # subspaces a convolution
         mask = torch.eye(whole).repeat_interleave(channels // groups, 1)  # [subspaces, channels] of a part
         self.relu = layer.form != "equations"

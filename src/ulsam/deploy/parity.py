@@ -28,7 +28,7 @@ HALF_TOLERANCE = 2e-2
 """The same in float16, which has 11 bits: the rounding of all layers adds up. In the trained model of the package it
 makes 0.8 %, on generated images."""
 
-MOST_IMAGES, GENERATED_IMAGES, BATCH = 64, 16, 16
+MAX_IMAGES, GENERATED_IMAGES, BATCH = 64, 16, 16
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def compared(
     """
     device = next(model.parameters()).device
     step = 1 if one_by_one else BATCH
-    found = []
+    parities = []
     for first in [0, *range(1, len(images), step)]:
         batch = np.stack(images[first : first + (step if first else 1)])
         normalized = look.normalize(batch)
@@ -142,8 +142,8 @@ def compared(
             ) from error
         with torch.no_grad(), eval_mode(model):
             ours = model(torch.from_numpy(normalized).to(device)).float().cpu().numpy()
-        found.append(parity_of(theirs, ours))
-    return sum(found[1:], found[0])
+        parities.append(parity_of(theirs, ours))
+    return sum(parities[1:], parities[0])
 
 
 def parity_of(theirs: Logits, ours: Logits) -> Parity:
@@ -162,14 +162,14 @@ def parity_of(theirs: Logits, ours: Logits) -> Parity:
 
 
 def read_images(paths: Sequence[str | os.PathLike[str]], look: Preprocessing) -> list[Pixels]:
-    """Up to `MOST_IMAGES` of these files, spread evenly, at the model's size; unreadable ones are left out.
+    """Up to `MAX_IMAGES` of these files, spread evenly, at the model's size; unreadable ones are left out.
 
     Raises:
         UlsamError: not one of them can be read.
     """
-    chosen = [paths[number * len(paths) // MOST_IMAGES] for number in range(MOST_IMAGES)]
+    chosen = [paths[number * len(paths) // MAX_IMAGES] for number in range(MAX_IMAGES)]
     images, reason = [], "there are none"
-    for path in chosen if len(paths) > MOST_IMAGES else paths:
+    for path in chosen if len(paths) > MAX_IMAGES else paths:
         try:
             images.append(look.crop(read_pixels(path, look.reduction, channels=look.channels)))
         except UnreadableImage as error:

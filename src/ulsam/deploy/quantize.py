@@ -32,7 +32,7 @@ from ulsam.training.trained_on import held_out_settings, note_trained_on
 QUANTIZATION = "quantization"
 """Key of the metadata that says how a file was quantized."""
 
-MOST_LOST = 0.01
+MAX_LOST = 0.01
 """Share of top-1 that may be lost, as far as the images can show it."""
 
 COVERED = 0.85
@@ -117,7 +117,7 @@ def quantize(
             is measured by the operations one by one, which are exact.
 
     Raises:
-        UlsamError: an unknown target; top-1 falls by more than `MOST_LOST`, beyond what the choice of images explains
+        UlsamError: an unknown target; top-1 falls by more than `MAX_LOST`, beyond what the choice of images explains
             at 95 %; the model is quantized or in float16 already; the images have other classes, or come in a stream; a
             package is missing; the file cannot be written. There is no new file then.
 
@@ -137,39 +137,39 @@ def quantize(
     if os.path.realpath(out) == os.path.realpath(name):
         raise UlsamError(f"{out} is the model in float32, and would be lost: name another file to write")
     content = _content(model, spec)
-    whole = runtime.open_model(content, name)
-    if QUANTIZATION in whole.metadata:
+    before = runtime.open_model(content, name)
+    if QUANTIZATION in before.metadata:
         raise UlsamError(f"{name} is quantized already: name the file in float32, or the model file")
-    if runtime.PRECISION in whole.metadata:
+    if runtime.PRECISION in before.metadata:
         raise UlsamError(
-            f"{name} is in {whole.metadata[runtime.PRECISION]}: name the file in float32, or the model file"
+            f"{name} is in {before.metadata[runtime.PRECISION]}: name the file in float32, or the model file"
         )
-    if whole.thresholds is not None:
+    if before.thresholds is not None:
         raise UlsamError("quantizing is measured by one class an image, and this model gives several labels")
     place = {} if data_dir is None else {"data_dir": os.fspath(data_dir)}
     train, others, _ = open_data(os.fspath(data), **{**held_out_settings(model, os.fspath(data), {}), **place})
     check_one_class(others, "quantizing")
     if isinstance(others, FolderImages):
         note_trained_on(model, [path for path, _ in others.samples], [data])
-    seen = [image for image, _ in _read(train, whole, calibrate, "calibrate")]
+    seen = [image for image, _ in _read(train, before, calibrate, "calibrate")]
     if not seen:
         raise UlsamError(f"none of the images of {data} to calibrate on could be read")
-    quantized = quantize_graph(content, seen, whole.metadata, bits=bits)
+    quantized = quantize_graph(content, seen, before.metadata, bits=bits)
     elsewhere = bits == 8 and saturates()
     small = runtime.open_model(quantized, out, as_written=elsewhere)
     report = _measured(
-        whole,
+        before,
         small,
-        _read(others, whole, measure, "measure"),
+        _read(others, before, measure, "measure"),
         calibrated=len(seen),
         bytes=len(quantized),
         bytes_before=len(content),
         weight_bits=bits,
-        time_ratio=None if target != "this" else _time_ratio(whole, small),
+        time_ratio=None if target != "this" else _time_ratio(before, small),
     )
     lost = report.top1_before - report.top1
-    if lost - 1.96 * report.error > MOST_LOST:
-        raise UlsamError(f"the quantized model is worse than {100 * MOST_LOST:g} point: {report}; nothing was written")
+    if lost - 1.96 * report.error > MAX_LOST:
+        raise UlsamError(f"the quantized model is worse than {100 * MAX_LOST:g} point: {report}; nothing was written")
     write_atomic(out, quantized)
     return report
 
@@ -268,7 +268,7 @@ def map_statistics(content: bytes, images: Sequence[Pixels]) -> dict[str, MapSta
     return found
 
 
-def _correct_biases(model: Any, whole: Any, means: Mapping[str, NDArray[np.float64]]) -> None:
+def _correct_biases(model: Any, original: Any, means: Mapping[str, NDArray[np.float64]]) -> None:
     """Add to each bias of the quantized model what its channel's mean loses as the weights are rounded, in place.
 
     The loss is the sum of what each weight loses times the mean of what it multiplies, which at the borders of a map is
@@ -278,8 +278,8 @@ def _correct_biases(model: Any, whole: Any, means: Mapping[str, NDArray[np.float
     """
     from onnx.numpy_helper import from_array, to_array
 
-    before = {tensor.name: to_array(tensor) for tensor in whole.graph.initializer}
-    sources = {node.name: node for node in whole.graph.node}
+    before = {tensor.name: to_array(tensor) for tensor in original.graph.initializer}
+    sources = {node.name: node for node in original.graph.node}
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     makes = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     for node in model.graph.node:
@@ -313,7 +313,7 @@ def _content(model: nn.Module | str | os.PathLike[str], spec: ModelSpec | None) 
     return engine_of(*model_and_spec(model, spec)).files[".onnx"]
 
 
-def _read(images: AnyImages, model: runtime.Model, most: int, title: str) -> Iterator[tuple[Pixels, int]]:
+def _read(images: AnyImages, model: runtime.Model, max_images: int, title: str) -> Iterator[tuple[Pixels, int]]:
     """So many of the images at the model's size, the same ones each time, and the model's number of their classes."""
     if isinstance(images, StreamImages):
         raise UlsamError("images cannot be picked from a stream of shards: name an image folder, or torch/... data")
@@ -321,7 +321,7 @@ def _read(images: AnyImages, model: runtime.Model, most: int, title: str) -> Ite
     if unknown := [name for name in images.classes if name not in found]:
         raise UlsamError(f"the model knows no class {unknown[0]!r}; it has {', '.join(model.classes[:8])}, ...")
     number_of = [found[name] for name in images.classes]
-    for number in progress(pick(len(images), most), desc=title, unit="image"):
+    for number in progress(pick(len(images), max_images), desc=title, unit="image"):
         try:
             pixels, label = _fetch(images, number, model)
         except UnreadableImage:
@@ -338,19 +338,19 @@ def _measured(
     before: runtime.Model, after: runtime.Model, images: Iterator[tuple[Pixels, int]], **facts: Any
 ) -> Quantized:
     """Both models' answers on the same images; ``facts`` are the rest of `Quantized`."""
-    found = []
+    outcomes = []
     for pixels, label in images:
-        found.append((*(int(model.logits(pixels[None]).argmax()) for model in (before, after)), label))
-    if not found:
+        outcomes.append((*(int(model.logits(pixels[None]).argmax()) for model in (before, after)), label))
+    if not outcomes:
         raise UlsamError("none of the images to measure on could be read")
-    one, two, labels = np.array(found).T
-    change = (two == labels).astype(float) - (one == labels)
+    old, new, labels = np.array(outcomes).T
+    change = (new == labels).astype(float) - (old == labels)
     return Quantized(
-        images=len(found),
-        top1=float((two == labels).mean()),
-        top1_before=float((one == labels).mean()),
-        same=float((one == two).mean()),
-        error=float(change.std()) / math.sqrt(len(found)),
+        images=len(outcomes),
+        top1=float((new == labels).mean()),
+        top1_before=float((old == labels).mean()),
+        same=float((old == new).mean()),
+        error=float(change.std()) / math.sqrt(len(outcomes)),
         **facts,
     )
 
@@ -359,4 +359,4 @@ def _time_ratio(before: runtime.Model, after: runtime.Model) -> float:
     """The time of one image, over that of the other model, in turn."""
     pixels = np.zeros((1, *before.preprocessing.size, before.preprocessing.channels), np.uint8)
     calls = {"before": functools.partial(before.logits, pixels), "after": functools.partial(after.logits, pixels)}
-    return time_in_turn(calls, seconds=1.0, most_turns=200)["after"].ratio
+    return time_in_turn(calls, seconds=1.0, max_turns=200)["after"].ratio

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.extras import extra
-from ulsam.deploy.engines import Engine
+from ulsam.deploy.engines import ExportedEngine
 from ulsam.deploy.onnx_graph import with_attention
 
 
 def tflite_engine(
     model: nn.Module, example: Tensor, free: Mapping[int, str], metadata: Mapping[str, str], half: bool
-) -> Engine:
+) -> ExportedEngine:
     """A file for one image at a time, run by LiteRT's interpreter; as `ulsam.deploy.engines.onnx_engine`.
 
     Its signature names the input and ``logits``. Each entry of the metadata is a file in the ZIP archive at its end,
@@ -35,7 +35,7 @@ def tflite_engine(
     name = "pixels" if example.dtype.itemsize == 1 else "x"
     try:
         with _silent():
-            whole = _Named(with_attention(model)[0], name).eval()
+            whole = _NamedOutput(with_attention(model)[0], name).eval()
             content = litert_torch.convert(whole, sample_kwargs={name: example[:1]}).model_content()
             content = _with_half_weights(content) if half else content
     except Exception as error:  # whatever it raises at an operation that it does not know
@@ -45,10 +45,12 @@ def tflite_engine(
         for key, text in metadata.items():
             archive.writestr(zipfile.ZipInfo(key), text)  # with no date
     runner = Interpreter(model_content=file.getvalue()).get_signature_runner()
-    return Engine({".tflite": file.getvalue()}, lambda images: runner(**{name: images})["logits"], one_by_one=True)
+    return ExportedEngine(
+        {".tflite": file.getvalue()}, lambda images: runner(**{name: images})["logits"], one_by_one=True
+    )
 
 
-class _Named(nn.Module):
+class _NamedOutput(nn.Module):
     """The model with a name for its output; its input gets one where it is called."""
 
     def __init__(self, model: nn.Module, name: str) -> None:

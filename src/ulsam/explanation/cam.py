@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.eval_mode import eval_mode
+from ulsam.surgery.trace import is_feature_map
 
 
 def grad_cam_plus_plus(features: Tensor, gradients: Tensor) -> Tensor:
@@ -62,14 +63,14 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
     >>> cam_layer(model, torch.zeros(1, 3, 9, 9))
     '1'
     """
-    found: list[tuple[str, Tensor]] = []
+    outputs_seen: list[tuple[str, Tensor]] = []
     tokens = 0  # modules that put them out after the last map
 
     def note(name: str) -> None:
         def hook(_module: nn.Module, _args: object, output: object) -> None:
             nonlocal tokens
-            if isinstance(output, Tensor) and _is_map(output, image):
-                found.append((name, output))
+            if isinstance(output, Tensor) and _has_positions(output, image):
+                outputs_seen.append((name, output))
                 tokens = 0
             elif isinstance(output, Tensor):
                 tokens += output.ndim == 3
@@ -86,9 +87,9 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    outputs = [output for _, output in found if output.requires_grad]
+    outputs = [output for _, output in outputs_seen if output.requires_grad]
     used = torch.autograd.grad(score, outputs, allow_unused=True) if outputs else ()
-    names = [name for name, output in found if output.requires_grad]
+    names = [name for name, output in outputs_seen if output.requires_grad]
     leading = [name for name, gradient in zip(names, used, strict=True) if gradient is not None]
     if not leading or tokens > len(leading):
         raise UlsamError(
@@ -132,9 +133,6 @@ def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def _is_map(output: Tensor, image: Tensor) -> bool:
-    """[B, C, h, w] of several positions, with the sides of the image in proportion: [B, H, W, C] has not."""
-    if output.ndim != 4 or not output.is_floating_point():
-        return False
-    (height, width), (rows, columns) = image.shape[2:], output.shape[2:]
-    return rows * columns > 1 and 0.5 <= (height / rows) / (width / columns) <= 2
+def _has_positions(output: Tensor, image: Tensor) -> bool:
+    """Whether this is a feature map of several positions."""
+    return output.is_floating_point() and is_feature_map(output.shape, image.shape) and output.shape[2:].numel() > 1

@@ -20,7 +20,7 @@ class SharedImage:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ConfusedPair:
     """Two classes that are taken for each other."""
 
     classes: tuple[str, str]
@@ -50,7 +50,7 @@ def confusion(measured: Measured) -> Counter[tuple[str, str]]:
     return Counter((one.truth, one.named) for one in measured.guesses.values())
 
 
-def most_confused(runs: Sequence[Measured], pairs: int = 8, images: int = 6) -> list[Pair]:
+def most_confused(runs: Sequence[Measured], pairs: int = 8, images: int = 6) -> list[ConfusedPair]:
     """The pairs of classes with the most errors over all runs, either way round, most first; then by name.
 
     Args:
@@ -67,7 +67,7 @@ def most_confused(runs: Sequence[Measured], pairs: int = 8, images: int = 6) -> 
     chosen = sorted(totals, key=lambda pair: (-totals[pair], pair))[:pairs]
     pool = seen_by(runs)
     return [
-        Pair(
+        ConfusedPair(
             classes,
             {key: (found[classes], found[classes[::-1]]) for key, found in counts.items()},
             tuple(_mixed(pool, classes)[:images]),
@@ -120,9 +120,9 @@ def seen_by(runs: Iterable[Measured]) -> list[SharedImage]:
 def _mixed(pool: Iterable[SharedImage], classes: tuple[str, str]) -> list[SharedImage]:
     """The images of one of two classes that a run takes for the other, the surest first."""
 
-    def surest(one: SharedImage) -> float:
+    def surest(image: SharedImage) -> float:
         return max(
-            (guess.share for guess in one.guesses.values() if {guess.truth, guess.named} == {*classes}), default=0
+            (guess.share for guess in image.guesses.values() if {guess.truth, guess.named} == {*classes}), default=0
         )
 
     return sorted((one for one in pool if surest(one)), key=surest, reverse=True)

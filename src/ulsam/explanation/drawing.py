@@ -17,15 +17,15 @@ COLORS = "viridis"
 STRENGTH = 0.64
 """Share of a map's color where it lies on an image, whose grays make up the rest."""
 
-Bytes = NDArray[np.uint8]
+ColorBytes = NDArray[np.uint8]
 
 
 @cache
-def palette() -> Bytes:
+def palette() -> ColorBytes:
     """The colors of values from 0 to 1, [256, 3]."""
     from matplotlib import colormaps
 
-    colors: Bytes = (colormaps[COLORS](np.arange(256), bytes=True))[:, :3]
+    colors: ColorBytes = (colormaps[COLORS](np.arange(256), bytes=True))[:, :3]
     return colors
 
 
@@ -79,10 +79,10 @@ def resized(pixels: Pixels, width: int) -> Image.Image:
     return Image.fromarray(shown(pixels)).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def colored(values: NDArray[np.floating], size: tuple[int, int]) -> Bytes:
+def colored(values: NDArray[np.floating], size: tuple[int, int]) -> ColorBytes:
     """A map [h, w] of values from 0 to 1 as colors [height, width, 3], bilinearly enlarged to a width and height."""
     large = Image.fromarray(np.ascontiguousarray(values, np.float32)).resize(size, Image.Resampling.BILINEAR)
-    colors: Bytes = palette()[(np.asarray(large).clip(0, 1) * 255).round().astype(np.uint8)]
+    colors: ColorBytes = palette()[(np.asarray(large).clip(0, 1) * 255).round().astype(np.uint8)]
     return colors
 
 

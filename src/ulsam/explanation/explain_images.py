@@ -72,21 +72,21 @@ def explain_images(
     out = Path(out)
     check_empty(out)
     models = {"this model": model_and_spec(model, spec), **({"base": load(against)} if against is not None else {})}
-    found = list_images(images, models["this model"][1].classes)
+    listed = list_images(images, models["this model"][1].classes)
     tallies = {name: MapNumbers(*pair) for name, pair in models.items()} if numbers else {}
     if numbers:
-        note_trained_on(model, [one.path for one in found], images)
+        note_trained_on(model, [one.path for one in listed], images)
     explainers = [tallies[name].explainer if numbers else Explainer(*pair) for name, pair in models.items()]
     cards: list[Card] = []
     unreadable: list[str] = []
-    for seen in explained(found, explainers, unreadable):
+    for seen in explained(listed, explainers, unreadable):
         add(list(tallies.values()), seen)
         for folder in (out, out / "panels"):
             make_folder(folder)
-        for number, one, each in seen:
-            name = panel_name(number, len(found), one.name)
-            _write_panel(out / "panels" / name, panel(*each, title=one.name, truth=one.truth))
-            cards.append(card(one.name, one.truth, *each, panel=name))
+        for number, image, explanations in seen:
+            name = panel_name(number, len(listed), image.name)
+            _write_panel(out / "panels" / name, panel(*explanations, title=image.name, truth=image.truth))
+            cards.append(card(image.name, image.truth, *explanations, panel=name))
     check_any(len(cards), unreadable)
     results = {name: tally.result() for name, tally in tallies.items()}
     written = table(results) if results else ""

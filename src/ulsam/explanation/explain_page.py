@@ -25,7 +25,7 @@ from ulsam.explanation.explanation import (
     headline,
 )
 
-MOST_CARDS = 500
+MAX_CARDS = 500
 """Images that the page shows in full, the first of the index; the others have their line there."""
 
 LARGEST, SMALLEST = 256, 24
@@ -60,10 +60,12 @@ class Card:
     layers: tuple[dict[str, Any], ...]
 
 
-def card(name: str, truth: str | None, found: Explanation, base: Explanation | None = None, *, panel: str = "") -> Card:
+def card(
+    name: str, truth: str | None, explanation: Explanation, base: Explanation | None = None, *, panel: str = ""
+) -> Card:
     """What the page shows of an image; ``panel`` is the name of its PNG file."""
-    models = {"this model": found, **({"base": base} if base else {})}
-    return card_of_models(name, truth, models, headline(truth, found, base), {"": found}, panel=panel)
+    models = {"this model": explanation, **({"base": base} if base else {})}
+    return card_of_models(name, truth, models, headline(truth, explanation, base), {"": explanation}, panel=panel)
 
 
 def card_of_models(
@@ -88,11 +90,11 @@ def card_of_models(
     first = next(iter(models.values()))
     given: list[Pixels] = []  # distinct photos
 
-    def photo(found: Explanation) -> int:
+    def photo(explanation: Explanation) -> int:
         for number, pixels in enumerate(given):
-            if np.array_equal(pixels, found.pixels):
+            if np.array_equal(pixels, explanation.pixels):
                 return number
-        given.append(found.pixels)
+        given.append(explanation.pixels)
         return len(given) - 1
 
     (named, share), *_ = first.top(1)
@@ -151,7 +153,7 @@ def page(
         .get_template("explain_page.html")
         .render(
             cards=cards,
-            most=MOST_CARDS,
+            max_cards=MAX_CARDS,
             known=len(known),
             wrong=sum(one.verdict == "wrong" for one in known),
             model=model,
@@ -214,9 +216,9 @@ def layer_view(layer: LayerMaps, smallest: int = SMALLEST) -> dict[str, Any]:
     return {"heading": row.heading, "note": row.note, "top": top, "uniform": 100 * uniform, "maps": maps}
 
 
-def top_view(found: Explanation) -> tuple[tuple[str, str, float], ...]:
+def top_view(explanation: Explanation) -> tuple[tuple[str, str, float], ...]:
     """The most probable classes: name, probability in words, and as a share."""
-    return tuple((name, words.percent(share), share) for name, share in found.top())
+    return tuple((name, words.percent(share), share) for name, share in explanation.top())
 
 
 def _tiles(view: dict[str, Any], whose: str, photo: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What one model sees in one image: its answer, its CAM and its attention maps, in words and as a figure.
 
-The figure is matplotlib's, to change and to print; panels of whole folders are drawn by Pillow.
+The figure is matplotlib's, to change and to print. `ulsam.explanation.panel` draws the panels of whole folders with
+Pillow, which needs no extra package. Both draw the same :class:`MapRow`, with the same words.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from ulsam.data.image_channels import shown
 from ulsam.data.images import Pixels
 from ulsam.explanation.captions import percent, verdict
 from ulsam.explanation.drawing import COLORS, STRENGTH
-from ulsam.explanation.measures import INERT, entropy_share, most_effect, peak
+from ulsam.explanation.measures import INERT, entropy_share, max_effect, peak
 from ulsam.layer.ulsam import Form
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 NO_LAYER = "This model has no ULSAM layer: there are no attention maps to show."
-MOST_COLUMNS = 8
+MAX_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def attention_row(layer: LayerMaps) -> MapRow:
 
 def _little(layer: LayerMaps) -> str:
     """That the maps change the features by less than `INERT`, whatever these are, if it is so."""
-    if most_effect(layer.maps) >= INERT:
+    if max_effect(layer.maps) >= INERT:
         return ""
     return f"{'nearly uniform' if max(layer.peak) < 2 else 'weak'}: this layer does little"
 
@@ -128,9 +129,9 @@ def cam_row(models: Mapping[str, Explanation]) -> MapRow:
     )
 
 
-def headline(truth: str | None, found: Explanation, base: Explanation | None, whose: str = "base") -> str:
+def headline(truth: str | None, explanation: Explanation, base: Explanation | None, whose: str = "base") -> str:
     """One sentence on what was predicted; ``whose`` is what the base model is called."""
-    (named, share), *_ = found.top(1)
+    (named, share), *_ = explanation.top(1)
     texts = {"wrong": f"✗ wrong: {truth}, predicted as {named}", "right": f"✓ right: {named}"}
     text = f"{texts.get(verdict(truth, named), named)} ({percent(share)})"
     if base is None:
@@ -149,46 +150,46 @@ def _times(value: float) -> str:
     return f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
 
 
-def _figure(found: Explanation) -> "Figure":
+def _figure(explanation: Explanation) -> "Figure":
     """The image, its most probable classes, the CAM and all attention maps, with their color scales."""
     from matplotlib.figure import Figure
 
-    columns = min(MOST_COLUMNS, max([4, *(len(layer.maps) for layer in found.layers)]))
-    lines = [-(-len(layer.maps) // columns) for layer in found.layers]
+    columns = min(MAX_COLUMNS, max([4, *(len(layer.maps) for layer in explanation.layers)]))
+    lines = [-(-len(layer.maps) // columns) for layer in explanation.layers]
     figure = Figure(figsize=(2.1 * columns + 0.8, 2.6 * (1 + sum(lines))), layout="constrained")
     parts: Any = figure.subfigures(1 + len(lines), 1, squeeze=False, height_ratios=[1, *lines])
     head, *rest = parts[:, 0]
     image, classes, cam = head.subplots(1, 3, width_ratios=[1, columns - 2, 1])
-    image.imshow(shown(found.pixels))
+    image.imshow(shown(explanation.pixels))
     image.set_axis_off()
-    names, shares = zip(*reversed(found.top()), strict=True)
+    names, shares = zip(*reversed(explanation.top()), strict=True)
     bars = classes.barh(range(len(names)), shares, height=0.5, color="#3f5a8c")
     classes.bar_label(bars, [percent(share) for share in shares], padding=3, fontsize=8)
     classes.set_yticks(range(len(names)), names, fontsize=8)
     classes.set(xlim=(0, 1.15), xticks=[])
     classes.spines[["top", "right", "bottom"]].set_visible(False)
-    row = cam_row({"this model": found})
+    row = cam_row({"this model": explanation})
     cam.set_title("\n".join(["Grad-CAM++", *row.captions[0]]), fontsize=8)
-    _scale(head, _lay(cam, found, found.cam), [cam], row)
-    for part, row in zip(rest, map(attention_row, found.layers), strict=True):
+    _scale(head, _lay(cam, explanation, explanation.cam), [cam], row)
+    for part, row in zip(rest, map(attention_row, explanation.layers), strict=True):
         part.suptitle(row.heading, fontsize=9, fontweight="bold", x=0.01, ha="left")
         grid = part.subplots(-(-len(row.maps) // columns), columns, squeeze=False)
         for axes, one, caption in zip(grid.flat, row.maps, row.captions, strict=False):
-            drawn = _lay(axes, found, one)
+            drawn = _lay(axes, explanation, one)
             axes.set_title("\n".join(caption), fontsize=8)
         for axes in grid.flat[len(row.maps) :]:
             axes.set_axis_off()
         _scale(part, drawn, list(grid.flat), row)
-    if not found.layers:
+    if not explanation.layers:
         figure.text(0.5, 0, NO_LAYER, ha="center", va="bottom", fontsize=8)
     return figure
 
 
-def _lay(axes: Any, found: Explanation, values: Any) -> Any:
+def _lay(axes: Any, explanation: Explanation, values: Any) -> Any:
     """Draw a map of values from 0 to 1 on the image in gray."""
-    height, width = found.pixels.shape[:2]
+    height, width = explanation.pixels.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axes.imshow(found.pixels.mean(2), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(explanation.pixels.mean(2), cmap="gray", vmin=0, vmax=255)
     axes.set_axis_off()
     look = {"cmap": COLORS, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
     return axes.imshow(values, alpha=STRENGTH, extent=extent, **look)

@@ -11,7 +11,7 @@ from ulsam.data.folder import class_numbers, image_paths
 from ulsam.explanation.captions import verdict
 
 
-class Image(NamedTuple):
+class ListedImage(NamedTuple):
     """An image to explain."""
 
     path: str
@@ -19,7 +19,7 @@ class Image(NamedTuple):
     truth: str | None  # its true class, where it is known
 
 
-def list_images(names: Sequence[str], classes: Sequence[str]) -> list[Image]:
+def list_images(names: Sequence[str], classes: Sequence[str]) -> list[ListedImage]:
     """Image files as they are named, and all below each folder named.
 
     The true class is the name of the nearest folder around an image that is one of ``classes``: of an image below a
@@ -31,7 +31,7 @@ def list_images(names: Sequence[str], classes: Sequence[str]) -> list[Image]:
     >>> list_images(["some/wren/1.jpg"], ["wren", "robin"])
     [Image(path='some/wren/1.jpg', name='wren/1.jpg', truth='wren')]
     """
-    found: list[Image] = []
+    found: list[ListedImage] = []
     true_class = cache(lambda folder: [classes[number] for number in class_numbers([folder], classes).values()])
     for name in names:
         whole = Path(os.path.abspath(name))
@@ -39,7 +39,7 @@ def list_images(names: Sequence[str], classes: Sequence[str]) -> list[Image]:
         for path in image_paths([name]):
             within = Path(os.path.abspath(path)).relative_to(outside)
             truth = next((true for folder in reversed(within.parent.parts) for true in true_class(folder)), None)
-            found.append(Image(path, printable(within.as_posix()), truth))
+            found.append(ListedImage(path, printable(within.as_posix()), truth))
     return found
 
 

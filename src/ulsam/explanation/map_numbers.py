@@ -50,18 +50,20 @@ class MapNumbers:
         self.inside: dict[tuple[str, str], list[float]] = defaultdict(list)  # by whose map, and area
         self.area: dict[str, list[float]] = defaultdict(list)
 
-    def add(self, found: Sequence[Explanation], truths: Sequence[str | None], areas: Sequence[Areas | None]) -> None:
+    def add(
+        self, explanations: Sequence[Explanation], truths: Sequence[str | None], areas: Sequence[Areas | None]
+    ) -> None:
         """Take in what ``explainer`` found on a batch.
 
         Args:
-            found: by ``explainer``, its last call.
+            explanations: by ``explainer``, its last call.
             truths: the true class of each image; where it is None the predicted one counts as the class of its maps.
             areas: of each image, by :func:`ulsam.explanation.regions.mark_areas`.
         """
-        self.images += len(found)
+        self.images += len(explanations)
         if self.curves:
-            self._measure_cams(found)
-        for one, truth, marked in zip(found, truths, areas, strict=True):
+            self._measure_cams(explanations)
+        for one, truth, marked in zip(explanations, truths, areas, strict=True):
             label = one.top(1)[0][0] if truth is None else truth
             for layer in one.layers:
                 self.layers[layer.name].add(layer, label)
@@ -101,19 +103,19 @@ class MapNumbers:
             self.layers[name] = _Layer(maps.shape[1])
         self.layers[name].watch(x, maps)
 
-    def _measure_cams(self, found: Sequence[Explanation]) -> None:
+    def _measure_cams(self, explanations: Sequence[Explanation]) -> None:
         explainer = self.explainer
-        images = explainer.images([torch.from_numpy(one.pixels) for one in found])
+        images = explainer.images([torch.from_numpy(each.pixels) for each in explanations])
         size = (images.shape[2], images.shape[3])
-        targets = torch.tensor([one.target for one in found], device=images.device)
-        cams = torch.from_numpy(np.stack([one.cam for one in found])).to(images)
+        targets = torch.tensor([each.target for each in explanations], device=images.device)
+        cams = torch.from_numpy(np.stack([each.cam for each in explanations])).to(images)
         seed = torch.Generator().manual_seed(self.images)
         chance = torch.rand(cams.shape, generator=seed).to(images)  # as coarse as the CAM is
 
         def model(batch: Tensor) -> Tensor:
             return explainer.model(batch).float().softmax(1)
 
-        before = np.array([one.probabilities[one.target] for one in found], np.float64)
+        before = np.array([each.probabilities[each.target] for each in explanations], np.float64)
         with eval_mode(explainer.model):
             for kind, curves in (("deletion", perturb.deletion_curves), ("insertion", perturb.insertion_curves)):
                 for name, maps in (("", cams), ("_random", chance)):
@@ -121,7 +123,9 @@ class MapNumbers:
                     self.cam[kind + name] += areas.tolist()
             after = perturb.kept_confidence(model, images, upsampled(cams, size), targets).double().cpu().numpy()
         for kind in ("deletion", "insertion"):
-            pairs = zip(self.cam[kind][-len(found) :], self.cam[f"{kind}_random"][-len(found) :], strict=True)
+            pairs = zip(
+                self.cam[kind][-len(explanations) :], self.cam[f"{kind}_random"][-len(explanations) :], strict=True
+            )
             self.cam[f"{kind}_minus_random"] += [own - other for own, other in pairs]
         self.cam["average_drop"] += perturb.average_drop(before, after).tolist()
         self.cam["increase_in_confidence"] += (after > before).astype(float).tolist()

@@ -9,7 +9,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.logs import progress
 from ulsam.explanation.explainer import Explainer
 from ulsam.explanation.explanation import Explanation
-from ulsam.explanation.image_list import Image
+from ulsam.explanation.image_list import ListedImage
 from ulsam.explanation.map_numbers import MapNumbers
 from ulsam.explanation.regions import mark_areas
 from ulsam.model.spec import ModelSpec
@@ -22,12 +22,12 @@ class ExplainedImage(NamedTuple):
     """An image, its number among all from 1 on, and what each model finds on it."""
 
     number: int
-    image: Image
-    found: tuple[Explanation, ...]
+    image: ListedImage
+    explanations: tuple[Explanation, ...]
 
 
 def explained(
-    images: Sequence[Image], explainers: Sequence[Explainer], unreadable: list[str]
+    images: Sequence[ListedImage], explainers: Sequence[Explainer], unreadable: list[str]
 ) -> Iterator[list[ExplainedImage]]:
     """Explain images, up to `BATCH` at a time, behind a progress bar.
 
@@ -39,33 +39,35 @@ def explained(
     with progress(total=len(images), unit=" images") as bar:
         for first in range(0, len(images), BATCH):
             chunk = list(enumerate(images[first : first + BATCH], start=first + 1))
-            pixels, bad = read_batch([one.path for _, one in chunk], explainers[0].transform)
+            pixels, bad = read_batch([entry.path for _, entry in chunk], explainers[0].transform)
             unreadable += bad.values()
-            good = [(number, one) for number, one in chunk if one.path not in bad]
+            good = [(number, entry) for number, entry in chunk if entry.path not in bad]
             if good:
-                found = []
+                by_model = []
                 for explainer in explainers:
                     same = look(explainer.spec) == look(explainers[0].spec)
-                    found.append(
-                        explainer(pixels if same else read_batch([one.path for _, one in good], explainer.transform)[0])
+                    by_model.append(
+                        explainer(
+                            pixels if same else read_batch([entry.path for _, entry in good], explainer.transform)[0]
+                        )
                     )
-                each = zip(*found, strict=True)
+                each = zip(*by_model, strict=True)
                 yield [
-                    ExplainedImage(number, one, all_models)
-                    for (number, one), all_models in zip(good, each, strict=True)
+                    ExplainedImage(number, entry, all_models)
+                    for (number, entry), all_models in zip(good, each, strict=True)
                 ]
             bar.update(len(chunk))
 
 
 def add(tallies: Sequence[MapNumbers], seen: Sequence[ExplainedImage]) -> None:
-    """Add what was just seen to the numbers of each model, which are in the order of ``found``."""
+    """Add what was just seen to the numbers of each model, which are in the order of ``explanations``."""
     for place, tally in enumerate(tallies):
         areas = [mark_areas(one.image.path, tally.explainer.transform) for one in seen]
-        tally.add([one.found[place] for one in seen], [one.image.truth for one in seen], areas)
+        tally.add([one.explanations[place] for one in seen], [one.image.truth for one in seen], areas)
 
 
 def measure(
-    models: Mapping[str, tuple[nn.Module, ModelSpec]], images: Sequence[Image], *, curves: bool = True
+    models: Mapping[str, tuple[nn.Module, ModelSpec]], images: Sequence[ListedImage], *, curves: bool = True
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The numbers of several models over images, without panels.
 

@@ -42,12 +42,12 @@ def peak(maps: Array) -> Array:
     return largest
 
 
-def most_effect(maps: Array) -> float:
+def max_effect(maps: Array) -> float:
     """The most by which maps [g, H, W], and not uniform ones, can change the features x that they amplify, x + A * x.
 
     The change is (A - 1 / (H * W)) * x: as a share of x, in the square mean, at most the largest factor in it.
 
-    >>> most_effect(np.array([[[0.5, 0.0], [0.25, 0.25]]])), most_effect(np.full((1, 7, 7), 1 / 49))
+    >>> max_effect(np.array([[[0.5, 0.0], [0.25, 0.25]]])), max_effect(np.full((1, 7, 7), 1 / 49))
     (0.25, 0.0)
     """
     height, width = maps.shape[-2:]

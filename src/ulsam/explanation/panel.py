@@ -26,7 +26,7 @@ BAR = (63, 90, 140)
 
 
 def panel(
-    found: Explanation,
+    explanation: Explanation,
     base: Explanation | None = None,
     *,
     title: str = "",
@@ -40,7 +40,7 @@ def panel(
     was given.
 
     Args:
-        found: by one model.
+        explanation: by one model.
         base: of the same image by another one, whose classes and CAM are shown beside.
         title: usually the name of the file.
         truth: the true class, if it is known.
@@ -58,8 +58,8 @@ def panel(
     >>> panel(found, title="1.jpg", truth="wren").size
     (996, 520)
     """
-    page = _Page(found, base, names)
-    page.head(title, headline(truth, found, base, names[1]), words.verdict(truth, found.top(1)[0][0]))
+    page = _Page(explanation, base, names)
+    page.head(title, headline(truth, explanation, base, names[1]), words.verdict(truth, explanation.top(1)[0][0]))
     page.left(truth)
     page.right()
     return page.cut()
@@ -68,15 +68,15 @@ def panel(
 class _Page:
     """A white page that is filled from the top, in two columns."""
 
-    def __init__(self, found: Explanation, base: Explanation | None, names: tuple[str, str]) -> None:
-        self.found, self.base, self.names = found, base, names
-        self.columns = 4 if all(len(layer.maps) <= 4 for layer in found.layers) else 8
-        self.gray = grayed(found.pixels, TILE)
+    def __init__(self, explanation: Explanation, base: Explanation | None, names: tuple[str, str]) -> None:
+        self.explanation, self.base, self.names = explanation, base, names
+        self.columns = 4 if all(len(layer.maps) <= 4 for layer in explanation.layers) else 8
+        self.gray = grayed(explanation.pixels, TILE)
         self.x = MARGIN + IMAGE + GUTTER
         self.width = self.x + self.columns * (TILE + GAP) - GAP + SCALE + MARGIN
-        lines = 1 + sum(-(-len(layer.maps) // self.columns) for layer in found.layers)
+        lines = 1 + sum(-(-len(layer.maps) // self.columns) for layer in explanation.layers)
         row = HEADING + self.gray.height + CAPTION + ROW_GAP
-        tall = HEAD + lines * row + 6 * IMAGE + resized(found.pixels, IMAGE).height
+        tall = HEAD + lines * row + 6 * IMAGE + resized(explanation.pixels, IMAGE).height
         self.canvas = Image.new("RGB", (self.width, tall), PAPER)
         self.draw = ImageDraw.Draw(self.canvas)
         self.bottom = 0
@@ -90,15 +90,15 @@ class _Page:
 
     def left(self, truth: str | None) -> None:
         """The image, and the classes below it."""
-        image = resized(self.found.pixels, IMAGE)
+        image = resized(self.explanation.pixels, IMAGE)
         self.canvas.paste(image, (MARGIN, HEAD))
         y = HEAD + image.height + 20
-        for name, found in zip(self.names, (self.found, self.base), strict=True):
-            if found is None:
+        for name, explanation in zip(self.names, (self.explanation, self.base), strict=True):
+            if explanation is None:
                 continue
             self.text((MARGIN, y), fitting(name, IMAGE, 13, "-Bold"), 13, weight="-Bold")
             y += HEADING
-            for label, share in found.top():
+            for label, share in explanation.top():
                 self.bar(y, label, share, label == truth)
                 y += LIST_ROW
             y += 14
@@ -118,11 +118,13 @@ class _Page:
     def right(self) -> None:
         """The CAMs, then the maps of each layer."""
         y = HEAD - 2
-        models = {name: one for name, one in zip(self.names, (self.found, self.base), strict=True) if one is not None}
+        models = {
+            name: one for name, one in zip(self.names, (self.explanation, self.base), strict=True) if one is not None
+        }
         y = self.row(y, cam_row(models), [grayed(one.pixels, TILE) for one in models.values()])
-        for layer in self.found.layers:
+        for layer in self.explanation.layers:
             y = self.row(y, attention_row(layer), [self.gray] * len(layer.maps))
-        if not self.found.layers:
+        if not self.explanation.layers:
             self.text((self.x, y), NO_LAYER, 12, QUIET)
             y += HEADING
         self.bottom = max(self.bottom, y - ROW_GAP)

@@ -12,12 +12,12 @@ STEPS = 10
 """Equal parts of the image that are deleted or inserted one after the other."""
 
 BLUR = (11, 5.0)  # size in pixels and standard deviation, as the paper's authors take them
-Scores = Callable[[Tensor], Tensor]
+Classify = Callable[[Tensor], Tensor]
 """A model: its input [B, C, H, W] -> the probabilities of its classes [B, classes]."""
 
 
 @torch.no_grad()
-def deletion_curves(model: Scores, images: Tensor, saliency: Tensor, targets: Tensor, steps: int = STEPS) -> Tensor:
+def deletion_curves(model: Classify, images: Tensor, saliency: Tensor, targets: Tensor, steps: int = STEPS) -> Tensor:
     """The target's probability while the most salient pixels are set to the mean color, [B, steps + 1].
 
     Deletion of Petsiuk et al. (BMVC 2018, arXiv 1806.07421, section 4.1): the faster it falls, the better the map.
@@ -37,7 +37,7 @@ def deletion_curves(model: Scores, images: Tensor, saliency: Tensor, targets: Te
 
 
 @torch.no_grad()
-def insertion_curves(model: Scores, images: Tensor, saliency: Tensor, targets: Tensor, steps: int = STEPS) -> Tensor:
+def insertion_curves(model: Classify, images: Tensor, saliency: Tensor, targets: Tensor, steps: int = STEPS) -> Tensor:
     """The target's probability while the most salient pixels come back into a blurred image, [B, steps + 1].
 
     Insertion of Petsiuk et al., see :func:`deletion_curves`: the faster it rises, the better. The blur is theirs: 11
@@ -58,7 +58,7 @@ def area_under(curves: Tensor) -> NDArray[np.float64]:
 
 
 @torch.no_grad()
-def kept_confidence(model: Scores, images: Tensor, maps: Tensor, targets: Tensor) -> Tensor:
+def kept_confidence(model: Classify, images: Tensor, maps: Tensor, targets: Tensor) -> Tensor:
     """The target's probability on the image times its map, [B]; what the map leaves out has the mean color.
 
     Args:
@@ -80,7 +80,7 @@ def average_drop(before: NDArray[np.floating], after: NDArray[np.floating]) -> N
     return lost
 
 
-def _curves(model: Scores, start: Tensor, end: Tensor, saliency: Tensor, targets: Tensor, steps: int) -> Tensor:
+def _curves(model: Classify, start: Tensor, end: Tensor, saliency: Tensor, targets: Tensor, steps: int) -> Tensor:
     """From one image to another one, the most salient pixels first."""
     order = saliency.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(

@@ -14,7 +14,7 @@ class Paired:
 
     run: TrainedRun
     minus: TrainedRun
-    found: Difference | None  # None: they cannot be paired
+    gap: Difference | None  # None: they cannot be paired
     why_not: str = ""
     only_run: int | None = None  # images that it alone has right; None: not known
     only_minus: int | None = None
@@ -33,10 +33,10 @@ def _paired(run: TrainedRun, minus: TrainedRun) -> Paired:
     if run.result.spec.classes != minus.result.spec.classes:
         return Paired(run, minus, None, "their classes are in another order")
     try:
-        found = difference({0: ours}, {0: theirs})
+        gap = difference({0: ours}, {0: theirs})
     except UlsamError as error:
         return Paired(run, minus, None, str(error))
-    if found is None or found.differ is None:
-        return Paired(run, minus, found)
+    if gap is None or gap.differ is None:
+        return Paired(run, minus, gap)
     one, other = right(ours), right(theirs)
-    return Paired(run, minus, found, "", int((one > other).sum()), int((other > one).sum()))
+    return Paired(run, minus, gap, "", int((one > other).sum()), int((other > one).sum()))

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from ulsam.model.build import load
 from ulsam.study.statistics import right
 from ulsam.training.evaluate import evaluate_batches, outcomes, spec_transform
 from ulsam.training.parts import open_images
+from ulsam.training.train_summary import OutcomeEntry
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
             f"{config.data} no longer holds the {counted} {run.result.split} images of {len(spec.classes)} classes "
             "that it was measured on"
         )
-    found: list[tuple[int, int, float]] = []
+    outcomes_read: list[tuple[int, int, float]] = []
 
     def keep(logits: Tensor, labels: Tensor) -> None:
         shares, named = logits.softmax(1).max(1)
-        found.extend(zip(labels.tolist(), named.tolist(), shares.tolist(), strict=True))
+        outcomes_read.extend(zip(labels.tolist(), named.tolist(), shares.tolist(), strict=True))
 
     with start("auto") as world:
         model, _ = load(run.folder / "model.safetensors", world.device)
@@ -99,13 +99,13 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
     names = [name.partition("\t")[0].strip("/") for name in shown]  # without the labels that a table says
     guesses = {
         paths[number]: RunPrediction(number, names[number], spec.classes[truth], spec.classes[named], share)
-        for number, (truth, named, share) in zip(read, found, strict=True)
+        for number, (truth, named, share) in zip(read, outcomes_read, strict=True)
     }
     changed = _changed(run, outcomes(scores, images), config.data)
     return Measured(run, images, guesses, changed, transform)
 
 
-def _changed(run: TrainedRun, now: dict[str, Any] | None, data: str) -> int:
+def _changed(run: TrainedRun, now: OutcomeEntry | None, data: str) -> int:
     """On how many images the outcome is another one than in the run.
 
     Raises:

@@ -97,7 +97,7 @@ def page(
     pairs = most_confused(measured)
     small = {one.image: _small(one, measured) for pair in pairs for one in (*pair.errors, *pair.right)}
     samples, why_not = _samples(measured)
-    found = differences(runs)
+    paired = differences(runs)
     templates = environment(Path(__file__).parent)
     templates.globals.update(
         shape=shape, quantity=quantity, change=change, points=points, duration=duration, percent=percent
@@ -110,11 +110,11 @@ def page(
         measured=measured,
         notes=list(map(printable, [*notes, *why_not])),
         charts=curves(runs),
-        differences=found,
-        forest=_forest(found),
+        differences=paired,
+        forest=_forest(paired),
         rows=class_rows(runs, measured),
         matrices=[_matrix(one) for one in measured],
-        most=TABLE_CLASSES,
+        max_classes=TABLE_CLASSES,
         pairs=pairs,
         small=small,
         samples=samples,
@@ -219,9 +219,9 @@ def _costs(runs: Sequence[TrainedRun], times: Times | None) -> list[CostRow]:
     return [*bases, *rows]
 
 
-def _forest(found: Sequence[Paired]) -> tuple[float, float] | None:
+def _forest(pairs: Sequence[Paired]) -> tuple[float, float] | None:
     """What the axis of the differences reaches from and to, in points: 0 and every interval, with a margin."""
-    ends = [end for pair in found if pair.found for end in (pair.found.mean, pair.found.low, pair.found.high)]
+    ends = [end for pair in pairs if pair.gap for end in (pair.gap.mean, pair.gap.low, pair.gap.high)]
     known = [0.0, *(100 * end for end in ends if end is not None)]
     margin = 0.06 * (max(known) - min(known))
     return (min(known) - margin, max(known) + margin) if margin else None
@@ -243,10 +243,10 @@ def _matrix(measured: Measured) -> Matrix:
     return Matrix(measured.run, classes, tuple(sorted(cells, key=lambda cell: (cell.row, cell.column))))
 
 
-def _small(one: SharedImage, measured: Sequence[Measured]) -> ImageCard:
-    first = next(each for each in measured if each.run.key in one.guesses)
-    image = photo_uri(first.pixels(one.guesses[first.run.key]), THUMBNAIL)
-    return ImageCard(printable(one.name), one.truth, image, one.guesses)
+def _small(shared: SharedImage, measured: Sequence[Measured]) -> ImageCard:
+    first = next(each for each in measured if each.run.key in shared.guesses)
+    photo = photo_uri(first.pixels(shared.guesses[first.run.key]), THUMBNAIL)
+    return ImageCard(printable(shared.name), shared.truth, photo, shared.guesses)
 
 
 def _samples(measured: Sequence[Measured]) -> tuple[list[Card], list[str]]:

@@ -28,7 +28,7 @@ from ulsam.model.hub import hub_folder, timm_weights
 from ulsam.model.presets import PLACEMENTS
 from ulsam.model.pretrained import HUB, LOCAL, class_names, is_hub_name, is_pretrained_name
 from ulsam.model.spec import Json, ModelSpec
-from ulsam.model.timm_spec import check_base, make_spec, spec_from, timm_config
+from ulsam.model.timm_spec import check_base, make_spec, pretrained_config, spec_from
 from ulsam.model.trained import EXPORTED, locate, names
 from ulsam.model.weights import heads, load_weights, read_weights, shrink_head
 from ulsam.surgery.edited import changes, note_weights
@@ -44,7 +44,7 @@ __all__ = [
     "read_spec",
     "read_weights",
     "save",
-    "spec_of",
+    "spec_of_name",
     "ulsam_parameters",
 ]
 
@@ -54,7 +54,7 @@ _KEY = "ulsam"  # of the spec among a model file's metadata
 _FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 
 
-def spec_of(model: str, *, size: int | None = None, model_args: Mapping[str, Json] | None = None) -> ModelSpec:
+def spec_of_name(model: str, *, size: int | None = None, model_args: Mapping[str, Json] | None = None) -> ModelSpec:
     """The spec that a name means: a model file's own, or that of timm's model with all its classes.
 
     Args:
@@ -65,7 +65,7 @@ def spec_of(model: str, *, size: int | None = None, model_args: Mapping[str, Jso
     Raises:
         UlsamError: no such model, not a model file, or a size below 1.
 
-    >>> spec = spec_of("mobilenetv2_100", size=96)
+    >>> spec = spec_of_name("mobilenetv2_100", size=96)
     >>> len(spec.classes), spec.input_size
     (1000, (3, 96, 96))
     """
@@ -77,7 +77,7 @@ def spec_of(model: str, *, size: int | None = None, model_args: Mapping[str, Jso
         raise UlsamError(f"{model} is neither timm's name of a model nor a model file, NAME.safetensors")
     else:
         spec = make_spec(model, [], model_args=model_args)
-        spec = dataclasses.replace(spec, classes=class_names({"num_classes": 1000, **timm_config(model)}))
+        spec = dataclasses.replace(spec, classes=class_names({"num_classes": 1000, **pretrained_config(model)}))
     if size is not None:
         spec = dataclasses.replace(spec, input_size=(spec.input_size[0], size, size))
     return spec
@@ -245,7 +245,7 @@ def _load_name(name: str, pretrained: bool, weights: str | os.PathLike[str] | No
         raise UlsamError(
             f"{name} is a model without weights: `pretrained=True` loads timm's, `weights=FILE` those in a file"
         )
-    spec = spec_of(name)
+    spec = spec_of_name(name)
     if weights is None:
         return build(spec, pretrained=True)[0], spec
     if _gives_several(weights):

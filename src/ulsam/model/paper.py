@@ -24,7 +24,7 @@ _UNITS = {"K": 1_000, "M": 1_000_000}
 
 
 @dataclass(frozen=True)
-class Score:
+class PaperScore:
     """A printed accuracy in per cent; ``groups`` is None for a model without ULSAM."""
 
     data: str
@@ -65,7 +65,7 @@ class PaperRow:
     name: str
     params: Figure | None  # None: not printed
     macs: Figure
-    scores: tuple[Score, ...] = ()
+    scores: tuple[PaperScore, ...] = ()
     note: str = ""
 
 
@@ -106,13 +106,13 @@ class _Printed:
     name: str
     params: str  # "": not printed
     macs: str
-    scores: tuple[Score, ...]
+    scores: tuple[PaperScore, ...]
     note: str = ""
 
 
-def _scores(data: str, groups: Sequence[int | None], top1: str, top5: str = "") -> tuple[Score, ...]:
+def _scores(data: str, groups: Sequence[int | None], top1: str, top5: str = "") -> tuple[PaperScore, ...]:
     fifth: list[float | None] = [*map(float, top5.split())] or [None] * len(groups)
-    return tuple(map(Score, [data] * len(groups), groups, map(float, top1.split()), fifth))
+    return tuple(map(PaperScore, [data] * len(groups), groups, map(float, top1.split()), fifth))
 
 
 _IN, _BIRDS, _SLIDE = "ImageNet-1K", "Birds", "slide table, set not named"
@@ -271,13 +271,13 @@ def _figure(printed: str, counted: int, base: int = 0) -> Figure:
     return Figure(printed, counted, f"{value}{unit}")
 
 
-def _table(title: str, found: list[PaperRow]) -> str:
-    notes = list(dict.fromkeys(row.note for row in found if row.note))
+def _table(title: str, rows: list[PaperRow]) -> str:
+    notes = list(dict.fromkeys(row.note for row in rows if row.note))
     cells = [
-        ["model", "place" if found[0].name else "formulas", "timm name", *(["", "counted", "gives", "verdict"] * 2)]
+        ["model", "place" if rows[0].name else "formulas", "timm name", *(["", "counted", "gives", "verdict"] * 2)]
     ]
     cells[0][3], cells[0][7] = "params", "FLOPs"
-    for row in found:
+    for row in rows:
         cells.append([row.model, row.place, row.name])
         figures = [row.params, row.macs]
         for figure in figures:

@@ -29,7 +29,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 #: No model needs a larger number among its arguments; a depth of 10**5 takes the memory before the first layer is made.
 LARGEST_ARGUMENT = 10_000
 #: Edits of a model, and characters of all their texts: each edit takes the time of a forward pass.
-MOST_EDITS, MOST_TEXT = 200, 20_000
+MAX_EDITS, MAX_TEXT = 200, 20_000
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Edit:
         Raises:
             UlsamError: it is not of that form.
         """
-        if len(text) > MOST_TEXT:
-            raise UlsamError(f"an edit has {len(text)} characters: name its places by globs, in at most {MOST_TEXT}")
+        if len(text) > MAX_TEXT:
+            raise UlsamError(f"an edit has {len(text)} characters: name its places by globs, in at most {MAX_TEXT}")
         kind, *rest = text.split() or [""]
         options: dict[str, Any] = dict(word.split("=", 1) for word in rest if "=" in word)
         places = [word for word in rest if "=" not in word]
@@ -149,7 +149,7 @@ class ModelSpec:
     Raises:
         UlsamError: two classes of one name, a size that is no whole number from 1 to 8192, an interpolation that timm
             does not know, a crop outside 0.1..1.5, a standard deviation of 0 or below, not one mean and std a channel,
-            an argument above `LARGEST_ARGUMENT`, or more edits than `MOST_EDITS` and `MOST_TEXT` allow.
+            an argument above `LARGEST_ARGUMENT`, or more edits than `MAX_EDITS` and `MAX_TEXT` allow.
     """
 
     base: str
@@ -169,9 +169,9 @@ class ModelSpec:
         if len(set(self.classes)) != len(self.classes):
             twice = Counter(self.classes).most_common(1)[0][0]
             raise UlsamError(f"two classes are called {reprlib.repr(twice)}: give each a name of its own")
-        if len(self.edits) > MOST_EDITS or sum(len(str(edit)) for edit in self.edits) > MOST_TEXT:
+        if len(self.edits) > MAX_EDITS or sum(len(str(edit)) for edit in self.edits) > MAX_TEXT:
             raise UlsamError(
-                f"a model has at most {MOST_EDITS} edits, of {MOST_TEXT} characters in all; these are {len(self.edits)}"
+                f"a model has at most {MAX_EDITS} edits, of {MAX_TEXT} characters in all; these are {len(self.edits)}"
             )
         if self.interpolation not in INTERPOLATIONS:
             raise UlsamError(

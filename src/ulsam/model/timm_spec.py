@@ -37,10 +37,10 @@ def make_spec(
     (3, 160, 160)
     """
     check_base(base)
-    return spec_from(base, classes, edits, timm_config(base), size=size, model_args=model_args, **data)
+    return spec_from(base, classes, edits, pretrained_config(base), size=size, model_args=model_args, **data)
 
 
-def timm_config(base: str) -> dict[str, Any]:
+def pretrained_config(base: str) -> dict[str, Any]:
     """timm's pretrained configuration of a model; empty where it has none."""
     known = timm.get_pretrained_cfg(base)
     return known.to_dict() if known else {}

@@ -13,8 +13,9 @@ from ulsam.base.packed import check_packed_name
 from ulsam.base.provenance import command_line
 from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arms
 from ulsam.study.compare_report import measure_latency, summarize, write_reports
+from ulsam.study.compare_result import CompareResult
 from ulsam.study.comparison_folder import ComparisonFolder
-from ulsam.study.grid import CLOSE, Grid
+from ulsam.study.grid import TRIED_WITHIN, Grid
 from ulsam.study.identity import data_digest, file_digests, seen_before
 from ulsam.study.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.study.ray_launcher import RayLauncher, require_ray
@@ -36,7 +37,7 @@ def compare(
     rates: Sequence[float] = (),
     tried_epochs: Sequence[int] = (),
     tried_seeds: int = 1,
-    tried_within: float = CLOSE,
+    tried_within: float = TRIED_WITHIN,
     choose_split: str | None = None,
     settings: TrainSettings | Mapping[str, Any] | None = None,
     jobs: int | None = None,
@@ -45,7 +46,7 @@ def compare(
     margin: float = MARGIN,
     start_from: str | Path | None = None,
     publish: str | Path | None = None,
-) -> dict[str, Any]:
+) -> CompareResult:
     """Train every arm with the same settings with the same seeds, and compare their top-1, paired by seed and image.
 
     With several ``rates`` or ``tried_epochs`` each arm first gets its own learning rate and epochs: those with the best
@@ -75,7 +76,7 @@ def compare(
         publish: as for :func:`report`.
 
     Returns:
-        What ``compare.json`` holds; a run that failed is in it with its reason.
+        What ``compare.json`` holds: `ulsam.CompareResult` names its keys. A run that failed is in it with its reason.
 
     Raises:
         UlsamError: an arm that cannot be built, settings or data that do not fit, a margin below 0, before any
@@ -136,7 +137,7 @@ def report(
     margin: float = MARGIN,
     start_from: str | Path | None = None,
     publish: str | Path | None = None,
-) -> dict[str, Any]:
+) -> CompareResult:
     """Make the reports of a comparison again from the runs that are there, without training or timing anything.
 
     Args:
@@ -177,7 +178,7 @@ def _publish(grid: Grid, comparison: ComparisonFolder, file: str | Path) -> None
     comparison.publish(file, dataclasses.replace(grid, arms=(*grid.arms, *comparison.external_arms())))
 
 
-def _reported(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None) -> dict[str, Any]:
+def _reported(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None) -> CompareResult:
     result = summarize(grid, comparison, margin, command)
     write_reports(comparison, result)
     return result

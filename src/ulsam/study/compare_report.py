@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from ulsam.study import compare_plot as plot
 from ulsam.study import compare_table as table
 from ulsam.study import latency
 from ulsam.study.arms import Arm
+from ulsam.study.compare_result import ArmResult, CompareResult, DifferenceEntry, FailedRun, LatencyEntry
 from ulsam.study.comparison_folder import ComparisonFolder
-from ulsam.study.grid import Failed, Grid, Try, at_the_edge, close_call, most_epochs
-from ulsam.study.statistics import Difference, check_paired, difference, pooled_seed_variance
+from ulsam.study.grid import Failed, Grid, Try, at_the_edge, close_call, longest_is_best
+from ulsam.study.statistics import Difference, SeedVariance, check_paired, difference, pooled_seed_variance
 
 Runs = dict[int, Mapping[str, Any]]  # summaries by seed
 
 
-def summarize(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None = None) -> dict[str, Any]:
+def summarize(grid: Grid, comparison: ComparisonFolder, margin: float, command: str | None = None) -> CompareResult:
     """Everything that a comparison found, as JSON; shares are 0..1, times in seconds.
 
     Args:
@@ -37,26 +38,21 @@ def summarize(grid: Grid, comparison: ComparisonFolder, margin: float, command: 
     planned, external = grid.arms, comparison.external_arms()
     grid = dataclasses.replace(grid, arms=(*grid.arms, *external))
     runs = {arm.name: _finals(grid, arm, comparison) for arm in grid.arms}
-    measured = [summary for found in runs.values() for summary in found.values()]
+    measured = [summary for of_arm in runs.values() for summary in of_arm.values()]
     if measured:
         check_paired(measured)
     timed = comparison.read("latency.json")
     times = _latencies(timed, {arm.name: runs[arm.name] for arm in planned}) if timed else {}
-    entries = {arm.name: comparison.read(f"arms/{arm.slug}/external_arm.json") for arm in external}
-    times |= {name: one["latency"] for name, one in entries.items() if "latency" in one}
-    arms = [_arm_entry(grid, arm, comparison, runs[arm.name], times.get(arm.name)) for arm in grid.arms]
+    times |= _external_latencies(external, comparison)
     pooled = pooled_seed_variance(
-        {seed: summary["scores"]["top1"] for seed, summary in found.items()} for found in runs.values()
+        {seed: summary["scores"]["top1"] for seed, summary in of_arm.items()} for of_arm in runs.values()
     )
-    differences = []
-    for number, arm in enumerate(grid.arms):
-        for other in grid.arms[:number]:
-            if found := difference(runs[arm.name], runs[other.name], pooled):
-                differences.append({"arm": arm.name, "minus": other.name, **_difference_entry(found, margin)})
-    base = grid.arms[0].name
-    for entry in arms:
-        minus = [found for found in differences if (found["arm"], found["minus"]) == (entry["name"], base)]
-        entry["minus_base"] = minus[0] if minus else None
+    differences = _differences(grid.arms, runs, pooled, margin)
+    to_base = {entry["arm"]: entry for entry in differences if entry["minus"] == grid.arms[0].name}
+    arms = [
+        _arm_entry(grid, arm, comparison, runs[arm.name], times.get(arm.name), to_base.get(arm.name))
+        for arm in grid.arms
+    ]
     return {
         "what": "top-1 of models trained with the same settings, paired by seed and image",
         "command": command or command_line(),
@@ -70,12 +66,30 @@ def summarize(grid: Grid, comparison: ComparisonFolder, margin: float, command: 
         "seed_sd": math.sqrt(pooled.variance) if pooled else None,  # of a model's top-1, pooled over the arms
         "differences": differences,
         "notes": _notes(grid, arms, differences, measured),
-        "versions": {
-            name: _values(measured, name) for name in sorted({key for run in measured for key in run["versions"]})
-        },
+        "versions": _versions(measured),
         "processor": timed["where"]["processor"] if timed else None,  # that latencies were measured on
         "threads": timed["where"]["threads"] if timed else None,  # of PyTorch, meanwhile
     }
+
+
+def _differences(
+    arms: Sequence[Arm], runs: Mapping[str, Runs], pooled: SeedVariance | None, margin: float
+) -> list[DifferenceEntry]:
+    """Every arm minus each one before it, where both have runs with the same seeds."""
+    pairs = [(arm, other) for number, arm in enumerate(arms) for other in arms[:number]]
+    measured = [(arm, other, difference(runs[arm.name], runs[other.name], pooled)) for arm, other in pairs]
+    return [_difference_entry(arm, other, gap, margin) for arm, other, gap in measured if gap]
+
+
+def _external_latencies(arms: Sequence[Arm], comparison: ComparisonFolder) -> dict[str, LatencyEntry]:
+    """What other programs say of the time of their arms."""
+    entries = {arm.name: comparison.read(f"arms/{arm.slug}/external_arm.json") for arm in arms}
+    return {name: entry["latency"] for name, entry in entries.items() if "latency" in entry}
+
+
+def _versions(measured: list[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Every version of each package that the runs were made with."""
+    return {name: _values(measured, name) for name in sorted({key for run in measured for key in run["versions"]})}
 
 
 def _latencies(timed: Mapping[str, Any], runs: Mapping[str, Runs]) -> dict[str, Any]:
@@ -101,7 +115,7 @@ def measure_latency(grid: Grid, comparison: ComparisonFolder) -> None:
         comparison.write("latency.json", latency.entry(specs, comparison.read("latency.json")))
 
 
-def write_reports(comparison: ComparisonFolder, result: Mapping[str, Any]) -> None:
+def write_reports(comparison: ComparisonFolder, result: CompareResult) -> None:
     """Write ``compare.json``, ``.md``, ``.csv``, ``.png``, and ``rates.png`` where rates were tried."""
     comparison.write("compare.json", result)
     write_atomic(comparison.root / "compare.md", table.markdown(result))
@@ -132,15 +146,20 @@ def _finals(grid: Grid, arm: Arm, comparison: ComparisonFolder) -> Runs:
 
 
 def _arm_entry(
-    grid: Grid, arm: Arm, comparison: ComparisonFolder, runs: Runs, times: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    grid: Grid,
+    arm: Arm,
+    comparison: ComparisonFolder,
+    runs: Runs,
+    times: LatencyEntry | None,
+    minus_base: DifferenceEntry | None,
+) -> ArmResult:
     top1 = [summary["scores"]["top1"] for summary in runs.values()]
     chosen = grid.chosen(arm, comparison.outcome)
     tries = grid.tried(arm, comparison.outcome)
     finals = grid.finals(arm, comparison.outcome)
     # a rate that fails is a result of its own, but without any that works the arm has failed
     counted = grid.tries(arm, comparison.outcome) if tries and all(entry.failed for entry in tries) else finals
-    failed = [
+    failed: list[FailedRun] = [
         {"run": run.name, "reason": found.reason}
         for run in counted
         if isinstance(found := comparison.outcome(run), Failed)
@@ -167,46 +186,34 @@ def _arm_entry(
         "top1": top1,
         "top1_mean": statistics.mean(top1) if top1 else None,
         "top1_sd": statistics.stdev(top1) if len(top1) > 1 else None,
-        "cost": dict(next(iter(runs.values()))["cost"]) if runs else {},
-        "latency": dict(times) if times else None,
+        "cost": next(iter(runs.values()))["cost"] if runs else {},
+        "latency": times,
         "failed": failed,
         "missing": grid.seeds - sum(comparison.outcome(run) is not None for run in finals),
+        "minus_base": minus_base,
     }
 
 
-def _difference_entry(found: Difference, margin: float) -> dict[str, Any]:
-    entry = {**dataclasses.asdict(found), "verdict": list(found.words(margin))}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+def _difference_entry(arm: Arm, other: Arm, between: Difference, margin: float) -> DifferenceEntry:
+    return {
+        "arm": arm.name,
+        "minus": other.name,
+        "mean": between.mean,
+        "low": between.low,
+        "high": between.high,
+        "over": between.over,
+        "seeds": list(between.seeds),
+        "of_seeds": list(between.of_seeds),
+        "differ": between.differ,
+        "verdict": list(between.words(margin)),
+    }
 
 
-def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[Mapping[str, Any]]) -> list[str]:
-    notes, longest = [], []
-    for entry in arms:
-        notes += [
-            f"{entry['name']}: rate {tried['lr']:g} ({tried['epochs']} epochs) failed: {tried['failed']}"
-            for tried in entry["tries"]
-            if tried["failed"]
-        ]
-        if entry["lr"] is not None:
-            notes += [f"{entry['name']}, {bad['run']} failed: {bad['reason']}" for bad in entry["failed"]]
-        tries = [
-            Try(found["lr"], found["epochs"], found["top1"], found["failed"], loss=found["loss"])
-            for found in entry["tries"]
-        ]
-        if edge := at_the_edge(tries):
-            side = "larger" if edge == "largest" else "smaller"
-            notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones by `rates`")
-        if call := close_call(tries):
-            best, other = call
-            notes.append(
-                f"{entry['name']}: chance may have chosen {_settings(best)} over {_settings(other)}, whose loss is "
-                "lower; raise `tried_seeds`"
-            )
-        if most_epochs(tries):
-            longest.append(entry["name"])
-        minus = entry["minus_base"]
-        if minus and not set(minus["seeds"]) == set(entry["seeds"]) == set(arms[0]["seeds"]):
-            notes.append(f"{entry['name']} minus base: over {len(minus['seeds'])} common seeds")
+def _notes(
+    grid: Grid, arms: list[ArmResult], differences: list[DifferenceEntry], measured: list[Mapping[str, Any]]
+) -> list[str]:
+    longest = [entry["name"] for entry in arms if longest_is_best(_tries(entry))]
+    notes = [note for entry in arms for note in _arm_notes(entry, arms[0])]
     if longest:
         whose = "every arm" if len(longest) == len(arms) else ", ".join(longest)
         notes.append(f"{whose}: of the tried numbers of epochs the largest is best; more may change the order")
@@ -217,7 +224,7 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         )
     if measured and measured[0]["split"] == "held-out":
         notes.append("measured on held-out training images: good for screening, not for a headline")
-    over = {found["over"] for found in differences}
+    over = {entry["over"] for entry in differences}
     if "images" in over:
         notes.append("one seed: these intervals are over images alone, and say nothing about other seeds")
     if "seeds" in over:
@@ -227,6 +234,37 @@ def _notes(grid: Grid, arms: list[Any], differences: list[Any], measured: list[M
         if len(used) > 1:
             notes.append(f"the runs were not all made with the same {name}: {', '.join(used)}")
     return notes
+
+
+def _arm_notes(entry: ArmResult, base: ArmResult) -> list[str]:
+    """What failed in an arm, and where other tries or seeds may change its result."""
+    notes = [
+        f"{entry['name']}: rate {tried['lr']:g} ({tried['epochs']} epochs) failed: {tried['failed']}"
+        for tried in entry["tries"]
+        if tried["failed"]
+    ]
+    if entry["lr"] is not None:
+        notes += [f"{entry['name']}, {bad['run']} failed: {bad['reason']}" for bad in entry["failed"]]
+    if edge := at_the_edge(_tries(entry)):
+        side = "larger" if edge == "largest" else "smaller"
+        notes.append(f"{entry['name']}: of the tried learning rates the {edge} is best; try {side} ones by `rates`")
+    if call := close_call(_tries(entry)):
+        best, other = call
+        notes.append(
+            f"{entry['name']}: chance may have chosen {_settings(best)} over {_settings(other)}, whose loss is "
+            "lower; raise `tried_seeds`"
+        )
+    minus = entry["minus_base"]
+    if minus and not set(minus["seeds"]) == set(entry["seeds"]) == set(base["seeds"]):
+        notes.append(f"{entry['name']} minus base: over {len(minus['seeds'])} common seeds")
+    return notes
+
+
+def _tries(entry: ArmResult) -> list[Try]:
+    return [
+        Try(tried["lr"], tried["epochs"], tried["top1"], tried["failed"], loss=tried["loss"])
+        for tried in entry["tries"]
+    ]
 
 
 def _settings(tried: Try) -> str:

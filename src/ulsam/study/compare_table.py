@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ulsam.base.text_table import as_csv, text_table
+from ulsam.study.compare_result import ArmResult, CompareResult, DifferenceEntry
 
 HEADS = ("arm", "parameters", "MACs", "latency", "lr, epochs", "top-1 (seeds)", "minus base", "verdict")
 NUMBERS = (1, 2, 3, 4, 5, 6)  # columns that are flush right
 
 
-def rows(result: Mapping[str, Any]) -> list[list[str]]:
+def rows(result: CompareResult) -> list[list[str]]:
     """The cells of the main table, a line an arm; a failed arm says so.
 
     Args:
@@ -18,7 +19,7 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
     return [_row(arm, number == 0) for number, arm in enumerate(result["arms"])]
 
 
-def pairs(result: Mapping[str, Any]) -> list[list[str]]:
+def pairs(result: CompareResult) -> list[list[str]]:
     """The cells of the second table: the difference of every two arms of which neither is the base."""
     base = result["arms"][0]["name"]
     return [
@@ -28,7 +29,7 @@ def pairs(result: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def tries(result: Mapping[str, Any]) -> list[list[str]]:
+def tries(result: CompareResult) -> list[list[str]]:
     """The cells of the table of tries, heads first: each arm's mean top-1 where rates are chosen, the best one in bold.
 
     Empty where nothing was tried.
@@ -40,7 +41,7 @@ def tries(result: Mapping[str, Any]) -> list[list[str]]:
     return [heads, *([arm["name"], *(_tried(arm, *column) for column in columns)] for arm in result["arms"])]
 
 
-def text(result: Mapping[str, Any]) -> str:
+def text(result: CompareResult) -> str:
     """For the terminal."""
     blocks = ["\n".join(text_table([list(HEADS), *rows(result)], right=NUMBERS))]
     if others := pairs(result):
@@ -49,7 +50,7 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def markdown(result: Mapping[str, Any]) -> str:
+def markdown(result: CompareResult) -> str:
     """As Markdown, with the command."""
     blocks = [_markdown_table([list(HEADS), *rows(result)])]
     if others := pairs(result):
@@ -63,7 +64,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def csv_text(result: Mapping[str, Any]) -> str:
+def csv_text(result: CompareResult) -> str:
     """As CSV, with plain numbers: shares 0..1, seconds; a cell is empty where nothing was measured."""
     names = [
         "arm",
@@ -77,27 +78,28 @@ def csv_text(result: Mapping[str, Any]) -> str:
         "top1_mean",
         "top1_sd",
     ]
-    found: list[list[object]] = [[*names, "minus_base", "minus_base_low", "minus_base_high", "verdict", "failed_runs"]]
+    lines: list[list[object]] = [[*names, "minus_base", "minus_base_low", "minus_base_high", "verdict", "failed_runs"]]
     for arm in result["arms"]:
-        latency, minus = arm["latency"] or {}, arm["minus_base"] or {}
+        latency: Mapping[str, Any] = arm["latency"] or {}
+        minus: Mapping[str, Any] = arm["minus_base"] or {}
         values = [arm["name"], arm["cost"].get("params"), arm["cost"].get("macs"), latency.get("seconds")]
         values += [latency.get("ratio"), arm["lr"], arm["epochs"], len(arm["seeds"]), arm["top1_mean"], arm["top1_sd"]]
         values += [minus.get("mean"), minus.get("low"), minus.get("high"), "; ".join(minus.get("verdict", ()))]
-        found.append([*values, len(arm["failed"])])
-    return as_csv(found)
+        lines.append([*values, len(arm["failed"])])
+    return as_csv(lines)
 
 
-def points(found: Mapping[str, Any]) -> str:
+def points(difference: DifferenceEntry) -> str:
     """A difference in points of top-1, with its interval.
 
     >>> points({"mean": 0.012, "low": -0.001, "high": 0.025})
     '+1.20 [-0.10, +2.50]'
     """
-    mean = f"{100 * found['mean']:+.2f}"
-    return mean if found["low"] is None else f"{mean} [{100 * found['low']:+.2f}, {100 * found['high']:+.2f}]"
+    mean, low, high = f"{100 * difference['mean']:+.2f}", difference["low"], difference["high"]
+    return mean if low is None or high is None else f"{mean} [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
-def latency(arm: Mapping[str, Any], *, is_base: bool) -> str:
+def latency(arm: ArmResult, *, is_base: bool) -> str:
     """The time of an image: the base's own, of another arm its ratio to that; empty where it was not measured.
 
     Two models that were timed at different times have nothing in common but their ratios.
@@ -111,7 +113,7 @@ def latency(arm: Mapping[str, Any], *, is_base: bool) -> str:
     return f"{1e3 * found['seconds']:.1f} ms" if is_base else f"x {found['ratio']:.2f}"
 
 
-def legend(result: Mapping[str, Any]) -> str:
+def legend(result: CompareResult) -> str:
     """What the columns are."""
     rows = [*result["differences"], *(arm["minus_base"] for arm in result["arms"] if arm["minus_base"])]
     over = {pair["over"] for pair in rows}
@@ -127,11 +129,11 @@ def legend(result: Mapping[str, Any]) -> str:
     )
 
 
-def _where(result: Mapping[str, Any]) -> str:
+def _where(result: CompareResult) -> str:
     return f", on {result['images']} {result['split']} images" if result["images"] else ""
 
 
-def _row(arm: Mapping[str, Any], is_base: bool) -> list[str]:
+def _row(arm: ArmResult, is_base: bool) -> list[str]:
     cost, minus = arm["cost"], arm["minus_base"]
     spread = "" if arm["top1_sd"] is None else f" ± {100 * arm['top1_sd']:.2f}"
     words = [*(minus["verdict"] if minus and not is_base else ()), *_lacks(arm)]
@@ -152,18 +154,18 @@ def _order(column: tuple[float, int]) -> tuple[int, float]:
     return column[1], column[0]
 
 
-def _tried(arm: Mapping[str, Any], lr: float, epochs: int) -> str:
+def _tried(arm: ArmResult, lr: float, epochs: int) -> str:
     """The cell of one try: empty where it was not tried or has not ended."""
-    found = [entry for entry in arm["tries"] if (entry["lr"], entry["epochs"]) == (lr, epochs)]
-    if not found or (found[0]["top1"] is None and not found[0]["failed"]):
-        return ""
-    if found[0]["failed"]:
+    tried = next((entry for entry in arm["tries"] if (entry["lr"], entry["epochs"]) == (lr, epochs)), None)
+    if tried is not None and tried["failed"]:
         return "failed"
-    top1 = f"{100 * found[0]['top1']:.1f}"
+    if tried is None or tried["top1"] is None:
+        return ""
+    top1 = f"{100 * tried['top1']:.1f}"
     return f"**{top1}**" if (arm["lr"], arm["epochs"]) == (lr, epochs) else top1
 
 
-def _lacks(arm: Mapping[str, Any]) -> list[str]:
+def _lacks(arm: ArmResult) -> list[str]:
     if not arm["seeds"] and arm["failed"]:
         return ["failed"]
     lacks = [f"{len(arm['failed'])} failed"] if arm["failed"] else []

@@ -13,7 +13,7 @@ from ulsam.training.config import TrainConfig
 from ulsam.training.parts import DIVERGED
 
 HELD_OUT = 0.2  # of the training images, to choose on
-CLOSE = 0.01  # share of top-1: of a few hundred images, less is as likely chance
+TRIED_WITHIN = 0.01  # share of top-1: of a few hundred images, less is as likely chance
 SPLIT_SEED = 0  # of what is held out: the same images for every arm; further seeds of the tries hold out others
 
 
@@ -74,8 +74,8 @@ class Grid:
     """All arms, what they share, and what is tried.
 
     Each arm is tried with every rate at the first number of epochs, then with its best rate at the further numbers, and
-    with those that were ``close`` to it; each with ``tried_seeds`` seeds, which hold out other training images each, or
-    are measured on ``choose_split``.
+    with those whose top-1 is ``tried_within`` of its own. Each try has ``tried_seeds`` seeds, which hold out other
+    training images each, or are measured on ``choose_split``.
     The best mean top-1 is chosen; where two are equal, as happens on a few hundred images, the lower mean loss. With
     one rate and one number of epochs nothing is chosen.
 
@@ -91,7 +91,7 @@ class Grid:
     seeds: int = 5
     tried_seeds: int = 1
     choose_split: str | None = None  # none: held-out training images
-    close: float = 0.0  # share of top-1 below the best rate
+    tried_within: float = 0.0  # share of top-1 below the best rate
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -102,8 +102,8 @@ class Grid:
             raise UlsamError("several seeds for each try, but nothing to try: give several learning rates or epochs")
         if self.choose_split is not None and not self.choosing:
             raise UlsamError(f"nothing to choose on {self.choose_split}: give several learning rates or epochs")
-        if not 0 <= self.close <= 1:
-            raise UlsamError(f"rates are close within 0 to 100 points of top-1, not {100 * self.close:g}")
+        if not 0 <= self.tried_within <= 1:
+            raise UlsamError(f"`tried_within` must be 0 to 100 points of top-1, not {100 * self.tried_within:g}")
         for name, values in (("learning rate", self.rates), ("number of epochs", self.epochs)):
             if len(set(values)) < len(values):
                 raise UlsamError(f"a {name} is given twice: {', '.join(f'{value:g}' for value in values)}")
@@ -194,7 +194,7 @@ class Grid:
                 seeds=values["seeds"],
                 tried_seeds=values.get("tried_seeds", 1),
                 choose_split=values.get("choose_split"),
-                close=values.get("close", 0.0),
+                tried_within=values.get("tried_within", 0.0),
             )
         except (KeyError, TypeError) as error:
             raise UlsamError(f"not the plan of a comparison: {type(error).__name__} {error}") from error
@@ -217,8 +217,8 @@ class Grid:
         first = [self._try(arm, rate, epochs[0]) for rate in rates]
         found = [_outcome(runs, look) for runs in first]
         best = _best(found)
-        close = [entry.rate for entry in found if best and (entry is best or _behind(entry, best) < self.close)]
-        return first + [self._try(arm, rate, more) for more in epochs[1:] for rate in close]
+        near = [entry.rate for entry in found if best and (entry is best or _behind(entry, best) < self.tried_within)]
+        return first + [self._try(arm, rate, more) for more in epochs[1:] for rate in near]
 
     def _try(self, arm: Arm, rate: float, epochs: int) -> list[Run]:
         runs = []
@@ -268,19 +268,21 @@ def close_call(tries: Sequence[Try]) -> tuple[Try, Try] | None:
     if best is None or best.loss is None:
         return None
     others = [
-        entry for entry in tries if entry.loss is not None and entry.loss < best.loss and _behind(entry, best) < CLOSE
+        entry
+        for entry in tries
+        if entry.loss is not None and entry.loss < best.loss and _behind(entry, best) < TRIED_WITHIN
     ]
     return (best, min(others, key=lambda entry: entry.loss or 0.0)) if others else None
 
 
-def most_epochs(tries: Sequence[Try]) -> bool:
+def longest_is_best(tries: Sequence[Try]) -> bool:
     """Whether, of several numbers of epochs, the largest was the best one, so that more may be better still.
 
     False while a try has not ended.
 
-    >>> most_epochs([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6), Try(0.02, 8, 0.7)])
+    >>> longest_is_best([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6), Try(0.02, 8, 0.7)])
     True
-    >>> most_epochs([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6)])
+    >>> longest_is_best([Try(0.01, 4, 0.5), Try(0.02, 4, 0.6)])
     False
     """
     epochs = {entry.epochs for entry in tries}

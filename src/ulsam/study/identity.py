@@ -72,7 +72,7 @@ def seen_before(configs: Iterable[TrainConfig]) -> list[str]:
     >>> seen_before([TrainConfig("birds")])
     []
     """
-    found = []
+    notes = []
     for config in configs:
         for name in dict.fromkeys((config.weights, config.teacher)):
             before = config_beside(locate(name)) if name else None
@@ -88,11 +88,11 @@ def seen_before(configs: Iterable[TrainConfig]) -> list[str]:
             except UlsamError:  # what that run was measured on is gone since
                 continue
             if seen := len(set(trained_on.names) & set(measured.names)):
-                found.append(
+                notes.append(
                     f"{name} was trained on {seen} of the {len(measured)} images that are held out here: start from "
                     "weights of before that, or measure on another split"
                 )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(notes))
 
 
 def _images(images: AnyImages, root: str) -> Iterator[str]:

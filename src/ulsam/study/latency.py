@@ -13,7 +13,7 @@ from ulsam.model.build import build
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.fold import fold
 
-MOST_TURNS = 200
+MAX_TURNS = 200
 SECONDS = 20.0  # for all arms together; a slow model takes longer, for its least turns
 
 
@@ -32,7 +32,7 @@ def measure(models: Mapping[str, tuple[nn.Module, Sequence[int]]]) -> dict[str, 
     for name, (model, size) in models.items():
         image = torch.randn(1, *size).contiguous(memory_format=torch.channels_last)
         calls[name] = functools.partial(fold(model, size), image)
-    return time_in_turn(calls, SECONDS, MOST_TURNS)
+    return time_in_turn(calls, SECONDS, MAX_TURNS)
 
 
 def entry(specs: Mapping[str, ModelSpec], before: Mapping[str, Any] | None) -> dict[str, Any]:

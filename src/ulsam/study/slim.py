@@ -5,11 +5,10 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from ulsam.base.distributed import start
 from ulsam.base.errors import Interrupted, UlsamError
@@ -18,7 +17,6 @@ from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
 from ulsam.data.folder import class_numbers
 from ulsam.data.loading import eval_loader
-from ulsam.data.opening import unlabeled
 from ulsam.data.sources import AnyImages, check_one_class
 from ulsam.model.build import file_content
 from ulsam.model.given import model_and_spec
@@ -26,28 +24,26 @@ from ulsam.model.pretrained import is_pretrained_name
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import locate
 from ulsam.study import slim_report as report
-from ulsam.study.slim_blocks import find_blocks
+from ulsam.study.slim_blocks import Block, find_blocks
 from ulsam.study.slim_budget import Budget, budget
 from ulsam.study.slim_choose import BlockSearch
-from ulsam.study.slim_damage import Score, score
-from ulsam.study.slim_latency import Engine, check_engine
+from ulsam.study.slim_latency import LatencyEngine, check_engine
+from ulsam.study.slim_measure import SetMeasurer
 from ulsam.study.slim_record import SlimRecord, check_folder
-from ulsam.study.slim_stacked import can_stack, scores_together
-from ulsam.surgery.cost import cost
+from ulsam.study.slim_result import SlimmedScores, SlimResult
+from ulsam.surgery.cost import Cost, cost
 from ulsam.surgery.places import match
-from ulsam.surgery.reconstruct import Known, reconstruct
 from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.evaluate import evaluate_batches, spec_transform
-from ulsam.training.sample import draw_sample
+from ulsam.training.sample import ImageSample, draw_sample
 from ulsam.training.settings import TrainSettings
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
 from ulsam.training.summary import cost_entry, score_entry
 from ulsam.training.train import resume, train
+from ulsam.training.train_summary import TrainSummary
 from ulsam.training.trained_on import held_out_settings
 
-#: Of the reconstruction by which sets are compared; training starts with a longer one.
-STEPS = 200
 #: The file in ``out`` that keeps a model that no model file was named for.
 ORIGINAL = "original.safetensors"
 #: Settings of training that slimming decides.
@@ -69,15 +65,15 @@ def slim(
     layer: Mapping[str, Any] | None = None,
     at: str | None = None,
     images: int = 400,
-    most_sets: int = 200,
+    max_sets: int = 200,
     reconstruct_sets: int = 4,
-    engine: Engine = "eager",
-    batch: int = 1,
-    threads: int | None = None,
-    seconds: float = 20.0,
+    engine: LatencyEngine = "eager",
+    latency_batch: int = 1,
+    latency_threads: int | None = None,
+    latency_seconds: float = 20.0,
     fine_tune: bool = True,
     settings: TrainSettings | Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> SlimResult:
     """Replace blocks of a trained model so that it fits a budget, with the least damage, and restore its accuracy.
 
     The damage of a set of blocks is the increase of the mean cross-entropy on a sample of the training images when
@@ -103,18 +99,18 @@ def slim(
             ULSAM by default; the layer "none" removes the blocks.
         at: names, globs or layer numbers of the blocks to choose from; None: all that can be replaced.
         images: how many training images to measure the damage on.
-        most_sets: how many sets of blocks to measure after the greedy search.
+        max_sets: how many sets of blocks to measure after the greedy search.
         reconstruct_sets: how many of the sets of least damage to reconstruct.
         engine: what runs the model where latency is measured, ``eager`` or ``onnxruntime``.
-        batch: images at a time, where latency is measured.
-        threads: CPU threads, where latency is measured; None: PyTorch's own number.
-        seconds: how long latency is measured, of all blocks in turn, and of each set.
+        latency_batch: images at a time, where latency is measured.
+        latency_threads: CPU threads, where latency is measured; None: PyTorch's own number.
+        latency_seconds: how long latency is measured, of all blocks in turn, and of each set.
         fine_tune: whether to continue after the choice.
         settings: of `ulsam.training.config.TrainConfig`, for the fine-tuning, but for `RESERVED_SETTINGS`; how images
             are read (``size``, ``mean``, ...) is by default as in the model file.
 
     Returns:
-        What ``slim.json`` holds.
+        What ``slim.json`` holds: `ulsam.SlimResult` names its keys.
 
     Raises:
         UlsamError: no model file, other classes, no block to replace, a budget that all blocks together do not reach,
@@ -128,12 +124,12 @@ def slim(
         layer=layer or {},
         at=at,
         images=images,
-        most_sets=most_sets,
+        max_sets=max_sets,
         reconstruct_sets=reconstruct_sets,
         engine=engine,
-        batch=batch,
-        threads=threads,
-        seconds=seconds,
+        latency_batch=latency_batch,
+        latency_threads=latency_threads,
+        latency_seconds=latency_seconds,
     )
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -155,7 +151,7 @@ def slim(
             summary = _trained(config, out / "run")
             if record.get("result") is None:
                 record.put("result", _result(original, config, summary))
-    return record.data
+    return record.result
 
 
 def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, settings: Mapping[str, Any]) -> TrainConfig:
@@ -200,11 +196,10 @@ def _choose(
         images, measured, _ = parts.open_images(config)
         check_one_class(images, "slimming")
         kept = model == out / ORIGINAL
-        if kept and list(class_numbers(images.classes, spec.classes).values()) == [*range(len(spec.classes))]:
-            spec = dataclasses.replace(spec, classes=images.classes)  # the same ones, by their WordNet ids
+        spec = _with_names_of(images, spec) if kept else spec
         if images.classes != spec.classes:
             raise UlsamError(f"{config.data} has other classes than {model} was trained on: {_other(images, spec)}")
-        seen = parts.spec_of(config, spec.classes)
+        seen = parts.spec_of_run(config, spec.classes)
         # what cannot be trained or kept shows before anything is measured
         check_folder(out)
         if config.freeze:
@@ -212,104 +207,96 @@ def _choose(
         blocks, switched, notes = find_blocks(original, seen.input_size, dict(asked.layer), asked.at)
         sample = draw_sample(images, seen, asked.images, world, workers=config.workers)
         content = file_content(original, spec) if kept else model.read_bytes()
-        identity = {
-            **asked.entry(),
-            "reconstruct_images": config.reconstruct_images,
-            "reconstruct": config.reconstruct,
-            "images_for_reconstruction": config.images_for_reconstruction,
-            "model_sha256": hashlib.sha256(content).hexdigest(),
-            "sample_sha256": sample.names,
-            "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
-        }
-        record = SlimRecord(out, identity)
-        whole = cost(original, seen.input_size)
-        record.data["model"] = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(whole)}
+        base_cost = cost(original, seen.input_size)
+        record = SlimRecord(out, _identity(asked, config, seen, sample, content))
+        record.data["model"] = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(base_cost)}
         record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
         record.data["images"] = {"sample": sample.count, "training": len(images)}
+        if kept:
+            record.write()
+            write_atomic(model, content)
         if measured.split == "held-out" and config.split_seed is None:
             notes.append(
                 f"the held-out images may be ones that {model} was trained on: there is no config.yaml of its run "
                 "beside it; give that run's seed as `split_seed`, and its `val_fraction`"
             )
-        if kept:
-            record.write()
-            write_atomic(model, content)
-        for line in [*report.start_lines(record.data), *(f"note    {note}" for note in notes)]:
-            say(line)
-        for _, reason in sample.unreadable:
-            say(f"unreadable {reason}")
+        _say_start(record, notes, sample)
         if record.get("chosen") is None:
             original.to(world.device)
-
-            @cache
-            def shown() -> list[Tensor]:
-                other = config.images_for_reconstruction
-                return draw_sample(
-                    unlabeled(other) if other else images,
-                    seen,
-                    config.reconstruct_images,
-                    world,
-                    apart_from=0 if other else asked.images,
-                    workers=config.workers,
-                ).images
-
-            def reconstruct_new_layers() -> None:
-                if config.reconstruct_images:
-                    record.put(
-                        "reconstructed", {found.name: found.explained for found in switched.reconstruct(shown())}
-                    )
-
-            known: Known = {}
-
-            def reconstructed(names: Sequence[str]) -> Score:
-                model = switched.edited(names, world.device)
-                reconstruct(model, shown(), steps=STEPS, known=known)
-                return score(model, sample, spec.classes, world)
-
-            @cache
-            def stacked() -> bool:
-                return can_stack(switched, sample.images[0][:2])
-
-            def replaced(sets: Sequence[Sequence[str]]) -> list[Score]:
-                if len(sets) > 1 and stacked():
-                    return scores_together(switched, sets, sample.batches)
-                found = []
-                for names in sets:
-                    with switched.replaced(names) as model:
-                        found.append(score(model, sample, spec.classes, world))
-                return found
-
-            BlockSearch(
-                asked,
-                blocks,
-                switched,
-                whole,
-                replaced,
-                record,
-                reconstruct_new_layers,
-                reconstructed if config.reconstruct and config.reconstruct_images else None,
-            ).choose()
-        for line in report.choice_lines(record.data):
+            measurer = SetMeasurer(switched, sample, images, seen, config, world)
+            _search(asked, blocks, base_cost, measurer, record).choose()
+        for line in report.choice_lines(record.result):
             say(line)
     return record
 
 
-def _trained(config: TrainConfig, run: Path) -> dict[str, Any]:
+def _with_names_of(images: AnyImages, spec: ModelSpec) -> ModelSpec:
+    """The spec with the images' names of its classes, if they are the same ones, by their WordNet ids say."""
+    if list(class_numbers(images.classes, spec.classes).values()) == [*range(len(spec.classes))]:
+        return dataclasses.replace(spec, classes=images.classes)
+    return spec
+
+
+def _identity(
+    asked: Budget, config: TrainConfig, seen: ModelSpec, sample: ImageSample, content: bytes
+) -> dict[str, Any]:
+    """What a record must be of for its figures to be taken."""
+    return {
+        **asked.entry(),
+        "reconstruct_images": config.reconstruct_images,
+        "reconstruct": config.reconstruct,
+        "images_for_reconstruction": config.images_for_reconstruction,
+        "model_sha256": hashlib.sha256(content).hexdigest(),
+        "sample_sha256": sample.names,
+        "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
+    }
+
+
+def _say_start(record: SlimRecord, notes: Sequence[str], sample: ImageSample) -> None:
+    for line in [*report.start_lines(record.result), *(f"note    {note}" for note in notes)]:
+        say(line)
+    for _, reason in sample.unreadable:
+        say(f"unreadable {reason}")
+
+
+def _search(
+    asked: Budget, blocks: Sequence[Block], base_cost: Cost, measurer: SetMeasurer, record: SlimRecord
+) -> BlockSearch:
+    """The search; new layers are reconstructed where the training that follows does."""
+    reconstructs = bool(measurer.config.reconstruct_images)
+
+    def prepare() -> None:
+        if reconstructs:
+            record.put("reconstructed", measurer.explained())
+
+    return BlockSearch(
+        asked,
+        blocks,
+        measurer.switched,
+        base_cost,
+        measurer.scores,
+        record,
+        prepare,
+        measurer.reconstructed_score if measurer.config.reconstruct and reconstructs else None,
+    )
+
+
+def _trained(config: TrainConfig, run: Path) -> TrainSummary:
     """The summary of the fine-tuning's run: a new one, the one that is there, or its rest."""
     if not (run / "config.yaml").exists():
         return train(config, run)
     if (run / "summary.json").exists():
-        return read_json(run / "summary.json")
+        return cast(TrainSummary, read_json(run / "summary.json"))
     given = {name: getattr(config, name) for name in restore.CHANGEABLE_ON_RESUME}
     return resume(run, {name: value for name, value in given.items() if value not in ("auto", None)})
 
 
-def _result(model: nn.Module, config: TrainConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _result(model: nn.Module, config: TrainConfig, summary: TrainSummary) -> SlimmedScores:
     """The slimmed model beside the original one, both on the run's own images, in its precision and layout."""
     ran = TrainConfig.from_mapping(summary["config"])
     with start(config.device) as world, cpu_threads(config.threads):
         _, images, _ = parts.open_images(config)
-        seen = parts.spec_of(config, summary["spec"]["classes"])
+        seen = parts.spec_of_run(config, summary["spec"]["classes"])
         batches = eval_loader(
             images,
             spec_transform(seen),

@@ -155,18 +155,18 @@ def find_blocks(
     numbers = {name: number for number, name in layer_names(model).items()}
     with switched.replaced(fitting):
         flows, after = trace(model, input_size), cost(model, input_size)
-    found = []
+    blocks = []
     for name in fitting:
         block, layer_params = every[name], sum(part.numel() for part in switched.new[name].parameters())
         channels, height, width = block.shape
         params = block.params + 2 * channels - layer_params  # a candidate's figures are for ULSAM in its plain form
         macs = block.macs + 2 * channels * height * width - flows[name].macs
-        found.append(Block(name, numbers.get(name), block.type, block.shape, params, macs))
+        blocks.append(Block(name, numbers.get(name), block.type, block.shape, params, macs))
     before = cost(model, input_size)
     together = before.params - after.params, before.macs - after.macs
-    if together != (sum(block.params for block in found), sum(block.macs for block in found)):
+    if together != (sum(block.params for block in blocks), sum(block.macs for block in blocks)):
         raise UlsamError("what the blocks of this model save does not add up: they share parameters")
-    return found, switched, notes
+    return blocks, switched, notes
 
 
 def _outermost(model: nn.Module, every: dict[str, Candidate]) -> list[str]:

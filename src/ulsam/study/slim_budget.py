@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from ulsam.base.errors import UlsamError
 from ulsam.model.spec import Edit
-from ulsam.study.slim_latency import Engine
+from ulsam.study.slim_latency import LatencyEngine
 
-Measure = Literal["macs", "params", "latency"]
+BudgetMeasure = Literal["macs", "params", "latency"]
 WORDS = {"macs": "MACs", "params": "parameters", "latency": "time"}
 
 
@@ -24,10 +24,10 @@ class Budget:
             ULSAM by default; the layer "none" removes the blocks.
         at: names, globs or layer numbers of the blocks to choose from; None: all that can be replaced.
         images: how many training images to measure the damage on.
-        most_sets: how many sets to measure after the greedy search.
+        max_sets: how many sets to measure after the greedy search.
         reconstruct_sets: how many of the sets of least damage to reconstruct; of these the one of least loss is chosen.
-        engine, batch, threads: how time is taken; threads None: PyTorch's own number.
-        seconds: that measuring it lasts, of all blocks in turn, and of each set that is timed.
+        engine, latency_batch, latency_threads: how time is taken; threads None: PyTorch's own number.
+        latency_seconds: that measuring it lasts, of all blocks in turn, and of each set that is timed.
 
     Raises:
         UlsamError: a value out of range, or layer options that no edit takes.
@@ -36,17 +36,17 @@ class Budget:
     ('replace 14,17 g=4', 'remove 14,17')
     """
 
-    measure: Measure
+    measure: BudgetMeasure
     share: float
     layer: Mapping[str, Any] = field(default_factory=dict)
     at: str | None = None
     images: int = 400
-    most_sets: int = 200
+    max_sets: int = 200
     reconstruct_sets: int = 4
-    engine: Engine = "eager"
-    batch: int = 1
-    threads: int | None = None
-    seconds: float = 20.0
+    engine: LatencyEngine = "eager"
+    latency_batch: int = 1
+    latency_threads: int | None = None
+    latency_seconds: float = 20.0
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -54,16 +54,16 @@ class Budget:
                 f"`{self.measure}` is the share of the model's own {WORDS[self.measure]} to keep, "
                 f"between 0 and 1, both excluded, e.g. 0.75: not {self.share}"
             )
-        if self.engine not in get_args(Engine):
-            raise UlsamError(f"unknown engine {self.engine!r}; valid: {', '.join(get_args(Engine))}")
-        for name in ("images", "most_sets", "batch", "threads"):
+        if self.engine not in get_args(LatencyEngine):
+            raise UlsamError(f"unknown engine {self.engine!r}; valid: {', '.join(get_args(LatencyEngine))}")
+        for name in ("images", "max_sets", "latency_batch", "latency_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UlsamError(f"`{name}` must be 1 or more, not {value}")
-        if not 0 <= self.seconds < math.inf:
-            raise UlsamError(f"`seconds` must be 0 or more, not {self.seconds}")
+        if not 0 <= self.latency_seconds < math.inf:
+            raise UlsamError(f"`latency_seconds` must be 0 or more, not {self.latency_seconds}")
         if self.reconstruct_sets < 0:
-            raise UlsamError(f"reconstruct_sets must be 0 or more, not {self.reconstruct_sets}")
+            raise UlsamError(f"`reconstruct_sets` must be 0 or more, not {self.reconstruct_sets}")
         self.edit(["any"])
 
     def edit(self, places: list[str]) -> str:
@@ -72,7 +72,7 @@ class Budget:
 
     def entry(self) -> dict[str, Any]:
         """As JSON; without what is about time where the budget is not."""
-        timing = ("engine", "batch", "threads", "seconds") if self.measure != "latency" else ()
+        timing = ("engine", "latency_batch", "latency_threads", "latency_seconds") if self.measure != "latency" else ()
         return {name: value for name, value in asdict(self).items() if name not in timing}
 
 
@@ -104,7 +104,7 @@ def budget(
     >>> budget(params=0.8).measure
     'params'
     """
-    budgets: dict[Measure, float | None] = {"macs": macs, "params": params, "latency": latency}
+    budgets: dict[BudgetMeasure, float | None] = {"macs": macs, "params": params, "latency": latency}
     given = [(measure, share) for measure, share in budgets.items() if share is not None]
     if len(given) != 1:
         raise UlsamError("give exactly one budget: `macs`, `params` or `latency`, a share such as 0.75")

@@ -16,7 +16,7 @@ from ulsam.base.threads import cpu_threads
 from ulsam.base.timing import Call, Timing, duration, time_in_turn
 from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import WORDS, Budget
-from ulsam.study.slim_damage import Score
+from ulsam.study.slim_damage import SampleScore
 from ulsam.study.slim_latency import call_of
 from ulsam.study.slim_progress import SearchProgress
 from ulsam.study.slim_record import SlimRecord
@@ -25,7 +25,7 @@ from ulsam.study.slim_stacked import TOGETHER
 from ulsam.surgery.cost import Cost
 
 STEP = 0.005  # share of the time by which more is asked for at least, where the sets that were found are too slow
-MOST_TURNS = 2000  # of timing
+MAX_TURNS = 2000  # of timing
 TIMED = 8  # sets of one search that are timed at most
 
 
@@ -49,10 +49,10 @@ class BlockSearch:
     blocks: Sequence[Block]
     switched: SwitchableModel
     cost: Cost
-    score: Callable[[Sequence[Sequence[str]]], Sequence[Score]]
+    score: Callable[[Sequence[Sequence[str]]], Sequence[SampleScore]]
     record: SlimRecord
     prepare: Callable[[], None]
-    reconstructed: Callable[[Sequence[str]], Score] | None = None
+    reconstructed: Callable[[Sequence[str]], SampleScore] | None = None
 
     def choose(self) -> None:
         """Choose the blocks to replace; these, and how they were found, are in the record then, under "chosen".
@@ -62,7 +62,7 @@ class BlockSearch:
         """
         by_time = self.budget.measure == "latency"
         bar: tqdm[Any] = logs.progress(desc="damage", unit="set")
-        with bar, cpu_threads(self.budget.threads if by_time else None):
+        with bar, cpu_threads(self.budget.latency_threads if by_time else None):
             progress = SearchProgress(bar, self._shorter)
             savings, total = self._savings(progress)
             useful = _useful(savings)
@@ -92,7 +92,7 @@ class BlockSearch:
 
     @property
     def _shorter(self) -> str:
-        ways = ["fewer `images`", "a smaller `most_sets`", "blocks named by `at`"]
+        ways = ["fewer `images`", "a smaller `max_sets`", "blocks named by `at`"]
         return ", ".join([*ways, *["a smaller `reconstruct_sets`"] * (self.reconstructed is not None)])
 
     def _plan(self, savings: Sequence[float], least: float) -> str:
@@ -108,10 +108,10 @@ class BlockSearch:
         """How many sets the greedy search will measure, about, and how many at most are measured after it."""
         useful = sorted(_useful(savings))
         sets = list(
-            itertools.islice(minimal_sets([savings[number] for number in useful], least), self.budget.most_sets + 1)
+            itertools.islice(minimal_sets([savings[number] for number in useful], least), self.budget.max_sets + 1)
         )
         longest = max(map(len, sets), default=0)
-        return sum(len(useful) - step for step in range(1, longest)), min(len(sets), self.budget.most_sets)
+        return sum(len(useful) - step for step in range(1, longest)), min(len(sets), self.budget.max_sets)
 
     def _measure(self, sets: Iterable[Blocks], progress: SearchProgress) -> None:
         """Measure those of the sets that were not, many together."""
@@ -122,19 +122,19 @@ class BlockSearch:
             self.record.add_scores(zip(map(self._places, some), found, strict=True))
             progress.count(len(some), time.monotonic() - began)
 
-    def _scored(self, blocks: Blocks, progress: SearchProgress) -> Score:
+    def _scored(self, blocks: Blocks, progress: SearchProgress) -> SampleScore:
         """The score with these blocks replaced; of none: of the model as it is."""
         places = self._places(blocks)
         if self.record.score(places) is None:
             self._measure([blocks], progress)
-        return cast(Score, self.record.score(places))
+        return cast(SampleScore, self.record.score(places))
 
-    def _best_reconstructed(self, found: SearchResult, progress: SearchProgress) -> Blocks:
+    def _best_reconstructed(self, result: SearchResult, progress: SearchProgress) -> Blocks:
         """Of the sets of least damage that reach the budget the one that is best when it is reconstructed."""
         if self.reconstructed is None:
-            return found.blocks
+            return result.blocks
         by_time = self.budget.measure == "latency"
-        fitting = [rival for rival in found.rivals if not by_time or self._ratio(rival) <= self.budget.share]
+        fitting = [rival for rival in result.rivals if not by_time or self._ratio(rival) <= self.budget.share]
         losses: dict[Blocks, float] = {}
         chosen = fitting[: self.budget.reconstruct_sets]
         for number, blocks in enumerate(chosen):
@@ -152,7 +152,7 @@ class BlockSearch:
             progress.say(
                 f"damage  {', '.join(places)}: loss {before:+.4f}, {known.loss - base.loss:+.4f} after reconstruction"
             )
-        return min(losses, key=lambda blocks: (losses[blocks], sorted(blocks)), default=found.blocks)
+        return min(losses, key=lambda blocks: (losses[blocks], sorted(blocks)), default=result.blocks)
 
     def _damage(self, blocks: Blocks, progress: SearchProgress) -> float:
         """How much the loss grows when these blocks are replaced."""
@@ -185,7 +185,7 @@ class BlockSearch:
         def ahead(sets: Iterable[Blocks]) -> None:
             self._measure(map(real, sets), progress)
 
-        found = search([savings[number] for number in useful], least, damage, self.budget.most_sets, ahead)
+        found = search([savings[number] for number in useful], least, damage, self.budget.max_sets, ahead)
         return SearchResult(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
 
     def _by_latency(self, savings: Sequence[float], progress: SearchProgress) -> SearchResult:
@@ -244,9 +244,9 @@ class BlockSearch:
         for blocks in (frozenset(), *sets):
             with self.switched.replaced([self.blocks[number].name for number in blocks]) as model:
                 calls[blocks] = call_of(
-                    model, self.cost.input_size, self.budget.engine, self.budget.batch, torch.get_num_threads()
+                    model, self.cost.input_size, self.budget.engine, self.budget.latency_batch, torch.get_num_threads()
                 )
-        return time_in_turn(calls, self.budget.seconds, MOST_TURNS)
+        return time_in_turn(calls, self.budget.latency_seconds, MAX_TURNS)
 
     def _places(self, blocks: Blocks) -> list[str]:
         return [self.blocks[number].place for number in sorted(blocks)]

@@ -10,10 +10,12 @@ from ulsam.deploy.engines import onnx_run
 from ulsam.deploy.onnx_graph import check_installed, onnx_graph
 from ulsam.surgery.fold import fold
 
-Engine = Literal["eager", "onnxruntime"]
+LatencyEngine = Literal["eager", "onnxruntime"]
 
 
-def call_of(model: nn.Module, input_size: tuple[int, int, int], engine: Engine, batch: int, threads: int) -> Call:
+def call_of(
+    model: nn.Module, input_size: tuple[int, int, int], engine: LatencyEngine, batch: int, threads: int
+) -> Call:
     """A function that runs the folded model (`ulsam.fold`) once on random images on the CPU, in float32.
 
     Args:
@@ -39,7 +41,7 @@ def call_of(model: nn.Module, input_size: tuple[int, int, int], engine: Engine, 
     return lambda: run(feed)
 
 
-def check_engine(engine: Engine) -> None:
+def check_engine(engine: LatencyEngine) -> None:
     """Raise unless what the engine needs is installed.
 
     Raises:

@@ -35,13 +35,13 @@ class SearchProgress:
             rest = f"; about {duration(self.left(left))} left for up to {left} more" if left > 0 else ""
             self.say(f"damage  sets measured so far: {self.sets}{rest}")
 
-    def expect(self, more: int) -> None:
+    def expect(self, sets: int) -> None:
         """Say how long so many more sets will take at most, from those that were measured so far."""
-        self.bar.total = self.sets + more
+        self.bar.total = self.sets + sets
         self.bar.refresh()
-        if self.sets and more:
-            long = f"; to shorten it: {self.shorter}" if self.left(more) > LONG else ""
-            self.say(f"time    up to {more} sets to measure, about {duration(self.left(more))} or less{long}")
+        if self.sets and sets:
+            long = f"; to shorten it: {self.shorter}" if self.left(sets) > LONG else ""
+            self.say(f"time    up to {sets} sets to measure, about {duration(self.left(sets))} or less{long}")
 
     def left(self, sets: int) -> float:
         """Seconds that so many sets will take."""

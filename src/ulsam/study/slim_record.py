@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_empty, clear_parts, make_folder, read_json, write_json
 from ulsam.base.provenance import command_line, versions
-from ulsam.study.slim_damage import Score
+from ulsam.study.slim_damage import SampleScore
+from ulsam.study.slim_result import SlimResult
 
 NAME = "slim.json"
 RECONSTRUCTED = "measured_reconstructed"  # scores of sets after reconstruction
@@ -27,9 +28,9 @@ class SlimRecord:
 
     >>> import tempfile
     >>> out = Path(tempfile.mkdtemp()) / "new"
-    >>> SlimRecord(out, {"share": 0.75}).add_score(["14"], Score(loss=0.5, top1=0.9))
+    >>> SlimRecord(out, {"share": 0.75}).add_score(["14"], SampleScore(loss=0.5, top1=0.9))
     >>> SlimRecord(out, {"share": 0.75}).score(["14"])
-    Score(loss=0.5, top1=0.9)
+    SampleScore(loss=0.5, top1=0.9)
     """
 
     def __init__(self, out: Path, budget: Mapping[str, Any]) -> None:
@@ -53,6 +54,11 @@ class SlimRecord:
         self.data = {**before, "budget": dict(budget)}
         clear_parts(out)
 
+    @property
+    def result(self) -> SlimResult:
+        """All that is kept; once the blocks are chosen it has every key that is not optional."""
+        return cast(SlimResult, self.data)
+
     def get(self, key: str) -> Any:
         """What is kept under this key; None if nothing."""
         return self.data.get(key)
@@ -62,20 +68,20 @@ class SlimRecord:
         self.data[key] = value
         self.write()
 
-    def score(self, blocks: list[str], *, reconstructed: bool = False) -> Score | None:
+    def score(self, blocks: list[str], *, reconstructed: bool = False) -> SampleScore | None:
         """The score with these blocks replaced, before or after reconstruction, if it was measured."""
         entries = self.data.get(_KEYS[reconstructed], [])
         found = next((entry for entry in entries if entry["blocks"] == blocks), None)
-        return found and Score(found["loss"], found["top1"])
+        return found and SampleScore(found["loss"], found["top1"])
 
-    def add_score(self, blocks: list[str], score: Score, *, reconstructed: bool = False) -> None:
+    def add_score(self, blocks: list[str], score: SampleScore, *, reconstructed: bool = False) -> None:
         """Keep a score."""
         self.add_scores([(blocks, score)], reconstructed=reconstructed)
 
-    def add_scores(self, found: Iterable[tuple[list[str], Score]], *, reconstructed: bool = False) -> None:
+    def add_scores(self, scores: Iterable[tuple[list[str], SampleScore]], *, reconstructed: bool = False) -> None:
         """Keep scores, with one write."""
         self.data.setdefault(_KEYS[reconstructed], []).extend(
-            {"blocks": blocks, "loss": score.loss, "top1": score.top1} for blocks, score in found
+            {"blocks": blocks, "loss": score.loss, "top1": score.top1} for blocks, score in scores
         )
         self.write()
 

@@ -1,22 +1,19 @@
 """What slimming reports, from what ``slim.json`` holds."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ulsam.base.text_table import text_table
 from ulsam.study.slim_budget import WORDS
-from ulsam.study.slim_record import RECONSTRUCTED
+from ulsam.study.slim_result import SetScore, SlimResult
 
 SHOWN = 10  # sets of the search in the table; all are in slim.json
 
-Data = Mapping[str, Any]
 
-
-def start_lines(data: Data) -> list[str]:
+def start_lines(slimming: SlimResult) -> list[str]:
     """What is slimmed, and on what its damage is measured."""
-    model, images = data["model"], data["images"]
+    model, images = slimming["model"], slimming["images"]
     return [
         f"model   {model['spec']}; edits: {'; '.join(model['edits']) or 'none'}; "
         f"{model['params'] / 1e6:.3f} M parameters, {model['macs'] / 1e6:.1f} M MACs",
@@ -24,27 +21,27 @@ def start_lines(data: Data) -> list[str]:
     ]
 
 
-def choice_lines(data: Data) -> list[str]:
+def choice_lines(slimming: SlimResult) -> list[str]:
     """The blocks with what each saves and its damage, the sets that were tried, the chosen one, and why."""
-    base, chosen = _score(data, []), data["chosen"]
+    base, chosen = _base_score(slimming), slimming["chosen"]
     lines = [
         f"base    loss {base['loss']:.4f}, top-1 {100 * base['top1']:.2f} % on these images",
         "",
-        *_block_table(data),
+        *_block_table(slimming),
         "",
-        *_set_table(data),
+        *_set_table(slimming),
         "",
-        f"chosen  {', '.join(chosen['blocks'])}: {_reason(data)}",
+        f"chosen  {', '.join(chosen['blocks'])}: {_reason(slimming)}",
     ]
     return lines
 
 
-def result_lines(data: Data, out: Path) -> list[str]:
+def result_lines(slimming: SlimResult, out: Path) -> list[str]:
     """The slimmed model beside the original one; without a result, how to train it."""
-    if "result" not in data:
+    if "result" not in slimming:
         command = ["ulsam", "train", "--config", str(out / "train.yaml"), "--out", str(out / "run")]
         return [f"next    {shlex.join(command)}"]
-    result, model = data["result"], data["model"]
+    result, model = slimming["result"], slimming["model"]
     original, slimmed, cost = result["original"], result["slimmed"], result["cost"]
     changes = ", ".join(
         f"{model[key] / 1e6:.3f} -> {cost[key] / 1e6:.3f} M {WORDS[key]} ({cost[key] / model[key] - 1:+.1%})"
@@ -57,17 +54,16 @@ def result_lines(data: Data, out: Path) -> list[str]:
     ]
 
 
-def _block_table(data: Data) -> list[str]:
-    model, base = data["model"], _score(data, [])
-    timings = {tuple(entry["blocks"]): entry for entry in data.get("timings", [])}
+def _block_table(slimming: SlimResult) -> list[str]:
+    model, base = slimming["model"], _base_score(slimming)
+    timings = {tuple(entry["blocks"]): entry for entry in slimming.get("timings", [])}
     cells = [["layer", "name", "type", "output", "params saved", "MACs saved", "loss change", "top-1 change"]]
-    reconstructed = data.get("reconstructed", {})
+    reconstructed = slimming.get("reconstructed", {})
     if timings:
         cells[0].insert(6, "time saved")
     if reconstructed:
         cells[0].insert(-2, "explained")
-    for block in data["blocks"]:
-        found = _score(data, [block["place"]])
+    for block in slimming["blocks"]:
         row = [
             "" if block["number"] is None else str(block["number"]),
             block["name"],
@@ -80,17 +76,17 @@ def _block_table(data: Data) -> list[str]:
             row.append(f"{1 - timings[(block['place'],)]['ratio']:.2%}")
         if reconstructed:
             row.append(f"{reconstructed[block['name']]:.0%}" if block["name"] in reconstructed else "")
-        cells.append([*row, *(_damage(found, base) if found else ("not tried", ""))])
+        cells.append([*row, *_damage(_score(slimming, [block["place"]]), base, "not tried")])
     return text_table(cells, right=(0, *range(3, len(cells[0]))))
 
 
-def _set_table(data: Data) -> list[str]:
-    model, chosen = data["model"], data["chosen"]
-    blocks, base = {block["place"]: block for block in data["blocks"]}, _score(data, [])
-    timed = {tuple(entry["blocks"]): entry for entry in data.get("timed", [])}
+def _set_table(slimming: SlimResult) -> list[str]:
+    model, chosen = slimming["model"], slimming["chosen"]
+    blocks, base = {block["place"]: block for block in slimming["blocks"]}, _base_score(slimming)
+    timed = {tuple(entry["blocks"]): entry for entry in slimming.get("timed", [])}
     by_time = chosen["how"] in ("timed", "all")
     title = "sets of blocks that were timed" if by_time else "sets of blocks that reach the budget"
-    reconstructed = bool(data.get(RECONSTRUCTED))
+    reconstructed = bool(slimming.get("measured_reconstructed"))
     cells = [
         [
             *(title, "params left", "MACs left", *["time left"] * by_time, "loss change", "top-1 change"),
@@ -102,15 +98,16 @@ def _set_table(data: Data) -> list[str]:
     for places in shown:
         left = [f"{1 - sum(blocks[place][key] for place in places) / model[key]:.2%}" for key in ("params", "macs")]
         time = [f"{timed[tuple(places)]['ratio']:.2%}"] if by_time else []
-        after = _score(data, places, RECONSTRUCTED)
-        mended = _damage(after, base) if after else ("", "")
-        cells.append([", ".join(places), *left, *time, *_damage(_score(data, places), base), *mended * reconstructed])
+        mended = _damage(_score(slimming, places, reconstructed=True), base)
+        cells.append(
+            [", ".join(places), *left, *time, *_damage(_score(slimming, places), base), *mended * reconstructed]
+        )
     lines = text_table(cells, right=range(1, len(cells[0])))
     return lines + [f"and {len(rivals) - len(shown)} more, in slim.json"] * (len(rivals) > len(shown))
 
 
-def _reason(data: Data) -> str:
-    asked, chosen = data["budget"], data["chosen"]
+def _reason(slimming: SlimResult) -> str:
+    asked, chosen = slimming["budget"], slimming["chosen"]
     budget = f"{asked['share']:g} of the {WORDS[asked['measure']]}"
     number = len(chosen["rivals"])
     if chosen["how"] == "exact":
@@ -122,7 +119,7 @@ def _reason(data: Data) -> str:
         why = (
             f"the least damage of the sets whose blocks promise {budget}, and timed it reaches that"
             if number == 1
-            else f"of {number} sets that were timed, by damage, the first that reaches {budget}; {_others(data)}, "
+            else f"of {number} sets that were timed, by damage, the first that reaches {budget}; {_others(slimming)}, "
             "and one that was not timed may be better"
         )
     elif chosen["how"] == "all":
@@ -134,7 +131,7 @@ def _reason(data: Data) -> str:
             f"the least damage of {number} sets that reach {budget}: the greedy one and exchanges of its blocks; "
             "there are too many for all to be measured, and a better one may exist"
         )
-    if (measured := sum(_score(data, places, RECONSTRUCTED) is not None for places in chosen["rivals"])) > 1:
+    if (measured := sum(_score(slimming, places, reconstructed=True) is not None for places in chosen["rivals"])) > 1:
         first = chosen["rivals"][0]
         if chosen["blocks"] == first:
             why += f"; of {measured} sets it is the best after reconstruction too"
@@ -146,10 +143,10 @@ def _reason(data: Data) -> str:
     return why
 
 
-def _others(data: Data) -> str:
+def _others(slimming: SlimResult) -> str:
     """Which of the other timed sets reach the budget too."""
-    share, rivals = data["budget"]["share"], data["chosen"]["rivals"]
-    ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in data["timed"]}
+    share, rivals = slimming["budget"]["share"], slimming["chosen"]["rivals"]
+    ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in slimming["timed"]}
     fast = sum(ratios[tuple(places)] <= share for places in rivals) - 1
     slow = len(rivals) - 1 - fast
     return " and ".join(
@@ -160,10 +157,18 @@ def _others(data: Data) -> str:
     )
 
 
-def _score(data: Data, places: Sequence[str], of: str = "measured") -> Any:
-    """The entry of this set; None if it was not measured."""
-    return next((entry for entry in data.get(of, []) if entry["blocks"] == list(places)), None)
+def _score(slimming: SlimResult, places: Sequence[str], *, reconstructed: bool = False) -> SetScore | None:
+    """The score of this set; None if it was not measured."""
+    scores = slimming.get("measured_reconstructed", []) if reconstructed else slimming["measured"]
+    return next((score for score in scores if score["blocks"] == list(places)), None)
 
 
-def _damage(found: Data, base: Data) -> tuple[str, str]:
-    return f"{found['loss'] - base['loss']:+.4f}", f"{100 * (found['top1'] - base['top1']):+.2f}"
+def _base_score(slimming: SlimResult) -> SetScore:
+    """The score of the model as it is, which is measured first."""
+    return next(score for score in slimming["measured"] if not score["blocks"])
+
+
+def _damage(score: SetScore | None, base: SetScore, missing: str = "") -> tuple[str, str]:
+    if score is None:
+        return missing, ""
+    return f"{score['loss'] - base['loss']:+.4f}", f"{100 * (score['top1'] - base['top1']):+.2f}"

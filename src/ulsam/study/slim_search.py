@@ -39,18 +39,18 @@ def _nothing(sets: Iterable[Blocks]) -> None:
 
 
 def search(
-    savings: Sequence[float], least: float, damage: Damage, most_sets: int = 200, ahead: Ahead = _nothing
+    savings: Sequence[float], least: float, damage: Damage, max_sets: int = 200, ahead: Ahead = _nothing
 ) -> SearchResult:
     """Find the set of least damage that saves ``least`` or more.
 
-    First greedily (:func:`greedy`). Then, where there are at most ``most_sets`` minimal sets, all of them are measured
+    First greedily (:func:`greedy`). Then, where there are at most ``max_sets`` minimal sets, all of them are measured
     and the result is the best; else the greedy set is improved by swaps (:func:`improve`), and a better one may exist.
 
     Args:
         savings: of each block, above 0; those of a set add up.
         least: to be saved, above 0.
         damage: of a set.
-        most_sets: how many sets to measure at most, those of the greedy search aside.
+        max_sets: how many sets to measure at most, those of the greedy search aside.
         ahead: is told of the sets whose damage is asked for next.
 
     Raises:
@@ -65,8 +65,8 @@ def search(
     sets = []
     for blocks in minimal_sets(savings, least):
         sets.append(blocks)
-        if len(sets) > most_sets:
-            rivals = improve(first, savings, least, damage, most_sets, ahead)
+        if len(sets) > max_sets:
+            rivals = improve(first, savings, least, damage, max_sets, ahead)
             return SearchResult(rivals[0], "greedy", first, tuple(rivals))
     ahead(sets)
     sets.sort(key=lambda blocks: (damage(blocks), sorted(blocks)))
@@ -98,16 +98,16 @@ def improve(
     savings: Sequence[float],
     least: float,
     damage: Damage,
-    most_sets: int,
+    max_sets: int,
     ahead: Ahead = _nothing,
 ) -> list[Blocks]:
-    """Exchange one block of the set for another while that lessens the damage; measures at most ``most_sets`` sets.
+    """Exchange one block of the set for another while that lessens the damage; measures at most ``max_sets`` sets.
 
     Where the exchange saves too little the set gets one block more.
 
     Args:
         start: a minimal set.
-        savings, least, damage, most_sets, ahead: as for :func:`search`.
+        savings, least, damage, max_sets, ahead: as for :func:`search`.
 
     Returns:
         The minimal sets that were measured, by damage.
@@ -120,7 +120,7 @@ def improve(
     tried: set[Blocks] = set()
     while (best := min(seen, key=lambda blocks: (seen[blocks], sorted(blocks)))) not in tried:
         tried.add(best)
-        fresh = [blocks for blocks in _neighbors(best, savings, least) if blocks not in seen][: most_sets - len(seen)]
+        fresh = [blocks for blocks in _neighbors(best, savings, least) if blocks not in seen][: max_sets - len(seen)]
         ahead(fresh)
         seen.update({blocks: damage(blocks) for blocks in fresh})
     return sorted(seen, key=lambda blocks: (seen[blocks], sorted(blocks)))

@@ -16,7 +16,7 @@ from ulsam.base.eval_mode import eval_mode
 from ulsam.base.logs import LOGGER
 from ulsam.data.loading import Batch
 from ulsam.study.slim_blocks import SwitchableModel
-from ulsam.study.slim_damage import Score
+from ulsam.study.slim_damage import SampleScore
 from ulsam.training.predict import NOT_FINITE
 
 Names = frozenset[str]
@@ -76,7 +76,9 @@ def _sharing_prefixes(switched: SwitchableModel, sets: Sequence[Names]) -> Itera
             model.set_submodule(name, switched.old[name])
 
 
-def scores_together(switched: SwitchableModel, sets: Sequence[Sequence[str]], batches: Sequence[Batch]) -> list[Score]:
+def scores_together(
+    switched: SwitchableModel, sets: Sequence[Sequence[str]], batches: Sequence[Batch]
+) -> list[SampleScore]:
     """The score of each set of blocks, replaced together, on batches of images.
 
     Args:
@@ -102,7 +104,7 @@ def scores_together(switched: SwitchableModel, sets: Sequence[Sequence[str]], ba
                 for blocks, mine in zip(variants.now, logits.chunk(len(variants.now)), strict=True):
                     loss = F.cross_entropy(mine.double(), labels, reduction="sum")
                     sums[blocks] += torch.stack([loss, (mine.argmax(1) == labels).sum().double()])
-    scores = [Score(*(sums[blocks] / count).tolist()) for blocks in wanted]
+    scores = [SampleScore(*(sums[blocks] / count).tolist()) for blocks in wanted]
     if not all(torch.isfinite(total).all() for total in sums.values()):
         raise NotFinite(NOT_FINITE)
     return scores

@@ -22,7 +22,7 @@ from ulsam.study.student_t import t_quantile
 Over = Literal["seeds and images", "images", "seeds", "nothing"]
 Word = Literal["gain", "gain (one seed)", "non-inferior", "loss", "loss (one seed)", "inconclusive"]
 
-LEAST_IMAGES = 10  # on which two models must differ for a verdict: an interval from fewer is no good one
+MIN_IMAGES = 10  # on which two models must differ for a verdict: an interval from fewer is no good one
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Difference:
         >>> Difference(0.02, 0.01, 0.03, "images", (0,), (0.02,), 9).words()
         ('inconclusive',)
         """
-        few = self.differ is not None and self.differ < LEAST_IMAGES
+        few = self.differ is not None and self.differ < MIN_IMAGES
         if self.low is None or self.high is None or few:
             return ("inconclusive",)
         gain: Word = "gain" if len(self.seeds) > 1 else "gain (one seed)"

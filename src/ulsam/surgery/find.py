@@ -17,7 +17,7 @@ from ulsam.layer.ulsam import ULSAM, divisors
 from ulsam.surgery.edited import added_layers, is_edited, is_followed
 from ulsam.surgery.layer_host import host_class
 from ulsam.surgery.places import At, match, unwrapped, words
-from ulsam.surgery.trace import ModuleTrace, Shape, trace
+from ulsam.surgery.trace import ModuleTrace, Shape, is_feature_map, trace
 
 
 class TracedModel(NamedTuple):
@@ -71,7 +71,7 @@ def candidates(model: nn.Module, input_size: Sequence[int] | None = None, leaves
     model = unwrapped(model)
     seen = traced(model, input_size)
     owners = _owners(model)
-    found = []
+    blocks = []
     for name, module in model.named_modules():
         if not name or why_not_replace(module, seen.flows[name], seen):
             continue
@@ -82,8 +82,8 @@ def candidates(model: nn.Module, input_size: Sequence[int] | None = None, leaves
         saved = sum(p.numel() for p in module.parameters() if inside[id(p)] == owners[id(p)])
         params = saved - 2 * channels
         macs = seen.flows[name].macs - 2 * channels * height * width
-        found.append(Candidate(name, host_class(module).__name__, (channels, height, width), params, macs))
-    return found
+        blocks.append(Candidate(name, host_class(module).__name__, (channels, height, width), params, macs))
+    return blocks
 
 
 def blocks_at(model: nn.Module, at: At) -> list[str]:
@@ -162,9 +162,7 @@ def _why_not_map(module: nn.Module, flow: ModuleTrace, image: Shape | None) -> s
         return f"outputs {list(shape)}; an edit needs a feature map [B, C, H, W]"
     if getattr(module, "normalized_shape", None) == shape[-1:] != shape[1:2]:  # such as attention's heads of tokens
         return f"normalizes the last dimension of {list(shape)}; an edit needs a feature map [B, C, H, W]"
-    _, _, height, width = cast(Shape, image)
-    first, last = (abs(shape[n] / height - shape[n + 1] / width) for n in (1, 2))
-    if first < last:  # a map has the proportions of the image, and they are found in front of the channels
+    if not is_feature_map(shape, cast(Shape, image)):
         return f"outputs {list(shape)}, channels in the last dimension; an edit needs a feature map [B, C, H, W]"
     return None
 

@@ -23,8 +23,8 @@ from ulsam.surgery.edited import is_followed
 from ulsam.surgery.trace import default_input_size
 
 ItemT = TypeVar("ItemT")
-Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
-Step = Mapping[nn.Module, nn.Module]
+ConvNorm = tuple[nn.Conv2d, nn.BatchNorm2d]
+Folded = Mapping[nn.Module, nn.Module]
 """Modules of the model, and what stands in their places once they are folded."""
 
 _running = threading.RLock()  # the random numbers and the stance towards compiled code are the whole process's
@@ -68,10 +68,10 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
             raise
         try:
             folded, x = _fold(model, size, like, torch.float64, channels_last), like.new_zeros(1, *size)
-            wanted, found = ([one.dtype for one in _run(one, x)] for one in (plain_copy(model).eval(), folded))
+            wanted, got = ([one.dtype for one in _run(one, x)] for one in (plain_copy(model).eval(), folded))
         except Exception:  # the same, an operator or a device without float64, or code that kept a float64 tensor
             raise error from None
-        if found != wanted:  # it kept one
+        if got != wanted:  # it kept one
             raise
         return folded
 
@@ -161,13 +161,13 @@ def _cast(model: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:
             tensor.data = tensor.data.to(dtype(name))
 
 
-def _pairs(model: nn.Module, x: Tensor) -> tuple[list[Pair], list[Tensor]]:
+def _pairs(model: nn.Module, x: Tensor) -> tuple[list[ConvNorm], list[Tensor]]:
     """What can be folded as far as the modules show, and what the model outputs.
 
     The convolution's output is the BatchNorm's input, and both run once.
     """
     made: dict[int, tuple[Tensor, int, nn.Conv2d]] = {}  # a convolution's output and its version, by id
-    found: list[Pair] = []
+    pairs: list[ConvNorm] = []
     calls: Counter[nn.Module] = Counter()
 
     def after(conv: nn.Module, _: Any, output: Any) -> None:
@@ -180,7 +180,7 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[Pair], list[Tensor]]:
         if args and id(args[0]) in made:
             output, version, conv = made[id(args[0])]
             if _version(output) == version:  # not changed in place
-                found.append((conv, cast(nn.BatchNorm2d, norm)))
+                pairs.append((conv, cast(nn.BatchNorm2d, norm)))
 
     of_layers = {child for module in model.modules() if isinstance(module, ULSAM) for child in module.children()}
     handles = []
@@ -196,8 +196,8 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[Pair], list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-    uses = Counter(conv for conv, _ in found)
-    return [pair for pair in found if calls[pair[0]] == calls[pair[1]] == uses[pair[0]] == 1], expected
+    uses = Counter(conv for conv, _ in pairs)
+    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == uses[pair[0]] == 1], expected
 
 
 def _version(output: Tensor) -> int:
@@ -234,8 +234,8 @@ def _repeats(model: nn.Module, x: Tensor, expected: Sequence[Tensor], channels_l
 
 
 def _steps(
-    model: nn.Module, x: Tensor, expected: Sequence[Tensor], pairs: Sequence[Pair], is_random: bool
-) -> list[Step]:
+    model: nn.Module, x: Tensor, expected: Sequence[Tensor], pairs: Sequence[ConvNorm], is_random: bool
+) -> list[Folded]:
     """The ways of folding parts of the model that keep what it outputs.
 
     There are two tests. With NaN instead of a convolution's output wherever another than its BatchNorm looks at it, no
@@ -243,15 +243,15 @@ def _steps(
     with the model, unless that is random: this finds code that uses the modules' weights.
     """
 
-    def are_hidden(some: Sequence[Pair]) -> bool:
+    def are_hidden(some: Sequence[ConvNorm]) -> bool:
         with _poisoned(some):
             return _gives(model, x, expected, values=False)
 
-    def are_exact(some: Sequence[Step]) -> bool:
+    def are_exact(some: Sequence[Folded]) -> bool:
         with _swapped(model, some) as folded:
             return _gives(folded, x, expected, values=not is_random)
 
-    steps: list[Step] = []
+    steps: list[Folded] = []
     for conv, norm in _most(pairs, are_hidden):
         steps.append({conv: fuse_conv_bn_eval(conv, norm), norm: _rest(norm)})
     for module in model.modules():
@@ -273,7 +273,7 @@ def _most(
 
 
 @contextmanager
-def _poisoned(pairs: Sequence[Pair]) -> Iterator[None]:
+def _poisoned(pairs: Sequence[ConvNorm]) -> Iterator[None]:
     """Within it every BatchNorm gets its convolution's output, and all others get NaN."""
     outputs: dict[nn.Module, Tensor] = {}
 
@@ -293,7 +293,7 @@ def _poisoned(pairs: Sequence[Pair]) -> Iterator[None]:
 
 
 @contextmanager
-def _swapped(model: nn.Module, steps: Sequence[Step]) -> Iterator[nn.Module]:
+def _swapped(model: nn.Module, steps: Sequence[Folded]) -> Iterator[nn.Module]:
     """The model with the steps taken; afterwards they are undone."""
     whole = model
     for step in steps:
@@ -305,7 +305,7 @@ def _swapped(model: nn.Module, steps: Sequence[Step]) -> Iterator[nn.Module]:
             _swap(whole, {new: old for old, new in step.items()})
 
 
-def _swap(model: nn.Module, step: Step) -> nn.Module:
+def _swap(model: nn.Module, step: Folded) -> nn.Module:
     """Put the new modules where the old ones are, under all of their names; the model, or what stands in its place."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -337,13 +337,13 @@ def _gives(model: nn.Module, x: Tensor, expected: Sequence[Tensor], *, values: b
         return False
 
 
-def _agree(expected: Sequence[Tensor], found: Sequence[Tensor], *, values: bool = True) -> bool:
+def _agree(expected: Sequence[Tensor], actual: Sequence[Tensor], *, values: bool = True) -> bool:
     """Whether these are of the same shapes, with NaN in the same places; and of the same values to 1e-4."""
-    if [one.shape for one in expected] != [one.shape for one in found]:
+    if [one.shape for one in expected] != [one.shape for one in actual]:
         return False
     return all(
         torch.equal(before.isnan(), after.isnan()) and (not values or _is_close(before, after))
-        for before, after in zip(expected, found, strict=True)
+        for before, after in zip(expected, actual, strict=True)
     )
 
 

@@ -101,8 +101,8 @@ def reconstruct(
         return []
     known = {} if known is None or scope == "joint" else known
     with torch.no_grad(), eval_mode(model), enough_memory():
-        whole = put_back(copy.deepcopy(model))
-        found: list[Reconstructed] = []
+        original = put_back(copy.deepcopy(model))
+        entries: list[Reconstructed] = []
         front: tuple[tuple[tuple[str, ...], str | None], ...] = ()
         for places, following in _segments(model, batches[0]):
             front += ((tuple(places), following),)
@@ -111,15 +111,15 @@ def reconstruct(
                     model.get_submodule(name).load_state_dict(state)
             else:
                 for name in places:
-                    reconstruct_layer(model, whole, name, batches, steps=steps)
+                    reconstruct_layer(model, original, name, batches, steps=steps)
                 block = scope == "block"
-                trained = _one(model, whole, places, following, batches, steps, rate) if block else None
+                trained = _one(model, original, places, following, batches, steps, rate) if block else None
                 known[front] = _Segment(trained, _states(model, [*places, *([following] if following else [])]))
             if entry := known[front].entry:
-                found.append(entry)
+                entries.append(entry)
         if scope == "joint":
-            found.append(_jointly(model, whole, batches, steps, rate))
-    return found
+            entries.append(_jointly(model, original, batches, steps, rate))
+    return entries
 
 
 def _states(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -147,14 +147,16 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            running.append(_Call(name, module, next(clock), given=_map(args[0] if len(args) == 1 else None)))
+            running.append(
+                _Call(name, module, next(clock), given=_four_dimensional(args[0] if len(args) == 1 else None))
+            )
             calls.append(running[-1])
 
         return hook
 
     def leave(_: nn.Module, args: Any, output: Any) -> None:
         call = running.pop()
-        call.ended, call.output = next(clock), _map(output)
+        call.ended, call.output = next(clock), _four_dimensional(output)
 
     handles = []
     for name, module in model.named_modules():
@@ -168,7 +170,7 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
     return calls
 
 
-def _map(value: Any) -> Tensor | None:
+def _four_dimensional(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.ndim == 4 else None
 
 
@@ -204,7 +206,7 @@ def _is_kept_block(call: _Call, edited: set[str]) -> bool:
 
 def _one(
     model: nn.Module,
-    whole: nn.Module,
+    original: nn.Module,
     places: Sequence[str],
     following: str | None,
     batches: Sequence[Tensor],
@@ -222,7 +224,7 @@ def _one(
     if not chain:
         return None
     given = passing(model, chain[0], batches)[0]
-    wanted = passing(whole, chain[-1], batches)[1]
+    wanted = passing(original, chain[-1], batches)[1]
     modules = [model.get_submodule(name) for name in chain]
     trained = nn.Sequential(*map(_without_original, modules))
     before, after = _train(trained, given, wanted, chain[-1], steps, rate)
@@ -292,7 +294,9 @@ def _adam(parts: Iterable[nn.Module], loss_of: Callable[[int], Tensor], name: st
         module.training = False
 
 
-def _jointly(model: nn.Module, whole: nn.Module, batches: Sequence[Tensor], steps: int, rate: float) -> Reconstructed:
+def _jointly(
+    model: nn.Module, original: nn.Module, batches: Sequence[Tensor], steps: int, rate: float
+) -> Reconstructed:
     """Train everything behind the first edited place, towards the last feature map."""
     calls = _calls(model, batches[0])
     edited = edited_blocks(model)
@@ -305,7 +309,7 @@ def _jointly(model: nn.Module, whole: nn.Module, batches: Sequence[Tensor], step
     for module in parts:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
-    wanted = [y.float() for y in passing(whole, last, batches)[1]]
+    wanted = [y.float() for y in passing(original, last, batches)[1]]
     power = sum(float(y.square().sum()) for y in wanted)
     if not math.isfinite(power) or not power:
         raise NotFinite(f"the model outputs nothing to learn from at {last}: its weights are broken")
@@ -328,11 +332,11 @@ def _jointly(model: nn.Module, whole: nn.Module, batches: Sequence[Tensor], step
     return Reconstructed(last, tuple(edited), before, min(before, after))
 
 
-def describe(found: Reconstructed, images: int, source: str = "training images") -> str:
+def describe(entry: Reconstructed, images: int, source: str = "training images") -> str:
     """One line for the user.
 
     >>> describe(Reconstructed("blocks.5.0", ("blocks.4.1", "blocks.4.2"), 0.471, 0.132), 512)
     'blocks.5.0 behind blocks.4.1, blocks.4.2: relative error 0.47 -> 0.13, on 512 training images'
     """
-    where = f"{found.name} behind {', '.join(found.edits)}" if found.name not in found.edits else found.name
-    return f"{where}: relative error {found.before:.2f} -> {found.after:.2f}, on {images} {source}"
+    where = f"{entry.name} behind {', '.join(entry.edits)}" if entry.name not in entry.edits else entry.name
+    return f"{where}: relative error {entry.before:.2f} -> {entry.after:.2f}, on {images} {source}"

@@ -71,13 +71,13 @@ def reconstruct_layers(model: nn.Module, batches: Sequence[Tensor], *, steps: in
 
 
 def reconstruct_layer(
-    model: nn.Module, whole: nn.Module, name: str, batches: Sequence[Tensor], *, steps: int = STEPS
+    model: nn.Module, original: nn.Module, name: str, batches: Sequence[Tensor], *, steps: int = STEPS
 ) -> list[ReconstructedLayer]:
-    """Reconstruct the layer at one place as :func:`reconstruct_layers` does, if it is new; ``whole`` has all blocks."""
+    """Reconstruct the layer at one place, if it is new, as :func:`reconstruct_layers`; ``original`` has all blocks."""
     layer = model.get_submodule(name)
     if not _has_new(layer):
         return []
-    given, wanted = passing(model, name, batches)[0], passing(whole, name, batches)[1]
+    given, wanted = passing(model, name, batches)[0], passing(original, name, batches)[1]
     return [ReconstructedLayer(name, _residual_of(layer).width, _regress(layer, name, given, wanted, steps))]
 
 

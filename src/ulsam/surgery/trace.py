@@ -45,9 +45,29 @@ class ModuleTrace:
     norm_behind: str | None = None  # of a convolution: the BatchNorm that takes its output
 
     @property
-    def is_map(self) -> bool:
-        """Whether it outputs one tensor of the form [1, C, H, W]."""
+    def is_four_dimensional(self) -> bool:
+        """Whether it outputs one tensor of four dimensions: a feature map, or [1, H, W, C]."""
         return self.output_shape is not None and len(self.output_shape) == 4
+
+
+def is_feature_map(shape: Sequence[int], image: Sequence[int]) -> bool:
+    """Whether an output is a feature map [B, C, H, W]: the last two of four dimensions have the image's proportions.
+
+    Of [B, H, W, C] the two before the last have them.
+
+    Args:
+        shape: of the output.
+        image: shape of the model's input, [B, C, H, W].
+
+    >>> image = (1, 3, 224, 224)
+    >>> [is_feature_map(shape, image) for shape in ((1, 768, 7, 7), (1, 7, 7, 768), (1, 49, 768))]
+    [True, False, False]
+    """
+    if len(shape) != 4:
+        return False
+    _, _, height, width = image
+    before, last = (abs(shape[n] / height - shape[n + 1] / width) for n in (1, 2))
+    return last <= before
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -101,60 +121,74 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
 
 
 def _pass(shadow: nn.Module, image: Tensor) -> dict[str, ModuleTrace]:
-    flows = {module: ModuleTrace() for module in shadow.modules()}
-    running: list[nn.Module] = []  # outermost first
+    """What flows through every module of a model, by name, when it runs on the image."""
+    recorder = _Recorder(shadow)
+    with torch.no_grad(), recorder:
+        shadow(image)
+    for conv, number in recorder.readers.items():
+        if number > 1:  # the two are not one: others take the output without the norm
+            recorder.flows[conv].norm_behind = None
+    return {name: recorder.flows[module] for name, module in shadow.named_modules(remove_duplicate=False)}
 
-    def book(macs: int, elements: int) -> None:
-        for module in set(running):
-            flows[module].macs += macs
-        flows[running[-1]].own_macs += macs
-        flows[running[-1]].own_activations += elements
 
-    names = {module: name for name, module in shadow.named_modules()}
-    readers: Counter[nn.Module] = Counter()  # how many operators take a convolution's output
-    convolved: dict[int, tuple[nn.Module, weakref.ref[Tensor]]] = {}  # what made a map, by its id
+class _Recorder(TorchDispatchMode):
+    """Within it the calls of a model's modules, and the operators that they run, are noted.
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, _BatchNorm) and args and id(args[0]) in convolved:
-            conv, output = convolved[id(args[0])]
-            if output() is args[0]:  # and not a later tensor with its id
-                flows[conv].norm_behind = names[module]
-        running.append(module)
+    Attributes:
+        flows: of each module.
+        readers: how many operators take a convolution's output.
+    """
 
-    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        running.pop()
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flows = {module: ModuleTrace() for module in model.modules()}
+        self.readers: Counter[nn.Module] = Counter()
+        self._names = {module: name for name, module in model.named_modules()}
+        self._running: list[nn.Module] = []  # outermost first
+        self._convolved: dict[int, tuple[nn.Module, weakref.ref[Tensor]]] = {}  # what made a map, by its id
+        for module in self.flows:
+            module.register_forward_pre_hook(self._enter, prepend=True)
+            module.register_forward_hook(self._leave, with_kwargs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value in args:
+            if (conv := self._source(value)) is not None:
+                self.readers[conv] += 1
+        out = _output_of(func, args, kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            flops = int(formula(*args, **kwargs, out_val=out))
+            self._book(flops // 2, (out if isinstance(out, Tensor) else out[0]).numel())
+        return out
+
+    def _source(self, value: object) -> nn.Module | None:
+        """The convolution that made this very tensor, and not an earlier one with its id."""
+        conv, output = self._convolved.get(id(value), (None, None))
+        return conv if output is not None and output() is value else None
+
+    def _book(self, macs: int, elements: int) -> None:
+        """Count what an operator did for the modules that are running."""
+        for module in set(self._running):
+            self.flows[module].macs += macs
+        self.flows[self._running[-1]].own_macs += macs
+        self.flows[self._running[-1]].own_activations += elements
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, _BatchNorm) and args and (conv := self._source(args[0])) is not None:
+            self.flows[conv].norm_behind = self._names[module]
+        self._running.append(module)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._running.pop()
         if isinstance(module, nn.Conv2d):
-            convolved[id(output)] = module, weakref.ref(output)
-        flow = flows[module]
+            self._convolved[id(output)] = module, weakref.ref(output)
+        flow = self.flows[module]
         flow.calls += 1
         one_in = flow.calls == 1 and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         one_out = flow.calls == 1 and isinstance(output, Tensor)
         flow.input_shape = tuple(args[0].shape) if one_in else None
         flow.output_shape = tuple(output.shape) if one_out else None
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            for value in args:
-                if id(value) in convolved and convolved[id(value)][1]() is value:
-                    readers[convolved[id(value)][0]] += 1
-            out = _output_of(func, args, kwargs)
-            formula = flop_registry.get(func._overloadpacket)
-            if formula is not None:
-                flops = int(formula(*args, **kwargs, out_val=out))
-                book(flops // 2, (out if isinstance(out, Tensor) else out[0]).numel())
-            return out
-
-    counting: TorchDispatchMode = Count()  # type: ignore[no-untyped-call]
-    for module in flows:
-        module.register_forward_pre_hook(enter, prepend=True)
-        module.register_forward_hook(leave, with_kwargs=True)
-    with torch.no_grad(), counting:
-        shadow(image)
-    for conv, number in readers.items():
-        if number > 1:  # the two are not one: others take the output without the norm
-            flows[conv].norm_behind = None
-    return {name: flows[module] for name, module in shadow.named_modules(remove_duplicate=False)}
 
 
 def _output_of(func: OpOverload[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.data.image_channels import shown
 from ulsam.data.images import UnreadableImage, read_pixels
 from ulsam.training.config import TrainConfig
-from ulsam.training.parts import spec_of, train_transform
+from ulsam.training.parts import spec_of_run, train_transform
 
 ROWS, COLUMNS = 8, 7
 _GAP = 4
@@ -25,7 +25,7 @@ def augmentation_sheet(paths: Sequence[str], config: TrainConfig) -> bytes:
     Raises:
         UlsamError: none of these images can be read, or they have other channels than RGB or gray.
     """
-    spec = spec_of(config, ("class",))
+    spec = spec_of_run(config, ("class",))
     look = train_transform(config, spec)
     if look.channels not in (1, 3):
         raise UlsamError(f"the sheet shows RGB or gray images, not those of {look.channels} channels")

@@ -4,15 +4,14 @@ The better epoch has the higher top-1, or mAP of several labels an image; where 
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError
 from ulsam.training.config import TrainConfig
+from ulsam.training.train_summary import EpochEntry, KeptEpoch
 
-Row = Mapping[str, Any]  # of metrics.csv
 State = dict[str, Tensor]
 
 
@@ -39,7 +38,7 @@ fair test: hold training images out with `val_fraction`, or name another split w
         )
 
 
-def best_row(rows: Sequence[Row]) -> Row | None:
+def best_row(rows: Sequence[EpochEntry]) -> EpochEntry | None:
     """The row of the best epoch, of equal ones the first; None where no epoch was measured.
 
     >>> scores = [0.5, 0.7, None, 0.7]
@@ -47,16 +46,15 @@ def best_row(rows: Sequence[Row]) -> Row | None:
     2
     """
     measured = [row for row in rows if _score(row) is not None]
-    return max(measured, key=lambda row: (_score(row), -row["val_loss"]), default=None)
+    return max(measured, key=lambda row: (_score(row) or 0.0, -(row["val_loss"] or 0.0)), default=None)
 
 
-def _score(row: Row) -> float | None:
+def _score(row: EpochEntry) -> float | None:
     """None where the epoch was not measured, or no class had an image."""
-    score: float | None = row["val_map" if "val_map" in row else "val_top1"]
-    return score
+    return row["val_map"] if "val_map" in row else row["val_top1"]
 
 
-def is_over(rows: Sequence[Row], patience: int | None) -> bool:
+def is_over(rows: Sequence[EpochEntry], patience: int | None) -> bool:
     """Whether the last epoch was measured, and is ``patience`` epochs or more behind the best one.
 
     >>> rows = [{"epoch": n, "val_top1": 0.5, "val_loss": n} for n in (1, 2, 3)]
@@ -66,7 +64,7 @@ def is_over(rows: Sequence[Row], patience: int | None) -> bool:
     best = best_row(rows)
     if patience is None or best is None or _score(rows[-1]) is None:
         return False
-    return bool(rows[-1]["epoch"] - best["epoch"] >= patience)
+    return rows[-1]["epoch"] - best["epoch"] >= patience
 
 
 def state_of(model: nn.Module) -> State:
@@ -74,7 +72,7 @@ def state_of(model: nn.Module) -> State:
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
-def check_state(state: State | None, rows: Sequence[Row], model: nn.Module) -> None:
+def check_state(state: State | None, rows: Sequence[EpochEntry], model: nn.Module) -> None:
     """Raise ValueError unless a checkpoint holds the best epoch's weights of this model, where an epoch was measured.
 
     >>> check_state(None, [], nn.Linear(2, 2))
@@ -86,12 +84,8 @@ def check_state(state: State | None, rows: Sequence[Row], model: nn.Module) -> N
         raise ValueError("it does not hold the weights of the best epoch")
 
 
-def kept_entry(config: TrainConfig, rows: Sequence[Row], split: str) -> dict[str, Any]:
+def kept_entry(config: TrainConfig, rows: Sequence[EpochEntry], split: str) -> KeptEpoch:
     """Which epoch's weights are saved, as JSON.
-
-    Returns:
-        ``keep``, ``epoch``, how many were ``trained``, the ``best`` one, and what this was ``chosen_on``: None where
-        the scores decided nothing.
 
     >>> rows = [{"epoch": n, "val_top1": 0.5, "val_loss": n} for n in (1, 2, 3)]
     >>> entry = kept_entry(TrainConfig("birds", keep="best", epochs=9, patience=2), rows, "validation")
@@ -110,7 +104,7 @@ def kept_entry(config: TrainConfig, rows: Sequence[Row], split: str) -> dict[str
     }
 
 
-def kept_lines(kept: Mapping[str, Any], epochs: int) -> list[str]:
+def kept_lines(kept: KeptEpoch, epochs: int) -> list[str]:
     """What is to be said of :func:`kept_entry`; nothing where the scores decided nothing."""
     lines = []
     if kept["trained"] < epochs:

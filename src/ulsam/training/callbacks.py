@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ulsam.training.train_summary import EpochEntry, TrainSummary
+
 
 class Callback:
     """Called by `ulsam.train` in its first process, at the start, after each update and epoch, and at the end.
@@ -44,7 +46,7 @@ class Callback:
             values: ``loss``, the mean over its images, and ``lr``.
         """
 
-    def epoch(self, row: Mapping[str, Any], update: int) -> None:
+    def epoch(self, row: EpochEntry, update: int) -> None:
         """An epoch has ended.
 
         Args:
@@ -52,5 +54,5 @@ class Callback:
             update: the number of updates so far.
         """
 
-    def end(self, summary: Mapping[str, Any] | None) -> None:
+    def end(self, summary: TrainSummary | None) -> None:
         """The run has ended: with its summary, or None if it was stopped or failed."""

@@ -9,6 +9,7 @@ import torch
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_readable, write_atomic
+from ulsam.training.train_summary import EpochEntry
 
 CHECKPOINT = "checkpoint.pt"
 VERSION = 3
@@ -24,7 +25,7 @@ class Position:
     loss_sum: float = 0.0  # over the images of the current epoch
     images: int = 0
     seconds: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.csv
+    rows: list[EpochEntry] = field(default_factory=list)  # of metrics.csv
 
 
 def write_checkpoint(run: Path, state: dict[str, Any]) -> None:

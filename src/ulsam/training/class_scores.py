@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ulsam.base.distributed import World
 
-MOST_NUMBERS = 100_000_000
+MAX_NUMBERS = 100_000_000
 """Probabilities that are kept to compute AUC, images times classes: 400 MB. Of more there is no AUC."""
 
 COLUMNS = ("images", "named", "precision", "recall", "f1", "specificity", "auc")
@@ -85,11 +85,11 @@ class Collected:
     """What `ulsam.training.evaluate.evaluate_batches` shows to ``seen``.
 
     Args:
-        most: numbers that are kept to compute AUC; of more there is none.
+        max_numbers: numbers that are kept to compute AUC; of more there is none.
     """
 
-    def __init__(self, most: int = MOST_NUMBERS) -> None:
-        self.most = most
+    def __init__(self, max_numbers: int = MAX_NUMBERS) -> None:
+        self.max_numbers = max_numbers
         self.truths: list[NDArray[np.int64]] = []
         self.guesses: list[NDArray[np.int64]] = []
         self.shares: list[NDArray[np.float32]] | None = []
@@ -102,7 +102,7 @@ class Collected:
         self.numbers += logits.numel()
         if self.shares is not None:
             self.shares.append(logits.double().softmax(1).float().numpy())
-        if self.numbers > self.most:
+        if self.numbers > self.max_numbers:
             self.shares = None
 
     def scores(self, classes: Sequence[str], world: World) -> ClassScores:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, get_type_hints
 import yaml
 
 from ulsam.base.errors import UlsamError
-from ulsam.base.processes import MOST_WORKERS
+from ulsam.base.processes import MAX_WORKERS
 from ulsam.base.reading import read_text
 from ulsam.data.folds import parse_fold
 from ulsam.training.setting_kinds import MOMENTUM, checked, is_number
@@ -39,12 +39,12 @@ _RANGES: dict[str, tuple[float, float]] = {  # least and most, both included; no
     "size": (1, 8192),
     "in_chans": (1, 64),
     "threads": (1, 1024),  # OpenMP ends the process where it cannot make as many as it is asked for
-    "workers": (0, MOST_WORKERS),
+    "workers": (0, MAX_WORKERS),
     "distill_temperature": (0, 1000),
     "reconstruct_images": (0, 100 * _LARGE),
 }
 _POLICY = {"m": 30, "mmax": 10, "n": 16, "mstd": 1000, "p": 1, "inc": 1, "w": 16, "d": 16}  # most of each number
-_MOST_YAML = 1_000_000  # characters of settings
+_MAX_YAML = 1_000_000  # characters of settings
 _SHARES = (
     "smoothing",
     "hflip",
@@ -191,23 +191,31 @@ class TrainConfig:
 
             for text in self.edits:
                 Edit.parse(text)
-        self._check_ranges()
+        self._check_values()
         if self.opt != "sgd" or self.opt_args:  # lazy, as above
             from ulsam.training.optimizers import check_optimizer
 
             check_optimizer(self.opt, self.opt_args, self.momentum)
 
-    def _check_ranges(self) -> None:
-        for name, (least, most) in _RANGES.items():
+    def _check_values(self) -> None:
+        self._check_numbers()
+        self._check_policy()
+        self._check_optimization()
+        self._check_held_out()
+        self._check_schedule()
+        self._check_class_weights()
+        self._check_images()
+        self._check_channels()
+        if self.pretrained and self.weights:
+            raise UlsamError("`pretrained` and `weights` exclude each other: start from the hub or from a file")
+
+    def _check_numbers(self) -> None:
+        for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not least <= value:
-                raise UlsamError(f"`{name}` must be {least} or more, not {reprlib.repr(value)}")
-            if value is not None and value > most:
-                raise UlsamError(f"`{name}` must be {most:.15g} or less, not {reprlib.repr(value)}")
-        for key, number in re.findall(r"-([a-z]+)([\d.]+)", self.rand_augment or ""):
-            if not is_number(number) or float(number) > _POLICY.get(key, 100):
-                most = _POLICY.get(key, 100)
-                raise UlsamError(f"`rand_augment` takes a number up to {most} after {key}, not {number}")
+            if value is not None and not low <= value:
+                raise UlsamError(f"`{name}` must be {low} or more, not {reprlib.repr(value)}")
+            if value is not None and value > high:
+                raise UlsamError(f"`{name}` must be {high:.15g} or less, not {reprlib.repr(value)}")
         for name in _SHARES:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -216,6 +224,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UlsamError(f"`{name}` must be above 0, not {value}")
+
+    def _check_policy(self) -> None:
+        for key, number in re.findall(r"-([a-z]+)([\d.]+)", self.rand_augment or ""):
+            high = _POLICY.get(key, 100)
+            if not is_number(number) or float(number) > high:
+                raise UlsamError(f"`rand_augment` takes a number up to {high} after {key}, not {number}")
+
+    def _check_optimization(self) -> None:
         if self.teacher is not None and not (self.distill or self.distill_features):
             raise UlsamError("`distill` and `distill_features` are both 0: the teacher would teach nothing")
         if self.min_lr > self.lr:
@@ -224,25 +240,22 @@ class TrainConfig:
             raise UlsamError(f"`warmup_epochs` is {self.warmup_epochs}, which leaves nothing of {self.epochs} epochs")
         if self.opt == "sgd" and not 0 < self.momentum < 1:
             raise UlsamError(f"`momentum` must lie between 0 and 1, both excluded, not {self.momentum}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UlsamError(f"`mixup` and `cutmix` need an even batch size, not {self.batch_size}")
+
+    def _check_held_out(self) -> None:
         if self.fold is not None and self.val_fraction is not None:
             raise UlsamError("`fold` and `val_fraction` exclude each other: both say which images are held out")
         if self.fold is not None:
             parse_fold(self.fold)
-        self._check_schedule()
-        self._check_class_weights()
+
+    def _check_images(self) -> None:
         if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 1.5:
             raise UlsamError(f"`crop_pct` must lie between 0.1 and 1.5, not {self.crop_pct}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UlsamError(f"`crop_scale` takes two shares of the area, e.g. 0.25 1.0, not {self.crop_scale}")
-        self._check_channels()
-        if self.std is not None and min(self.std) <= 0:
-            raise UlsamError(f"`std` must be above 0 in every channel, not {self.std}")
         if self.interpolation not in (None, "bilinear", "bicubic"):
             raise UlsamError(f"`interpolation` must be bilinear or bicubic, not {self.interpolation!r}")
-        if self.pretrained and self.weights:
-            raise UlsamError("`pretrained` and `weights` exclude each other: start from the hub or from a file")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise UlsamError(f"`mixup` and `cutmix` need an even batch size, not {self.batch_size}")
 
     def _check_schedule(self) -> None:
         for name, its in _SCHEDULES.items():
@@ -267,15 +280,17 @@ class TrainConfig:
 
     def _check_channels(self) -> None:
         given = self.model_args.get("in_chans", 3)
-        least, most = _RANGES["in_chans"]
-        if type(given) is not int or not least <= given <= most:
-            raise UlsamError(f"`in_chans` is a whole number from {least} to {most}, not {reprlib.repr(given)}")
+        low, high = _RANGES["in_chans"]
+        if type(given) is not int or not low <= given <= high:
+            raise UlsamError(f"`in_chans` is a whole number from {low} to {high}, not {reprlib.repr(given)}")
         if self.in_chans and self.model_args.get("in_chans", self.in_chans) != self.in_chans:
             raise UlsamError(f"`in_chans` is {self.in_chans}, and {given} in `model_args`: leave one of them out")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and (len(value) != self.channels or not all(map(math.isfinite, value))):
                 raise UlsamError(f"`{name}` takes a number for each of the {self.channels} channels, not {value}")
+        if self.std is not None and min(self.std) <= 0:
+            raise UlsamError(f"`std` must be above 0 in every channel, not {self.std}")
         for name in ("color_jitter", "rand_augment"):
             if self.channels != 3 and getattr(self, name):
                 raise UlsamError(
@@ -328,8 +343,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     try:
         text = read_text(path)
-        if len(text) > _MOST_YAML:
-            raise UlsamError(f"{path} has {len(text)} characters: no settings have more than {_MOST_YAML}")
+        if len(text) > _MAX_YAML:
+            raise UlsamError(f"{path} has {len(text)} characters: no settings have more than {_MAX_YAML}")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UlsamError(f"cannot read the settings in {path}: {error}") from error

@@ -122,26 +122,28 @@ def shared_places(student: nn.Module, teacher: Mapping[str, ModuleTrace], input_
     ['blocks.4.2', 'blocks.5.2', 'bn2']
     """
     flows = trace(student, input_size)
-    maps = [name for name in flows if name and flows[name].is_map]
+    maps = [name for name in flows if name and flows[name].is_four_dimensional]
     outermost = [name for name in maps if not any(name.startswith(f"{other}.") for other in maps)]
     pools = [
         number for number, name in enumerate(outermost) if "Adaptive" in type(student.get_submodule(name)).__name__
     ]
     last = outermost[: pools[-1] if pools else None][-1:]
     wanted = dict.fromkeys([*edited(student), *last])
-    found = [
+    places = [
         name
         for name in wanted
-        if name in teacher and teacher[name].is_map and teacher[name].output_shape == flows[name].output_shape
+        if name in teacher
+        and teacher[name].is_four_dimensional
+        and teacher[name].output_shape == flows[name].output_shape
     ]
-    if found and found[-1:] == last and _is_repeated(student, found, input_size):
-        del found[-1]
-    if not found:
+    if places and places[-1:] == last and _is_repeated(student, places, input_size):
+        del places[-1]
+    if not places:
         raise UlsamError(
             "distill_features compares feature maps at places of one name and shape, and the teacher has none at "
             f"{', '.join(wanted)}: leave distill_features out, or take the model that was edited as the teacher"
         )
-    return found
+    return places
 
 
 def soft_target_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -195,11 +197,11 @@ class FeatureCapture(nn.Module):
     def __init__(self, model: nn.Module, places: Sequence[str]) -> None:
         super().__init__()
         self.model, self.places = model, tuple(places)
-        self.found: dict[str, Tensor] = {}
+        self.features: dict[str, Tensor] = {}
 
     def forward(self, images: Tensor) -> Output:
         logits = self.model(images)
-        return logits, [self.found.pop(place) for place in self.places]
+        return logits, [self.features.pop(place) for place in self.places]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -214,7 +216,7 @@ class FeatureCapture(nn.Module):
                 handle.remove()
 
     def _note(self, place: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.found[place] = output.clone()  # what comes next may change it in place: x += shortcut, a ReLU
+        self.features[place] = output.clone()  # what comes next may change it in place: x += shortcut, a ReLU
 
 
 class Distiller:

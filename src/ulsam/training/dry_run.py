@@ -40,7 +40,7 @@ def dry_run(
     Traceback (most recent call last):
     ulsam.base.errors.UlsamError: no module is named 'nothing'; names here begin with conv_stem, bn1, bn1.drop
     """
-    spec = parts.spec_of(config, images.classes, isinstance(images, sources.LabelSetImages))
+    spec = parts.spec_of_run(config, images.classes, isinstance(images, sources.LabelSetImages))
     model, _ = build(spec, weights=config.weights)
     cost(model, spec.input_size)
     _, _, updates, _ = parts.batches_of(dataclasses.replace(config, cache="false"), spec, images, world)

@@ -16,13 +16,14 @@ from ulsam.base.distributed import World
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.data.augment import EvalTransform
-from ulsam.data.image_channels import MOST_CHANNELS
+from ulsam.data.image_channels import MAX_CHANNELS
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.loading import Batch
 from ulsam.data.sources import AnyImages, StreamImages
 from ulsam.data.targets import check_labels
 from ulsam.model.spec import ModelSpec
 from ulsam.training.predict import NOT_FINITE, Logits
+from ulsam.training.train_summary import OutcomeEntry
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -181,7 +182,7 @@ def run_batches(
     return unreadable
 
 
-def outcomes(scores: Scores, images: AnyImages) -> dict[str, Any] | None:
+def outcomes(scores: Scores, images: AnyImages) -> OutcomeEntry | None:
     """Which images were right, for pairing this measurement with another one of the same images; JSON.
 
     Args:
@@ -267,9 +268,9 @@ def spec_transform(spec: ModelSpec) -> EvalTransform:
     Raises:
         UlsamError: the spec's model takes more channels than images are read with.
     """
-    if spec.input_size[0] > MOST_CHANNELS:
+    if spec.input_size[0] > MAX_CHANNELS:
         raise UlsamError(
-            f"images are read with {MOST_CHANNELS} channels at most, but this model takes {spec.input_size[0]}"
+            f"images are read with {MAX_CHANNELS} channels at most, but this model takes {spec.input_size[0]}"
         )
     return EvalTransform(
         spec.input_size,

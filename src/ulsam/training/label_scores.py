@@ -15,6 +15,7 @@ from ulsam.base.errors import NotFinite
 from ulsam.data.loading import Batch
 from ulsam.training.evaluate import ALONE, run_batches
 from ulsam.training.predict import NOT_FINITE, sigmoid
+from ulsam.training.train_summary import ScoreEntry
 
 LABEL_COLUMNS = ("images", "named", "precision", "recall", "f1", "average_precision", "threshold")
 """What is said of each class."""
@@ -96,7 +97,7 @@ class LabelScores:
             "f1": _share(2 * right, named + images),
         }
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> ScoreEntry:
         """All scores as JSON."""
         return {
             "images": self.images,
@@ -134,13 +135,13 @@ def evaluate_label_batches(
     Raises:
         NotFinite, Stopped, UlsamError: as there.
     """
-    found: list[tuple[NDArray[np.bool_], NDArray[np.float32], float]] = []
+    mine: list[tuple[NDArray[np.bool_], NDArray[np.float32], float]] = []
 
     def add(logits: Tensor, labels: Tensor) -> None:
         loss = F.binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="sum")
         if not loss.isfinite():
             raise NotFinite(NOT_FINITE)
-        found.append((labels.numpy() > 0.5, sigmoid(logits.numpy()), loss.item()))
+        mine.append((labels.numpy() > 0.5, sigmoid(logits.numpy()), loss.item()))
 
     unreadable = run_batches(
         model,
@@ -154,11 +155,11 @@ def evaluate_label_batches(
         progress=progress,
         stop=stop,
     )
-    whole = [batch for share in world.gather(found) for batch in share]
-    truths, shares = (np.concatenate([batch[part] for batch in whole]) for part in (0, 1))
+    measured = [batch for share in world.gather(mine) for batch in share]
+    truths, shares = (np.concatenate([batch[part] for batch in measured]) for part in (0, 1))
     if thresholds is None:
         thresholds = best_thresholds(truths, shares)
-    loss = sum(batch[2] for batch in whole) / truths.size
+    loss = sum(batch[2] for batch in measured) / truths.size
     return LabelScores(tuple(classes), truths, shares, tuple(thresholds), loss, tuple(unreadable))
 
 

@@ -40,6 +40,7 @@ from ulsam.training.reconstruct_first import reconstruct_model
 from ulsam.training.signals import stop_signals
 from ulsam.training.step import TrainingStep
 from ulsam.training.trackers import open_trackers
+from ulsam.training.train_summary import ImageCounts, TrainSummary
 from ulsam.training.unreadable import Unreadable
 
 
@@ -63,46 +64,56 @@ class Trainer:
         self.fresh, self.prepared = fresh, model is not None
         loading.seed_all(config.seed)
 
-        self.train_images, self.val_images, notes = parts.open_images(config)
-        best.check_chosen_on(config, self.val_images.split)
-        self.classes = self.train_images.classes
-        self.several = isinstance(self.train_images, sources.LabelSetImages)
-        self.spec = parts.spec_of(config, self.classes, self.several)
-        start_weights: dict[str, Any] = {"pretrained": config.pretrained, "weights": config.weights} if fresh else {}
-        if model is None:
-            self.model, notes[len(notes) :] = build(self.spec, **start_weights)
-        else:
-            self.model = parts.prepared_model(model, config, self.spec)
-        self.loader, self.order, self.epoch_updates, cache_line = parts.batches_of(
+        notes = self._open_images()
+        notes += self._build_model(model)
+        self.loader, self.order, self.epoch_updates, cached = parts.batches_of(
             config, self.spec, self.train_images, world
         )
         self.cost = cost(self.model, self.spec.input_size)
         self.base_cost = cost(meta_model(dataclasses.replace(self.spec, edits=())), self.spec.input_size)
-        n_train, n_val = len(self.train_images), len(self.val_images)
-        self._say(f"data    {n_train} training, {n_val} {self.val_images.split} images of {len(self.classes)} classes")
-        if cache_line:
-            self._say(f"cache   {cache_line}")
-        named = f"{config.model}; edits: {'; '.join(config.edits) or 'none'}"
-        self._say(f"model   {named if model is None else f'a prepared {type(model).__name__} for {config.model}'}")
-        self._say(f"cost    {report.cost_line(self.cost, self.base_cost)}")
-        self.class_weights = class_weights.class_weights_of(config.class_weights, self.train_images)
-        if self.class_weights:
-            self._say(f"weights {class_weights.describe(self.class_weights)}")
-        self.teacher = distill.open_teacher(config, self.spec, self.model)
-        if self.teacher:
-            self._say(f"teacher {distill.describe(config, self.teacher)}")
-            notes += self.teacher.notes
-        for note in [*notes, *parts.notes_of(self.spec)]:
-            self._say(f"note    {note}")
-        images = self.train_images
-        self.image_names = hashlib.sha256("\0".join(images.names).encode(errors="surrogateescape")).hexdigest()
-        self.image_state = images.state if isinstance(images, sources.FolderImages) and world.writes else None
+        self._say(*report.data_lines(self.image_counts, self.val_images.split, len(self.classes), cached))
+        self._say(*report.model_lines(config, self.cost, self.base_cost, prepared=model))
+        notes += self._choose_losses()
+        self._say(*(f"note    {note}" for note in [*notes, *parts.notes_of(self.spec)]))
         self.at = Position()
         self.best: best.State | None = None  # weights of the best epoch, where they are to be kept
         self.unreadable = {
             "train": Unreadable(len(self.train_images), config.max_unreadable, world.writes),
             "val": Unreadable(len(self.val_images), config.max_unreadable, world.writes),
         }
+
+    def _open_images(self) -> list[str]:
+        """Open the images, and note what tells them from others; notes for the user."""
+        self.train_images, self.val_images, notes = parts.open_images(self.config)
+        best.check_chosen_on(self.config, self.val_images.split)
+        images = self.train_images
+        self.image_counts: ImageCounts = {"train": len(images), "val": len(self.val_images)}
+        self.classes = images.classes
+        self.several = isinstance(images, sources.LabelSetImages)
+        self.image_names = hashlib.sha256("\0".join(images.names).encode(errors="surrogateescape")).hexdigest()
+        self.image_state = images.state if isinstance(images, sources.FolderImages) and self.world.writes else None
+        return notes
+
+    def _build_model(self, model: nn.Module | None) -> list[str]:
+        """The spec and its model, or the given one in its place; notes for the user."""
+        self.spec = parts.spec_of_run(self.config, self.classes, self.several)
+        if model is not None:
+            self.model = parts.prepared_model(model, self.config, self.spec)
+            return []
+        pretrained, weights = (self.config.pretrained, self.config.weights) if self.fresh else (False, None)
+        self.model, notes = build(self.spec, pretrained=pretrained, weights=weights)
+        return notes
+
+    def _choose_losses(self) -> list[str]:
+        """The weights of the classes and the teacher; notes for the user."""
+        self.class_weights = class_weights.class_weights_of(self.config.class_weights, self.train_images)
+        if self.class_weights:
+            self._say(f"weights {class_weights.describe(self.class_weights)}")
+        self.teacher = distill.open_teacher(self.config, self.spec, self.model)
+        if self.teacher is None:
+            return []
+        self._say(f"teacher {distill.describe(self.config, self.teacher)}")
+        return list(self.teacher.notes)
 
     def prepare(self) -> None:
         """Reconstruct the edited model, choose what the settings leave at "auto", and make the optimizer."""
@@ -112,8 +123,7 @@ class Trainer:
         self.config, choice = probe(
             self.config, self.model, self.spec.input_size, self.epoch_updates, self.world, teacher=self.teacher
         )
-        for line in choice:
-            self._say(line)
+        self._say(*choice)
         self.training_step = TrainingStep(
             self.config, self.model, self.epoch_updates, self.world, self.teacher, self.class_weights, self.several
         )
@@ -147,16 +157,10 @@ class Trainer:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UlsamError(f"the checkpoint in {self.run} is not of this run: {reason}") from error
-        if self._done:
-            self._say("resume  after the last epoch")
-        else:
-            self._say(f"resume  in epoch {self.at.epoch + 1}, after {self.at.batch} of its batches")
-        for name, now in self._environment().items():
-            if name == "image files" and name not in saved["environment"]:
-                continue  # of a run that began before these were noted
-            if now != saved["environment"].get(name):
-                change = f"{name}: {saved['environment'].get(name)} before, {now} now"
-                self._say(f"warning {change}; the weights will not be bit for bit those of an unbroken run", WARNING)
+        where = f"in epoch {self.at.epoch + 1}, after {self.at.batch} of its batches"
+        self._say(f"resume  {'after the last epoch' if self._done else where}")
+        for change in restore.environment_changes(saved["environment"], self._environment()):
+            self._say(f"warning {change}; the weights will not be bit for bit those of an unbroken run", level=WARNING)
 
     def save(self) -> None:
         """Write the checkpoint: all processes call this, the first one writes."""
@@ -178,9 +182,9 @@ class Trainer:
             }
             write_checkpoint(self.run, state)
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self) -> TrainSummary:
         """Run the epochs that are left, measure, and write the result; the callbacks hear of it."""
-        result: dict[str, Any] | None = None
+        result: TrainSummary | None = None
 
         def end(callback: Callback) -> None:
             callback.end(result)
@@ -192,7 +196,7 @@ class Trainer:
             result = summary = self._fit()
         return summary
 
-    def _fit(self) -> dict[str, Any]:
+    def _fit(self) -> TrainSummary:
         config, world = self.config, self.world
         scores: Scores | LabelScores | None = None
         update_images = config.accumulate * config.batch_size * world.size
@@ -325,26 +329,20 @@ class Trainer:
         self.save()
         for callback in self.callbacks:
             callback.epoch(row, self.at.updates)
-        found = f"mAP {report.percent(row['val_map'])}" if self.several else f"top-1 {report.percent(row['val_top1'])}"
-        measured = f"{self.val_images.split} {found}, loss {scores.loss:.4f}" if scores else "not measured"
-        self._say(
-            f"epoch   {row['epoch']}/{self.config.epochs}: training loss {row['train_loss']:.4f}, {measured} "
-            f"({row['images_per_second']:.0f} img/s)"
-        )
+        self._say(report.epoch_line(row, self.config.epochs, self.val_images.split))
 
-    def _finish(self, scores: Scores | LabelScores) -> dict[str, Any]:
+    def _finish(self, scores: Scores | LabelScores) -> TrainSummary:
         """Write the model file, the curves and, last, the summary: with it the run is finished."""
         if isinstance(scores, LabelScores):
             self.spec = dataclasses.replace(self.spec, thresholds=scores.thresholds)
-        bad = {split: sorted(found.reasons) for split, found in self.unreadable.items()}
-        summary = {
+        summary: TrainSummary = {
             "command": command_line(),
             "config": dataclasses.asdict(self.config),
             "spec": report.spec_entry(self.spec),
             "prepared": self.prepared,
             "class_weights": self.class_weights,
-            "teacher": self.teacher and report.teacher_entry(self.teacher),
-            "images": {"train": len(self.train_images), "val": len(self.val_images)},
+            "teacher": report.teacher_entry(self.teacher) if self.teacher else None,
+            "images": self.image_counts,
             "split": self.val_images.split,
             "scores": report.score_entry(scores, self.classes),
             "outcomes": outcomes(scores, self.val_images) if isinstance(scores, Scores) else None,
@@ -352,7 +350,7 @@ class Trainer:
             "base_cost": report.cost_entry(self.base_cost),
             "epochs": self.at.rows,
             "kept": best.kept_entry(self.config, self.at.rows, self.val_images.split),
-            "unreadable": bad,
+            "unreadable": {"train": self.unreadable["train"].names, "val": self.unreadable["val"].names},
             "versions": {**versions(), "device": self.world.device.type},
         }
         if self.world.writes:
@@ -395,6 +393,6 @@ class Trainer:
         found = {**environment(), "device": self.world.device.type, "training images": images}
         return {**found, "image files": self.image_state} if self.image_state else found
 
-    def _say(self, line: str, level: int = INFO) -> None:
-        if self.world.writes:
+    def _say(self, *lines: str, level: int = INFO) -> None:
+        for line in lines if self.world.writes else ():
             logs.say(line, level=level)

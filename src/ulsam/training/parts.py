@@ -49,7 +49,7 @@ def open_images(config: TrainConfig) -> tuple[sources.AnyImages, sources.AnyImag
     )
 
 
-def spec_of(config: TrainConfig, classes: Sequence[str], several: bool = False) -> ModelSpec:
+def spec_of_run(config: TrainConfig, classes: Sequence[str], several: bool = False) -> ModelSpec:
     """The spec that the settings describe; with thresholds of a half, where images may have ``several`` labels.
 
     Raises:

@@ -8,7 +8,8 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError, first_line, is_out_of_memory
 from ulsam.base.logs import say
+from ulsam.base.timing import duration
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Teacher
@@ -25,14 +27,14 @@ from ulsam.training.machine import has_bf16, session, why_not_compiled
 from ulsam.training.step import LAYOUTS, TrainingStep
 
 MARGIN = 0.05  # so much faster than a plainer one a choice must be, so that noise does not choose
-LEAST_TURNS, MOST_TURNS = 3, 15  # timed steps of each candidate, after one that is not timed
+MIN_TURNS, MAX_TURNS = 3, 15  # timed steps of each candidate, after one that is not timed
 SHARE, SHORT_SHARE, SHORT_SECONDS = 0.02, 0.05, 20.0  # of the run the probe may take; the larger one up to 20 seconds
 COMPILE_SECONDS = 3600.0  # the shortest run for which compilation is tried
 NAMES = {"none": "float32", "bf16": "bf16", "fp16": "fp16"}
 
 SETTINGS = ("layout", "amp", "compile")
 
-Step = Callable[[], object]
+TakeStep = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Setup:
         return f"{self.layout} {NAMES[self.amp]} {'eager' if self.compile == 'none' else 'compiled'}"
 
 
-Measure = Callable[[Mapping[Setup, Step], int], dict[Setup, float]]
+TimeSteps = Callable[[Mapping[Setup, TakeStep], int], dict[Setup, float]]
 
 
 def resolve_auto(config: TrainConfig) -> TrainConfig:
@@ -88,7 +90,7 @@ def probe(
     input_size: tuple[int, int, int],
     epoch_updates: int,
     world: World,
-    measure: Measure | None = None,
+    measure: TimeSteps | None = None,
     teacher: Teacher | None = None,
 ) -> tuple[TrainConfig, list[str]]:
     """Decide what is left at "auto"; all processes get the first one's choice.
@@ -101,7 +103,7 @@ def probe(
         model: its model; stays as it is.
         input_size: channels, height, width.
         epoch_updates: of the weights in an epoch.
-        measure: in place of :func:`time_in_turn`.
+        measure: in place of :func:`time_steps`.
         teacher: whose forward pass is part of the step.
 
     Returns:
@@ -117,53 +119,69 @@ def probe(
     if not names:
         return config, notes
     given: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS if name not in names}
-    tried = candidates(config, world.device)
+    tried = setup_candidates(config, world.device)
     steps = config.epochs * epoch_updates * config.accumulate
-    options = " ".join(f"`{name}`" for name in names)
     lack = why_not_compiled() if "compile" in names else None
     if len(tried) == 1 and ("compile" not in names or lack):
         chosen = dataclasses.replace(tried[0], **given)
         lines = [f"probe   none: this machine leaves no choice but {chosen}" + (f", as {lack}" if lack else "")]
-        lines[-1] += f"; to choose: {options}"
-    elif SHARE * steps < max(len(tried), 2) * (1 + LEAST_TURNS):  # one alone is timed against its compiled form
+    elif SHARE * steps < max(len(tried), 2) * (1 + MIN_TURNS):  # one alone is timed against its compiled form
         usual = Setup(amp=tried[-1].amp if world.device.type == "cuda" else "none")
         chosen = dataclasses.replace(usual, **given)
-        lines = [f"probe   none for a run of {steps} steps: {chosen}; to choose: {options}"]
+        lines = [f"probe   none for a run of {steps} steps: {chosen}"]
     else:
-
-        def step(setup: Setup) -> Step:
-            resolved = dataclasses.replace(config, **dataclasses.asdict(setup))
-            made: list[Step] = []  # in its first turn, where too little memory leaves it out
-
-            def take() -> None:
-                if not made:
-                    made.append(training_step(resolved, model, input_size, world.device, teacher))
-                made[0]()
-
-            return take
-
+        step = partial(_step_of, config, model, input_size, world.device, teacher)
         with parts.clear_errors(), parts.same_generators(world.device):
-            times = (measure or time_in_turn)({setup: step(setup) for setup in tried}, steps)
-            if not times:
-                raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead")
-            chosen = choose(times)
-            others = [f"{setup} {1e3 * times[setup]:.0f} ms" for setup in times if setup != chosen]
-            others += [f"{setup} does not fit into the memory" for setup in tried if setup not in times]
-            lines = [f"probe   {chosen}: {1e3 * times[chosen]:.0f} ms a step" + "; ".join(["", *others])]
+            chosen, seconds, line = _fastest(tried, step, steps, measure or time_steps)
+            lines = [line]
             if "compile" in names:
-                chosen, why = _try_compiled(chosen, times[chosen], steps, step, lack)
+                chosen, why = _try_compiled(chosen, seconds, steps, step, lack)
                 lines.append(f"probe   {why}")
-        lines[-1] += f"; to choose: {options}"
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
+    lines[-1] += "; to choose: " + " ".join(f"`{name}`" for name in names)
     chosen = world.gather(dataclasses.replace(chosen, **given))[0]
     return dataclasses.replace(config, **dataclasses.asdict(chosen)), notes + lines
 
 
-def candidates(config: TrainConfig, device: torch.device) -> list[Setup]:
+def _step_of(
+    config: TrainConfig,
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    teacher: Teacher | None,
+    setup: Setup,
+) -> TakeStep:
+    """A function that takes a step in this setup; its model is made in the first turn, which may lack memory."""
+    resolved = dataclasses.replace(config, **dataclasses.asdict(setup))
+    made: list[TakeStep] = []
+
+    def take() -> None:
+        if not made:
+            made.append(training_step(resolved, model, input_size, device, teacher))
+        made[0]()
+
+    return take
+
+
+def _fastest(
+    tried: Sequence[Setup], step: Callable[[Setup], TakeStep], steps: int, measure: TimeSteps
+) -> tuple[Setup, float, str]:
+    """The setup whose steps are the fastest, their seconds, and a line with the times of all."""
+    times = measure({setup: step(setup) for setup in tried}, steps)
+    if not times:
+        raise UlsamError("the memory is full: use a smaller `batch_size`, and `accumulate` instead")
+    chosen = choose(times)
+    others = [f"{setup} {1e3 * times[setup]:.0f} ms" for setup in times if setup != chosen]
+    others += [f"{setup} does not fit into the memory" for setup in tried if setup not in times]
+    line = f"probe   {chosen}: {1e3 * times[chosen]:.0f} ms a step" + "; ".join(["", *others])
+    return chosen, times[chosen], line
+
+
+def setup_candidates(config: TrainConfig, device: torch.device) -> list[Setup]:
     """What the settings leave to choose from, eager, the plainest first.
 
-    >>> [str(setup) for setup in candidates(TrainConfig("birds", amp="none"), torch.device("cpu"))]
+    >>> [str(setup) for setup in setup_candidates(TrainConfig("birds", amp="none"), torch.device("cpu"))]
     ['contiguous float32 eager', 'channels_last float32 eager']
     """
     layouts: list[Any] = list(LAYOUTS) if config.layout == "auto" else [config.layout]
@@ -190,10 +208,10 @@ def choose(times: Mapping[Setup, float], margin: float = MARGIN) -> Setup:
     return best
 
 
-def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
+def time_steps(take: Mapping[Setup, TakeStep], steps: int) -> dict[Setup, float]:
     """Median seconds of a step of each candidate; they take turns, after a step each that is not timed.
 
-    It ends after `MOST_TURNS`; or from `LEAST_TURNS` on, when it has taken 2 % of the run, or 5 % while these are under
+    It ends after `MAX_TURNS`; or from `MIN_TURNS` on, when it has taken 2 % of the run, or 5 % while these are under
     20 seconds.
 
     Args:
@@ -203,7 +221,7 @@ def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
     began = time.monotonic()
     times: dict[Setup, list[float]] = {setup: [] for setup in take}
     medians: dict[Setup, float] = {}
-    for turn in range(1 + MOST_TURNS):
+    for turn in range(1 + MAX_TURNS):
         for setup in list(times):
             before = time.perf_counter()
             try:
@@ -218,7 +236,7 @@ def time_in_turn(take: Mapping[Setup, Step], steps: int) -> dict[Setup, float]:
         medians = {setup: statistics.median(found) for setup, found in times.items() if found}
         run = steps * min(medians.values(), default=0.0)
         limit = max(SHARE * run, min(SHORT_SECONDS, SHORT_SHARE * run))
-        if turn >= LEAST_TURNS and time.monotonic() - began > limit:
+        if turn >= MIN_TURNS and time.monotonic() - began > limit:
             break
     return medians
 
@@ -229,7 +247,7 @@ def training_step(
     input_size: tuple[int, int, int],
     device: torch.device,
     teacher: Teacher | None = None,
-) -> Step:
+) -> TakeStep:
     """A function that takes one training step, forward, backward and update, on random images with a copy of the model.
 
     Args:
@@ -258,12 +276,15 @@ def training_step(
 
 
 def _try_compiled(
-    eager: Setup, seconds: float, steps: int, step: Callable[[Setup], Step], lack: str | None
+    eager: Setup, seconds: float, steps: int, step: Callable[[Setup], TakeStep], lack: str | None
 ) -> tuple[Setup, str]:
     """The eager setup or its compiled form, and why; ``lack`` is what compilation lacks here."""
     run = seconds * steps
     if run < COMPILE_SECONDS:
-        return eager, f"not compiled: it takes a minute or more, which a run of about {_span(run)} does not earn back"
+        return (
+            eager,
+            f"not compiled: it takes a minute or more, which a run of about {duration(run)} does not earn back",
+        )
     if lack:
         return eager, f"not compiled: {lack}"
     compiled = dataclasses.replace(eager, compile="inductor")
@@ -274,18 +295,10 @@ def _try_compiled(
     except Exception as error:  # whatever a compiler, or the model under it, may raise: the run continues without
         return eager, f"not compiled: torch.compile failed: {type(error).__name__}: {first_line(error)}"
     cost = time.monotonic() - began
-    times = time_in_turn(take, steps)
+    times = time_steps(take, steps)
     if len(times) < 2:
         return eager, "not compiled: there is too little memory to time both"
     measured = f"{1e3 * times[compiled]:.0f} ms a step for {1e3 * times[eager]:.0f}, after {cost:.0f} s of compilation"
     if choose(times) == eager or (times[eager] - times[compiled]) * steps < cost:
         return eager, f"not compiled: {measured}"
     return compiled, f"compiled: {measured}"
-
-
-def _span(seconds: float) -> str:
-    """
-    >>> _span(40), _span(600)
-    ('40 s', '10 minutes')
-    """
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"

@@ -57,13 +57,13 @@ def resumed_config(run: Path, overrides: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def check_begun(found: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) -> None:
+def check_begun(begun: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) -> None:
     """Raise unless the settings found in a run's folder are those wanted, but for `CHANGEABLE_ON_RESUME`.
 
     Raises:
         UlsamError: one differs; the line names it.
     """
-    before = dataclasses.asdict(TrainConfig.from_mapping(found))
+    before = dataclasses.asdict(TrainConfig.from_mapping(begun))
     for name, value in wanted.items():
         if name not in CHANGEABLE_ON_RESUME and before[name] != value:
             raise UlsamError(
@@ -139,6 +139,20 @@ def position(saved: dict[str, Any], config: TrainConfig, epoch_updates: int) -> 
     if len(at.rows) != at.epoch or not sound:
         raise ValueError(f"{at.epoch} epochs, but its rows are not theirs")
     return at
+
+
+def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What is not as it was when the run was stopped, a line each.
+
+    >>> environment_changes({"torch": "2.7"}, {"torch": "2.8", "image files": "1f"})
+    ['torch: 2.7 before, 2.8 now']
+    """
+    known = {
+        name: value for name, value in now.items() if name != "image files" or name in before
+    }  # older runs lack it
+    return [
+        f"{name}: {before.get(name)} before, {value} now" for name, value in known.items() if value != before.get(name)
+    ]
 
 
 def resume_call(run: Path, prepared: bool) -> str:

@@ -15,7 +15,7 @@ from ulsam.training.evaluate import spec_transform
 
 
 @dataclass(frozen=True)
-class Sample:
+class ImageSample:
     """Training images in memory, as the model's input.
 
     ``names`` is the SHA-256 of their names; ``unreadable`` are those of them that were left out (name, reason).
@@ -41,7 +41,7 @@ def draw_sample(
     apart_from: int = 0,
     batch_size: int = 32,
     workers: int = 0,
-) -> Sample:
+) -> ImageSample:
     """Read ``number`` of the images, or all if there are fewer; the same ones whenever the images are the same.
 
     Args:
@@ -70,7 +70,7 @@ def draw_sample(
     names = images.names or list(map(str, range(len(images))))
     digest = hashlib.sha256("\0".join(names[index] for index in chosen).encode(errors="surrogateescape")).hexdigest()
     unreadable = [bad for batch in batches for bad in batch.unreadable]
-    return Sample(batches, len(chosen) - len(unreadable), digest, unreadable)
+    return ImageSample(batches, len(chosen) - len(unreadable), digest, unreadable)
 
 
 def pick(images: int, number: int, apart_from: int = 0) -> list[int]:

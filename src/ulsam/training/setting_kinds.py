@@ -11,13 +11,13 @@ from ulsam.base.errors import UlsamError
 MOMENTUM = 0.9
 """Of optimizers that have one, where none is given."""
 
-_MOST_ENTRIES = 10_000  # of a setting, inner ones included: a few lines of YAML can stand for any number
+_MAX_ENTRIES = 10_000  # of a setting, inner ones included: a few lines of YAML can stand for any number
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
     """``value`` as ``kind``; whole numbers pass for floats, and 1e-4, which YAML takes for text, for a number."""
     if isinstance(value, list | tuple | dict) and not _is_small(value):
-        raise UlsamError(f"`{name}` has more than {_MOST_ENTRIES} entries")
+        raise UlsamError(f"`{name}` has more than {_MAX_ENTRIES} entries")
     origin, choices = get_origin(kind), get_args(kind)
     if origin is Literal:
         if isinstance(value, bool):  # YAML's true and false
@@ -56,11 +56,11 @@ def is_number(value: str | int) -> bool:
 
 
 def _is_small(value: Any) -> bool:
-    """Whether a value has at most `_MOST_ENTRIES`, counted as often as they are referred to."""
+    """Whether a value has at most `_MAX_ENTRIES`, counted as often as they are referred to."""
     waiting, count = [value], 0
-    while waiting and count <= _MOST_ENTRIES:
+    while waiting and count <= _MAX_ENTRIES:
         item = waiting.pop()
         count += 1
         if isinstance(item, list | tuple | dict):
-            waiting += itertools.islice(item.values() if isinstance(item, dict) else item, _MOST_ENTRIES)
-    return count <= _MOST_ENTRIES
+            waiting += itertools.islice(item.values() if isinstance(item, dict) else item, _MAX_ENTRIES)
+    return count <= _MAX_ENTRIES

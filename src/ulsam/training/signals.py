@@ -11,7 +11,9 @@ from ulsam.base.errors import LostProcess
 from ulsam.base.processes import active_stop_signals
 
 #: What SIGTERM does for good once another process was lost; None: what it did before. The command line, whose process
-#: is all its own, ignores it, so that it can say how to resume.
+#: is all its own, ignores it, so that it can say how to resume. It is a variable of the module and not an argument of
+#: `ulsam.train`, since it is about the process and not about the run. And it must be known here: when the error reaches
+#: the caller, the handlers are back, and torchrun's SIGTERM, which comes at once, would end the process without a word.
 AFTER_LOSS: Any = None
 
 
@@ -35,6 +37,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if number == getattr(signal, "SIGHUP", None):  # what is written to a terminal that is gone is an error
             for output in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        # not print or a log line: a handler may run in the middle of one, and neither may be entered twice
         os.write(2, b"\nulsam: saving and stopping; once more stops at once\n")
 
     for number in before:

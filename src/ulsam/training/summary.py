@@ -3,9 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from safetensors.torch import save as to_safetensors
 from torch import nn
@@ -17,19 +17,21 @@ from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import Cost
 from ulsam.training.best import kept_lines
 from ulsam.training.checkpoint import Position
+from ulsam.training.config import TrainConfig
 from ulsam.training.distill import Teacher
 from ulsam.training.evaluate import Scores
 from ulsam.training.label_scores import LabelScores
+from ulsam.training.train_summary import CostEntry, EpochEntry, ImageCounts, ScoreEntry, TeacherEntry, TrainSummary
 
 COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds", "images_per_second")
 LABEL_COLUMNS = ("epoch", "lr", "train_loss", "val_loss", "val_map", "val_f1", "seconds", "images_per_second")
 """Of a model that gives several labels an image."""
 
 
-def epoch_row(at: Position, rate: float, scores: Scores | LabelScores | None, several: bool = False) -> dict[str, Any]:
+def epoch_row(at: Position, rate: float, scores: Scores | LabelScores | None, several: bool = False) -> EpochEntry:
     """What ``metrics.csv`` says of the epoch that ends at this position; ``scores`` is None if it was not measured."""
     names = ("map", "f1") if several else ("top1", "top5")
-    return {
+    row = {
         "epoch": at.epoch + 1,
         "lr": rate,
         "train_loss": at.loss_sum / at.images,
@@ -38,9 +40,27 @@ def epoch_row(at: Position, rate: float, scores: Scores | LabelScores | None, se
         "seconds": round(at.seconds, 2),
         "images_per_second": round(at.images / at.seconds, 1),
     }
+    return cast(EpochEntry, row)
 
 
-def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def epoch_line(row: EpochEntry, epochs: int, split: str) -> str:
+    """How the epoch of this row was, for the user.
+
+    >>> row = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.25, "val_top1": 0.75, "images_per_second": 90.0}
+    >>> epoch_line(row, 3, "validation")
+    'epoch   1/3: training loss 0.5000, validation top-1 75.00 %, loss 0.2500 (90 img/s)'
+    """
+    measured = "not measured"
+    if row["val_loss"] is not None:
+        score = f"mAP {percent(row['val_map'])}" if "val_map" in row else f"top-1 {percent(row['val_top1'])}"
+        measured = f"{split} {score}, loss {row['val_loss']:.4f}"
+    return (
+        f"epoch   {row['epoch']}/{epochs}: training loss {row['train_loss']:.4f}, {measured} "
+        f"({row['images_per_second']:.0f} img/s)"
+    )
+
+
+def write_metrics(run: Path, rows: Sequence[EpochEntry]) -> None:
     """Write ``metrics.csv``, a row an epoch: shares 0..1, losses in nats; an epoch that was not measured has gaps."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -49,9 +69,7 @@ def write_metrics(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(run / "metrics.csv", text.getvalue())
 
 
-def draw_curves(
-    run: Path, rows: Sequence[Mapping[str, Any]], split: str, *, loss: str = "cross-entropy (nats)"
-) -> None:
+def draw_curves(run: Path, rows: Sequence[EpochEntry], split: str, *, loss: str = "cross-entropy (nats)") -> None:
     """Draw ``curves.png``: loss and scores against epochs; ``split`` is what was measured on, ``loss`` the axis's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -61,14 +79,16 @@ def draw_curves(
     losses, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
     several = "val_map" in rows[0]
-    shown = {"val_map": "mAP", "val_f1": "mean F1"} if several else {"val_top1": "top-1", "val_top5": "top-5"}
+    shown: dict[Literal["val_map", "val_f1", "val_top1", "val_top5"], str] = (
+        {"val_map": "mAP", "val_f1": "mean F1"} if several else {"val_top1": "top-1", "val_top5": "top-5"}
+    )
     measured = [row for row in rows if row["val_loss"] is not None]
     losses.plot(epochs, [row["train_loss"] for row in rows], "o-", ms=3, label="training")
     losses.plot([row["epoch"] for row in measured], [row["val_loss"] for row in measured], "s--", ms=3, label=split)
     losses.set(xlabel="epoch", ylabel=loss, title="Loss")
     losses.legend(frameon=False)
     for (key, label), style in zip(shown.items(), ("s--", "^:"), strict=True):
-        points = [(row["epoch"], 100 * row[key]) for row in measured if row[key] is not None]
+        points = [(row["epoch"], 100 * share) for row in measured if (share := row[key]) is not None]
         accuracy.plot([at for at, _ in points], [share for _, share in points], style, ms=3, label=label)
     title = "Labels" if several else "Accuracy"
     accuracy.set(xlabel="epoch", ylabel=f"{split} {'scores' if several else 'accuracy'} (%)", title=title)
@@ -91,7 +111,7 @@ def percent(share: float | None) -> str:
     return "undefined" if share is None else f"{100 * share:.2f} %"
 
 
-def score_entry(scores: Scores | LabelScores, classes: Sequence[str]) -> dict[str, Any]:
+def score_entry(scores: Scores | LabelScores, classes: Sequence[str]) -> ScoreEntry:
     """Scores as JSON: shares 0..1, the 95 % interval of top-1 (Wilson's, over the choice of images), every class."""
     if isinstance(scores, LabelScores):
         return scores.entry()
@@ -106,7 +126,7 @@ def score_entry(scores: Scores | LabelScores, classes: Sequence[str]) -> dict[st
     }
 
 
-def cost_entry(cost: Cost) -> dict[str, Any]:
+def cost_entry(cost: Cost) -> CostEntry:
     """A cost as JSON, with its counting rule."""
     return {
         "params": cost.params,
@@ -130,7 +150,21 @@ def cost_line(edited: Cost, base: Cost) -> str:
     )
 
 
-def result_lines(summary: Mapping[str, Any], run: Path) -> list[str]:
+def data_lines(images: ImageCounts, split: str, classes: int, cached: str | None) -> list[str]:
+    """What is trained on: how many images of how many classes, and what is ``cached`` of them."""
+    data = f"data    {images['train']} training, {images['val']} {split} images of {classes} classes"
+    return [data, *([f"cache   {cached}"] if cached else [])]
+
+
+def model_lines(config: TrainConfig, cost: Cost, base_cost: Cost, *, prepared: nn.Module | None) -> list[str]:
+    """What is trained: the settings' model, or a prepared one in its place, and its cost."""
+    named = f"{config.model}; edits: {'; '.join(config.edits) or 'none'}"
+    if prepared is not None:
+        named = f"a prepared {type(prepared).__name__} for {config.model}"
+    return [f"model   {named}", f"cost    {cost_line(cost, base_cost)}"]
+
+
+def result_lines(summary: TrainSummary, run: Path) -> list[str]:
     """What a run has come to, for its reader: top-1 with its interval, or mAP, and what is noteworthy."""
     scores = summary["scores"]
     on = f"on {scores['images']} {summary['split']} images; {run}"
@@ -150,12 +184,12 @@ def result_lines(summary: Mapping[str, Any], run: Path) -> list[str]:
     lines += kept_lines(summary["kept"], summary["config"]["epochs"])
     if summary["prepared"]:
         lines.append("note    no spec builds this model: its weights alone are saved, in weights.safetensors")
-    if count := sum(map(len, summary["unreadable"].values())):
+    if count := len(summary["unreadable"]["train"]) + len(summary["unreadable"]["val"]):
         lines.append(f"note    {count} images could not be read; they are named above and in summary.json")
     return lines
 
 
-def write_result(run: Path, summary: Mapping[str, Any], model: nn.Module, spec: ModelSpec | None) -> None:
+def write_result(run: Path, summary: TrainSummary, model: nn.Module, spec: ModelSpec | None) -> None:
     """Write the model file, the curves and, last, ``summary.json``: with it the run is finished.
 
     Without a spec the weights alone are kept, in ``weights.safetensors``: nothing could build the model.
@@ -172,7 +206,7 @@ def write_result(run: Path, summary: Mapping[str, Any], model: nn.Module, spec: 
     write_json(run / "summary.json", summary)
 
 
-def teacher_entry(teacher: Teacher) -> dict[str, Any]:
+def teacher_entry(teacher: Teacher) -> TeacherEntry:
     """A teacher as JSON: its spec, the SHA-256 of its file, and where its feature maps were compared."""
     return {"spec": spec_entry(teacher.spec), "sha256": teacher.digest, "places": list(teacher.places)}
 

@@ -14,6 +14,7 @@ from typing import Any
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import extra
 from ulsam.training.callbacks import Callback
+from ulsam.training.train_summary import EpochEntry, TrainSummary
 
 PROJECT = "ulsam"  # unless the tracker's own variable names another
 
@@ -82,11 +83,11 @@ class TensorBoard(Callback):
         for name, value in values.items():
             self._writer.add_scalar(f"step/{name}", value, update)
 
-    def epoch(self, row: Mapping[str, Any], update: int) -> None:
+    def epoch(self, row: EpochEntry, update: int) -> None:
         for name, value in numbers(row).items():
             self._writer.add_scalar(f"epoch/{name}", value, update)
 
-    def end(self, summary: Mapping[str, Any] | None) -> None:
+    def end(self, summary: TrainSummary | None) -> None:
         self._writer.close()
 
 
@@ -113,13 +114,14 @@ class WeightsAndBiases(Callback):
     def step(self, update: int, values: Mapping[str, float]) -> None:
         self._run.log({f"step/{name}": value for name, value in values.items()}, step=update)
 
-    def epoch(self, row: Mapping[str, Any], update: int) -> None:
+    def epoch(self, row: EpochEntry, update: int) -> None:
         self._run.log({f"epoch/{name}": value for name, value in numbers(row).items()}, step=update)
 
-    def end(self, summary: Mapping[str, Any] | None) -> None:
+    def end(self, summary: TrainSummary | None) -> None:
         if summary is not None:
-            name = "map" if "map" in summary["scores"] else "top1"
-            self._run.summary.update({name: summary["scores"][name], "params": summary["cost"]["params"]})
+            scores = summary["scores"]
+            headline = {"map": scores["map"]} if "map" in scores else {"top1": scores["top1"]}
+            self._run.summary.update({**headline, "params": summary["cost"]["params"]})
         self._run.finish(exit_code=int(summary is None))
 
 
@@ -151,7 +153,7 @@ class MLflow(Callback):
     def step(self, update: int, values: Mapping[str, float]) -> None:
         self._log("step", values, update)
 
-    def epoch(self, row: Mapping[str, Any], update: int) -> None:
+    def epoch(self, row: EpochEntry, update: int) -> None:
         self._log("epoch", numbers(row), update)
 
     def _log(self, kind: str, values: Mapping[str, float], update: int) -> None:
@@ -159,7 +161,7 @@ class MLflow(Callback):
         metrics = [self._metric(f"{kind}/{name}", value, now, update) for name, value in values.items()]
         self._client.log_batch(self._run, metrics=metrics)
 
-    def end(self, summary: Mapping[str, Any] | None) -> None:
+    def end(self, summary: TrainSummary | None) -> None:
         self._client.set_terminated(self._run, "FAILED" if summary is None else "FINISHED")
 
 

@@ -17,6 +17,7 @@ from ulsam.training.loop import Trainer
 from ulsam.training.machine import session
 from ulsam.training.run_lock import check_idle, run_lock
 from ulsam.training.settings import TrainSettings
+from ulsam.training.train_summary import TrainSummary
 
 
 def train(
@@ -26,7 +27,7 @@ def train(
     model: nn.Module | str | None = None,
     callbacks: Sequence[Callback] = (),
     **settings: Unpack[TrainSettings],
-) -> dict[str, Any]:
+) -> TrainSummary:
     """Train a model and write everything about it into the new folder ``out``.
 
     The folder then holds ``config.yaml`` (repeats the run), ``metrics.csv``, ``curves.png``, ``checkpoint.pt``,
@@ -46,6 +47,9 @@ def train(
             the image are those of this model.
         callbacks: each hears of the start, every update, every epoch and the end; trackers are the setting ``track``.
         settings: fields of `ulsam.TrainConfig`, such as ``edits`` or ``epochs``.
+
+    Returns:
+        What ``summary.json`` holds: `ulsam.TrainSummary` names its keys.
 
     Raises:
         UlsamError: the folder is not empty, or another process trains into it, the data or the model is not usable, the
@@ -86,7 +90,7 @@ def resume(
     *,
     model: nn.Module | None = None,
     callbacks: Sequence[Callback] = (),
-) -> dict[str, Any]:
+) -> TrainSummary:
     """Resume a run that was stopped or killed, to the end that it would have had.
 
     Args:
@@ -95,6 +99,9 @@ def resume(
             differ from the run's own.
         model: for a run that :func:`train` began with one, a model of the same shapes; its weights do not matter.
         callbacks: as of :func:`train`.
+
+    Returns:
+        As :func:`train`.
 
     Raises:
         UlsamError: not the folder of a run, a finished one, or one that another process trains into; a setting, a

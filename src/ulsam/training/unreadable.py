@@ -15,13 +15,18 @@ class Unreadable:
         self.reports = reports
         self.reasons: dict[str, str] = {}
 
-    def add(self, found: Iterable[tuple[str, str]]) -> None:
+    @property
+    def names(self) -> list[str]:
+        """The names of those that were met, sorted."""
+        return sorted(self.reasons)
+
+    def add(self, unreadable: Iterable[tuple[str, str]]) -> None:
         """Note what was met; all processes note the same, so that all end.
 
         Raises:
             UlsamError: more than the largest share of all images (and more than 3) cannot be read.
         """
-        for name, reason in found:
+        for name, reason in unreadable:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 if self.reports:

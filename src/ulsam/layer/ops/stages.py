@@ -17,7 +17,7 @@ from ulsam.layer.ops.reference import dense
 LOGITS, MULTIPLY, MAPS_BACK, INPUT_BACK, MOMENTS, ADD = 1, 2, 4, 8, 16, 32
 
 
-class Run(Protocol):
+class RunStages(Protocol):
     """Passes over x [B, C, H, W], contiguous or channels_last, as are y, dy and dx, all of x's dtype; the rest float32.
 
     - LOGITS: l = the sums over each group's channels of weight * relu?(maxpool3x3(scale * x) + shift), plus bias;
@@ -56,7 +56,7 @@ class Run(Protocol):
 
 
 def forward(
-    run: Run,
+    run: RunStages,
     x: Tensor,
     scale: Tensor,
     shift: Tensor | None,
@@ -90,7 +90,7 @@ def forward(
 
 
 def backward(
-    run: Run,
+    run: RunStages,
     dy: Tensor,
     x: Tensor,
     scale: Tensor,
@@ -166,7 +166,7 @@ def shift_of(shift: Tensor | None, scale: Tensor, relu: bool) -> Tensor | None:
     return vector(shift)
 
 
-def _moments(run: Run, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _moments(run: RunStages, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, over the batch and the pixels."""
     batch, channels, height, width = x.shape
     means, squares = x.new_empty((2, batch, channels), dtype=torch.float32)
