@@ -97,7 +97,7 @@ setup(
         Extension(
             "ulsam.layer.ops.kernels",
             sources=[f"{OPS}/{name}.c" for name in ("cpu", "cpu_training", "cpu_base", "cpu_avx2", "cpu_avx512")],
-            depends=[f"{OPS}/cpu.h", f"{OPS}/cpu_kernels.h"],
+            depends=[f"{OPS}/{name}.h" for name in ("cpu", "cpu_kernels", "cpu_lanes", "cpu_last", "cpu_planes")],
             optional=True,
         )
     ],
