@@ -51,9 +51,8 @@ def test_a_run_is_resumed_with_the_settings_that_may_differ(changed: dict[str, A
     assert TrainConfig(data="birds", **given) == config
 
 
-@pytest.mark.parametrize(
-    ("settings", "diverged"), [({"lr": 1e30}, True), pytest.param({"batch_size": 1000}, False, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "diverged"), [({"lr": 1e30}, True), ({"batch_size": 1000}, False)])
 def test_what_its_process_prints_says_whether_a_run_diverged(
     settings: dict[str, Any], diverged: bool, data: Path, tmp_path: Path
 ) -> None:
@@ -92,10 +91,8 @@ def checkpoints(out: Path) -> int:
     return len(list(out.glob("arms/*/*/checkpoint.pt")))
 
 
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGTERM, id="stopped", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
 def test_no_run_outlives_the_comparison_and_none_is_lost(
     number: int, interpreter: Warm, data: Path, tmp_path: Path
 ) -> None:

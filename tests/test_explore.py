@@ -205,6 +205,7 @@ def test_a_fifth_image_is_refused_and_the_four_are_answered(port: int) -> None:
     assert ask(port, "/explain", content)[0] == 200
 
 
+@pytest.mark.slow
 def test_uploads_that_stop_or_stall_give_their_place_back() -> None:
     with serving(two(), timeout=0.3) as port:
         head = f"POST /explain HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\n".encode()

@@ -106,6 +106,7 @@ def test_too_many_open_files_end_the_work(reader: str, folder: Path) -> None:
     READERS[reader](path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [2, 9])
 def test_too_many_open_files_of_a_reading_process(left: int, folder: Path) -> None:
     images = open_split(str(folder), "val")
@@ -156,6 +157,7 @@ def test_absence_permission_and_damage_stay_with_the_image(folder: Path, tmp_pat
     assert (found, len(errors)) == ([], 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file here whose reading fails")
 def test_a_command_ends_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.jpg"

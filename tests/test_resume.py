@@ -218,6 +218,7 @@ def test_a_killed_reading_process_is_one_line(interpreter: Warm, data: Path, tmp
 # the disk
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(interpreter: Warm, data: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**SETTINGS, "save_seconds": 0}  # no workers: their shared memory is files too

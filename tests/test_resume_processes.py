@@ -119,6 +119,7 @@ def test_two_processes_resume_to_the_same_weights(
     assert_same_end(run, pair[0])
 
 
+@pytest.mark.slow
 def test_two_processes_take_one_choice(interpreter: Warm, odd_data: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     settings = {**PAIR, "epochs": 200, "save_seconds": 0}

@@ -29,7 +29,7 @@ def list_images(names: Sequence[str], classes: Sequence[str]) -> list[ListedImag
         UlsamError: a folder without an image, or one that may not be listed.
 
     >>> list_images(["some/wren/1.jpg"], ["wren", "robin"])
-    [Image(path='some/wren/1.jpg', name='wren/1.jpg', truth='wren')]
+    [ListedImage(path='some/wren/1.jpg', name='wren/1.jpg', truth='wren')]
     """
     found: list[ListedImage] = []
     true_class = cache(lambda folder: [classes[number] for number in class_numbers([folder], classes).values()])
