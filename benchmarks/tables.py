@@ -50,6 +50,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "exported": deploy.exported_table,
         "deployed_cub100": lambda results: deploy.deployed_table(results, "cub100"),
         "deployed_grocery81": lambda results: deploy.deployed_table(results, "grocery81"),
+        "quantized": deploy.quantized_table,
         "served_cub100": lambda results: deploy.served_table(results, "cub100"),
     },
     "docs/explain.md": {

@@ -100,3 +100,31 @@ def served_table(results: Path, name: str) -> str:
             *(f"| {what} | {found} |" for what, found in rows.items()),
         ]
     )
+
+
+def quantized_table(results: Path) -> str:
+    """A row for each model and way to int8: top-1 against float32, size, and time against float32 in ONNX Runtime."""
+    result = json.loads((results / "quantized.json").read_text())
+    versions = result["versions"]
+    lines = [
+        f"{result['machine']['processor']}, NNCF {versions['nncf']}, OpenVINO {versions['openvino']}, "
+        f"ONNX Runtime {versions['onnxruntime']}, processor time of one image:",
+        "",
+        "| model | way | files | top-1 | minus float32 | time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, model in result["models"].items():
+        for way, found in model["ways"].items():
+            first = found["ratio_interval"] is None
+            low, high = found["ratio_interval"] or (1.0, 1.0)
+            cells = [
+                f"{name}, {model['images']} images" if first else "",
+                way,
+                f"{found['bytes'] / 1e6:.2f} MB",
+                f"{100 * found['top1']:.2f}",
+                "" if first else table.points(found["minus_float32"]),
+                f"{1e3 * found['seconds']:.1f} ms, x {found['ratio']:.2f}"
+                + ("" if first else f" [{low:.2f}, {high:.2f}]"),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

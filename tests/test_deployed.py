@@ -44,3 +44,27 @@ def test_int8_is_paired_with_its_own_model_and_shown_in_the_table(deployed, tmp_
     assert whole == "| base | 4.00 MB | 79.00 ± 1.41 (2) |  | 4.0 ms, x 1.00 |"
     assert small.startswith("| base, int8 | 1.00 MB (25%) | 78.00 ± 0.00 (2) | -1.00 [")
     assert small.endswith("] | 2.0 ms, 2.00 x faster |")
+
+
+def test_ways_to_int8_stand_against_float32_in_the_table(tmp_path):
+    def way(top1: float, mean: float, size: int, seconds: float, ratio: float, interval: list[float] | None):
+        minus = {"mean": mean, "low": mean - 0.005, "high": mean + 0.005}
+        times = {"seconds": seconds, "ratio": ratio, "ratio_interval": interval}
+        return {"top1": top1, "minus_float32": minus, "bytes": size, **times}
+
+    ways = {
+        "float32, ONNX Runtime": way(0.9, 0.0, 8_000_000, 0.004, 1.0, None),
+        "ulsam, ONNX Runtime": way(0.898, -0.002, 2_000_000, 0.002, 0.5, [0.45, 0.55]),
+    }
+    result = {
+        "models": {"a_model": {"images": 100, "ways": ways}},
+        "machine": {"processor": "A processor"},
+        "versions": {"nncf": "3", "openvino": "2", "onnxruntime": "1"},
+    }
+    (tmp_path / "quantized.json").write_text(json.dumps(result))
+    heading, *_, whole, small = load_benchmark("tables_deploy").quantized_table(tmp_path).splitlines()
+    assert heading.startswith("A processor, NNCF 3, OpenVINO 2, ONNX Runtime 1,")
+    assert whole == "| a_model, 100 images | float32, ONNX Runtime | 8.00 MB | 90.00 |  | 4.0 ms, x 1.00 |"
+    assert small == (
+        "|  | ulsam, ONNX Runtime | 2.00 MB | 89.80 | -0.20 [-0.70, +0.30] | 2.0 ms, x 0.50 [0.45, 0.55] |"
+    )
