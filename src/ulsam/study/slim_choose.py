@@ -98,10 +98,10 @@ class BlockSearch:
     def _plan(self, savings: Sequence[float], least: float) -> str:
         """What will be measured."""
         greedily, after = self._expected(savings, least)
-        mended = min(self.budget.reconstruct_sets, after) if self.reconstructed else 0
+        restored = min(self.budget.reconstruct_sets, after) if self.reconstructed else 0
         return (
             f"{len(_useful(savings))} blocks one by one, up to {greedily} sets in a greedy search, up to {after} sets "
-            f"after it{f', and the best {mended} reconstructed' * (mended > 0)}; to shorten it: {self._shorter}"
+            f"after it{f', and the best {restored} reconstructed' * (restored > 0)}; to shorten it: {self._shorter}"
         )
 
     def _expected(self, savings: Sequence[float], least: float) -> tuple[int, int]:

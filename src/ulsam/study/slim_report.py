@@ -98,9 +98,9 @@ def _set_table(slimming: SlimResult) -> list[str]:
     for places in shown:
         left = [f"{1 - sum(blocks[place][key] for place in places) / model[key]:.2%}" for key in ("params", "macs")]
         time = [f"{timed[tuple(places)]['ratio']:.2%}"] if by_time else []
-        mended = _damage(_score(slimming, places, reconstructed=True), base)
+        restored = _damage(_score(slimming, places, reconstructed=True), base)
         cells.append(
-            [", ".join(places), *left, *time, *_damage(_score(slimming, places), base), *mended * reconstructed]
+            [", ".join(places), *left, *time, *_damage(_score(slimming, places), base), *restored * reconstructed]
         )
     lines = text_table(cells, right=range(1, len(cells[0])))
     return lines + [f"and {len(rivals) - len(shown)} more, in slim.json"] * (len(rivals) > len(shown))
