@@ -3,10 +3,13 @@
 import gc
 import logging
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tiny import Warm, warm
@@ -43,6 +46,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the files that take longest, so that two workers end together (with `--no-loadscope-reorder`)."""
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_runtest_setup() -> None:
+    """What a test draws is the same whichever tests ran before it, so that none fails by chance."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_collection_finish() -> None:

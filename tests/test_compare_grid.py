@@ -333,6 +333,8 @@ def test_a_grid_survives_its_file_and_later_settings() -> None:
     assert Grid.from_json(stored) == plan
     with pytest.raises(UlsamError, match="not the plan of a comparison"):
         Grid.from_json({"arms": []})
+    with pytest.raises(UlsamError, match="plan of an earlier version"):
+        Grid.from_json({**plan.to_json(), "close": 1.0})
 
 
 def test_the_edge_of_the_tried_rates() -> None:

@@ -78,9 +78,15 @@ def test_the_cam_is_of_the_last_map_before_the_pooling(name: str) -> None:
     assert features.shape[2] > 1 and torch.equal(found[0], features)
 
 
-def test_token_models_and_images_too_small_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "size"), [("test_vit", 160), ("vit_tiny_patch16_224", 224), ("deit3_small_patch16_224", 224)]
+)
+def test_token_models_are_refused(name: str, size: int) -> None:
     with pytest.raises(UlsamError, match="this VisionTransformer has no feature map"):
-        cam_layer(timm.create_model("test_vit"), torch.zeros(1, 3, 160, 160))
+        cam_layer(timm.create_model(name), torch.zeros(1, 3, size, size))
+
+
+def test_images_too_small_are_refused() -> None:
     with pytest.raises(UlsamError, match="has no feature map"):
         cam_layer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), torch.zeros(1, 3, 3, 3))
 

@@ -134,5 +134,11 @@ def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _has_positions(output: Tensor, image: Tensor) -> bool:
-    """Whether this is a feature map of several positions."""
-    return output.is_floating_point() and is_feature_map(output.shape, image.shape) and output.shape[2:].numel() > 1
+    """Whether this is a feature map of several positions, with the sides of the image in proportion.
+
+    The keys of attention, [B, heads, tokens, channels], are none, and differ from a map in their sides alone.
+    """
+    if not output.is_floating_point() or not is_feature_map(output.shape, image.shape):
+        return False
+    (height, width), (rows, columns) = image.shape[2:], output.shape[2:]
+    return rows * columns > 1 and 0.5 <= (height / rows) / (width / columns) <= 2

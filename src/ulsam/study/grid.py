@@ -183,8 +183,12 @@ class Grid:
         """Read :meth:`to_json`; settings that a later version added take their defaults.
 
         Raises:
-            UlsamError: it is not that of a grid.
+            UlsamError: it is not that of a grid, or names a setting as an earlier version did.
         """
+        if "close" in values:
+            raise UlsamError(
+                "the plan of a comparison of an earlier version: scripts/migrate_results.py renames its keys"
+            )
         try:
             return cls(
                 arms=tuple(Arm(arm["name"], tuple(arm["edits"]), arm["settings"]) for arm in values["arms"]),

@@ -108,7 +108,8 @@ int ulsam_run(const struct job *job) {
     int best = ulsam_isa(), isa = job->isa ? (int)job->isa : best;
     if (isa > best) return -2;
 #ifdef __x86_64__
-    if (!job->isa && isa == 3 && !job->channels_last && job->W <= 8) isa = 2; /* such a row would fill half a vector */
+    /* a row of 7 or 8 pixels fills one of AVX2's vectors, and half of a wider one */
+    if (!job->isa && isa == 3 && !job->channels_last && (job->W == 7 || job->W == 8)) isa = 2;
     if (isa == 3) return ulsam_run_avx512(job);
     if (isa == 2) return ulsam_run_avx2(job);
 #endif

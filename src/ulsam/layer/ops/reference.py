@@ -34,7 +34,9 @@ def attention_maps(
         h = F.batch_norm(h, None, None, norms[0].to(exact), norms[1].to(exact), training=True, eps=eps)
     if relu:
         h = F.relu(h)
-    h = F.max_pool2d(h, 3, stride=1, padding=1) * _channels(weight, exact)
+    if h.numel():  # PyTorch pools no empty map
+        h = F.max_pool2d(h, 3, stride=1, padding=1)
+    h = h * _channels(weight, exact)
     logits = h.unflatten(1, (groups, -1)).sum(2)
     if norms:
         moments = torch.cat([moments, _moments(logits)])
