@@ -333,7 +333,7 @@ def test_a_grid_survives_its_file_and_later_settings() -> None:
     assert Grid.from_json(stored) == plan
     with pytest.raises(UlsamError, match="not the plan of a comparison"):
         Grid.from_json({"arms": []})
-    with pytest.raises(UlsamError, match="plan of an earlier version"):
+    with pytest.raises(UlsamError, match="of an earlier version"):
         Grid.from_json({**plan.to_json(), "close": 1.0})
 
 
