@@ -14,7 +14,7 @@ from ulsam.base.errors import UlsamError
 Blocks = frozenset[int]
 #: The damage of replacing a set of blocks; called often for the same set, so it should remember.
 Damage = Callable[[Blocks], float]
-#: Is told of the sets whose damage is asked for next, to measure them together.
+#: Called with the sets whose damage is needed next, to measure them together.
 Ahead = Callable[[Iterable[Blocks]], object]
 
 
@@ -51,7 +51,7 @@ def search(
         least: to be saved, above 0.
         damage: of a set.
         max_sets: how many sets to measure at most, those of the greedy search aside.
-        ahead: is told of the sets whose damage is asked for next.
+        ahead: called with the sets whose damage is needed next.
 
     Raises:
         UlsamError: all blocks together save less.

@@ -346,7 +346,7 @@ def _run(
     r: Tensor | None = None,
     dbias: Tensor | None = None,
 ) -> None:
-    """As :class:`ulsam.layer.ops.stages.Run` says."""
+    """As :class:`ulsam.layer.ops.stages.RunStages` says."""
     batch, channels, height, width = x.shape
     size, pixels, last = channels // groups, height * width, not x.is_contiguous()
     back = asked & (stages.MAPS_BACK | stages.INPUT_BACK)
