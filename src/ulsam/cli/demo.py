@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
         with only_json(args):
             rows = run_demo(out, args.seed)
     except Interrupted as stop:
-        raise KeyboardInterrupt(f"{stop.where}; the demonstration begins anew: run it with another --out") from None
+        raise KeyboardInterrupt(f"{stop.event}; the demonstration begins anew: run it with another --out") from None
     if args.json:
         for row in rows:
             print_json(asdict(row))

@@ -333,5 +333,5 @@ def _resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        where = stop.where if isinstance(stop, Interrupted) else "stopped"
-        raise Interrupted(where, f"what was done is kept: resume with the same arguments and `out={out}`") from None
+        event = stop.event if isinstance(stop, Interrupted) else "stopped"
+        raise Interrupted(event, f"what was done is kept: resume with the same arguments and `out={out}`") from None

@@ -72,12 +72,12 @@ class BlockSearch:
             if by_time and (more := (1 - self._ratio(useful)) / saved(savings, useful)) > 1:
                 savings = [more * saving for saving in savings]  # together they save more than the sum
             self.prepare()
-            least = total * (1 - self.budget.share)
-            progress.say(f"plan    {self._plan(savings, least)}")
+            min_saving = total * (1 - self.budget.share)
+            progress.say(f"plan    {self._plan(savings, min_saving)}")
             self._measure([frozenset()], progress)
             self._measure([frozenset({number}) for number in useful], progress)  # for the table, whatever is asked for
-            progress.expect(sum(self._expected(savings, least)))
-            found = self._by_latency(savings, progress) if by_time else self._search(savings, least, progress)
+            progress.expect(sum(self._expected(savings, min_saving)))
+            found = self._by_latency(savings, progress) if by_time else self._search(savings, min_saving, progress)
             chosen = self._best_reconstructed(found, progress)
         places = self._places
         self.record.put(
@@ -95,20 +95,20 @@ class BlockSearch:
         ways = ["fewer `images`", "a smaller `max_sets`", "blocks named by `at`"]
         return ", ".join([*ways, *["a smaller `reconstruct_sets`"] * (self.reconstructed is not None)])
 
-    def _plan(self, savings: Sequence[float], least: float) -> str:
+    def _plan(self, savings: Sequence[float], min_saving: float) -> str:
         """What will be measured."""
-        greedily, after = self._expected(savings, least)
+        greedily, after = self._expected(savings, min_saving)
         restored = min(self.budget.reconstruct_sets, after) if self.reconstructed else 0
         return (
             f"{len(_useful(savings))} blocks one by one, up to {greedily} sets in a greedy search, up to {after} sets "
             f"after it{f', and the best {restored} reconstructed' * (restored > 0)}; to shorten it: {self._shorter}"
         )
 
-    def _expected(self, savings: Sequence[float], least: float) -> tuple[int, int]:
+    def _expected(self, savings: Sequence[float], min_saving: float) -> tuple[int, int]:
         """How many sets the greedy search will measure, about, and how many at most are measured after it."""
         useful = sorted(_useful(savings))
         sets = list(
-            itertools.islice(minimal_sets([savings[number] for number in useful], least), self.budget.max_sets + 1)
+            itertools.islice(minimal_sets([savings[number] for number in useful], min_saving), self.budget.max_sets + 1)
         )
         longest = max(map(len, sets), default=0)
         return sum(len(useful) - step for step in range(1, longest)), min(len(sets), self.budget.max_sets)
@@ -172,7 +172,7 @@ class BlockSearch:
         ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.record.get("timings")}
         return [1 - ratios[(block.place,)] for block in self.blocks], 1.0
 
-    def _search(self, savings: Sequence[float], least: float, progress: SearchProgress) -> SearchResult:
+    def _search(self, savings: Sequence[float], min_saving: float, progress: SearchProgress) -> SearchResult:
         """Search among the blocks that save something."""
         useful = sorted(_useful(savings))
 
@@ -185,7 +185,7 @@ class BlockSearch:
         def ahead(sets: Iterable[Blocks]) -> None:
             self._measure(map(real, sets), progress)
 
-        found = search([savings[number] for number in useful], least, damage, self.budget.max_sets, ahead)
+        found = search([savings[number] for number in useful], min_saving, damage, self.budget.max_sets, ahead)
         return SearchResult(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
 
     def _by_latency(self, savings: Sequence[float], progress: SearchProgress) -> SearchResult:
@@ -202,9 +202,9 @@ class BlockSearch:
             return SearchResult(sets[0], how, greedy, (*sets, *others))
 
         wanted = max(1, self.budget.reconstruct_sets) if self.reconstructed else 1
-        least = 1 - self.budget.share
-        while saved(savings, useful) >= least:
-            best = self._search(savings, least, progress)
+        min_saving = 1 - self.budget.share
+        while saved(savings, useful) >= min_saving:
+            best = self._search(savings, min_saving, progress)
             excess, fast = [], []
             for rival in [rival for rival in best.rivals if rival not in ratios][:TIMED]:
                 ratios[rival] = self._ratio(rival)
@@ -219,7 +219,7 @@ class BlockSearch:
                 )
             if fast:
                 return found(fast, "timed", best.greedy)
-            least += max(min(excess, default=STEP), STEP)
+            min_saving += max(min(excess, default=STEP), STEP)
         self._damage(useful, progress)
         return found([useful], "all", useful)
 
