@@ -212,7 +212,7 @@ def _choose(
         entry: OriginalModel = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(base_cost)}
         counts: SampleCounts = {"sample": sample.count, "training": len(images)}
         record.data["model"] = entry
-        record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+        record.data["blocks"] = [block.entry() for block in blocks]
         record.data["images"] = counts
         if kept:
             record.write()

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -18,7 +18,7 @@ from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import WORDS, Budget
 from ulsam.study.slim_damage import SampleScore
 from ulsam.study.slim_latency import call_of
-from ulsam.study.slim_progress import SearchProgress
+from ulsam.study.slim_progress import INTERVAL, SearchProgress
 from ulsam.study.slim_record import SlimRecord
 from ulsam.study.slim_search import Blocks, SearchResult, minimal_sets, saved, search
 from ulsam.study.slim_stacked import TOGETHER
@@ -43,6 +43,7 @@ class BlockSearch:
         prepare: called before the first block is replaced, once the budget is known to be reachable.
         reconstructed: measures the model with these blocks replaced and the layers behind them reconstructed; None
             where the chosen model will not be.
+        log_interval: seconds between two lines about how far it is, where the output is no terminal.
     """
 
     budget: Budget
@@ -53,6 +54,7 @@ class BlockSearch:
     record: SlimRecord
     prepare: Callable[[], None]
     reconstructed: Callable[[Sequence[str]], SampleScore] | None = None
+    log_interval: float = INTERVAL
 
     def choose(self) -> None:
         """Choose the blocks to replace; these, and how they were found, are in the record then, under "chosen".
@@ -63,7 +65,7 @@ class BlockSearch:
         by_time = self.budget.measure == "latency"
         bar: tqdm[Any] = logs.progress(desc="damage", unit="set")
         with bar, cpu_threads(self.budget.latency_threads if by_time else None):
-            progress = SearchProgress(bar, self._shorter)
+            progress = SearchProgress(bar, self._shorter, self.log_interval)
             savings, total = self._savings(progress)
             useful = _useful(savings)
             self._check_reachable(
@@ -167,7 +169,7 @@ class BlockSearch:
         if self.record.get("timings") is None:
             progress.say("time    of the model with each block replaced, in turn with the model as it is")
             timed = self._time([frozenset({number}) for number in range(len(self.blocks))])
-            entries = [{"blocks": self._places(blocks), **asdict(timing)} for blocks, timing in timed.items()]
+            entries = [{"blocks": self._places(blocks), **timing.to_json()} for blocks, timing in timed.items()]
             self.record.put("timings", entries)
         ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.record.get("timings")}
         return [1 - ratios[(block.place,)] for block in self.blocks], 1.0
@@ -234,7 +236,7 @@ class BlockSearch:
             found = self._time([blocks])[blocks]
             if found.ratio <= self.budget.share:
                 found = max(found, self._time([blocks])[blocks], key=lambda timing: timing.ratio)
-            known = {"blocks": places, **asdict(found)}
+            known = {"blocks": places, **found.to_json()}
             self.record.put("timed", [*timed, known])
         return float(known["ratio"])
 
