@@ -47,7 +47,7 @@ from ulsam.training.sample import pick
 ROOT = Path(__file__).parents[1]
 CALIBRATE = 256
 SEEN = 400  # test images, by NNCF's accuracy control
-MOST_LOST = 0.005  # by it
+MAX_LOST = 0.005  # by it
 CONTROL = AdvancedAccuracyRestorerParameters(ranking_subset_size=64, max_num_iterations=10)  # or it takes an hour
 FIRST = "float32, ONNX Runtime"
 OPENVINO = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1}
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     entry = {
         "command": f"python benchmarks/quantized.py {args.name} {Path(args.model).name} {Path(args.data).name}",
         "images": len(others),
-        "accuracy_control": {"images": len(seen), "most_lost": MOST_LOST, "kept_in_float32": kept},
+        "accuracy_control": {"images": len(seen), "max_lost": MAX_LOST, "kept_in_float32": kept},
         "ways": {
             name: {
                 "top1": float(answers[name].mean()),
@@ -142,7 +142,7 @@ def made(
         by_place,
         nncf.Dataset(seen, lambda pair: pair[0][None]),
         validated,
-        max_drop=MOST_LOST,
+        max_drop=MAX_LOST,
         subset_size=len(calibration),
         advanced_accuracy_restorer_parameters=CONTROL,
     )

@@ -152,6 +152,21 @@ def test_the_official_counts_raise_no_warning(name):
     assert all(mismatch(name, {**counts, one: count - 1}) for one, count in counts.items())
 
 
+def test_with_the_official_counts_the_command_prints_no_warning(tmp_path, capsys):
+    """As many files as CUB-200-2011 has; nothing decodes them, so they are empty."""
+    train, test, classes = OFFICIAL["cub200"].counts.values()
+    names = [f"{n % classes:03}.Bird/{n}.jpg" for n in range(train + test)]
+    files = {f"CUB_200_2011/images/{name}": b"" for name in names}
+    files["CUB_200_2011/images.txt"] = "".join(f"{n} {name}\n" for n, name in enumerate(names)).encode()
+    split = "".join(f"{n} {int(n < train)}\n" for n in range(len(names)))
+    files["CUB_200_2011/train_test_split.txt"] = split.encode()
+    archive = pack(tmp_path / "CUB_200_2011.tar", files)
+    assert main(["prepare", "cub200", str(archive), str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path / 'out'}: 5994 train and 5794 test images of 200 classes\n"
+    assert printed.err == ""
+
+
 def fails(folder: Path, name: str, archives: Path | list[Path], match: str) -> None:
     """One line, and nothing left behind."""
     before = sorted(os.listdir(folder))

@@ -143,7 +143,7 @@ def test_a_set_that_is_slower_than_its_blocks_promise_is_not_taken(tmp_path, sin
     slow = [rival for rival in found["rivals"] if rival != found["blocks"]]
     assert all(entries[tuple(map(int, rival))]["ratio"] > 0.8 for rival in slow)
     record.data["model"] = {"params": 100, "macs": 100}
-    record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+    record.data["blocks"] = [block.entry() for block in blocks]
     reason = {
         "timed": f"of {1 + len(slow)} sets that were timed, by damage, the first"
         if slow
@@ -169,7 +169,7 @@ def test_several_sets_that_are_fast_enough_are_compared_after_reconstruction(tmp
     assert (found["blocks"], found["rivals"]) == (["2"], [["0"], ["2"], ["1"]])  # the fourth is not needed
     assert [entry["blocks"] for entry in record.get("measured_reconstructed")] == [["0"], ["2"]]
     record.data["model"] = {"params": 100, "macs": 100}
-    record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+    record.data["blocks"] = [block.entry() for block in blocks]
     reason = choice_lines(record.data)[-1]
     assert reason.startswith(
         "chosen  2: the least loss after reconstruction of 2 sets; before it 0 was first: of 3 sets"
@@ -235,7 +235,7 @@ def test_of_the_sets_of_least_damage_the_best_after_reconstruction_is_chosen(tmp
     assert calls == [[f"b{number}"] for number in measured]
     assert record.get("chosen")["rivals"] == [["0"], ["1"], ["2"]]
     record.data["model"] = {"params": 100, "macs": 100}
-    record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
+    record.data["blocks"] = [block.entry() for block in blocks]
     lines = choice_lines(record.data)
     assert ("before it 0 was first" in lines[-1]) == (chosen != "0")
     assert any(("reconstructed: loss" in line) == bool(measured) for line in lines if "loss change" in line)
@@ -288,8 +288,25 @@ def test_images_for_reconstruction_are_used_in_the_choice(calibrated, data, tmp_
     assert losses[0] != losses[1]
 
 
+def test_a_log_says_how_far_the_search_is(tmp_path, logged):
+    """Two of four blocks are to go; with no seconds between two lines, each measurement has one."""
+    asked = Budget("macs", 0.85)
+    record = SlimRecord(tmp_path / "out", asked.entry())
+    blocks = [Block(f"b{n}", n, "Block", (8, 4, 4), 1, cost(nn.Conv2d(3, 3, 1), SIZE).macs // 10) for n in range(4)]
+    passes = []
+
+    def score(sets):
+        passes.append(len(sets))
+        return [SampleScore(float(len(names)), 0.5) for names in sets]
+
+    dataclasses.replace(search_of(asked, blocks, record), score=score, log_interval=0.0).choose()
+    said = [int(number) for number in re.findall(r"sets measured so far: (\d+)", logged())]
+    assert said == list(itertools.accumulate(passes))
+    assert said[-1] == len(record.get("measured")) == 1 + 4 + 6  # as it is, each block, every two of them
+
+
 @pytest.mark.parametrize(("interval", "said"), [(0.0, [1, 3, 4]), (1000.0, [])])
-def test_a_log_says_how_far_the_search_is(interval, said, logged):
+def test_a_log_says_how_long_the_rest_takes(interval, said, logged):
     with logs.progress(total=5, shown=False) as bar:
         progress = SearchProgress(bar, "fewer `images`", interval)
         for sets in (1, 2, 1):

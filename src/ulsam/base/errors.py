@@ -23,27 +23,27 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the state is saved, and the message says how to resume.
 
     Attributes:
-        where: how far the work had come.
+        event: what happened, and how far the work had come.
         run: the folder that `ulsam.resume` takes; None for other work than a run.
     """
 
-    def __init__(self, where: str, how: str, run: Path | None = None) -> None:
-        super().__init__(f"{where}; {how}")
-        self.where, self.run = where, run
+    def __init__(self, event: str, advice: str, run: Path | None = None) -> None:
+        super().__init__(f"{event}; {advice}")
+        self.event, self.run = event, run
 
 
 class LostProcess(MachineError):
     """One of several processes is gone, so the others cannot go on; the message says how to resume.
 
     Attributes:
-        where: what happened.
+        event: what happened.
         run: the folder that `ulsam.resume` takes; None for other work than a run.
         reports: whether this process is the one of those left that should say so.
     """
 
-    def __init__(self, where: str, how: str = "start them all again", run: Path | None = None) -> None:
-        super().__init__(f"{where}; {how}")
-        self.where, self.run, self.reports = where, run, True
+    def __init__(self, event: str, advice: str = "start them all again", run: Path | None = None) -> None:
+        super().__init__(f"{event}; {advice}")
+        self.event, self.run, self.reports = event, run, True
 
 
 def printable(text: str) -> str:

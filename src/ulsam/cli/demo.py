@@ -1,9 +1,14 @@
 """`ulsam demo`: train on drawn birds, make the model smaller, and restore its accuracy."""
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ulsam.base.errors import Interrupted
 from ulsam.cli.common import free_folder, only_json, print_json
+
+if TYPE_CHECKING:
+    from ulsam.study.demo import DemoRow
 
 EXAMPLE = "ulsam demo --out runs/demo"
 
@@ -18,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from ulsam.study.demo import CAUTION, run_demo, table
+    from ulsam.study.demo import run_demo
     from ulsam.training.machine import keep_freed_memory
 
     keep_freed_memory()
@@ -28,10 +33,19 @@ def run(args: argparse.Namespace) -> None:
         with only_json(args):
             rows = run_demo(out, args.seed)
     except Interrupted as stop:
-        raise KeyboardInterrupt(f"{stop.where}; the demonstration begins anew: run it with another --out") from None
+        raise KeyboardInterrupt(f"{stop.event}; the demonstration begins anew: run it with another --out") from None
     if args.json:
         for row in rows:
             print_json(asdict(row))
         return
-    print(f"\n{table(rows)}\n\nSeed {args.seed}. {CAUTION}")
-    print(f"Image: {out}/demo.png; the birds, the models and their runs lie beside it.")
+    print(text(rows, args.seed, out))
+
+
+def text(rows: Sequence["DemoRow"], seed: int, out: str) -> str:
+    """What the command prints of the models: the table, the seed with its caution, and where the files lie."""
+    from ulsam.study.demo import CAUTION, table
+
+    return (
+        f"\n{table(rows)}\n\nSeed {seed}. {CAUTION}\n"
+        f"Image: {out}/demo.png; the birds, the models and their runs lie beside it."
+    )

@@ -76,8 +76,8 @@ def resumable() -> Iterator[None]:
             raise
         how = f"resume with: {launch_line(['train', '--resume', str(stop.run)])}"
         if isinstance(stop, Interrupted):
-            raise KeyboardInterrupt(f"{stop.where}; {how}") from None
-        stop.args = (f"{stop.where}; {how}",)
+            raise KeyboardInterrupt(f"{stop.event}; {how}") from None
+        stop.args = (f"{stop.event}; {how}",)
         raise
 
 

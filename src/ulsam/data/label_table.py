@@ -148,22 +148,22 @@ def read_table(table: str | os.PathLike[str], several: bool | None = None) -> La
     """
     name = os.fspath(table)
     header, cells = read_cells(table)
-    places = columns(header)
-    if places is None:
+    layout = columns(header)
+    if layout is None:
         raise UlsamError(
             f"{name} needs a header with a column for the path ({', '.join(PATHS[:3])}, ...) and one for the label "
             f"({', '.join(LABELS[:3])}, ...), one for several labels ({', '.join(SETS[:2])}, ...), or a column of 0 "
             f"and 1 for each class; it has {a_few(header) if header else 'none'}"
         )
     names = [one.strip().lower() for one in header]
-    used = (names[place] for place in (places.path, places.label, places.split) if place is not None)
+    used = (names[place] for place in (layout.path, layout.label, layout.split) if place is not None)
     if twice := next((one for one in used if names.count(one) > 1), None):
         raise UlsamError(f"{name} has two columns called {twice!r}: leave one of them out")
     if not cells:
         raise UlsamError(f"{name} has a header, but no row: it names no image")
-    labels, how = _labels(name, header, cells, places)
+    labels, how = _labels(name, header, cells, layout)
     rows = [
-        Row(number, row[places.path].strip(), own, row_split(name, number, row, places))
+        Row(number, row[layout.path].strip(), own, row_split(name, number, row, layout))
         for (number, row), own in zip(cells, labels, strict=True)
     ]
     _check_twice(name, rows)
@@ -171,7 +171,7 @@ def read_table(table: str | os.PathLike[str], several: bool | None = None) -> La
     if several is False and other:
         raise UlsamError(f"{name}, row {other.number}: {len(other.labels)} labels, where one class an image is needed")
     takes_several = other is not None if several is None else several
-    classes = None if places.label is not None else tuple(header[n].strip() for n in _class_columns(header, places))
+    classes = None if layout.label is not None else tuple(header[n].strip() for n in _class_columns(header, layout))
     note = None
     if takes_several:
         bare = sum(not row.labels for row in rows)
@@ -261,32 +261,32 @@ def _files(folder: Path, rows: Iterable[Row]) -> Iterator[str | None]:
         yield file
 
 
-def _class_columns(header: Sequence[str], places: Columns) -> list[int]:
+def _class_columns(header: Sequence[str], layout: Columns) -> list[int]:
     """The columns of a table whose classes have one each: all further ones that have a name."""
-    taken = (places.path, places.split)
+    taken = (layout.path, layout.split)
     return [n for n, name in enumerate(header) if n not in taken and not re.fullmatch(r"\s*(Unnamed: \d+)?", name)]
 
 
 def _labels(
-    table: str, header: Sequence[str], cells: Sequence[tuple[int, list[str]]], places: Columns
+    table: str, header: Sequence[str], cells: Sequence[tuple[int, list[str]]], layout: Columns
 ) -> tuple[list[tuple[str, ...]], str | None]:
     """The labels of each row, and how they were read, None for one a cell."""
-    if places.label is None:
-        return _from_columns(table, header, cells, places), "a column of 0 and 1 for each class"
-    texts = [row[places.label].strip() for _, row in cells]
-    name = header[places.label].strip()
+    if layout.label is None:
+        return _from_columns(table, header, cells, layout), "a column of 0 and 1 for each class"
+    texts = [row[layout.label].strip() for _, row in cells]
+    name = header[layout.label].strip()
     how = f"column {name}"
     for (number, _), text in zip(cells, texts, strict=True):
-        if not text and not places.sets:
+        if not text and not layout.sets:
             raise UlsamError(
                 f"{table}, row {number}: the {name} is empty; images without a label need a column called labels"
             )
-    if places.sets and any(text.startswith("[") for text in texts):
+    if layout.sets and any(text.startswith("[") for text in texts):
         return [_listed(f"{table}, row {number}", text) for (number, _), text in zip(cells, texts, strict=True)], how
-    allowed = _SEPARATORS if places.sets else _SEPARATORS[:1]
+    allowed = _SEPARATORS if layout.sets else _SEPARATORS[:1]
     between = next((one for one in allowed if any(re.search(one, text) for text in texts)), None)
     if between is None:
-        return [(text,) if text else () for text in texts], how if places.sets else None
+        return [(text,) if text else () for text in texts], how if layout.sets else None
     parts = (map(str.strip, re.split(between, text)) for text in texts)
     words = dict(zip(_SEPARATORS, ("; or |", "commas", "blanks"), strict=True))[between]
     return [tuple(dict.fromkeys(filter(None, own))) for own in parts], f"{how}, divided at {words}"
@@ -304,13 +304,13 @@ def _listed(where: str, text: str) -> tuple[str, ...]:
 
 
 def _from_columns(
-    table: str, header: Sequence[str], cells: Sequence[tuple[int, list[str]]], named: Columns
+    table: str, header: Sequence[str], cells: Sequence[tuple[int, list[str]]], layout: Columns
 ) -> list[tuple[str, ...]]:
-    places = _class_columns(header, named)
-    names = [header[place].strip() for place in places]
+    class_columns = _class_columns(header, layout)
+    names = [header[column].strip() for column in class_columns]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UlsamError(f"{table} has two columns called {twice!r}: give each class a name of its own")
-    values = [[row[place].strip().lower() for place in places] for _, row in cells]
+    values = [[row[column].strip().lower() for column in class_columns] for _, row in cells]
     no = _NO if any(value in _NO for row in values for value in row) else _MINUS
     labels = []
     for (number, _), row in zip(cells, values, strict=True):
@@ -324,7 +324,7 @@ def _from_columns(
     return labels
 
 
-def row_split(table: str | os.PathLike[str], number: int, row: Sequence[str], places: Columns) -> str | None:
+def row_split(table: str | os.PathLike[str], number: int, row: Sequence[str], layout: Columns) -> str | None:
     """The split that a row of cells names; None for a table without splits.
 
     Raises:
@@ -333,11 +333,11 @@ def row_split(table: str | os.PathLike[str], number: int, row: Sequence[str], pl
     >>> row_split("labels.csv", 2, ["a.jpg", "wren", "Valid"], Columns(path=0, label=1, split=2))
     'val'
     """
-    if places.split is None:
+    if layout.split is None:
         return None
-    split = SPLITS.get(row[places.split].strip().lower())
+    split = SPLITS.get(row[layout.split].strip().lower())
     if split is None:
-        raise UlsamError(f"{table}, row {number}: the split is {row[places.split]!r}, not one of {', '.join(SPLITS)}")
+        raise UlsamError(f"{table}, row {number}: the split is {row[layout.split]!r}, not one of {', '.join(SPLITS)}")
     return split
 
 

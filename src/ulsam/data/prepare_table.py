@@ -31,18 +31,18 @@ def prepare_table(table: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     table, out = Path(table), Path(os.path.abspath(out))
     check_empty(out)
     header, rows = read_cells(table)
-    places = columns(header)
-    if places is None or places.label is None or places.sets:
+    layout = columns(header)
+    if layout is None or layout.label is None or layout.sets:
         raise UlsamError(
             f"{table} needs a header with a column for the path ({', '.join(PATHS[:3])}, ...) and one for the class "
             f"({', '.join(LABELS[:3])}, ...); it has {a_few(header) if header else 'none'}"
         )
     copies: dict[Path, Path] = {}
     for number, row in rows:
-        path, label = row[places.path].strip(), row[places.label].strip()
+        path, label = row[layout.path].strip(), row[layout.label].strip()
         if not label or label.startswith(".") or Path(label).name != label or "\\" in label:
             raise UlsamError(f"{table}, row {number}: {label!r} is no name of a folder")
-        split = row_split(table, number, row, places)
+        split = row_split(table, number, row, layout)
         source = image_file(table.parent, path)
         if source is None:
             raise UlsamError(f"{table}, row {number}: no image {table.parent / path}")

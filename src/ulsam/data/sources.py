@@ -112,7 +112,7 @@ def check_one_class(images: "AnyImages", what: str) -> None:
         raise UlsamError(f"{what} is for one class an image, and these images may have several labels")
 
 
-class _FactoryImages:
+class _FactoryData:
     """A data set of timm's factory."""
 
     def __init__(self, dataset: Any, title: str, classes: tuple[str, ...], split: str = "training") -> None:
@@ -147,7 +147,7 @@ class _FactoryImages:
         return number if self.numbers is None else self.numbers.get(number, -1)
 
 
-class FactoryImages(_FactoryImages):
+class FactoryImages(_FactoryData):
     """A map-style data set of timm's factory (``torch/...``, ``hfds/...``); as :class:`FolderImages`."""
 
     @property
@@ -210,7 +210,7 @@ class Member:
         return read_pixels(self.file, reduction, channels=channels)
 
 
-class StreamImages(_FactoryImages):
+class StreamImages(_FactoryData):
     """An iterable data set of timm's factory (``wds/...``, ``tfds/...``, ``hfids/...``), read shard by shard.
 
     Training images are shared out among the processes by timm's reader, in whole shards; other images pass every

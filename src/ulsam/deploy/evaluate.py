@@ -149,20 +149,22 @@ def evaluate(
         device=device,
     ) as found:
         collected = Collected()
-        scores = evaluate_batches(found.model, found.batches, len(found.spec.classes), seen=collected.add, **found.how)
-        by_class = collected.scores(found.spec.classes, found.how["world"])
+        scores = evaluate_batches(
+            found.model, found.batches, len(found.spec.classes), on_batch=collected.add, **found.options
+        )
+        by_class = collected.scores(found.spec.classes, found.options["world"])
     return Evaluation(scores, found.split, found.spec, by_class)
 
 
 @dataclass(frozen=True)
 class ToMeasure:
-    """A model and the images that it is measured on; ``how`` are further arguments of `evaluate_batches`."""
+    """A model and the images that it is measured on; ``options`` are further arguments of `evaluate_batches`."""
 
     model: nn.Module
     spec: ModelSpec
     split: str
     batches: Loader
-    how: dict[str, Any]
+    options: dict[str, Any]
 
 
 @contextmanager
@@ -226,8 +228,8 @@ def to_measure(
             world=world.size,
             device=world.device,
         )
-        how = {"world": world, "channels_last": not exported, "progress": split if world.writes else None}
-        yield ToMeasure(module.to(world.device), spec, split, batches, how)
+        options = {"world": world, "channels_last": not exported, "progress": split if world.writes else None}
+        yield ToMeasure(module.to(world.device), spec, split, batches, options)
 
 
 def _default_split(data: str) -> str:

@@ -145,5 +145,5 @@ def evaluate_labels(
         device=device,
     ) as found:
         thresholds = found.spec.thresholds
-        scores = evaluate_label_batches(found.model, found.batches, found.spec.classes, thresholds, **found.how)
+        scores = evaluate_label_batches(found.model, found.batches, found.spec.classes, thresholds, **found.options)
     return LabelEvaluation(scores, found.split, found.spec)

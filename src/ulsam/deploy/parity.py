@@ -108,7 +108,7 @@ class Parity:
 def compared(
     model: nn.Module,
     run: Callable[[NDArray[Any]], Logits],
-    look: Preprocessing,
+    preprocessing: Preprocessing,
     images: Sequence[Pixels],
     *,
     pixels: bool = True,
@@ -119,7 +119,7 @@ def compared(
     Args:
         model: the model itself, on any device, not folded; in eval mode for the time being.
         run: the exported model, by default on bytes [B, H, W, C].
-        look: whose normalization the model's input needs.
+        preprocessing: whose normalization the model's input needs.
         images: all of one size.
         pixels: False if ``run`` takes normalized images.
         one_by_one: whether ``run`` takes one image at a time.
@@ -132,7 +132,7 @@ def compared(
     parities = []
     for first in [0, *range(1, len(images), step)]:
         batch = np.stack(images[first : first + (step if first else 1)])
-        normalized = look.normalize(batch)
+        normalized = preprocessing.normalize(batch)
         try:
             theirs = np.asarray(run(batch if pixels else normalized))
         except Exception as error:  # each engine has its own; a size may be fixed in the model, though left open
@@ -161,7 +161,7 @@ def parity_of(theirs: Logits, ours: Logits) -> Parity:
     return Parity(len(ours), same, float(abs(theirs - ours).max()), float(abs(ours).max()))
 
 
-def read_images(paths: Sequence[str | os.PathLike[str]], look: Preprocessing) -> list[Pixels]:
+def read_images(paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing) -> list[Pixels]:
     """Up to `MAX_IMAGES` of these files, spread evenly, at the model's size; unreadable ones are left out.
 
     Raises:
@@ -171,7 +171,8 @@ def read_images(paths: Sequence[str | os.PathLike[str]], look: Preprocessing) ->
     images, reason = [], "there are none"
     for path in chosen if len(paths) > MAX_IMAGES else paths:
         try:
-            images.append(look.crop(read_pixels(path, look.reduction, channels=look.channels)))
+            pixels = read_pixels(path, preprocessing.reduction, channels=preprocessing.channels)
+            images.append(preprocessing.crop(pixels))
         except UnreadableImage as error:
             reason = str(error)
     if not images:

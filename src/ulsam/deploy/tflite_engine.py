@@ -35,7 +35,7 @@ def tflite_engine(
     name = "pixels" if example.dtype.itemsize == 1 else "x"
     try:
         with _silent():
-            whole = _NamedOutput(with_attention(model)[0], name).eval()
+            whole = _WithNamedOutput(with_attention(model)[0], name).eval()
             content = litert_torch.convert(whole, sample_kwargs={name: example[:1]}).model_content()
             content = _with_half_weights(content) if half else content
     except Exception as error:  # whatever it raises at an operation that it does not know
@@ -50,7 +50,7 @@ def tflite_engine(
     )
 
 
-class _NamedOutput(nn.Module):
+class _WithNamedOutput(nn.Module):
     """The model with a name for its output; its input gets one where it is called."""
 
     def __init__(self, model: nn.Module, name: str) -> None:

@@ -63,14 +63,14 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
     >>> cam_layer(model, torch.zeros(1, 3, 9, 9))
     '1'
     """
-    outputs_seen: list[tuple[str, Tensor]] = []
+    feature_maps: list[tuple[str, Tensor]] = []
     tokens = 0  # modules that put them out after the last map
 
     def note(name: str) -> None:
         def hook(_module: nn.Module, _args: object, output: object) -> None:
             nonlocal tokens
             if isinstance(output, Tensor) and _has_positions(output, image):
-                outputs_seen.append((name, output))
+                feature_maps.append((name, output))
                 tokens = 0
             elif isinstance(output, Tensor):
                 tokens += output.ndim == 3
@@ -87,9 +87,9 @@ def cam_layer(model: nn.Module, image: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    outputs = [output for _, output in outputs_seen if output.requires_grad]
+    outputs = [output for _, output in feature_maps if output.requires_grad]
     used = torch.autograd.grad(score, outputs, allow_unused=True) if outputs else ()
-    names = [name for name, output in outputs_seen if output.requires_grad]
+    names = [name for name, output in feature_maps if output.requires_grad]
     leading = [name for name, gradient in zip(names, used, strict=True) if gradient is not None]
     if not leading or tokens > len(leading):
         raise UlsamError(

@@ -73,17 +73,17 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
     _, images, _ = open_images(config)
     if not isinstance(images, FolderImages | FactoryImages):
         raise UlsamError("a stream of shards: images cannot be picked from it")
-    spec, counted = run.result.spec, run.result.measured
-    if images.classes != spec.classes or len(images) != counted:
+    spec, image_count = run.result.spec, run.result.image_count
+    if images.classes != spec.classes or len(images) != image_count:
         raise UlsamError(
-            f"{config.data} no longer holds the {counted} {run.result.split} images of {len(spec.classes)} classes "
+            f"{config.data} no longer holds the {image_count} {run.result.split} images of {len(spec.classes)} classes "
             "that it was measured on"
         )
-    outcomes_read: list[tuple[int, int, float]] = []
+    predictions: list[tuple[int, int, float]] = []
 
     def keep(logits: Tensor, labels: Tensor) -> None:
         shares, named = logits.softmax(1).max(1)
-        outcomes_read.extend(zip(labels.tolist(), named.tolist(), shares.tolist(), strict=True))
+        predictions.extend(zip(labels.tolist(), named.tolist(), shares.tolist(), strict=True))
 
     with start("auto") as world:
         model, _ = load(run.folder / "model.safetensors", world.device)
@@ -91,7 +91,7 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
         batches = eval_loader(
             images, transform, batch_size=config.batch_size, workers=config.workers, device=world.device
         )
-        scores = evaluate_batches(model, batches, len(spec.classes), world=world, progress=run.key, seen=keep)
+        scores = evaluate_batches(model, batches, len(spec.classes), world=world, progress=run.key, on_batch=keep)
     bad = {name for name, _ in scores.unreadable}
     read = [number for number in range(len(images)) if images.name(number) not in bad]
     paths = [os.path.abspath(images.name(number)) for number in range(len(images))]
@@ -99,7 +99,7 @@ def measure_again(run: TrainedRun, data: str | None = None) -> Measured:
     names = [name.partition("\t")[0].strip("/") for name in shown]  # without the labels that a table says
     guesses = {
         paths[number]: RunPrediction(number, names[number], spec.classes[truth], spec.classes[named], share)
-        for number, (truth, named, share) in zip(read, outcomes_read, strict=True)
+        for number, (truth, named, share) in zip(read, predictions, strict=True)
     }
     changed = _changed(run, outcomes(scores, images), config.data)
     return Measured(run, images, guesses, changed, transform)

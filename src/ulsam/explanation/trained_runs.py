@@ -38,7 +38,7 @@ class Result:
     base_cost: Mapping[str, Any]
     command: str
     versions: Mapping[str, str]
-    measured: int  # images that were measured on, those that could not be read included
+    image_count: int  # images that were measured on, those that could not be read included
     prepared: bool  # no spec builds the model
 
 
@@ -156,8 +156,8 @@ def _read_summary(path: Path) -> tuple[Mapping[str, Any], tuple[EpochRow, ...], 
             raise _SeveralLabels
         rows = tuple({column: row[column] for column in COLUMNS} for row in summary["epochs"])
         found = {key: summary[key] for key in ("scores", "split", "cost", "base_cost", "command", "versions")}
-        measured = summary["images"]["val"]
-        result = Result(summary, spec, **found, measured=measured, prepared=bool(summary.get("prepared")))
+        image_count = summary["images"]["val"]
+        result = Result(summary, spec, **found, image_count=image_count, prepared=bool(summary.get("prepared")))
         if summary.get("outcomes") and len(right(summary)) != summary["outcomes"]["images"]:
             raise ValueError("its outcomes are not those of all its images")
         lacking = set(spec.classes) - result.scores["per_class"].keys()

@@ -102,7 +102,7 @@ class ArmResult(TypedDict):
         latency: None where it was not timed.
         failed: runs that failed.
         missing: how many runs are still to come.
-        minus_base: the difference from the first arm; None of the first arm, or where a run is missing.
+        minus_base: the difference from the first arm; None of the first arm, or where no seed is common.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def _row(name: str, model: nn.Module, spec: ModelSpec, top1: Mapping[str, float]
     return DemoRow(name, found.params, found.macs, dict(top1))
 
 
-def table(rows: list[DemoRow]) -> str:
+def table(rows: Sequence[DemoRow]) -> str:
     """The models, a line each: cost, and top-1 after each step."""
     lines = [f"{'':22}{'parameters':>11}{'MACs':>13}   " + "".join(f"{stage:>15}" for stage in STAGES)]
     for row in rows:

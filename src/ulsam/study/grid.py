@@ -125,41 +125,41 @@ class Grid:
         tries = max(1, len(self.rates)) + max(1, len(self.epochs)) - 1 if self.choosing else 0
         return len(self.arms) * (tries * self.tried_seeds + self.seeds)
 
-    def due(self, look: OutcomeOf) -> list[Run]:
+    def due(self, outcome_of: OutcomeOf) -> list[Run]:
         """The runs that are known to be needed by now and have not ended; first those that choose, the base first."""
-        return [run for run in self.known(look) if look(run) is None]
+        return [run for run in self.known(outcome_of) if outcome_of(run) is None]
 
-    def known(self, look: OutcomeOf) -> list[Run]:
+    def known(self, outcome_of: OutcomeOf) -> list[Run]:
         """All runs that are known to be needed by now, in the order in which they are to be done."""
-        found = [run for arm in self.arms for run in self.tries(arm, look)]
-        finals = [self.finals(arm, look) for arm in self.arms]
+        found = [run for arm in self.arms for run in self.tries(arm, outcome_of)]
+        finals = [self.finals(arm, outcome_of) for arm in self.arms]
         return found + [runs[number] for number in range(self.seeds) for runs in finals if runs]
 
-    def tries(self, arm: Arm, look: OutcomeOf) -> list[Run]:
+    def tries(self, arm: Arm, outcome_of: OutcomeOf) -> list[Run]:
         """The runs that choose, as far as they are known: the further ones need the results of the first ones."""
-        return [run for runs in self._tries(arm, look) for run in runs]
+        return [run for runs in self._tries(arm, outcome_of) for run in runs]
 
-    def tried(self, arm: Arm, look: OutcomeOf) -> list[Try]:
+    def tried(self, arm: Arm, outcome_of: OutcomeOf) -> list[Try]:
         """What came of the runs that choose, an entry for each rate and number of epochs."""
-        return [_outcome(runs, look) for runs in self._tries(arm, look)]
+        return [_outcome(runs, outcome_of) for runs in self._tries(arm, outcome_of)]
 
-    def chosen(self, arm: Arm, look: OutcomeOf) -> tuple[float, int] | None:
+    def chosen(self, arm: Arm, outcome_of: OutcomeOf) -> tuple[float, int] | None:
         """The learning rate and the epochs of the arm's final runs; None where they are not known, or no try succeeded.
 
         >>> grid = Grid((Arm.parse("base"), Arm.parse("lr=0.1")), TrainConfig("birds"))
         >>> [grid.chosen(arm, lambda run: None) for arm in grid.arms]
         [(0.01, 10), (0.1, 10)]
         """
-        tried = self.tried(arm, look)
+        tried = self.tried(arm, outcome_of)
         if not tried:
             (rate,), (epochs,) = self._tried(arm)
             return rate, epochs
         best = _best(tried)
         return (best.rate, best.epochs) if best else None
 
-    def finals(self, arm: Arm, look: OutcomeOf) -> list[Run]:
+    def finals(self, arm: Arm, outcome_of: OutcomeOf) -> list[Run]:
         """The arm's runs on all training images, one for each seed; empty where :meth:`chosen` is None."""
-        chosen = self.chosen(arm, look)
+        chosen = self.chosen(arm, outcome_of)
         if chosen is None:
             return []
         rate, epochs = chosen
@@ -213,13 +213,13 @@ class Grid:
             for epochs in self.epochs or (own["epochs"],):
                 yield rate, epochs
 
-    def _tries(self, arm: Arm, look: OutcomeOf) -> list[list[Run]]:
+    def _tries(self, arm: Arm, outcome_of: OutcomeOf) -> list[list[Run]]:
         """A list for each rate and number of epochs, with a run for each seed."""
         if not self.choosing:
             return []
         rates, epochs = self._tried(arm)
         first = [self._try(arm, rate, epochs[0]) for rate in rates]
-        found = [_outcome(runs, look) for runs in first]
+        found = [_outcome(runs, outcome_of) for runs in first]
         best = _best(found)
         near = [entry.rate for entry in found if best and (entry is best or _behind(entry, best) < self.tried_within)]
         return first + [self._try(arm, rate, more) for more in epochs[1:] for rate in near]
@@ -294,10 +294,10 @@ def longest_is_best(tries: Sequence[Try]) -> bool:
     return len(epochs) > 1 and best is not None and best.epochs == max(epochs)
 
 
-def _outcome(runs: Sequence[Run], look: OutcomeOf) -> Try:
+def _outcome(runs: Sequence[Run], outcome_of: OutcomeOf) -> Try:
     """What came of the seeds of one rate and number of epochs."""
     config = runs[0].config
-    found = [look(run) for run in runs]
+    found = [outcome_of(run) for run in runs]
     ended = [end["scores"] for end in found if end is not None and not isinstance(end, Failed)]
     each = tuple(float(scores["top1"]) for scores in ended)
     loss = statistics.fmean(scores["loss"] for scores in ended) if ended else None

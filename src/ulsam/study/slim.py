@@ -30,7 +30,7 @@ from ulsam.study.slim_choose import BlockSearch
 from ulsam.study.slim_latency import LatencyEngine, check_engine
 from ulsam.study.slim_measure import SetMeasurer
 from ulsam.study.slim_record import SlimRecord, check_folder
-from ulsam.study.slim_result import SlimmedScores, SlimResult
+from ulsam.study.slim_result import OriginalModel, SampleCounts, SlimmedScores, SlimResult
 from ulsam.surgery.cost import Cost, cost
 from ulsam.surgery.places import match
 from ulsam.training import parts, restore
@@ -209,9 +209,11 @@ def _choose(
         content = file_content(original, spec) if kept else model.read_bytes()
         base_cost = cost(original, seen.input_size)
         record = SlimRecord(out, _identity(asked, config, seen, sample, content))
-        record.data["model"] = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(base_cost)}
-        record.data["blocks"] = [{**dataclasses.asdict(block), "place": block.place} for block in blocks]
-        record.data["images"] = {"sample": sample.count, "training": len(images)}
+        entry: OriginalModel = {"spec": str(spec.base), "edits": list(map(str, spec.edits)), **cost_entry(base_cost)}
+        counts: SampleCounts = {"sample": sample.count, "training": len(images)}
+        record.data["model"] = entry
+        record.data["blocks"] = [block.entry() for block in blocks]
+        record.data["images"] = counts
         if kept:
             record.write()
             write_atomic(model, content)
@@ -220,7 +222,10 @@ def _choose(
                 f"the held-out images may be ones that {model} was trained on: there is no config.yaml of its run "
                 "beside it; give that run's seed as `split_seed`, and its `val_fraction`"
             )
-        _say_start(record, notes, sample)
+        for line in [*report.start_lines(entry, counts), *(f"note    {note}" for note in notes)]:
+            say(line)
+        for _, reason in sample.unreadable:
+            say(f"unreadable {reason}")
         if record.get("chosen") is None:
             original.to(world.device)
             measurer = SetMeasurer(switched, sample, images, seen, config, world)
@@ -250,13 +255,6 @@ def _identity(
         "sample_sha256": sample.names,
         "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],
     }
-
-
-def _say_start(record: SlimRecord, notes: Sequence[str], sample: ImageSample) -> None:
-    for line in [*report.start_lines(record.result), *(f"note    {note}" for note in notes)]:
-        say(line)
-    for _, reason in sample.unreadable:
-        say(f"unreadable {reason}")
 
 
 def _search(
@@ -335,5 +333,5 @@ def _resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        where = stop.where if isinstance(stop, Interrupted) else "stopped"
-        raise Interrupted(where, f"what was done is kept: resume with the same arguments and `out={out}`") from None
+        event = stop.event if isinstance(stop, Interrupted) else "stopped"
+        raise Interrupted(event, f"what was done is kept: resume with the same arguments and `out={out}`") from None

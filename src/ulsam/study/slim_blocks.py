@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError
 from ulsam.study.slim_budget import edit_of
+from ulsam.study.slim_result import BlockEntry
 from ulsam.surgery.cost import cost
 from ulsam.surgery.find import Candidate, candidates
 from ulsam.surgery.places import At, layer_names, match
@@ -33,6 +34,22 @@ class Block:
     def place(self) -> str:
         """What an edit calls it: its number, else its name."""
         return self.name if self.number is None else str(self.number)
+
+    def entry(self) -> BlockEntry:
+        """As JSON.
+
+        >>> Block("blocks.5.2", 16, "InvertedResidual", (56, 2, 2), 9_000, 36_000).entry()["place"]
+        '16'
+        """
+        return {
+            "name": self.name,
+            "number": self.number,
+            "type": self.type,
+            "shape": [*self.shape],
+            "params": self.params,
+            "macs": self.macs,
+            "place": self.place,
+        }
 
 
 class SwitchableModel:

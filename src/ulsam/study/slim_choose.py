@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -18,7 +18,7 @@ from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import WORDS, Budget
 from ulsam.study.slim_damage import SampleScore
 from ulsam.study.slim_latency import call_of
-from ulsam.study.slim_progress import SearchProgress
+from ulsam.study.slim_progress import INTERVAL, SearchProgress
 from ulsam.study.slim_record import SlimRecord
 from ulsam.study.slim_search import Blocks, SearchResult, minimal_sets, saved, search
 from ulsam.study.slim_stacked import TOGETHER
@@ -43,6 +43,7 @@ class BlockSearch:
         prepare: called before the first block is replaced, once the budget is known to be reachable.
         reconstructed: measures the model with these blocks replaced and the layers behind them reconstructed; None
             where the chosen model will not be.
+        log_interval: seconds between two lines about how far it is, where the output is no terminal.
     """
 
     budget: Budget
@@ -53,6 +54,7 @@ class BlockSearch:
     record: SlimRecord
     prepare: Callable[[], None]
     reconstructed: Callable[[Sequence[str]], SampleScore] | None = None
+    log_interval: float = INTERVAL
 
     def choose(self) -> None:
         """Choose the blocks to replace; these, and how they were found, are in the record then, under "chosen".
@@ -63,7 +65,7 @@ class BlockSearch:
         by_time = self.budget.measure == "latency"
         bar: tqdm[Any] = logs.progress(desc="damage", unit="set")
         with bar, cpu_threads(self.budget.latency_threads if by_time else None):
-            progress = SearchProgress(bar, self._shorter)
+            progress = SearchProgress(bar, self._shorter, self.log_interval)
             savings, total = self._savings(progress)
             useful = _useful(savings)
             self._check_reachable(
@@ -72,12 +74,12 @@ class BlockSearch:
             if by_time and (more := (1 - self._ratio(useful)) / saved(savings, useful)) > 1:
                 savings = [more * saving for saving in savings]  # together they save more than the sum
             self.prepare()
-            least = total * (1 - self.budget.share)
-            progress.say(f"plan    {self._plan(savings, least)}")
+            min_saving = total * (1 - self.budget.share)
+            progress.say(f"plan    {self._plan(savings, min_saving)}")
             self._measure([frozenset()], progress)
             self._measure([frozenset({number}) for number in useful], progress)  # for the table, whatever is asked for
-            progress.expect(sum(self._expected(savings, least)))
-            found = self._by_latency(savings, progress) if by_time else self._search(savings, least, progress)
+            progress.expect(sum(self._expected(savings, min_saving)))
+            found = self._by_latency(savings, progress) if by_time else self._search(savings, min_saving, progress)
             chosen = self._best_reconstructed(found, progress)
         places = self._places
         self.record.put(
@@ -95,20 +97,20 @@ class BlockSearch:
         ways = ["fewer `images`", "a smaller `max_sets`", "blocks named by `at`"]
         return ", ".join([*ways, *["a smaller `reconstruct_sets`"] * (self.reconstructed is not None)])
 
-    def _plan(self, savings: Sequence[float], least: float) -> str:
+    def _plan(self, savings: Sequence[float], min_saving: float) -> str:
         """What will be measured."""
-        greedily, after = self._expected(savings, least)
+        greedily, after = self._expected(savings, min_saving)
         restored = min(self.budget.reconstruct_sets, after) if self.reconstructed else 0
         return (
             f"{len(_useful(savings))} blocks one by one, up to {greedily} sets in a greedy search, up to {after} sets "
             f"after it{f', and the best {restored} reconstructed' * (restored > 0)}; to shorten it: {self._shorter}"
         )
 
-    def _expected(self, savings: Sequence[float], least: float) -> tuple[int, int]:
+    def _expected(self, savings: Sequence[float], min_saving: float) -> tuple[int, int]:
         """How many sets the greedy search will measure, about, and how many at most are measured after it."""
         useful = sorted(_useful(savings))
         sets = list(
-            itertools.islice(minimal_sets([savings[number] for number in useful], least), self.budget.max_sets + 1)
+            itertools.islice(minimal_sets([savings[number] for number in useful], min_saving), self.budget.max_sets + 1)
         )
         longest = max(map(len, sets), default=0)
         return sum(len(useful) - step for step in range(1, longest)), min(len(sets), self.budget.max_sets)
@@ -167,12 +169,12 @@ class BlockSearch:
         if self.record.get("timings") is None:
             progress.say("time    of the model with each block replaced, in turn with the model as it is")
             timed = self._time([frozenset({number}) for number in range(len(self.blocks))])
-            entries = [{"blocks": self._places(blocks), **asdict(timing)} for blocks, timing in timed.items()]
+            entries = [{"blocks": self._places(blocks), **timing.to_json()} for blocks, timing in timed.items()]
             self.record.put("timings", entries)
         ratios = {tuple(entry["blocks"]): entry["ratio"] for entry in self.record.get("timings")}
         return [1 - ratios[(block.place,)] for block in self.blocks], 1.0
 
-    def _search(self, savings: Sequence[float], least: float, progress: SearchProgress) -> SearchResult:
+    def _search(self, savings: Sequence[float], min_saving: float, progress: SearchProgress) -> SearchResult:
         """Search among the blocks that save something."""
         useful = sorted(_useful(savings))
 
@@ -185,7 +187,7 @@ class BlockSearch:
         def ahead(sets: Iterable[Blocks]) -> None:
             self._measure(map(real, sets), progress)
 
-        found = search([savings[number] for number in useful], least, damage, self.budget.max_sets, ahead)
+        found = search([savings[number] for number in useful], min_saving, damage, self.budget.max_sets, ahead)
         return SearchResult(real(found.blocks), found.how, real(found.greedy), tuple(map(real, found.rivals)))
 
     def _by_latency(self, savings: Sequence[float], progress: SearchProgress) -> SearchResult:
@@ -202,9 +204,9 @@ class BlockSearch:
             return SearchResult(sets[0], how, greedy, (*sets, *others))
 
         wanted = max(1, self.budget.reconstruct_sets) if self.reconstructed else 1
-        least = 1 - self.budget.share
-        while saved(savings, useful) >= least:
-            best = self._search(savings, least, progress)
+        min_saving = 1 - self.budget.share
+        while saved(savings, useful) >= min_saving:
+            best = self._search(savings, min_saving, progress)
             excess, fast = [], []
             for rival in [rival for rival in best.rivals if rival not in ratios][:TIMED]:
                 ratios[rival] = self._ratio(rival)
@@ -219,7 +221,7 @@ class BlockSearch:
                 )
             if fast:
                 return found(fast, "timed", best.greedy)
-            least += max(min(excess, default=STEP), STEP)
+            min_saving += max(min(excess, default=STEP), STEP)
         self._damage(useful, progress)
         return found([useful], "all", useful)
 
@@ -234,7 +236,7 @@ class BlockSearch:
             found = self._time([blocks])[blocks]
             if found.ratio <= self.budget.share:
                 found = max(found, self._time([blocks])[blocks], key=lambda timing: timing.ratio)
-            known = {"blocks": places, **asdict(found)}
+            known = {"blocks": places, **found.to_json()}
             self.record.put("timed", [*timed, known])
         return float(known["ratio"])
 

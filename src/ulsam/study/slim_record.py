@@ -56,7 +56,7 @@ class SlimRecord:
 
     @property
     def result(self) -> SlimResult:
-        """All that is kept; once the blocks are chosen it has every key that is not optional."""
+        """All that is kept; to be read once the blocks are chosen, since it lacks required keys before."""
         return cast(SlimResult, self.data)
 
     def get(self, key: str) -> Any:

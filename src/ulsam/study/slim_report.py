@@ -6,14 +6,13 @@ from pathlib import Path
 
 from ulsam.base.text_table import text_table
 from ulsam.study.slim_budget import WORDS
-from ulsam.study.slim_result import SetScore, SlimResult
+from ulsam.study.slim_result import OriginalModel, SampleCounts, SetScore, SlimResult
 
 SHOWN = 10  # sets of the search in the table; all are in slim.json
 
 
-def start_lines(slimming: SlimResult) -> list[str]:
+def start_lines(model: OriginalModel, images: SampleCounts) -> list[str]:
     """What is slimmed, and on what its damage is measured."""
-    model, images = slimming["model"], slimming["images"]
     return [
         f"model   {model['spec']}; edits: {'; '.join(model['edits']) or 'none'}; "
         f"{model['params'] / 1e6:.3f} M parameters, {model['macs'] / 1e6:.1f} M MACs",

@@ -72,7 +72,7 @@ class ChosenBlocks(TypedDict):
         blocks: the places of the blocks to replace.
         how: the search that found them; see `ulsam.study.slim_search.SearchResult`.
         greedy: where the greedy search ended.
-        rivals: the other sets that were measured or timed, the chosen one among them.
+        rivals: the sets that could be chosen, the chosen one included; see `ulsam.study.slim_search.SearchResult`.
     """
 
     blocks: list[str]

@@ -128,9 +128,9 @@ def insert(
     ['0.weight', '0.bias', '0.ulsam.depthwise.weight', '0.ulsam.pointwise.weight']
     """
     inner = unwrapped(model)
-    seen = traced(inner, input_size)
-    names = list(dict.fromkeys(host_of(inner, name, seen) for name in match(inner, after)))
-    flows = targets(inner, names, seen, why_not_insert)
+    traced_model = traced(inner, input_size)
+    names = list(dict.fromkeys(host_of(inner, name, traced_model) for name in match(inner, after)))
+    flows = targets(inner, names, traced_model, why_not_insert)
     for name in names:
         _warn_of_norm(inner, name)
     make = partial(make_layer, layer, groups=groups, form=form, momentum=momentum, width=width)

@@ -69,19 +69,19 @@ def candidates(model: nn.Module, input_size: Sequence[int] | None = None, leaves
     [('1', (8, 4, 4), 584, 8960)]
     """
     model = unwrapped(model)
-    seen = traced(model, input_size)
+    traced_model = traced(model, input_size)
     owners = _owners(model)
     blocks = []
     for name, module in model.named_modules():
-        if not name or why_not_replace(module, seen.flows[name], seen):
+        if not name or why_not_replace(module, traced_model.flows[name], traced_model):
             continue
         if not leaves and next((p for child in module.children() for p in child.parameters()), None) is None:
             continue
-        _, channels, height, width = cast(tuple[int, int, int, int], seen.flows[name].output_shape)
+        _, channels, height, width = cast(tuple[int, int, int, int], traced_model.flows[name].output_shape)
         inside = _owners(module)
         saved = sum(p.numel() for p in module.parameters() if inside[id(p)] == owners[id(p)])
         params = saved - 2 * channels
-        macs = seen.flows[name].macs - 2 * channels * height * width
+        macs = traced_model.flows[name].macs - 2 * channels * height * width
         blocks.append(Candidate(name, host_class(module).__name__, (channels, height, width), params, macs))
     return blocks
 
@@ -99,7 +99,7 @@ def blocks_at(model: nn.Module, at: At) -> list[str]:
     return names
 
 
-def host_of(model: nn.Module, name: str, seen: TracedModel) -> str:
+def host_of(model: nn.Module, name: str, traced_model: TracedModel) -> str:
     """The module whose output is the output of ``name``, and which nothing fuses away.
 
     That is the last one of a plain `nn.Sequential`; of a convolution that a BatchNorm follows, the BatchNorm, as the
@@ -109,11 +109,11 @@ def host_of(model: nn.Module, name: str, seen: TracedModel) -> str:
     while _is_plain_sequence(module) and len(module._modules):
         leaf, module = cast(tuple[str, nn.Module], next(reversed(module._modules.items())))
         name = f"{name}.{leaf}"
-    norm = seen.flows[name].norm_behind
-    name = norm if norm and id(model.get_submodule(norm)) not in seen.shared else name
+    norm = traced_model.flows[name].norm_behind
+    name = norm if norm and id(model.get_submodule(norm)) not in traced_model.shared else name
     parent, _, leaf = name.rpartition(".")
     around = model.get_submodule(parent)
-    if not isinstance(model.get_submodule(name), _BatchNorm) or not parent or seen.flows[parent].calls != 1:
+    if not isinstance(model.get_submodule(name), _BatchNorm) or not parent or traced_model.flows[parent].calls != 1:
         return name
     return parent if _is_plain_sequence(around) and leaf == next(reversed(around._modules)) else name
 
@@ -135,14 +135,14 @@ def traced(model: nn.Module, input_size: Sequence[int] | None) -> TracedModel:
     )
 
 
-def targets(model: nn.Module, names: list[str], seen: TracedModel, why_not: WhyNot) -> dict[str, ModuleTrace]:
+def targets(model: nn.Module, names: list[str], traced_model: TracedModel, why_not: WhyNot) -> dict[str, ModuleTrace]:
     """What flows through each named place; raises unless every one of them is valid."""
     for name in names:
-        if reason := why_not(model.get_submodule(name), seen.flows[name], seen):
-            valid = [n for n, m in model.named_modules() if n and not why_not(m, seen.flows[n], seen)]
-            valid = [n for n in valid if seen.flows[n].macs] or valid  # rather a block than a norm
+        if reason := why_not(model.get_submodule(name), traced_model.flows[name], traced_model):
+            valid = [n for n, m in model.named_modules() if n and not why_not(m, traced_model.flows[n], traced_model)]
+            valid = [n for n in valid if traced_model.flows[n].macs] or valid  # rather a block than a norm
             raise UlsamError(f"{name} {reason}; {_nearest(name, valid)}")
-    return {name: seen.flows[name] for name in names}
+    return {name: traced_model.flows[name] for name in names}
 
 
 def _nearest(name: str, valid: list[str]) -> str:

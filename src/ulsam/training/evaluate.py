@@ -82,7 +82,7 @@ def evaluate_batches(
     channels_last: bool = True,
     progress: str | None = None,
     stop: Callable[[], bool] | None = None,
-    seen: Callable[[Tensor, Tensor], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Scores:
     """Measure ``model`` on batches; with several processes each measures its share and all get the sum.
 
@@ -92,7 +92,7 @@ def evaluate_batches(
         amp: autocast to this dtype.
         progress: label of the progress bar; None shows none.
         stop: asked before each batch; once it is true in one process, all give up.
-        seen: is given the logits [B, n_classes] and the labels [B] of each batch of this process.
+        on_batch: called with the logits [B, n_classes] and the labels [B] of each batch of this process.
 
     Raises:
         NotFinite: the model's outputs are not finite.
@@ -104,8 +104,8 @@ def evaluate_batches(
     hit: list[bool] = []
 
     def add(logits: Tensor, labels: Tensor) -> None:
-        if seen:
-            seen(logits, labels)
+        if on_batch:
+            on_batch(logits, labels)
         best = logits.topk(min(5, n_classes)).indices
         hits = best == labels[:, None]
         hit.extend(hits[:, 0].tolist())

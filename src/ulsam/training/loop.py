@@ -385,7 +385,7 @@ class Trainer:
                 yield
         except LostProcess as lost:
             call = restore.resume_call(self.run, self.prepared)
-            raise LostProcess(lost.where, f"resume with: {call}", None if self.prepared else self.run) from lost
+            raise LostProcess(lost.event, f"resume with: {call}", None if self.prepared else self.run) from lost
 
     def _environment(self) -> dict[str, str]:
         """What must be as it was for a resumed run to end in the same weights."""

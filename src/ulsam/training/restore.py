@@ -72,16 +72,16 @@ def check_begun(begun: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) 
             )
 
 
-def check_prepared(run: Path, saved: Mapping[str, Any] | None, given: bool) -> None:
+def check_prepared(run: Path, saved: Mapping[str, Any] | None, has_model: bool) -> None:
     """Raise unless a prepared model is given if and only if the run began with one.
 
     Raises:
         UlsamError: it is the other way round.
     """
     prepared = saved is not None and bool(saved.get("prepared"))
-    if prepared and not given:
+    if prepared and not has_model:
         raise UlsamError(f"{run} trains a prepared model: resume from Python, {resume_call(run, True)}")
-    if given and not prepared:
+    if has_model and not prepared:
         raise UlsamError(f"{run} trains the model of its settings, not a prepared one: leave model out")
 
 

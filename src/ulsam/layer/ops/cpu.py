@@ -137,7 +137,7 @@ def instruction_set(index: int) -> Iterator[None]:
 
 
 def _run(
-    asked: int,
+    stage_bits: int,
     x: Tensor,
     groups: int,
     relu: bool,
@@ -158,16 +158,16 @@ def _run(
     """Fill a `struct job` of cpu.h and run it."""
     tensors = (x, dy, y, dx, l, dl, scale, shift, weight, bias, q, r, dbias)
     assert LIBRARY is not None
-    if failed := LIBRARY.ulsam_run(_pack(*_job(tensors, x, groups, asked, relu))):
+    if failed := LIBRARY.ulsam_run(_pack(*_job(tensors, x, groups, stage_bits, relu))):
         _raise(failed)
 
 
-def _job(tensors: Sequence[Tensor | None], x: Tensor, groups: int, asked: int, relu: bool) -> tuple[int, ...]:
+def _job(tensors: Sequence[Tensor | None], x: Tensor, groups: int, stage_bits: int, relu: bool) -> tuple[int, ...]:
     """The values of a `struct job`; the tensors are those at its head, in its order."""
     return (
         *_addresses_of(tensors),
         *x.shape,
-        *(groups, asked, relu, not x.is_contiguous(), x.dtype is _BFLOAT16),
+        *(groups, stage_bits, relu, not x.is_contiguous(), x.dtype is _BFLOAT16),
         *(1 if _sharing_prefixes else get_num_threads(), chosen_isa()),
     )
 

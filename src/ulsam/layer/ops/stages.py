@@ -35,7 +35,7 @@ class RunStages(Protocol):
 
     def __call__(
         self,
-        asked: int,
+        stage_bits: int,
         x: Tensor,
         groups: int,
         relu: bool,

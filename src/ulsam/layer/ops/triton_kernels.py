@@ -328,7 +328,7 @@ def _tile(fast: int, slow: int, most: int) -> tuple[int, int]:
 
 
 def _run(
-    asked: int,
+    stage_bits: int,
     x: Tensor,
     groups: int,
     relu: bool,
@@ -346,14 +346,14 @@ def _run(
     r: Tensor | None = None,
     dbias: Tensor | None = None,
 ) -> None:
-    """As :class:`ulsam.layer.ops.stages.Run` says."""
+    """As :class:`ulsam.layer.ops.stages.RunStages` says."""
     batch, channels, height, width = x.shape
     size, pixels, last = channels // groups, height * width, not x.is_contiguous()
-    back = asked & (stages.MAPS_BACK | stages.INPUT_BACK)
+    back = stage_bits & (stages.MAPS_BACK | stages.INPUT_BACK)
     # of tiles of a row, several of which are kept, 4 values a thread (forward: up to 8); of others, 16
     columns = triton.next_power_of_2(width)
     row_channels = min(triton.next_power_of_2(size), max(1, (512 if back else 1024) // columns))
-    alone = asked & (stages.MOMENTS | stages.ADD)
+    alone = stage_bits & (stages.MOMENTS | stages.ADD)
     warps = 4 if alone else max(1, min(4, columns * row_channels // 128))
     many = min(channels, 128) if alone else size
     n, p = _tile(many, pixels, 512 * warps) if last else _tile(pixels, many, 512 * warps)[::-1]
@@ -362,17 +362,17 @@ def _run(
     unit |= {"COLUMNS": columns, "ROW_CHANNELS": row_channels}
     per_unit, per_image = (batch * groups,), (batch, triton.cdiv(channels, n))
     with torch.cuda.device_of(x):
-        if asked & (stages.LOGITS | stages.MULTIPLY):
-            todo = {"LOGITS": bool(asked & stages.LOGITS), "MULTIPLY": bool(asked & stages.MULTIPLY)}
+        if stage_bits & (stages.LOGITS | stages.MULTIPLY):
+            todo = {"LOGITS": bool(stage_bits & stages.LOGITS), "MULTIPLY": bool(stage_bits & stages.MULTIPLY)}
             _forward[per_unit](x, y, l, scale, shift, weight, bias, **unit, **todo)
         if back:
-            todo = {"MAPS": bool(asked & stages.MAPS_BACK), "INPUT": bool(asked & stages.INPUT_BACK)}
+            todo = {"MAPS": bool(stage_bits & stages.MAPS_BACK), "INPUT": bool(stage_bits & stages.INPUT_BACK)}
             if dl is None:
                 dl = x.new_empty((batch, groups, height, width), dtype=torch.float32)
             _backward[per_unit](x, dy, dx, l, dl, scale, shift, weight, q, r, dbias, **unit, **todo)
-        if asked & stages.MOMENTS:
+        if stage_bits & stages.MOMENTS:
             _moments[per_image](x, q, r, C=channels, **shape)
-        if asked & stages.ADD:
+        if stage_bits & stages.ADD:
             _add[per_image](x, dx, q, r, C=channels, **shape)
 
 
