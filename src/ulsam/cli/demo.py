@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ulsam.base.errors import Interrupted
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     print(text(rows, args.seed, out))
 
 
-def text(rows: Sequence["DemoRow"], seed: int, out: str) -> str:
+def text(rows: Sequence["DemoRow"], seed: int, out: str | Path) -> str:
     """What the command prints of the models: the table, the seed with its caution, and where the files lie."""
     from ulsam.study.demo import CAUTION, table
 

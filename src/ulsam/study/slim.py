@@ -116,6 +116,17 @@ def slim(
         UlsamError: no model file, other classes, no block to replace, a budget that all blocks together do not reach,
             a folder with something else in it, and what `ulsam.training.train.train` raises.
         Interrupted: Ctrl-C, or SIGTERM in training; everything that was done is kept.
+
+    >>> import tempfile
+    >>> import ulsam
+    >>> from ulsam.data.birds import draw_birds
+    >>> folder = tempfile.mkdtemp()
+    >>> birds = draw_birds(f"{folder}/birds", classes=2, train=8, val=4, size=32)
+    >>> spec = ulsam.make_spec("mobilenetv2_035", sorted(path.name for path in (birds / "val").iterdir()), size=32)
+    >>> quick = {"batch_size": 8, "epochs": 1, "workers": 0, "reconstruct_images": 0}
+    >>> found = slim(ulsam.build(spec)[0], birds, f"{folder}/out", spec=spec, macs=0.95, at="16,17", settings=quick)
+    >>> found["chosen"]["blocks"], found["result"]["slimmed"]["images"]
+    (['16', '17'], 8)
     """
     asked = budget(
         macs,
