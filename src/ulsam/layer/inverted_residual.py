@@ -16,8 +16,8 @@ class InvertedResidual(nn.Module):
     """y = x + a 1x1, a depthwise 3x3 and a 1x1 convolution with ``width`` channels between; the identity at its start.
 
     Each convolution has a BatchNorm behind it, the first two a ReLU6 behind that: the block of MobileNet-V2 (Sandler et
-    al., CVPR 2018), which has 6 * C hidden channels there. `ulsam.reconstruct` trains it to do what the block that it
-    replaces did. It has 2 * C * width + 13 * width + 2 * C parameters and takes (2 * C + 9) * width * H * W
+    al., CVPR 2018), which has 6 * C hidden channels there. `ulsam.reconstruct` trains it to output what the block in
+    whose place it stands did. It has 2 * C * width + 13 * width + 2 * C parameters and takes (2 * C + 9) * width * H * W
     multiply-adds.
 
     Args:

@@ -192,7 +192,7 @@ def load(
 
     Raises:
         UlsamError: not a model file, cut off, from an unknown base, or not what its spec builds; a timm name without
-            weights; weights that cannot be had, or are not for this model.
+            weights; weights that cannot be downloaded or opened, or are not for this model.
 
     >>> load("mobilenet.safetensors")
     Traceback (most recent call last):

@@ -78,8 +78,8 @@ def slim(
 
     The damage of a set of blocks is the increase of the mean cross-entropy on a sample of the training images when
     they are replaced, without any training. The sets of least damage are reconstructed (`ulsam.reconstruct`) and
-    measured again: the best of them is chosen. The slimmed model is then reconstructed at length, and fine-tuned with
-    the original one as its teacher.
+    measured again: the best of them is chosen. The slimmed model is then reconstructed with 500 steps a place, and
+    fine-tuned with the original one as its teacher.
 
     ``out/slim.json`` holds all figures and the choice, ``out/train.yaml`` the settings of the fine-tuning, ``out/run``
     its run with the slimmed model, ``model.safetensors``. A second start with the same ``out`` resumes where it

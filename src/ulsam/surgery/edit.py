@@ -65,7 +65,7 @@ def replace(
         form: as in :class:`ulsam.ULSAM`; like ``groups`` refused for other layers.
         momentum: as ``form``.
         width: of the :class:`ulsam.InvertedResidual` that ``layer="inverted_residual"`` is; behind another layer, put
-            one of this width. :func:`ulsam.reconstruct` trains the new layer to do what the block did.
+            one of this width. :func:`ulsam.reconstruct` trains the new layer to output what the block did.
         input_size: C, H, W for the tracing that finds the channels; any size the model accepts will do.
 
     Raises:
@@ -89,7 +89,7 @@ def replace(
 
 
 def remove(model: ModelT, at: At, *, input_size: Sequence[int] | None = None) -> ModelT:
-    """Take each named module out: `nn.Identity` in its place. What is left when a replacement does nothing.
+    """Take each named module out: `nn.Identity` in its place. It is the control for `replace`.
 
     Arguments, result and errors are those of :func:`replace`.
 

@@ -46,7 +46,8 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
 
     Args:
         model: any `nn.Module` on one image [B, C, H, W], on any device.
-        input_size: C, H, W of the images on which it is looked at; by default `ulsam.surgery.trace.default_input_size`.
+        input_size: C, H, W of the images with which the model is traced; by default
+            `ulsam.surgery.trace.default_input_size`.
         channels_last: the memory layout of the convolutions' weights; maps follow it.
 
     Raises:

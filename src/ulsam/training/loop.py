@@ -83,7 +83,7 @@ class Trainer:
         }
 
     def _open_images(self) -> list[str]:
-        """Open the images, and note what tells them from others; notes for the user."""
+        """Open the images, and note what identifies them; notes for the user."""
         self.train_images, self.val_images, notes = parts.open_images(self.config)
         best.check_chosen_on(self.config, self.val_images.split)
         images = self.train_images

@@ -45,7 +45,8 @@ def train(
             it is, with the weights it has. It changes in place. ``weights.safetensors``, a plain state dict, then
             stands in for ``model.safetensors``, and the summary says ``"prepared": true``: of its spec, the classes and
             the image are those of this model.
-        callbacks: each hears of the start, every update, every epoch and the end; trackers are the setting ``track``.
+        callbacks: each is called at the start, after every update and every epoch, and at the end. Trackers are the
+            setting ``track``.
         settings: fields of `ulsam.TrainConfig`, such as ``edits`` or ``epochs``.
 
     Returns:
