@@ -17,8 +17,8 @@ class InvertedResidual(nn.Module):
 
     Each convolution has a BatchNorm behind it, the first two a ReLU6 behind that: the block of MobileNet-V2 (Sandler et
     al., CVPR 2018), which has 6 * C hidden channels there. `ulsam.reconstruct` trains it to output what the block in
-    whose place it stands did. It has 2 * C * width + 13 * width + 2 * C parameters and takes (2 * C + 9) * width * H * W
-    multiply-adds.
+    whose place it stands did. It has 2 * C * width + 13 * width + 2 * C parameters and takes (2 * C + 9) * width * H *
+    W multiply-adds.
 
     Args:
         channels: C of the input [B, C, H, W]; H and W are free.
