@@ -55,7 +55,8 @@ def check(model: nn.Module, left: set[str], size: tuple[int, int, int] = SIZE, *
     x = torch.randn(3, *size)
     with torch.no_grad():
         expected = model(x)
-        torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        # some models amplify the rounding of float32 to 2e-5; a fault in folding is of the outputs' own size
+        torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     assert {name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)} == left
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     return folded
