@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tiny import SETTINGS, TINY_MODEL
 from ulsam.base.distributed import World
+from ulsam.model.build import build, save
 from ulsam.model.spec import Edit, ModelSpec
 from ulsam.training.config import TrainConfig
 
@@ -29,6 +30,17 @@ def update_norms(model: nn.Module, images: Tensor) -> None:
             module.reset_running_stats()
             module.momentum = None  # the plain mean
     model.train()(images)
+
+
+def save_teacher(path: Path) -> Path:
+    """A model file, of images normalized in another way than the students'."""
+    torch.manual_seed(3)
+    its = spec(mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25))
+    model, _ = build(its)
+    update_norms(model, torch.randn(32, *SIZE))
+    nn.init.normal_(model.classifier.weight, std=0.2)
+    save(model, its, path)
+    return path
 
 
 def config(data: Path | str, **settings: Any) -> TrainConfig:

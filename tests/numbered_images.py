@@ -1,5 +1,6 @@
 """Images whose pixels are their numbers, and the loading of them."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from ulsam.data.augment import EvalTransform, TrainTransform
 from ulsam.data.images import UnreadableImage
 from ulsam.data.loading import Batch
+from ulsam.data.opening import open_data
+from ulsam.data.sources import FolderImages
 
 PLAIN = {"crop_scale": (1.0, 1.0), "hflip": 0, "color_jitter": 0, "rand_augment": None, "random_erasing": 0}
 LOOK = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"}
@@ -49,3 +52,10 @@ class Numbers:
 def same(left: list[Batch], right: list[Batch]) -> bool:
     pairs = zip(left, right, strict=True)
     return all(torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs)
+
+
+def training_images(folder: Path) -> FolderImages:
+    """Those of a folder that was drawn."""
+    train, _, _ = open_data(str(folder))
+    assert isinstance(train, FolderImages)
+    return train

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seeded_models import REPLACED, SMALL, V2, seeded
+from seeded_models import REPLACED, SMALL, V2, save_replaced, seeded
 from ulsam.base.errors import UlsamError
 from ulsam.model.build import (
     build,
@@ -19,7 +19,6 @@ from ulsam.model.build import (
     make_spec,
     read_spec,
     read_weights,
-    save,
     ulsam_parameters,
 )
 from ulsam.model.spec import Edit, ModelSpec
@@ -199,7 +198,4 @@ def test_truncated_checkpoints_are_refused(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("file") / "model.safetensors"
-    spec = make_spec(SMALL, ["a", "b"], [Edit("replace", "17")], size=64)
-    save(build(spec)[0], spec, path)
-    return path
+    return save_replaced(tmp_path_factory.mktemp("file") / "model.safetensors")

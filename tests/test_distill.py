@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distilling import ALONE, CLASSES, EDITS, PLACES, SIZE, config, spec, update_norms
+from distilling import ALONE, CLASSES, EDITS, PLACES, SIZE, config, save_teacher, spec
 from stopping import stop_after
 from tiny import SETTINGS, TINY_MODEL, Warm, draw_splits, options
 from ulsam.base.errors import Interrupted, UlsamError
@@ -38,15 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model file, of images normalized in another way than the students'."""
-    torch.manual_seed(3)
-    its = spec(mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25))
-    model, _ = build(its)
-    update_norms(model, torch.randn(32, *SIZE))
-    nn.init.normal_(model.classifier.weight, std=0.2)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save(model, its, path)
-    return path
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
 
 
 # the run

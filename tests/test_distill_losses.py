@@ -12,7 +12,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from distilling import ALONE, EDITS, PLACES, SIZE, config, spec, update_norms
+from distilling import ALONE, EDITS, PLACES, SIZE, config, save_teacher, spec
 from tiny import TINY_MODEL, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.data import loading
@@ -32,15 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model file, of images normalized in another way than the students'."""
-    torch.manual_seed(3)
-    its = spec(mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25))
-    model, _ = build(its)
-    update_norms(model, torch.randn(32, *SIZE))
-    nn.init.normal_(model.classifier.weight, std=0.2)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save(model, its, path)
-    return path
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
 
 
 # the losses

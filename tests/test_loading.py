@@ -17,13 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numbered_images import EVAL, WHOLE, Numbers, augmented, same
+from numbered_images import EVAL, WHOLE, Numbers, augmented, same, training_images
 from tiny import draw_splits, session
 from ulsam.base.errors import UlsamError
 from ulsam.data import loading
 from ulsam.data.images import UnreadableImage
 from ulsam.data.loading import Batch, EpochOrder, eval_loader, train_loader
-from ulsam.data.opening import open_data, open_split
+from ulsam.data.opening import open_split
 from ulsam.data.sources import FolderImages
 from ulsam.data.targets import check_labels
 
@@ -35,9 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(folder: Path) -> FolderImages:
-    train, _, _ = open_data(str(folder))
-    assert isinstance(train, FolderImages)
-    return train
+    return training_images(folder)
 
 
 def batches(images: Any, workers: int, epoch: int = 0, start: int = 0, seed: int = 0) -> list[Batch]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seeded_models import SMALL, V2, image, seeded
+from seeded_models import SMALL, V2, image, save_replaced, seeded
 from ulsam.base.errors import UlsamError
 from ulsam.model.build import (
     UNSAVED,
@@ -78,10 +78,7 @@ def test_a_model_that_is_not_its_specs_is_not_saved(tmp_path):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("file") / "model.safetensors"
-    spec = make_spec(SMALL, ["a", "b"], [Edit("replace", "17")], size=64)
-    save(build(spec)[0], spec, path)
-    return path
+    return save_replaced(tmp_path_factory.mktemp("file") / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

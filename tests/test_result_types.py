@@ -11,10 +11,9 @@ import pytest
 import ulsam
 from comparing import ARMS, run_here
 from labelling import draw_attributes
-from slimming_runs import CLASSES, SETTINGS
+from slimming_runs import SETTINGS, save_untrained
 from tiny import draw_splits
 from training_runs import config
-from ulsam.model.build import build, make_spec, save
 from ulsam.study.slim import slim
 from ulsam.training.train import train
 from ulsam.training.train_summary import CostEntry
@@ -50,11 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with ten residual blocks, not trained."""
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    spec = make_spec("mobilenetv2_035", CLASSES, size=32)
-    save(build(spec)[0], spec, path)
-    return path
+    return save_untrained(tmp_path_factory.mktemp("model") / "model.safetensors")
 
 
 def test_a_difference_is_found() -> None:

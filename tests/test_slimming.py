@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from slimming_runs import CLASSES, SETTINGS, SIZE, kept
+from slimming_runs import CLASSES, SETTINGS, SIZE, kept, save_untrained
 from tiny import draw_splits, options
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
@@ -35,12 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with ten residual blocks, not trained: enough to have scores."""
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    spec = make_spec("mobilenetv2_035", CLASSES, size=32)
-    torch.manual_seed(0)
-    save(build(spec)[0], spec, path)
-    return path
+    return save_untrained(tmp_path_factory.mktemp("model") / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ import yaml
 from torch import nn
 
 import ulsam
-from slimming_runs import CLASSES, SETTINGS, SIZE, kept
+from slimming_runs import CLASSES, SETTINGS, SIZE, kept, save_untrained
 from tiny import draw_splits, options
 from ulsam.base import logs
 from ulsam.base.errors import UlsamError
 from ulsam.base.timing import Timing, time_in_turn
 from ulsam.cli import main
 from ulsam.data.opening import open_data
-from ulsam.model.build import build, load, make_spec, save
+from ulsam.model.build import load, save
 from ulsam.study.slim import slim
 from ulsam.study.slim_blocks import Block, SwitchableModel
 from ulsam.study.slim_budget import Budget
@@ -40,12 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with ten residual blocks, not trained: enough to have scores."""
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    spec = make_spec("mobilenetv2_035", CLASSES, size=32)
-    torch.manual_seed(0)
-    save(build(spec)[0], spec, path)
-    return path
+    return save_untrained(tmp_path_factory.mktemp("model") / "model.safetensors")
 
 
 # time

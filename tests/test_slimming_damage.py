@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import ulsam
-from slimming_runs import CLASSES, SETTINGS, SIZE, kept
+from slimming_runs import CLASSES, SETTINGS, SIZE, kept, save_untrained
 from tiny import draw_splits, options
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.images import read_pixels
 from ulsam.data.opening import open_data
-from ulsam.model.build import build, load, make_spec, read_spec, save
+from ulsam.model.build import load, read_spec
 from ulsam.study.slim import slim
 from ulsam.study.slim_blocks import SwitchableModel, find_blocks
 from ulsam.study.slim_damage import score
@@ -35,12 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with ten residual blocks, not trained: enough to have scores."""
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    spec = make_spec("mobilenetv2_035", CLASSES, size=32)
-    torch.manual_seed(0)
-    save(build(spec)[0], spec, path)
-    return path
+    return save_untrained(tmp_path_factory.mktemp("model") / "model.safetensors")
 
 
 # blocks

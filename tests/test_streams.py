@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from numbered_images import EVAL, WHOLE, Numbers, augmented, same
+from numbered_images import EVAL, WHOLE, Numbers, augmented, same, training_images
 from tiny import draw_shards, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.data import loading
@@ -28,9 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(folder: Path) -> FolderImages:
-    train, _, _ = open_data(str(folder))
-    assert isinstance(train, FolderImages)
-    return train
+    return training_images(folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,24 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from seeded_models import seeded
 from surgery_models import SIZE, Branchy, Unit, assert_as_before, make_model, snapshot
 from ulsam.base.errors import UlsamError
 from ulsam.layer.ulsam import ULSAM
 from ulsam.surgery.edit import insert, remove, replace, undo
 from ulsam.surgery.find import candidates
-
-
-def seeded(model: nn.Module) -> nn.Module:
-    """Every parameter and statistic away from its initial value, so that the order of layers shows in the output."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            noise = torch.randn(value.shape, generator=generator)
-            if value.ndim > 1:
-                value.copy_(noise / value[0].numel() ** 0.5)
-            elif value.is_floating_point():
-                value.copy_(noise * 0.1 + (0 if name.endswith(("bias", "running_mean")) else 1))
-    return model.eval()
 
 
 def image(size: int = 32, batch: int = 2) -> Tensor:
@@ -69,7 +57,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("model", "after", "host"), PLACES)
 def test_an_inserted_layer_keeps_every_name_and_runs_at_its_place(model, after, host):
-    base = seeded(make_model(model))
+    base = seeded(make_model(model), variance=1.0)
     fresh = insert(make_model(model), after, 2, input_size=(3, 64, 64)).eval()
     layer = fresh.get_submodule(f"{host}.ulsam")
     assert isinstance(layer, ULSAM)
@@ -88,7 +76,7 @@ def test_an_inserted_layer_keeps_every_name_and_runs_at_its_place(model, after, 
 
 
 def test_a_replaced_block_is_the_layer_and_a_dropped_one_the_identity():
-    base = seeded(Branchy())
+    base = seeded(Branchy(), variance=1.0)
     x = image()
     for edit, stands in [(replace, None), (remove, nn.Identity())]:
         model = edit(copy.deepcopy(base), "left", input_size=SIZE)
@@ -128,7 +116,7 @@ def test_gradient_checkpointing_calls_an_inserted_layer():
 @pytest.fixture(scope="module")
 def inserted() -> nn.Module:
     model = insert(timm.create_model("mobilenetv3_small_050", num_classes=4), "conv_stem,blocks.1,blocks.3.0.se", 4)
-    return seeded(model)
+    return seeded(model, variance=1.0)
 
 
 def test_an_inserted_model_survives_copy_pickle_and_save(inserted):
@@ -187,7 +175,7 @@ def test_a_parameterless_place_takes_the_models_dtype():
 
 
 def test_remove_undoes_any_mix_of_edits():
-    model = seeded(Branchy())
+    model = seeded(Branchy(), variance=1.0)
     before = snapshot(model)
     x = image()
     with torch.no_grad():
@@ -214,7 +202,7 @@ def test_remove_undoes_a_replaced_stage_with_a_layer_behind_it():
 
 
 def test_what_comes_back_follows_the_models_dtype_mode_and_copies():
-    model = seeded(Branchy())
+    model = seeded(Branchy(), variance=1.0)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     remove(replace(insert(model, "right", input_size=SIZE), "left", input_size=SIZE), "attention", input_size=SIZE)
     other = copy.deepcopy(model)
@@ -314,7 +302,7 @@ def test_any_edits_of_any_model_are_undone(tree, data):
 
 def test_a_hook_that_was_there_sees_the_output_of_the_new_layer():
     """timm takes intermediate features by such hooks."""
-    model = seeded(Branchy())
+    model = seeded(Branchy(), variance=1.0)
     seen: list[Tensor] = []
     model.left.register_forward_hook(lambda module, args, out: seen.append(out))
     insert(model, "left", 2, input_size=SIZE)
