@@ -104,12 +104,19 @@ int ulsam_isa(void) {
     return 1;
 }
 
+/* Whether AVX2's vectors are filled and twice as wide ones are not: by rows of 7 or 8 pixels; by a group's 20, 24 or 40
+   channels, which are pooled at once */
+static int fits_avx2(const struct job *job) {
+    int64_t G = job->C / job->g;
+    if (!job->channels_last) return job->W == 7 || job->W == 8;
+    return job->stages & LOGITS && G >= 8 && G < 64 && (G - 1) % 16 < 8;
+}
+
 int ulsam_run(const struct job *job) {
     int best = ulsam_isa(), isa = job->isa ? (int)job->isa : best;
     if (isa > best) return -2;
 #ifdef __x86_64__
-    /* a row of 7 or 8 pixels fills one of AVX2's vectors, and half of a wider one */
-    if (!job->isa && isa == 3 && !job->channels_last && (job->W == 7 || job->W == 8)) isa = 2;
+    if (!job->isa && isa == 3 && fits_avx2(job)) isa = 2;
     if (isa == 3) return ulsam_run_avx512(job);
     if (isa == 2) return ulsam_run_avx2(job);
 #endif

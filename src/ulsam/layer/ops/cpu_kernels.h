@@ -48,7 +48,7 @@ struct unit {
     float *maps, *dmaps;
     float *by_pixel, *dby_pixel; /* [pixels][width] */
     vf *sums;                    /* channels_last: [1 or TILE][ld] of V channels */
-    vf *rows, *to_row;           /* of LOGITS three rows of TILE * V channels; of INPUT_BACK as sums, with room around */
+    vf *rows, *to_row;           /* of INPUT_BACK: as sums, with room around */
     int planes;                  /* contiguous: so many at a time */
     int64_t apart;               /* from one vector's rows or one plane to the next */
     float *plane[4];
@@ -213,10 +213,9 @@ static char *lay_out(struct unit *u, char *at, int64_t groups) {
         u->by_pixel = take(&at, (spread ? u->ld : V) * u->width, 4);
         u->dby_pixel = take(&at, spread ? u->ld * u->width : 0, 4);
         u->sums = take(&at, job->stages & LOGITS ? (by_group(job) ? 1 : TILE) * u->ld : 0, sizeof(vf));
-        int64_t around = back ? BACK_TILE * job->W : 0, rows = back ? BACK_TILE * pixels : 0, ring = 3 * TILE * job->W;
-        if (job->stages & LOGITS && rows < ring) rows = ring;
-        u->rows = (vf *)take(&at, rows + 2 * around, sizeof(vf)) + around;
-        u->to_row = (vf *)take(&at, back ? BACK_TILE * pixels + 2 * around : 0, sizeof(vf)) + around;
+        int64_t around = back ? BACK_TILE * job->W : 0, rows = back ? BACK_TILE * pixels + 2 * around : 0;
+        u->rows = (vf *)take(&at, rows, sizeof(vf)) + around;
+        u->to_row = (vf *)take(&at, rows, sizeof(vf)) + around;
     } else {
         int kinds = back ? 4 : pooling;
         u->no_left = take(&at, u->ld, 4);

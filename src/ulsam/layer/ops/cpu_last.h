@@ -45,28 +45,60 @@ INLINE vf lanes_from(vf a, int64_t first) { return first ? keep(NUMBERS >= (int3
 #define TILE 4
 #define BACK_TILE 2
 
-/* of a row of `tile` vectors of channels at x[at]: the maxima of each 3 pixels */
-INLINE void row_maxima(
-    const struct unit *u, const void *x, int64_t at, const vf *scale, vf *row, int tile, int lanes, int bf16
+enum { FIRST, MORE, APART }; /* sums[p] = the sum over the vectors; +=; or the t-th one's in sums[t * ld + p] */
+
+struct windows {
+    vf scale[TILE], shift[TILE], weight[TILE];
+    int64_t row[4]; /* where four rows begin: the one above, two rows, the one below; beyond the border a row again */
+};
+
+/* column j: the maxima of the 3 pixels around the first of two rows, and, if `two`, around the second */
+INLINE void column_maxima(
+    const struct unit *u, const struct windows *w, int64_t j, int two, vf maxima[2][TILE], int tile, int lanes, int bf16
 ) {
-    int64_t C = u->job->C, W = u->job->W;
-    vf here[TILE], left[TILE];
-    UNROLL for (int t = 0; t < tile; t++)
-        here[t] = load(x, at + t * V, bf16, lanes) * scale[t], left[t] = splat(-INFINITY);
-    for (int64_t j = 0; j + 1 < W; j++, row += tile) {
-        at += C;
-        UNROLL for (int t = 0; t < tile; t++) {
-            vf right = load(x, at + t * V, bf16, lanes) * scale[t];
-            if (tile > 1 && t % (64 / (bf16 ? 2 : 4) / V) == 0) /* what the next tile reads: too far apart to be foreseen */
-                __builtin_prefetch((const char *)x + (at + (tile + t) * V) * (bf16 ? 2 : 4));
-            row[t] = max3(left[t], here[t], right);
-            left[t] = here[t], here[t] = right;
+    const void *x = u->job->x;
+    UNROLL for (int t = 0; t < tile; t++) {
+        vf value[4];
+        UNROLL for (int k = 0; k < 3 + two; k++) {
+            int64_t at = w->row[k] + j * u->job->C + t * V;
+            value[k] = load(x, at, bf16, lanes) * w->scale[t];
+            if (k > 1 && tile > 1 && t % (64 / (bf16 ? 2 : 4) / V) == 0) /* for the next tile: too far to be foreseen */
+                __builtin_prefetch((const char *)x + (at + tile * V) * (bf16 ? 2 : 4));
         }
+        maxima[0][t] = max3(value[0], value[1], value[2]);
+        if (two) maxima[1][t] = max3(value[1], value[2], value[3]);
     }
-    UNROLL for (int t = 0; t < tile; t++) row[t] = vmax(left[t], here[t]);
 }
 
-enum { FIRST, MORE, APART }; /* sums[p] = the sum over the vectors; +=; or the t-th one's in sums[t * ld + p] */
+/* the windows of one row, or of two: what both read is then read once */
+INLINE void row_windows(
+    const struct unit *u, const struct windows *w, vf *sums, int64_t counted, int how, int two, int tile, int lanes,
+    int bf16, int relu
+) {
+    int64_t W = u->job->W;
+    vf left[2][TILE], here[2][TILE], right[2][TILE];
+    UNROLL for (int t = 0; t < tile; t++) left[0][t] = left[1][t] = splat(-INFINITY);
+    column_maxima(u, w, 0, two, here, tile, lanes, bf16);
+    for (int64_t j = 0; j < W; j++, sums++) {
+        if (j + 1 < W)
+            column_maxima(u, w, j + 1, two, right, tile, lanes, bf16);
+        else
+            UNROLL for (int t = 0; t < tile; t++) right[0][t] = right[1][t] = splat(-INFINITY);
+        UNROLL for (int k = 0; k < 1 + two; k++) {
+            vf sum = how == MORE ? sums[k * W] : (vf){0};
+            UNROLL for (int t = 0; t < tile; t++) {
+                vf m = max3(left[k][t], here[k][t], right[k][t]);
+                vf product = lanes_from(w->weight[t] * (relu ? positive(m + w->shift[t]) : m), t ? 0 : counted);
+                if (how == APART)
+                    sums[t * u->ld + k * W] = product;
+                else
+                    sum += product;
+                left[k][t] = here[k][t], here[k][t] = right[k][t];
+            }
+            if (how != APART) sums[k * W] = sum;
+        }
+    }
+}
 
 /* the sums of weight * relu?(maximum of the 3x3 pixels + shift), of `tile` vectors of channels from c on, without the
    first `counted` channels */
@@ -74,32 +106,18 @@ INLINE void sum_windows(
     const struct unit *u, int64_t c, int64_t counted, int how, int tile, int lanes, int bf16, int relu
 ) {
     const struct job *job = u->job;
-    const void *x = job->x;
-    int64_t H = job->H, W = job->W, at = u->b * u->pixels * job->C + c;
-    vf scale[TILE], shift[TILE], weight[TILE], *rows = u->rows, *sums = u->sums; /* rows: a ring of three */
+    int64_t H = job->H, row = job->W * job->C, at = u->b * u->pixels * job->C + c;
+    struct windows w;
     UNROLL for (int t = 0; t < tile; t++) {
-        scale[t] = get_param(job->scale, c + t * V, lanes), shift[t] = get_param(job->shift, c + t * V, lanes);
-        weight[t] = get_param(job->weight, c + t * V, lanes);
+        w.scale[t] = get_param(job->scale, c + t * V, lanes), w.shift[t] = get_param(job->shift, c + t * V, lanes);
+        w.weight[t] = get_param(job->weight, c + t * V, lanes);
     }
-    row_maxima(u, x, at, scale, rows, tile, lanes, bf16);
-    for (int64_t i = 0; i < H; i++) {
-        const vf *here = rows + i % 3 * tile * W, *above = i ? rows + (i + 2) % 3 * tile * W : here, *below = here;
-        if (i + 1 < H) {
-            below = rows + (i + 1) % 3 * tile * W;
-            row_maxima(u, x, at += W * job->C, scale, (vf *)below, tile, lanes, bf16);
-        }
-        for (int64_t j = 0; j < W; j++, sums++, above += tile, here += tile, below += tile) {
-            vf sum = how == MORE ? *sums : (vf){0};
-            UNROLL for (int t = 0; t < tile; t++) {
-                vf m = max3(above[t], here[t], below[t]);
-                vf product = lanes_from(weight[t] * (relu ? positive(m + shift[t]) : m), t ? 0 : counted);
-                if (how == APART)
-                    sums[t * u->ld] = product;
-                else
-                    sum += product;
-            }
-            if (how != APART) *sums = sum;
-        }
+    for (int64_t i = 0; i < H; i += 2, at += 2 * row) {
+        vf *sums = u->sums + i * job->W;
+        w.row[0] = i ? at - row : at, w.row[1] = at;
+        w.row[2] = i + 1 < H ? at + row : at, w.row[3] = i + 2 < H ? at + 2 * row : w.row[2];
+        i + 1 < H ? row_windows(u, &w, sums, counted, how, 1, tile, lanes, bf16, relu)
+                  : row_windows(u, &w, sums, counted, how, 0, tile, lanes, bf16, relu);
     }
 }
 
@@ -212,6 +230,27 @@ INLINE void maps_back_last(const struct unit *u, int bf16) {
         for (; c + V <= u->c1; c += V) mixed_products(u, p0, c, V, bf16);
         if (c < u->c1) mixed_products(u, p0, c, (int)(u->c1 - c), bf16);
     }
+}
+
+/* of a row of `tile` vectors of channels at x[at]: the maxima of each 3 pixels */
+INLINE void row_maxima(
+    const struct unit *u, const void *x, int64_t at, const vf *scale, vf *row, int tile, int lanes, int bf16
+) {
+    int64_t C = u->job->C, W = u->job->W;
+    vf here[TILE], left[TILE];
+    UNROLL for (int t = 0; t < tile; t++)
+        here[t] = load(x, at + t * V, bf16, lanes) * scale[t], left[t] = splat(-INFINITY);
+    for (int64_t j = 0; j + 1 < W; j++, row += tile) {
+        at += C;
+        UNROLL for (int t = 0; t < tile; t++) {
+            vf right = load(x, at + t * V, bf16, lanes) * scale[t];
+            if (tile > 1 && t % (64 / (bf16 ? 2 : 4) / V) == 0) /* for the next tile: too far to be foreseen */
+                __builtin_prefetch((const char *)x + (at + (tile + t) * V) * (bf16 ? 2 : 4));
+            row[t] = max3(left[t], here[t], right);
+            left[t] = here[t], here[t] = right;
+        }
+    }
+    UNROLL for (int t = 0; t < tile; t++) row[t] = vmax(left[t], here[t]);
 }
 
 /* of `tile` vectors of channels from c on; those of one group, n, or of several (n < 0) */
