@@ -122,6 +122,23 @@ def test_each_epoch_of_a_run_has_a_line_with_the_time_left(
     assert said[3].endswith("top-1 50.00 %; the last epoch")
 
 
+def test_a_run_taken_from_another_comparison_is_not_waited_for(
+    data: Path, tmp_path: Path, logged: Callable[[], str]
+) -> None:
+    shared = TrainConfig.from_mapping({**RESOLVED, "data": str(data), "epochs": 1})
+    grid, comparison = Grid(parse_arms(ARMS), shared, seeds=1), ComparisonFolder(tmp_path)
+    taken, running = grid.known(lambda run: None)
+    comparison.folder(taken).mkdir(parents=True)  # its summary alone, as `--from` puts it there
+    summary = {"config": dataclasses.asdict(taken.config), "top1": 0.5}
+    (comparison.folder(taken) / "summary.json").write_text(json.dumps(summary))
+    lines = EpochLines(grid, comparison)
+    row = {"epoch": 1, "lr": 0.1, "train_loss": 0.5, "val_loss": None, "val_top1": None, "val_top5": None}
+    comparison.folder(running).mkdir(parents=True)
+    write_metrics(comparison.folder(running), [row | {"seconds": 1.0, "images_per_second": 9.0}])
+    lines.look([running])
+    assert logged() == "epoch   slim, seed-0: 1/1, training loss 0.5000; the last epoch\n"
+
+
 @pytest.mark.slow
 def test_rates_are_chosen_on_another_split_than_the_final_one(data: Path, tmp_path: Path) -> None:
     three = shutil.copytree(data, tmp_path / "three")

@@ -8,7 +8,7 @@ from pathlib import Path
 from ulsam.base.logs import say
 from ulsam.base.timing import duration
 from ulsam.study.comparison_folder import ComparisonFolder
-from ulsam.study.grid import Failed, Grid, Run
+from ulsam.study.grid import Grid, Run
 
 
 class EpochLines:
@@ -41,13 +41,10 @@ class EpochLines:
         """The time until all runs have ended, at the pace so far."""
         known = self.grid.known(self.comparison.outcome)
         done = {str(run): self.shown.get(str(run), 0) for run in known} | {str(now): epoch}
-        left = sum(max(0, run.config.epochs - done[str(run)]) for run in known if not self._failed(run))
+        left = sum(max(0, run.config.epochs - done[str(run)]) for run in known if self.comparison.outcome(run) is None)
         left += max(0, self.grid.size - len(known)) * max(run.config.epochs for run in known)  # not decided yet
         seconds = left * (time.monotonic() - self.began) / self.ended
         return f"about {duration(seconds)} left" if left else "the last epoch"
-
-    def _failed(self, run: Run) -> bool:
-        return isinstance(self.comparison.outcome(run), Failed)
 
     def _rows(self, run: Run) -> list[dict[str, str]]:
         path: Path = self.comparison.folder(run) / "metrics.csv"
