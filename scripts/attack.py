@@ -5,6 +5,7 @@ python scripts/attack.py disk --count 12
 python scripts/attack.py images
 python scripts/attack.py models --count 400
 python scripts/attack.py requests --count 100000
+python scripts/attack.py day --count 1000000
 
 Each run replaces its own part of the file. What fell is printed, and the exit status is then 1. SECURITY.md shows the
 figures. Linux only.
@@ -25,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "results" / "attack.json"
 sys.path.insert(0, str(ROOT / "tests"))
-PARTS = ("kills", "disk", "images", "models", "requests")
+PARTS = ("kills", "disk", "images", "models", "requests", "day")
 
 
 def alone(work: Callable[[], Any], limit: float = 60.0) -> dict[str, Any]:

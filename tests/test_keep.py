@@ -190,7 +190,7 @@ def test_a_measurement_on_the_images_that_the_epoch_was_chosen_on_says_so(
     train(config(data, epochs=2), tmp_path / "last")
     for name, said in (("best", True), ("last", False)):
         assert main(["eval", str(tmp_path / name), str(data), "-j", "0"]) == 0
-        note = "note    the epoch was chosen by its score on 24 of these 24 images: their score is optimistic"
+        note = "note    the epoch was chosen by the score on 24 of these 24 images: their score is optimistic"
         assert (note in capsys.readouterr().err) == said
 
 
@@ -201,7 +201,7 @@ def test_so_it_does_on_a_table(data: Path, tmp_path: Path, capsys: pytest.Captur
     train(config(table, keep="best", epochs=2), tmp_path / "best")
     assert main(["eval", str(tmp_path / "best"), str(table), "-j", "0"]) == 0
     said = capsys.readouterr()
-    assert "note    the epoch was chosen by its score on " in said.out + said.err
+    assert "note    the epoch was chosen by the score on " in said.out + said.err
 
 
 def test_what_no_epoch_could_decide_is_not_said_to_be_chosen() -> None:

@@ -136,6 +136,15 @@ def test_an_exported_file_with_other_thresholds_is_refused(exported: Path, tmp_p
             runtime.load(tmp_path / "model.onnx")
 
 
+def test_a_score_on_the_images_that_chose_the_thresholds_is_called_optimistic(
+    table: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, images in (("val", 30), ("test", 0)):
+        assert main(["eval", str(run), str(table), "--split", split, "-j", "0"]) == 0
+        note = f"note    the thresholds were chosen by the score on {images} of these {images} images: their score is"
+        assert (note in capsys.readouterr().err) == bool(images)
+
+
 def test_the_command_line_names_labels(
     table: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

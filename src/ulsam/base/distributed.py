@@ -79,9 +79,17 @@ def device_of(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UlsamError(f"no device {name!r} here: {first_line(error)}; use `device=cpu`") from error
+    except RuntimeError as error:
+        raise UlsamError(
+            f"no device {name!r} here: PyTorch runs a model on cpu, cuda, mps or xpu; "
+            "the devices of other engines are for an exported model, NAME.onnx"
+        ) from error
+    try:
+        torch.empty(1, device=place).item()  # fails on a device that computes nothing, too
+    except NotImplementedError as error:
+        raise UlsamError(f"no device {name!r} here: this PyTorch has none; use `device=cpu`") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UlsamError(f"no device {name!r} here: {first_line(error).split('. ')[0]}; use `device=cpu`") from error
     return place
 
 

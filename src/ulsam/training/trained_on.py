@@ -10,7 +10,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.base.logs import WARNING, say
 from ulsam.data.folder import find_splits
 from ulsam.data.labelled import is_local, splits_of
-from ulsam.data.sources import FolderImages
+from ulsam.data.sources import FolderImages, LabelSetImages
 from ulsam.model.trained import locate
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig, config_beside
@@ -61,14 +61,13 @@ def note_trained_on(
         held_out: whether a table says that they are for validation or testing.
     """
     before = run_of(model)
-    if before and (before.keep == "best" or before.patience):
-        chosen = _validation_images(before) & set(_real(paths))
-        if chosen:
-            say(
-                f"note    the epoch was chosen by its score on {len(chosen)} of these {len(paths)} images: their score "
-                "is optimistic",
-                level=WARNING,
-            )
+    chosen, images = _chosen_on(before) if before else ("", frozenset())
+    if both := images & set(_real(paths)):
+        say(
+            f"note    {chosen} chosen by the score on {len(both)} of these {len(paths)} images: their score is "
+            "optimistic",
+            level=WARNING,
+        )
     known = _training_images(before) if before else None
     if known is not None:
         ours = _real(paths)
@@ -107,13 +106,22 @@ def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
     return set(_real(path for path, _ in images.samples)).__contains__ if isinstance(images, FolderImages) else None
 
 
-def _validation_images(run: TrainConfig) -> set[str]:
-    """The images that a run was measured on; empty where its data is no folder, or is gone."""
+def _chosen_on(run: TrainConfig) -> tuple[str, frozenset[str]]:
+    """What a run chose by its score on its validation images, and these; none without a folder of them."""
     try:
         images = parts.open_images(run)[1] if is_local(run.data) else None
     except (UlsamError, OSError):
-        return set()
-    return set(_real(path for path, _ in images.samples)) if isinstance(images, FolderImages) else set()
+        return "", frozenset()
+    if not isinstance(images, FolderImages):
+        return "", frozenset()
+    epoch = run.keep == "best" or bool(run.patience)
+    if isinstance(images, LabelSetImages):
+        chosen = "the epoch and the thresholds were" if epoch else "the thresholds were"
+    elif epoch:
+        chosen = "the epoch was"
+    else:
+        return "", frozenset()
+    return chosen, frozenset(_real(path for path, _ in images.samples))
 
 
 def _real(paths: Iterable[str]) -> list[str]:
