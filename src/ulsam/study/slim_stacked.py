@@ -21,7 +21,7 @@ from ulsam.training.predict import NOT_FINITE
 
 Names = frozenset[str]
 TOGETHER = 32  # sets in one pass; more share little more, and a stop loses what is not finished
-ROWS = {"cpu": 256, "cuda": 4096}  # of the batch at its longest
+ROWS = {"cpu": 128, "cuda": 4096}  # of the batch at its longest: on a CPU its features are to stay in the cache
 
 
 class _Variants:
