@@ -130,7 +130,7 @@ CASES = {
     "data --workers 100000": "--workers must be 512 or less, not 100000",
     "data --amp fp16": "--amp fp16 needs a CUDA GPU; on cpu use bf16 or none",
     "data --device toaster": "no device 'toaster' here",
-    "data --device openvino": "the devices of other engines are for an exported model, NAME.onnx",
+    "data --device openvino": "; use --device cpu, cuda, mps or xpu; those of other engines are for an exported model",
     "data --device meta": "no device 'meta' here",
     # settings file
     "--config nowhere.yaml": "cannot read the settings in nowhere.yaml: ",

@@ -2,8 +2,9 @@
 
 import argparse
 import collections
+import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,21 @@ def test_a_checkpoint_gives_its_model(case: str, tmp_path: Path) -> None:
     found = read_weights(tmp_path / "x.pt")
     assert list(found) == list(STATE)
     assert load_weights(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), found) == []
+
+
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
+@pytest.mark.parametrize("name", [b"PosixPath", b"WindowsPath", b"PurePosixPath", b"PureWindowsPath"])
+def test_paths_in_a_checkpoint_are_read_whichever_python_and_system_wrote_them(
+    module: bytes, name: bytes, tmp_path: Path
+) -> None:
+    torch.save({"model": STATE, "out": PurePosixPath("x")}, tmp_path / "here.pt")
+    written = f"c{PurePosixPath.__module__}\nPurePosixPath\n".encode()
+    with zipfile.ZipFile(tmp_path / "here.pt") as here, zipfile.ZipFile(tmp_path / "x.pt", "w") as there:
+        contents = {entry: here.read(entry) for entry in here.namelist()}
+        assert sum(written in content for content in contents.values()) == 1
+        for entry, content in contents.items():
+            there.writestr(entry, content.replace(written, b"c" + module + b"\n" + name + b"\n"))
+    assert list(read_weights(tmp_path / "x.pt")) == list(STATE)
 
 
 @pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema"])

@@ -81,8 +81,8 @@ def device_of(name: str) -> torch.device:
         place = torch.device(name)
     except RuntimeError as error:
         raise UlsamError(
-            f"no device {name!r} here: PyTorch runs a model on cpu, cuda, mps or xpu; "
-            "the devices of other engines are for an exported model, NAME.onnx"
+            f"no device {name!r} here; use `device=cpu`, cuda, mps or xpu; those of other engines are for an exported "
+            "model, NAME.onnx"
         ) from error
     try:
         torch.empty(1, device=place).item()  # fails on a device that computes nothing, too

@@ -30,12 +30,16 @@ _COUNTERS = ("total_ops", "total_params")  # thop leaves them in every layer
 _OTHERS = ("optim", "sched", "scaler", "loss", "criterion")  # parts of names of what holds tensors, but no model
 _DEPTH = 3  # of dictionaries within each other that are searched
 
-# what checkpoints hold beside tensors, all of it plain values; the names are those of NumPy 1 and 2
+# what checkpoints hold beside tensors, all of it plain values; the names are those of every Python and NumPy
 _scalar = np.float64(0).__reduce__()[0]
 _VALUES: list[Any] = [
     argparse.Namespace,
-    (PurePosixPath, "pathlib.PosixPath"),
-    (PureWindowsPath, "pathlib.WindowsPath"),
+    *(
+        (pure, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")  # the latter by Python 3.13
+        for pure in (PurePosixPath, PureWindowsPath)
+        for name in (pure.__name__, pure.__name__.removeprefix("Pure"))
+    ),
     (_scalar, "numpy._core.multiarray.scalar"),
     (_scalar, "numpy.core.multiarray.scalar"),
     np.dtype,
