@@ -309,3 +309,12 @@ def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys, words, mes
     assert error.startswith(f"ulsam: error: {message.format(folder=folder)}") and error.count("\n") == 1
     assert "openvino" not in words or "pip install 'ulsam[openvino]'" in error
     assert not any(path.is_dir() and any(path.iterdir()) for path in tmp_path.glob("runs/*"))
+
+
+def test_the_folder_of_a_run_is_its_model(folder, tmp_path):
+    (tmp_path / "of folder").mkdir()
+    found = open_bench_model(str(folder), ["eager"], tmp_path / "of folder")
+    model, _ = load(folder / "model.safetensors")
+    x = torch.rand(2, 3, 32, 32)
+    copied, _ = load(found.files["eager"])
+    assert torch.equal(copied(x), model(x))

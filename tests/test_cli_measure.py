@@ -199,13 +199,15 @@ def test_a_model_file_that_may_not_be_read_is_one_line(world, capsys, monkeypatc
         assert capsys.readouterr().err == f"ulsam: error: cannot read {file}: permission denied\n"
 
 
-def test_eval_of_a_flat_folder_says_that_training_images_are_in_it(world, capsys):
+def test_eval_of_a_flat_folder_says_that_training_images_may_be_in_it(world, capsys, tmp_path):
     root, _ = world
-    words = ["eval", str(root / "model.safetensors"), str(root / "data" / "test"), "--workers", "0"]
-    assert main(words) == 0
-    assert "measured on all images, those trained on included" in capsys.readouterr().out
-    assert main([*words[:2], str(root / "data"), "--workers", "0"]) == 0
-    assert "note" not in capsys.readouterr().out
+    shutil.copytree(root / "data" / "test", tmp_path / "flat")
+    for data, may_be in ((tmp_path / "flat", True), (root / "data" / "test", False)):
+        words = ["eval", str(root / "model.safetensors"), str(data), "--workers", "0"]
+        assert main(words) == 0
+        said = capsys.readouterr()
+        assert ("nothing says that the model was not trained on these images" in said.err) == may_be
+        assert "note" not in said.out
 
 
 def test_eval_takes_classes_by_number_on_wish(world, capsys, tmp_path):
@@ -215,6 +217,7 @@ def test_eval_takes_classes_by_number_on_wish(world, capsys, tmp_path):
         Image.new("RGB", (32, 32)).save(tmp_path / f"n{number}" / "1.png")
     words = ["eval", str(root / "model.safetensors"), str(tmp_path), "--workers", "0"]
     assert main(words) == 2
+    assert "--classes-by-number takes them by their position" in capsys.readouterr().err
     assert main([*words, "--classes-by-number"]) == 0
     assert "on      3 images" in capsys.readouterr().out
 
@@ -225,3 +228,57 @@ def test_eval_refuses_images_of_classes_that_the_model_does_not_know(world, caps
     Image.new("RGB", (32, 32)).save(tmp_path / "purple" / "1.png")
     assert main(["eval", str(root / "model.safetensors"), str(tmp_path)]) == 2
     assert "not trained on: purple" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["table", "folder"])
+def test_labels_that_are_numbers_are_those_of_the_classes(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where some are absent, and in the order of numbers, not of letters."""
+    spec = ModelSpec("test_efficientnet", tuple(f"c{number:02}" for number in range(12)), input_size=(3, 32, 32))
+    save(build(spec)[0], spec, tmp_path / "model.safetensors")
+    labels = [2, 9, 10, 11, 9]
+    for turn, label in enumerate(labels):
+        (tmp_path / "data" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 60 + 30 * turn).convert("RGB").save(tmp_path / "data" / str(label) / f"{turn}.png")
+    data = tmp_path / "data"
+    if kind == "table":
+        data = data / "labels.csv"
+        rows = [f"{label}/{turn}.png,{label}" for turn, label in enumerate(labels)]
+        data.write_text("\n".join(["path,label", *rows]))
+    assert (
+        main(["eval", str(tmp_path / "model.safetensors"), str(data), "--classes-by-number", "-j", "0", "--json"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)["scores"]["per_class"]
+    assert {name: row["images"] for name, row in found.items() if row["images"]} == {
+        "c02": 1,
+        "c09": 2,
+        "c10": 1,
+        "c11": 1,
+    }
+
+
+def test_no_file_that_is_read_is_written_over(world, capsys, tmp_path):
+    root, _ = world
+    image = tmp_path / "images" / "a" / "1.png"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(image)
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label\nimages/a/1.png,a\n")
+    model, before = str(root / "model.safetensors"), {path: path.read_bytes() for path in (image, table)}
+    for words, said in (
+        (["predict", model, "--csv", str(image), str(image)], "--csv writes NAME.csv, not "),
+        (["predict", model, str(image), "--parquet", "1.jpg"], "--parquet writes NAME.parquet, not 1.jpg"),
+        (
+            ["predict", model, str(image), "--csv", "x.csv", "--features", "./x.csv"],
+            "--features and --csv name the same file, ./x.csv: name two",
+        ),
+        (["predict", model, str(image), "--csv", "-"], "--csv writes NAME.csv, not -"),
+        (["eval", model, str(table), "--csv", str(table)], f"--csv would replace {table}, which is read: name another"),
+        (["eval", model, str(table), "--csv", model], "--csv writes NAME.csv, not "),
+        (["check", str(tmp_path / "images"), "--sheet", str(image)], f"--sheet would replace {image}, which is read"),
+        (["check", str(tmp_path / "images"), "--sheet", model], "--sheet writes NAME.png, not "),
+    ):
+        assert main(words) == 2, words
+        assert said in capsys.readouterr().err, words
+    assert {path: path.read_bytes() for path in before} == before

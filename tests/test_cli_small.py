@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,6 +38,20 @@ def test_profile_prints_every_block_and_the_total(capsys):
     assert len(lines) == len(found.rows) + 5  # heading, two rules, total, counting rule
     assert numbers(lines[-2]) == [found.params, found.macs, found.activations]
     assert "One 3x64x64 image. Counting rule 'exact'" in lines[-1]
+
+
+def test_a_runs_folder_is_its_model(file, tmp_path, capsys):
+    shutil.copy(file, tmp_path / "model.safetensors")
+    for words in (["profile"], ["candidates"], ["info"]):
+        said = []
+        for model in (tmp_path, tmp_path / "model.safetensors"):
+            assert main([*words, str(model)]) == 0
+            said.append(capsys.readouterr().out)
+        assert said[0] == said[1]
+    assert main(["profile", str(tmp_path / "none")]) == 2
+    (tmp_path / "none").mkdir()
+    assert main(["profile", str(tmp_path / "none")]) == 2
+    assert "is a folder without model.safetensors" in capsys.readouterr().err
 
 
 def test_profile_with_edits_compares_with_the_base(capsys):
@@ -176,7 +191,7 @@ MISTAKES = [
     (["profile", TINY_MODEL, "--csv", "no/such/folder/rows.csv"], "cannot write no/such/folder/rows.csv"),
     (["candidates", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 has no block that takes and outputs the same"),
     (["profile", "model.pth"], "model.pth is neither timm's name of a model nor a model file, NAME.safetensors"),
-    (["profile", "tests"], "tests is neither timm's name of a model nor a model file"),
+    (["profile", "tests"], "tests is a folder without model.safetensors"),
     (["candidates", "nothing.safetensors"], "no model file nothing.safetensors"),
     (["info", "nothing.safetensors"], "no model file nothing.safetensors"),
     (["info", "."], ". is a folder without model.safetensors"),

@@ -101,6 +101,14 @@ def test_paths_come_from_standard_input(world, monkeypatch, capsys):
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == images
 
 
+@pytest.mark.parametrize("sent", ["\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a.png\0b.png\0"])
+def test_other_bytes_on_standard_input_are_named_in_one_line(sent, world, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(sent))
+    assert main(["predict", str(world / "model.safetensors"), "-"]) == 2
+    error = capsys.readouterr().err
+    assert "that holds the bytes of a file" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

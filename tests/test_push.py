@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -48,6 +49,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(build(spec)[0], spec, root / name / "model.safetensors")
         (root / name / "summary.json").write_text(json.dumps(SUMMARY))
     return root
+
+
+def test_a_folder_claims_nothing_that_is_not_known(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither timm's license of weights that may not be there, nor that it was uploaded under its own name."""
+    assert main(["push", str(runs / "plain"), str(tmp_path / "birds")]) == 0
+    assert capsys.readouterr().out == (
+        f"wrote   the folder {tmp_path / 'birds'}; the target hf-hub:USER/NAME uploads it\n"
+    )
+    assert (
+        not {"license", "tag"} & json.loads((tmp_path / "birds" / "config.json").read_text())["pretrained_cfg"].keys()
+    )
+    assert 'timm.create_model("hf-hub:USER/birds", pretrained=True)' in (tmp_path / "birds" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_known_within_seconds(runs: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = pushed(runs, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "home", Hub.token)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "cannot upload me/birds: 127.0.0.1:" in done.stderr and "cannot be reached" in done.stderr
 
 
 def test_timm_loads_a_model_without_edits(runs: Path, tmp_path: Path) -> None:

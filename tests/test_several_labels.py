@@ -183,7 +183,7 @@ REFUSED: list[tuple[str, list[str], str]] = [
     (
         "eval",
         [TINY_MODEL, "--weights", "MODEL", "TABLE"],
-        "is a model file of several labels an image: name it in place of",
+        "is a model file, with its own classes and input size: name it in place of",
     ),
     ("explain", ["MODEL", "IMAGE", "--out", "OUT"], "an explanation is for one class an image"),
     ("report", ["RUN", "--out", "OUT.html"], "a report is for one class an image"),

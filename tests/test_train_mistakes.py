@@ -113,6 +113,8 @@ CASES = {
     "data --smoothing 2": "--smoothing must lie between 0 and 1, not 2.0",
     "data --crop-pct 0": "--crop-pct must lie between 0.1 and 1.5, not 0.0",
     "data --crop-scale 0.5": "--crop-scale takes two shares of the area",
+    "data --mean 0.5,0.5": "--mean takes a number for each of the 3 channels, not [0.5, 0.5]",
+    "data --mean 0.5,x,0.5": "--mean: must be a number, not 'x'",
     "data --mean 0.5": "--mean takes a number for each of the 3 channels, not [0.5]",
     "data --std 0.5 0.5 0": "--std must be above 0 in every channel",
     "data --interpolation cubic": "--interpolation must be bilinear or bicubic, not 'cubic'",

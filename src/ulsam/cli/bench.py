@@ -13,8 +13,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="a timm name (random weights), hf-hub:USER/MODEL, a model file, or NAME.onnx of ulsam export or quantize; "
-        "the others are compared with the first one",
+        help="a timm name (random weights), hf-hub:USER/MODEL, a model file, a run's folder, or NAME.onnx of ulsam "
+        "export or quantize; the others are compared with the first one",
     )
     parser.add_argument(
         "--backends",

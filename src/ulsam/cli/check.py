@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError, printable
-from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.files import write_atomic
 from ulsam.cli.common import print_json
+from ulsam.cli.written_files import check_written
 
 if TYPE_CHECKING:
     from ulsam.data.check import Checked, ImagePair
@@ -40,8 +41,7 @@ def run(args: argparse.Namespace) -> None:
         raise UlsamError(f"--workers must be 1 or more, not {args.workers}")
     if args.config and not args.sheet:
         raise UlsamError("--config is for --sheet FILE.png")
-    if args.sheet:
-        check_writable(args.sheet)
+    check_written(args, [args.data])
     if not is_table(args.data):
         check_layout(args.data)
     found = check(args.data, args.workers, data_dir=args.data_dir)

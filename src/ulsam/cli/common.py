@@ -111,7 +111,9 @@ def _makes_layers(args: argparse.Namespace) -> bool:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add MODEL and ``--size``; :func:`spec_from` reads them."""
-    parser.add_argument("model", metavar="MODEL", help="a timm name, a preset's included, or a .safetensors model file")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a timm name, a preset's included, a model file, or a run's folder"
+    )
     parser.add_argument("--size", type=int, metavar="PIXELS", help="height and width (default: the model's own)")
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.extras import check_plots
-from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.files import write_atomic
 from ulsam.base.processes import is_first_process
 from ulsam.cli.common import add_device, add_model, model_from, print_json
+from ulsam.cli.written_files import check_written
 
 EXAMPLE = "ulsam eval runs/mine/model.safetensors images --split test"
 
@@ -27,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--classes-by-number",
         action="store_true",
-        help="take the data's classes for the model's by their position, whatever their names",
+        help="take the data's classes for the model's by their position; a name that is a number is one, from 0 on",
     )
     written = parser.add_argument_group("files")
     written.add_argument("--csv", metavar="FILE", help="precision, recall, F1 and other scores of each class")
@@ -49,10 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.confusion:
         check_plots("ulsam eval --confusion")
-        if not args.confusion.endswith(".png"):
-            raise UlsamError(f"--confusion writes an image called NAME.png, not {args.confusion}")
-    for file in filter(None, (args.csv, args.confusion)):
-        check_writable(file)
+    check_written(args, [args.model, args.data, args.weights])
     model = model_from(args)
     how: dict[str, Any] = {
         name: getattr(args, name)

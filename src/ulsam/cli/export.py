@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
         images=args.images or (),
     )
     path = Path(out)
-    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path, *path.rglob("*")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
     if args.json:
         found = {"parity": None, "not_compared": parity.why_not} if parity.why_not else {"parity": vars(parity)}
         print_json({"file": out, "format": to, "bytes": size, **found})

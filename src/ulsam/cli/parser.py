@@ -111,6 +111,11 @@ class Parser(argparse.ArgumentParser):
         valid = ", ".join(map(str, action.choices))
         raise argparse.ArgumentError(action, f"{value!r} is not one of {valid}{did_you_mean(value, action.choices)}")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.nargs == "+" and action.type in _KINDS:  # numbers: commas between them do as well as blanks
+            arg_strings = [part for word in arg_strings for part in word.replace(",", " ").split()] or arg_strings
+        return super()._get_values(action, arg_strings)
+
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
             return super()._get_value(action, arg_string)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ulsam.base.errors import UlsamError, printable
 from ulsam.base.extras import extra, installed
-from ulsam.base.files import check_writable, write_atomic
+from ulsam.base.files import write_atomic
 from ulsam.base.text_table import as_csv
 from ulsam.cli.common import add_device, add_model, model_from, print_json
+from ulsam.cli.written_files import check_written
 
 if TYPE_CHECKING:
     from ulsam.training.predict import Prediction
@@ -52,13 +53,10 @@ def run(args: argparse.Namespace) -> None:
     from ulsam.deploy.classifier import open_classifier
     from ulsam.training.predict import predict
 
-    if args.features and not args.features.endswith((".npz", ".csv")):
-        raise UlsamError(f"--features writes NAME.npz or NAME.csv, not {args.features}")
+    check_written(args, [args.model, *args.images])
     if args.parquet:
         with extra("parquet", "--parquet needs"):
             import pyarrow  # noqa: F401
-    for file in filter(None, (args.csv, args.parquet, args.features)):
-        check_writable(file)
     paths = image_paths(_listed(args.images))
     predictions: list[Prediction] = []
     features: list[Any] = []
@@ -89,8 +87,18 @@ def run(args: argparse.Namespace) -> None:
 
 def _listed(names: Sequence[str]) -> list[str]:
     """The names, with the lines of standard input in the place of -."""
-    lines = [line for line in map(str.strip, sys.stdin) if line] if "-" in names else []
-    if "-" in names and not lines:
+    if "-" not in names:
+        return list(names)
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UlsamError(
+            "- reads the paths of images from standard input, one a line: that holds the bytes of a file, or names of "
+            "`find -print0`; name the image itself, or use `find -print`"
+        )
+    if not (lines := [line for line in map(str.strip, text.splitlines()) if line]):
         raise UlsamError("- reads the paths of images from standard input, one a line: there was none")
     return [path for name in names for path in (lines if name == "-" else [name])]
 
@@ -131,7 +139,7 @@ def _features(paths: Sequence[str], batches: Sequence[Any], file: str) -> bytes 
     import numpy as np
 
     features = np.concatenate(batches) if batches else np.empty((0, 0), np.float32)
-    if file.endswith(".npz"):
+    if file.lower().endswith(".npz"):
         buffer = io.BytesIO()
         np.savez(buffer, paths=np.array(paths, dtype=np.str_), features=features)
         return buffer.getvalue()

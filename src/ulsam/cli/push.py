@@ -24,5 +24,7 @@ def run(args: argparse.Namespace) -> None:
     where = push(args.model, args.target, private=args.private)
     if args.json:
         print_json({"model": args.model, "target": where})
+    elif where == args.target:
+        print(f"wrote   the folder {printable(where)}; the target hf-hub:USER/NAME uploads it")
     else:
         print(f"pushed  {printable(where)}")

@@ -14,7 +14,7 @@ import numpy as np
 from ulsam.base.errors import UlsamError, a_few
 from ulsam.base.files import check_readable
 from ulsam.base.reading import read_text
-from ulsam.data.folder import IMAGE_SUFFIXES, SPLITS, Folder
+from ulsam.data.folder import IMAGE_SUFFIXES, SPLITS, Folder, in_order
 from ulsam.data.sample_list import SampleList
 
 PATHS = (
@@ -220,7 +220,7 @@ def table_images(
             f"{row.number}: {named}; paths count from {root} on, or from `data_dir`"
         )
     used = {label for row in rows for label in row.labels}
-    classes = table.classes if table.classes and table.several else tuple(sorted(used))
+    classes = table.classes if table.classes and table.several else tuple(in_order(used))
     if len(classes) < (1 if table.several else min_classes):
         raise UlsamError(
             f"{table.path} holds images of {len(classes)} class{'es' if not classes else ''} ({', '.join(classes)}), "

@@ -1,6 +1,5 @@
 """Opens images to train on and to measure on: an image folder, a table of labels, or a data set of timm's factory."""
 
-import dataclasses
 import os
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.utils.data import IterableDataset
 from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.extras import extra
 from ulsam.base.reading import read_text
-from ulsam.data.folder import Folder, held_out, image_paths, imbalance_note, index_like
+from ulsam.data.folder import Folder, held_out, image_paths, imbalance_note, index_by_number, index_like
 from ulsam.data.folds import parse_fold
 from ulsam.data.label_table import is_table
 from ulsam.data.labelled import labelled
@@ -128,7 +127,8 @@ def open_split(
         data, data_dir, class_names: as for :func:`open_data`.
         name: of the split.
         classes: of the model, which number the labels; by default the data set's own.
-        by_number: whether the data's classes are the model's by their position, whatever their names.
+        by_number: whether the data's classes are the model's by their position, as of
+            `ulsam.data.folder.index_by_number`.
         several: whether the model gives several labels an image; by default as the data has it.
 
     Raises:
@@ -143,11 +143,10 @@ def open_split(
         return images
     found = labelled(data, data_dir=data_dir, several=several)
     folder = found.read(name, min_classes=1)
-    if classes is not None and by_number and len(classes) != len(folder.classes):
-        raise UlsamError(f"{data} has {len(folder.classes)} classes, the model has {len(classes)}")
     if classes is not None:
+        advice = ". If they are the same ones under other names, `classes_by_number=True` takes them by their position"
         with with_advice(data):
-            folder = dataclasses.replace(folder, classes=classes) if by_number else index_like(folder, classes)
+            folder = index_by_number(folder, classes) if by_number else index_like(folder, classes, advice)
     return _images(folder, folder.samples, _words(name), data)
 
 

@@ -18,9 +18,8 @@ from ulsam.deploy.onnx_graph import check_installed
 from ulsam.deploy.parity import TOLERANCE, generated_images
 from ulsam.deploy.quantize import QUANTIZATION
 from ulsam.model.build import build, load, meta_model, save, spec_of_name
-from ulsam.model.pretrained import is_hub_name
+from ulsam.model.pretrained import is_hub_name, means_file
 from ulsam.model.spec import ModelSpec
-from ulsam.model.trained import names
 from ulsam.surgery.cost import Cost, cost
 from ulsam.training.evaluate import logits_of, spec_transform
 from ulsam.training.machine import why_not_compiled
@@ -80,8 +79,8 @@ def open_bench_model(
     """A model, and its files for those of the backends that can run it.
 
     Args:
-        name: a timm name, whose weights are then random, a model of the hub, a model file, a trained model of the
-            package, or an ONNX file of `ulsam export` or `ulsam quantize`, which PyTorch does not run.
+        name: a timm name, whose weights are then random, a model of the hub, a model file, a run's folder, a trained
+            model of the package, or an ONNX file of `ulsam export` or `ulsam quantize`, which PyTorch does not run.
         folder: to write files into; an own one for each model.
         size: height and width in place of the model's own.
 
@@ -116,8 +115,7 @@ def _open_torch(name: str, backends: Collection[BenchBackend], folder: Path, siz
         spec = spec if size is None else dataclasses.replace(spec, input_size=(spec.input_size[0], size, size))
     else:
         spec = spec_of_name(name, size=size)
-        is_file = name.endswith(".safetensors") or name in names()
-        model = load(name)[0] if is_file else build(spec)[0].eval()
+        model = load(name)[0] if means_file(name) else build(spec)[0].eval()
     transform = spec_transform(spec)
     model_file, onnx_file = folder / "model.safetensors", folder / "model.onnx"
     save(model, spec, model_file)

@@ -27,11 +27,6 @@ from ulsam.training.trained_on import note_trained_on
 
 _TITLES = {"precision": "precision", "recall": "recall", "f1": "F1", "specificity": "specificity", "auc": "AUC"}
 
-ON_ALL = (
-    "note    measured on all images, those trained on included: a fair score is that on the"
-    " held-out ones in the summary.json of the run, or on a folder of other images"
-)
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -64,8 +59,6 @@ class Evaluation:
             f"on      {scores.images} images, split {self.split}{left_out}",
             "lowest  " + "; ".join(f"{printable(name)} {100 * top1:.0f} % of {n}" for top1, name, n in worst),
         ]
-        if self.split == "all":
-            lines.append(ON_ALL)
         return "\n".join(lines)
 
     def csv(self) -> str:
@@ -115,7 +108,8 @@ def evaluate(
         split: of the data; by default test, else val, else the whole folder; "validation" of a named data set.
         data_dir: where a named data set lies, or where the paths in a CSV count from.
         class_names: a text file with the class names of a named data set, one a line.
-        classes_by_number: take the data's classes for the model's by their position, whatever their names.
+        classes_by_number: take the data's classes for the model's by their position; a name that is a number is one,
+            from 0 on.
         batch_size: images at once.
         workers: processes that read images.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``; of an exported file ``auto``, which is the CPU,

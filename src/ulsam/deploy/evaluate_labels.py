@@ -9,7 +9,7 @@ from torch import nn
 from ulsam import runtime
 from ulsam.base.errors import printable
 from ulsam.base.text_table import as_csv
-from ulsam.deploy.evaluate import ON_ALL, to_measure
+from ulsam.deploy.evaluate import to_measure
 from ulsam.model.build import load, meta_model, read_spec
 from ulsam.model.pretrained import is_pretrained_name
 from ulsam.model.spec import ModelSpec
@@ -52,8 +52,6 @@ class LabelEvaluation:
             lines.append("lowest  " + "; ".join(named))
         if absent := len(self.spec.classes) - len(known):
             lines.append(f"note    {absent} of {len(self.spec.classes)} classes have no image here, and no score")
-        if self.split == "all":
-            lines.append(ON_ALL)
         return "\n".join(lines)
 
     def csv(self) -> str:

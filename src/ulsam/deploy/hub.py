@@ -14,6 +14,7 @@ from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.files import check_empty, read_json, whole_folder, write_atomic, write_json
 from ulsam.deploy.model_card import model_card
 from ulsam.model.build import load
+from ulsam.model.hub import check_url
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import locate
 
@@ -51,7 +52,7 @@ def push(model: str | os.PathLike[str], target: str | os.PathLike[str], *, priva
     if not name.startswith(HUB):
         check_empty(Path(target))
         with whole_folder(Path(target)) as folder:
-            _write(folder, file, trained, spec, Path(target).name)
+            _write(folder, file, trained, spec, f"USER/{Path(os.path.abspath(target)).name}")
         return name
     repository = name.removeprefix(HUB)
     if repository.count("/") != 1 or not all(repository.split("/")):
@@ -85,7 +86,7 @@ def hub_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
         save_config_for_hf(model, str(path), {"label_names": list(spec.classes)}, dict(spec.model_args))
         config = read_json(path)
     pretrained = config["pretrained_cfg"]
-    for other in ("test_input_size", "test_crop_pct", "pool_size"):  # of the base model's weights
+    for other in ("test_input_size", "test_crop_pct", "pool_size", "license", "tag"):  # of the base model's weights
         pretrained.pop(other, None)
     pretrained |= {
         "input_size": list(spec.input_size),
@@ -102,11 +103,12 @@ def hub_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _upload(folder: Path, repository: str, private: bool) -> str:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi(library_name="ulsam", library_version=__version__)
     try:
+        check_url(constants.ENDPOINT)
         made = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=made.repo_id, folder_path=folder, commit_message="Add model", allow_patterns=list(FILES)

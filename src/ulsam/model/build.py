@@ -26,7 +26,7 @@ from ulsam.base.tensor_limit import TensorLimit
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.hub import hub_folder, timm_weights
 from ulsam.model.presets import PLACEMENTS
-from ulsam.model.pretrained import HUB, LOCAL, class_names, is_hub_name, is_pretrained_name
+from ulsam.model.pretrained import HUB, LOCAL, class_names, is_hub_name, is_pretrained_name, means_file
 from ulsam.model.spec import Json, ModelSpec
 from ulsam.model.timm_spec import check_base, make_spec, pretrained_config, spec_from
 from ulsam.model.trained import EXPORTED, locate, names
@@ -58,7 +58,7 @@ def spec_of_name(model: str, *, size: int | None = None, model_args: Mapping[str
     """The spec that a name means: a model file's own, or that of timm's model with all its classes.
 
     Args:
-        model: a timm name, a preset's included, a model file NAME.safetensors, or a trained model of the package.
+        model: a timm name, a preset's included, a model file, the folder of a run, or a trained model of the package.
         size: height and width of the input in place of the model's own, in pixels.
         model_args: of a timm name, as of :func:`make_spec`.
 
@@ -71,7 +71,7 @@ def spec_of_name(model: str, *, size: int | None = None, model_args: Mapping[str
     """
     if size is not None and size < 1:
         raise UlsamError(f"`size` must be 1 pixel or more, not {size}")
-    if model.endswith(".safetensors") or model in names():
+    if means_file(model):
         spec = read_spec(model)
     elif not timm.is_model(model) and (Path(model).suffix or os.path.exists(model)):
         raise UlsamError(f"{model} is neither timm's name of a model nor a model file, NAME.safetensors")
@@ -248,8 +248,10 @@ def _load_name(name: str, pretrained: bool, weights: str | os.PathLike[str] | No
     spec = spec_of_name(name)
     if weights is None:
         return build(spec, pretrained=True)[0], spec
-    if _gives_several(weights):
-        raise UlsamError(f"{os.fspath(weights)} is a model file of several labels an image: name it in place of {name}")
+    if _has_spec(weights):
+        raise UlsamError(
+            f"{os.fspath(weights)} is a model file, with its own classes and input size: name it in place of {name}"
+        )
     state = read_weights(weights)
     plain = meta_model(spec)
     outputs = [key for key, part in plain.named_modules() if part in heads(plain)]
@@ -324,13 +326,12 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
     return spec
 
 
-def _gives_several(weights: str | os.PathLike[str]) -> bool:
-    """Whether a weight file is a model file whose model gives several labels an image."""
+def _has_spec(weights: str | os.PathLike[str]) -> bool:
+    """Whether a weight file is a model file."""
     if locate(weights).suffix != ".safetensors":
         return False
     with _opened(weights) as file:
-        text = (file.metadata() or {}).get(_KEY)
-    return text is not None and ModelSpec.from_json(text).several
+        return _KEY in (file.metadata() or {})
 
 
 def ulsam_parameters(model: nn.Module) -> list[str]:

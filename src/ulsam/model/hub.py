@@ -50,7 +50,7 @@ def timm_weights(name: str) -> dict[str, Any]:
     if config.hf_hub_id is None:
         url = str(config.url)
         if not Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name).exists():
-            _check_url(url)
+            check_url(url, "it is not in the cache, and ")
         return {}  # timm fetches it
     given = config.hf_hub_filename
     safe = given and given.rpartition(".")[0] + ".safetensors"
@@ -116,8 +116,8 @@ def _fetched(repository: str, names: Sequence[str], revision: str = "") -> Path:
     raise FileNotFoundError(f"the hub's {repository} has no {' or '.join(names)}.")
 
 
-def _check_url(url: str) -> None:
-    """Raise TimeoutError unless the server answers, whatever it says."""
+def check_url(url: str, context: str = "") -> None:
+    """Raise TimeoutError, whose message begins with ``context``, unless the server answers, whatever it says."""
 
     def ask() -> None:
         try:
@@ -128,7 +128,7 @@ def _check_url(url: str) -> None:
     try:
         _within(TIMEOUT, ask)
     except (OSError, TimeoutError) as error:
-        raise TimeoutError(f"it is not in the cache, and {urlsplit(url).netloc} cannot be reached.") from error
+        raise TimeoutError(f"{context}{urlsplit(url).netloc} cannot be reached.") from error
 
 
 def _within(seconds: float, call: Callable[[], _Found]) -> _Found:

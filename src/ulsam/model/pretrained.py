@@ -7,6 +7,8 @@ from typing import Any
 import timm
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from ulsam.model.trained import names
+
 HUB = "hf-hub:"
 LOCAL = "local-dir:"  # timm's name of a folder in the hub's format
 
@@ -29,6 +31,15 @@ def is_hub_name(model: str) -> bool:
     True
     """
     return model.startswith((HUB, LOCAL))
+
+
+def means_file(model: str) -> bool:
+    """Whether a name means a model file: its own, a run's folder, or a trained model of the package; not timm's name.
+
+    >>> means_file("model.safetensors"), means_file("mobilenetv2_100")
+    (True, False)
+    """
+    return model.endswith(".safetensors") or model in names() or (os.path.isdir(model) and not timm.is_model(model))
 
 
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
