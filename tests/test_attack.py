@@ -10,7 +10,9 @@ def test_the_page_about_security_shows_what_was_measured() -> None:
     found = json.loads((ROOT / "results" / "attack.json").read_text(encoding="utf-8"))
     page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     assert all(part["fell"] == [] for part in found.values())
-    kills, disk, images, models, requests = (found[name] for name in ("kills", "disk", "images", "models", "requests"))
+    kills, disk, images, models, requests, day = (
+        found[name] for name in ("kills", "disk", "images", "models", "requests", "day")
+    )
     memory, slow = requests["megabytes"], requests["slow"]
     for text in (
         f"| {sum(kills['kills'].values())} kills |",
@@ -24,7 +26,10 @@ def test_the_page_about_security_shows_what_was_measured() -> None:
         f"{requests['answered_beside_slow']['slowest_seconds']:.1f} s |",
         f"| {memory['before']} MB and {max(memory['after_broken'], memory['after_slow'])} MB |",
         f"| {requests['sigterm_seconds']} s |",
+        f"| {day['requests']} requests | each was answered as it should be; {day['before']['megabytes']} MB and "
+        f"{day['after']['megabytes']} MB, {day['before']['threads']} and {day['after']['threads']} threads |",
     ):
         assert text in page, text
     assert not any(int(status) >= 500 for status in requests["statuses"] | slow)
     assert max(memory.values()) <= 1.2 * memory["before"]
+    assert sum(day["answers"].values()) == day["requests"]
