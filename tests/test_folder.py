@@ -9,12 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ulsam.base.errors import UlsamError
+from ulsam.data.class_numbers import index_like
 from ulsam.data.folder import (
     Folder,
     class_counts,
     find_splits,
     imbalance_note,
-    index_like,
     scan,
     split,
 )

@@ -5,6 +5,7 @@ import csv
 import functools
 import io
 import json
+import shutil
 import socket
 import sys
 import threading
@@ -99,6 +100,17 @@ def test_paths_come_from_standard_input(world, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(images[1:]) + "\n\n"))
     assert main(["predict", str(world / "model.safetensors"), images[0], "-", "--top", "1"]) == 0
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == images
+
+
+def test_images_of_a_kind_that_is_not_read_are_named(world, tmp_path, capsys):
+    shutil.copytree(world / "images", tmp_path / "images")
+    for name in ("a.heic", "b.HEIC", "c.jxl", "notes.txt"):
+        (tmp_path / "images" / "class0" / name).write_bytes(b"0" * 99)
+    note = f"note    {tmp_path / 'images'}: 2 .heic files, 1 .jxl file are passed over: convert them to JPEG\n"
+    for words in (["predict"], ["eval", "-j", "0"]):
+        for folder, said in ((tmp_path / "images", True), (world / "images", False)):
+            assert main([words[0], str(world / "model.safetensors"), str(folder), *words[1:]]) == 0
+            assert (note in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("sent", ["\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a.png\0b.png\0"])

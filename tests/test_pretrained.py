@@ -23,7 +23,7 @@ import ulsam
 from tiny import TINY_MODEL, draw
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.data.folder import class_numbers
+from ulsam.data.class_numbers import class_numbers
 from ulsam.model.build import build, load, make_spec, save, spec_of_name
 from ulsam.model.spec import Edit
 

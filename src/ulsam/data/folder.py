@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulsam.base.errors import UlsamError
+from ulsam.base.logs import WARNING, say
 from ulsam.data.sample_list import Sample, SampleList
 
 IMAGE_SUFFIXES = (
@@ -19,6 +19,9 @@ IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k"),
 )
 """File name endings (lower case) that mark an image; what is inside decides how it is read."""
+
+UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
+"""Those that mark an image of a kind that is not read."""
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _LAYOUT = "expected one subfolder of images for each class, e.g. {root}/robin/1.jpg and {root}/wren/1.jpg"
@@ -141,98 +144,6 @@ def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
     if "train" not in splits or (len(splits) == 1 and not _subfolders(splits["train"])):
         return {}
     return {split: splits[split] for split in ("train", "val", "test") if split in splits}
-
-
-def index_like(folder: Folder, classes: tuple[str, ...], advice: str = "") -> Folder:
-    """The same images with the class indices of `classes`, e.g. a val folder with those of the train folder.
-
-    `classes` may name classes that `folder` lacks: ``set(classes) - set(folder.classes)``.
-
-    Args:
-        folder: the images.
-        classes: of the model.
-        advice: to add to the message about a class that is not among them.
-
-    Raises:
-        UlsamError: the folder has a class that is not among `classes`.
-
-    >>> val = Folder(Path("val"), ("wren",), SampleList([("val/wren/1.jpg", 0)]))
-    >>> list(index_like(val, ("robin", "wren")).samples)
-    [('val/wren/1.jpg', 1)]
-    """
-    found = class_numbers(folder.classes, classes)
-    if unknown := [name for name in folder.classes if name not in found]:
-        raise UlsamError(
-            f"{folder.root} has classes that were not trained on: {', '.join(unknown[:8])}"
-            f"{', ...' if len(unknown) > 8 else ''};"
-            f" known are {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}{advice}"
-        )
-    return _renumbered(folder, [found[name] for name in folder.classes], classes)
-
-
-def index_by_number(folder: Folder, classes: tuple[str, ...]) -> Folder:
-    """The same images with `classes` in place of the folder's own, whatever these are called.
-
-    Names that are numbers are the positions in `classes`, counted from 0, and some may be absent. Other classes, and
-    numbers that are counted otherwise, are taken in their order.
-
-    Raises:
-        UlsamError: not as many classes.
-
-    >>> found = Folder(Path("val"), ("10", "2"), SampleList([("val/10/1.jpg", 0), ("val/2/1.jpg", 1)]))
-    >>> list(index_by_number(found, tuple("abcdefghijk")).samples)
-    [('val/10/1.jpg', 10), ('val/2/1.jpg', 2)]
-    >>> list(index_by_number(found, ("wren", "robin")).samples)
-    [('val/10/1.jpg', 1), ('val/2/1.jpg', 0)]
-    """
-    order = in_order(folder.classes)
-    if all(map(str.isdecimal, folder.classes)):
-        numbers = list(map(int, folder.classes))
-        if max(numbers) < len(classes) and len(set(numbers)) == len(numbers):
-            return _renumbered(folder, numbers, classes)
-    if len(order) != len(classes):
-        raise UlsamError(f"{folder.root} has {len(order)} classes, the model has {len(classes)}")
-    return _renumbered(folder, [order.index(name) for name in folder.classes], classes)
-
-
-def in_order(classes: Iterable[str]) -> list[str]:
-    """Names of classes in the order in which they are numbered: by value if all are numbers, else by letters.
-
-    >>> in_order(["10", "9"]), in_order(["b10", "b9"])
-    (['9', '10'], ['b10', 'b9'])
-    """
-    names = list(classes)
-    return sorted(names, key=lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else sorted(names)
-
-
-def _renumbered(folder: Folder, numbers: Sequence[int], classes: tuple[str, ...]) -> Folder:
-    """The folder with these numbers of its classes."""
-    new = np.array(numbers, np.int32)
-    if folder.sets is not None:
-        sets = np.zeros((len(folder.sets), len(classes)), np.bool_)
-        sets[:, new] = folder.sets
-        return dataclasses.replace(folder, classes=classes, sets=sets)
-    return dataclasses.replace(folder, classes=classes, samples=folder.samples.with_labels(new[folder.samples.labels]))
-
-
-def class_numbers(names: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
-    """Which of a model's classes these names mean, by their positions: the same name, or the same WordNet id in front.
-
-    What means none of them is left out, as is a WordNet id that two classes begin with.
-
-    >>> class_numbers(["n01440764", "wren", "n02085620-Chihuahua"], ["n02085620 Chihuahua", "n01440764 tench", "wren"])
-    {'n01440764': 1, 'wren': 2, 'n02085620-Chihuahua': 0}
-    """
-    exact = {name: number for number, name in enumerate(classes)}
-    ids = [_wordnet_id(name) for name in classes]
-    by_id = {found: number for number, found in enumerate(ids) if found and ids.count(found) == 1}
-    numbers = {name: exact.get(name, by_id.get(_wordnet_id(name) or "")) for name in names}
-    return {name: number for name, number in numbers.items() if number is not None}
-
-
-def _wordnet_id(name: str) -> str | None:
-    found = re.match(r"n\d{8}(?!\w)|n\d{8}(?=_)", name)
-    return found and found[0]
 
 
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[SampleList, SampleList]:
@@ -379,8 +290,21 @@ def image_paths(names: Sequence[str]) -> list[str]:
         if not found:
             others = _others(passed)
             raise UlsamError(f"no images in the folder {name}{others and ': '}{others}")
+        if note := unread_note(passed):
+            say(f"note    {name}: {note}", level=WARNING)
         paths += found
     return paths
+
+
+def unread_note(files: Iterable[str]) -> str:
+    """What to do about files that are images by name, of kinds that are not read; empty if there are none.
+
+    >>> unread_note(["birds/1.HEIC", "birds/2.heic", "birds/notes.txt"])
+    '2 .heic files are passed over: convert them to JPEG'
+    """
+    endings = Counter(ending for path in files if (ending := os.path.splitext(path)[1].lower()) in UNREAD_SUFFIXES)
+    kinds = ", ".join(f"{count} {ending} file{'s' * (count > 1)}" for ending, count in sorted(endings.items()))
+    return f"{kinds} {'are' if endings.total() > 1 else 'is'} passed over: convert them to JPEG" if kinds else ""
 
 
 def _others(files: Iterable[str]) -> str:
@@ -389,7 +313,7 @@ def _others(files: Iterable[str]) -> str:
     if not endings:
         return ""
     ending, count = endings.most_common(1)[0]
-    remedy = ", which are not read: convert them to JPEG" if ending in (".heic", ".heif") else ", and no images by name"
+    remedy = ", which are not read: convert them to JPEG" if ending in UNREAD_SUFFIXES else ", and no images by name"
     return f"it holds {count} files {ending or 'without an ending'}{remedy}"
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from ulsam.base.errors import UlsamError, a_few
 from ulsam.base.files import check_readable
 from ulsam.base.reading import read_text
-from ulsam.data.folder import IMAGE_SUFFIXES, SPLITS, Folder, in_order
+from ulsam.data.class_numbers import in_order
+from ulsam.data.folder import IMAGE_SUFFIXES, SPLITS, Folder
 from ulsam.data.sample_list import SampleList
 
 PATHS = (

@@ -9,8 +9,10 @@ from torch.utils.data import IterableDataset
 
 from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.extras import extra
+from ulsam.base.logs import WARNING, say
 from ulsam.base.reading import read_text
-from ulsam.data.folder import Folder, held_out, image_paths, imbalance_note, index_by_number, index_like
+from ulsam.data.class_numbers import index_by_number, index_like
+from ulsam.data.folder import Folder, held_out, image_paths, imbalance_note, unread_note
 from ulsam.data.folds import parse_fold
 from ulsam.data.label_table import is_table
 from ulsam.data.labelled import labelled
@@ -128,7 +130,7 @@ def open_split(
         name: of the split.
         classes: of the model, which number the labels; by default the data set's own.
         by_number: whether the data's classes are the model's by their position, as of
-            `ulsam.data.folder.index_by_number`.
+            `ulsam.data.class_numbers.index_by_number`.
         several: whether the model gives several labels an image; by default as the data has it.
 
     Raises:
@@ -147,6 +149,8 @@ def open_split(
         advice = ". If they are the same ones under other names, `classes_by_number=True` takes them by their position"
         with with_advice(data):
             folder = index_by_number(folder, classes) if by_number else index_like(folder, classes, advice)
+    if note := unread_note(folder.ignored):
+        say(f"note    {data}: {note}", level=WARNING)
     return _images(folder, folder.samples, _words(name), data)
 
 
@@ -173,6 +177,8 @@ def _open_local(
         notes.append(f"{len(folder.empty)} class folders without an image left out: {a_few(folder.empty)}")
     if folder.ignored:
         notes.append(f"{len(folder.ignored)} files passed over, no images by name: {a_few(folder.ignored)}")
+    if unread := unread_note(folder.ignored):
+        notes.append(unread)
     holds_out = val_fraction is not None or fold is not None
     if not holds_out and val_split is None:
         val_split = next((name for name in ("val", "test") if name in splits), None)

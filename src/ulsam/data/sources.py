@@ -18,7 +18,8 @@ from torchvision.datasets import DatasetFolder
 
 from ulsam.base.errors import MachineError, UlsamError, a_few, first_line
 from ulsam.base.reading import machine_errors, machine_fault
-from ulsam.data.folder import IMAGE_SUFFIXES, Folder, class_numbers
+from ulsam.data.class_numbers import class_numbers
+from ulsam.data.folder import IMAGE_SUFFIXES, Folder
 from ulsam.data.image_channels import lacking, opened_pixels
 from ulsam.data.images import Pixels, Reduction, UnreadableImage, read_pixels, whole
 from ulsam.data.sample_list import Sample, SampleList

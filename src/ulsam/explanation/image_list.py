@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ulsam.base.errors import printable
-from ulsam.data.folder import class_numbers, image_paths
+from ulsam.data.class_numbers import class_numbers
+from ulsam.data.folder import image_paths
 from ulsam.explanation.captions import verdict
 
 

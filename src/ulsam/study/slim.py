@@ -15,7 +15,7 @@ from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.base.files import read_json, write_atomic
 from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
-from ulsam.data.folder import class_numbers
+from ulsam.data.class_numbers import class_numbers
 from ulsam.data.loading import eval_loader
 from ulsam.data.sources import AnyImages, check_one_class
 from ulsam.model.build import file_content
