@@ -93,6 +93,11 @@ def _script(file: Path) -> None:
         ("script.pt", _script, "it is a TorchScript archive, which is a whole program: save the model's state_dict"),
         ("m.onnx", lambda file: file.write_bytes(b"\x08\x08"), "it is an exported model, whose weights are folded"),
         (
+            "w.txt",
+            lambda file: file.write_text("just text"),
+            "it is neither a checkpoint of PyTorch nor safetensors",
+        ),
+        (
             "k.h5",
             lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)),
             "it is an HDF5 file",

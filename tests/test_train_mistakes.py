@@ -135,7 +135,7 @@ CASES = {
     "data --device openvino": "; use --device cpu, cuda, mps or xpu; those of other engines are for an exported model",
     "data --device meta": "no device 'meta' here",
     # settings file
-    "--config nowhere.yaml": "cannot read the settings in nowhere.yaml: ",
+    "--config nowhere.yaml": "cannot read the settings in nowhere.yaml: no such file or directory",
     "--config list.yaml": "list.yaml holds no settings; write lines such as 'epochs: 10'",
     "--config empty.yaml": "empty.yaml holds no settings",
     "--config broken.yaml": "broken.yaml is not YAML: ",

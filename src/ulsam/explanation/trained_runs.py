@@ -134,7 +134,9 @@ def _read(folder: Path, number: int, name: str) -> TrainedRun:
         elif config.is_file():
             settings, rows, result = read_config(config), _read_metrics(metrics) if metrics.is_file() else (), None
         else:
-            inside = sorted(path.parent.name for path in folder.glob("*/summary.json"))
+            inside = sorted(
+                str(path.parent) for place in ("*", "arms/*/*") for path in folder.glob(f"{place}/summary.json")
+            )
             hint = f"; it holds runs, name these: {', '.join(inside[:8])}" if inside else ""
             raise UlsamError(
                 f"{folder} is not the folder of a run: there is neither summary.json nor config.yaml in it{hint}"

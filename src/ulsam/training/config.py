@@ -347,7 +347,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
             raise UlsamError(f"{path} has {len(text)} characters: no settings have more than {_MAX_YAML}")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UlsamError(f"cannot read the settings in {path}: {error}") from error
+        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else error
+        raise UlsamError(f"cannot read the settings in {path}: {reason}") from error
     except UlsamError:
         raise
     except RecursionError as error:
