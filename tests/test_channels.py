@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -370,10 +371,13 @@ def test_pages_that_differ_behind_the_first_are_no_copies(tmp_path: Path) -> Non
     assert not any(pair.identical for pair in (*found.duplicates, *found.conflicts))
 
 
-def test_rgb_images_for_a_model_of_four_channels_end_the_run(tmp_path: Path) -> None:
-    draw_splits(tmp_path / "data", train=4, val=2)
-    with pytest.raises(UlsamError, match=r"^more than 3 images cannot be read \(named above\)"):
-        train(settings_for(tmp_path / "data", 4, batch_size=4), tmp_path / "run")
+def test_rgb_images_for_a_model_of_four_channels_end_the_run(tmp_path: Path, logged: Callable[[], str]) -> None:
+    draw_splits(tmp_path / "data", train=12, val=2)
+    with pytest.raises(
+        UlsamError, match=r"^more than 3 images .* `max_unreadable`; all of them: it does not have 4 channels: store"
+    ):
+        train(settings_for(tmp_path / "data", 4, batch_size=12), tmp_path / "run")
+    assert logged().count("unreadable ") == 4  # no page of what is the same for all
 
 
 def test_the_sheet_shows_gray(tmp_path: Path) -> None:

@@ -29,7 +29,11 @@ class Unreadable:
         for name, reason in unreadable:
             if name not in self.reasons:
                 self.reasons[name] = reason
-                if self.reports:
+                if self.reports and len(self.reasons) <= self.limit + 1:
                     say(f"unreadable {reason}", level=logging.WARNING)
         if len(self.reasons) > self.limit:
-            raise UlsamError(f"more than {self.limit} images cannot be read (named above): see `max_unreadable`")
+            causes = {reason.partition(": ")[2] for reason in self.reasons.values()}
+            common = f"; all of them: {cause}" if len(causes) == 1 and (cause := causes.pop()) else ""
+            raise UlsamError(
+                f"more than {self.limit} images cannot be read (named above): see `max_unreadable`{common}"
+            )
