@@ -177,7 +177,7 @@ def test_splits_of_a_table_become_splits_of_the_folder(tmp_path: Path) -> None:
         ("path,label\nphotos/000.png,../a\n", r"row 2: '\.\./a' is no name of a folder"),
         ("path,label\nphotos/000.png,a,b\n", "row 2: 3 values, and the header has 2"),
         ("path,label\nphotos/000.png,a\nphotos/000,a\n", "row 3: photos/000 was there before"),
-        ("path,label,split\nphotos/000.png,a,dev\n", "row 2: the split is 'dev', not one of train"),
+        ("path,label,split\nphotos/000.png,a,fold1\n", "row 2: the split is 'fold1', not one of train"),
     ],
 )
 def test_a_table_that_cannot_be_made_into_a_folder_leaves_none(text: str, message: str, tmp_path: Path) -> None:

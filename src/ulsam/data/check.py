@@ -18,6 +18,7 @@ from ulsam.base.logs import progress
 from ulsam.data.folder import imbalance_note
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.labelled import labelled
+from ulsam.data.splits import split_of
 
 NEAR = 12
 """Bits of 256 in which the difference hashes of two images differ at most if they may be the same image."""
@@ -145,7 +146,7 @@ def class_notes(splits: Mapping[str, Mapping[str, int]], *, several: bool = Fals
     for group in alike.values():
         if len(group) > 1:
             notes.append(f"classes that differ in case, blanks or signs alone: {', '.join(group)}")
-    if odd := [name for name in names if re.sub(r"[\W_\d]+", "", name).casefold() in _NO_CLASS]:
+    if odd := [name for name in names if is_no_class(name)]:
         notes.append(f"classes that are called like no class: {', '.join(map(repr, odd))}")
     for split, counts in list(splits.items())[1:]:
         for here, there, lacks in ((counts, splits[first], first), (splits[first], counts, split)):
@@ -159,9 +160,20 @@ def class_notes(splits: Mapping[str, Mapping[str, int]], *, several: bool = Fals
     return notes
 
 
-_NO_CLASS = {"train", "training", "val", "valid", "test", "images", "image", "img", "imgs", "labels", "label"} | {
-    *("annotations", "macosx", "newfolder", "untitledfolder", "data", "dataset", "jpegimages", "ipynbcheckpoints")
+_NO_CLASS = {
+    *("images", "image", "img", "imgs", "labels", "label"),
+    *("annotations", "macosx", "newfolder", "untitledfolder", "data", "dataset", "jpegimages", "ipynbcheckpoints"),
 }
+
+
+def is_no_class(name: str) -> bool:
+    """Whether a folder is called like a split, or like another part of a data set.
+
+    >>> is_no_class("Testing"), is_no_class("images"), is_no_class("wren")
+    (True, True, False)
+    """
+    word = re.sub(r"[\W_\d]+", "", name)
+    return word.casefold() in _NO_CLASS or split_of(word) is not None
 
 
 def _some(names: Sequence[str]) -> str:

@@ -20,7 +20,6 @@ IMAGE_SUFFIXES = (
 )
 """File name endings (lower case) that mark an image; what is inside decides how it is read."""
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _LAYOUT = "expected one subfolder of images for each class, e.g. {root}/robin/1.jpg and {root}/wren/1.jpg"
 
 
@@ -82,7 +81,7 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
     (('robin', 'wren'), [0, 1], 1)
     """
     root = Path(root)
-    names = _subfolders(root)
+    names = subfolders(root)
     if not names:
         raise UlsamError(f"{root} has no class folders: {_LAYOUT.format(root=root)}")
     ignored = [str(root / name) for name in sorted(os.listdir(root)) if name not in names and not _hidden(name)]
@@ -108,39 +107,6 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
         )
     empty = tuple(name for name in names if name not in set(classes))
     return Folder(root, tuple(classes), samples, tuple(ignored), empty)
-
-
-def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
-    """Find the splits of a data set by the names of the subfolders, whatever their case.
-
-    ``train`` counts beside a ``val`` (also ``valid``, ``validation``) or ``test``, or alone when it holds subfolders
-    itself. Anything else is one flat folder of class folders, even if a class is called ``train``.
-
-    Returns:
-        ``{"train": ..., "val": ..., "test": ...}`` with those that exist; ``{}`` for a flat folder.
-
-    Raises:
-        UlsamError: no such folder, it may not be listed, or two folders claim the same split.
-
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> for name in ("train", "valid"):
-    ...     (root / name).mkdir()
-    >>> {split: path.name for split, path in find_splits(root).items()}
-    {'train': 'train', 'val': 'valid'}
-    """
-    root = Path(root)
-    splits: dict[str, Path] = {}
-    for name in _subfolders(root):
-        split = SPLITS.get(name.lower())
-        if split is None:
-            continue
-        if split in splits:
-            raise UlsamError(f"{root} has two folders for {split}, {splits[split].name} and {name}: keep one of them")
-        splits[split] = root / name
-    if "train" not in splits or (len(splits) == 1 and not _subfolders(splits["train"])):
-        return {}
-    return {split: splits[split] for split in ("train", "val", "test") if split in splits}
 
 
 def index_like(folder: Folder, classes: tuple[str, ...]) -> Folder:
@@ -283,8 +249,17 @@ def _cannot_list(error: OSError) -> UlsamError:
     return UlsamError(f"cannot list the folder {error.filename}: {(error.strerror or str(error)).lower()}")
 
 
-def _subfolders(root: Path) -> list[str]:
-    """Names of the direct subfolders that are not hidden, sorted."""
+def subfolders(root: str | os.PathLike[str]) -> list[str]:
+    """Names of the direct subfolders that are not hidden, sorted.
+
+    Raises:
+        UlsamError: no such folder, or one that may not be listed.
+
+    >>> import tempfile
+    >>> subfolders(tempfile.mkdtemp())
+    []
+    """
+    root = Path(root)
     try:
         if not root.exists():
             raise UlsamError(f"no such folder: {root}")

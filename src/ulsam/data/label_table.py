@@ -14,8 +14,9 @@ import numpy as np
 from ulsam.base.errors import UlsamError, a_few
 from ulsam.base.files import check_readable
 from ulsam.base.reading import read_text
-from ulsam.data.folder import IMAGE_SUFFIXES, SPLITS, Folder
+from ulsam.data.folder import IMAGE_SUFFIXES, Folder
 from ulsam.data.sample_list import SampleList
+from ulsam.data.splits import split_of
 
 PATHS = (
     *("path", "file", "filename", "file_name", "filepath", "image_path", "image_name"),
@@ -335,9 +336,9 @@ def row_split(table: str | os.PathLike[str], number: int, row: Sequence[str], la
     """
     if layout.split is None:
         return None
-    split = SPLITS.get(row[layout.split].strip().lower())
+    split = split_of(row[layout.split])
     if split is None:
-        raise UlsamError(f"{table}, row {number}: the split is {row[layout.split]!r}, not one of {', '.join(SPLITS)}")
+        raise UlsamError(f"{table}, row {number}: the split is {row[layout.split]!r}, not one of train, val, test")
     return split
 
 

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ulsam.base.errors import UlsamError
-from ulsam.data.folder import IMAGE_SUFFIXES, SPLITS, find_splits
+from ulsam.data.folder import IMAGE_SUFFIXES
 from ulsam.data.label_table import columns, read_cells
 from ulsam.data.prepare import OFFICIAL
+from ulsam.data.splits import find_splits, mistaken_splits, split_of
 
 
 def advice(root: str | os.PathLike[str]) -> str | None:
@@ -26,17 +27,28 @@ def advice(root: str | os.PathLike[str]) -> str | None:
             return f"{official.title} as it is published: ulsam prepare {name} {root} OUT"
     if yolo := _yolo(root, {path.name.lower() for path in folders}):
         return yolo
+    if mistaken := mistaken_splits(root):
+        return mistaken
     if splits:
         return None
     if not folders and _holds_images(root):
         return _table(root) or f"images without class folders: did you mean {root.resolve().parent}?"
     if len(folders) == 1 and not _holds_images(folders[0]):
         (only,) = folders
-        if only.name.lower() in SPLITS:
+        if split_of(only.name):
             return f"{only.name} lies alone in it: did you mean {only}?"
         if find_splits(only) or any(map(_holds_images, _folders(only))):
             return f"the class folders lie one level deeper: did you mean {only}?"
     return None if any(map(_holds_images, folders)) else _table(root)
+
+
+def misread(root: str | os.PathLike[str]) -> str | None:
+    """What a folder is of which a wrong part would be taken for the classes, and the remedy; None for others.
+
+    Raises:
+        UlsamError: there is no such folder, it may not be listed, or two folders claim the same split.
+    """
+    return mistaken_splits(root)
 
 
 @contextmanager
