@@ -12,7 +12,8 @@ from PIL import Image
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.check import Checked, check
-from ulsam.data.layouts import advice
+from ulsam.data.labelled import labelled
+from ulsam.data.layouts import advice, misread
 from ulsam.data.prepare_table import prepare_table
 
 
@@ -105,7 +106,6 @@ def test_the_sheet_shows_the_image_and_what_training_makes_of_it(data: Path, tmp
         (lambda root: images(root / "images" / "robin", range(2)), "one level deeper: did you mean {root}/images?"),
         (lambda root: images(root / "set" / "train" / "robin", range(1)), "one level deeper: did you mean {root}/set?"),
         (lambda root: images(root / "test" / "robin", range(1)), "test lies alone in it: did you mean {root}/test?"),
-        (lambda root: images(root, range(2)), "images without class folders: did you mean {parent}?"),
     ],
 )
 def test_the_wrong_level_of_folder_names_the_right_one(
@@ -118,18 +118,97 @@ def test_the_wrong_level_of_folder_names_the_right_one(
     monkeypatch.chdir(tmp_path)
     root = Path("data")
     make(root)
-    right = expected.format(root=root, parent=root.resolve().parent)
+    right = expected.format(root=root)
     assert (advice(root) or "").replace("\\", "/").endswith(right.replace("\\", "/"))
     for words in (["check", "data"], ["train", "data", "--model", "test_efficientnet"]):
         assert main(words) == 2
         assert "did you mean" in capsys.readouterr().err
 
 
+def test_a_class_folder_names_the_folder_of_classes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["check"], ["train", "--model", "test_efficientnet"]):
+        assert main([*words, str(data / "train" / "robin")]) == 2
+        told = capsys.readouterr().err
+        assert f"images without class folders: did you mean {(data / 'train').resolve()}?" in told
+
+
+@pytest.mark.parametrize("beside", ["other", "train", ".hidden"])
+def test_loose_images_are_not_sent_to_a_folder_without_classes(tmp_path: Path, beside: str) -> None:
+    images(tmp_path / "photos" / "loose", range(2))
+    images(tmp_path / "photos" / beside / "deeper", range(2))
+    told = advice(tmp_path / "photos" / "loose") or ""
+    assert told == "images without class folders: sort them into one folder a class, or name a CSV of paths and labels"
+
+
+def test_the_folder_of_a_run_is_named_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    images(run, range(1))
+    (run / "config.yaml").write_text("model: test_efficientnet\n")
+    (run / "metrics.csv").write_text("epoch,train_loss\n")
+    images(tmp_path / "robin", range(2))
+    for words in (["check", str(run)], ["train", str(run), "--model", "test_efficientnet"]):
+        assert main(words) == 2
+        assert "the folder of a training run, which holds no images to learn from" in capsys.readouterr().err
+
+
+def yolo(root: Path, form: str) -> None:
+    for split in ("train", "val"):
+        images(root / form.format("images", split), range(1))
+        (root / form.format("labels", split)).mkdir(parents=True)
+        (root / form.format("labels", split) / "000.txt").write_text("0 0.5 0.5 1 1\n")
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a]\n")
+
+
+def coco(root: Path, file: str) -> None:
+    for split in ("train2017", "val2017"):
+        images(root / split, range(1))
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / file).write_text('{"info": {}, "images": [], "annotations": []}')
+
+
+def voc(root: Path) -> None:
+    images(root / "VOC2012" / "JPEGImages", range(1))
+    (root / "VOC2012" / "Annotations").mkdir()
+    (root / "VOC2012" / "Annotations" / "000.xml").write_text("<annotation/>")
+
+
+@pytest.mark.parametrize(
+    ("make", "tool", "places"),
+    [
+        (
+            lambda root: yolo(root, "{0}/{1}"),
+            "YOLO",
+            ["", "images", "images/train", "labels/val", "data.yaml", ".."],
+        ),
+        (lambda root: yolo(root, "{1}/{0}"), "YOLO", ["", "train", "train/images"]),
+        (lambda root: coco(root, "annotations/a.json"), "COCO", ["", "train2017", "annotations/a.json"]),
+        (lambda root: coco(root, "train2017/_annotations.coco.json"), "COCO", ["", "train2017", "val2017"]),
+        (voc, "Pascal VOC", ["", "VOC2012", "VOC2012/JPEGImages"]),
+    ],
+)
+def test_images_with_boxes_are_named_wherever_the_command_points(
+    make: Callable[[Path], None], tool: str, places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "all" / "set")
+    for place in places:
+        for words in (["check"], ["train", "--model", "test_efficientnet"]):
+            assert main([*words, str(tmp_path / "all" / "set" / place)]) == 2
+            told = capsys.readouterr().err
+            assert f"images with boxes, as {tool} detects objects: train a detector" in told
+            assert "cut the boxes out into one folder a class, or write the classes of each image into a CSV" in told
+
+
+def test_class_folders_beside_boxes_are_class_folders(data: Path) -> None:
+    coco(data, "annotations/a.json")
+    for place in (data, data / "train", data / "test"):
+        assert misread(place) is None
+    yolo(data.parent / "yolo", "{0}/{1}")
+    for name in ("robin", "wren"):
+        images(data.parent / "yolo" / "images" / name, range(2))
+    assert misread(data.parent / "yolo" / "images") is None
+
+
 def test_layouts_of_other_tools_name_the_remedy(tmp_path: Path) -> None:
-    images(tmp_path / "yolo" / "images" / "train", range(1))
-    (tmp_path / "yolo" / "labels" / "train").mkdir(parents=True)
-    (tmp_path / "yolo" / "labels" / "train" / "000.txt").write_text("0 0.5 0.5 1 1\n")
-    assert "images with boxes, as YOLO detects objects" in (advice(tmp_path / "yolo") or "")
     (tmp_path / "food" / "meta").mkdir(parents=True)
     for name in ("train.txt", "test.txt"):
         (tmp_path / "food" / "meta" / name).write_text("a/1\n")
@@ -155,12 +234,42 @@ def test_a_table_becomes_the_folder_that_check_says_it_can(tmp_path: Path, capsy
     assert content == (tmp_path / "data" / "photos" / "001.png").read_bytes()
 
 
-def test_a_table_beside_its_images_is_recognized(tmp_path: Path) -> None:
-    images(tmp_path / "data", range(2))
-    (tmp_path / "data" / "labels.csv").write_text("image_id,label\n000,a\n")
-    file = tmp_path / "data" / "labels.csv"
-    found = f"labels in labels.csv, columns image_id and label: name the file itself, {file}"
-    assert advice(tmp_path / "data") == found
+@pytest.mark.parametrize(
+    ("folder", "text", "place"),
+    [
+        (".", "image_id,label\n000,a\n001,b\n", ""),
+        ("images", "image_id,label\n000,a\n001,b\n", " --data-dir {root}/images"),
+        ("images", "image_id,label\nimages/000.png,a\nimages/001.png,b\n", ""),
+        ("images/all", "image_id,label\n000,a\n001,b\n", " --data-dir {root}/images/all"),
+        ("train", "image_id,label\n000.png,a\n001.png,b\n", " --data-dir {root}/train"),
+        ("train_images", "image_id,label\n000.png,a\n001.png,b\n", " --data-dir {root}/train_images"),
+    ],
+)
+def test_a_table_beside_its_images_names_the_command(
+    folder: str, text: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    images(root / folder, range(4))
+    if folder != ".":
+        images(root / "test_images", range(4, 6))
+    (root / "labels.csv").write_text(text)
+    command = f"ulsam train {root / 'labels.csv'}{place.format(root=root)}"
+    for words in (["check"], ["train", "--model", "test_efficientnet"]):
+        assert main([*words, str(root)]) == 2
+        told = capsys.readouterr().err
+        assert f"labels in labels.csv: name the file itself, {command}\n" in told
+    data, _, data_dir = command.split()[2:] if place else (command.split()[2], None, None)
+    assert labelled(data, data_dir=data_dir).read().classes == ("a", "b")
+
+
+@pytest.mark.parametrize("labels", [("robin", "wren"), ("wren", "robin"), ("0", "1")])
+def test_a_table_of_the_class_folders_changes_nothing(data: Path, labels: tuple[str, str]) -> None:
+    rows = [
+        f"{label}/{number:03}.png,{labels[label != 'robin']}"
+        for number, label in enumerate(["robin"] * 8 + ["wren"] * 8)
+    ]
+    (data / "train" / "index.csv").write_text("\n".join(["path,label", *rows]))
+    assert advice(data / "train") is None
 
 
 def test_splits_of_a_table_become_splits_of_the_folder(tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_comparing_slimming_and_reporting_take_tables(
 def test_the_advice_for_a_folder_names_its_table(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     table = write_table(tmp_path / "labels.csv", [("path", "tags"), ("a.png", "x")])
-    line = f"labels in labels.csv, columns path and tags: name the file itself, {table}"
+    line = f"labels in labels.csv: name the file itself, ulsam train {table}"
     with pytest.raises(UlsamError, match=re.escape(line)):
         open_data(str(tmp_path))
 

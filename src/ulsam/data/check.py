@@ -18,7 +18,7 @@ from ulsam.base.logs import progress
 from ulsam.data.folder import imbalance_note
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.labelled import labelled
-from ulsam.data.splits import split_of
+from ulsam.data.splits import is_no_class
 
 NEAR = 12
 """Bits of 256 in which the difference hashes of two images differ at most if they may be the same image."""
@@ -158,22 +158,6 @@ def class_notes(splits: Mapping[str, Mapping[str, int]], *, several: bool = Fals
     if not several and (note := imbalance_note(list(splits[first]), list(splits[first].values()))):
         notes.append(note)
     return notes
-
-
-_NO_CLASS = {
-    *("images", "image", "img", "imgs", "labels", "label"),
-    *("annotations", "macosx", "newfolder", "untitledfolder", "data", "dataset", "jpegimages", "ipynbcheckpoints"),
-}
-
-
-def is_no_class(name: str) -> bool:
-    """Whether a folder is called like a split, or like another part of a data set.
-
-    >>> is_no_class("Testing"), is_no_class("images"), is_no_class("wren")
-    (True, True, False)
-    """
-    word = re.sub(r"[\W_\d]+", "", name)
-    return word.casefold() in _NO_CLASS or split_of(word) is not None
 
 
 def _some(names: Sequence[str]) -> str:

@@ -271,6 +271,17 @@ def subfolders(root: str | os.PathLike[str]) -> list[str]:
         raise _cannot_list(error) from error
 
 
+def holds_images(folder: str | os.PathLike[str]) -> bool:
+    """Whether images lie directly in a folder, by their names.
+
+    >>> import tempfile
+    >>> holds_images(tempfile.mkdtemp())
+    False
+    """
+    with os.scandir(folder) as entries:
+        return any(one.name.lower().endswith(IMAGE_SUFFIXES) and one.is_file() for one in entries)
+
+
 def images_below(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
     """(images, files passed over) at any depth below a folder, each sorted by relative path; as :func:`scan`.
 

@@ -76,9 +76,9 @@ def labelled(
             table.note,
             lambda split, least: table_images(table, split, data_dir, least, files()),
         )
-    splits = find_splits(name)
     if mistaken := misread(name):
         raise UlsamError(f"{name}: {mistaken}")
+    splits = find_splits(name)
     if several:
         raise UlsamError(
             f"{name} is a folder of class folders, one class an image, and the model gives several labels: name a CSV "

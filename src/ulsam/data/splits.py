@@ -13,6 +13,11 @@ SPLITS = {
 }
 """Names of splits in lower case, and which one of train, val and test each means."""
 
+_NO_CLASS = {
+    *("images", "image", "img", "imgs", "photos", "pictures", "masks", "labels", "label", "annotations", "annotation"),
+    *("data", "dataset", "jpegimages", "macosx", "newfolder", "untitledfolder", "ipynbcheckpoints"),
+}
+
 
 def split_of(name: str) -> str | None:
     """The split that a name means, in any case of letters, with or without ``set`` or ``data`` behind; None for others.
@@ -33,6 +38,16 @@ def split_within(name: str) -> str | None:
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
     found = {split for word in words if (split := split_of(word))}
     return found.pop() if len(found) == 1 else None
+
+
+def is_no_class(name: str) -> bool:
+    """Whether a folder is called like a split, or like another part of a data set than a class.
+
+    >>> is_no_class("Testing"), is_no_class("train2017"), is_no_class("images"), is_no_class("wren")
+    (True, True, True, False)
+    """
+    word = re.sub(r"[\W_\d]+", "", name)
+    return word.casefold() in _NO_CLASS or split_of(word) is not None
 
 
 def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
