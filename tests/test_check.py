@@ -29,6 +29,11 @@ def images(folder: Path, seeds: range) -> None:
         draw(seed).save(folder / f"{seed:03}.png")
 
 
+def two_classes(root: Path) -> None:
+    images(root / "robin", range(2))
+    images(root / "wren", range(2, 4))
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     root = tmp_path / "data"
@@ -79,8 +84,11 @@ def test_broken_images_and_odd_classes_are_reported(data: Path, capsys: pytest.C
     (data / "train" / "wren" / "notes.txt").write_text("x")
     images(data / "train" / "New folder", range(30, 32))
     images(data / "test" / "tit", range(40, 42))
-    assert main(["check", str(data), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert main(["check", str(data), "--json"]) == 2
+    told = capsys.readouterr()
+    assert "training on it is refused: " in told.err and "has classes that were not trained on: tit" in told.err
+    found = json.loads(told.out)
+    assert found["refused"] in told.err
     assert len(found["broken"]) == 1 and "bad.jpg: " in found["broken"][0]
     notes = "\n".join(found["notes"])
     assert "train/: 1 files are no images by name, such as notes.txt" in notes
@@ -88,6 +96,35 @@ def test_broken_images_and_odd_classes_are_reported(data: Path, capsys: pytest.C
     assert "classes of test/ that train/ lacks: tit" in notes
     assert "classes of train/ that test/ lacks: New folder" in notes
     assert "classes with fewer than 5 images: New folder (2)" in notes
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        ("{0},a,val\n{1},b,val\n", "labels.csv has no split 'train'; it has val"),
+        ("{0},a,train\n{1},a,train\n", "labels.csv holds images of 1 class (a), at least 2 are needed"),
+        ("{0},a,train\n{1},b,train\n", "nothing to hold out: no class has two images or more"),
+        ("{0},a,train\n{1},b,train\n{2},c,val\n", "labels.csv has classes that were not trained on: c;"),
+    ],
+)
+def test_what_training_refuses_is_a_fault(
+    rows: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = table(tmp_path / "data", "path,label,split\n" + rows.format(*(f"photos/{n:03}.png" for n in range(3))))
+    assert main(["check", str(file)]) == 2
+    told = capsys.readouterr()
+    assert "training on it is refused: " in told.err and fault in told.err
+    assert "nothing that is wrong" not in told.out and "sides     96 to 96 px" in told.out
+    assert main(["train", str(file), "--model", "test_efficientnet"]) == 2
+    assert fault in capsys.readouterr().err
+
+
+def test_one_class_alone_is_a_fault(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(data / "train" / "wren")
+    assert main(["check", str(data / "train")]) == 2
+    told = capsys.readouterr()
+    assert "holds images of 1 class (robin), at least 2 are needed" in told.err
+    assert "nothing that is wrong" not in told.out
 
 
 def test_the_sheet_shows_the_image_and_what_training_makes_of_it(data: Path, tmp_path: Path) -> None:
@@ -103,7 +140,8 @@ def test_the_sheet_shows_the_image_and_what_training_makes_of_it(data: Path, tmp
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda root: images(root / "images" / "robin", range(2)), "one level deeper: did you mean {root}/images?"),
+        (lambda root: two_classes(root / "images"), "one level deeper: did you mean {root}/images?"),
+        (lambda root: two_classes(root / "a" / "b"), "2 levels deeper: did you mean {root}/a/b?"),
         (lambda root: images(root / "set" / "train" / "robin", range(1)), "one level deeper: did you mean {root}/set?"),
         (lambda root: images(root / "test" / "robin", range(1)), "test lies alone in it: did you mean {root}/test?"),
     ],

@@ -165,6 +165,7 @@ def test_find_splits_of_a_wrong_folder(tmp_path: Path) -> None:
         ),
         (["val/a/1.jpg", "test/a/1.jpg"], "call them test, val; train is lacking"),
         (["training_set/training_set/a/1.jpg", "test_set/a/1.jpg"], "move training_set/training_set to train"),
+        (["train/images/a/1.jpg", "train/images/b/1.jpg", "val/images/a/1.jpg"], "deeper: move train/images to train"),
         (["train/a/1.jpg", "train/b/1.jpg", "other/a/1.jpg"], "other has class folders of train too"),
         (["a/train/1.jpg", "a/val/1.jpg", "b/train/1.jpg"], "move a/train, a/val to train/a, val/a, and so on"),
         (["one/train/a/1.jpg", "one/val/a/1.jpg", "two/train/a/1.jpg"], "did you mean {root}/one? Beside it lie two"),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ulsam.base.errors import UlsamError
 from ulsam.base.logs import progress
 from ulsam.data.folder import imbalance_note
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
@@ -54,6 +55,7 @@ class Checked:
         leaks: pairs of images of two splits.
         conflicts: pairs of one split whose classes, or labels, differ.
         notes: what else is noteworthy, a line each.
+        refused: why training on it is refused; None if it is not.
     """
 
     splits: Mapping[str, Mapping[str, int]]
@@ -64,6 +66,7 @@ class Checked:
     leaks: tuple[ImagePair, ...]
     conflicts: tuple[ImagePair, ...]
     notes: tuple[str, ...]
+    refused: str | None = None
 
 
 class _ImageFacts(NamedTuple):
@@ -126,7 +129,18 @@ def check(
         tuple(kinds["leak"]),
         tuple(kinds["conflict"]),
         (*notes, *class_notes(splits, several=source.several)),
+        _refused(data, data_dir),
     )
+
+
+def _refused(data: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None) -> str | None:
+    from ulsam.data.opening import open_data  # with PyTorch
+
+    try:
+        open_data(os.fspath(data), data_dir=None if data_dir is None else os.fspath(data_dir))
+    except UlsamError as error:
+        return str(error)
+    return None
 
 
 def class_notes(splits: Mapping[str, Mapping[str, int]], *, several: bool = False) -> list[str]:
@@ -219,4 +233,5 @@ def entry(checked: Checked) -> dict[str, Any]:
         "broken": list(checked.broken),
         **pairs,
         "notes": list(checked.notes),
+        "refused": checked.refused,
     }

@@ -35,12 +35,15 @@ def advice(root: str | os.PathLike[str]) -> str | None:
         return "the folder of a training run, which holds no images to learn from"
     if not folders and holds_images(root):
         return table or _parent(root)
-    if len(folders) == 1 and not holds_images(folders[0]):
-        (only,) = folders
-        if split_of(only.name):
-            return f"{only.name} lies alone in it: did you mean {only}?"
-        if find_splits(only) or any(map(holds_images, _folders(only))):
-            return f"the class folders lie one level deeper: did you mean {only}?"
+    if len(folders) == 1 and split_of(folders[0].name) and not holds_images(folders[0]):
+        return f"{folders[0].name} lies alone in it: did you mean {folders[0]}?"
+    inside, place = folders, root
+    while len(inside) == 1 and not holds_images(inside[0]):
+        place, inside = inside[0], _folders(inside[0])
+        if find_splits(place) or len([one for one in inside if holds_images(one)]) > 1:
+            depth = len(place.relative_to(root).parts)
+            levels = "one level" if depth == 1 else f"{depth} levels"
+            return f"the class folders lie {levels} deeper: did you mean {place}?"
     return None if any(map(holds_images, folders)) else table
 
 

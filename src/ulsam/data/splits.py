@@ -110,7 +110,7 @@ def mistaken_splits(root: str | os.PathLike[str]) -> str | None:
 def _left_out(root: Path, splits: dict[str, Path]) -> str | None:
     """Of a folder with splits: whether one lies deeper, or a folder of the same classes is none of them."""
     for split, path in splits.items():
-        if (inner := _inner(path)) != path:
+        if (inner := _inner(path)) != path and subfolders(inner):
             return f"the class folders lie one level deeper: move {inner.relative_to(root).as_posix()} to {split}"
     if len(splits) > 1:
         return None
@@ -164,6 +164,6 @@ def _below_classes(root: Path, names: list[str]) -> str | None:
 
 
 def _inner(path: Path) -> Path:
-    """The folder itself, or the only one in it if that is called like a split too: seg_train/seg_train."""
+    """The folder itself, or the only one in it if that is called like no class: seg_train/seg_train, train/images."""
     inside = subfolders(path)
-    return path / inside[0] if len(inside) == 1 and split_within(inside[0]) else path
+    return path / inside[0] if len(inside) == 1 and (split_within(inside[0]) or is_no_class(inside[0])) else path
