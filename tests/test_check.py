@@ -204,10 +204,10 @@ def coco(root: Path, file: str) -> None:
     (root / file).write_text('{"info": {}, "images": [], "annotations": []}')
 
 
-def voc(root: Path) -> None:
-    images(root / "VOC2012" / "JPEGImages", range(1))
-    (root / "VOC2012" / "Annotations").mkdir()
-    (root / "VOC2012" / "Annotations" / "000.xml").write_text("<annotation/>")
+def voc(root: Path, photos: str, marks: str) -> None:
+    images(root / "VOC2012" / photos, range(1))
+    (root / "VOC2012" / marks).mkdir()
+    (root / "VOC2012" / marks / "000.xml").write_text("<annotation/>")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,8 @@ def voc(root: Path) -> None:
         (lambda root: yolo(root, "{1}/{0}"), "YOLO", ["", "train", "train/images"]),
         (lambda root: coco(root, "annotations/a.json"), "COCO", ["", "train2017", "annotations/a.json"]),
         (lambda root: coco(root, "train2017/_annotations.coco.json"), "COCO", ["", "train2017", "val2017"]),
-        (voc, "Pascal VOC", ["", "VOC2012", "VOC2012/JPEGImages"]),
+        (lambda root: voc(root, "JPEGImages", "Annotations"), "Pascal VOC", ["", "VOC2012", "VOC2012/JPEGImages"]),
+        (lambda root: voc(root, "images", "annotations"), "Pascal VOC", ["", "VOC2012", "VOC2012/images"]),
     ],
 )
 def test_images_with_boxes_are_named_wherever_the_command_points(

@@ -121,6 +121,7 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "scandir", refuse)  # permissions do not bind root, who may run the tests
     assert message(lambda: scan(tmp_path)) == f"cannot list the folder {locked}: permission denied"
+    assert message(lambda: open_data(str(tmp_path / "wren"))) == f"cannot list the folder {locked}: permission denied"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.data.folder import holds_images, subfolders
 from ulsam.data.splits import is_no_class, split_of
 
+_VOC = (("JPEGImages", "Annotations"), ("images", "annotations"))  # the folders of images and of XML
 _HEAD = 65536  # bytes of a JSON file that are looked at
 
 
@@ -73,7 +74,7 @@ def _tool_of_folder(root: Path, below: bool) -> str | None:
     for place in [root, *(root / name for name in names if below)]:
         if (place / "images").is_dir() and (place / "labels").is_dir() and _has_boxes(place / "labels"):
             return "YOLO"
-        if (place / "JPEGImages").is_dir() and next((place / "Annotations").glob("*.xml"), None):
+        if any((place / images).is_dir() and next((place / marks).glob("*.xml"), None) for images, marks in _VOC):
             return "Pascal VOC"
     parts = [name for name in names if is_no_class(name)]
     files = [*sorted((root / "annotations").glob("*.json")), *sorted(root.glob("_annotations*.json"))]
@@ -109,5 +110,5 @@ def _head(file: Path) -> str:
 
 def _parts(root: Path, tool: str) -> set[str]:
     """The subfolders of a data set that belong to it."""
-    known = {"YOLO": {"images", "labels"}, "Pascal VOC": {"JPEGImages", "Annotations"}}
+    known = {"YOLO": {"images", "labels"}, "Pascal VOC": {name for pair in _VOC for name in pair}}
     return known.get(tool) or set(filter(is_no_class, subfolders(root)))

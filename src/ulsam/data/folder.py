@@ -274,12 +274,18 @@ def subfolders(root: str | os.PathLike[str]) -> list[str]:
 def holds_images(folder: str | os.PathLike[str]) -> bool:
     """Whether images lie directly in a folder, by their names.
 
+    Raises:
+        UlsamError: the folder may not be listed.
+
     >>> import tempfile
     >>> holds_images(tempfile.mkdtemp())
     False
     """
-    with os.scandir(folder) as entries:
-        return any(one.name.lower().endswith(IMAGE_SUFFIXES) and one.is_file() for one in entries)
+    try:
+        with os.scandir(folder) as entries:
+            return any(one.name.lower().endswith(IMAGE_SUFFIXES) and one.is_file() for one in entries)
+    except OSError as error:
+        raise _cannot_list(error) from error
 
 
 def images_below(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:

@@ -123,7 +123,7 @@ def _parent(root: Path) -> str:
     parent = root.resolve().parent
     try:
         classes = [one for one in _folders(parent) if not is_no_class(one.name) and holds_images(one)]
-    except OSError:  # closed to the user
+    except UlsamError:  # closed to the user
         classes = []
     if len(classes) > 1 and not is_no_class(root.resolve().name):
         return f"images without class folders: did you mean {parent}?"
