@@ -282,6 +282,7 @@ def test_a_table_becomes_the_folder_that_check_says_it_can(tmp_path: Path, capsy
         ("images/all", "image_id,label\n000,a\n001,b\n", " --data-dir {root}/images/all"),
         ("train", "image_id,label\n000.png,a\n001.png,b\n", " --data-dir {root}/train"),
         ("train_images", "image_id,label\n000.png,a\n001.png,b\n", " --data-dir {root}/train_images"),
+        ("images", "image_id,a,b\n000,1,0\n001,0,1\n", " --data-dir {root}/images"),
     ],
 )
 def test_a_table_beside_its_images_names_the_command(
@@ -292,6 +293,7 @@ def test_a_table_beside_its_images_names_the_command(
     if folder != ".":
         images(root / "test_images", range(4, 6))
     (root / "labels.csv").write_text(text)
+    (root / "info.csv").write_text("id,width,height\n000,96,96\n")
     command = f"ulsam train {root / 'labels.csv'}{place.format(root=root)}"
     for words in (["check"], ["train", "--model", "test_efficientnet"]):
         assert main([*words, str(root)]) == 2
@@ -301,13 +303,14 @@ def test_a_table_beside_its_images_names_the_command(
     assert labelled(data, data_dir=data_dir).read().classes == ("a", "b")
 
 
-@pytest.mark.parametrize("labels", [("robin", "wren"), ("wren", "robin"), ("0", "1")])
-def test_a_table_of_the_class_folders_changes_nothing(data: Path, labels: tuple[str, str]) -> None:
-    rows = [
-        f"{label}/{number:03}.png,{labels[label != 'robin']}"
-        for number, label in enumerate(["robin"] * 8 + ["wren"] * 8)
-    ]
-    (data / "train" / "index.csv").write_text("\n".join(["path,label", *rows]))
+@pytest.mark.parametrize("labels", [("robin", "wren"), ("red", "blue"), ("0", "1")])
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_a_table_beside_class_folders_changes_nothing(data: Path, column: str, labels: tuple[str, str]) -> None:
+    files = sorted(path.relative_to(data).as_posix() for path in data.rglob("*.png"))
+    rows = [f"{file},{labels[number % 2]}" for number, file in enumerate(files)]
+    (data / "index.csv").write_text("\n".join([f"path,{column}", *rows]))
+    assert advice(data) is None
+    (data / "train" / "index.csv").write_text("\n".join([f"path,{column}", *(row[6:] for row in rows[8:])]))
     assert advice(data / "train") is None
 
 

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from ulsam.base.errors import UlsamError
-from ulsam.data.folder import holds_images, subfolders
-from ulsam.data.splits import is_no_class, split_of
+from ulsam.data.folder import subfolders
+from ulsam.data.splits import has_classes, is_no_class
 
 _VOC = (("JPEGImages", "Annotations"), ("images", "annotations"))  # the folders of images and of XML
 _HEAD = 65536  # bytes of a JSON file that are looked at
@@ -45,7 +45,7 @@ def _tool(data: Path) -> str | None:
         return _tool_of_file(data)
     if not data.is_dir():
         return None
-    if _has_classes(data):
+    if has_classes(data):
         return None
     if found := _tool_of_folder(data, below=True):
         return found
@@ -80,16 +80,6 @@ def _tool_of_folder(root: Path, below: bool) -> str | None:
     files = [*sorted((root / "annotations").glob("*.json")), *sorted(root.glob("_annotations*.json"))]
     files += [file for name in parts for file in sorted((root / name).glob("_annotations*.json"))]
     return "COCO" if any(map(_is_coco, files)) else None
-
-
-def _has_classes(root: Path) -> bool:
-    """Whether a folder, or a split in it, has two class folders or more."""
-    names = subfolders(root)
-    for place in [root, *(root / name for name in names if split_of(name))]:
-        classes = (one for one in subfolders(place) if not is_no_class(one) and holds_images(place / one))
-        if next(classes, None) and next(classes, None):
-            return True
-    return False
 
 
 def _has_boxes(labels: Path) -> bool:

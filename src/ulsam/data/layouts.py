@@ -9,9 +9,9 @@ from pathlib import Path
 from ulsam.base.errors import UlsamError
 from ulsam.data.boxes import boxes_advice
 from ulsam.data.folder import holds_images, subfolders
-from ulsam.data.label_table import columns, image_file, read_cells
+from ulsam.data.label_table import columns, image_file, read_cells, read_table
 from ulsam.data.prepare import OFFICIAL
-from ulsam.data.splits import find_splits, is_no_class, mistaken_splits, split_of
+from ulsam.data.splits import find_splits, has_classes, is_no_class, mistaken_splits, split_of
 
 
 def advice(root: str | os.PathLike[str]) -> str | None:
@@ -87,26 +87,32 @@ def check_layout(root: str | os.PathLike[str]) -> None:
 def _tables(root: Path) -> Iterator[tuple[str, bool]]:
     """About each CSV in the folder that names images and their labels: the command, and whether it overrules folders.
 
-    It does if images of one folder have several labels, and no folder is called like one: folders are no classes then.
+    It does if images of one folder have several labels, and the folders do not look like classes.
     """
     for file in sorted(root.glob("*.[ct]sv")):
-        try:
-            header, cells = read_cells(file)
-        except UlsamError:  # it is about something else
+        rows = _rows(file)
+        if not rows:
             continue
-        found = columns(header)
-        if found is None or found.label is None or not cells:
-            continue
-        paths = [row[found.path].strip().replace("\\", "/") for _, row in cells]
-        place = next((place for place in _places(root) if image_file(place, paths[0])), None)
-        pairs = {(os.path.dirname(path), row[found.label].strip()) for path, (_, row) in zip(paths, cells, strict=True)}
-        mixed = place is not None and len(pairs) > len({folder for folder, _ in pairs})
-        if mixed:
-            known = {part for folder, _ in pairs for part in folder.split("/")}.union(one.name for one in _places(root))
-            mixed = not known.intersection(label for _, label in pairs)
+        place = next((place for place in _places(root) if image_file(place, rows[0][0])), None)
+        pairs = {(os.path.dirname(path), label) for path, label in rows}
+        mixed = place is not None and len(pairs) > len({folder for folder, _ in pairs}) and not has_classes(root)
         beside = f" --data-dir {shlex.quote(str(place))}" if place not in (None, root) else ""
         command = f"ulsam train {shlex.quote(str(file))}{beside}"
         yield f"labels in {file.name}: name the file itself, {command}", mixed
+
+
+def _rows(file: Path) -> list[tuple[str, str]]:
+    """The path and the label, or labels, of each row of a table; none if it is about something else."""
+    try:
+        header, cells = read_cells(file)
+        found = columns(header)
+        if found and found.label is None:  # a column for each class, if they hold 0 and 1
+            return [(row.path.replace("\\", "/"), ";".join(row.labels)) for row in read_table(file).rows]
+    except UlsamError:
+        return []
+    if found is None or found.label is None:
+        return []
+    return [(row[found.path].strip().replace("\\", "/"), row[found.label].strip()) for _, row in cells]
 
 
 def _places(root: Path) -> Iterator[Path]:

@@ -1,11 +1,12 @@
 """Folders that are splits: which names mean train, val and test, and what looks like splits and is not read as such."""
 
+import itertools
 import os
 import re
 from pathlib import Path
 
 from ulsam.base.errors import UlsamError, a_few
-from ulsam.data.folder import images_below, subfolders
+from ulsam.data.folder import holds_images, images_below, subfolders
 
 SPLITS = {
     **{"train": "train", "val": "val", "test": "test", "training": "train", "testing": "test"},
@@ -48,6 +49,28 @@ def is_no_class(name: str) -> bool:
     """
     word = re.sub(r"[\W_\d]+", "", name)
     return word.casefold() in _NO_CLASS or split_of(word) is not None
+
+
+def has_classes(root: str | os.PathLike[str]) -> bool:
+    """Whether a folder, or a split in it, has two class folders or more: of images, and not called like something else.
+
+    Raises:
+        UlsamError: no such folder, or one that may not be listed.
+
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for name in ("images", "train/robin", "train/wren"):
+    ...     (root / name).mkdir(parents=True)
+    ...     (root / name / "1.jpg").touch()
+    >>> has_classes(root), has_classes(root / "train" / "wren")
+    (True, False)
+    """
+    root = Path(root)
+    for place in [root, *(root / name for name in subfolders(root) if split_of(name))]:
+        names = (one for one in subfolders(place) if not is_no_class(one) and not split_within(one))
+        if len(list(itertools.islice((one for one in names if holds_images(place / one)), 2))) == 2:
+            return True
+    return False
 
 
 def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
