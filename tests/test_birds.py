@@ -21,8 +21,9 @@ from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.bird_drawing import Marks, draw_bird
 from ulsam.data.birds import class_marks, draw_birds
-from ulsam.data.folder import find_splits, scan
+from ulsam.data.folder import scan
 from ulsam.data.images import read_image
+from ulsam.data.splits import find_splits
 
 FIELDS = [field.name for field in dataclasses.fields(Marks)]
 

@@ -12,7 +12,8 @@ from PIL import Image
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.data.check import Checked, check
-from ulsam.data.layouts import advice
+from ulsam.data.labelled import labelled
+from ulsam.data.layouts import advice, misread
 from ulsam.data.prepare_table import prepare_table
 
 
@@ -26,6 +27,11 @@ def images(folder: Path, seeds: range) -> None:
     folder.mkdir(parents=True)
     for seed in seeds:
         draw(seed).save(folder / f"{seed:03}.png")
+
+
+def two_classes(root: Path) -> None:
+    images(root / "robin", range(2))
+    images(root / "wren", range(2, 4))
 
 
 @pytest.fixture
@@ -78,8 +84,11 @@ def test_broken_images_and_odd_classes_are_reported(data: Path, capsys: pytest.C
     (data / "train" / "wren" / "notes.txt").write_text("x")
     images(data / "train" / "New folder", range(30, 32))
     images(data / "test" / "tit", range(40, 42))
-    assert main(["check", str(data), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert main(["check", str(data), "--json"]) == 2
+    told = capsys.readouterr()
+    assert "training on it is refused: " in told.err and "has classes that were not trained on: tit" in told.err
+    found = json.loads(told.out)
+    assert found["refused"] in told.err
     assert len(found["broken"]) == 1 and "bad.jpg: " in found["broken"][0]
     notes = "\n".join(found["notes"])
     assert "train/: 1 files are no images by name, such as notes.txt" in notes
@@ -87,6 +96,35 @@ def test_broken_images_and_odd_classes_are_reported(data: Path, capsys: pytest.C
     assert "classes of test/ that train/ lacks: tit" in notes
     assert "classes of train/ that test/ lacks: New folder" in notes
     assert "classes with fewer than 5 images: New folder (2)" in notes
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        ("{0},a,val\n{1},b,val\n", "labels.csv has no split 'train'; it has val"),
+        ("{0},a,train\n{1},a,train\n", "labels.csv holds images of 1 class (a), at least 2 are needed"),
+        ("{0},a,train\n{1},b,train\n", "nothing to hold out: no class has two images or more"),
+        ("{0},a,train\n{1},b,train\n{2},c,val\n", "labels.csv has classes that were not trained on: c;"),
+    ],
+)
+def test_what_training_refuses_is_a_fault(
+    rows: str, fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = table(tmp_path / "data", "path,label,split\n" + rows.format(*(f"photos/{n:03}.png" for n in range(3))))
+    assert main(["check", str(file)]) == 2
+    told = capsys.readouterr()
+    assert "training on it is refused: " in told.err and fault in told.err
+    assert "nothing that is wrong" not in told.out and "sides     96 to 96 px" in told.out
+    assert main(["train", str(file), "--model", "test_efficientnet"]) == 2
+    assert fault in capsys.readouterr().err
+
+
+def test_one_class_alone_is_a_fault(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(data / "train" / "wren")
+    assert main(["check", str(data / "train")]) == 2
+    told = capsys.readouterr()
+    assert "holds images of 1 class (robin), at least 2 are needed" in told.err
+    assert "nothing that is wrong" not in told.out
 
 
 def test_the_sheet_shows_the_image_and_what_training_makes_of_it(data: Path, tmp_path: Path) -> None:
@@ -102,10 +140,10 @@ def test_the_sheet_shows_the_image_and_what_training_makes_of_it(data: Path, tmp
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda root: images(root / "images" / "robin", range(2)), "one level deeper: did you mean {root}/images?"),
+        (lambda root: two_classes(root / "images"), "one level deeper: did you mean {root}/images?"),
+        (lambda root: two_classes(root / "a" / "b"), "2 levels deeper: did you mean {root}/a/b?"),
         (lambda root: images(root / "set" / "train" / "robin", range(1)), "one level deeper: did you mean {root}/set?"),
         (lambda root: images(root / "test" / "robin", range(1)), "test lies alone in it: did you mean {root}/test?"),
-        (lambda root: images(root, range(2)), "images without class folders: did you mean {parent}?"),
     ],
 )
 def test_the_wrong_level_of_folder_names_the_right_one(
@@ -118,18 +156,98 @@ def test_the_wrong_level_of_folder_names_the_right_one(
     monkeypatch.chdir(tmp_path)
     root = Path("data")
     make(root)
-    right = expected.format(root=root, parent=root.resolve().parent)
+    right = expected.format(root=root)
     assert (advice(root) or "").replace("\\", "/").endswith(right.replace("\\", "/"))
     for words in (["check", "data"], ["train", "data", "--model", "test_efficientnet"]):
         assert main(words) == 2
         assert "did you mean" in capsys.readouterr().err
 
 
+def test_a_class_folder_names_the_folder_of_classes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["check"], ["train", "--model", "test_efficientnet"]):
+        assert main([*words, str(data / "train" / "robin")]) == 2
+        told = capsys.readouterr().err
+        assert f"images without class folders: did you mean {(data / 'train').resolve()}?" in told
+
+
+@pytest.mark.parametrize("beside", ["other", "train", ".hidden"])
+def test_loose_images_are_not_sent_to_a_folder_without_classes(tmp_path: Path, beside: str) -> None:
+    images(tmp_path / "photos" / "loose", range(2))
+    images(tmp_path / "photos" / beside / "deeper", range(2))
+    told = advice(tmp_path / "photos" / "loose") or ""
+    assert told == "images without class folders: sort them into one folder a class, or name a CSV of paths and labels"
+
+
+def test_the_folder_of_a_run_is_named_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    images(run, range(1))
+    (run / "config.yaml").write_text("model: test_efficientnet\n")
+    (run / "metrics.csv").write_text("epoch,train_loss\n")
+    images(tmp_path / "robin", range(2))
+    for words in (["check", str(run)], ["train", str(run), "--model", "test_efficientnet"]):
+        assert main(words) == 2
+        assert "the folder of a training run, which holds no images to learn from" in capsys.readouterr().err
+
+
+def yolo(root: Path, form: str) -> None:
+    for split in ("train", "val"):
+        images(root / form.format("images", split), range(1))
+        (root / form.format("labels", split)).mkdir(parents=True)
+        (root / form.format("labels", split) / "000.txt").write_text("0 0.5 0.5 1 1\n")
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a]\n")
+
+
+def coco(root: Path, file: str) -> None:
+    for split in ("train2017", "val2017"):
+        images(root / split, range(1))
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / file).write_text('{"info": {}, "images": [], "annotations": []}')
+
+
+def voc(root: Path, photos: str, marks: str) -> None:
+    images(root / "VOC2012" / photos, range(1))
+    (root / "VOC2012" / marks).mkdir()
+    (root / "VOC2012" / marks / "000.xml").write_text("<annotation/>")
+
+
+@pytest.mark.parametrize(
+    ("make", "tool", "places"),
+    [
+        (
+            lambda root: yolo(root, "{0}/{1}"),
+            "YOLO",
+            ["", "images", "images/train", "labels/val", "data.yaml", ".."],
+        ),
+        (lambda root: yolo(root, "{1}/{0}"), "YOLO", ["", "train", "train/images"]),
+        (lambda root: coco(root, "annotations/a.json"), "COCO", ["", "train2017", "annotations/a.json"]),
+        (lambda root: coco(root, "train2017/_annotations.coco.json"), "COCO", ["", "train2017", "val2017"]),
+        (lambda root: voc(root, "JPEGImages", "Annotations"), "Pascal VOC", ["", "VOC2012", "VOC2012/JPEGImages"]),
+        (lambda root: voc(root, "images", "annotations"), "Pascal VOC", ["", "VOC2012", "VOC2012/images"]),
+    ],
+)
+def test_images_with_boxes_are_named_wherever_the_command_points(
+    make: Callable[[Path], None], tool: str, places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "all" / "set")
+    for place in places:
+        for words in (["check"], ["train", "--model", "test_efficientnet"]):
+            assert main([*words, str(tmp_path / "all" / "set" / place)]) == 2
+            told = capsys.readouterr().err
+            assert f"images with boxes, as {tool} detects objects: train a detector" in told
+            assert "cut the boxes out into one folder a class, or write the classes of each image into a CSV" in told
+
+
+def test_class_folders_beside_boxes_are_class_folders(data: Path) -> None:
+    coco(data, "annotations/a.json")
+    for place in (data, data / "train", data / "test"):
+        assert misread(place) is None
+    yolo(data.parent / "yolo", "{0}/{1}")
+    for name in ("robin", "wren"):
+        images(data.parent / "yolo" / "images" / name, range(2))
+    assert misread(data.parent / "yolo" / "images") is None
+
+
 def test_layouts_of_other_tools_name_the_remedy(tmp_path: Path) -> None:
-    images(tmp_path / "yolo" / "images" / "train", range(1))
-    (tmp_path / "yolo" / "labels" / "train").mkdir(parents=True)
-    (tmp_path / "yolo" / "labels" / "train" / "000.txt").write_text("0 0.5 0.5 1 1\n")
-    assert "images with boxes, as YOLO detects objects" in (advice(tmp_path / "yolo") or "")
     (tmp_path / "food" / "meta").mkdir(parents=True)
     for name in ("train.txt", "test.txt"):
         (tmp_path / "food" / "meta" / name).write_text("a/1\n")
@@ -155,12 +273,45 @@ def test_a_table_becomes_the_folder_that_check_says_it_can(tmp_path: Path, capsy
     assert content == (tmp_path / "data" / "photos" / "001.png").read_bytes()
 
 
-def test_a_table_beside_its_images_is_recognized(tmp_path: Path) -> None:
-    images(tmp_path / "data", range(2))
-    (tmp_path / "data" / "labels.csv").write_text("image_id,label\n000,a\n")
-    file = tmp_path / "data" / "labels.csv"
-    found = f"labels in labels.csv, columns image_id and label: name the file itself, {file}"
-    assert advice(tmp_path / "data") == found
+@pytest.mark.parametrize(
+    ("folder", "text", "place"),
+    [
+        (".", "image_id,label\n000,a\n001,b\n", ""),
+        ("images", "image_id,label\n000,a\n001,b\n", " --data-dir {root}/images"),
+        ("images", "image_id,label\nimages/000.png,a\nimages/001.png,b\n", ""),
+        ("images/all", "image_id,label\n000,a\n001,b\n", " --data-dir {root}/images/all"),
+        ("train", "image_id,label\n000.png,a\n001.png,b\n", " --data-dir {root}/train"),
+        ("train_images", "image_id,label\n000.png,a\n001.png,b\n", " --data-dir {root}/train_images"),
+        ("images", "image_id,a,b\n000,1,0\n001,0,1\n", " --data-dir {root}/images"),
+    ],
+)
+def test_a_table_beside_its_images_names_the_command(
+    folder: str, text: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    images(root / folder, range(4))
+    if folder != ".":
+        images(root / "test_images", range(4, 6))
+    (root / "labels.csv").write_text(text)
+    (root / "info.csv").write_text("id,width,height\n000,96,96\n")
+    command = f"ulsam train {root / 'labels.csv'}{place.format(root=root)}"
+    for words in (["check"], ["train", "--model", "test_efficientnet"]):
+        assert main([*words, str(root)]) == 2
+        told = capsys.readouterr().err
+        assert f"labels in labels.csv: name the file itself, {command}\n" in told
+    data, _, data_dir = command.split()[2:] if place else (command.split()[2], None, None)
+    assert labelled(data, data_dir=data_dir).read().classes == ("a", "b")
+
+
+@pytest.mark.parametrize("labels", [("robin", "wren"), ("red", "blue"), ("0", "1")])
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_a_table_beside_class_folders_changes_nothing(data: Path, column: str, labels: tuple[str, str]) -> None:
+    files = sorted(path.relative_to(data).as_posix() for path in data.rglob("*.png"))
+    rows = [f"{file},{labels[number % 2]}" for number, file in enumerate(files)]
+    (data / "index.csv").write_text("\n".join([f"path,{column}", *rows]))
+    assert advice(data) is None
+    (data / "train" / "index.csv").write_text("\n".join([f"path,{column}", *(row[6:] for row in rows[8:])]))
+    assert advice(data / "train") is None
 
 
 def test_splits_of_a_table_become_splits_of_the_folder(tmp_path: Path) -> None:
@@ -177,7 +328,7 @@ def test_splits_of_a_table_become_splits_of_the_folder(tmp_path: Path) -> None:
         ("path,label\nphotos/000.png,../a\n", r"row 2: '\.\./a' is no name of a folder"),
         ("path,label\nphotos/000.png,a,b\n", "row 2: 3 values, and the header has 2"),
         ("path,label\nphotos/000.png,a\nphotos/000,a\n", "row 3: photos/000 was there before"),
-        ("path,label,split\nphotos/000.png,a,dev\n", "row 2: the split is 'dev', not one of train"),
+        ("path,label,split\nphotos/000.png,a,fold1\n", "row 2: the split is 'fold1', not one of train"),
     ],
 )
 def test_a_table_that_cannot_be_made_into_a_folder_leaves_none(text: str, message: str, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from ulsam.data.class_numbers import index_like
 from ulsam.data.folder import (
     Folder,
     class_counts,
-    find_splits,
     imbalance_note,
     scan,
     split,
 )
 from ulsam.data.opening import open_data
+from ulsam.data.splits import find_splits, mistaken_splits
 from ulsam.training.config import TrainConfig
 
 
@@ -121,6 +121,7 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "scandir", refuse)  # permissions do not bind root, who may run the tests
     assert message(lambda: scan(tmp_path)) == f"cannot list the folder {locked}: permission denied"
+    assert message(lambda: open_data(str(tmp_path / "wren"))) == f"cannot list the folder {locked}: permission denied"
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,9 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch: p
         (["robin/1.jpg", "wren/1.jpg"], {}),
         (["val/1.jpg", "test/1.jpg"], {}),
         (["train", "val/x/1.jpg"], {}),
+        (["Training/robin/1.jpg", "Testing/robin/1.jpg"], {"train": "Training", "test": "Testing"}),
+        (["train_set/a/1.jpg", "dev/a/1.jpg", "test data/"], {"train": "train_set", "val": "dev", "test": "test data"}),
+        (["train/a/1.jpg", "eval/a/1.jpg"], {"train": "train", "val": "eval"}),
     ],
 )
 def test_find_splits(tmp_path: Path, names: list[str], expected: dict[str, str]) -> None:
@@ -145,8 +149,47 @@ def test_find_splits(tmp_path: Path, names: list[str], expected: dict[str, str])
 
 def test_find_splits_of_a_wrong_folder(tmp_path: Path) -> None:
     make(tmp_path, "train/", "val/", "valid/")
-    assert message(lambda: find_splits(tmp_path)).endswith("has two folders for val, val and valid: keep one of them")
+    told = message(lambda: find_splits(tmp_path))
+    assert told.endswith("val and valid: keep one of them, or call the other train, val or test")
     assert message(lambda: find_splits(tmp_path / "gone")) == f"no such folder: {tmp_path / 'gone'}"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["seg_train/a/1.jpg", "seg_train/b/1.jpg", "seg_test/a/1.jpg"], "seg_test, seg_train look like splits"),
+        (["seg_train/a/1.jpg", "seg_test/a/1.jpg", "more/1.jpg"], "not like classes: call them test, train"),
+        (["s_train/s_train/a/1.jpg", "s_test/s_test/a/1.jpg"], "move s_test/s_test, s_train/s_train to test, train"),
+        (
+            ["train_images/1.jpg", "test_images/1.jpg", "meta/1.txt"],
+            "and hold no class folders: sort their images into",
+        ),
+        (["val/a/1.jpg", "test/a/1.jpg"], "call them test, val; train is lacking"),
+        (["training_set/training_set/a/1.jpg", "test_set/a/1.jpg"], "move training_set/training_set to train"),
+        (["train/images/a/1.jpg", "train/images/b/1.jpg", "val/images/a/1.jpg"], "deeper: move train/images to train"),
+        (["train/a/1.jpg", "train/b/1.jpg", "other/a/1.jpg"], "other has class folders of train too"),
+        (["a/train/1.jpg", "a/val/1.jpg", "b/train/1.jpg"], "move a/train, a/val to train/a, val/a, and so on"),
+        (["one/train/a/1.jpg", "one/val/a/1.jpg", "two/train/a/1.jpg"], "did you mean {root}/one? Beside it lie two"),
+    ],
+)
+def test_splits_that_would_be_read_as_classes_are_refused(tmp_path: Path, names: list[str], expected: str) -> None:
+    root = make(tmp_path, *names)
+    told = message(lambda: open_data(str(root))).replace(os.sep, "/")
+    assert expected.format(root=root.as_posix()) in told
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["test_tube/1.jpg", "train_station/1.jpg", "wren/1.jpg"],
+        ["car/1.jpg", "train/1.jpg", "tram/1.jpg"],
+        ["robin/male/1.jpg", "robin/female/1.jpg", "wren/male/1.jpg", "wren/female/1.jpg"],
+        ["train/a/1.jpg", "train/b/1.jpg", "test_images/1.jpg", "meta/a/1.txt"],
+        ["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val_old/a/1.jpg"],
+    ],
+)
+def test_class_folders_are_not_taken_for_splits(tmp_path: Path, names: list[str]) -> None:
+    assert mistaken_splits(make(tmp_path, *names)) is None
 
 
 def test_index_like(tmp_path: Path) -> None:

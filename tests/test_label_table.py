@@ -118,6 +118,8 @@ WRONG = [
     ("path,label\na.png,x\na.png,x\n", "row 3: a.png is in row 2 too: leave one of them out"),
     ("path,label,split\na.png,x,train\na.png,x,val\n", "row 3: a.png is in row 2 too, in another split"),
     ("path,label,split\na.png,x,fold1\n", "labels.csv, row 2: the split is 'fold1', not one of train, val"),
+    ("path,label,subset\na.png,x,train\nb.png,y,extra\n", "row 3: the subset is 'extra', not one of train, val, test"),
+    ("path,label,is_valid,is_test\na.png,x,0,1\nb.png,y,1,0\n", "columns is_valid and is_test both give splits: keep"),
     ("path,sun,age\na.png,1,1\nb.png,0,34\n", "labels.csv, row 3: age is '34', and without a column such as label"),
     ("path,sun,wind\na.png,1,0\nb.png,,1\n", "labels.csv, row 3: sun is '', and without a column such as label"),
     ("path,sun,wind\na.png,1,0\nb.png,-1,1\n", "labels.csv, row 3: sun is '-1', and without a column such as label"),
@@ -147,6 +149,42 @@ def test_what_is_no_table_is_one_line(places: Path) -> None:
         read_table(places / "labels.csv")
     with pytest.raises(UlsamError, match=r"no table .*other\.csv"):
         open_data(str(places / "other.csv"))
+
+
+@pytest.mark.parametrize(
+    ("header", "values", "splits", "note"),
+    [
+        (
+            "path,label,is_valid",
+            ("x,False", "x,True", "x,False"),
+            "train val train",
+            "column is_valid gives the splits",
+        ),
+        ("path,is_valid,sun,set", ("0,1,0", "1,0,1", "0,1,1"), "train val train", "column is_valid gives the splits"),
+        ("path,label,is_test", ("x,0", "x,1", "x,0"), "train test train", "column is_test gives the splits"),
+        ("path,label,is train", ("x,1.0", "x,0.0", "x,1.0"), "train val train", "column is_train gives the splits"),
+        ("path,label,Subset", ("x,Training", "x,Testing", "x,dev"), "train test val", "column subset gives the splits"),
+        ("path,labels,phase", ("x,train", "x,val", "x,test"), "train val test", "column phase gives the splits"),
+        ("path,label,whatever", ("x,train", "x,val", "x,test"), "train val test", "column whatever gives the splits"),
+        ("path,label,whatever", ("x,train", "x,bus", "x,test"), "", None),
+        (
+            "path,label,fold",
+            ("x,0", "x,1", "x,2"),
+            "",
+            "column fold is not read: a column split holds train, val or test",
+        ),
+        ("path,label,is_valid", ("x,1", "x,1", "x,1"), "", "column is_valid is not read: a column split holds train"),
+        ("path,label,split,fold", ("x,train,0", "x,val,0", "x,test,1"), "train val test", "column fold is not read"),
+    ],
+)
+def test_columns_of_splits_by_other_names(
+    places: Path, header: str, values: tuple[str, ...], splits: str, note: str | None
+) -> None:
+    rows = [f"{name},{value}" for name, value in zip(("a.png", "b.png", "c.jpg"), values, strict=True)]
+    (places / "labels.csv").write_text("\n".join((header, *rows)))
+    table = read_table(places / "labels.csv")
+    assert [row.split for row in table.rows] == (splits.split() or [None] * 3)
+    assert note in table.note if note and table.note else table.note is note
 
 
 def test_a_table_of_one_label_each_is_the_folder(folder: Path) -> None:
@@ -284,7 +322,7 @@ def test_comparing_slimming_and_reporting_take_tables(
 def test_the_advice_for_a_folder_names_its_table(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     table = write_table(tmp_path / "labels.csv", [("path", "tags"), ("a.png", "x")])
-    line = f"labels in labels.csv, columns path and tags: name the file itself, {table}"
+    line = f"labels in labels.csv: name the file itself, ulsam train {table}"
     with pytest.raises(UlsamError, match=re.escape(line)):
         open_data(str(tmp_path))
 

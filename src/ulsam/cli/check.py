@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what was found; a folder of another layout is an error that names the remedy."""
+    """Print what was found; another layout, or what training refuses, is an error that names the remedy."""
     from ulsam.data.check import check, entry
     from ulsam.data.label_table import is_table
     from ulsam.data.layouts import check_layout
@@ -49,10 +49,12 @@ def run(args: argparse.Namespace) -> None:
         write_atomic(args.sheet, _sheet(args.data, args.data_dir, args.config))
     if args.json:
         print_json({"data": args.data, **entry(found), "sheet": args.sheet})
-        return
-    print(*map(printable, _lines(found)), sep="\n")
-    if args.sheet:
-        print(f"sheet     {args.sheet}: the whole image, then what training makes of it")
+    else:
+        print(*map(printable, _lines(found)), sep="\n")
+        if args.sheet:
+            print(f"sheet     {args.sheet}: the whole image, then what training makes of it")
+    if found.refused:
+        raise UlsamError(f"training on it is refused: {found.refused}")
 
 
 def _sheet(data: str, data_dir: str | None, config: str | None) -> bytes:
@@ -78,7 +80,7 @@ def _lines(checked: "Checked") -> list[str]:
     lines += _listed("conflict", list(map(_pair, checked.conflicts)), "in two classes: one of them is wrong")
     lines += _listed("duplicate", list(map(_pair, checked.duplicates)))
     lines += [f"note      {note}" for note in checked.notes]
-    if len(lines) == len(checked.splits) + bool(checked.sides):
+    if not checked.refused and len(lines) == len(checked.splits) + bool(checked.sides):
         lines.append("found     nothing that is wrong")
     return lines
 

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ulsam.base.errors import UlsamError
 from ulsam.base.logs import progress
 from ulsam.data.folder import imbalance_note
 from ulsam.data.images import Pixels, UnreadableImage, read_pixels
 from ulsam.data.labelled import labelled
+from ulsam.data.splits import is_no_class
 
 NEAR = 12
 """Bits of 256 in which the difference hashes of two images differ at most if they may be the same image."""
@@ -53,6 +55,7 @@ class Checked:
         leaks: pairs of images of two splits.
         conflicts: pairs of one split whose classes, or labels, differ.
         notes: what else is noteworthy, a line each.
+        refused: why training on it is refused; None if it is not.
     """
 
     splits: Mapping[str, Mapping[str, int]]
@@ -63,6 +66,7 @@ class Checked:
     leaks: tuple[ImagePair, ...]
     conflicts: tuple[ImagePair, ...]
     notes: tuple[str, ...]
+    refused: str | None = None
 
 
 class _ImageFacts(NamedTuple):
@@ -125,7 +129,18 @@ def check(
         tuple(kinds["leak"]),
         tuple(kinds["conflict"]),
         (*notes, *class_notes(splits, several=source.several)),
+        _refused(data, data_dir),
     )
+
+
+def _refused(data: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None) -> str | None:
+    from ulsam.data.opening import open_data  # with PyTorch
+
+    try:
+        open_data(os.fspath(data), data_dir=None if data_dir is None else os.fspath(data_dir))
+    except UlsamError as error:
+        return str(error)
+    return None
 
 
 def class_notes(splits: Mapping[str, Mapping[str, int]], *, several: bool = False) -> list[str]:
@@ -145,7 +160,7 @@ def class_notes(splits: Mapping[str, Mapping[str, int]], *, several: bool = Fals
     for group in alike.values():
         if len(group) > 1:
             notes.append(f"classes that differ in case, blanks or signs alone: {', '.join(group)}")
-    if odd := [name for name in names if re.sub(r"[\W_\d]+", "", name).casefold() in _NO_CLASS]:
+    if odd := [name for name in names if is_no_class(name)]:
         notes.append(f"classes that are called like no class: {', '.join(map(repr, odd))}")
     for split, counts in list(splits.items())[1:]:
         for here, there, lacks in ((counts, splits[first], first), (splits[first], counts, split)):
@@ -157,11 +172,6 @@ def class_notes(splits: Mapping[str, Mapping[str, int]], *, several: bool = Fals
     if not several and (note := imbalance_note(list(splits[first]), list(splits[first].values()))):
         notes.append(note)
     return notes
-
-
-_NO_CLASS = {"train", "training", "val", "valid", "test", "images", "image", "img", "imgs", "labels", "label"} | {
-    *("annotations", "macosx", "newfolder", "untitledfolder", "data", "dataset", "jpegimages", "ipynbcheckpoints")
-}
 
 
 def _some(names: Sequence[str]) -> str:
@@ -223,4 +233,5 @@ def entry(checked: Checked) -> dict[str, Any]:
         "broken": list(checked.broken),
         **pairs,
         "notes": list(checked.notes),
+        "refused": checked.refused,
     }

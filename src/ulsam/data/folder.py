@@ -23,7 +23,6 @@ IMAGE_SUFFIXES = (
 UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
 """Those that mark an image of a kind that is not read."""
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _LAYOUT = "expected one subfolder of images for each class, e.g. {root}/robin/1.jpg and {root}/wren/1.jpg"
 
 
@@ -85,7 +84,7 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
     (('robin', 'wren'), [0, 1], 1)
     """
     root = Path(root)
-    names = _subfolders(root)
+    names = subfolders(root)
     if not names:
         raise UlsamError(f"{root} has no class folders: {_LAYOUT.format(root=root)}")
     ignored = [str(root / name) for name in sorted(os.listdir(root)) if name not in names and not _hidden(name)]
@@ -111,39 +110,6 @@ def scan(root: str | os.PathLike[str], min_classes: int = 2) -> Folder:
         )
     empty = tuple(name for name in names if name not in set(classes))
     return Folder(root, tuple(classes), samples, tuple(ignored), empty)
-
-
-def find_splits(root: str | os.PathLike[str]) -> dict[str, Path]:
-    """Find the splits of a data set by the names of the subfolders, whatever their case.
-
-    ``train`` counts beside a ``val`` (also ``valid``, ``validation``) or ``test``, or alone when it holds subfolders
-    itself. Anything else is one flat folder of class folders, even if a class is called ``train``.
-
-    Returns:
-        ``{"train": ..., "val": ..., "test": ...}`` with those that exist; ``{}`` for a flat folder.
-
-    Raises:
-        UlsamError: no such folder, it may not be listed, or two folders claim the same split.
-
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> for name in ("train", "valid"):
-    ...     (root / name).mkdir()
-    >>> {split: path.name for split, path in find_splits(root).items()}
-    {'train': 'train', 'val': 'valid'}
-    """
-    root = Path(root)
-    splits: dict[str, Path] = {}
-    for name in _subfolders(root):
-        split = SPLITS.get(name.lower())
-        if split is None:
-            continue
-        if split in splits:
-            raise UlsamError(f"{root} has two folders for {split}, {splits[split].name} and {name}: keep one of them")
-        splits[split] = root / name
-    if "train" not in splits or (len(splits) == 1 and not _subfolders(splits["train"])):
-        return {}
-    return {split: splits[split] for split in ("train", "val", "test") if split in splits}
 
 
 def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[SampleList, SampleList]:
@@ -239,8 +205,17 @@ def _cannot_list(error: OSError) -> UlsamError:
     return UlsamError(f"cannot list the folder {error.filename}: {(error.strerror or str(error)).lower()}")
 
 
-def _subfolders(root: Path) -> list[str]:
-    """Names of the direct subfolders that are not hidden, sorted."""
+def subfolders(root: str | os.PathLike[str]) -> list[str]:
+    """Names of the direct subfolders that are not hidden, sorted.
+
+    Raises:
+        UlsamError: no such folder, or one that may not be listed.
+
+    >>> import tempfile
+    >>> subfolders(tempfile.mkdtemp())
+    []
+    """
+    root = Path(root)
     try:
         if not root.exists():
             raise UlsamError(f"no such folder: {root}")
@@ -248,6 +223,23 @@ def _subfolders(root: Path) -> list[str]:
             raise UlsamError(f"not a folder: {root}; name the folder that holds the class folders")
         with os.scandir(root) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name))
+    except OSError as error:
+        raise _cannot_list(error) from error
+
+
+def holds_images(folder: str | os.PathLike[str]) -> bool:
+    """Whether images lie directly in a folder, by their names.
+
+    Raises:
+        UlsamError: the folder may not be listed.
+
+    >>> import tempfile
+    >>> holds_images(tempfile.mkdtemp())
+    False
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return any(one.name.lower().endswith(IMAGE_SUFFIXES) and one.is_file() for one in entries)
     except OSError as error:
         raise _cannot_list(error) from error
 

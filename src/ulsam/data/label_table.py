@@ -15,8 +15,9 @@ from ulsam.base.errors import UlsamError, a_few
 from ulsam.base.files import check_readable
 from ulsam.base.reading import read_text
 from ulsam.data.class_numbers import in_order
-from ulsam.data.folder import IMAGE_SUFFIXES, SPLITS, Folder
+from ulsam.data.folder import IMAGE_SUFFIXES, Folder
 from ulsam.data.sample_list import SampleList
+from ulsam.data.split_column import SplitColumn, row_split, split_column, split_note
 
 PATHS = (
     *("path", "file", "filename", "file_name", "filepath", "image_path", "image_name"),
@@ -36,8 +37,9 @@ class Columns:
 
     path: int
     label: int | None
-    split: int | None
+    split: SplitColumn | None
     sets: bool = False  # whether ``label`` may hold several labels, or none
+    unread: tuple[str, ...] = ()  # names of columns that are called like one of splits, and are none
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class LabelTable:
     Attributes:
         path: of the table.
         rows: its images.
-        splits: train, val and test, those that its column ``split`` names; empty without that column.
+        splits: train, val and test, those that a column names; empty without one.
         several: whether an image may have any number of labels; otherwise it has one.
         classes: where each has a column of its own, in that order.
-        note: a line for the user about how the labels were read; None for a column of one label an image.
+        note: a line for the user about how it was read; None for one label an image, and splits in a column ``split``.
     """
 
     path: str
@@ -80,26 +82,38 @@ def is_table(data: str | os.PathLike[str]) -> bool:
     return os.fspath(data).lower().endswith((".csv", ".tsv")) and not os.path.isdir(data)
 
 
-def columns(header: Sequence[str]) -> Columns | None:
-    """The places of the path, the labels and, if there is one, the split in a header; None without path or labels.
+def columns(
+    header: Sequence[str], cells: Sequence[Sequence[str]] = (), table: str | os.PathLike[str] = "the table"
+) -> Columns | None:
+    """The places of the path, the labels and, if there is one, the split; None without path or labels.
+
+    Args:
+        header: the names of the columns.
+        cells: the rows, which decide about a column of splits that is not called ``split``.
+        table: its name, for messages.
+
+    Raises:
+        UlsamError: as of `ulsam.data.split_column.split_column`.
 
     >>> columns(["Id", "Breed"])
-    Columns(path=0, label=1, split=None, sets=False)
-    >>> columns(["split", "tags", "file name"]), columns(["x", "y"]), columns(["path"])
-    (Columns(path=2, label=1, split=0, sets=True), None, None)
+    Columns(path=0, label=1, split=None, sets=False, unread=())
+    >>> found = columns(["split", "tags", "file name"])
+    >>> (found.path, found.label, found.split.place, found.sets), columns(["x", "y"]), columns(["path"])
+    ((2, 1, 0, True), None, None)
     >>> columns(["image", "sunny", "windy"])
-    Columns(path=0, label=None, split=None, sets=False)
+    Columns(path=0, label=None, split=None, sets=False, unread=())
     """
     names = [re.sub(r"\W+", "_", name.strip().lower()) for name in header]
     path, label, sets = (
         next((names.index(one) for one in known if one in names), None) for known in (PATHS, LABELS, SETS)
     )
-    split = names.index("split") if "split" in names else None
     if path is None:
         return None
+    taken = (path, sets if label is None else label)
+    split, unread = split_column([name if n not in taken else "" for n, name in enumerate(names)], cells, table)
     if label is None and sets is None:
         return Columns(path, None, split) if _class_columns(header, Columns(path, None, split)) else None
-    return Columns(path, sets if label is None else label, split, label is None)
+    return Columns(path, sets if label is None else label, split, label is None, tuple(unread))
 
 
 def read_cells(table: str | os.PathLike[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -149,7 +163,7 @@ def read_table(table: str | os.PathLike[str], several: bool | None = None) -> La
     """
     name = os.fspath(table)
     header, cells = read_cells(table)
-    layout = columns(header)
+    layout = columns(header, [row for _, row in cells], name)
     if layout is None:
         raise UlsamError(
             f"{name} needs a header with a column for the path ({', '.join(PATHS[:3])}, ...) and one for the label "
@@ -157,14 +171,15 @@ def read_table(table: str | os.PathLike[str], several: bool | None = None) -> La
             f"and 1 for each class; it has {a_few(header) if header else 'none'}"
         )
     names = [one.strip().lower() for one in header]
-    used = (names[place] for place in (layout.path, layout.label, layout.split) if place is not None)
+    places = (layout.path, layout.label, layout.split and layout.split.place)
+    used = (names[place] for place in places if place is not None)
     if twice := next((one for one in used if names.count(one) > 1), None):
         raise UlsamError(f"{name} has two columns called {twice!r}: leave one of them out")
     if not cells:
         raise UlsamError(f"{name} has a header, but no row: it names no image")
     labels, how = _labels(name, header, cells, layout)
     rows = [
-        Row(number, row[layout.path].strip(), own, row_split(name, number, row, layout))
+        Row(number, row[layout.path].strip(), own, row_split(name, number, row, layout.split))
         for (number, row), own in zip(cells, labels, strict=True)
     ]
     _check_twice(name, rows)
@@ -173,15 +188,20 @@ def read_table(table: str | os.PathLike[str], several: bool | None = None) -> La
         raise UlsamError(f"{name}, row {other.number}: {len(other.labels)} labels, where one class an image is needed")
     takes_several = other is not None if several is None else several
     classes = None if layout.label is not None else tuple(header[n].strip() for n in _class_columns(header, layout))
-    note = None
+    notes = split_note(layout.split, layout.unread)
     if takes_several:
         bare = sum(not row.labels for row in rows)
-        note = f"several labels an image, {how}" + (f"; {bare} images have none" if bare else "")
+        notes.insert(0, f"several labels an image, {how}" + (f"; {bare} images have none" if bare else ""))
     elif how:
-        note = f"every image has exactly one label, {how}: that is its class"
+        notes.insert(0, f"every image has exactly one label, {how}: that is its class")
     named = {row.split for row in rows}
     return LabelTable(
-        name, tuple(rows), tuple(s for s in ("train", "val", "test") if s in named), takes_several, classes, note
+        name,
+        tuple(rows),
+        tuple(s for s in ("train", "val", "test") if s in named),
+        takes_several,
+        classes,
+        "; ".join(notes) or None,
     )
 
 
@@ -264,7 +284,7 @@ def _files(folder: Path, rows: Iterable[Row]) -> Iterator[str | None]:
 
 def _class_columns(header: Sequence[str], layout: Columns) -> list[int]:
     """The columns of a table whose classes have one each: all further ones that have a name."""
-    taken = (layout.path, layout.split)
+    taken = (layout.path, layout.split and layout.split.place)
     return [n for n, name in enumerate(header) if n not in taken and not re.fullmatch(r"\s*(Unnamed: \d+)?", name)]
 
 
@@ -323,23 +343,6 @@ def _from_columns(
                 )
         labels.append(tuple(name for name, value in zip(names, row, strict=True) if value in _YES))
     return labels
-
-
-def row_split(table: str | os.PathLike[str], number: int, row: Sequence[str], layout: Columns) -> str | None:
-    """The split that a row of cells names; None for a table without splits.
-
-    Raises:
-        UlsamError: the name of no split.
-
-    >>> row_split("labels.csv", 2, ["a.jpg", "wren", "Valid"], Columns(path=0, label=1, split=2))
-    'val'
-    """
-    if layout.split is None:
-        return None
-    split = SPLITS.get(row[layout.split].strip().lower())
-    if split is None:
-        raise UlsamError(f"{table}, row {number}: the split is {row[layout.split]!r}, not one of {', '.join(SPLITS)}")
-    return split
 
 
 def _root(table: LabelTable, data_dir: str | os.PathLike[str] | None) -> Path:

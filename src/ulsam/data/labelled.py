@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ulsam.base.errors import UlsamError
-from ulsam.data.folder import Folder, find_splits, scan
+from ulsam.data.folder import Folder, scan
 from ulsam.data.label_table import is_table, read_table, table_files, table_images
-from ulsam.data.layouts import with_advice
+from ulsam.data.layouts import misread, with_advice
+from ulsam.data.splits import find_splits
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def labelled(
         several: whether an image may have several labels; by default as a table has it.
 
     Raises:
-        UlsamError: no such folder or table, a table that cannot be read, or a folder where ``several`` is asked for.
+        UlsamError: no such folder or table, a table that cannot be read, a folder of another layout, as of
+            `ulsam.data.layouts.misread`, or one where ``several`` is asked for.
 
     >>> import tempfile
     >>> from ulsam.data.birds import draw_birds
@@ -74,6 +76,8 @@ def labelled(
             table.note,
             lambda split, least: table_images(table, split, data_dir, least, files()),
         )
+    if mistaken := misread(name):
+        raise UlsamError(f"{name}: {mistaken}")
     splits = find_splits(name)
     if several:
         raise UlsamError(

@@ -8,11 +8,12 @@ from pathlib import Path
 from ulsam.base.errors import UlsamError, a_few
 from ulsam.base.files import check_empty, whole_folder
 from ulsam.base.logs import progress
-from ulsam.data.label_table import LABELS, PATHS, columns, image_file, read_cells, row_split
+from ulsam.data.label_table import LABELS, PATHS, columns, image_file, read_cells
+from ulsam.data.split_column import row_split
 
 
 def prepare_table(table: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, int]:
-    """Copy the images that a CSV names to ``out/CLASS/FILE``, or with a column ``split`` to ``out/SPLIT/CLASS/FILE``.
+    """Copy the images that a CSV names to ``out/CLASS/FILE``, or with a column of splits to ``out/SPLIT/CLASS/FILE``.
 
     All is written to a hidden folder beside ``out``, which takes the name ``out`` when it is complete.
 
@@ -31,7 +32,7 @@ def prepare_table(table: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     table, out = Path(table), Path(os.path.abspath(out))
     check_empty(out)
     header, rows = read_cells(table)
-    layout = columns(header)
+    layout = columns(header, [row for _, row in rows], table)
     if layout is None or layout.label is None or layout.sets:
         raise UlsamError(
             f"{table} needs a header with a column for the path ({', '.join(PATHS[:3])}, ...) and one for the class "
@@ -42,7 +43,7 @@ def prepare_table(table: str | os.PathLike[str], out: str | os.PathLike[str]) ->
         path, label = row[layout.path].strip(), row[layout.label].strip()
         if not label or label.startswith(".") or Path(label).name != label or "\\" in label:
             raise UlsamError(f"{table}, row {number}: {label!r} is no name of a folder")
-        split = row_split(table, number, row, layout)
+        split = row_split(table, number, row, layout.split)
         source = image_file(table.parent, path)
         if source is None:
             raise UlsamError(f"{table}, row {number}: no image {table.parent / path}")

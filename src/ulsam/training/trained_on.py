@@ -8,9 +8,9 @@ from typing import Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.logs import WARNING, say
-from ulsam.data.folder import find_splits
 from ulsam.data.labelled import is_local, splits_of
 from ulsam.data.sources import FolderImages, LabelSetImages
+from ulsam.data.splits import find_splits
 from ulsam.model.trained import locate
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig, config_beside
