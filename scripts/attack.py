@@ -1,6 +1,6 @@
 """Attack ulsam as strangers and machines do, and write down what it withstood: results/attack.json.
 
-python scripts/attack.py kills --count 100
+python scripts/attack.py kills --count 100 [--command train]
 python scripts/attack.py disk --count 12
 python scripts/attack.py images
 python scripts/attack.py models --count 400
@@ -61,11 +61,16 @@ def main() -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--count", type=int, help="kills, crafted files or requests")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--command", help="of kills: kill this one alone, and let the figures of the others stand")
     parser.add_argument("--machine", default="", help="what to call this machine")
     args = parser.parse_args()
     attack = importlib.import_module(f"attack_{args.part}").attack
-    result, fell = attack(**{name: value for name, value in (("count", args.count), ("seed", args.seed)) if value})
+    given = {"count": args.count, "seed": args.seed, "command": args.command}
+    result, fell = attack(**{name: value for name, value in given.items() if value})
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if args.command:
+        result["kills"] = {**known[args.part]["kills"], **result["kills"]}
+        fell = [*known[args.part]["fell"], *fell]
     known[args.part] = {**result, "fell": fell, "machine": args.machine, "cores": os.cpu_count()}
     RESULT.write_text(json.dumps(dict(sorted(known.items())), indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(result, indent=1))

@@ -21,12 +21,13 @@ from PIL import Image
 from tiny import FULL, SETTINGS, Warm, draw_splits, options, warm
 
 
-def attack(count: int = 100, seed: int = 0) -> tuple[dict[str, Any], list[str]]:
-    """``count`` kills, shared out among the commands."""
+def attack(count: int = 100, seed: int = 0, command: str = "") -> tuple[dict[str, Any], list[str]]:
+    """``count`` kills, shared out among the commands, or all of one."""
     fell: list[str] = []
     killed: dict[str, int] = {}
     with warm() as interpreter, tempfile.TemporaryDirectory(prefix="ulsam-attack-") as root:
         known = commands(Path(root), interpreter)
+        known = {command: known[command]} if command else known
         for turn, (name, (words, resumed, digest)) in enumerate(known.items()):
             share = count // len(known) + (turn < count % len(known))
             killed[name] = _attacked(interpreter, Path(root), name, words, resumed, digest, share, seed, fell)
