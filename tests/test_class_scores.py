@@ -136,4 +136,4 @@ def test_eval_writes_the_table_and_the_confusion_matrix(tmp_path: Path, capsys):
     assert main(words) == 0
     assert "means   precision " in capsys.readouterr().out
     assert main([*words, "--confusion", "matrix.jpg"]) == 2
-    assert "--confusion writes an image called NAME.png, not matrix.jpg" in capsys.readouterr().err
+    assert "--confusion writes NAME.png, not matrix.jpg" in capsys.readouterr().err
