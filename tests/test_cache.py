@@ -144,6 +144,7 @@ def started(request: pytest.FixtureRequest) -> Iterator[None]:
     multiprocessing.set_start_method(before, force=True)
 
 
+@pytest.mark.slow
 def test_processes_that_are_not_forked_share_it(images: FolderImages, started: None) -> None:
     cache, line = cache_for(images, AUGMENTED.reduction, "true")
     assert cache is not None

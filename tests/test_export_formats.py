@@ -201,6 +201,7 @@ def test_without_its_package_a_format_says_what_to_install(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "half", [pytest.param(False, id="float32"), pytest.param(True, id="half", marks=pytest.mark.slow)]
 )

@@ -328,6 +328,7 @@ def test_labels_out_of_range(labels: list[int]) -> None:
         check_labels(torch.tensor(labels), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [0, 1, 5])
 def test_a_reading_process_that_dies_is_reported_where_its_batch_is_missed(moment: int) -> None:
     loader = eval_loader(Numbers(200), EVAL, batch_size=2, workers=2)

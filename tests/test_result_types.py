@@ -70,6 +70,7 @@ def test_training(several: bool, data: Path, tmp_path: Path) -> None:
     assert differences(summary, ulsam.TrainSummary) == []
 
 
+@pytest.mark.slow
 def test_comparing(data: Path, tmp_path: Path) -> None:
     result, _ = run_here(tmp_path / "out", data, [*ARMS, "bad: lr=1e30"], seeds=2, settings={"clip_grad": 1e30})
     assert [len(arm["failed"]) for arm in result["arms"]] == [0, 0, 2]
@@ -78,6 +79,7 @@ def test_comparing(data: Path, tmp_path: Path) -> None:
     assert differences(tried, ulsam.CompareResult) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["macs", pytest.param("latency", marks=pytest.mark.slow)])
 def test_slimming(budget: str, model: Path, data: Path, tmp_path: Path) -> None:
     share: dict[str, Any] = {budget: 0.97}

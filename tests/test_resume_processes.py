@@ -162,6 +162,7 @@ def test_too_many_bad_images_end_all_processes(interpreter: Warm, tmp_path: Path
         assert printed.splitlines()[-1].startswith("ulsam: error: more than 3 images cannot be read (named above)")
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_image_of_a_stream_once(interpreter: Warm, odd_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     root = draw_shards(tmp_path, odd_data / "train", val=(9, 1, 3))
