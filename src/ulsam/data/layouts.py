@@ -63,6 +63,8 @@ def misread(data: str | os.PathLike[str]) -> str | None:
     if not os.path.isdir(data):
         return None
     mistaken = mistaken_splits(data)
+    if has_classes(data):  # then no table overrules them, and none needs to be read
+        return mistaken
     return next((table for table, mixed in _tables(Path(data)) if mixed), mistaken)
 
 
@@ -85,17 +87,14 @@ def check_layout(root: str | os.PathLike[str]) -> None:
 
 
 def _tables(root: Path) -> Iterator[tuple[str, bool]]:
-    """About each CSV in the folder that names images and their labels: the command, and whether it overrules folders.
-
-    It does if images of one folder have several labels, and the folders do not look like classes.
-    """
+    """About each CSV in the folder that names images and their labels: the command, and whether folders mix labels."""
     for file in sorted(root.glob("*.[ct]sv")):
         rows = _rows(file)
         if not rows:
             continue
         place = next((place for place in _places(root) if image_file(place, rows[0][0])), None)
         pairs = {(os.path.dirname(path), label) for path, label in rows}
-        mixed = place is not None and len(pairs) > len({folder for folder, _ in pairs}) and not has_classes(root)
+        mixed = place is not None and len(pairs) > len({folder for folder, _ in pairs})
         beside = f" --data-dir {shlex.quote(str(place))}" if place not in (None, root) else ""
         command = f"ulsam train {shlex.quote(str(file))}{beside}"
         yield f"labels in {file.name}: name the file itself, {command}", mixed

@@ -226,15 +226,15 @@ def _is_torchscript(path: Path) -> bool:
 
 def _reason(path: Path, error: Exception) -> str:
     """Why the file could not be read, without PyTorch's advice to run what is in it."""
+    with open_regular(path) as file:
+        head = file.read(2)
+    if path.suffix != ".safetensors" and not head.startswith((b"PK", b"\x80")):
+        return "it is neither a checkpoint of PyTorch nor safetensors"
     try:
         with torch.serialization.safe_globals(_VALUES):
             code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # as above
         code = []
-    with open_regular(path) as file:
-        head = file.read(2)
-    if path.suffix != ".safetensors" and not head.startswith((b"PK", b"\x80")):
-        return "it is neither a checkpoint of PyTorch nor safetensors"
     if code:
         needed = a_few(sorted(code, key=lambda name: (not name.startswith(("torch.nn", "timm.")), name))[:2])
         advice = "save the model's state_dict() alone"

@@ -8,6 +8,7 @@ from typing import Any
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.logs import WARNING, say
+from ulsam.data.label_table import is_table
 from ulsam.data.labelled import is_local, splits_of
 from ulsam.data.sources import FolderImages, LabelSetImages
 from ulsam.data.splits import find_splits
@@ -100,28 +101,32 @@ def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
             folders = (str(train), *filter(os.path.islink, below))
             roots = tuple(os.path.join(os.path.realpath(one), "") for one in folders)
             return lambda path: path.startswith(roots)
-        images = parts.open_images(run)[0] if is_local(run.data) else None
     except (UlsamError, OSError):
         return None
-    return set(_real(path for path, _ in images.samples)).__contains__ if isinstance(images, FolderImages) else None
+    images = _images(run, 0)
+    return set(_real(path for path, _ in images.samples)).__contains__ if images is not None else None
 
 
 def _chosen_on(run: TrainConfig) -> tuple[str, frozenset[str]]:
     """What a run chose by its score on its validation images, and these; none without a folder of them."""
-    try:
-        images = parts.open_images(run)[1] if is_local(run.data) else None
-    except (UlsamError, OSError):
-        return "", frozenset()
-    if not isinstance(images, FolderImages):
-        return "", frozenset()
     epoch = run.keep == "best" or bool(run.patience)
-    if isinstance(images, LabelSetImages):
-        chosen = "the epoch and the thresholds were" if epoch else "the thresholds were"
-    elif epoch:
-        chosen = "the epoch was"
-    else:
+    if not epoch and not is_table(run.data):  # only a table may have several labels an image, and so thresholds
         return "", frozenset()
-    return chosen, frozenset(_real(path for path, _ in images.samples))
+    images = _images(run, 1)
+    labels = isinstance(images, LabelSetImages)
+    if images is None or not (epoch or labels):
+        return "", frozenset()
+    chosen = " and ".join(["the epoch"] * epoch + ["the thresholds"] * labels)
+    return f"{chosen} {'were' if labels else 'was'}", frozenset(_real(path for path, _ in images.samples))
+
+
+def _images(run: TrainConfig, part: int) -> FolderImages | None:
+    """The training images (0) or the validation images (1) of a run; None where they are in no folder, or gone."""
+    try:
+        images = parts.open_images(run)[part] if is_local(run.data) else None
+    except (UlsamError, OSError):
+        return None
+    return images if isinstance(images, FolderImages) else None
 
 
 def _real(paths: Iterable[str]) -> list[str]:
