@@ -5,17 +5,16 @@ first hundredth.
 """
 
 import http.client
-import json
 import random
 import tempfile
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
+from attack_requests import run_clients
 
-from serving import PNG, Service, form, gray, service
+from serving import PNG, Reply, Service, form, gray, reply, service
 from tiny import TINY_MODEL
 from ulsam.deploy.export import export
 from ulsam.model.build import build, make_spec
@@ -57,35 +56,27 @@ def _ask(one: Service, count: int, seed: int) -> Counter[str]:
             image, expected = chance.choice(predictions)
             kind = chance.choices(("image", "form", "health", "metrics", "broken"), (85, 4, 5, 1, 5))[0]
             if kind == "image":
-                status, found = _reply(connection, "/predict", image, PNG)
-                right = (status, found.get("predictions")) == (200, expected)
+                found = _reply(connection, "/predict", image, PNG)
+                right = found.status == 200 and found.body["predictions"] == expected
             elif kind == "form":
-                status, found = _reply(connection, "/predict", body, headers)
-                right = status == 200
+                found = _reply(connection, "/predict", body, headers)
+                right = found.status == 200
             elif kind == "broken":
-                status, found = _reply(connection, "/predict", image[: len(image) // 2], PNG)
-                right = status == 422
+                found = _reply(connection, "/predict", image[: len(image) // 2], PNG)
+                right = found.status == 422
             else:
-                status, found = _reply(connection, f"/{kind}", None, {})
-                right = status == 200
-            answers[number][kind if right else f"not {kind}: {status}"] += 1
+                found = _reply(connection, f"/{kind}", None, {})
+                right = found.status == 200
+            answers[number][kind if right else f"not {kind}: {found.status}"] += 1
         connection.close()
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_clients(client, CLIENTS)
     return sum(answers, Counter())
 
 
-def _reply(
-    connection: http.client.HTTPConnection, path: str, body: bytes | None, headers: dict[str, str]
-) -> tuple[int, dict[str, Any]]:
+def _reply(connection: http.client.HTTPConnection, path: str, body: bytes | None, headers: dict[str, str]) -> Reply:
     connection.request("GET" if body is None else "POST", path, body, headers)
-    answer = connection.getresponse()
-    text = answer.read()
-    return answer.status, json.loads(text) if "json" in answer.headers["Content-Type"] else {}
+    return reply(connection)
 
 
 def _use(one: Service) -> dict[str, int]:

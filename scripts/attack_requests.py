@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def _broken(one: Service, sound: list[bytes], count: int, seed: int) -> Counter[
         for _ in range(number, count, CLIENTS):
             statuses[number][_answer(one, _changed(sound, chance))] += 1
 
-    _all(client)
+    run_clients(client, CLIENTS)
     return sum(statuses, Counter())
 
 
@@ -175,8 +176,9 @@ def _answer(one: Service, request: bytes) -> int:
         return 0
 
 
-def _all(client: Any) -> None:
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+def run_clients(client: Callable[[int], None], count: int) -> None:
+    """Call ``client`` with each number below ``count``, at the same time."""
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:

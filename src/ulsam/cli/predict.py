@@ -91,7 +91,7 @@ def _listed(names: Sequence[str]) -> list[str]:
         return list(names)
     try:
         text = sys.stdin.read()
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # no text, so no paths either
         text = "\0"
     if "\0" in text:
         raise UlsamError(

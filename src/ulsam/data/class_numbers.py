@@ -9,6 +9,9 @@ import numpy as np
 from ulsam.base.errors import UlsamError
 from ulsam.data.folder import Folder
 
+BY_POSITION = "If they are the same ones under other names, `classes_by_number=True` takes them by their position"
+"""What to do about classes that are not a model's."""
+
 
 def index_like(folder: Folder, classes: tuple[str, ...], advice: str = "") -> Folder:
     """The same images with the class indices of `classes`, e.g. a val folder with those of the train folder.

@@ -11,7 +11,7 @@ from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.extras import extra
 from ulsam.base.logs import WARNING, say
 from ulsam.base.reading import read_text
-from ulsam.data.class_numbers import index_by_number, index_like
+from ulsam.data.class_numbers import BY_POSITION, index_by_number, index_like
 from ulsam.data.folder import Folder, held_out, image_paths, imbalance_note, unread_note
 from ulsam.data.folds import parse_fold
 from ulsam.data.label_table import is_table
@@ -146,9 +146,8 @@ def open_split(
     found = labelled(data, data_dir=data_dir, several=several)
     folder = found.read(name, min_classes=1)
     if classes is not None:
-        advice = ". If they are the same ones under other names, `classes_by_number=True` takes them by their position"
         with with_advice(data):
-            folder = index_by_number(folder, classes) if by_number else index_like(folder, classes, advice)
+            folder = index_by_number(folder, classes) if by_number else index_like(folder, classes, f". {BY_POSITION}")
     if note := unread_note(folder.ignored):
         say(f"note    {data}: {note}", level=WARNING)
     return _images(folder, folder.samples, _words(name), data)

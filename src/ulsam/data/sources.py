@@ -18,7 +18,7 @@ from torchvision.datasets import DatasetFolder
 
 from ulsam.base.errors import MachineError, UlsamError, a_few, first_line
 from ulsam.base.reading import machine_errors, machine_fault
-from ulsam.data.class_numbers import class_numbers
+from ulsam.data.class_numbers import BY_POSITION, class_numbers
 from ulsam.data.folder import IMAGE_SUFFIXES, Folder
 from ulsam.data.image_channels import lacking, opened_pixels
 from ulsam.data.images import Pixels, Reduction, UnreadableImage, read_pixels, whole
@@ -136,8 +136,8 @@ class _FactoryData:
             raise UlsamError(f"{self.title} has {len(self.classes)} classes, the model has {len(classes)}")
         if unknown and not by_number:
             raise UlsamError(
-                f"{self.title} has classes that were not trained on: {a_few(unknown)}; known are {a_few(classes)}. If"
-                " they are the same ones under other names, `classes_by_number=True` takes them by their position"
+                f"{self.title} has classes that were not trained on: {a_few(unknown)}; known are {a_few(classes)}. "
+                f"{BY_POSITION}"
             )
         if not by_number:
             self.numbers = {number: found[name] for number, name in enumerate(self.classes)}

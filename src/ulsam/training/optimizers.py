@@ -43,8 +43,8 @@ def check_optimizer(opt: str, opt_args: Mapping[str, Any], momentum: float) -> N
     Traceback (most recent call last):
     ulsam.base.errors.UlsamError: timm has no optimizer 'lamp'; nearest: lamb, lambw, lambc
     """
-    if opt.lower().startswith("lookahead_"):
-        raise UlsamError(f"lookahead's averages are no part of a checkpoint: take {opt[10:].lower()} alone")
+    if (alone := opt.lower().removeprefix("lookahead_")) != opt.lower():
+        raise UlsamError(f"lookahead's averages are no part of a checkpoint: take {alone} alone")
     if opt not in list_optimizers():
         near = difflib.get_close_matches(opt.lower(), optimizer_names(), n=3)
         raise UlsamError(f"timm has no optimizer {opt!r}{'; nearest: ' + ', '.join(near) if near else ''}")
