@@ -18,6 +18,7 @@ from ulsam.cli import main
 from ulsam.data.preprocessing import Preprocessing
 from ulsam.deploy.export import export
 from ulsam.deploy.onnx_graph import ATTENTION, onnx_graph
+from ulsam.deploy.openvino_core import openvino_core
 from ulsam.deploy.parity import Parity, compared, read_images
 from ulsam.layer.ops.reference import subspace_attention
 from ulsam.model.build import build, load, make_spec, save
@@ -296,12 +297,12 @@ def test_mistakes_are_one_line(model, tmp_path, capsys, words, message):
 
 @pytest.mark.slow
 def test_openvino_runs_the_file(small, tmp_path):
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     out = tmp_path / "model.xml"
     assert export(small, out, "openvino", spec=SPEC, dynamic_size=True).same == 20
-    read = openvino.Core().read_model(out)
+    read = openvino_core().read_model(out)
     assert json.loads(read.get_rt_info(["ulsam", "classes"]).value) == list(CLASSES)
-    compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for images in (noise(1, 48, 48), noise(3, 64, 40)):
         np.testing.assert_allclose(compiled(images)[0], outputs(small, SPEC, images), atol=1e-4)
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ulsam.base.errors import UlsamError
 from ulsam.cli import main
 from ulsam.deploy.export import SUFFIXES, engine_of, export, format_of
 from ulsam.deploy.onnx_graph import with_attention
+from ulsam.deploy.openvino_core import openvino_core
 from ulsam.deploy.parity import HALF_TOLERANCE
 from ulsam.model.build import build, load, make_spec, save
 from ulsam.model.spec import Edit
@@ -133,19 +136,37 @@ def test_half_takes_open_sizes_and_normalized_images(tmp_path):
 
 @pytest.mark.slow
 def test_openvino_stores_weights_in_half(tmp_path):
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     spec = MODELS["inserted"]
     model = build(spec)[0].eval()
     for name, half in (("whole", False), ("half", True)):
         assert export(model, tmp_path / f"{name}.xml", spec=spec, half=half).same == 16
     assert file_size(tmp_path / "half.bin") == pytest.approx(file_size(tmp_path / "whole.bin") / 2, rel=0.02)
-    read = openvino.Core().read_model(tmp_path / "half.xml")
+    read = openvino_core().read_model(tmp_path / "half.xml")
     assert read.get_rt_info(["ulsam", "precision"]).value == "float16"
-    run = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    run = openvino_core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     pixels = IMAGES[:, :48, :48]
     with torch.no_grad():
         expected = model(spec_transform(spec).normalize(torch.from_numpy(pixels))).numpy()
     assert near(run(pixels)[0], expected, HALF_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_signal_after_two_exports_to_openvino_is_handled() -> None:
+    """As by a training in the same notebook; two cores, freed in the order of their making, end the process."""
+    pytest.importorskip("openvino")
+    program = (
+        "import gc, signal, torch\n"
+        "from torch import nn\n"
+        "from ulsam.deploy.engines import openvino_engine\n"
+        "def convert(): return openvino_engine(nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8), {}, {}, False)\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('handled'))\n"
+        "first, second = convert(), convert()\n"
+        "del first; gc.collect(); del second; gc.collect()\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+    )
+    run = subprocess.run([sys.executable, "-X", "faulthandler", "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "handled\n"), run.stderr
 
 
 def test_what_float16_cannot_hold_is_refused(tmp_path):

@@ -23,6 +23,7 @@ from tool_models import (
     released,
     replaced,
 )
+from ulsam.deploy.openvino_core import openvino_core
 from ulsam.layer.ulsam import ULSAM
 
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -161,7 +162,7 @@ def test_openvino_converts_the_model_itself(make: Callable[[], nn.Module]) -> No
     openvino = pytest.importorskip("openvino")
     model = randomised(make())
     converted = openvino.convert_model(model, example_input=images())
-    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert_same(lambda x: torch.from_numpy(compiled(x.numpy())[0]), model, 1e-5)
 
 

@@ -19,6 +19,7 @@ from ulsam import runtime
 from ulsam.base.errors import first_line
 from ulsam.data.images import Pixels
 from ulsam.data.preprocessing import Preprocessing
+from ulsam.deploy.openvino_core import openvino_core
 from ulsam.training.predict import Logits
 
 BenchBackend = Literal["eager", "compile", "onnxruntime", "openvino"]
@@ -65,7 +66,7 @@ def _in_openvino(case: Case, images: Pixels) -> RunOnce:
     """In float32: by itself OpenVINO computes in bfloat16 where the processor can."""
     import openvino
 
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(case.model)
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": case.threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(model, "CPU", options)

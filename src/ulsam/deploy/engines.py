@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.extras import extra
 from ulsam.deploy.onnx_graph import check_installed, onnx_graph
+from ulsam.deploy.openvino_core import openvino_core
 from ulsam.runtime import open_session
 from ulsam.training.predict import Logits
 
@@ -76,7 +77,7 @@ def openvino_engine(
     check_openvino("`to=openvino`")
     import openvino
 
-    core = openvino.Core()
+    core = openvino_core()
     converted = core.read_model(_onnx(model, example, free, {}).SerializeToString())
     for key, text in metadata.items():
         converted.set_rt_info(text, ["ulsam", key])
