@@ -1,7 +1,6 @@
 """What is no regular file is refused in one line, wherever a file is read: nothing is waited for."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -26,15 +25,10 @@ from ulsam.training.config import TrainConfig, read_config
 
 fcntl = pytest.importorskip("fcntl")
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-
-
-@pytest.fixture(autouse=True)
-def no_waiting() -> Iterator[None]:
-    """A reader that waits is ended."""
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes"),
+    pytest.mark.timeout(120),  # a reader that waits
+]
 
 
 @pytest.fixture(params=["pipe", "endless", "socket"])
