@@ -15,6 +15,7 @@ from ulsam.data.check import Checked, check
 from ulsam.data.labelled import labelled
 from ulsam.data.layouts import advice, misread
 from ulsam.data.prepare_table import prepare_table
+from ulsam.model.build import build, make_spec, save
 
 
 def draw(seed: int, size: int = 96) -> Image.Image:
@@ -197,6 +198,13 @@ def yolo(root: Path, form: str) -> None:
     (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a]\n")
 
 
+def darknet(folder: Path) -> None:
+    images(folder, range(3))
+    (folder / "000.txt").write_text("")
+    (folder / "001.txt").write_text("0 0.5 0.5 1 1\n12 0.25 0.25 0.1 0.1")
+    (folder / "classes.txt").write_text("robin\nwren\n")
+
+
 def coco(root: Path, file: str) -> None:
     for split in ("train2017", "val2017"):
         images(root / split, range(1))
@@ -219,6 +227,8 @@ def voc(root: Path, photos: str, marks: str) -> None:
             ["", "images", "images/train", "labels/val", "data.yaml", ".."],
         ),
         (lambda root: yolo(root, "{1}/{0}"), "YOLO", ["", "train", "train/images"]),
+        (darknet, "YOLO", ["", ".."]),
+        (lambda root: darknet(root / "obj_train_data"), "YOLO", ["", "obj_train_data"]),
         (lambda root: coco(root, "annotations/a.json"), "COCO", ["", "train2017", "annotations/a.json"]),
         (lambda root: coco(root, "train2017/_annotations.coco.json"), "COCO", ["", "train2017", "val2017"]),
         (lambda root: voc(root, "JPEGImages", "Annotations"), "Pascal VOC", ["", "VOC2012", "VOC2012/JPEGImages"]),
@@ -235,6 +245,15 @@ def test_images_with_boxes_are_named_wherever_the_command_points(
             told = capsys.readouterr().err
             assert f"images with boxes, as {tool} detects objects: train a detector" in told
             assert "cut the boxes out into one folder a class, or write the classes of each image into a CSV" in told
+
+
+def test_where_the_images_of_a_folder_lie_is_not_asked(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(build(spec := make_spec("test_efficientnet", ("robin", "wren")))[0], spec, tmp_path / "a.safetensors")
+    for words in (["check"], ["train", "--model", "test_efficientnet"], ["eval", str(tmp_path / "a.safetensors")]):
+        assert main([*words, str(data), "--data-dir", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.endswith(f"data sets by name, and {data} is a folder: leave it out\n")
 
 
 def test_class_folders_beside_boxes_are_class_folders(data: Path) -> None:

@@ -65,6 +65,24 @@ def test_a_folder_claims_nothing_that_is_not_known(
     assert 'timm.create_model("hf-hub:USER/birds", pretrained=True)' in (tmp_path / "birds" / "README.md").read_text()
 
 
+def test_a_pushed_folder_keeps_its_card(runs: Path, tmp_path: Path) -> None:
+    """Its results, which are of no other file there, and what its owner has written into it."""
+    card = Path(ulsam.push(runs / "edited", tmp_path / "birds"), "README.md")
+    card.write_text(card.read_text() + "\nNot for rare birds.\n")
+    again = Path(ulsam.push(tmp_path / "birds", tmp_path / "wrens"), "README.md").read_text()
+    assert "| top-1 | 75.00 %" in again and again.endswith("\nNot for rare birds.\n")
+    assert again.count('"hf-hub:USER/wrens"') == 2 and "hf-hub:USER/birds" not in again
+
+
+def test_a_gray_model_is_written_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = make_spec(TINY_MODEL, CLASSES, size=48, model_args={"in_chans": 1})
+    save(build(spec)[0], spec, tmp_path / "gray.safetensors")
+    folder = Path(ulsam.push(tmp_path / "gray.safetensors", tmp_path / "gray"))
+    assert not caplog.records
+    config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert (config["mean"], config["std"]) == (list(spec.mean), list(spec.std)) and len(spec.mean) == 1
+
+
 @pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_known_within_seconds(runs: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:

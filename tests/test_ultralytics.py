@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from ulsam.surgery.edited import changes
 from ulsam.ultralytics import trainer_for
 
 os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false")
-os.environ.setdefault("YOLO_CONFIG_DIR", f"/tmp/ulsam-yolo-{os.getuid()}-{os.getpid()}")
+SETTINGS_OF_ULTRALYTICS = tempfile.TemporaryDirectory(prefix="ulsam-yolo-")
+os.environ.setdefault("YOLO_CONFIG_DIR", SETTINGS_OF_ULTRALYTICS.name)
 ultralytics = pytest.importorskip("ultralytics")
 
 TINY = """

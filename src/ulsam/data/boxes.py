@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ulsam.base.errors import UlsamError
-from ulsam.data.folder import subfolders
+from ulsam.data.folder import IMAGE_SUFFIXES, subfolders
 from ulsam.data.splits import has_classes, is_no_class
 
 _VOC = (("JPEGImages", "Annotations"), ("images", "annotations"))  # the folders of images and of XML
@@ -74,6 +74,8 @@ def _tool_of_folder(root: Path, below: bool) -> str | None:
     for place in [root, *(root / name for name in names if below)]:
         if (place / "images").is_dir() and (place / "labels").is_dir() and _has_boxes(place / "labels"):
             return "YOLO"
+        if _has_boxes_beside(place):
+            return "YOLO"
         if any((place / images).is_dir() and next((place / marks).glob("*.xml"), None) for images, marks in _VOC):
             return "Pascal VOC"
     parts = [name for name in names if is_no_class(name)]
@@ -85,7 +87,17 @@ def _tool_of_folder(root: Path, below: bool) -> str | None:
 def _has_boxes(labels: Path) -> bool:
     """Whether a text file below a folder has a line of a class and four numbers or more; most may be empty."""
     files = itertools.islice(labels.rglob("*.txt"), 100)
-    return any(re.match(r"\s*\d+(\s+-?[\d.e-]+){4,}\s", _head(file) + "\n") for file in files)
+    return any(map(_is_of_boxes, files))
+
+
+def _has_boxes_beside(folder: Path) -> bool:
+    """Whether a text file of boxes lies beside the image of its name, as Darknet has it."""
+    texts = filter(_is_of_boxes, itertools.islice(folder.glob("*.txt"), 100))
+    return any(text.with_suffix(suffix).is_file() for text in texts for suffix in IMAGE_SUFFIXES)
+
+
+def _is_of_boxes(text: Path) -> bool:
+    return bool(re.search(r"(?m)^\s*\d+(\s+-?[\d.e-]+){4,}\s*$", _head(text)))
 
 
 def _is_coco(file: Path) -> bool:

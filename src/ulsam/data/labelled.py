@@ -57,7 +57,7 @@ def labelled(
 
     Raises:
         UlsamError: no such folder or table, a table that cannot be read, a folder of another layout, as of
-            `ulsam.data.layouts.misread`, or one where ``several`` is asked for.
+            `ulsam.data.layouts.misread`, or one for which ``data_dir`` or ``several`` is given.
 
     >>> import tempfile
     >>> from ulsam.data.birds import draw_birds
@@ -79,6 +79,8 @@ def labelled(
     if mistaken := misread(name):
         raise UlsamError(f"{name}: {mistaken}")
     splits = find_splits(name)
+    if data_dir is not None:
+        raise UlsamError(f"`data_dir` is for tables and data sets by name, and {name} is a folder: leave it out")
     if several:
         raise UlsamError(
             f"{name} is a folder of class folders, one class an image, and the model gives several labels: name a CSV "

@@ -87,8 +87,6 @@ def open_data(
         return train, val, notes
     if class_names is not None:
         raise UlsamError(f"`class_names` is for data sets by name, and {data} names its classes: leave it out")
-    if data_dir is not None and not is_table(data):
-        raise UlsamError(f"`data_dir` is for tables and data sets by name, and {data} is a folder: leave it out")
     chosen_by = seed if split_seed is None else split_seed
     return _open_local(data, data_dir, train_split, val_split, val_fraction, fold, chosen_by)
 

@@ -1,7 +1,9 @@
 """Put a trained model on the Hugging Face hub, or into a folder of the same form, which timm reads too."""
 
+import copy
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,7 +29,8 @@ def push(model: str | os.PathLike[str], target: str | os.PathLike[str], *, priva
 
     ``model.safetensors`` is the model file itself. ``config.json`` is timm's: architecture, label names and how images
     are read, so `timm.create_model` loads a model without edits. ``ulsam.json`` is the spec, and ``README.md`` the
-    model card, from the run's ``summary.json`` if there is one. `ulsam.load` takes the folder, and the file.
+    model card, from the run's ``summary.json`` if there is one; a folder that was written by this function keeps its
+    card, with the new name. `ulsam.load` takes the folder, and the file.
 
     Args:
         model: a model file, or the folder of a run.
@@ -63,11 +66,15 @@ def push(model: str | os.PathLike[str], target: str | os.PathLike[str], *, priva
 
 
 def _write(folder: Path, file: Path, model: nn.Module, spec: ModelSpec, name: str) -> None:
-    summary = file.with_name("summary.json")
+    summary, card = file.with_name("summary.json"), file.with_name("README.md")
     shutil.copyfile(file, folder / "model.safetensors")
     write_json(folder / "config.json", hub_config(model, spec))
     write_atomic(folder / "ulsam.json", json.dumps(json.loads(spec.to_json()), indent=1, ensure_ascii=False) + "\n")
-    write_atomic(folder / "README.md", model_card(name, spec, read_json(summary) if summary.exists() else None))
+    if file.with_name("ulsam.json").exists() and card.exists():  # pushed before; a card may have been written on
+        text = re.sub(r'hf-hub:USER/[^\s"]+', lambda _: HUB + name, card.read_text(encoding="utf-8"))
+    else:
+        text = model_card(name, spec, read_json(summary) if summary.exists() else None)
+    write_atomic(folder / "README.md", text)
 
 
 def hub_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
@@ -81,9 +88,11 @@ def hub_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
     """
     from timm.models._hub import save_config_for_hf  # which its own upload calls
 
+    other: Any = copy.copy(model)  # as timm would write it, but with the model's own channels
+    other.pretrained_cfg = {**other.pretrained_cfg, "mean": spec.mean, "std": spec.std}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        save_config_for_hf(model, str(path), {"label_names": list(spec.classes)}, dict(spec.model_args))
+        save_config_for_hf(other, str(path), {"label_names": list(spec.classes)}, dict(spec.model_args))
         config = read_json(path)
     pretrained = config["pretrained_cfg"]
     for other in ("test_input_size", "test_crop_pct", "pool_size", "license", "tag"):  # of the base model's weights
