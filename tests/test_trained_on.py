@@ -97,6 +97,14 @@ def test_held_out_images_of_the_run_are_no_training_images(world: Path, logged: 
     assert UNKNOWN in logged()
 
 
+@pytest.mark.parametrize(("folder", "known"), [("Testing", True), ("validation_set", True), ("x", False)])
+def test_a_folder_called_like_a_split_to_measure_on_is_held_out(
+    folder: str, known: bool, world: Path, logged: Callable[[], str]
+) -> None:
+    note_trained_on(None, [str(world / folder / "robin" / "1.png")], [world])
+    assert (UNKNOWN in logged()) is not known
+
+
 def test_of_a_run_with_splits_the_folder_says_what_it_was_trained_on(
     world: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:

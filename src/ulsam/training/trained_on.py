@@ -11,12 +11,10 @@ from ulsam.base.logs import WARNING, say
 from ulsam.data.label_table import is_table
 from ulsam.data.labelled import is_local, splits_of
 from ulsam.data.sources import FolderImages, LabelSetImages
-from ulsam.data.splits import find_splits
+from ulsam.data.splits import find_splits, split_of
 from ulsam.model.trained import locate
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig, config_beside
-
-_HELD_OUT = {"val", "valid", "validation", "test"}  # folders of images that nobody trains on
 
 
 def run_of(model: object) -> TrainConfig | None:
@@ -145,7 +143,7 @@ def _is_one_of(path: str, others: Sequence[str | os.PathLike[str]]) -> bool:
 
 
 def _is_held_out(path: str, roots: Sequence[str | os.PathLike[str]]) -> bool:
-    """Whether a folder around the image, from the root on that it lies in, is called so."""
+    """Whether a folder around the image, from the root on that it lies in, is called like one to measure on."""
     whole = Path(os.path.abspath(path))
     root = next((one for one in map(os.path.abspath, roots) if whole.is_relative_to(one)), str(whole.parent))
-    return any(part.lower() in _HELD_OUT for part in whole.relative_to(Path(root).parent).parts[:-1])
+    return any(split_of(part) in ("val", "test") for part in whole.relative_to(Path(root).parent).parts[:-1])
