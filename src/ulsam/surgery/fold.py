@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.layer.ulsam import ULSAM
 from ulsam.surgery.edited import is_followed
-from ulsam.surgery.trace import default_input_size
+from ulsam.surgery.trace import default_input_size, in_place_changes
 
 ItemT = TypeVar("ItemT")
 ConvNorm = tuple[nn.Conv2d, nn.BatchNorm2d]
@@ -174,13 +174,13 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[ConvNorm], list[Tensor]]:
     def after(conv: nn.Module, _: Any, output: Any) -> None:
         calls[conv] += 1
         if isinstance(output, Tensor):  # kept, so that its id is not given twice
-            made[id(output)] = (output, _version(output), cast(nn.Conv2d, conv))
+            made[id(output)] = (output, in_place_changes(output), cast(nn.Conv2d, conv))
 
     def before(norm: nn.Module, args: tuple[Any, ...]) -> None:
         calls[norm] += 1
         if args and id(args[0]) in made:
             output, version, conv = made[id(args[0])]
-            if _version(output) == version:  # not changed in place
+            if in_place_changes(output) == version:  # not changed in place
                 pairs.append((conv, cast(nn.BatchNorm2d, norm)))
 
     of_layers = {child for module in model.modules() if isinstance(module, ULSAM) for child in module.children()}
@@ -199,11 +199,6 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[ConvNorm], list[Tensor]]:
             handle.remove()
     uses = Counter(conv for conv, _ in pairs)
     return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == uses[pair[0]] == 1], expected
-
-
-def _version(output: Tensor) -> int:
-    """How often a tensor was changed in place; unknown where the model's own code enters inference mode."""
-    return 0 if output.is_inference() else output._version
 
 
 def _is_plain(module: nn.Module) -> bool:

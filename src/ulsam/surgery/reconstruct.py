@@ -20,6 +20,7 @@ from ulsam.base.eval_mode import eval_mode
 from ulsam.base.logs import progress
 from ulsam.surgery.edited import edited_blocks, put_back
 from ulsam.surgery.reconstruct_layers import enough_memory, list_of_batches, passing, reconstruct_layer
+from ulsam.surgery.trace import in_place_changes
 
 Scope = Literal["block", "joint"]
 STEPS, RATE = 500, 1e-3  # of Adam; its rate falls to 0 as a cosine
@@ -96,6 +97,8 @@ def reconstruct(
     """
     if scope not in get_args(Scope):
         raise UlsamError(f"unknown scope {scope!r}; valid: {', '.join(get_args(Scope))}")
+    if steps < 1 or not rate > 0:
+        raise UlsamError(f"`steps` and `rate` must be above 0, not {steps} and {rate:g}")
     batches = list_of_batches(batches)
     if not edited_blocks(model):
         return []
@@ -137,6 +140,11 @@ class _Call:
     ended: int = -1
     given: Tensor | None = None
     output: Tensor | None = None
+    versions: tuple[int, int] = (0, 0)  # how often each of the two was changed in place by then
+
+    def feeds(self, other: "_Call") -> bool:
+        """Whether the output is what goes into the other call, and nothing has changed it in between."""
+        return self.output is not None and self.output is other.given and self.versions[1] == other.versions[0]
 
 
 def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
@@ -147,9 +155,8 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            running.append(
-                _Call(name, module, next(clock), given=_four_dimensional(args[0] if len(args) == 1 else None))
-            )
+            given = _four_dimensional(args[0] if len(args) == 1 else None)
+            running.append(_Call(name, module, next(clock), given=given, versions=(in_place_changes(given), 0)))
             calls.append(running[-1])
 
         return hook
@@ -157,13 +164,14 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
     def leave(_: nn.Module, args: Any, output: Any) -> None:
         call = running.pop()
         call.ended, call.output = next(clock), _four_dimensional(output)
+        call.versions = (call.versions[0], in_place_changes(call.output))
 
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
         handles.append(module.register_forward_hook(leave))
     try:
-        model(batch[:1])
+        model(batch[:1].clone())
     finally:
         for handle in handles:
             handle.remove()
@@ -219,7 +227,7 @@ def _one(
     if following is not None:
         chain.append(following)
     for first, second in zip(list(chain), chain[1:], strict=False):
-        if calls[first].output is not calls[second].given:  # the model computes something between them
+        if not calls[first].feeds(calls[second]):  # the model computes something between them
             chain.remove(first)
     if not chain:
         return None
@@ -253,7 +261,7 @@ def _train(
     power = sum(float(y.square().sum()) for _, y in pairs)
 
     def error() -> float:
-        return sum(float((y - trained(x)).square().sum()) for x, y in pairs) / power
+        return sum(float((y - trained(x.clone())).square().sum()) for x, y in pairs) / power
 
     if not math.isfinite(power):
         raise NotFinite(f"the model outputs NaN or infinity at {name}: its weights are broken, or not for such images")
@@ -267,7 +275,7 @@ def _train(
 
     def loss(step: int) -> Tensor:
         x, y = spread[step % len(spread)]
-        return scale * F.mse_loss(trained(x), y)
+        return scale * F.mse_loss(trained(x.clone()), y)  # a copy, as its first layer may work in place
 
     _adam(trained.modules(), loss, name, steps, rate)
     after = error()

@@ -114,10 +114,21 @@ def enough_memory() -> Iterator[None]:
 
 
 def list_of_batches(batches: Sequence[Tensor]) -> list[Tensor]:
-    """The batches as a list; raises where there are none."""
+    """The batches as a list; raises where there are none, or one is no batch of images alone."""
     if isinstance(batches, Tensor):
         raise UlsamError("batches is a list of images [B, C, H, W] each, not one tensor")
     batches = list(batches)
+    for batch in batches:
+        if not isinstance(batch, Tensor):
+            raise UlsamError(
+                f"batches is a list of images [B, C, H, W] each, a tensor, not of {type(batch).__name__}: of a "
+                "DataLoader of images and labels, [images for images, _ in loader]"
+            )
+        if not batch.is_floating_point() or not len(batch):
+            raise UlsamError(
+                f"a batch is {str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}: give one image or more, as "
+                "floating-point numbers that the model takes"
+            )
     if not batches:
         raise UlsamError("no images to reconstruct the layers on")
     return batches
@@ -180,7 +191,7 @@ def _called(model: nn.Module, places: Mapping[str, nn.Module], batch: Tensor) ->
         layer.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, layer in places.items()
     ]
     try:
-        model(batch[:1])
+        model(batch[:1].clone())
     finally:
         for handle in handles:
             handle.remove()
@@ -190,22 +201,26 @@ def _called(model: nn.Module, places: Mapping[str, nn.Module], batch: Tensor) ->
 def passing(model: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """What goes into the module of this name and what it outputs, for each batch.
 
-    Both are copies, as later layers may change them in place. What comes behind the module is not computed.
+    Both are copies, as the module and later ones may change them in place. What comes behind it is not computed.
     """
     given, wanted = [], []
 
-    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         given.append(args[0].clone())
+
+    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         wanted.append(output.clone())
         raise _StopForward
 
-    handle = model.get_submodule(name).register_forward_hook(look)
+    module = model.get_submodule(name)
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
         for batch in batches:
             with suppress(_StopForward):
-                model(batch)
+                model(batch.clone())
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return given, wanted
 
 

@@ -27,6 +27,15 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Shape = tuple[int, ...]
 
 
+def in_place_changes(tensor: Tensor | None) -> int:
+    """How often a tensor was changed in place; unknown, 0, where the model's own code enters inference mode.
+
+    >>> in_place_changes(torch.zeros(2).add_(1).relu_())
+    2
+    """
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 @dataclass
 class ModuleTrace:
     """What one module did in the pass of one image.
