@@ -139,25 +139,41 @@ def detach(model: nn.Module, name: str) -> None:
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` at ``name``; it remembers what stood there, unseen by parameters() and state_dict()."""
-    original = model.get_submodule(name)
-    if type(original).forward is nn.Sequential.forward:
+    old = model.get_submodule(name)
+    if type(old).forward is nn.Sequential.forward:
         new = nn.Sequential(new)
-    keep_attributes(original, new)
-    _set(model, name, new.train(original.training))
+    keep_attributes(old, new)
+    _set(model, name, new.train(old.training))
     like = reference_tensor(new, model)
-    vars(new)["replaced_module"] = (original, like.device, like.dtype)
+    vars(new)["replaced_module"] = (old, like.device, like.dtype)
+    new.register_load_state_dict_pre_hook(_fill_replaced)
+
+
+def _fill_replaced(new: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any], *_: object) -> None:
+    """Give the module that was put aside its weights too, where a state dict of the unedited model is loaded."""
+    old = original(new) if vars(new)["replaced_module"] else nn.Identity()  # copies to look at have none
+    shapes = {key: value.shape for key, value in old.state_dict().items()}
+    found = {key: state[prefix + key] for key in shapes if prefix + key in state}
+    if not shapes or shapes.keys() & new.state_dict().keys():  # whose weights would they be?
+        return
+    if {key: value.shape for key, value in found.items()} == shapes:
+        old.load_state_dict(found, assign=bool(metadata.get("assign_to_params_buffers")))
+        note_weights(old, filled=True)
 
 
 def swap_back(model: nn.Module, name: str) -> None:
-    """Put back what stood at ``name``, moved and switched as the model was meanwhile."""
+    """Put back what stood at ``name``, moved and switched as the model was meanwhile, and frozen if all of it is."""
     new = model.get_submodule(name)
-    original, *was = cast(Any, new).replaced_module
+    old, *was = cast(Any, new).replaced_module
     like = reference_tensor(new, model)
     if [like.device, like.dtype] != was:
-        original.to(like.device, like.dtype)
-    if original.training != new.training:
-        original.train(new.training)
-    _set(model, name, original)
+        old.to(like.device, like.dtype)
+    if old.training != new.training:
+        old.train(new.training)
+    learns = [parameter.requires_grad for parameter in model.parameters()]
+    if learns and not any(learns):
+        old.requires_grad_(False)
+    _set(model, name, old)
 
 
 def reference_tensor(module: nn.Module, model: nn.Module) -> Tensor:
