@@ -74,7 +74,7 @@ class ULSAM(nn.Module):
         groups: int = 4,
         *,
         form: Form = "equations",
-        momentum: float = MOMENTUM,
+        momentum: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -87,6 +87,8 @@ class ULSAM(nn.Module):
             raise UlsamError(f"groups={groups} does not divide {channels} channels; valid: {divisors(channels)}")
         if form not in get_args(Form):
             raise UlsamError(f"unknown form {form!r}; valid: {', '.join(get_args(Form))}")
+        if momentum is not None and not (form == "released" and 0 <= momentum <= 1):
+            raise UlsamError(f"momentum is BatchNorm's, 0 to 1, in the form released alone: not {momentum} in {form}")
         self.channels = channels
         self.groups = groups
         self.form: Form = form
@@ -94,8 +96,9 @@ class ULSAM(nn.Module):
         self.depthwise = nn.Conv2d(channels, channels, 1, groups=channels, bias=form != "equations", **made)
         self.pointwise = nn.Conv2d(channels, groups, 1, groups=groups, bias=form != "equations", **made)
         if form == "released":
-            self.depthwise_norm = nn.BatchNorm2d(channels, momentum=momentum, **made)
-            self.pointwise_norm = nn.BatchNorm2d(groups, momentum=momentum, **made)
+            made["momentum"] = MOMENTUM if momentum is None else momentum
+            self.depthwise_norm = nn.BatchNorm2d(channels, **made)
+            self.pointwise_norm = nn.BatchNorm2d(groups, **made)
 
     def attention(self, x: Tensor) -> Tensor:
         """The attention maps of ``x`` [B, C, H, W]: [B, groups, H, W], each summing to 1 over H*W.

@@ -219,7 +219,15 @@ def why_not_replace(module: nn.Module, flow: ModuleTrace, model: TracedModel) ->
         return f"changes the shape from {list(flow.input_shape)} to {list(cast(Shape, flow.output_shape))}"
     if next(module.parameters(), None) is None:
         return "has no parameters to save"
+    if any(map(_has_hooks, module.modules())):
+        return "has forward hooks, as those of features_only, which would no longer be called: remove them before"
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether someone looks at what a module is given or outputs; PyTorch's own hooks compute its weight."""
+    before = module._forward_pre_hooks.values()
+    return bool(module._forward_hooks) or any(not type(hook).__module__.startswith("torch.nn.utils") for hook in before)
 
 
 def _owners(model: nn.Module) -> Counter[int]:

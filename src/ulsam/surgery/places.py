@@ -65,6 +65,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     >>> unwrapped(nn.DataParallel(model)) is model
     True
     """
+    if not isinstance(model, nn.Module):
+        hint = "; ulsam.load gives (model, spec)" if isinstance(model, tuple) else ""
+        raise UlsamError(f"an edit is of a model, an nn.Module, not of {type(model).__name__}{hint}")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise UlsamError(
@@ -142,6 +145,8 @@ def words(at: At) -> list[str]:
     ['14', '17:1']
     """
     items: Iterable[str | int] = [at] if isinstance(at, str | int) else at
+    if not isinstance(items, Iterable) or not all(isinstance(item, str | int) for item in items):
+        raise UlsamError(f"a place is a name such as 'blocks.4.2', a layer number, or a list of them, not {at!r}")
     return [part.strip() for item in items for part in str(item).split(",")]
 
 
