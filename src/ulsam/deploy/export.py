@@ -151,6 +151,10 @@ def engine_of(
     channels, height, width = spec.input_size
     look = spec_transform(spec).preprocessing
     folded = fold(model, spec.input_size, channels_last=False).to("cpu").float()
+    with torch.no_grad():
+        outputs = list(folded(torch.zeros(1, channels, height, width)).shape[1:])
+    if outputs != [len(spec.classes)]:
+        raise UlsamError(f"the model gives {outputs} outputs an image, and its spec names {len(spec.classes)} classes")
     if half and to == "onnx":  # others do it themselves
         folded = InHalf(folded).eval()
     if dynamic_size:  # a map of one pixel in the example would be taken for one of a pixel whatever the size

@@ -127,7 +127,7 @@ def compared(
     Raises:
         UlsamError: ``run`` fails, or gives another number of classes.
     """
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     step = 1 if one_by_one else BATCH
     parities = []
     for first in [0, *range(1, len(images), step)]:
@@ -141,7 +141,7 @@ def compared(
                 f"the exported model fails on images of {size}: {first_line(error)}; nothing was written"
             ) from error
         with torch.no_grad(), eval_mode(model):
-            ours = model(torch.from_numpy(normalized).to(device)).float().cpu().numpy()
+            ours = model(torch.from_numpy(normalized).to(like.device, like.dtype)).float().cpu().numpy()
         parities.append(parity_of(theirs, ours))
     return sum(parities[1:], parities[0])
 

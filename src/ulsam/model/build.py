@@ -27,6 +27,7 @@ from ulsam.layer.ulsam import ULSAM
 from ulsam.model.hub import hub_folder, timm_weights
 from ulsam.model.presets import PLACEMENTS
 from ulsam.model.pretrained import HUB, LOCAL, class_names, is_hub_name, is_pretrained_name, means_file
+from ulsam.model.same_outputs import check_same_outputs
 from ulsam.model.spec import Json, ModelSpec
 from ulsam.model.timm_spec import check_base, make_spec, pretrained_config, spec_from
 from ulsam.model.trained import EXPORTED, locate, names
@@ -149,7 +150,7 @@ def save(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> Non
     """Write a self-describing model file: safetensors, with the spec in its metadata.
 
     Raises:
-        UlsamError: the model is not what the spec builds, or the file cannot be written.
+        UlsamError: the model is not what the spec builds, or computes something else, or the file cannot be written.
 
     >>> import tempfile
     >>> from ulsam.model.spec import Edit
@@ -160,7 +161,12 @@ def save(model: nn.Module, spec: ModelSpec, path: str | os.PathLike[str]) -> Non
     >>> same == spec, model.training
     (True, False)
     """
-    write_atomic(path, file_content(model, spec))
+    content = file_content(model, spec)
+    with torch.random.fork_rng([]):
+        built = build(spec)[0]
+    built.load_state_dict(model.state_dict())
+    check_same_outputs(model, built, spec.input_size)
+    write_atomic(path, content)
 
 
 def file_content(model: nn.Module, spec: ModelSpec) -> bytes:

@@ -232,12 +232,12 @@ def logits_of(model: nn.Module, transform: EvalTransform) -> Callable[[Pixels], 
     >>> logits_of(nn.Conv2d(3, 1, 8), look)(np.zeros((2, 8, 8, 3), np.uint8)).shape
     (2, 1, 1, 1)
     """
-    device = next(model.parameters()).device
+    like = next(model.parameters())
 
     @torch.no_grad()
     def logits(images: Pixels) -> Logits:
         with eval_mode(model):
-            found: Tensor = model(transform.normalize(torch.from_numpy(images).to(device)))
+            found: Tensor = model(transform.normalize(torch.from_numpy(images).to(like.device)).to(like.dtype))
         return found.float().cpu().numpy()
 
     return logits

@@ -60,7 +60,8 @@ def predict(
 
     Raises:
         NotFinite: the model's outputs are not finite.
-        UlsamError: ``top`` or ``batch`` is below 1, or what is given is no image at all.
+        UlsamError: it has another number of outputs than of classes, ``top`` or ``batch`` is below 1, or what is given
+            is no image at all.
 
     >>> look = Preprocessing((1, 1), "bilinear", 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     >>> def redness(images):
@@ -95,7 +96,12 @@ def _predictions(
                 inputs.append(preprocessing.crop(_pixels(image, preprocessing)))
             except UnreadableImage as error:
                 errors[place] = str(error)
-        found = iter(probabilities(logits(np.stack(inputs)), thresholds) if inputs else ())
+        outputs = logits(np.stack(inputs)) if inputs else np.empty((0, len(classes)), np.float32)
+        if outputs.shape[1:] != (len(classes),):
+            raise UlsamError(
+                f"the model gives {list(outputs.shape[1:])} outputs an image, and its spec names {len(classes)} classes"
+            )
+        found = iter(probabilities(outputs, thresholds) if inputs else ())
         for place, name in enumerate(names):
             if place in errors:
                 yield Prediction(name, error=errors[place])

@@ -12,7 +12,7 @@ from torch import nn
 
 from ulsam.base.extras import installed
 from ulsam.base.files import write_atomic, write_json
-from ulsam.model.build import save
+from ulsam.model.build import file_content
 from ulsam.model.spec import ModelSpec
 from ulsam.surgery.cost import Cost
 from ulsam.training.best import kept_lines
@@ -195,7 +195,7 @@ def write_result(run: Path, summary: TrainSummary, model: nn.Module, spec: Model
     Without a spec the weights alone are kept, in ``weights.safetensors``: nothing could build the model.
     """
     if spec is not None:
-        save(model, spec, run / "model.safetensors")
+        write_atomic(run / "model.safetensors", file_content(model, spec))
     else:
         state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
         write_atomic(run / "weights.safetensors", to_safetensors(state))
