@@ -84,8 +84,8 @@ def test_comparing(data: Path, tmp_path: Path) -> None:
 def test_slimming(budget: str, model: Path, data: Path, tmp_path: Path) -> None:
     share: dict[str, Any] = {budget: 0.97}
     settings = {**SETTINGS, "reconstruct_images": 8}
-    if budget == "latency":  # removed blocks save time on any machine
-        share |= {"layer": {"layer": "none"}, "latency_seconds": 0.0}
+    if budget == "latency":  # removed blocks save time on any machine, though not each in so short a measurement
+        share = {"latency": 0.999} | {"layer": {"layer": "none"}, "latency_seconds": 0.0}
     result = slim(model, data, tmp_path / "out", at="13,14,16,17", **share, settings=settings)
     assert ("timed" in result) == (budget == "latency") and "reconstructed" in result and "result" in result
     assert differences(result, ulsam.SlimResult) == []

@@ -94,6 +94,24 @@ def labelled(
     return Labelled(name, tuple(splits), False, None, read)
 
 
+def check_no_class(out: str | os.PathLike[str], data: str | os.PathLike[str]) -> None:
+    """Raise where a folder that is to be written lies among the class folders of a data set.
+
+    Raises:
+        UlsamError: it does; or as of :func:`labelled`.
+
+    >>> check_no_class("runs/birds", "torch/imagenet")
+    """
+    if not os.path.isdir(data):
+        return
+    for root in find_splits(data).values() or [Path(data)]:
+        if Path(out).resolve().is_relative_to(root.resolve()):
+            raise UlsamError(
+                f"{os.fspath(out)} lies among the class folders of {root}, and would be taken for one: name a folder "
+                "elsewhere"
+            )
+
+
 def splits_of(data: str | os.PathLike[str]) -> tuple[str, ...]:
     """The splits of an image folder or a table; empty if it has none.
 

@@ -85,8 +85,7 @@ def open_data(
             if note := imbalance_note(train.classes, counts[: len(train.classes)]):
                 notes.append(note)
         return train, val, notes
-    if class_names is not None:
-        raise UlsamError(f"`class_names` is for data sets by name, and {data} names its classes: leave it out")
+    check_no_names(data, class_names)
     chosen_by = seed if split_seed is None else split_seed
     return _open_local(data, data_dir, train_split, val_split, val_fraction, fold, chosen_by)
 
@@ -104,6 +103,16 @@ def unlabeled(folder: str | os.PathLike[str]) -> FolderImages:
     if not os.path.isdir(folder):
         raise UlsamError(f"no folder {os.fspath(folder)}")
     return FolderImages(SampleList((path, 0) for path in image_paths([os.fspath(folder)])), ("unlabeled",), "unlabeled")
+
+
+def check_no_names(data: str, class_names: str | None) -> None:
+    """Raise where class names are given for an image folder or a table.
+
+    Raises:
+        UlsamError: they are.
+    """
+    if class_names is not None:
+        raise UlsamError(f"`class_names` is for data sets by name, and {data} names its classes: leave it out")
 
 
 def is_named(data: str) -> bool:
@@ -141,6 +150,7 @@ def open_split(
         if classes is not None:
             images.number_like(classes, by_number)
         return images
+    check_no_names(data, class_names)
     found = labelled(data, data_dir=data_dir, several=several)
     folder = found.read(name, min_classes=1)
     if classes is not None:

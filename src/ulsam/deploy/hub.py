@@ -53,6 +53,8 @@ def push(model: str | os.PathLike[str], target: str | os.PathLike[str], *, priva
     trained, spec = load(file)
     name = os.fspath(target)
     if not name.startswith(HUB):
+        if private:
+            raise UlsamError("`private` is for hf-hub:USER/NAME: a folder is uploaded by nobody")
         check_empty(Path(target))
         with whole_folder(Path(target)) as folder:
             _write(folder, file, trained, spec, f"USER/{Path(os.path.abspath(target)).name}")

@@ -11,6 +11,7 @@ from ulsam.base.extras import check_plots
 from ulsam.base.logs import say
 from ulsam.base.packed import check_packed_name
 from ulsam.base.provenance import command_line
+from ulsam.data.labelled import check_no_class
 from ulsam.study.arms import check_arms, check_choosing, check_shared, parse_arms
 from ulsam.study.compare_report import measure_latency, summarize, write_reports
 from ulsam.study.compare_result import CompareResult
@@ -94,6 +95,8 @@ def compare(
     check_plots("ulsam compare")
     if launcher == "ray":
         require_ray()
+    elif ray_address is not None:
+        raise UlsamError("`ray_address` is for the launcher ray")
     if jobs is not None and jobs < 1:
         raise UlsamError(f"`jobs` must be 1 or more, not {jobs}")
     parsed = parse_arms(arms)
@@ -109,6 +112,7 @@ def compare(
     if grid.choosing:
         check_choosing(shared, choose_split)
     check_arms(parsed, shared)
+    check_no_class(out, shared.data)
     comparison, digest = ComparisonFolder(out), data_digest(shared, choose_split)
     files = file_digests(arm.config(shared) for arm in parsed)
     with comparison.locked():

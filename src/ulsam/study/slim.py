@@ -16,6 +16,7 @@ from ulsam.base.files import read_json, write_atomic
 from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
 from ulsam.data.class_numbers import class_numbers
+from ulsam.data.labelled import check_no_class
 from ulsam.data.loading import eval_loader
 from ulsam.data.sources import AnyImages, check_one_class
 from ulsam.model.build import file_content
@@ -150,6 +151,7 @@ def slim(
     spec.check_one_class("slimming")
     file = out / ORIGINAL if isinstance(model, nn.Module) or is_pretrained_name(model) else model
     config = fine_tuning(file, spec, os.fspath(data), cast(Mapping[str, Any], settings or {}))
+    check_no_class(out, data)
     with _resumable(out):
         record = _choose(asked, out, original, spec, config, locate(file))
         chosen = [*config.edits, asked.edit(record.data["chosen"]["blocks"])]

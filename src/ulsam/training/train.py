@@ -9,6 +9,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from ulsam.base.files import make_folder, write_atomic
+from ulsam.data.labelled import check_no_class
 from ulsam.training import restore
 from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import read_checkpoint
@@ -72,6 +73,7 @@ def train(
         if world.writes:
             check_idle(run)
         restore.check_free(run)
+        check_no_class(run, config.data)
         trainer = Trainer(config, run, world, model=prepared, callbacks=callbacks)
         trainer.prepare()  # before the folder is made: most mistakes show here
         if world.writes:
