@@ -72,9 +72,8 @@ def _tool_of_folder(root: Path, below: bool) -> str | None:
     """The tool of a data set that lies in a folder, or with ``below`` in a folder of it."""
     names = subfolders(root)
     for place in [root, *(root / name for name in names if below)]:
-        if (place / "images").is_dir() and (place / "labels").is_dir() and _has_boxes(place / "labels"):
-            return "YOLO"
-        if _has_boxes_beside(place):
+        in_folders = (place / "images").is_dir() and (place / "labels").is_dir() and _has_boxes(place / "labels")
+        if in_folders or _has_boxes_beside(place):
             return "YOLO"
         if any((place / images).is_dir() and next((place / marks).glob("*.xml"), None) for images, marks in _VOC):
             return "Pascal VOC"

@@ -22,6 +22,7 @@ from ulsam.model.spec import ModelSpec
 from ulsam.runtime import CLASSES, PRECISION, PREPROCESSING, SPEC, THRESHOLDS, VERSION
 from ulsam.surgery.fold import fold
 from ulsam.training.evaluate import spec_transform
+from ulsam.training.predict import check_outputs
 
 Format = Literal["onnx", "openvino", "executorch", "coreml", "tflite"]
 
@@ -152,9 +153,7 @@ def engine_of(
     look = spec_transform(spec).preprocessing
     folded = fold(model, spec.input_size, channels_last=False).to("cpu").float()
     with torch.no_grad():
-        outputs = list(folded(torch.zeros(1, channels, height, width)).shape[1:])
-    if outputs != [len(spec.classes)]:
-        raise UlsamError(f"the model gives {outputs} outputs an image, and its spec names {len(spec.classes)} classes")
+        check_outputs(folded(torch.zeros(1, channels, height, width)).shape, spec.classes)
     if half and to == "onnx":  # others do it themselves
         folded = InHalf(folded).eval()
     if dynamic_size:  # a map of one pixel in the example would be taken for one of a pixel whatever the size

@@ -90,11 +90,11 @@ def hub_config(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
     """
     from timm.models._hub import save_config_for_hf  # which its own upload calls
 
-    other: Any = copy.copy(model)  # as timm would write it, but with the model's own channels
-    other.pretrained_cfg = {**other.pretrained_cfg, "mean": spec.mean, "std": spec.std}
+    plain: Any = copy.copy(model)  # as timm would write it, but with the model's own channels
+    plain.pretrained_cfg = {**plain.pretrained_cfg, "mean": spec.mean, "std": spec.std}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        save_config_for_hf(other, str(path), {"label_names": list(spec.classes)}, dict(spec.model_args))
+        save_config_for_hf(plain, str(path), {"label_names": list(spec.classes)}, dict(spec.model_args))
         config = read_json(path)
     pretrained = config["pretrained_cfg"]
     for other in ("test_input_size", "test_crop_pct", "pool_size", "license", "tag"):  # of the base model's weights

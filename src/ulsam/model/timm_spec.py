@@ -79,9 +79,9 @@ def spec_from(
 
 def check_base(base: str) -> None:
     """Raise UlsamError unless timm has a model of this name, with the nearest ones."""
-    if not timm.is_model(base) and os.path.exists(base):
-        raise UlsamError(f"timm has no model {base!r}; to start from a trained model name its file as `weights`")
     if not timm.is_model(base):
+        if os.path.exists(base):
+            raise UlsamError(f"timm has no model {base!r}; to start from a trained model name its file as `weights`")
         near = difflib.get_close_matches(base, timm.list_models(), n=3)
         raise UlsamError(f"timm has no model {base!r}{'; nearest: ' + ', '.join(near) if near else ''}")
     try:

@@ -63,9 +63,8 @@ class Budget:
         if not 0 <= self.latency_seconds < math.inf:
             raise UlsamError(f"`latency_seconds` must be 0 or more, not {self.latency_seconds}")
         timing = ("engine", "latency_batch", "latency_threads")
-        if self.measure != "latency" and (
-            given := [name for name in timing if getattr(self, name) != getattr(type(self), name)]
-        ):
+        given = [name for name in timing if getattr(self, name) != getattr(type(self), name)]
+        if given and self.measure != "latency":
             raise UlsamError(f"`{given[0]}` is how time is taken, for a budget of `latency`, not of `{self.measure}`")
         if self.reconstruct_sets < 0:
             raise UlsamError(f"`reconstruct_sets` must be 0 or more, not {self.reconstruct_sets}")

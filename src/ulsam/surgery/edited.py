@@ -151,7 +151,10 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> None:
 
 def _fill_replaced(new: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any], *_: object) -> None:
     """Give the module that was put aside its weights too, where a state dict of the unedited model is loaded."""
-    old = original(new) if vars(new).get("replaced_module") else nn.Identity()  # copies to look at or train have none
+    held = vars(new).get("replaced_module")
+    if not held:  # a copy to look at, or to train
+        return
+    old = held[0]
     shapes = {key: value.shape for key, value in old.state_dict().items()}
     found = {key: state[prefix + key] for key in shapes if prefix + key in state}
     if not shapes or shapes.keys() & new.state_dict().keys():  # whose weights would they be?

@@ -96,17 +96,30 @@ def _predictions(
                 inputs.append(preprocessing.crop(_pixels(image, preprocessing)))
             except UnreadableImage as error:
                 errors[place] = str(error)
-        outputs = logits(np.stack(inputs)) if inputs else np.empty((0, len(classes)), np.float32)
-        if outputs.shape[1:] != (len(classes),):
-            raise UlsamError(
-                f"the model gives {list(outputs.shape[1:])} outputs an image, and its spec names {len(classes)} classes"
-            )
-        found = iter(probabilities(outputs, thresholds) if inputs else ())
+        found: Iterator[NDArray[np.float32]] = iter(())
+        if inputs:
+            outputs = logits(np.stack(inputs))
+            check_outputs(outputs.shape, classes)
+            found = iter(probabilities(outputs, thresholds))
         for place, name in enumerate(names):
             if place in errors:
                 yield Prediction(name, error=errors[place])
             else:
                 yield Prediction(name, chosen(next(found), classes, top, thresholds))
+
+
+def check_outputs(shape: Sequence[int], classes: Sequence[str]) -> None:
+    """Raise unless outputs of this shape are [B, classes].
+
+    Raises:
+        UlsamError: they are not.
+
+    >>> check_outputs((16, 2), ["sun", "wind"])
+    """
+    if list(shape[1:]) != [len(classes)]:
+        raise UlsamError(
+            f"the model gives {list(shape[1:])} outputs an image, and its spec names {len(classes)} classes"
+        )
 
 
 def chosen(
