@@ -101,6 +101,15 @@ def test_the_base_models_weights_reach_the_blocks_that_were_put_aside() -> None:
     assert all(torch.equal(value, state[name]) for name, value in undone.items())
 
 
+def test_old_files_lack_the_counters_of_batch_norm() -> None:
+    blocks = [nn.Sequential(nn.Conv2d(n, 8, 3, padding=1), nn.BatchNorm2d(8)) for n in (3, 8)]
+    model = nn.Sequential(*copy.deepcopy(blocks))
+    state = {name: torch.rand_like(value) for name, value in model.state_dict().items() if "tracked" not in name}
+    ulsam.remove(model, "1", input_size=SIZE).load_state_dict(state, strict=False)
+    undone = ulsam.undo(model).state_dict()
+    assert all(torch.equal(undone[name], value) for name, value in state.items())
+
+
 def test_weights_of_an_edited_model_are_not_those_of_the_block_before_it() -> None:
     """Its new layer has the same names and shapes as the block in whose place it stands."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), timm.layers.SEModule(8))

@@ -19,7 +19,7 @@ from ulsam.base.files import check_readable
 from ulsam.base.logs import say
 from ulsam.base.reading import open_regular
 from ulsam.model.trained import EXPORTED, locate
-from ulsam.surgery.edited import changes, note_weights
+from ulsam.surgery.edited import are_whole, changes, note_weights
 
 Entries = dict[str, Tensor]
 
@@ -159,7 +159,7 @@ def _fill_put_aside(model: nn.Module, filling: Mapping[str, Tensor]) -> None:
         names = {key: f"{place}.{key}" for key in old.state_dict()}
         filled = {key: filling[name] for key, name in names.items() if name in filling}
         old.load_state_dict(filled, strict=False)
-        note_weights(old, all(key in filled for key in names if not key.endswith("num_batches_tracked")))
+        note_weights(old, are_whole(old, filled))
 
 
 def _adapted(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -5,7 +5,7 @@ The rules of who may be edited are in `ulsam.surgery.edit`.
 
 import copy
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -127,6 +127,15 @@ def lacks_weights(old: nn.Module) -> bool:
     return vars(old).get(_WEIGHTS) is False
 
 
+def are_whole(old: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are all weights of a module; BatchNorm's counters, which old files lack, may be missing.
+
+    >>> are_whole(nn.BatchNorm2d(2, affine=False), {"running_mean": torch.zeros(2), "running_var": torch.ones(2)})
+    True
+    """
+    return all(key in weights for key in old.state_dict() if not key.endswith("num_batches_tracked"))
+
+
 def attach(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put ``layer`` behind its host, the module before ``.ulsam`` in ``name``."""
     attach_layer(model.get_submodule(name.removesuffix(".ulsam")), layer)
@@ -155,12 +164,12 @@ def _fill_replaced(new: nn.Module, state: dict[str, Tensor], prefix: str, metada
     if not held:  # a copy to look at, or to train
         return
     old = held[0]
-    shapes = {key: value.shape for key, value in old.state_dict().items()}
-    found = {key: state[prefix + key] for key in shapes if prefix + key in state}
-    if not shapes or shapes.keys() & new.state_dict().keys():  # whose weights would they be?
+    own = old.state_dict()
+    found = {key: value for key in own if (value := state.get(prefix + key)) is not None}
+    if not found or own.keys() & new.state_dict().keys():  # whose weights would they be?
         return
-    if {key: value.shape for key, value in found.items()} == shapes:
-        old.load_state_dict(found, assign=bool(metadata.get("assign_to_params_buffers")))
+    if are_whole(old, found) and all(value.shape == own[key].shape for key, value in found.items()):
+        old.load_state_dict(found, strict=False, assign=bool(metadata.get("assign_to_params_buffers")))
         note_weights(old, filled=True)
 
 
