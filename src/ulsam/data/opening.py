@@ -85,7 +85,7 @@ def open_data(
             if note := imbalance_note(train.classes, counts[: len(train.classes)]):
                 notes.append(note)
         return train, val, notes
-    check_no_names(data, class_names)
+    _check_no_names(data, class_names)
     chosen_by = seed if split_seed is None else split_seed
     return _open_local(data, data_dir, train_split, val_split, val_fraction, fold, chosen_by)
 
@@ -105,7 +105,7 @@ def unlabeled(folder: str | os.PathLike[str]) -> FolderImages:
     return FolderImages(SampleList((path, 0) for path in image_paths([os.fspath(folder)])), ("unlabeled",), "unlabeled")
 
 
-def check_no_names(data: str, class_names: str | None) -> None:
+def _check_no_names(data: str, class_names: str | None) -> None:
     """Raise where class names are given for an image folder or a table.
 
     Raises:
@@ -150,7 +150,7 @@ def open_split(
         if classes is not None:
             images.number_like(classes, by_number)
         return images
-    check_no_names(data, class_names)
+    _check_no_names(data, class_names)
     found = labelled(data, data_dir=data_dir, several=several)
     folder = found.read(name, min_classes=1)
     if classes is not None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.eval_mode import eval_mode
+from ulsam.surgery.edited import reference_tensor
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def check_same_outputs(model: nn.Module, other: nn.Module, input_size: Sequence[
     Traceback (most recent call last):
     ulsam.base.errors.UlsamError: the model computes something else than what its spec builds, ...
     """
-    like = next(model.parameters(), torch.empty(0))
+    like = reference_tensor(model, model)
     image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     try:
         ours, theirs = (_outputs(one, image) for one in (model, other.to(like.device, like.dtype)))

@@ -140,11 +140,12 @@ class _Call:
     ended: int = -1
     given: Tensor | None = None
     output: Tensor | None = None
-    versions: tuple[int, int] = (0, 0)  # how often each of the two was changed in place by then
+    given_changes: int = 0  # of the tensor, in place, by then
+    output_changes: int = 0
 
     def feeds(self, other: "_Call") -> bool:
         """Whether the output is what goes into the other call, and nothing has changed it in between."""
-        return self.output is not None and self.output is other.given and self.versions[1] == other.versions[0]
+        return self.output is not None and self.output is other.given and self.output_changes == other.given_changes
 
 
 def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
@@ -156,7 +157,7 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             given = _four_dimensional(args[0] if len(args) == 1 else None)
-            running.append(_Call(name, module, next(clock), given=given, versions=(in_place_changes(given), 0)))
+            running.append(_Call(name, module, next(clock), given=given, given_changes=in_place_changes(given)))
             calls.append(running[-1])
 
         return hook
@@ -164,7 +165,7 @@ def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
     def leave(_: nn.Module, args: Any, output: Any) -> None:
         call = running.pop()
         call.ended, call.output = next(clock), _four_dimensional(output)
-        call.versions = (call.versions[0], in_place_changes(call.output))
+        call.output_changes = in_place_changes(call.output)
 
     handles = []
     for name, module in model.named_modules():
