@@ -294,6 +294,7 @@ def test_compiled_and_not_folded_models_leave_no_process(folder, tmp_path):
         ("{folder}/model.onnx --seconds nan", "--seconds must be 0 or more, not nan"),
         ("{folder}/model.onnx {folder}/model.onnx", "model given twice: "),
         ("{folder}/model.onnx --backends eager", "nothing to run: eager of PyTorch run no ONNX files"),
+        ("{folder}/model.onnx --no-fold --backends onnxruntime", "--no-fold is for eager and compile: "),
         ("{folder}/model.onnx --size 64", "--size 64: {folder}/model.onnx was exported for images of 32x32"),
         ("{folder}/none.safetensors", "no model file {folder}/none.safetensors"),
         ("{folder}/none.onnx", "no exported model {folder}/none.onnx"),

@@ -215,6 +215,10 @@ def test_an_arm_of_which_every_try_fails_has_failed(data: Path, tmp_path: Path) 
     [
         (["DATA", "--arm", "base"], "needs two arms or more"),
         (["DATA", "--arm", "base", "--arm", "insert nowhere"], "the arm 'insert nowhere g=4' cannot be built"),
+        (
+            ["DATA", "--arm", "base", "--arm", "size=24", "--rates", "0.1,0.2", "--tried-within", "2"],
+            "--tried-within needs several learning rates and several numbers of epochs to try",
+        ),
         (["DATA", "--arm", "base", "--arm", "size=24", "--jobs", "0"], "--jobs must be 1 or more"),
         (["DATA", "--arm", "base", "--arm", "size=24", "--rates", "0.1,x"], "no list of numbers"),
         (["--arm", "base", "--arm", "size=24"], "no data given"),

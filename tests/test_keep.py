@@ -213,6 +213,14 @@ def test_what_no_epoch_could_decide_is_not_said_to_be_chosen() -> None:
     ]
 
 
+def test_one_measured_epoch_is_no_choice() -> None:
+    measured = [None, None, 0.5]
+    rows = [{"epoch": number, "val_top1": top1, "val_loss": 1.0} for number, top1 in enumerate(measured, 1)]
+    kept = kept_entry(TrainConfig("birds", keep="best", epochs=3, val_every=3), rows, "held-out")
+    assert (kept["epoch"], kept["best"], kept["chosen_on"]) == (3, 3, None)
+    assert kept_lines(kept, 3) == []
+
+
 def test_a_report_says_that_the_score_chose_the_epoch(data: Path, tmp_path: Path) -> None:
     train(config(data, keep="best", epochs=2), tmp_path / "best")
     written = report_runs([str(tmp_path / "best")], tmp_path / "report.html", images=False)

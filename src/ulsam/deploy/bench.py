@@ -69,6 +69,8 @@ def bench(
     ulsam.base.errors.UlsamError: unknown backend 'tensorrt'; valid: eager, compile, onnxruntime, openvino
     """
     _check(models, backends, batches, threads, seconds)
+    if not fold and not {"eager", "compile"} & set(backends):
+        raise UlsamError("`fold=False` is for eager and compile: what is exported is always folded, so leave it out")
     rows: list[BenchRow] = []
     with _folder(out) as result, tempfile.TemporaryDirectory() as scratch:
         opened = []

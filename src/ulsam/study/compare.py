@@ -38,7 +38,7 @@ def compare(
     rates: Sequence[float] = (),
     tried_epochs: Sequence[int] = (),
     tried_seeds: int = 1,
-    tried_within: float = TRIED_WITHIN,
+    tried_within: float | None = None,
     choose_split: str | None = None,
     settings: TrainSettings | Mapping[str, Any] | None = None,
     jobs: int | None = None,
@@ -65,7 +65,7 @@ def compare(
         tried_epochs: numbers of epochs to try, likewise.
         tried_seeds: how many seeds of each try, which hold out other images each; the best mean is chosen.
         tried_within: share of top-1: rates that are this near to the best one at the first of ``tried_epochs`` are
-            tried at the others too.
+            tried at the others too; None: 0.01.
         choose_split: the split of ``data`` to choose on, instead of held-out training images; the final runs are
             measured on another one.
         settings: of `ulsam.training.config.TrainConfig`, shared by all arms.
@@ -108,7 +108,10 @@ def compare(
         else dataclasses.replace(shared, threads=shared.threads or 1)
     )
     tried = (tuple(map(float, rates)), tuple(tried_epochs))
-    grid = Grid(parsed, shared, *tried, seeds, tried_seeds, choose_split, tried_within)
+    if tried_within is not None and min(map(len, tried)) < 2:
+        raise UlsamError("`tried_within` needs several learning rates and several numbers of epochs to try")
+    near = TRIED_WITHIN if tried_within is None else tried_within
+    grid = Grid(parsed, shared, *tried, seeds, tried_seeds, choose_split, near)
     if grid.choosing:
         check_choosing(shared, choose_split)
     check_arms(parsed, shared)

@@ -94,13 +94,14 @@ def kept_entry(config: TrainConfig, rows: Sequence[EpochEntry], split: str) -> K
     """
     best = best_row(rows)
     last = rows[-1]["epoch"]
-    chosen = config.keep == "best" or last < config.epochs
+    several = sum(_score(row) is not None for row in rows) > 1
+    chosen = several and (config.keep == "best" or last < config.epochs)
     return {
         "keep": config.keep,
         "epoch": best["epoch"] if best and config.keep == "best" else last,
         "trained": last,
         "best": best and best["epoch"],
-        "chosen_on": split if chosen and best else None,
+        "chosen_on": split if chosen else None,
     }
 
 

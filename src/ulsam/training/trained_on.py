@@ -107,7 +107,7 @@ def _training_images(run: TrainConfig) -> Callable[[str], bool] | None:
 
 def _chosen_on(run: TrainConfig) -> tuple[str, frozenset[str]]:
     """What a run chose by its score on its validation images, and these; none without a folder of them."""
-    epoch = run.keep == "best" or bool(run.patience)
+    epoch = (run.keep == "best" or bool(run.patience)) and run.val_every < run.epochs
     if not epoch and not is_table(run.data):  # only a table may have several labels an image, and so thresholds
         return "", frozenset()
     images = _images(run, 1)
