@@ -199,14 +199,43 @@ IMAGES = [torch.zeros(2, *SIZE)]
         (lambda model: ulsam.reconstruct(model, [IMAGES[0].numpy()]), "a tensor, not of ndarray"),
         (lambda model: ulsam.reconstruct(model, [IMAGES[0].byte()]), "a batch is uint8 [2, 3, 16, 16]: give one"),
         (lambda model: ulsam.reconstruct(model, [IMAGES[0][:0]]), "a batch is float32 [0, 3, 16, 16]: give one"),
-        (lambda model: ulsam.reconstruct(model, IMAGES, steps=0), "must be above 0, not 0 and 0.001"),
-        (lambda model: ulsam.reconstruct(model, IMAGES, rate=-1), "must be above 0, not 500 and -1"),
+        (lambda model: ulsam.reconstruct(model, IMAGES, steps=0), "above 0, not 0 and 0.001"),
+        (lambda model: ulsam.reconstruct(model, IMAGES, steps=1.5), "`steps` is a whole number above 0 and `rate` one"),
+        (lambda model: ulsam.replace(model, "1", groups=True), "channels and groups are whole numbers, not 8 and True"),
+        (
+            lambda model: ulsam.replace(model, "1", layer="inverted_residual", width=True),
+            "whole numbers, not 8 and True",
+        ),
+        (lambda model: ulsam.reconstruct(model, IMAGES, rate=-1), "above 0, not 500 and -1"),
     ],
 )
 def test_a_slip_is_one_line(call: Callable[[nn.Module], object], message: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
     with pytest.raises(UlsamError) as caught:
         call(model)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Pair(nn.Conv2d):
+    """A model of two images."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return super().forward(left) + super().forward(right)
+
+
+@pytest.mark.parametrize("call", [ulsam.cost, ulsam.fold, lambda model: ulsam.insert(model, "0", groups=1)])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Sequential(Pair(3, 4, 1)), "does not run on one image of [3, 224, 224] (C, H, W): Pair.forward()"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), "without a shape yet (0.weight): run it on a batch first"),
+    ],
+)
+def test_a_model_that_cannot_be_run_on_an_image_is_named(
+    call: Callable[[nn.Module], object], model: Callable[[], nn.Module], message: str
+) -> None:
+    with pytest.raises(UlsamError) as caught:
+        call(model())
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

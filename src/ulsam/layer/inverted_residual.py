@@ -42,7 +42,7 @@ class InvertedResidual(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not (isinstance(channels, SupportsIndex) and isinstance(width, SupportsIndex)):
+        if not all(isinstance(n, SupportsIndex) and not isinstance(n, bool) for n in (channels, width)):
             raise UlsamError(f"channels and width are whole numbers, not {channels!r} and {width!r}")
         if width < 1:
             raise UlsamError(f"width must be 1 or more, not {width}")

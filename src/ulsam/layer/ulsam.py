@@ -79,7 +79,7 @@ class ULSAM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not (isinstance(channels, SupportsIndex) and isinstance(groups, SupportsIndex)):
+        if not all(isinstance(n, SupportsIndex) and not isinstance(n, bool) for n in (channels, groups)):
             raise UlsamError(f"channels and groups are whole numbers, not {channels!r} and {groups!r}")
         if channels < 1:
             raise UlsamError(f"channels must be 1 or more, not {channels}")

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.layer.ulsam import ULSAM
 from ulsam.surgery.edited import is_followed
-from ulsam.surgery.trace import default_input_size, in_place_changes
+from ulsam.surgery.trace import cannot_run, check_initialized, default_input_size, in_place_changes
 
 ItemT = TypeVar("ItemT")
 ConvNorm = tuple[nn.Conv2d, nn.BatchNorm2d]
@@ -51,7 +51,8 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
         channels_last: the memory layout of the convolutions' weights; maps follow it.
 
     Raises:
-        UlsamError: the model cannot be copied, outputs no tensor, or does not run in channels_last.
+        UlsamError: the model cannot be copied, does not run on such images, outputs no tensor, or does not run in
+            channels_last.
 
     >>> import timm
     >>> model = timm.create_model("mobilenetv1_100").eval()
@@ -59,6 +60,7 @@ def fold(model: nn.Module, input_size: Sequence[int] | None = None, *, channels_
     >>> any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     False
     """
+    check_initialized(model)
     size = tuple(input_size or default_input_size(model))
     like = next((one for one in model.parameters() if one.is_floating_point()), torch.empty(0))
     exact = torch.promote_types(like.dtype, torch.float32)
@@ -85,7 +87,10 @@ def _fold(model: nn.Module, size: Sequence[int], like: Tensor, exact: torch.dtyp
     dtypes = {name: tensor.dtype for name, tensor in _tensors(folded)}
     _cast(folded, lambda _: exact)
     x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(like.device, exact)
-    pairs, expected = _pairs(folded, x)
+    try:
+        pairs, expected = _pairs(folded, x)
+    except Exception as error:  # of the model's own code
+        raise cannot_run(model, size, error, given=True) from error
     if not expected:
         raise UlsamError(f"this {type(model).__name__} outputs no tensor, so folding cannot be checked")
     if channels_last:

@@ -97,8 +97,8 @@ def reconstruct(
     """
     if scope not in get_args(Scope):
         raise UlsamError(f"unknown scope {scope!r}; valid: {', '.join(get_args(Scope))}")
-    if steps < 1 or not rate > 0:
-        raise UlsamError(f"`steps` and `rate` must be above 0, not {steps} and {rate:g}")
+    if type(steps) is not int or steps < 1 or not rate > 0:
+        raise UlsamError(f"`steps` is a whole number above 0 and `rate` one above 0, not {steps!r} and {rate!r}")
     batches = list_of_batches(batches)
     if not edited_blocks(model):
         return []

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -92,6 +94,27 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     return known if type(known) is int else first, height, width
 
 
+def check_initialized(model: nn.Module) -> None:
+    """Raise UlsamError where lazy modules wait for a first batch to make their parameters.
+
+    >>> check_initialized(nn.LazyConv2d(8, 3))
+    Traceback (most recent call last):
+    ulsam.base.errors.UlsamError: this LazyConv2d has parameters without a shape yet (weight): run it on a batch first
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            what = f"this {type(model).__name__} has parameters without a shape yet ({name})"
+            raise UlsamError(f"{what}: run it on a batch first")
+
+
+def cannot_run(model: nn.Module, size: Sequence[int], failure: Exception, *, given: bool) -> UlsamError:
+    """What to raise where a forward pass on an image of this size (C, H, W) fails; ``given``: by the caller."""
+    hint = "; pass input_size, or wrap a model that takes anything but one image" * (not given)
+    return UlsamError(
+        f"{type(model).__name__} does not run on one image of {list(size)} (C, H, W): {first_line(failure)}{hint}"
+    )
+
+
 def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str, ModuleTrace]:
     """Send one image through a copy of ``model`` in eval mode; the flow of every module by name ("" = the model).
 
@@ -107,6 +130,7 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
     >>> flow["0"].input_shape, flow["0"].output_shape, flow["0"].macs
     ((1, 3, 12, 12), (1, 8, 10, 10), 21600)
     """
+    check_initialized(model)
     size = default_input_size(model) if input_size is None else input_size
     if not isinstance(size, Sequence) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
         raise UlsamError(f"input_size is C, H, W of one image, three whole numbers, not {size!r}")
@@ -123,10 +147,7 @@ def trace(model: nn.Module, input_size: Sequence[int] | None = None) -> dict[str
                 return _pass(_copy(model, device), _image(model, size, device))
         except Exception as error:  # whatever the model's own code raises at this size
             failure = error
-    raise UlsamError(
-        f"{type(model).__name__} does not run on one image of {list(size)} (C, H, W): {first_line(failure)}"
-        + ("; pass input_size" if input_size is None else "")
-    ) from failure
+    raise cannot_run(model, size, failure, given=input_size is not None) from failure
 
 
 def _pass(shadow: nn.Module, image: Tensor) -> dict[str, ModuleTrace]:
