@@ -4,12 +4,14 @@
    trained; the rate that does best on those on which it was measured is taken. A single rate is taken as it is.
 2. The base model of each final run is slimmed at this rate, on all training images, and measured once on the images
    on which the comparison measured the base. Beside it the base model is trained on in the same way, with itself as the
-   teacher and no block replaced: what the further epochs bring without slimming. Several budgets share these runs.
+   teacher and no block replaced, at a rate of its own, chosen likewise: what the further epochs bring without slimming.
+   Several budgets share these runs.
 3. With --package the slimmed model of the first seed becomes the package's, whichever seed is the best, with
    convolutions and classifier in half precision; it is measured once more. It is known by its name once there is a
    card, NAME.md, beside it.
 
-The committed results are of narrow inverted residuals, chosen by their damage alone.
+The committed results are of narrow inverted residuals, chosen by their damage alone, and of models trained on at the
+rate that was chosen for the slimmed ones.
 
 results/slimmed_NAME.json holds every figure, results/slimmed_NAME.jsonl.gz what was chosen with each seed and the
 summaries of the runs. What is done is not done again.
@@ -101,22 +103,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs}
         return {"model": comparison.folder(run) / "model.safetensors", "out": folder, "settings": settings}
 
-    best, tries = args.rates[0], {}
+    best = further = args.rates[0]
+    tries, tries_further = {}, {}
     if len(args.rates) > 1:
         jobs = [job(whole, lr, place / f"choose-{lr:g}") | asked for lr in args.rates]
         _decide(jobs)
-        tried = dict(zip(args.rates, _in_processes([(slim, each) for each in jobs], args.jobs), strict=True))
-        tries = {lr: found["result"] for lr, found in tried.items()}
-        scores = {lr: result["slimmed"] for lr, result in tries.items()}
-        ranked = [Try(lr, args.epochs, score["top1"], loss=score["loss"]) for lr, score in scores.items()]
-        best = max(ranked, key=lambda entry: entry.rank).rate  # as a comparison chooses
-        if edge := at_the_edge(ranked):
-            print(f"note: the best rate is the {edge} of those tried: give more --rates")
+        on = [job(whole, lr, root / "trained-on" / f"choose-{lr:g}-{args.epochs}") for lr in args.rates]
+        calls = [(slim, each) for each in jobs] + [(_train_on, each | {"data": grid.shared.data}) for each in on]
+        found = _in_processes(calls, args.jobs)[: len(jobs)]
+        tries = {lr: each["result"] for lr, each in zip(args.rates, found, strict=True)}
+        tries_further = {lr: _summary(each["out"])["scores"] for lr, each in zip(args.rates, on, strict=True)}
+        best = _best_rate({lr: result["slimmed"] for lr, result in tries.items()}, args.epochs, "slimmed")
+        further = _best_rate(tries_further, args.epochs, "trained on")
     seeds = [run.config.seed for run in finals]
     jobs = [job(run, best, place / f"seed-{run.config.seed}") | asked for run in finals]
     if "latency" in wanted:  # nothing else may run while blocks are timed
         _in_processes([(slim, {**each, "fine_tune": False}) for each in jobs], 1)
-    on = [job(run, best, root / "trained-on" / f"seed-{run.config.seed}-{best:g}-{args.epochs}") for run in finals]
+    on = [
+        job(run, further, root / "trained-on" / f"seed-{run.config.seed}-{further:g}-{args.epochs}") for run in finals
+    ]
     calls = [(slim, each) for each in jobs] + [(_train_on, each | {"data": grid.shared.data}) for each in on]
     done = _in_processes(calls, args.jobs)[: len(jobs)]
 
@@ -152,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "slimmed": {**_scores(after), "cost": after[first]["cost"]},
         "slimmed_costs": [run["cost"] for run in after.values()],
         "whole_cost": before[first]["cost"],
-        "longer": _scores(longer),
+        "longer": {"lr": further, "epochs": args.epochs, **_scores(longer)},
+        "tries_longer": {f"{lr:g}": scores["top1"] for lr, scores in tries_further.items()},
         **{name: dataclasses.asdict(found) for name, found in compared.items() if found},
         "latency": {
             "processor": processor(),
@@ -198,6 +204,14 @@ def base_runs(grid: Grid, comparison: ComparisonFolder, most: int | None = None)
         ):
             raise UlsamError(f"{run} is not finished: continue with ulsam compare")
     return runs[0], runs[1:]
+
+
+def _best_rate(scores: dict[float, Any], epochs: int, what: str) -> float:
+    """The learning rate with the best scores, as a comparison chooses."""
+    ranked = [Try(lr, epochs, score["top1"], loss=score["loss"]) for lr, score in scores.items()]
+    if edge := at_the_edge(ranked):
+        print(f"note: the best rate of the models {what} is the {edge} of those tried: give more --rates")
+    return max(ranked, key=lambda entry: entry.rank).rate
 
 
 def pack(model: nn.Module, spec: ModelSpec, target: Path) -> None:

@@ -20,7 +20,8 @@ SUMMED_UP = ("cub100_macs75", "grocery81_macs75")
 def slimmed_table(results: Path, name: str) -> str:
     """The base models of a comparison, the same trained on, and slimmed; then how the rate was chosen."""
     found = slimmed_results(results, name)
-    rates = {"whole": found["whole"], "longer": found, "slimmed": found}
+    further = found["longer"] if "lr" in found["longer"] else found  # older results: the slimmed model's rate
+    rates = {"whole": found["whole"], "longer": further, "slimmed": found}
     titles = {"whole": "trained", "longer": "trained further, all blocks", "slimmed": "slimmed"}
     lines = [
         "| model | parameters | MACs | time of an image | lr, epochs | top-1 (seeds) | slimmed minus it |",
@@ -47,6 +48,9 @@ def slimmed_table(results: Path, name: str) -> str:
     if tries:
         notes.append(f"Learning rate chosen by top-1 on {found['chosen_on']} images, {tries};")
         notes.append(f"the whole model has {100 * found['tried_whole']:.1f} there.")
+    if found.get("tries_longer"):
+        tries = ", ".join(f"{100 * top1:.1f} at {rate}" for rate, top1 in found["tries_longer"].items())
+        notes.append(f"That of the models trained further likewise, {tries}.")
     notes.append(f"Blocks replaced: {sets}.")
     if ratios := found["latency"].get("slimmed_ratios"):
         shares = ", ".join(f"{ratio:.3f}" for ratio in ratios)
@@ -84,7 +88,8 @@ def slimmed_results(results: Path, name: str) -> dict[str, Any]:
         tops = [run["scores"]["top1"] for run in ran.values()]
         scores = {"top1": tops, "top1_mean": statistics.mean(tops), "top1_sd": statistics.stdev(tops)}
         said[way] = {"seeds": list(ran), **scores}
-    said["whole"] |= {name: runs["whole"][first]["config"][name] for name in ("lr", "epochs")}
+    for way in ("whole", "longer") if "lr" in found["longer"] else ("whole",):
+        said[way] |= {name: runs[way][first]["config"][name] for name in ("lr", "epochs")}
     said["slimmed"]["cost"] = slimmed[first]["cost"]
     for way in ("whole", "longer"):
         minus = difference(slimmed, runs[way])

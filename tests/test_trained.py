@@ -12,6 +12,7 @@ from scripts import BENCHMARKS
 from tiny import SETTINGS, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.base.packed import read_packed
+from ulsam.deploy.evaluate import evaluate
 from ulsam.model import trained
 from ulsam.model.build import load
 from ulsam.study.arms import Arm
@@ -29,6 +30,12 @@ LOGITS = {"mobilenetv2_100.grocery81_slim75": ("08.Lemon", 2.035)}
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))  # its processes import it by name
     return importlib.import_module("slimmed")
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("package")
 
 
 def test_a_name_that_is_none_is_a_file(tmp_path: Path) -> None:
@@ -65,6 +72,36 @@ def test_a_model_of_the_package_is_what_its_card_says(name: str) -> None:
     assert f"| parameters | {found.params / 1e6:.2f} M |" in card
     assert f"| multiply-adds | {found.macs / 1e6:.2f} M |" in card
     assert f"Recognizes {len(spec.classes)} kinds" in card
+
+
+def test_the_first_model_of_an_arm_is_packed(package: ModuleType, tmp_path: Path) -> None:
+    data = draw_splits(tmp_path / "data", train=6, val=2)
+    resolved = {"epochs": 1, "amp": "none", "layout": "contiguous", "compile": "none", "model": "mobilenetv2_035"}
+    shared = TrainConfig.from_mapping({**SETTINGS, **resolved, "data": str(data)})
+    grid = Grid((Arm.parse("base"), Arm.parse("small: replace 16,17 g=4")), shared, seeds=2)
+    comparison = ComparisonFolder(tmp_path / "out")
+    comparison.root.mkdir()
+    comparison.write("grid.json", grid.to_json())
+    words = [str(comparison.root), "small", "birds", "--root", str(tmp_path)]
+    with pytest.raises(UlsamError, match="the first run of 'small' is not finished"):
+        package.main(words)
+    run = grid.finals(grid.arms[1], comparison.outcome)[0]
+    train(run.config, comparison.folder(run))
+    for folder in ("src/ulsam/model/weights", "results"):
+        (tmp_path / folder).mkdir(parents=True)
+    package.main(words)
+    packed = tmp_path / "src/ulsam/model/weights/mobilenetv2_035.birds.safetensors"
+    model, spec = load(packed)
+    trained_model, _ = load(comparison.folder(run) / "model.safetensors")
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model(x), trained_model(x), rtol=0, atol=1e-2)
+    assert packed.stat().st_size < 0.6 * (comparison.folder(run) / "model.safetensors").stat().st_size
+    assert list(map(str, spec.edits)) == ["replace 16,17 g=4"]
+    result = json.loads((tmp_path / "results/packed_birds.json").read_text())
+    assert result["top1"] == evaluate(model, data / "val", spec=spec).scores.top1
+    assert (result["arm"], result["seed"], result["bytes"]) == ("small", 0, packed.stat().st_size)
+    with pytest.raises(UlsamError, match="has no arm 'large'; it has base, small"):
+        package.main([str(comparison.root), "large", "birds", "--root", str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -121,10 +158,12 @@ def test_the_script_slims_what_a_comparison_trained(script: ModuleType, tmp_path
     before = made.stat().st_mtime_ns, [file.stat().st_mtime_ns for file in trained]
     script.main(words)
     assert made.stat().st_mtime_ns > before[0]
-    rate = f"{result['lr']:g}"
+    assert list(result["tries_longer"]) == list(result["tries"])
+    assert result["tries_longer"][f"{result['longer']['lr']:g}"] == max(result["tries_longer"].values())
+    rate = f"{result['longer']['lr']:g}"
     other_words = f"{comparison.root} paper --macs 0.99 --at 16,17 --width 4 --rates {rate} --epochs 1".split()
     script.main([*other_words, "--root", str(tmp_path)])
     other = json.loads((tmp_path / "results" / "slimmed_paper.json").read_text())
-    assert (other["tries"], other["lr"], other["longer"]) == ({}, result["lr"], result["longer"])
+    assert (other["tries"], f"{other['lr']:g}", other["longer"]) == ({}, rate, result["longer"])
     assert all(set(blocks) <= {"16", "17"} for blocks in other["blocks"])
     assert [file.stat().st_mtime_ns for file in trained] == before[1]

@@ -1,0 +1,89 @@
+"""Put a trained model of a comparison into the package: that of an arm's first seed, whichever seed is the best.
+
+Convolutions and the classifier are stored in half precision, and the model is measured once more. It is known by its
+name once there is a card, NAME.md, beside it; benchmarks/tables.py writes the table on the card.
+
+results/packed_NAME.json says what the model is.
+
+    python benchmarks/package.py runs/grocery81 'ULSAM + reconstruct 13,14,16,17' grocery81_ulsam75
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import external_arm
+from torch import nn
+
+from ulsam.base.errors import UlsamError
+from ulsam.base.files import write_json
+from ulsam.base.provenance import command_line, versions
+from ulsam.data.loading import eval_loader
+from ulsam.model.build import load, save
+from ulsam.model.spec import ModelSpec
+from ulsam.study.comparison_folder import ComparisonFolder
+from ulsam.study.grid import Run
+from ulsam.study.paths import without_paths
+from ulsam.training import parts
+from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("compared", help="folder of the comparison")
+    parser.add_argument("arm", help="its name")
+    parser.add_argument("name", help="of the model, DATA_WHAT; the architecture comes before it")
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout to write to (default: this one)")
+    args = parser.parse_args(argv)
+    run = first_run(ComparisonFolder(args.compared), args.arm)
+    model, spec = load(ComparisonFolder(args.compared).folder(run) / "model.safetensors")
+    file = args.root / "src" / "ulsam" / "model" / "weights" / f"{spec.base}.{args.name}.safetensors"
+    pack(model, spec, file)
+    result = {
+        "what": "a model of a comparison, stored in half precision and measured once more",
+        "command": command_line(),
+        "arm": args.arm,
+        "seed": run.config.seed,
+        "top1": measured(load(file)[0], run),
+        "bytes": file.stat().st_size,
+        "versions": versions(),
+    }
+    write_json(args.root / "results" / f"packed_{args.name}.json", without_paths(result))
+
+
+def first_run(comparison: ComparisonFolder, name: str) -> Run:
+    """The final run of an arm with the first seed.
+
+    Raises:
+        UlsamError: there is no such arm, or its run is not finished.
+    """
+    grid = comparison.grid()
+    arms = {arm.name: arm for arm in grid.arms}
+    if name not in arms:
+        raise UlsamError(f"{comparison.root} has no arm {name!r}; it has {', '.join(arms)}")
+    run = next(iter(grid.finals(arms[name], comparison.outcome)), None)
+    if run is None or not (comparison.folder(run) / "model.safetensors").exists():
+        raise UlsamError(f"the first run of {name!r} is not finished: continue with ulsam compare")
+    return run
+
+
+def pack(model: nn.Module, spec: ModelSpec, target: Path) -> None:
+    """Write the model to ``target``, the weights of convolutions and linear layers in half precision."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.half()
+    save(model, spec, target)
+
+
+def measured(model: nn.Module, run: Run) -> float:
+    """Top-1 of the model, as a share, on the images on which ``run`` was measured."""
+    _, images, _ = parts.open_images(run.config)
+    spec = parts.spec_of_run(run.config, images.classes)
+    batches = eval_loader(images, spec_transform(spec), batch_size=32, workers=0, device=ALONE.device)
+    return evaluate_batches(model, batches, len(images.classes), world=ALONE).top1
+
+
+if __name__ == "__main__":
+    external_arm.run_script(main)
