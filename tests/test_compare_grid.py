@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 
 from tiny import SETTINGS, TINY_MODEL, draw, draw_splits
 from ulsam.base.errors import UlsamError
@@ -127,6 +129,19 @@ def test_a_shared_rate_of_ulsam_layers_is_for_the_arms_that_have_some(data: Path
     check_arms((arms[0], *arms[2:]), scaled)
     with pytest.raises(UlsamError, match="`ulsam_lr` has nothing to act on: no arm has a ULSAM layer"):
         check_arms(arms[:2], scaled)
+
+
+def test_shared_images_for_reconstruction_are_for_the_arms_that_are_reconstructed(data: Path) -> None:
+    torch.save(timm.create_model(TINY_MODEL, num_classes=3).state_dict(), data.parent / "base.pt")
+    images = str(data / "val" / "class0")
+    given = {"weights": str(data.parent / "base.pt"), "images_for_reconstruction": images}
+    off, fitted = "off: remove blocks.3.0.se; reconstruct=no", "fitted: replace blocks.3.0.se width=3; reconstruct=no"
+    arms = parse_arms(["base", "remove blocks.3.0.se", off, "insert blocks.2", fitted])
+    used = [arm.config(shared(data, **given)).images_for_reconstruction for arm in arms]
+    assert used == [None, images, None, None, images]
+    check_arms(arms, shared(data, **given))
+    with pytest.raises(UlsamError, match="`images_for_reconstruction` has nothing to reconstruct: no arm is"):
+        check_arms((arms[0], *arms[2:4]), shared(data, **given))
 
 
 @pytest.mark.parametrize(
@@ -282,6 +297,17 @@ def test_a_choice_against_the_loss_by_less_than_a_point_is_close() -> None:
     near, nearer = Try(0.005, 2, 0.592, loss=1.4), Try(0.03, 2, 0.599, loss=1.45)
     assert close_call([far, nearer, best, near, wild]) == (best, near)
     assert close_call([best, Try(0.005, 2, 0.599, loss=1.6)]) is None
+
+
+def test_so_is_one_that_dropped_a_rate_before_the_last_number_of_epochs() -> None:
+    taken, dropped, longer = (
+        Try(0.01, 4, 0.836, loss=0.78),
+        Try(0.02, 4, 0.835, loss=0.70),
+        Try(0.01, 8, 0.87, loss=0.6),
+    )
+    assert close_call([taken, dropped, longer]) == (taken, dropped)
+    assert close_call([taken, dropped, longer, Try(0.02, 8, 0.85, loss=0.65)]) is None  # it had its chance
+    assert close_call([taken, dropped, longer, Try(0.02, 8, 0.865, loss=0.5)])[0] is longer  # type: ignore[index]
 
 
 def test_a_try_counts_only_with_all_its_seeds() -> None:

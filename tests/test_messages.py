@@ -33,8 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             {"images_for_reconstruction": "birds"},
             "`images_for_reconstruction` has nothing to reconstruct",
-            "--images-for-reconstruction has nothing to reconstruct: it needs edits, the base model's weights and "
-            "--reconstruct-images above 0",
+            "--images-for-reconstruction has nothing to reconstruct: it needs edits, the base model's weights, "
+            "--reconstruct and --reconstruct-images above 0",
         ),
         ({"device": "toaster"}, "; use `device=cpu`", "; use --device cpu"),
         ({"lr": 1e30, "clip_grad": None}, "try a lower `lr`, `clip_grad=1`,", "try a lower --lr, --clip-grad 1,"),

@@ -114,6 +114,29 @@ def test_training_starts_from_reconstructed_layers(data: Path, tmp_path: Path, l
         assert "reconstruct " not in logged()
 
 
+def test_training_reconstructs_nothing_that_is_frozen(data: Path, tmp_path: Path) -> None:
+    images, _, _ = open_data(str(data))
+    torch.save(timm.create_model(TINY_MODEL, num_classes=3).state_dict(), tmp_path / "base.pt")
+    given = {**SETTINGS, "data": str(data), "weights": str(tmp_path / "base.pt"), "edits": ["remove blocks.3.0.se"]}
+
+    def start(**options: object) -> tuple[list[str], list[str]]:
+        config = TrainConfig.from_mapping({**given, **options})
+        spec = ModelSpec(TINY_MODEL, images.classes, (Edit("remove", "blocks.3.0.se"),), input_size=(3, 32, 32))
+        model, _ = build(spec, weights=config.weights)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        lines = reconstruct_model(config, spec, model, images, ALONE)
+        return lines, [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+
+    (line,), changed = start()
+    assert line.startswith("blocks.3.0.conv_pwl behind blocks.3.0.se: relative error ")
+    assert all(name.startswith("blocks.3.0.conv_pwl") for name in changed)
+    (line,), changed = start(freeze=["blocks.3.0.conv_pwl"])
+    assert not line.startswith("blocks.3.0.conv_pwl")
+    assert not any(name.startswith("blocks.3.0.conv_pwl") for name in changed)
+    lines, changed = start(freeze=["*"])
+    assert lines == ["blocks.3.0.se: no block behind it that may change, so nothing is reconstructed"] and not changed
+
+
 def test_a_stream_cannot_be_reconstructed_on(data: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model(TINY_MODEL, num_classes=3).state_dict(), tmp_path / "base.pt")
     shards = tmp_path / "shards"

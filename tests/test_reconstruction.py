@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import ulsam
 from ulsam.base.errors import UlsamError
-from ulsam.surgery.reconstruct import Known, reconstruct
+from ulsam.surgery.places import match
+from ulsam.surgery.reconstruct import Known, Scope, reconstruct
 
 
 def images(number: int = 4) -> list[Tensor]:
@@ -140,6 +141,43 @@ def test_other_families(name: str) -> None:
     batches = images(2)
     (found,) = reconstruct(model, batches, steps=40, rate=3e-3)
     assert found.edits == (place,) and found.after < found.before, found
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "trained_block"),
+    [
+        ("regnety_002", "s3.b4", "s4.b1"),  # a stage that is no Sequential
+        ("convnext_atto", "stages.2.blocks.5", "stages.3.downsample"),
+        ("ghostnet_100", "blocks.8.1", "blocks.8.2"),  # each of its blocks holds two modules of one class
+    ],
+)
+def test_a_block_is_trained_and_not_the_stage_around_it(name: str, edit: str, trained_block: str) -> None:
+    model = ulsam.remove(timm.create_model(name), edit, input_size=(3, 96, 96))
+    (found,) = reconstruct(model, images(1), steps=1)
+    assert found.name == trained_block
+
+
+@pytest.mark.parametrize(
+    ("freeze", "name"),
+    [
+        ("blocks.5.0", "blocks.5.1"),  # the next block that may change is trained
+        ("blocks.5.0.conv_pw,blocks.5.0.bn1", "blocks.5.0"),  # a part of it
+        ("blocks.5", "blocks.6.0"),
+        ("blocks.5,blocks.6,conv_head", "blocks.4.2"),  # the new layer alone
+        ("blocks.*,conv_head", None),
+    ],
+)
+@pytest.mark.parametrize("scope", ["block", "joint"])
+def test_what_is_frozen_stays_as_it_is(freeze: str, name: str | None, scope: Scope) -> None:
+    model = ulsam.replace(trained(), "14", input_size=(3, 96, 96))
+    before = copy.deepcopy(model.state_dict())
+    found = reconstruct(model, images(), steps=20, rate=3e-3, freeze=freeze, scope=scope)
+    if scope == "block":
+        assert [entry.name for entry in found] == ([name] if name else [])
+    frozen = tuple(f"{one}." for one in match(model, freeze))
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert not any(key.startswith(frozen) for key in changed), changed
+    assert bool(changed) == any(entry.after < entry.before for entry in found)
 
 
 def test_a_block_with_nothing_behind_it_is_left_and_new_layers_there_are_trained() -> None:

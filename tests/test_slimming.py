@@ -203,6 +203,10 @@ def test_the_images_that_the_original_was_not_trained_on_stay_held_out(model, da
         ("--latency 0.9 --engine tensorrt", "--engine: 'tensorrt' is not one of eager, onnxruntime"),
         ("--macs 0.9 --lr 0", "--lr must be above 0"),
         ("--macs 0.9 --freeze layer9", "no module is named 'layer9'"),
+        (
+            "--macs 0.9 --no-reconstruct --images-for-reconstruction full",
+            "--images-for-reconstruction has nothing to reconstruct, as the other settings switch it off",
+        ),
         ("--macs 0.9 --out full", "full is not an empty folder: it holds no slim.json to resume from; name one"),
         ("--macs 0.9 --out taken", "taken/slim.json is not what slimming wrote: choose another --out"),
     ],

@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=20.0,
         metavar="S",
-        help="time of measuring, all blocks in turn (default: 20)",
+        help="time of measuring all blocks in turn, and of each set (default: 20)",
     )
     add_settings(parser, but=RESERVED_SETTINGS)
 

@@ -97,8 +97,8 @@ class Arm:
     def config(self, shared: TrainConfig, **decided: Any) -> TrainConfig:
         """The settings of one of its runs: those that all arms share, its own, and what was ``decided`` for the run.
 
-        Of the shared settings ``ulsam_lr`` is left out where the model has no ULSAM layer, and those of
-        distillation where the arm has ``teacher=null``.
+        Of the shared settings ``ulsam_lr`` is left out where the model has no ULSAM layer, those of distillation where
+        the arm has ``teacher=null``, and ``images_for_reconstruction`` where nothing is reconstructed.
 
         Raises:
             UlsamError: they do not go together; the line names the arm.
@@ -110,6 +110,9 @@ class Arm:
         edits = [*values["edits"], *self.edits]
         if self.settings.get("model", shared.model) not in PLACEMENTS and not any(map(_is_ulsam, edits)):
             del values["ulsam_lr"]
+        behind = self.settings.get("reconstruct", shared.reconstruct)
+        if not any(_is_reconstructed(edit, behind) for edit in edits):
+            del values["images_for_reconstruction"]
         if self.settings.get("teacher", shared.teacher) is None:
             values = {name: value for name, value in values.items() if not name.startswith("distill")}
         try:
@@ -167,6 +170,8 @@ def check_arms(arms: Sequence[Arm], shared: TrainConfig) -> None:
     configs = [arm.config(shared) for arm in arms]
     if shared.ulsam_lr != 1 and all(config.ulsam_lr == 1 for config in configs):
         raise UlsamError("`ulsam_lr` has nothing to act on: no arm has a ULSAM layer")
+    if shared.images_for_reconstruction and not any(config.images_for_reconstruction for config in configs):
+        raise UlsamError("`images_for_reconstruction` has nothing to reconstruct: no arm is edited and reconstructed")
     for number, config in enumerate(configs):
         if config in configs[:number]:
             twin = arms[configs.index(config)].name
@@ -216,6 +221,12 @@ def check_choosing(shared: TrainConfig, choose_split: str | None = None) -> None
 def _is_ulsam(edit: str) -> bool:
     """Whether the edit puts a ULSAM layer in."""
     return Edit.parse(edit).groups is not None
+
+
+def _is_reconstructed(edit: str, behind: bool) -> bool:
+    """Whether there is something to reconstruct: ``behind`` the edit, or its own inverted residual in any case."""
+    parsed = Edit.parse(edit)
+    return parsed.kind != "insert" and (behind or parsed.width is not None or parsed.layer == "inverted_residual")
 
 
 def _begins_with_setting(text: str) -> bool:

@@ -259,24 +259,36 @@ def at_the_edge(tries: Sequence[Try]) -> str | None:
 
 
 def close_call(tries: Sequence[Try]) -> tuple[Try, Try] | None:
-    """The best try and another one whose loss is lower, though its top-1 is less than a point lower: chance may choose.
+    """A try that was chosen, and one with less loss and less than a point less top-1: chance may have chosen.
 
-    None while a try has not ended.
+    Those of one number of epochs are compared: at the best one, where the last choice is made, or at a smaller one,
+    where a rate was dropped. None while a try has not ended.
 
     >>> best, other = close_call([Try(0.01, 4, 0.595, loss=1.4), Try(0.02, 4, 0.6, loss=1.5)])
     >>> best.rate, other.rate
     (0.02, 0.01)
     >>> close_call([Try(0.01, 4, 0.595, loss=1.6), Try(0.02, 4, 0.6, loss=1.5)])
+    >>> dropped = [Try(0.01, 4, 0.595, loss=1.4), Try(0.02, 4, 0.6, loss=1.5)]
+    >>> [entry.rate for entry in close_call([*dropped, Try(0.02, 8, 0.7, loss=1.2)])]
+    [0.02, 0.01]
     """
     best = _best(tries)
-    if best is None or best.loss is None:
+    if best is None:
         return None
-    others = [
-        entry
-        for entry in tries
-        if entry.loss is not None and entry.loss < best.loss and _behind(entry, best) < TRIED_WITHIN
-    ]
-    return (best, min(others, key=lambda entry: entry.loss or 0.0)) if others else None
+    tried = {entry.rate for entry in tries if entry.epochs == best.epochs}
+    found = []
+    for epochs in {entry.epochs for entry in tries}:
+        level = [entry for entry in tries if entry.epochs == epochs]
+        first = _best(level)
+        if first is None or first.loss is None:
+            continue
+        found += [
+            (first, entry)
+            for entry in level
+            if entry.loss is not None and entry.loss < first.loss and _behind(entry, first) < TRIED_WITHIN
+            if epochs == best.epochs or entry.rate not in tried
+        ]
+    return min(found, key=lambda pair: (-pair[0].epochs, pair[1].loss), default=None)
 
 
 def longest_is_best(tries: Sequence[Try]) -> bool:

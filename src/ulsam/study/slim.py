@@ -78,9 +78,9 @@ def slim(
     """Replace blocks of a trained model so that it fits a budget, with the least damage, and restore its accuracy.
 
     The damage of a set of blocks is the increase of the mean cross-entropy on a sample of the training images when
-    they are replaced, without any training. The sets of least damage are reconstructed (`ulsam.reconstruct`) and
-    measured again: the best of them is chosen. The slimmed model is then reconstructed with 500 steps a place, and
-    fine-tuned with the original one as its teacher.
+    they are replaced, without any training but that of new inverted residuals. The sets of least damage are
+    reconstructed (`ulsam.reconstruct`) and measured again: the best of them is chosen. The slimmed model is then
+    reconstructed with 500 steps a place, and fine-tuned with the original one as its teacher.
 
     ``out/slim.json`` holds all figures and the choice, ``out/train.yaml`` the settings of the fine-tuning, ``out/run``
     its run with the slimmed model, ``model.safetensors``. A second start with the same ``out`` resumes where it
@@ -151,6 +151,9 @@ def slim(
     spec.check_one_class("slimming")
     file = out / ORIGINAL if isinstance(model, nn.Module) or is_pretrained_name(model) else model
     config = fine_tuning(file, spec, os.fspath(data), cast(Mapping[str, Any], settings or {}))
+    own = asked.layer.get("layer") == "inverted_residual" or asked.layer.get("width") is not None
+    if config.images_for_reconstruction and not (config.reconstruct_images and (config.reconstruct or own)):
+        raise UlsamError("`images_for_reconstruction` has nothing to reconstruct, as the other settings switch it off")
     check_no_class(out, data)
     with _resumable(out):
         record = _choose(asked, out, original, spec, config, locate(file))
@@ -264,6 +267,7 @@ def _identity(
         "reconstruct_images": config.reconstruct_images,
         "reconstruct": config.reconstruct,
         "images_for_reconstruction": config.images_for_reconstruction,
+        **({"freeze": config.freeze} if config.freeze else {}),
         "model_sha256": hashlib.sha256(content).hexdigest(),
         "sample_sha256": sample.names,
         "input": [list(seen.input_size), seen.interpolation, seen.crop_pct, list(seen.mean), list(seen.std)],

@@ -80,7 +80,7 @@ class SetMeasurer:
     def reconstructed_score(self, names: Sequence[str]) -> SampleScore:
         """The score with these blocks replaced and the layers behind them reconstructed."""
         model = self.switched.edited(names, self.world.device)
-        reconstruct(model, self.reconstruction_images, steps=STEPS, known=self._known)
+        reconstruct(model, self.reconstruction_images, steps=STEPS, freeze=self.config.freeze, known=self._known)
         return score(model, self.sample, self.spec.classes, self.world)
 
     @cached_property

@@ -19,6 +19,7 @@ from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.base.logs import progress
 from ulsam.surgery.edited import edited_blocks, put_back
+from ulsam.surgery.places import At, match
 from ulsam.surgery.reconstruct_layers import enough_memory, list_of_batches, passing, reconstruct_layer
 from ulsam.surgery.trace import in_place_changes
 
@@ -59,6 +60,7 @@ def reconstruct(
     scope: Scope = "block",
     steps: int = STEPS,
     rate: float = RATE,
+    freeze: At = (),
     known: Known | None = None,
 ) -> list[Reconstructed]:
     """Train the layers behind each removed or replaced block towards the whole model's features, without labels.
@@ -78,6 +80,7 @@ def reconstruct(
             first place, towards the model's last feature map, and runs the model in every step.
         steps: of Adam for each place, with a batch each.
         rate: peak learning rate.
+        freeze: modules (names, globs or layer numbers) that stay as they are; the next block that may change is taken.
         known: empty at first, and filled here: with the same dictionary for several edits of one model, on the same
             images in the same steps, what they share up to the first difference is trained once. Scope ``"block"``.
 
@@ -86,7 +89,8 @@ def reconstruct(
         without them) and removed blocks without a kept block behind them give none.
 
     Raises:
-        UlsamError: no images, an unknown scope, NaN or infinity in the features, or not enough memory.
+        UlsamError: no images, an unknown scope, a module to freeze that is not there, NaN or infinity in the features,
+            or not enough memory.
 
     >>> import ulsam
     >>> blocks = [nn.Sequential(nn.Conv2d(n, 8, 3, padding=1), nn.BatchNorm2d(8)) for n in (3, 8, 8)]
@@ -103,25 +107,28 @@ def reconstruct(
     if not edited_blocks(model):
         return []
     known = {} if known is None or scope == "joint" else known
+    frozen = match(model, freeze) if freeze else []
     with torch.no_grad(), eval_mode(model), enough_memory():
         original = put_back(copy.deepcopy(model))
         entries: list[Reconstructed] = []
         front: tuple[tuple[tuple[str, ...], str | None], ...] = ()
-        for places, following in _segments(model, batches[0]):
+        for places, following in _segments(model, batches[0], frozen):
             front += ((tuple(places), following),)
             if front in known:
                 for name, state in known[front].states.items():
                     model.get_submodule(name).load_state_dict(state)
             else:
-                for name in places:
+                changing = [name for name in places if not _lies_in(name, frozen)]
+                for name in changing:
                     reconstruct_layer(model, original, name, batches, steps=steps)
+                chain = [*changing, *([following] if following else [])]
                 block = scope == "block"
-                trained = _one(model, original, places, following, batches, steps, rate) if block else None
+                trained = _one(model, original, places, chain, frozen, batches, steps, rate) if block else None
                 known[front] = _Segment(trained, _states(model, [*places, *([following] if following else [])]))
             if entry := known[front].entry:
                 entries.append(entry)
         if scope == "joint":
-            entries.append(_jointly(model, original, batches, steps, rate))
+            entries.append(_jointly(model, original, batches, steps, rate, frozen))
     return entries
 
 
@@ -146,6 +153,9 @@ class _Call:
     def feeds(self, other: "_Call") -> bool:
         """Whether the output is what goes into the other call, and nothing has changed it in between."""
         return self.output is not None and self.output is other.given and self.output_changes == other.given_changes
+
+    def keeps_shape(self) -> bool:
+        return self.given is not None and self.output is not None and self.given.shape == self.output.shape
 
 
 def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
@@ -183,17 +193,18 @@ def _four_dimensional(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.ndim == 4 else None
 
 
-def _segments(model: nn.Module, batch: Tensor) -> Iterator[tuple[list[str], str | None]]:
-    """(edited places that follow each other, the kept block behind them), in the order of the calls."""
+def _segments(model: nn.Module, batch: Tensor, frozen: Sequence[str]) -> Iterator[tuple[list[str], str | None]]:
+    """(edited places that follow each other, the kept block behind them that may change), in the order of the calls."""
     calls = _calls(model, batch)
     edited = set(edited_blocks(model))
     once = {call.name: call for call in calls if sum(call.name == other.name for other in calls) == 1}
     places = [call for call in calls if call.name in edited and call.name in once]
+    kept = [call for call in once.values() if not _overlaps(call.name, edited)]
+    blocks = [call for call in kept if _is_block(call, calls, frozen)]
     segment: list[str] = []
     for number, place in enumerate(places):
         segment.append(place.name)
-        behind = [call for call in calls if call.began > place.ended]
-        following = next((call for call in behind if _is_kept_block(call, edited) and call.name in once), None)
+        following = next((call for call in blocks if call.began > place.ended), None)
         later = places[number + 1] if number + 1 < len(places) else None
         if later and (following is None or later.began < following.began):
             continue
@@ -201,32 +212,58 @@ def _segments(model: nn.Module, batch: Tensor) -> Iterator[tuple[list[str], str 
         segment = []
 
 
-def _is_kept_block(call: _Call, edited: set[str]) -> bool:
-    """A module with weight matrices from one map to one map, holding no edit: a block, not a stage of blocks."""
+def _is_block(call: _Call, calls: Sequence[_Call], frozen: Sequence[str]) -> bool:
+    """Whether it is a module from one map to one map, and no stage, with weight matrices that are not frozen."""
     module = call.module
-    if call.given is None or call.output is None or not any(p.ndim > 1 for p in module.parameters()):
+    changing = (parameter for part in _not_frozen(module, call.name, frozen) for parameter in part.parameters(False))
+    if call.given is None or call.output is None or not any(parameter.ndim > 1 for parameter in changing):
         return False
-    names = f"{call.name}."
-    if any(f"{name}.".startswith(names) or names.startswith(f"{name}.") for name in edited):
-        return False
-    is_stage = any(len(list(child.children())) for child in module.children())
-    return not (type(module).forward is nn.Sequential.forward and is_stage)
+    if type(module).forward is nn.Sequential.forward:
+        return not any(len(list(child.children())) for child in module.children())
+    return not _repeats_blocks(call, calls)
+
+
+def _repeats_blocks(stage: _Call, calls: Sequence[_Call]) -> bool:
+    """Whether a module calls blocks of one class one after the other, of which one keeps its map's shape."""
+    repeated: dict[Any, list[_Call]] = {}
+    for call in calls:
+        if call.name.startswith(f"{stage.name}.") and _matrices(call.module) > 1:
+            repeated.setdefault((call.name.rpartition(".")[0], type(call.module)), []).append(call)
+    return any(len(blocks) > 1 and any(block.keeps_shape() for block in blocks) for blocks in repeated.values())
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(parameter.ndim > 1 for parameter in module.parameters())
+
+
+def _not_frozen(module: nn.Module, name: str, frozen: Sequence[str]) -> list[nn.Module]:
+    """The modules in the one of this name, itself among them, that are not frozen."""
+    return [part for path, part in module.named_modules(prefix=name) if not _lies_in(path, frozen)]
+
+
+def _lies_in(name: str, others: Iterable[str]) -> bool:
+    """Whether a module is one of the others, or lies in one."""
+    return any(f"{name}.".startswith(f"{other}.") for other in others)
+
+
+def _overlaps(name: str, others: Iterable[str]) -> bool:
+    """Whether a module is one of the others, or one lies in the other."""
+    return any(_lies_in(name, [other]) or _lies_in(other, [name]) for other in others)
 
 
 def _one(
     model: nn.Module,
     original: nn.Module,
     places: Sequence[str],
-    following: str | None,
+    chain: Sequence[str],
+    frozen: Sequence[str],
     batches: Sequence[Tensor],
     steps: int,
     rate: float,
 ) -> Reconstructed | None:
-    """Reconstruct one segment: its new layers and the kept block behind them, or whichever of the two there is."""
+    """Reconstruct one segment, of these places: the new layers and the kept block that ``chain`` names."""
     calls = {call.name: call for call in _calls(model, batches[0])}
-    chain = [name for name in places if next(model.get_submodule(name).parameters(), None) is not None]
-    if following is not None:
-        chain.append(following)
+    chain = [name for name in chain if next(model.get_submodule(name).parameters(), None) is not None]
     for first, second in zip(list(chain), chain[1:], strict=False):
         if not calls[first].feeds(calls[second]):  # the model computes something between them
             chain.remove(first)
@@ -236,7 +273,8 @@ def _one(
     wanted = passing(original, chain[-1], batches)[1]
     modules = [model.get_submodule(name) for name in chain]
     trained = nn.Sequential(*map(_without_original, modules))
-    before, after = _train(trained, given, wanted, chain[-1], steps, rate)
+    parts = [part for name, copied in zip(chain, trained, strict=True) for part in _not_frozen(copied, name, frozen)]
+    before, after = _train(trained, parts, given, wanted, chain[-1], steps, rate)
     if after < before:
         for module, part in zip(modules, trained, strict=True):
             module.load_state_dict(part.state_dict())
@@ -250,9 +288,15 @@ def _without_original(module: nn.Module) -> nn.Module:
 
 
 def _train(
-    trained: nn.Module, given: Sequence[Tensor], wanted: Sequence[Tensor], name: str, steps: int, rate: float
+    trained: nn.Module,
+    parts: Sequence[nn.Module],
+    given: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    name: str,
+    steps: int,
+    rate: float,
 ) -> tuple[float, float]:
-    """Train a module to make ``wanted`` of ``given``; its relative error before and after."""
+    """Train these parts of a module to make ``wanted`` of ``given``; its relative error before and after."""
     layout = torch.channels_last
     pairs = [
         (x.float().contiguous(memory_format=layout), y.float().contiguous(memory_format=layout))
@@ -278,7 +322,7 @@ def _train(
         x, y = spread[step % len(spread)]
         return scale * F.mse_loss(trained(x.clone()), y)  # a copy, as its first layer may work in place
 
-    _adam(trained.modules(), loss, name, steps, rate)
+    _adam(parts, loss, name, steps, rate)
     after = error()
     if not math.isfinite(after):
         raise NotFinite(f"reconstructing {name} diverged: lower the rate, or give other images")
@@ -304,9 +348,14 @@ def _adam(parts: Iterable[nn.Module], loss_of: Callable[[int], Tensor], name: st
 
 
 def _jointly(
-    model: nn.Module, original: nn.Module, batches: Sequence[Tensor], steps: int, rate: float
+    model: nn.Module,
+    original: nn.Module,
+    batches: Sequence[Tensor],
+    steps: int,
+    rate: float,
+    frozen: Sequence[str],
 ) -> Reconstructed:
-    """Train everything behind the first edited place, towards the last feature map."""
+    """Train everything behind the first edited place that is not frozen, towards the last feature map."""
     calls = _calls(model, batches[0])
     edited = edited_blocks(model)
     began = min(call.began for call in calls if call.name in edited)
@@ -314,7 +363,7 @@ def _jointly(
     last = max(maps, key=lambda call: call.ended).name
     behind = {call.name for call in calls if call.began >= began and call.output is not None}
     student = copy.deepcopy(model).float().requires_grad_(False)
-    parts = [module for name, module in student.named_modules() if name in behind]
+    parts = [part for name, part in student.named_modules() if name in behind and not _lies_in(name, frozen)]
     for module in parts:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)

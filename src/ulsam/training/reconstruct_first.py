@@ -25,8 +25,8 @@ def to_reconstruct(config: TrainConfig, model: nn.Module, images: AnyImages) -> 
     if not (config.reconstruct_images and (config.weights or config.pretrained) and edited):
         if config.images_for_reconstruction:
             raise UlsamError(
-                "`images_for_reconstruction` has nothing to reconstruct: it needs edits, the base model's weights and "
-                "`reconstruct_images` above 0"
+                "`images_for_reconstruction` has nothing to reconstruct: it needs edits, the base model's weights, "
+                "`reconstruct=True` and `reconstruct_images` above 0"
             )
         return False
     if isinstance(images, StreamImages) and not config.images_for_reconstruction:
@@ -58,8 +58,11 @@ def reconstruct_model(
         sample = draw_sample(images, spec, config.reconstruct_images, world, workers=config.workers)
     model.to(world.device)
     if config.reconstruct:
-        found = reconstruction.reconstruct(model, sample.images)
-        return [reconstruction.describe(entry, sample.count, source) for entry in found]
+        found = reconstruction.reconstruct(model, sample.images, freeze=config.freeze)
+        lines = [reconstruction.describe(entry, sample.count, source) for entry in found]
+        done = {name for entry in found for name in entry.edits}
+        left = [name for name in edited_blocks(model) if name not in done]
+        return [*lines, *(f"{name}: no block behind it that may change, so nothing is reconstructed" for name in left)]
     return [
         f"{layer.name}: width {layer.width} gives {100 * layer.explained:.0f} % of what the block added, "
         f"on {sample.count} {source}"
