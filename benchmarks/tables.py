@@ -68,6 +68,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "training": performance.training_table,
         "allocation": performance.allocation_table,
         "precision": performance.precision_table,
+        "reconstruction": performance.reconstruction_table,
         "pipeline": performance.pipeline_table,
         "steps": performance.steps_table,
     },

@@ -167,6 +167,24 @@ def precision_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def reconstruction_table(results: Path) -> str:
+    """One row a size and edit: the seconds in float32 and under autocast."""
+    result = json.loads((results / "reconstruct_speed.json").read_text())
+    machine, cases = result["machine"], result["cases"]
+    found = {(case["size"], case["edit"], case["dtype"]): case["seconds"] for case in cases}
+    lines = [
+        f"{machine['processor']}, {machine['threads']} threads, torch {result['versions']['torch']}:",
+        "",
+        "| input | blocks 13, 14, 16 and 17 | float32 | bfloat16, autocast |",
+        "|---|---|---|---|",
+    ]
+    for size, edit in dict.fromkeys((case["size"], case["edit"]) for case in cases):
+        what = "removed" if edit == "remove" else "replaced by ULSAM"
+        times = (f"{found[size, edit, dtype]:.0f} s" for dtype in ("float32", "bfloat16"))
+        lines.append(f"| {size} px | {what} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
 def pipeline_table(results: Path) -> str:
     """One row a kind of images and augmentations, then the training from disk and from memory."""
     result = json.loads((results / "pipeline.json").read_text())
