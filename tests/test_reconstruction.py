@@ -148,7 +148,9 @@ def test_other_families(name: str) -> None:
     [
         ("regnety_002", "s3.b4", "s4.b1"),  # a stage that is no Sequential
         ("convnext_atto", "stages.2.blocks.5", "stages.3.downsample"),
-        ("ghostnet_100", "blocks.8.1", "blocks.8.2"),  # each of its blocks holds two modules of one class
+        pytest.param(
+            "ghostnet_100", "blocks.8.1", "blocks.8.2", marks=pytest.mark.slow
+        ),  # each of its blocks holds two modules of one class
     ],
 )
 def test_a_block_is_trained_and_not_the_stage_around_it(name: str, edit: str, trained_block: str) -> None:
@@ -167,7 +169,7 @@ def test_a_block_is_trained_and_not_the_stage_around_it(name: str, edit: str, tr
         ("blocks.*,conv_head", None),
     ],
 )
-@pytest.mark.parametrize("scope", ["block", "joint"])
+@pytest.mark.parametrize("scope", ["block", pytest.param("joint", marks=pytest.mark.slow)])
 def test_what_is_frozen_stays_as_it_is(freeze: str, name: str | None, scope: Scope) -> None:
     model = ulsam.replace(trained(), "14", input_size=(3, 96, 96))
     before = copy.deepcopy(model.state_dict())
