@@ -193,6 +193,45 @@ def test_a_block_with_nothing_behind_it_is_left_and_new_layers_there_are_trained
     assert (found.name, found.edits) == ("1", ("1",)) and found.after <= found.before
 
 
+@pytest.mark.parametrize("scope", ["block", pytest.param("joint", marks=pytest.mark.slow)])
+def test_undo_gives_the_kept_blocks_their_weights_of_before(scope: Scope) -> None:
+    model = ulsam.remove(trained(), "13,14,17", input_size=(3, 96, 96))
+    for steps in (5, 3):  # twice, and the second time towards the whole model too
+        found = reconstruct(model, images(), scope=scope, steps=steps, rate=3e-3)
+        assert all(entry.after < entry.before for entry in found), found
+    moved = copy.deepcopy(model).double()
+    for one, dtype in ((model, torch.float32), (moved, torch.float64)):
+        undone, whole = ulsam.undo(one).state_dict(), trained().state_dict()
+        assert undone.keys() == whole.keys()
+        assert all(
+            torch.equal(value, whole[name].to(dtype if value.is_floating_point() else value.dtype))
+            for name, value in undone.items()
+        )
+
+
+def test_a_second_reconstruction_aims_at_the_whole_model() -> None:
+    once, twice = (ulsam.remove(trained(), "14", input_size=(3, 96, 96)) for _ in range(2))
+    (first,) = reconstruct(once, images(), steps=20)
+    reconstruct(twice, images(), steps=10)
+    (second,) = reconstruct(twice, images(), steps=10)
+    assert 0.5 * first.after < second.before < first.before
+
+
+def test_undo_keeps_what_was_trained_since_and_says_so() -> None:
+    model = ulsam.remove(trained(), "14,17", input_size=(3, 96, 96))
+    reconstruct(model, images(), steps=5, rate=3e-3)
+    with torch.no_grad():
+        model.blocks[5][0].conv_pw.weight.mul_(1.01)
+    tuned = copy.deepcopy(model.blocks[5][0].state_dict())
+    with pytest.warns(
+        UserWarning, match=r"^blocks\.5\.0: reconstructed for the edit and trained since, so not as before"
+    ):
+        ulsam.undo(model)
+    assert all(torch.equal(value, tuned[name]) for name, value in model.blocks[5][0].state_dict().items())
+    whole = trained().blocks[6].state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in model.blocks[6].state_dict().items())
+
+
 def test_nothing_to_reconstruct() -> None:
     model = trained()
     assert reconstruct(model, images()) == []

@@ -142,7 +142,8 @@ def insert(
 def undo(model: ModelT) -> ModelT:
     """Undo every :func:`insert`, :func:`replace` and :func:`remove`: the replaced modules return with their weights.
 
-    They follow the model to the device, dtype and mode that it has by now. Layers that the model's own code holds are
+    They follow the model to the device, dtype and mode that it has by now. Blocks that `ulsam.reconstruct` trained for
+    them are as before, with a warning where something trained them since. Layers that the model's own code holds are
     not touched.
 
     Raises:
@@ -156,9 +157,12 @@ def undo(model: ModelT) -> ModelT:
     places = edited(inner)
     if gone := [name for name, old in changes(inner)[1].items() if lacks_weights(old)]:
         raise UlsamError(f"{gone[0]} cannot return: the model's file holds no weights of the block that stood there")
-    undo_edits(inner)
+    left = undo_edits(inner)
     if not places:
         raise UlsamError(f"this {type(model).__name__} holds no edit to undo")
+    if left:
+        names = ", ".join(name or "the whole model" for name in left)
+        warnings.warn(f"{names}: reconstructed for the edit and trained since, so not as before the edit", stacklevel=2)
     return model
 
 

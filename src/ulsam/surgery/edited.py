@@ -18,6 +18,8 @@ from ulsam.surgery.places import original
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _WEIGHTS = "ulsam_weights"  # attribute of a module that was put aside: see note_weights
+_RECONSTRUCTED = "ulsam_reconstructed"  # attribute of a module that an edit put in: see note_reconstructed
+State = dict[str, Tensor]
 
 
 def edited(model: nn.Module) -> list[str]:
@@ -66,12 +68,16 @@ def added_layers(model: nn.Module) -> dict[str, nn.Module]:
 def put_back(model: ModelT) -> ModelT:
     """Put every module that has weights back where an edit replaced or removed it; inserted layers stay.
 
+    Kept blocks that were reconstructed since are as before, unless something else trained them further.
+
     >>> from ulsam import remove, insert
     >>> model = insert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), "0", groups=2, input_size=(3, 9, 9))
     >>> [type(module).__name__ for module in put_back(remove(model, "1", input_size=(3, 9, 9)))], edited(model)
     (['LayerHostConv2d', 'Conv2d'], ['0'])
     """
-    for name in edited_blocks(model):
+    names = edited_blocks(model)
+    restore_reconstructed(model, names)
+    for name in names:
         swap_back(model, name)
     return model
 
@@ -86,19 +92,55 @@ def edited_blocks(model: nn.Module) -> list[str]:
     return [name for name, old in changes(model)[1].items() if not lacks_weights(old)]
 
 
-def undo_edits(model: nn.Module, kept: Collection[nn.Module] = ()) -> None:
-    """Undo the edits, all of them or none: all but those that put in the modules in ``kept``."""
+def undo_edits(model: nn.Module, kept: Collection[nn.Module] = ()) -> list[str]:
+    """Undo the edits, all of them or none: all but those that put in the modules in ``kept``.
+
+    Returns:
+        Modules that were reconstructed for them and trained since, and so stay as they are.
+    """
     places = [(name, model.get_submodule(name)) for name in edited(model)]
     inserted = [name for name, module in places if is_followed(module) and module.ulsam not in kept]
     replaced = [name for name, module in places if "replaced_module" in vars(module) and module not in kept]
     for name in inserted:
         check_detach_layer(model.get_submodule(name))
+    left = restore_reconstructed(model, replaced)
     for name, _ in reversed(places):
         if name in inserted:
             detach(model, f"{name}.ulsam")
         if name in replaced:
             swap_back(model, name)
     mark_yaml(model)
+    return left
+
+
+def note_reconstructed(model: nn.Module, place: str, name: str, before: State) -> None:
+    """Note at an edited place that a module was trained for it, and what it was before, so that undoing restores it."""
+    after = {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
+    noted = vars(model.get_submodule(place)).setdefault(_RECONSTRUCTED, {})
+    if name in noted and _are_equal(before, noted[name][1]):  # it is reconstructed once more
+        before = noted[name][0]
+    noted[name] = before, after
+
+
+def restore_reconstructed(model: nn.Module, places: Collection[str]) -> list[str]:
+    """Give modules that were reconstructed for these places their weights of before.
+
+    Returns:
+        The names of those that something trained since; they stay as they are.
+    """
+    noted = [vars(model.get_submodule(place)).get(_RECONSTRUCTED, {}) for place in places]
+    waiting = [(model.get_submodule(name), name, *states) for entry in noted for name, states in entry.items()]
+    while True:  # one at a time, as one may lie in another
+        ready = next((at for at, each in enumerate(waiting) if _are_equal(each[0].state_dict(), each[3])), None)
+        if ready is None:
+            return [name for _, name, _, _ in waiting]
+        module, _, before, _ = waiting.pop(ready)
+        module.load_state_dict(before)
+
+
+def _are_equal(now: State, then: State) -> bool:
+    """Whether weights are the same but for device and dtype, those of ``now``."""
+    return now.keys() == then.keys() and all(torch.equal(now[key], then[key].to(now[key])) for key in now)
 
 
 def note_weights(old: nn.Module, filled: bool | None) -> None:

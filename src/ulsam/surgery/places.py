@@ -153,3 +153,12 @@ def words(at: At) -> list[str]:
 def original(module: nn.Module) -> nn.Module:
     """What stood at this place before the edit, or the module itself."""
     return cast(nn.Module, vars(module).get("replaced_module", (module,))[0])
+
+
+def lies_in(name: str, others: Iterable[str]) -> bool:
+    """Whether a module is one of the others, or lies in one.
+
+    >>> lies_in("blocks.4.2", ["blocks.4"]), lies_in("blocks.4", ["blocks.4.2"])
+    (True, False)
+    """
+    return any(f"{name}.".startswith(f"{other}.") for other in others)

@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.base.logs import progress
-from ulsam.surgery.edited import edited_blocks, put_back
-from ulsam.surgery.places import At, match
+from ulsam.surgery.edited import State, edited_blocks, note_reconstructed, put_back
+from ulsam.surgery.places import At, lies_in, match
 from ulsam.surgery.reconstruct_layers import enough_memory, list_of_batches, passing, reconstruct_layer
 from ulsam.surgery.trace import in_place_changes
 
@@ -46,7 +46,7 @@ class _Segment:
     """What was trained up to a kept block: its entry, and the states of its layers by name."""
 
     entry: Reconstructed | None
-    states: dict[str, dict[str, Tensor]]
+    states: dict[str, State]
 
 
 #: A :class:`_Segment` by the places and kept blocks up to it: what two edited models have in common at the front.
@@ -70,7 +70,7 @@ def reconstruct(
     block behind them; where that would not lower the error, they stay as they were. Each place starts from the features
     of the places before it, already reconstructed, and aims at the whole model's. BatchNorm statistics follow the new
     features. Nothing is random: the same model and images give the same weights. An error or Ctrl-C leaves the layers
-    of the current place as they were.
+    of the current place as they were. `ulsam.undo` gives the kept blocks their weights of before.
 
     Args:
         model: an edited model whose blocks were trained before they were replaced; changed in place.
@@ -114,11 +114,12 @@ def reconstruct(
         front: tuple[tuple[tuple[str, ...], str | None], ...] = ()
         for places, following in _segments(model, batches[0], frozen):
             front += ((tuple(places), following),)
+            before = _states(model, [following] if following else [])
             if front in known:
                 for name, state in known[front].states.items():
                     model.get_submodule(name).load_state_dict(state)
             else:
-                changing = [name for name in places if not _lies_in(name, frozen)]
+                changing = [name for name in places if not lies_in(name, frozen)]
                 for name in changing:
                     reconstruct_layer(model, original, name, batches, steps=steps)
                 chain = [*changing, *([following] if following else [])]
@@ -127,12 +128,16 @@ def reconstruct(
                 known[front] = _Segment(trained, _states(model, [*places, *([following] if following else [])]))
             if entry := known[front].entry:
                 entries.append(entry)
+                for name, state in before.items():
+                    note_reconstructed(model, places[-1], name, state)
         if scope == "joint":
+            whole = _states(model, [""])[""]
             entries.append(_jointly(model, original, batches, steps, rate, frozen))
+            note_reconstructed(model, edited_blocks(model)[0], "", whole)
     return entries
 
 
-def _states(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+def _states(model: nn.Module, names: Sequence[str]) -> dict[str, State]:
     parts = {name: model.get_submodule(name).state_dict() for name in names}
     return {name: {key: value.clone() for key, value in state.items()} for name, state in parts.items()}
 
@@ -238,17 +243,12 @@ def _matrices(module: nn.Module) -> int:
 
 def _not_frozen(module: nn.Module, name: str, frozen: Sequence[str]) -> list[nn.Module]:
     """The modules in the one of this name, itself among them, that are not frozen."""
-    return [part for path, part in module.named_modules(prefix=name) if not _lies_in(path, frozen)]
-
-
-def _lies_in(name: str, others: Iterable[str]) -> bool:
-    """Whether a module is one of the others, or lies in one."""
-    return any(f"{name}.".startswith(f"{other}.") for other in others)
+    return [part for path, part in module.named_modules(prefix=name) if not lies_in(path, frozen)]
 
 
 def _overlaps(name: str, others: Iterable[str]) -> bool:
     """Whether a module is one of the others, or one lies in the other."""
-    return any(_lies_in(name, [other]) or _lies_in(other, [name]) for other in others)
+    return any(lies_in(name, [other]) or lies_in(other, [name]) for other in others)
 
 
 def _one(
@@ -363,7 +363,7 @@ def _jointly(
     last = max(maps, key=lambda call: call.ended).name
     behind = {call.name for call in calls if call.began >= began and call.output is not None}
     student = copy.deepcopy(model).float().requires_grad_(False)
-    parts = [part for name, part in student.named_modules() if name in behind and not _lies_in(name, frozen)]
+    parts = [part for name, part in student.named_modules() if name in behind and not lies_in(name, frozen)]
     for module in parts:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
