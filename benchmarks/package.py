@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("name", help="of the model, DATA_WHAT; the architecture comes before it")
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to write to (default: this one)")
     args = parser.parse_args(argv)
-    run = first_run(ComparisonFolder(args.compared), args.arm)
-    model, spec = load(ComparisonFolder(args.compared).folder(run) / "model.safetensors")
+    comparison = ComparisonFolder(args.compared)
+    run = first_run(comparison, args.arm)
+    model, spec = load(comparison.folder(run) / "model.safetensors")
     file = args.root / "src" / "ulsam" / "model" / "weights" / f"{spec.base}.{args.name}.safetensors"
     pack(model, spec, file)
     result = {

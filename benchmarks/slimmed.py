@@ -35,16 +35,14 @@ from typing import Any
 import external_arm
 import torch
 from filelock import FileLock
-from torch import nn
+from package import measured, pack
 
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import make_folder, write_atomic
 from ulsam.base.packed import SUFFIX, write_packed
 from ulsam.base.provenance import command_line, processor, versions
 from ulsam.cli.common import add_layer_options, layer_options
-from ulsam.data.loading import eval_loader
-from ulsam.model.build import load, read_spec, save
-from ulsam.model.spec import ModelSpec
+from ulsam.model.build import load, read_spec
 from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import Failed, Grid, Run, Try, at_the_edge
 from ulsam.study.latency import measure
@@ -52,9 +50,7 @@ from ulsam.study.launch import lock_of
 from ulsam.study.paths import without_paths
 from ulsam.study.slim import RESERVED_SETTINGS, fine_tuning, slim
 from ulsam.study.statistics import difference
-from ulsam.training import parts
 from ulsam.training.config import read_config
-from ulsam.training.evaluate import ALONE, evaluate_batches, spec_transform
 from ulsam.training.restore import check_begun
 from ulsam.training.summary import spec_entry
 from ulsam.training.train import resume, train
@@ -212,22 +208,6 @@ def _best_rate(scores: dict[float, Any], epochs: int, what: str) -> float:
     if edge := at_the_edge(ranked):
         print(f"note: the best rate of the models {what} is the {edge} of those tried: give more --rates")
     return max(ranked, key=lambda entry: entry.rank).rate
-
-
-def pack(model: nn.Module, spec: ModelSpec, target: Path) -> None:
-    """Write the model to ``target``, the weights of convolutions and linear layers in half precision."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.half()
-    save(model, spec, target)
-
-
-def measured(model: nn.Module, run: Run) -> float:
-    """Top-1 of the model, as a share, on the images on which ``run`` was measured."""
-    _, images, _ = parts.open_images(run.config)
-    spec = parts.spec_of_run(run.config, images.classes)
-    batches = eval_loader(images, spec_transform(spec), batch_size=32, workers=0, device=ALONE.device)
-    return evaluate_batches(model, batches, len(images.classes), world=ALONE).top1
 
 
 def _decide(jobs: Sequence[dict[str, Any]]) -> None:

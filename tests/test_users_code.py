@@ -199,14 +199,14 @@ IMAGES = [torch.zeros(2, *SIZE)]
         (lambda model: ulsam.reconstruct(model, [IMAGES[0].numpy()]), "a tensor, not of ndarray"),
         (lambda model: ulsam.reconstruct(model, [IMAGES[0].byte()]), "a batch is uint8 [2, 3, 16, 16]: give one"),
         (lambda model: ulsam.reconstruct(model, [IMAGES[0][:0]]), "a batch is float32 [0, 3, 16, 16]: give one"),
-        (lambda model: ulsam.reconstruct(model, IMAGES, steps=0), "above 0, not 0 and 0.001"),
+        (lambda model: ulsam.reconstruct(model, IMAGES, steps=0), "and `rate` one above 0, not 0 and 0.001"),
         (lambda model: ulsam.reconstruct(model, IMAGES, steps=1.5), "`steps` is a whole number above 0 and `rate` one"),
         (lambda model: ulsam.replace(model, "1", groups=True), "channels and groups are whole numbers, not 8 and True"),
         (
             lambda model: ulsam.replace(model, "1", layer="inverted_residual", width=True),
             "whole numbers, not 8 and True",
         ),
-        (lambda model: ulsam.reconstruct(model, IMAGES, rate=-1), "above 0, not 500 and -1"),
+        (lambda model: ulsam.reconstruct(model, IMAGES, rate=-1), "and `rate` one above 0, not 500 and -1"),
     ],
 )
 def test_a_slip_is_one_line(call: Callable[[nn.Module], object], message: str) -> None:

@@ -226,7 +226,7 @@ def _is_ulsam(edit: str) -> bool:
 def _is_reconstructed(edit: str, behind: bool) -> bool:
     """Whether there is something to reconstruct: ``behind`` the edit, or its own inverted residual in any case."""
     parsed = Edit.parse(edit)
-    return parsed.kind != "insert" and (behind or parsed.width is not None or parsed.layer == "inverted_residual")
+    return parsed.kind != "insert" and (behind or parsed.width is not None)
 
 
 def _begins_with_setting(text: str) -> bool:

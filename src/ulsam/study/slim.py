@@ -26,7 +26,7 @@ from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import locate
 from ulsam.study import slim_report as report
 from ulsam.study.slim_blocks import Block, find_blocks
-from ulsam.study.slim_budget import Budget, budget
+from ulsam.study.slim_budget import Budget, budget, edit_of
 from ulsam.study.slim_choose import BlockSearch
 from ulsam.study.slim_latency import LatencyEngine, check_engine
 from ulsam.study.slim_measure import SetMeasurer
@@ -151,7 +151,7 @@ def slim(
     spec.check_one_class("slimming")
     file = out / ORIGINAL if isinstance(model, nn.Module) or is_pretrained_name(model) else model
     config = fine_tuning(file, spec, os.fspath(data), cast(Mapping[str, Any], settings or {}))
-    own = asked.layer.get("layer") == "inverted_residual" or asked.layer.get("width") is not None
+    own = edit_of(["*"], asked.layer).width is not None  # an inverted residual is reconstructed in any case
     if config.images_for_reconstruction and not (config.reconstruct_images and (config.reconstruct or own)):
         raise UlsamError("`images_for_reconstruction` has nothing to reconstruct, as the other settings switch it off")
     check_no_class(out, data)
