@@ -54,13 +54,16 @@ def external_command(arm: dict[str, Any], out: str) -> str:
 
     >>> external_command({"name": "pruned-uniform-macs-0.758", "wanted": {"macs": 0.758}}, "runs/cub100")
     'python benchmarks/pruning.py runs/cub100 --uniform --macs 0.758'
+    >>> external_command({"name": "pruned-uniform-reconstruct-macs-0.758", "wanted": {"macs": 0.758}}, "runs/cub100")
+    'python benchmarks/pruning.py runs/cub100 --uniform --macs 0.758 --reconstruct'
     >>> external_command({"name": "gated 14,17", "kind": "gated", "at": "14,17", "groups": 4}, "runs/cub100")
     'python benchmarks/variants.py runs/cub100 gated 14,17'
     """
     if is_pruned(arm["name"]):
         ((measure, share),) = arm["wanted"].items()
         uniform = "--uniform " if "-uniform-" in arm["name"] else ""
-        return f"python benchmarks/pruning.py {out} {uniform}--{measure} {share:g}"
+        reconstruct = " --reconstruct" if "-reconstruct-" in arm["name"] else ""
+        return f"python benchmarks/pruning.py {out} {uniform}--{measure} {share:g}{reconstruct}"
     groups = f" --groups {arm['groups']}" if arm["groups"] != 4 else ""
     return f"python benchmarks/variants.py {out} {arm['kind']} {arm['at']}{groups}"
 

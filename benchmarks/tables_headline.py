@@ -70,6 +70,7 @@ def _headline(
     spread = "" if arm["top1_sd"] is None else f" ± {100 * arm['top1_sd']:.2f}"
     trained = [other for other in arms if is_pruned(other["name"]) and other["seeds"]]
     pruned = [other["name"] for other in trained if alike(arm, other, "macs")]
+    pruned.sort(key=lambda other: ("reconstruct" in other) != ("+ reconstruct" in name))
     removal = f"remove {'+ reconstruct ' if '+ reconstruct' in name else ''}{name.split()[-1]}"
     rivals = [base["name"], removal, *([] if is_pruned(name) else pruned[:1])]
     minus = [table.points(pairs[name, rival]) if (name, rival) in pairs else "" for rival in rivals]
@@ -89,11 +90,14 @@ def called(name: str) -> str:
 
     >>> called("pruned-uniform-params-0.82")
     'Torch-Pruning, 82.0 % of the parameters'
+    >>> called("pruned-uniform-reconstruct-macs-0.758")
+    'Torch-Pruning + reconstruct, 75.8 % of the MACs'
     """
     if not is_pruned(name):
         return name.replace(",", ", ")
     measure, share = name.split("-")[-2:]
-    return f"Torch-Pruning, {100 * float(share):.1f} % of the {({'macs': 'MACs', 'params': 'parameters'})[measure]}"
+    who = "Torch-Pruning + reconstruct" if "-reconstruct-" in name else "Torch-Pruning"
+    return f"{who}, {100 * float(share):.1f} % of the {({'macs': 'MACs', 'params': 'parameters'})[measure]}"
 
 
 def _both_ways(differences: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The pruning benchmark: it reaches its share, and the pruned model trains and resumes, in the right folders."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -77,6 +78,33 @@ def test_the_least_important_channels_go_whatever_the_classifier_says(pruning: M
     assert pruned.classifier.in_features < 256
     assert float(pruned.bn2.weight.detach().min()) > 1e-3
     assert not pruned.classifier.weight.any()
+
+
+def test_a_pruned_model_is_reconstructed(pruning: ModuleType, model: nn.Module) -> None:
+    """Its features are compared with those of the channels that are left, and come nearer to them."""
+    batches = [torch.randn(32, *SIZE, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    model = copy.deepcopy(model).train()
+    for images in batches * 10:
+        model(images)  # its statistics become those of the images
+    model.eval()
+    pruned = pruning.prune(model, SIZE, 0.95, "params", uniform=True, steps=200)
+    left = pruning.features_left(pruned, model)
+    assert len(left) == pruned.classifier.in_features < model.classifier.in_features
+    assert torch.equal(pruned.bn2.running_var, model.bn2.running_var[left])
+    assert torch.equal(pruned.bn2.weight, model.bn2.weight[left])
+    classifier = pruned.classifier.weight.clone()
+    with torch.no_grad():
+        whole = torch.cat([model.forward_features(images)[:, left] for images in batches])
+        ours = torch.cat([pruned.eval().forward_features(images) for images in batches])
+    before, after = pruning.reconstruct(pruned, model, batches, steps=300)
+    assert before == pytest.approx(float((ours - whole).square().sum() / whole.square().sum()), rel=1e-4)
+    with torch.no_grad():
+        ours = torch.cat([pruned.eval().forward_features(images) for images in batches])
+    assert after == pytest.approx(float((ours - whole).square().sum() / whole.square().sum()), rel=1e-4)
+    assert after < 0.8 * before
+    assert torch.equal(pruned.classifier.weight, classifier)
+    with pytest.raises(UlsamError, match=r"^which channels pruning left is not known"):
+        pruning.features_left(pruned, model)
 
 
 def test_a_share_that_cannot_be(pruning: ModuleType, model: nn.Module) -> None:
