@@ -146,6 +146,28 @@ def card_table(results: Path, name: str) -> str:
     )
 
 
+def distillation_table(results: Path) -> str:
+    """A row for each way to train a slimmed model, and the original one beside it: top-1 and loss, means over seeds."""
+    found = json.loads((results / "distillation.json").read_text())
+    runs = found["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    heads = ["model: how it is trained", *(f"seed {seed}" for seed in seeds), "mean", "loss"]
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    for name in dict.fromkeys(run["model"] for run in runs):
+        mine = {run["seed"]: run for run in runs if run["model"] == name}
+        means = [statistics.mean(run[key] for run in mine.values()) for key in ("top1", "loss")]
+        tops = [f"{100 * mine[seed]['top1']:.1f}" if seed in mine else "" for seed in seeds]
+        lines.append(f"| {name} | {' | '.join(tops)} | {100 * means[0]:.1f} | {means[1]:.3f} |")
+    blocks = "; ".join(
+        f"seed {seed}: {next(run['edits'][-1] for run in runs if run['seed'] == seed and run['edits'])}"
+        for seed in seeds
+        if any(run["seed"] == seed and run["edits"] for run in runs)
+    )
+    images = "/".join(sorted({str(run["images"]) for run in runs}))
+    note = f"Top-1 in %, and cross-entropy, on {images} held-out images, others for each seed. Edits: {blocks}."
+    return "\n".join([*lines, "", note])
+
+
 def damage_table(results: Path, name: str) -> str:
     """How well two samples of images rank sets of blocks alike; one row a model."""
     found = json.loads((results / f"damage_{name}.json").read_text())

@@ -91,15 +91,17 @@ def test_weights_of_the_edited_model_fill_the_layers_too(tmp_path):
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("more", ["replace 17", "remove 17"])
+@pytest.mark.parametrize(
+    ("more", "new"), [("replace 17", "blocks.5.2."), ("remove 17", "blocks.5.2."), ("insert 17", "blocks.5.2.ulsam.")]
+)
 @pytest.mark.parametrize("first", ["replace 14", "insert 14", "remove 14"])
-def test_weights_of_a_model_with_fewer_edits_fill_the_rest(first, more):
+def test_weights_of_a_model_with_fewer_edits_fill_the_rest(first, more, new):
     before = seeded(build(ModelSpec(SMALL, ("a", "b"), (Edit.parse(first),), input_size=(3, 32, 32)))[0])
     model, _ = build(ModelSpec(SMALL, ("a", "b"), (Edit.parse(first), Edit.parse(more)), input_size=(3, 32, 32)))
     old, state = before.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
     assert load_weights(model, old) == []
     for name, value in model.state_dict().items():
-        expected = state if name.startswith("blocks.5.2.") else old  # the new layer stays as it was
+        expected = state if name.startswith(new) else old  # the new layer stays as it was
         assert torch.equal(value, expected[name]), name
     del old["blocks.4.0.conv_pw.weight"]
     with pytest.raises(UlsamError, match=r"blocks\.4\.0\.conv_pw\.weight is missing"):

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from tiny import TINY_MODEL, draw_splits
 from training_runs import config, same, weights
 from ulsam.base.distributed import World
+from ulsam.base.errors import UlsamError
 from ulsam.data import loading
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import load
+from ulsam.study.arms import Arm
 from ulsam.training.loop import Trainer
 from ulsam.training.train import train
 
@@ -224,6 +226,54 @@ def test_weights_with_another_head_start_a_new_one(
     assert all(own[name].equal(value) for name, value in load_file(start).items() if "classifier" not in name)
     train(config(data, weights=str(start), lr=1e-9), tmp_path / "slow")
     assert weights(tmp_path / "slow")["conv_stem.weight"].allclose(load_file(start)["conv_stem.weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_model_file_is_trained_further(data: Path, start: Path, tmp_path: Path, folder: bool) -> None:
+    """Its architecture, edits, image and weights are taken: as if each were named."""
+    settings: dict[str, Any] = {"size": 32, "mean": [0.4] * 3, "crop_pct": 0.9, "model_args": {"act_layer": "relu"}}
+    train(config(data, weights=str(start), edits=["insert blocks.1 g=4"], **settings), tmp_path / "first")
+    file = tmp_path / "first" / "model.safetensors"
+    own: dict[str, Any] = {"seed": 1, "std": [0.3] * 3, "size": None}
+    edits = ["insert blocks.2 g=8"]
+    train(config(data, model=str(file.parent if folder else file), edits=edits, **own), tmp_path / "short")
+    own |= {"weights": str(file), "edits": ["insert blocks.1 g=4", *edits], **settings}
+    train(config(data, **own), tmp_path / "long")
+    assert same(weights(tmp_path / "short"), weights(tmp_path / "long"))
+    assert load(tmp_path / "short" / "model.safetensors")[1] == load(tmp_path / "long" / "model.safetensors")[1]
+    assert {str(edit) for edit in load(tmp_path / "short" / "model.safetensors")[1].edits} == set(own["edits"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": "start.safetensors"}, r"model.safetensors, which has its weights: leave `weights` and"),
+        ({"pretrained": True}, r"model.safetensors, which has its weights: leave `weights` and `pretrained` out$"),
+        ({"model_args": {"in_chans": 1}, "in_chans": 3}, r"`in_chans` is 3, and 1 in `model_args`"),
+    ],
+)
+def test_a_model_file_and_other_settings_exclude_each_other(
+    settings: dict[str, Any], message: str, data: Path, tmp_path: Path
+) -> None:
+    train(config(data), tmp_path / "first")
+    with pytest.raises(UlsamError, match=message):
+        config(data, model=str(tmp_path / "first" / "model.safetensors"), **settings)
+
+
+def test_a_file_of_weights_alone_is_no_model_to_train(data: Path, start: Path) -> None:
+    with pytest.raises(UlsamError, match=r"start.safetensors holds weights without a spec: name timm's model"):
+        config(data, model=str(start))
+
+
+def test_an_arm_may_be_a_model_file(data: Path, start: Path, tmp_path: Path) -> None:
+    """It brings its own weights, whatever the other arms begin from."""
+    train(config(data, weights=str(start), edits=["insert blocks.1 g=4"]), tmp_path / "first")
+    shared = config(data, weights=str(start))
+    found = Arm.parse(f"mine: model={tmp_path / 'first'}; insert blocks.2").config(shared)
+    assert found.weights == str(tmp_path / "first" / "model.safetensors")
+    assert found.edits == ["insert blocks.1 g=4", "insert blocks.2 g=4"]
+    assert found.model == TINY_MODEL
+    assert Arm.parse("base").config(shared).weights == str(start)
 
 
 def test_dropout_reaches_the_model(data: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ulsam.base.files import check_readable
 from ulsam.base.logs import say
 from ulsam.base.reading import open_regular
 from ulsam.model.trained import EXPORTED, locate
-from ulsam.surgery.edited import are_whole, changes, note_weights
+from ulsam.surgery.edited import added_layers, are_whole, changes, is_followed, note_weights
 
 Entries = dict[str, Tensor]
 
@@ -118,6 +118,12 @@ def _expected(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[Entries, E
         theirs = {f"{place}.{key}" for key in old.state_dict()}
         ours = {name for name in added if name.startswith(f"{place}.")}
         if (theirs - ours) & state.keys() and not (ours - theirs) & state.keys():
+            own = {name: value for name, value in own.items() if name not in ours}
+            added -= ours
+    for name, layer in added_layers(model).items():  # where it has nothing of an inserted layer, likewise
+        ours = {f"{name}.{key}" for key in layer.state_dict()}
+        host, _, leaf = name.rpartition(".")
+        if leaf == "ulsam" and is_followed(model.get_submodule(host)) and not ours & state.keys():
             own = {name: value for name, value in own.items() if name not in ours}
             added -= ours
     new = added - put_aside.keys()  # a layer may have names of the block that it replaced

@@ -15,6 +15,7 @@ from ulsam.data.labelled import splits_of
 from ulsam.data.opening import is_named
 from ulsam.data.sources import check_one_class
 from ulsam.model.presets import PLACEMENTS
+from ulsam.model.pretrained import means_file
 from ulsam.model.spec import Edit
 from ulsam.study.paths import without_paths
 from ulsam.training import parts
@@ -98,7 +99,8 @@ class Arm:
         """The settings of one of its runs: those that all arms share, its own, and what was ``decided`` for the run.
 
         Of the shared settings ``ulsam_lr`` is left out where the model has no ULSAM layer, those of distillation where
-        the arm has ``teacher=null``, and ``images_for_reconstruction`` where nothing is reconstructed.
+        the arm has ``teacher=null``, ``images_for_reconstruction`` where nothing is reconstructed, and the weights where
+        the arm's model is a model file.
 
         Raises:
             UlsamError: they do not go together; the line names the arm.
@@ -113,6 +115,8 @@ class Arm:
         behind = self.settings.get("reconstruct", shared.reconstruct)
         if not any(_is_reconstructed(edit, behind) for edit in edits):
             del values["images_for_reconstruction"]
+        if means_file(self.settings.get("model", "")):
+            values = {name: value for name, value in values.items() if name not in ("weights", "pretrained")}
         if self.settings.get("teacher", shared.teacher) is None:
             values = {name: value for name, value in values.items() if not name.startswith("distill")}
         try:

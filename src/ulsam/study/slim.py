@@ -37,6 +37,7 @@ from ulsam.surgery.places import match
 from ulsam.training import parts, restore
 from ulsam.training.config import TrainConfig, read_config
 from ulsam.training.evaluate import evaluate_batches, spec_transform
+from ulsam.training.from_model_file import settings_of
 from ulsam.training.sample import ImageSample, draw_sample
 from ulsam.training.settings import TrainSettings
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
@@ -185,22 +186,7 @@ def fine_tuning(model: str | os.PathLike[str], spec: ModelSpec, data: str, setti
     for name in RESERVED_SETTINGS:
         if name in settings:
             raise UlsamError(f"slimming decides {name}: leave it out of the settings")
-    _, height, width = spec.input_size
-    if height != width and "size" not in settings:
-        raise UlsamError(f"this model's images are {height} x {width}, and training makes square ones: give a `size`")
-    own = {
-        "data": data,
-        "model": spec.base,
-        "model_args": dict(spec.model_args),
-        "edits": [str(edit) for edit in spec.edits],
-        "size": height,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-        "interpolation": spec.interpolation,
-        "crop_pct": spec.crop_pct,
-        "weights": os.fspath(model),
-        "teacher": os.fspath(model),
-    }
+    own = {**settings_of(model, spec, size=settings.get("size")), "data": data, "teacher": os.fspath(model)}
     return TrainConfig.from_mapping({**own, **held_out_settings(model, data, settings), **settings})
 
 

@@ -69,8 +69,12 @@ _TAUGHT = {"distill": 0.5, "distill_temperature": 4.0, "distill_features": 0.0} 
 class TrainConfig:
     """The settings of a run; each field's help text is shown by ``ulsam train --help``.
 
+    Where ``model`` is a model file, its architecture, edits, image and weights are taken into the settings.
+
     >>> TrainConfig(data="birds", edits=["replace 14,17 g=4"]).epochs
     10
+    >>> TrainConfig(data="birds", model="mobilenetv2_100.grocery81_slim75").model
+    'mobilenetv2_100'
     """
 
     # data
@@ -93,7 +97,7 @@ class TrainConfig:
     )
     max_unreadable: float = _option(0.1, "stop when more than this share (and more than 3) cannot be read")
     # model
-    model: str = _option("mobilenetv2_100", "timm's name of the base model")
+    model: str = _option("mobilenetv2_100", "timm's name of the base model, or a model file, to train that further")
     model_args: dict[str, Any] = _option({}, "JSON object of further arguments for timm's create_model")
     edits: list[str] = _option([], "changes of the model, e.g. 'replace 14,17 g=4'")
     pretrained: bool = _option(False, "start from timm's hub weights of the base model")
@@ -181,6 +185,11 @@ class TrainConfig:
         for spec in fields(self):
             value = getattr(self, spec.name)
             object.__setattr__(self, spec.name, checked(spec.name, value, _KINDS[spec.name]))
+        if self.model != type(self).model:
+            from ulsam.training.from_model_file import settings_from  # lazy, as it imports timm
+
+            for name, value in settings_from(self).items():
+                object.__setattr__(self, name, value)
         for name, default in _TAUGHT.items():
             if self.teacher is not None and getattr(self, name) is None:
                 object.__setattr__(self, name, default)

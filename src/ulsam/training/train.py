@@ -42,10 +42,10 @@ def train(
     Args:
         data: an image folder, or timm's name of a data set; or all settings, as `ulsam.TrainConfig`.
         out: a new folder, or an empty one.
-        model: timm's name of the base model; or a model that no spec builds, such as a channel-pruned one, to train as
-            it is, with the weights it has. It changes in place. ``weights.safetensors``, a plain state dict, then
-            stands in for ``model.safetensors``, and the summary says ``"prepared": true``: of its spec, the classes and
-            the image are those of this model.
+        model: timm's name of the base model; a model file, to train that further; or a model that no spec builds, such
+            as a channel-pruned one, to train as it is, with the weights it has. The latter changes in place.
+            ``weights.safetensors``, a plain state dict, then stands in for ``model.safetensors``, and the summary says
+            ``"prepared": true``: of its spec, the classes and the image are those of this model.
         callbacks: each is called at the start, after every update and every epoch, and at the end. Trackers are the
             setting ``track``.
         settings: fields of `ulsam.TrainConfig`, such as ``edits`` or ``epochs``.
