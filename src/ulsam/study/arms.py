@@ -99,8 +99,8 @@ class Arm:
         """The settings of one of its runs: those that all arms share, its own, and what was ``decided`` for the run.
 
         Of the shared settings ``ulsam_lr`` is left out where the model has no ULSAM layer, those of distillation where
-        the arm has ``teacher=null``, ``images_for_reconstruction`` where nothing is reconstructed, and the weights where
-        the arm's model is a model file.
+        the arm has ``teacher=null``, ``images_for_reconstruction`` where nothing is reconstructed, and the weights
+        where the arm's model is a model file.
 
         Raises:
             UlsamError: they do not go together; the line names the arm.
