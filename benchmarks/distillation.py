@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import ulsam
-from ulsam.base.files import read_json, write_json
+from ulsam.base.files import write_json
 from ulsam.base.provenance import processor, versions
 from ulsam.study.paths import without_paths
 from ulsam.study.slim import fine_tuning
 from ulsam.training.config import TrainConfig, read_config
+from ulsam.training.train import train_or_resume
+from ulsam.training.train_summary import TrainSummary
 
 RESULT = Path(__file__).parents[1] / "results" / "distillation.json"
 COMMON: dict[str, Any] = {
@@ -57,9 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in range(args.seeds):
         folder = args.out / f"seed-{seed}"
         own = {**COMMON, "seed": seed, "split_seed": seed}
-        base = trained(
-            TrainConfig(args.data, model="mobilenetv2_100", weights=args.weights, **own), folder / "original"
-        )
+        config = TrainConfig(args.data, model="mobilenetv2_100", weights=args.weights, **own)
+        base = train_or_resume(config, folder / "original")
         runs.append(entry(seed, "original", base))
         model = folder / "original" / "model.safetensors"
         settings = {name: value for name, value in own.items() if name not in ("val_fraction", "split_seed")}
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         calls |= {f"trained further: {way}": (further, WAYS[way]) for way in ("T = 4, weight 0.5", "T = 1, weight 1")}
         for name, (config, values) in calls.items():
             place = folder / name.translate(str.maketrans(" ", "-", ":=,."))
-            runs.append(entry(seed, name, trained(dataclasses.replace(config, **values), place)))
+            runs.append(entry(seed, name, train_or_resume(dataclasses.replace(config, **values), place)))
             result = {
                 "what": "top-1 and cross-entropy on held-out images: a model, slimmed and fine-tuned in several ways",
                 "macs": MACS,
@@ -81,15 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_json(RESULT, without_paths(result))
 
 
-def trained(config: TrainConfig, out: Path) -> dict[str, Any]:
-    """The summary of this run: a new one, the one that is there, or its rest."""
-    if (out / "summary.json").exists():
-        found: dict[str, Any] = read_json(out / "summary.json")
-        return found
-    return dict(ulsam.resume(out) if (out / "config.yaml").exists() else ulsam.train(config, out))
-
-
-def entry(seed: int, name: str, summary: dict[str, Any]) -> dict[str, Any]:
+def entry(seed: int, name: str, summary: TrainSummary) -> dict[str, Any]:
     scores = summary["scores"]
     print(seed, name, scores["top1"], flush=True)
     found = {"seed": seed, "model": name, "edits": summary["config"]["edits"], "macs": summary["cost"]["macs"]}

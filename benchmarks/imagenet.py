@@ -70,14 +70,20 @@ def predictions(model: nn.Module, batches: list[Tensor]) -> Tensor:
     return torch.cat([model.eval()(batch) for batch in batches])
 
 
-def measure(logits: Tensor, base: Tensor, labels: Tensor) -> dict[str, Any]:
-    right, base_right = (out.argmax(1) == labels for out in (logits, base))
+def labels(data: Path) -> Tensor:
+    """The classes of the images to measure on."""
+    known = {row["path"]: int(row["class_index"]) for row in csv.DictReader((data / "labels.csv").open())}
+    return torch.tensor([known[str(file.relative_to(data))] for file in files(data / "test")])
+
+
+def measure(logits: Tensor, base: Tensor, truth: Tensor) -> dict[str, Any]:
+    right, base_right = (out.argmax(1) == truth for out in (logits, base))
     mean, low, high = crossed_interval(np.array([(right.float() - base_right.float()).numpy()]))
     return {
         "top1": float(right.float().mean()),
         "minus_base": {"mean": mean, "low": low, "high": high},
         "agreement": float((logits.argmax(1) == base.argmax(1)).float().mean()),
-        "loss": float(F.cross_entropy(logits, labels)),
+        "loss": float(F.cross_entropy(logits, truth)),
     }
 
 
@@ -96,8 +102,7 @@ def transforms_of(model: nn.Module, **norm: Any) -> tuple[Any, Any]:
 def main(data: Path, weights: Path) -> None:
     torch.set_num_threads(1)
     found = json.loads(RESULT.read_text())["models"] if RESULT.exists() else []
-    labels = {row["path"]: int(row["class_index"]) for row in csv.DictReader((data / "labels.csv").open())}
-    truth = torch.tensor([labels[str(file.relative_to(data))] for file in files(data / "test")])
+    truth = labels(data)
     for way, options in WAYS.items():
         for name, places in ROWS:
             todo = [edit for edit in EDITS if (name, places, edit, way) not in map(key, found)]

@@ -50,10 +50,8 @@ from ulsam.study.launch import lock_of
 from ulsam.study.paths import without_paths
 from ulsam.study.slim import RESERVED_SETTINGS, fine_tuning, slim
 from ulsam.study.statistics import difference
-from ulsam.training.config import read_config
-from ulsam.training.restore import check_begun
 from ulsam.training.summary import spec_entry
-from ulsam.training.train import resume, train
+from ulsam.training.train import train_or_resume
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ("macs", "params", "latency")
@@ -229,12 +227,7 @@ def _train_on(model: Path, data: str, out: Path, settings: dict[str, Any]) -> No
     config = fine_tuning(model, read_spec(model), data, settings)
     make_folder(out.parent)
     with FileLock(lock_of(out)):
-        if not (out / "config.yaml").exists():
-            train(config, out)
-            return
-        check_begun(read_config(out / "config.yaml"), dataclasses.asdict(config), out)
-        if not (out / "summary.json").exists():
-            resume(out)
+        train_or_resume(config, out)
 
 
 def _in_processes(calls: Sequence[tuple[Callable[..., Any], dict[str, Any]]], most: int) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ulsam.base.distributed import start
 from ulsam.base.errors import Interrupted, UlsamError
-from ulsam.base.files import read_json, write_atomic
+from ulsam.base.files import write_atomic
 from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
 from ulsam.data.class_numbers import class_numbers
@@ -42,7 +42,7 @@ from ulsam.training.sample import ImageSample, draw_sample
 from ulsam.training.settings import TrainSettings
 from ulsam.training.step import AMP_DTYPES, LAYOUTS
 from ulsam.training.summary import cost_entry, score_entry
-from ulsam.training.train import resume, train
+from ulsam.training.train import train_or_resume
 from ulsam.training.train_summary import TrainSummary
 from ulsam.training.trained_on import held_out_settings
 
@@ -165,7 +165,7 @@ def slim(
             restore.check_begun(read_config(out / "run" / "config.yaml"), wanted, out / "run")
         write_atomic(out / "train.yaml", config.to_yaml())
         if fine_tune:
-            summary = _trained(config, out / "run")
+            summary = train_or_resume(config, out / "run")
             if record.get("result") is None:
                 record.put("result", _result(original, config, summary))
     return record.result
@@ -280,16 +280,6 @@ def _search(
         prepare,
         measurer.reconstructed_score if measurer.config.reconstruct and reconstructs else None,
     )
-
-
-def _trained(config: TrainConfig, run: Path) -> TrainSummary:
-    """The summary of the fine-tuning's run: a new one, the one that is there, or its rest."""
-    if not (run / "config.yaml").exists():
-        return train(config, run)
-    if (run / "summary.json").exists():
-        return cast(TrainSummary, read_json(run / "summary.json"))
-    given = {name: getattr(config, name) for name in restore.CHANGEABLE_ON_RESUME}
-    return resume(run, {name: value for name, value in given.items() if value not in ("auto", None)})
 
 
 def _result(model: nn.Module, config: TrainConfig, summary: TrainSummary) -> SlimmedScores:

@@ -1,19 +1,20 @@
 """Begin a run, or resume one."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from torch import nn
 
-from ulsam.base.files import make_folder, write_atomic
+from ulsam.base.files import make_folder, read_json, write_atomic
 from ulsam.data.labelled import check_no_class
 from ulsam.training import restore
 from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import read_checkpoint
-from ulsam.training.config import TrainConfig, config_of
+from ulsam.training.config import TrainConfig, config_of, read_config
 from ulsam.training.loop import Trainer
 from ulsam.training.machine import session
 from ulsam.training.run_lock import check_idle, run_lock
@@ -120,3 +121,30 @@ def resume(
         if saved is not None:
             trainer.restore(saved)
         return trainer.fit()
+
+
+def train_or_resume(config: TrainConfig, out: str | os.PathLike[str]) -> TrainSummary:
+    """Train into ``out``, or resume the run of these settings that was stopped there; of a finished one, its summary.
+
+    Raises:
+        UlsamError: the run there has other settings, or as of :func:`train` and :func:`resume`.
+        Interrupted: as of :func:`train`.
+
+    >>> import tempfile
+    >>> from ulsam.data.birds import draw_birds
+    >>> folder = tempfile.mkdtemp()
+    >>> birds = draw_birds(f"{folder}/birds", classes=2, train=8, val=4, size=32)
+    >>> small = {"model": "test_efficientnet", "size": 32, "batch_size": 8, "epochs": 1, "workers": 0}
+    >>> config = TrainConfig(str(birds), **small)
+    >>> train_or_resume(config, f"{folder}/run") == train_or_resume(config, f"{folder}/run")
+    True
+    """
+    run = Path(out)
+    if not (run / "config.yaml").exists():
+        return train(config, run)
+    wanted = {name: value for name, value in dataclasses.asdict(config).items() if value != "auto"}
+    restore.check_begun(read_config(run / "config.yaml"), wanted, run)
+    if (run / "summary.json").exists():
+        return cast(TrainSummary, read_json(run / "summary.json"))
+    given = {name: wanted.get(name) for name in restore.CHANGEABLE_ON_RESUME}
+    return resume(run, {name: value for name, value in given.items() if value is not None})
