@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="an image folder; its training images alone are used")
     parser.add_argument("weights", help="of mobilenetv2_100, to begin from")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     args = parser.parse_args(argv)
     runs: list[dict[str, Any]] = []
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         folder = args.out / f"seed-{seed}"
         own = {**COMMON, "seed": seed, "split_seed": seed}
         config = TrainConfig(args.data, model="mobilenetv2_100", weights=args.weights, **own)
