@@ -159,6 +159,51 @@ def test_a_block_is_trained_and_not_the_stage_around_it(name: str, edit: str, tr
     assert found.name == trained_block
 
 
+class Branches(nn.Module):
+    """Two branches whose blocks are called in turn, and what joins them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = self.block(3)
+        self.left, self.right = (nn.ModuleList([self.block(8) for _ in range(3)]) for _ in range(2))
+        self.join = self.block(8)
+
+    def block(self, channels: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = right = self.stem(x)
+        for ours, others in zip(self.left, self.right, strict=True):
+            left, right = ours(left), others(right)
+        joined: Tensor = self.join(left + right)
+        return joined
+
+
+@pytest.mark.parametrize(
+    ("edits", "wanted"),
+    [
+        (["left.0"], [("left.1", ("left.0",))]),
+        (["right.0", "left.1"], [("right.1", ("right.0",)), ("left.2", ("left.1",))]),
+        (["left.1", "left.2"], [("join", ("left.1", "left.2"))]),
+        (["left.2", "right.2"], [("join", ("left.2", "right.2"))]),
+        (["left.1", "right.1", "left.2"], [("right.2", ("right.1",)), ("join", ("left.1", "left.2"))]),
+    ],
+)
+def test_the_next_block_is_one_that_the_place_feeds(
+    edits: list[str], wanted: list[tuple[str, tuple[str, ...]]]
+) -> None:
+    """And not the one that the model calls next, on another branch, where nothing is broken."""
+    torch.manual_seed(0)
+    model = Branches()
+    batches = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    for batch in batches * 10:
+        model(batch)  # its statistics become those of the images
+    ulsam.remove(model.eval(), ",".join(edits), input_size=(3, 16, 16))
+    found = reconstruct(model, batches, steps=60, rate=1e-2)
+    assert [(entry.name, entry.edits) for entry in found] == wanted
+    assert all(entry.after < 0.9 * entry.before for entry in found), found
+
+
 @pytest.mark.parametrize(
     ("freeze", "name"),
     [

@@ -4,9 +4,8 @@ Source: PRACTISE, "Practical Network Acceleration with Tiny Sets" (Wang and Wu, 
 """
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,9 +18,9 @@ from ulsam.base.errors import NotFinite, UlsamError
 from ulsam.base.eval_mode import eval_mode
 from ulsam.base.logs import progress
 from ulsam.surgery.edited import State, edited_blocks, note_reconstructed, put_back
+from ulsam.surgery.kept_blocks import calls_of, not_frozen, segments
 from ulsam.surgery.places import At, lies_in, match
 from ulsam.surgery.reconstruct_layers import enough_memory, list_of_batches, passing, reconstruct_layer
-from ulsam.surgery.trace import in_place_changes
 
 Scope = Literal["block", "joint"]
 STEPS, RATE = 500, 1e-3  # of Adam; its rate falls to 0 as a cosine
@@ -66,8 +65,8 @@ def reconstruct(
     """Train the layers behind each removed or replaced block towards the whole model's features, without labels.
 
     The *whole model* is ``model`` with every removed or replaced block back. Places are taken in the order in which
-    the model calls them. New layers (attention, a narrow inverted residual) are trained together with the next kept
-    block behind them; where that would not lower the error, they stay as they were. Each place starts from the features
+    the model calls the kept blocks behind them, each the next block that the place feeds. New layers (attention, a
+    narrow inverted residual) are trained together with that block; where that would not lower the error, they stay as they were. Each place starts from the features
     of the places before it, already reconstructed, and aims at the whole model's. BatchNorm statistics follow the new
     features. Nothing is random: the same model and images give the same weights. An error or Ctrl-C leaves the layers
     of the current place as they were. `ulsam.undo` gives the kept blocks their weights of before.
@@ -112,7 +111,7 @@ def reconstruct(
         original = put_back(copy.deepcopy(model))
         entries: list[Reconstructed] = []
         front: tuple[tuple[tuple[str, ...], str | None], ...] = ()
-        for places, following in _segments(model, batches[0], frozen):
+        for places, following in segments(model, batches[0], frozen):
             front += ((tuple(places), following),)
             before = _states(model, [following] if following else [])
             if front in known:
@@ -142,115 +141,6 @@ def _states(model: nn.Module, names: Sequence[str]) -> dict[str, State]:
     return {name: {key: value.clone() for key, value in state.items()} for name, state in parts.items()}
 
 
-@dataclass
-class _Call:
-    """One call of a module: when it began and ended, and the tensors that went in and came out (None: not one map)."""
-
-    name: str
-    module: nn.Module
-    began: int
-    ended: int = -1
-    given: Tensor | None = None
-    output: Tensor | None = None
-    given_changes: int = 0  # of the tensor, in place, by then
-    output_changes: int = 0
-
-    def feeds(self, other: "_Call") -> bool:
-        """Whether the output is what goes into the other call, and nothing has changed it in between."""
-        return self.output is not None and self.output is other.given and self.output_changes == other.given_changes
-
-    def keeps_shape(self) -> bool:
-        return self.given is not None and self.output is not None and self.given.shape == self.output.shape
-
-
-def _calls(model: nn.Module, batch: Tensor) -> list[_Call]:
-    """Every call of a module on one image, in the order in which they begin."""
-    calls: list[_Call] = []
-    running: list[_Call] = []
-    clock = itertools.count()
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            given = _four_dimensional(args[0] if len(args) == 1 else None)
-            running.append(_Call(name, module, next(clock), given=given, given_changes=in_place_changes(given)))
-            calls.append(running[-1])
-
-        return hook
-
-    def leave(_: nn.Module, args: Any, output: Any) -> None:
-        call = running.pop()
-        call.ended, call.output = next(clock), _four_dimensional(output)
-        call.output_changes = in_place_changes(call.output)
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        model(batch[:1].clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _four_dimensional(value: Any) -> Tensor | None:
-    return value if isinstance(value, Tensor) and value.ndim == 4 else None
-
-
-def _segments(model: nn.Module, batch: Tensor, frozen: Sequence[str]) -> Iterator[tuple[list[str], str | None]]:
-    """(edited places that follow each other, the kept block behind them that may change), in the order of the calls."""
-    calls = _calls(model, batch)
-    edited = set(edited_blocks(model))
-    once = {call.name: call for call in calls if sum(call.name == other.name for other in calls) == 1}
-    places = [call for call in calls if call.name in edited and call.name in once]
-    kept = [call for call in once.values() if not _overlaps(call.name, edited)]
-    blocks = [call for call in kept if _is_block(call, calls, frozen)]
-    segment: list[str] = []
-    for number, place in enumerate(places):
-        segment.append(place.name)
-        following = next((call for call in blocks if call.began > place.ended), None)
-        later = places[number + 1] if number + 1 < len(places) else None
-        if later and (following is None or later.began < following.began):
-            continue
-        yield segment, following.name if following else None
-        segment = []
-
-
-def _is_block(call: _Call, calls: Sequence[_Call], frozen: Sequence[str]) -> bool:
-    """Whether it is a module from one map to one map, and no stage, with weight matrices that are not frozen."""
-    module = call.module
-    changing = (parameter for part in _not_frozen(module, call.name, frozen) for parameter in part.parameters(False))
-    if call.given is None or call.output is None or not any(parameter.ndim > 1 for parameter in changing):
-        return False
-    if type(module).forward is nn.Sequential.forward:
-        return not any(len(list(child.children())) for child in module.children())
-    return not _repeats_blocks(call, calls)
-
-
-def _repeats_blocks(stage: _Call, calls: Sequence[_Call]) -> bool:
-    """Whether a module calls blocks of one class one after the other, of which one keeps its map's shape."""
-    repeated: dict[Any, list[_Call]] = {}
-    for call in calls:
-        if call.name.startswith(f"{stage.name}.") and _matrices(call.module) > 1:
-            repeated.setdefault((call.name.rpartition(".")[0], type(call.module)), []).append(call)
-    return any(len(blocks) > 1 and any(block.keeps_shape() for block in blocks) for blocks in repeated.values())
-
-
-def _matrices(module: nn.Module) -> int:
-    return sum(parameter.ndim > 1 for parameter in module.parameters())
-
-
-def _not_frozen(module: nn.Module, name: str, frozen: Sequence[str]) -> list[nn.Module]:
-    """The modules in the one of this name, itself among them, that are not frozen."""
-    return [part for path, part in module.named_modules(prefix=name) if not lies_in(path, frozen)]
-
-
-def _overlaps(name: str, others: Iterable[str]) -> bool:
-    """Whether a module is one of the others, or one lies in the other."""
-    return any(lies_in(name, [other]) or lies_in(other, [name]) for other in others)
-
-
 def _one(
     model: nn.Module,
     original: nn.Module,
@@ -262,7 +152,7 @@ def _one(
     rate: float,
 ) -> Reconstructed | None:
     """Reconstruct one segment, of these places: the new layers and the kept block that ``chain`` names."""
-    calls = {call.name: call for call in _calls(model, batches[0])}
+    calls = {call.name: call for call in calls_of(model, batches[0])}
     chain = [name for name in chain if next(model.get_submodule(name).parameters(), None) is not None]
     for first, second in zip(list(chain), chain[1:], strict=False):
         if not calls[first].feeds(calls[second]):  # the model computes something between them
@@ -273,7 +163,7 @@ def _one(
     wanted = passing(original, chain[-1], batches)[1]
     modules = [model.get_submodule(name) for name in chain]
     trained = nn.Sequential(*map(_without_original, modules))
-    parts = [part for name, copied in zip(chain, trained, strict=True) for part in _not_frozen(copied, name, frozen)]
+    parts = [part for name, copied in zip(chain, trained, strict=True) for part in not_frozen(copied, name, frozen)]
     before, after = _train(trained, parts, given, wanted, chain[-1], steps, rate)
     if after < before:
         for module, part in zip(modules, trained, strict=True):
@@ -356,7 +246,7 @@ def _jointly(
     frozen: Sequence[str],
 ) -> Reconstructed:
     """Train everything behind the first edited place that is not frozen, towards the last feature map."""
-    calls = _calls(model, batches[0])
+    calls = calls_of(model, batches[0])
     edited = edited_blocks(model)
     began = min(call.began for call in calls if call.name in edited)
     maps = [call for call in calls if call.output is not None and next(call.module.parameters(), None) is not None]
