@@ -66,10 +66,11 @@ def reconstruct(
 
     The *whole model* is ``model`` with every removed or replaced block back. Places are taken in the order in which
     the model calls the kept blocks behind them, each the next block that the place feeds. New layers (attention, a
-    narrow inverted residual) are trained together with that block; where that would not lower the error, they stay as they were. Each place starts from the features
-    of the places before it, already reconstructed, and aims at the whole model's. BatchNorm statistics follow the new
-    features. Nothing is random: the same model and images give the same weights. An error or Ctrl-C leaves the layers
-    of the current place as they were. `ulsam.undo` gives the kept blocks their weights of before.
+    narrow inverted residual) are trained together with that block; where that would not lower the error, they stay as
+    they were. Each place starts from the features of the places before it, already reconstructed, and aims at the
+    whole model's. BatchNorm statistics follow the new features. Nothing is random: the same model and images give the
+    same weights. An error or Ctrl-C leaves the layers of the current place as they were. `ulsam.undo` gives the kept
+    blocks their weights of before.
 
     Args:
         model: an edited model whose blocks were trained before they were replaced; changed in place.
