@@ -169,6 +169,7 @@ def reconstruct(
         pairs = zip(batches, wanted, strict=True)
         return sum(float((_features(pruned, images) - features).square().sum()) for images, features in pairs) / power
 
+    pruned.eval()
     before = error()
     for module in pruned.modules():
         module.training = isinstance(module, _BatchNorm)  # nothing random, such as dropout

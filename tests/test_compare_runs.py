@@ -22,12 +22,13 @@ from ulsam.study.arms import Arm, parse_arms
 from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.epoch_lines import EpochLines
 from ulsam.study.grid import Failed, Grid, Run
-from ulsam.study.identity import data_digest, file_digests, seen_before
+from ulsam.study.identity import data_digest, file_digests
 from ulsam.study.launch import LocalLauncher, lock_of, run_all
 from ulsam.training.config import TrainConfig
 from ulsam.training.parts import open_images
 from ulsam.training.summary import write_metrics
 from ulsam.training.train import train
+from ulsam.training.trained_on import seen_before
 
 
 @pytest.fixture(scope="module")

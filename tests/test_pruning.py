@@ -95,7 +95,8 @@ def test_a_pruned_model_is_reconstructed(pruning: ModuleType, model: nn.Module) 
     classifier = pruned.classifier.weight.clone()
     with torch.no_grad():
         whole = torch.cat([model.forward_features(images)[:, left] for images in batches])
-        ours = torch.cat([pruned.eval().forward_features(images) for images in batches])
+        ours = torch.cat([copy.deepcopy(pruned).eval().forward_features(images) for images in batches])
+    assert pruned.training
     before, after = pruning.reconstruct(pruned, model, batches, steps=300)
     assert before == pytest.approx(float((ours - whole).square().sum() / whole.square().sum()), rel=1e-4)
     with torch.no_grad():

@@ -204,6 +204,88 @@ def test_the_next_block_is_one_that_the_place_feeds(
     assert all(entry.after < 0.9 * entry.before for entry in found), found
 
 
+class Detour(nn.Module):
+    """The second of two blocks is added to what they were given, so that it does not feed the last one directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second, self.join = (Branches.block(self, n) for n in (3, 8, 8, 8))  # type: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        joined: Tensor = self.join(x + self.second(self.first(x)))
+        return joined
+
+
+@pytest.mark.parametrize(
+    ("model_of", "edits", "name"),
+    [(Detour, "first,second", "join"), (Branches, "left.1,left.2", "join")],
+)
+def test_parts_between_which_the_model_computes_are_not_trained_as_one(
+    model_of: type[nn.Module], edits: str, name: str
+) -> None:
+    """What is said of the error is true of the model."""
+    torch.manual_seed(0)
+    model = model_of()
+    batches = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    for batch in batches * 10:
+        model(batch)
+    whole = copy.deepcopy(model.eval())
+    ulsam.replace(model, edits, layer="se", input_size=(3, 16, 16))
+
+    @torch.no_grad()
+    def error() -> float:
+        pairs = [(model(batch), whole(batch)) for batch in batches]
+        return float(sum((x - y).square().sum() for x, y in pairs) / sum(y.square().sum() for _, y in pairs))
+
+    before = error()
+    (found,) = reconstruct(model, batches, steps=60, rate=1e-2)
+    assert found.name == name
+    assert (found.before, found.after) == (pytest.approx(before, rel=1e-3), pytest.approx(error(), rel=1e-3))
+    assert found.after < 0.9 * before
+
+
+@pytest.mark.parametrize(("edits", "frozen"), [("16,17", "blocks.6.0"), ("9,10", "blocks.4")])
+def test_what_is_frozen_between_is_computed_between(edits: str, frozen: str) -> None:
+    model = ulsam.replace(trained(), edits, input_size=(3, 96, 96))
+    (found,) = reconstruct(model, images(), steps=20, rate=1e-3, freeze=frozen)
+    assert found.after < found.before
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.other, self.join = (nn.Conv2d(n, n, 3, padding=1) for n in (3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        placed, other = self.place(x), self.other(x)
+        x += placed
+        joined: Tensor = self.join(x + other)
+        return joined
+
+
+class Keywords(InPlace):
+    """A block that is called with a keyword takes no single map, and is passed over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined: Tensor = self.join(self.scaled(self.place(x), scale=2.0))
+        return joined
+
+    def scaled(self, x: Tensor, scale: float) -> Tensor:
+        found: Tensor = self.other(input=x * scale)
+        return found
+
+
+@pytest.mark.parametrize("model_of", [InPlace, Keywords])
+def test_a_block_that_takes_the_map_as_it_is_trained(model_of: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = ulsam.remove(model_of().eval(), "place", input_size=(3, 16, 16))
+    (found,) = reconstruct(model, [torch.randn(8, 3, 16, 16)] * 2, steps=60, rate=1e-2)
+    assert found.name == "join"
+    assert found.after < 0.9 * found.before
+
+
 @pytest.mark.parametrize(
     ("freeze", "name"),
     [

@@ -1,8 +1,10 @@
 """The settings of a run, each by its effect on the training."""
 
 import copy
+import dataclasses
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,14 +22,15 @@ from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from tiny import TINY_MODEL, draw_splits
+from tiny import SETTINGS, TINY_MODEL, draw_splits
 from training_runs import config, same, weights
 from ulsam.base.distributed import World
 from ulsam.base.errors import UlsamError
 from ulsam.data import loading
 from ulsam.layer.ulsam import ULSAM
-from ulsam.model.build import load
+from ulsam.model.build import build, load, save
 from ulsam.study.arms import Arm
+from ulsam.study.compare import compare, report
 from ulsam.training.loop import Trainer
 from ulsam.training.train import train
 
@@ -266,14 +269,91 @@ def test_a_file_of_weights_alone_is_no_model_to_train(data: Path, start: Path) -
 
 
 def test_an_arm_may_be_a_model_file(data: Path, start: Path, tmp_path: Path) -> None:
-    """It brings its own weights, whatever the other arms begin from."""
-    train(config(data, weights=str(start), edits=["insert blocks.1 g=4"]), tmp_path / "first")
-    shared = config(data, weights=str(start))
-    found = Arm.parse(f"mine: model={tmp_path / 'first'}; insert blocks.2").config(shared)
+    """It brings its own weights and architecture, whatever the other arms have, and the shared size."""
+    own: dict[str, Any] = {"mean": [0.4] * 3, "model_args": {"act_layer": "relu"}, "size": 48}
+    train(config(data, weights=str(start), edits=["insert blocks.1 g=4"], **own), tmp_path / "first")
+    shared = config(data, weights=str(start), ulsam_lr=5.0, mean=[0.1] * 3, model_args={"act_layer": "silu"})
+    arm = Arm.parse(f"mine: model={tmp_path / 'first'}; insert blocks.2").with_model_file(shared)
+    found = arm.config(shared)
     assert found.weights == str(tmp_path / "first" / "model.safetensors")
     assert found.edits == ["insert blocks.1 g=4", "insert blocks.2 g=4"]
-    assert found.model == TINY_MODEL
-    assert Arm.parse("base").config(shared).weights == str(start)
+    assert (found.model, found.model_args, found.mean, found.size) == (TINY_MODEL, own["model_args"], [0.4] * 3, 32)
+    assert found.ulsam_lr == 5.0
+    base = Arm.parse("base").with_model_file(shared).config(shared)
+    assert (base.weights, base.ulsam_lr, base.mean) == (str(start), 1.0, [0.1] * 3)
+    for text in ("x: model=null", "x: model=5", "x: model="):
+        with pytest.raises(UlsamError, match=r"^the arm 'x': "):
+            Arm.parse(text).with_model_file(shared).config(shared)
+    with pytest.raises(UlsamError, match=r"^the arm 'x': no model file runs/gone"):
+        Arm.parse("x: model=runs/gone").with_model_file(shared)
+
+
+def test_a_comparison_of_model_files_is_reported_without_them(data: Path, tmp_path: Path) -> None:
+    train(config(data, edits=["insert blocks.1 g=4"]), tmp_path / "first")
+    arms = ["base", f"mine: model={tmp_path / 'first'}; insert blocks.2"]
+    quick = {name: value for name, value in SETTINGS.items() if name != "data"} | {"epochs": 1, "amp": "none"}
+    packed = tmp_path / "published.jsonl.gz"
+    made = compare(data, arms, tmp_path / "out", seeds=1, settings=quick, publish=packed)
+    shutil.rmtree(tmp_path / "first")
+    again = report(tmp_path / "again", start_from=packed)
+    assert [arm["top1"] for arm in again["arms"]] == [arm["top1"] for arm in made["arms"]]
+    assert again["arms"][1]["edits"] == ["insert blocks.1 g=4", "insert blocks.2 g=4"]
+
+
+def test_the_classifier_of_a_model_file_goes_with_its_classes(
+    data: Path, tmp_path: Path, logged: Callable[[], str]
+) -> None:
+    """Of the same classes in another order it is put into this one; of others it starts fresh, and the run says so."""
+    train(config(data), tmp_path / "first")
+    file = tmp_path / "first" / "model.safetensors"
+    before = weights(tmp_path / "first")["classifier.weight"]
+    model, spec = load(file)
+    order = ("class2", "class0", "class1")
+    save(model, dataclasses.replace(spec, classes=order), tmp_path / "moved.safetensors")
+    made, notes = build(spec, weights=tmp_path / "moved.safetensors")
+    assert notes == []
+    assert [spec.classes.index(name) for name in order] == [2, 0, 1]
+    assert made.classifier.weight.equal(before[[1, 2, 0]])  # the file's rows are of class2, class0 and class1
+    save(model, dataclasses.replace(spec, classes=("cat", "class1", "dog")), tmp_path / "others.safetensors")
+    logged()
+    trainer = trainer_of(data, tmp_path / "run", model=str(tmp_path / "others.safetensors"))
+    assert "classifier.weight: not there, or of other classes, starts fresh" in logged()
+    assert not trainer.model.classifier.weight.isclose(before).any(1).any()
+
+
+def test_how_a_model_file_was_trained_is_not_taken(data: Path, tmp_path: Path) -> None:
+    train(config(data, drop_rate=0.4, drop_path=0.2), tmp_path / "first")
+    found = config(data, model=str(tmp_path / "first"))
+    assert (found.drop_rate, found.drop_path, found.model_args) == (0.0, 0.0, {})
+    assert trainer_of(data, tmp_path / "run", model=str(tmp_path / "first")).model.drop_rate == 0.0
+
+
+def test_a_model_file_for_other_channels(data: Path, tmp_path: Path) -> None:
+    train(config(data, in_chans=1), tmp_path / "gray")
+    found = config(data, model=tmp_path.joinpath("gray", "model.safetensors").as_posix())
+    assert (found.channels, found.mean) == (1, [pytest.approx(0.449, abs=0.01)])
+    with pytest.raises(UlsamError, match=r"does not fit this model: conv_stem.weight: \[24, 1, 3, 3\] there"):
+        train(config(data, model=str(tmp_path / "gray"), in_chans=3), tmp_path / "none")
+    train(config(data), tmp_path / "color")
+    made = trainer_of(data, tmp_path / "run", model=str(tmp_path / "color"), in_chans=1)
+    assert made.config.mean is None and len(made.spec.mean) == 1
+    assert made.model.conv_stem.weight.allclose(weights(tmp_path / "color")["conv_stem.weight"].sum(1, keepdim=True))
+
+
+def test_training_further_says_what_was_trained_on_before(
+    data: Path, tmp_path: Path, logged: Callable[[], str]
+) -> None:
+    flat = tmp_path / "flat"
+    shutil.copytree(data / "train", flat)
+    train(config(flat, val_fraction=0.5, seed=3), tmp_path / "first")
+    logged()
+    train(config(flat, model=str(tmp_path / "first")), tmp_path / "second")
+    assert re.search(r"note .*model.safetensors was trained on \d+ of the \d+ images that are held out here", logged())
+
+
+def test_a_path_that_is_no_model_file(data: Path) -> None:
+    with pytest.raises(UlsamError, match=r"^no model file runs/typo"):
+        config(data, model="runs/typo")
 
 
 def test_dropout_reaches_the_model(data: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ Importing this module registers the presets of `ulsam.model.presets` with timm.
 """
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -14,24 +13,22 @@ from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from ulsam.base.errors import UlsamError, first_line
-from ulsam.base.file_signatures import kind_of
-from ulsam.base.files import check_readable, read_json, write_atomic
-from ulsam.base.reading import open_regular
+from ulsam.base.files import read_json, write_atomic
 from ulsam.base.tensor_limit import TensorLimit
 from ulsam.layer.ulsam import ULSAM
 from ulsam.model.hub import hub_folder, timm_weights
+from ulsam.model.model_file import SPEC_KEY, classes_of, open_model_file
 from ulsam.model.presets import PLACEMENTS
 from ulsam.model.pretrained import HUB, LOCAL, class_names, is_hub_name, is_pretrained_name, means_file
 from ulsam.model.same_outputs import check_same_outputs
 from ulsam.model.spec import Json, ModelSpec
 from ulsam.model.timm_spec import check_base, make_spec, pretrained_config, spec_from
-from ulsam.model.trained import EXPORTED, locate, names
-from ulsam.model.weights import heads, load_weights, read_weights, shrink_head
+from ulsam.model.trained import locate, names
+from ulsam.model.weights import heads, load_weights, read_weights, shrink_head, with_classes
 from ulsam.surgery.edited import changes, note_weights
 
 __all__ = [
@@ -51,7 +48,6 @@ __all__ = [
 
 UNSAVED = 256_000_000
 """Bytes in memory beyond four times a model's weights: computed tables, and blocks that edits took out."""
-_KEY = "ulsam"  # of the spec among a model file's metadata
 _FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 
 
@@ -93,7 +89,8 @@ def build(
         spec: what to build; the model's outputs are its classes.
         pretrained: start from timm's hub weights of the base model.
         weights: start from this file instead: safetensors, or a checkpoint that ``torch.load(weights_only=True)``
-            reads; of the base model, or of the edited one. A head of another shape is skipped.
+            reads; of the base model, or of the edited one. A head of another shape is skipped, and so is one of other
+            classes; that of the same classes in another order is put into this one.
 
     Returns:
         The model in training mode, and one line about each thing that the weights did not fill.
@@ -126,7 +123,10 @@ def build(
         edit.apply(model, spec.input_size)
     for old in changes(model)[1].values() if not pretrained else ():
         note_weights(old, filled=None)
-    notes = load_weights(model, read_weights(weights), os.fspath(weights)) if weights is not None else []
+    notes = []
+    if weights is not None:
+        state = with_classes(model, read_weights(weights), classes_of(weights), spec.classes)
+        notes = load_weights(model, state, os.fspath(weights))
     from_file, from_hub = weights is not None, pretrained and model.pretrained_cfg["num_classes"] == len(spec.classes)
     if notes or not (from_file or from_hub):
         shrink_head(model)
@@ -173,7 +173,7 @@ def file_content(model: nn.Module, spec: ModelSpec) -> bytes:
     """What :func:`save` writes: the same for the same model and spec."""
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     _check_fit(spec, {name: tuple(value.shape) for name, value in state.items()}, "the model")
-    return to_safetensors(state, metadata={_KEY: spec.to_json()})
+    return to_safetensors(state, metadata={SPEC_KEY: spec.to_json()})
 
 
 def load(
@@ -229,7 +229,7 @@ def _same_random_numbers() -> AbstractContextManager[None]:
 
 def _load_file(path: str | os.PathLike[str]) -> tuple[nn.Module, ModelSpec]:
     spec = read_spec(path)
-    with _opened(path) as file:
+    with open_model_file(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
     model, _ = build(spec)
     model.load_state_dict(state)
@@ -254,7 +254,7 @@ def _load_name(name: str, pretrained: bool, weights: str | os.PathLike[str] | No
     spec = spec_of_name(name)
     if weights is None:
         return build(spec, pretrained=True)[0], spec
-    if _has_spec(weights):
+    if classes_of(weights) is not None:
         raise UlsamError(
             f"{os.fspath(weights)} is a model file, with its own classes and input size: name it in place of {name}"
         )
@@ -278,8 +278,8 @@ def _load_hub(name: str) -> tuple[nn.Module, ModelSpec]:
         raise UlsamError(f"no model {name} to be had: {first_line(error)}") from error
     file = folder / "model.safetensors"
     if file.exists():
-        with _opened(file) as weights:
-            ours = _KEY in (weights.metadata() or {})
+        with open_model_file(file) as weights:
+            ours = SPEC_KEY in (weights.metadata() or {})
         if ours:
             return _load_file(file)
     given = read_json(folder / "config.json")
@@ -316,28 +316,20 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
     Raises:
         UlsamError: not a model file, from an unknown base, or not what its spec builds.
     """
-    with _opened(path) as file:
+    with open_model_file(path) as file:
         metadata = file.metadata() or {}
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if _KEY not in metadata:
+    if SPEC_KEY not in metadata:
         raise UlsamError(
             f"{path} holds weights without a spec: name timm's model in its place, and this file as its `weights`; "
             "or name a model file"
         )
     try:
-        spec = ModelSpec.from_json(metadata[_KEY])
+        spec = ModelSpec.from_json(metadata[SPEC_KEY])
     except UlsamError as error:
         raise UlsamError(f"{path}: {error}") from error
     _check_memory(_check_fit(spec, shapes, str(path)), shapes, str(path))
     return spec
-
-
-def _has_spec(weights: str | os.PathLike[str]) -> bool:
-    """Whether a weight file is a model file."""
-    if locate(weights).suffix != ".safetensors":
-        return False
-    with _opened(weights) as file:
-        return _KEY in (file.metadata() or {})
 
 
 def ulsam_parameters(model: nn.Module) -> list[str]:
@@ -348,28 +340,6 @@ def ulsam_parameters(model: nn.Module) -> list[str]:
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ULSAM)]
     return [f"{name}.{leaf}" for name, layer in layers for leaf, _ in layer.named_parameters()]
-
-
-def _opened(path: str | os.PathLike[str]) -> Any:
-    path = locate(path)
-    known = [*names(), *timm.list_models()]
-    if not os.path.exists(path) and (near := difflib.get_close_matches(str(path), known, n=1)):
-        whose = "the package has a trained model" if near[0] in names() else "timm has a model"
-        hub = f"; the hub's is {HUB}{path}" if str(path).startswith("timm/") else ""
-        raise UlsamError(f"no model file {path}; {whose} {near[0]}{hub}")
-    if path.suffix in EXPORTED and path.exists():
-        raise UlsamError(f"{path} is an exported model; this takes the .safetensors model file that it was made from")
-    check_readable(path, "model file")
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        with open_regular(path) as file:
-            head = file.read(64)
-        if head.startswith((b"PK", b"\x80")):
-            reason = "it is a checkpoint of PyTorch: name timm's model in its place, and the file as its `weights`"
-        else:
-            reason = kind_of(head) or first_line(error)
-        raise UlsamError(f"{path} is no safetensors file, or is cut off: {reason}") from error
 
 
 def _check_fit(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], source: str) -> nn.Module:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from ulsam.base.file_signatures import kind_of
 from ulsam.base.files import check_readable
 from ulsam.base.logs import say
 from ulsam.base.reading import open_regular
+from ulsam.data.class_numbers import class_numbers
 from ulsam.model.trained import EXPORTED, locate
 from ulsam.surgery.edited import added_layers, are_whole, changes, is_followed, note_weights
 
@@ -106,6 +107,39 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
     return notes
 
 
+def with_classes(
+    model: nn.Module, state: Mapping[str, Tensor], theirs: Sequence[str] | None, ours: Sequence[str]
+) -> Mapping[str, Tensor]:
+    """The state with its classifier for the classes of the model.
+
+    The same classes in another order are put into that of the model. A classifier of as many other classes would be
+    taken for theirs, and is left out. One of another size is left as it is: :func:`load_weights` skips it.
+
+    Args:
+        model: a timm classifier.
+        state: of such a model.
+        theirs: its classes; None: not known.
+        ours: those of the model.
+
+    >>> model = nn.Sequential()
+    >>> model.classifier = nn.Linear(2, 2)
+    >>> state = {"classifier.bias": torch.tensor([1.0, 2.0])}
+    >>> with_classes(model, state, ("wren", "robin"), ("robin", "wren"))
+    {'classifier.bias': tensor([2., 1.])}
+    >>> with_classes(model, state, ("cat", "dog"), ("robin", "wren"))
+    {}
+    """
+    if theirs is None or list(theirs) == list(ours) or len(theirs) != len(ours):
+        return state
+    numbers = class_numbers(ours, theirs)
+    order = [numbers[name] for name in ours if name in numbers]
+    head = {name for name in state if name.rpartition(".")[0] in _head_names(model)}
+    if len(set(order)) < len(ours):
+        return {name: value for name, value in state.items() if name not in head}
+    rows = {name: value[order] for name, value in state.items() if name in head and value.shape[:1] == (len(ours),)}
+    return {**state, **rows}
+
+
 def _expected(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[Entries, Entries]:
     """The entries of the model that ``state`` should have, and those of modules put aside by edits that it may have.
 
@@ -149,7 +183,7 @@ def _compared(
             shapes = f"{name}: {list(state[name].shape)} there, {list(value.shape)} here"
             (notes if is_head else wrong).append(f"{shapes}: skipped, starts fresh" if is_head else shapes)
         elif not name.endswith("num_batches_tracked"):
-            lacks = f"{name}: not there, starts fresh" if is_head else f"{name} is missing"
+            lacks = f"{name}: not there, or of other classes, starts fresh" if is_head else f"{name} is missing"
             (notes if is_head else wrong).append(lacks)
     return fitting, notes, wrong
 

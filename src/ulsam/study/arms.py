@@ -15,12 +15,12 @@ from ulsam.data.labelled import splits_of
 from ulsam.data.opening import is_named
 from ulsam.data.sources import check_one_class
 from ulsam.model.presets import PLACEMENTS
-from ulsam.model.pretrained import means_file
 from ulsam.model.spec import Edit
 from ulsam.study.paths import without_paths
 from ulsam.training import parts
 from ulsam.training.config import TrainConfig
 from ulsam.training.dry_run import dry_run
+from ulsam.training.from_model_file import settings_from
 
 #: Settings that are one and the same for all arms: what is trained and measured on, and what `compare` decides itself.
 COMMON = (
@@ -95,12 +95,33 @@ class Arm:
         """
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.") or "arm"
 
+    def with_model_file(self, shared: TrainConfig) -> "Arm":
+        """The arm with what its model file stands for, if its ``model`` is one: architecture, edits, image, weights.
+
+        So its file need not be there when the comparison is reported. Images have the shared size, if there is one.
+
+        Raises:
+            UlsamError: it is not a model file, or the arm names weights too; the line names the arm.
+
+        >>> arm = Arm.parse("ours: model=mobilenetv2_100.grocery81_slim75; size=96").with_model_file(TrainConfig("d"))
+        >>> arm.edits, arm.settings["model"], arm.settings["size"]
+        (('replace 4,7,9,10,11,13 layer=inverted_residual width=32',), 'mobilenetv2_100', 96)
+        """
+        if not isinstance(self.settings.get("model"), str):
+            return self
+        common = {name: getattr(shared, name) for name in ("size", "in_chans")}
+        try:
+            found = settings_from({**common, **self.settings, "edits": self.edits})
+        except UlsamError as error:
+            raise UlsamError(f"the arm {self.name!r}: {error}") from error
+        edits = tuple(found.pop("edits", self.edits))
+        return dataclasses.replace(self, edits=edits, settings={**self.settings, **found})
+
     def config(self, shared: TrainConfig, **decided: Any) -> TrainConfig:
         """The settings of one of its runs: those that all arms share, its own, and what was ``decided`` for the run.
 
         Of the shared settings ``ulsam_lr`` is left out where the model has no ULSAM layer, those of distillation where
-        the arm has ``teacher=null``, ``images_for_reconstruction`` where nothing is reconstructed, and the weights
-        where the arm's model is a model file.
+        the arm has ``teacher=null``, and ``images_for_reconstruction`` where nothing is reconstructed.
 
         Raises:
             UlsamError: they do not go together; the line names the arm.
@@ -115,8 +136,6 @@ class Arm:
         behind = self.settings.get("reconstruct", shared.reconstruct)
         if not any(_is_reconstructed(edit, behind) for edit in edits):
             del values["images_for_reconstruction"]
-        if means_file(self.settings.get("model", "")):
-            values = {name: value for name, value in values.items() if name not in ("weights", "pretrained")}
         if self.settings.get("teacher", shared.teacher) is None:
             values = {name: value for name, value in values.items() if not name.startswith("distill")}
         try:
@@ -155,7 +174,10 @@ def check_shared(shared: TrainConfig) -> None:
     ulsam.base.errors.UlsamError: every run is measured once, after its last epoch: leave `val_every` out
     """
     if shared.edits:
-        raise UlsamError("edits in the shared settings would change every arm, base too: give edits with `arms`")
+        raise UlsamError(
+            "edits in the shared settings, or of a model file there, would change every arm, base too: give edits with "
+            "`arms`, and that file as the `model` of one"
+        )
     if shared.val_every != 1:
         raise UlsamError("every run is measured once, after its last epoch: leave `val_every` out")
     if shared.keep != TrainConfig.keep or shared.patience is not None:

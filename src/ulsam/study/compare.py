@@ -17,12 +17,13 @@ from ulsam.study.compare_report import measure_latency, summarize, write_reports
 from ulsam.study.compare_result import CompareResult
 from ulsam.study.comparison_folder import ComparisonFolder
 from ulsam.study.grid import TRIED_WITHIN, Grid
-from ulsam.study.identity import data_digest, file_digests, seen_before
+from ulsam.study.identity import data_digest, file_digests
 from ulsam.study.launch import Launcher, LocalLauncher, refuse_torchrun, run_all, threads_of
 from ulsam.study.ray_launcher import RayLauncher, require_ray
 from ulsam.training.config import TrainConfig
 from ulsam.training.probe import SETTINGS, resolve_auto, undecided
 from ulsam.training.settings import TrainSettings
+from ulsam.training.trained_on import seen_before
 
 __all__ = ["compare", "report"]
 
@@ -102,6 +103,7 @@ def compare(
     parsed = parse_arms(arms)
     shared = TrainConfig.from_mapping({**(settings or {}), "data": str(data)})
     check_shared(shared)
+    parsed = tuple(arm.with_model_file(shared) for arm in parsed)
     shared = (
         threads_of(shared, jobs or 1)
         if launcher == "local"

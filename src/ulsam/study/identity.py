@@ -4,15 +4,13 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_readable
-from ulsam.data.labelled import images_root, is_local
+from ulsam.data.labelled import images_root
 from ulsam.data.sources import AnyImages, FolderImages, StreamImages
 from ulsam.model.trained import locate
 from ulsam.training import parts
-from ulsam.training.config import TrainConfig, config_beside
+from ulsam.training.config import TrainConfig
 
 
 def data_digest(config: TrainConfig, *others: str | None) -> str | None:
@@ -56,43 +54,6 @@ def file_digests(configs: Iterable[TrainConfig]) -> dict[str, str]:
     for name in files:
         check_readable(locate(name), "file")
     return {name: hashlib.sha256(locate(name).read_bytes()).hexdigest() for name in files}
-
-
-def seen_before(configs: Iterable[TrainConfig]) -> list[str]:
-    """A line about each weight file and teacher that was trained on images which a run holds out.
-
-    That is known of the model file in the folder of its run on the same split of the same image folder.
-
-    Args:
-        configs: the settings of runs.
-
-    Raises:
-        UlsamError: the data is not usable.
-
-    >>> seen_before([TrainConfig("birds")])
-    []
-    """
-    notes = []
-    for config in configs:
-        for name in dict.fromkeys((config.weights, config.teacher)):
-            before = config_beside(locate(name)) if name else None
-            if before is None or before.train_split != config.train_split or not is_local(config.data):
-                continue
-            if Path(before.data).resolve() != Path(config.data).resolve():
-                continue
-            _, measured, _ = parts.open_images(config)
-            if measured.split != "held-out":
-                continue
-            try:
-                trained_on, _, _ = parts.open_images(before)
-            except UlsamError:  # what that run was measured on is gone since
-                continue
-            if seen := len(set(trained_on.names) & set(measured.names)):
-                notes.append(
-                    f"{name} was trained on {seen} of the {len(measured)} images that are held out here: start from "
-                    "weights of before that, or measure on another split"
-                )
-    return list(dict.fromkeys(notes))
 
 
 def _images(images: AnyImages, root: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ class Call:
     ended: int = -1
     given: Tensor | None = None
     output: Tensor | None = None
+    content: Tensor | None = None  # of what went in, copied: operations in place may change that later
     given_changes: int = 0  # of the tensor, in place, by then
     output_changes: int = 0
 
@@ -42,9 +43,10 @@ def calls_of(model: nn.Module, batch: Tensor) -> list[Call]:
     clock = itertools.count()
 
     def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            given = _four_dimensional(args[0] if len(args) == 1 else None)
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            given = _four_dimensional(args[0] if len(args) == 1 and not keywords else None)
             running.append(Call(name, module, next(clock), given=given, given_changes=in_place_changes(given)))
+            running[-1].content = None if given is None else given.clone()
             calls.append(running[-1])
 
         return hook
@@ -56,7 +58,7 @@ def calls_of(model: nn.Module, batch: Tensor) -> list[Call]:
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+        handles.append(module.register_forward_pre_hook(enter(name), prepend=True, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
     try:
         model(batch[:1].clone())
@@ -111,8 +113,8 @@ def _fed(model: nn.Module, batch: Tensor, place: Call, calls: Sequence[Call]) ->
         return output + noise
 
     with place.module.register_forward_hook(change):
-        changed = {call.name: call.given for call in calls_of(model, batch)}
-    pairs = [(call.name, call.given, changed.get(call.name)) for call in calls]
+        changed = {call.name: call.content for call in calls_of(model, batch)}
+    pairs = [(call.name, call.content, changed.get(call.name)) for call in calls]
     return {name for name, one, other in pairs if one is not None and other is not None and not torch.equal(one, other)}
 
 

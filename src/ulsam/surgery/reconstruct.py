@@ -155,11 +155,12 @@ def _one(
     """Reconstruct one segment, of these places: the new layers and the kept block that ``chain`` names."""
     calls = {call.name: call for call in calls_of(model, batches[0])}
     chain = [name for name in chain if next(model.get_submodule(name).parameters(), None) is not None]
-    for first, second in zip(list(chain), chain[1:], strict=False):
-        if not calls[first].feeds(calls[second]):  # the model computes something between them
-            chain.remove(first)
     if not chain:
         return None
+    begin = len(chain) - 1
+    while begin and calls[chain[begin - 1]].feeds(calls[chain[begin]]):  # else the model computes something between
+        begin -= 1
+    chain = chain[begin:]
     given = passing(model, chain[0], batches)[0]
     wanted = passing(original, chain[-1], batches)[1]
     modules = [model.get_submodule(name) for name in chain]

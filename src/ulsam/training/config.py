@@ -188,7 +188,7 @@ class TrainConfig:
         if self.model != type(self).model:
             from ulsam.training.from_model_file import settings_from  # lazy, as it imports timm
 
-            for name, value in settings_from(self).items():
+            for name, value in settings_from(vars(self)).items():
                 object.__setattr__(self, name, value)
         for name, default in _TAUGHT.items():
             if self.teacher is not None and getattr(self, name) is None:

@@ -41,6 +41,7 @@ from ulsam.training.signals import stop_signals
 from ulsam.training.step import TrainingStep
 from ulsam.training.trackers import open_trackers
 from ulsam.training.train_summary import ImageCounts, TrainSummary
+from ulsam.training.trained_on import seen_before
 from ulsam.training.unreadable import Unreadable
 
 
@@ -102,7 +103,7 @@ class Trainer:
             return []
         pretrained, weights = (self.config.pretrained, self.config.weights) if self.fresh else (False, None)
         self.model, notes = build(self.spec, pretrained=pretrained, weights=weights)
-        return notes
+        return notes + (seen_before([self.config]) if self.fresh else [])
 
     def _choose_losses(self) -> list[str]:
         """The weights of the classes and the teacher; notes for the user."""

@@ -26,7 +26,7 @@ def train(
     data: str | os.PathLike[str] | TrainConfig,
     out: str | os.PathLike[str],
     *,
-    model: nn.Module | str | None = None,
+    model: nn.Module | str | os.PathLike[str] | None = None,
     callbacks: Sequence[Callback] = (),
     **settings: Unpack[TrainSettings],
 ) -> TrainSummary:
@@ -69,7 +69,8 @@ def train(
     (8, ['insert blocks.1 g=4'])
     """
     run, prepared = Path(out), model if isinstance(model, nn.Module) else None
-    config = config_of(data, settings if prepared or model is None else {**settings, "model": model})
+    named = {} if model is None or isinstance(model, nn.Module) else {"model": os.fspath(model)}
+    config = config_of(data, {**settings, **named})
     with session(config) as (config, world):
         if world.writes:
             check_idle(run)

@@ -147,3 +147,40 @@ def _is_held_out(path: str, roots: Sequence[str | os.PathLike[str]]) -> bool:
     whole = Path(os.path.abspath(path))
     root = next((one for one in map(os.path.abspath, roots) if whole.is_relative_to(one)), str(whole.parent))
     return any(split_of(part) in ("val", "test") for part in whole.relative_to(Path(root).parent).parts[:-1])
+
+
+def seen_before(configs: Iterable[TrainConfig]) -> list[str]:
+    """A line about each weight file and teacher that was trained on images which a run holds out.
+
+    That is known of the model file in the folder of its run on the same split of the same image folder.
+
+    Args:
+        configs: the settings of runs.
+
+    Raises:
+        UlsamError: the data is not usable.
+
+    >>> seen_before([TrainConfig("birds")])
+    []
+    """
+    notes = []
+    for config in configs:
+        for name in dict.fromkeys((config.weights, config.teacher)):
+            before = config_beside(locate(name)) if name else None
+            if before is None or before.train_split != config.train_split or not is_local(config.data):
+                continue
+            if Path(before.data).resolve() != Path(config.data).resolve():
+                continue
+            _, measured, _ = parts.open_images(config)
+            if measured.split != "held-out":
+                continue
+            try:
+                trained_on, _, _ = parts.open_images(before)
+            except UlsamError:  # what that run was measured on is gone since
+                continue
+            if seen := len(set(trained_on.names) & set(measured.names)):
+                notes.append(
+                    f"{name} was trained on {seen} of the {len(measured)} images that are held out here: start from "
+                    "weights of before that, or measure on another split"
+                )
+    return list(dict.fromkeys(notes))
