@@ -123,10 +123,14 @@ def build(
         edit.apply(model, spec.input_size)
     for old in changes(model)[1].values() if not pretrained else ():
         note_weights(old, filled=None)
-    notes = []
+    notes: list[str] = []
     if weights is not None:
-        state = with_classes(model, read_weights(weights), classes_of(weights), spec.classes)
-        notes = load_weights(model, state, os.fspath(weights))
+        read = read_weights(weights)
+        state = with_classes(model, read, classes_of(weights), spec.classes)
+        others = read.keys() - state.keys()
+        unfilled = load_weights(model, state, os.fspath(weights))
+        notes = [f"{name}: of other classes there: skipped, starts fresh" for name in sorted(others)]
+        notes += [note for note in unfilled if note.partition(":")[0] not in others]
     from_file, from_hub = weights is not None, pretrained and model.pretrained_cfg["num_classes"] == len(spec.classes)
     if notes or not (from_file or from_hub):
         shrink_head(model)

@@ -183,7 +183,7 @@ def _compared(
             shapes = f"{name}: {list(state[name].shape)} there, {list(value.shape)} here"
             (notes if is_head else wrong).append(f"{shapes}: skipped, starts fresh" if is_head else shapes)
         elif not name.endswith("num_batches_tracked"):
-            lacks = f"{name}: not there, or of other classes, starts fresh" if is_head else f"{name} is missing"
+            lacks = f"{name}: not there, starts fresh" if is_head else f"{name} is missing"
             (notes if is_head else wrong).append(lacks)
     return fitting, notes, wrong
 
