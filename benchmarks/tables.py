@@ -15,6 +15,7 @@ import tables_deploy as deploy
 import tables_explain as explain
 import tables_headline as headline
 import tables_imagenet as imagenet
+import tables_package as package
 import tables_performance as performance
 import tables_slim as slim
 
@@ -45,6 +46,9 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     },
     "src/ulsam/model/weights/mobilenetv2_100.grocery81_slim75.md": {
         "card": lambda results: slim.card_table(results, "grocery81_macs75")
+    },
+    "src/ulsam/model/weights/mobilenetv2_100.grocery81_ulsam75.md": {
+        "card": lambda results: package.card_table(results, "grocery81_ulsam75", "compare_grocery81")
     },
     "docs/deploy.md": {
         "exported": deploy.exported_table,

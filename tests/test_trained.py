@@ -23,7 +23,10 @@ from ulsam.training.config import TrainConfig
 from ulsam.training.train import train
 
 #: of an image that is a ramp from -2 to 2: the best class and its logit; to be renewed with the model
-LOGITS = {"mobilenetv2_100.grocery81_slim75": ("08.Lemon", 2.035)}
+LOGITS = {
+    "mobilenetv2_100.grocery81_slim75": ("08.Lemon", 2.035),
+    "mobilenetv2_100.grocery81_ulsam75": ("12.Galia-Melon", 3.638),
+}
 
 
 @pytest.fixture
