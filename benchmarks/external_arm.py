@@ -18,7 +18,7 @@ from torch import nn
 from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.base.files import make_folder
 from ulsam.base.locks import take_lock
-from ulsam.base.provenance import versions
+from ulsam.base.provenance import processor, versions
 from ulsam.data import loading
 from ulsam.model.build import build
 from ulsam.model.spec import ModelSpec
@@ -127,7 +127,8 @@ def join(host: Host, name: str, model: nn.Module, **entry: Any) -> bool:
     done = bool(finals) and len(tested) == len(finals)
     if done and "latency" not in comparison.read(about):
         times = measure_latency({"base": (host.model, size), name: (model, size)})
-        comparison.write(about, {**comparison.read(about), "latency": times[name].to_json()})
+        timed = {"latency": times[name].to_json(), "processor": processor()}
+        comparison.write(about, {**comparison.read(about), **timed})
     return done
 
 

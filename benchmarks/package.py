@@ -16,9 +16,11 @@ import external_arm
 from torch import nn
 
 from ulsam.base.errors import UlsamError
-from ulsam.base.files import write_json
+from ulsam.base.files import read_json, write_json
 from ulsam.base.provenance import command_line, versions
-from ulsam.data.loading import eval_loader
+from ulsam.data.loading import Loader, eval_loader
+from ulsam.explanation.inspect_maps import inspect
+from ulsam.layer.ulsam import ULSAM
 from ulsam.model.build import load, save
 from ulsam.model.spec import ModelSpec
 from ulsam.study.comparison_folder import ComparisonFolder
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "arm": args.arm,
         "seed": run.config.seed,
         "top1": measured(load(file)[0], run),
+        "top1_float32": read_json(comparison.folder(run) / "summary.json")["scores"]["top1"],
+        "attention_effect": attention_effect(load(file)[0], run),
         "bytes": file.stat().st_size,
         "versions": versions(),
     }
@@ -80,10 +84,24 @@ def pack(model: nn.Module, spec: ModelSpec, target: Path) -> None:
 
 def measured(model: nn.Module, run: Run) -> float:
     """Top-1 of the model, as a share, on the images on which ``run`` was measured."""
+    batches, classes = _batches(run)
+    return evaluate_batches(model, batches, classes, world=ALONE).top1
+
+
+def attention_effect(model: nn.Module, run: Run) -> dict[str, float]:
+    """By what share uniform maps in the place of each ULSAM layer's would change its features on these images."""
+    if not any(isinstance(module, ULSAM) for module in model.modules()):
+        return {}
+    found = inspect(model, (batch.images for batch in _batches(run)[0]))
+    return {layer.name: layer.effect for layer in found}
+
+
+def _batches(run: Run) -> tuple[Loader, int]:
+    """The images on which ``run`` was measured, and the number of their classes."""
     _, images, _ = parts.open_images(run.config)
     spec = parts.spec_of_run(run.config, images.classes)
-    batches = eval_loader(images, spec_transform(spec), batch_size=32, workers=0, device=ALONE.device)
-    return evaluate_batches(model, batches, len(images.classes), world=ALONE).top1
+    transform = spec_transform(spec)
+    return eval_loader(images, transform, batch_size=32, workers=0, device=ALONE.device), len(images.classes)
 
 
 if __name__ == "__main__":

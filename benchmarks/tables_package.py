@@ -1,35 +1,53 @@
-"""The table on the card of a trained model of the package: its figures beside those of the base model."""
+"""The tables on the cards of the package's models: their figures beside those of the base model."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tables_compare import comparison
 
+from ulsam.explanation.measures import INERT
+from ulsam.study import compare_table as table
 
-def card_table(results: Path, name: str, compared: str) -> str:
+
+def card_table(results: Path, name: str, compared: str, control: str) -> str:
     """The packed model, its arm over all seeds, and the base model of its comparison.
 
     Args:
         name: of ``packed_NAME.json``.
         compared: the published comparison whose arm it is.
+        control: the arm that differs in attention alone.
     """
     packed = json.loads((results / f"packed_{name}.json").read_text())
     found = comparison(results, compared)
     base = found["arms"][0]
     arm = next(arm for arm in found["arms"] if arm["name"] == packed["arm"])
     before = base["top1"][base["seeds"].index(packed["seed"])]
-    minus = arm["minus_base"]
+    over = next(pair for pair in found["differences"] if (pair["arm"], pair["minus"]) == (arm["name"], control))
     rows = [
         (f"top-1 on the {found['split']} images", f"{100 * packed['top1']:.2f} %", f"{100 * before:.2f} %"),
+        ("the same in float32", f"{100 * packed['top1_float32']:.2f} %", f"{100 * before:.2f} %"),
         (
             f"the same with {len(arm['seeds'])} seeds, mean ± sd",
             *(f"{100 * model['top1_mean']:.2f} ± {100 * model['top1_sd']:.2f} %" for model in (arm, base)),
         ),
         *(
             (title, f"{arm['cost'][key] / 1e6:.2f} M", f"{base['cost'][key] / 1e6:.2f} M")
-            for title, key in (("parameters", "params"), ("multiply-adds", "macs"))
+            for title, key in (("parameters", "params"), ("MACs", "macs"))
         ),
         ("time of one image", *(f"{1e3 * model['latency']['seconds']:.1f} ms" for model in (arm, base))),
+    ]
+    effects = packed["attention_effect"].values()
+    notes = [
+        f"Seed {packed['seed']}, the first one, not the best.",
+        f"Learning rate {arm['lr']:g} and {arm['epochs']} epochs, chosen on the set's {found['chosen_on']} images.",
+        f"Edit: `{'; '.join(arm['edits'])}`.",
+        f"Size of the file: {packed['bytes'] / 1e6:.2f} MB.",
+        f"Over all seeds, top-1 minus that of the base models: {_difference(arm['minus_base'])}.",
+        f"Minus {control}: {_difference(over)}.",
+        f"Uniform maps in the place of the attention maps would change the features by {100 * min(effects):.1f} to "
+        f"{100 * max(effects):.1f} %.",
+        *(["The attention does next to nothing."] if max(effects) < INERT else []),
     ]
     return "\n".join(
         [
@@ -37,12 +55,14 @@ def card_table(results: Path, name: str, compared: str) -> str:
             "| --- | --- | --- |",
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
-            f"Seed {packed['seed']}, the first one, not the best; learning rate {arm['lr']:g} and {arm['epochs']} "
-            f"epochs, chosen on the set's {found['chosen_on']} images. Edit: `{'; '.join(arm['edits'])}`. Over all "
-            f"seeds the models are {100 * minus['mean']:+.2f} points [{100 * minus['low']:+.2f}, "
-            f"{100 * minus['high']:+.2f}] from the base models. Size of the file: {packed['bytes'] / 1e6:.2f} MB.",
+            " ".join(notes),
         ]
     )
+
+
+def _difference(minus: dict[str, Any]) -> str:
+    """In points, with interval and verdict."""
+    return f"{table.points(minus)} points, {', '.join(minus['verdict'])}"
 
 
 def backbone_card(results: Path, name: str) -> str:
@@ -60,7 +80,7 @@ def backbone_card(results: Path, name: str) -> str:
         *(f"| {title} | {100 * model['top1']:.1f} % | {100 * model['agreement']:.0f} % |" for title, model in models),
     ]
     note = (
-        f"{packed['steps']} steps for each place, and as many jointly, on one image of each of 500 other classes and "
-        f"{packed['views']} random crops of each. Size of the file: {packed['bytes'] / 1e6:.2f} MB."
+        f"{packed['steps']} steps for each kept block, and as many jointly, on one image of each of 500 other classes "
+        f"and {packed['views']} random crops of each. Size of the file: {packed['bytes'] / 1e6:.2f} MB."
     )
     return "\n".join([*lines, "", note])

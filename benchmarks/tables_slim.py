@@ -128,7 +128,7 @@ def card_table(results: Path, name: str) -> str:
         ),
         *(
             (title, f"{slimmed['cost'][key] / 1e6:.2f} M", f"{found['whole_cost'][key] / 1e6:.2f} M")
-            for title, key in (("parameters", "params"), ("multiply-adds", "macs"))
+            for title, key in (("parameters", "params"), ("MACs", "macs"))
         ),
         ("time of one image", *(f"{1e3 * times[key]['seconds']:.1f} ms" for key in ("slimmed", "whole"))),
     ]

@@ -73,7 +73,7 @@ def test_a_model_of_the_package_is_what_its_card_says(name: str) -> None:
     assert (spec.classes[best], logit.item()) == (wanted[0], pytest.approx(wanted[1], abs=0.02))
     found, card = cost(model, spec.input_size), trained.card(name)
     assert f"| parameters | {found.params / 1e6:.2f} M |" in card
-    assert f"| multiply-adds | {found.macs / 1e6:.2f} M |" in card
+    assert f"| MACs | {found.macs / 1e6:.2f} M |" in card
     assert f"Recognizes {len(spec.classes)} kinds" in card
 
 
@@ -103,6 +103,9 @@ def test_the_first_model_of_an_arm_is_packed(package: ModuleType, tmp_path: Path
     result = json.loads((tmp_path / "results/packed_birds.json").read_text())
     assert result["top1"] == evaluate(model, data / "val", spec=spec).scores.top1
     assert (result["arm"], result["seed"], result["bytes"]) == ("small", 0, packed.stat().st_size)
+    assert result["top1_float32"] == evaluate(trained_model, data / "val", spec=spec).scores.top1
+    assert list(result["attention_effect"]) == ["blocks.5.1", "blocks.5.2"]
+    assert all(0 <= effect < 1 for effect in result["attention_effect"].values())
     with pytest.raises(UlsamError, match="has no arm 'large'; it has base, small"):
         package.main([str(comparison.root), "large", "birds", "--root", str(tmp_path)])
 

@@ -31,7 +31,10 @@ def classes_of(weights: str | os.PathLike[str]) -> tuple[str, ...] | None:
         return None
     with open_model_file(weights) as file:
         text = (file.metadata() or {}).get(SPEC_KEY)
-    return None if text is None else ModelSpec.from_json(text).classes
+    try:
+        return None if text is None else ModelSpec.from_json(text).classes
+    except UlsamError as error:
+        raise UlsamError(f"{os.fspath(weights)}: {error}") from error
 
 
 def open_model_file(path: str | os.PathLike[str]) -> Any:
