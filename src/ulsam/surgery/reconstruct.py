@@ -106,34 +106,40 @@ def reconstruct(
     batches = list_of_batches(batches)
     if not edited_blocks(model):
         return []
-    known = {} if known is None or scope == "joint" else known
     frozen = match(model, freeze) if freeze else []
     with torch.no_grad(), eval_mode(model), enough_memory():
         original = put_back(copy.deepcopy(model))
+        found = [
+            (places, [name for name in places if not lies_in(name, frozen)], following)
+            for places, following in segments(model, batches[0], frozen)
+        ]
+        if scope == "joint":
+            for _, changing, _ in found:
+                for name in changing:
+                    reconstruct_layer(model, original, name, batches, steps=steps)
+            whole = _states(model, [""])[""]
+            entry = _jointly(model, original, batches, steps, rate, frozen)
+            note_reconstructed(model, edited_blocks(model)[0], "", whole)
+            return [entry]
+        known = {} if known is None else known
         entries: list[Reconstructed] = []
         front: tuple[tuple[tuple[str, ...], str | None], ...] = ()
-        for places, following in segments(model, batches[0], frozen):
+        for places, changing, following in found:
+            kept = [following] if following else []
             front += ((tuple(places), following),)
-            before = _states(model, [following] if following else [])
+            before = _states(model, kept)
             if front in known:
                 for name, state in known[front].states.items():
                     model.get_submodule(name).load_state_dict(state)
             else:
-                changing = [name for name in places if not lies_in(name, frozen)]
                 for name in changing:
                     reconstruct_layer(model, original, name, batches, steps=steps)
-                chain = [*changing, *([following] if following else [])]
-                block = scope == "block"
-                trained = _one(model, original, places, chain, frozen, batches, steps, rate) if block else None
-                known[front] = _Segment(trained, _states(model, [*places, *([following] if following else [])]))
-            if entry := known[front].entry:
-                entries.append(entry)
+                trained = _one(model, original, places, [*changing, *kept], frozen, batches, steps, rate)
+                known[front] = _Segment(trained, _states(model, [*places, *kept]))
+            if one := known[front].entry:
+                entries.append(one)
                 for name, state in before.items():
                     note_reconstructed(model, places[-1], name, state)
-        if scope == "joint":
-            whole = _states(model, [""])[""]
-            entries.append(_jointly(model, original, batches, steps, rate, frozen))
-            note_reconstructed(model, edited_blocks(model)[0], "", whole)
     return entries
 
 
