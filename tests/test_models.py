@@ -215,6 +215,8 @@ def test_edits_are_traced_at_the_specs_size():
 def test_mistakes_in_a_spec_are_named():
     with pytest.raises(UlsamError, match="timm has no model 'mobilenet_v9'"):
         make_spec("mobilenet_v9", ["a"])
+    with pytest.raises(UlsamError, match=r"the package has a trained model mobilenetv2_100\.grocery81_ulsam75$"):
+        make_spec("mobilenetv2_100.grocery81_ulsam", ["a"])
     with pytest.raises(UlsamError, match=r"timm has no model 'resnet18\.nope': Invalid pretrained tag"):
         make_spec("resnet18.nope", ["a"])
     with pytest.raises(UlsamError, match="model arguments may not hold features_only"):

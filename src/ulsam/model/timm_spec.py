@@ -10,6 +10,7 @@ from timm.data import resolve_data_config
 
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.model.spec import Edit, Json, ModelSpec
+from ulsam.model.trained import names
 
 
 def make_spec(
@@ -87,4 +88,6 @@ def check_base(base: str) -> None:
     try:
         timm.get_pretrained_cfg(base)
     except RuntimeError as error:
-        raise UlsamError(f"timm has no model {base!r}: {first_line(error)}") from error
+        ours = difflib.get_close_matches(base, names(), n=1)
+        reason = f"the package has a trained model {ours[0]}" if ours else first_line(error)
+        raise UlsamError(f"timm has no model {base!r}: {reason}") from error
