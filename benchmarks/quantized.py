@@ -32,10 +32,10 @@ from nncf.quantization.advanced_parameters import AdvancedAccuracyRestorerParame
 from numpy.typing import NDArray
 
 from ulsam import runtime
+from ulsam.base.class_names import class_numbers
 from ulsam.base.files import write_atomic
 from ulsam.base.provenance import processor
 from ulsam.base.timing import figures, in_turn
-from ulsam.data.class_numbers import class_numbers
 from ulsam.data.images import Pixels
 from ulsam.data.opening import open_data
 from ulsam.deploy.export import engine_of

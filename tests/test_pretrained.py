@@ -21,9 +21,9 @@ from torch import nn
 
 import ulsam
 from tiny import TINY_MODEL, draw
+from ulsam.base.class_names import class_numbers
 from ulsam.base.errors import UlsamError
 from ulsam.cli import main
-from ulsam.data.class_numbers import class_numbers
 from ulsam.model.build import build, load, make_spec, save, spec_of_name
 from ulsam.model.spec import Edit
 

@@ -255,9 +255,11 @@ def test_options_for_something_else_are_refused(data: Path, tmp_path: Path, caps
     spec = ulsam.make_spec(TINY_MODEL, ("class0", "class1", "class2"), size=32)
     model = tmp_path / "model.safetensors"
     ulsam.save(ulsam.build(spec)[0], spec, model)
+    checkpoint = tmp_path / "checkpoint.pt"
+    torch.save({}, checkpoint)
     for words, message in (
         (["eval", model, data, "--class-names", "none.txt"], "--class-names is for data sets by name"),
-        (["train", data, "--model", tmp_path], "to start from a trained model name its file as --weights"),
+        (["train", data, "--model", checkpoint], "name timm's model in its place, and the file as its --weights"),
         (["push", model, tmp_path / "pushed", "--private"], "--private is for hf-hub:USER/NAME"),
         (
             ["compare", data, "--arm", "base", "--out", tmp_path / "c", "--ray-address", "x"],

@@ -16,9 +16,10 @@ from PIL import Image
 from timm.data.readers.reader_wds import ReaderWds
 from torchvision.datasets import DatasetFolder
 
+from ulsam.base.class_names import class_numbers
 from ulsam.base.errors import MachineError, UlsamError, a_few, first_line
 from ulsam.base.reading import machine_errors, machine_fault
-from ulsam.data.class_numbers import BY_POSITION, class_numbers
+from ulsam.data.class_numbers import BY_POSITION
 from ulsam.data.folder import IMAGE_SUFFIXES, Folder
 from ulsam.data.image_channels import lacking, opened_pixels
 from ulsam.data.images import Pixels, Reduction, UnreadableImage, read_pixels, whole

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ulsam import runtime
+from ulsam.base.class_names import class_numbers
 from ulsam.base.errors import UlsamError
 from ulsam.base.files import check_readable, check_writable, write_atomic
 from ulsam.base.logs import progress
 from ulsam.base.timing import time_in_turn
-from ulsam.data.class_numbers import class_numbers
 from ulsam.data.images import Pixels, UnreadableImage
 from ulsam.data.opening import open_data
 from ulsam.data.sources import AnyImages, FolderImages, MapImages, StreamImages, check_one_class

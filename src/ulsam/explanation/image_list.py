@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ulsam.base.class_names import class_numbers
 from ulsam.base.errors import printable
-from ulsam.data.class_numbers import class_numbers
 from ulsam.data.folder import image_paths
 from ulsam.explanation.captions import verdict
 

@@ -13,12 +13,12 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from ulsam.base.class_names import class_numbers
 from ulsam.base.errors import UlsamError, a_few, first_line
 from ulsam.base.file_signatures import kind_of
 from ulsam.base.files import check_readable
 from ulsam.base.logs import say
 from ulsam.base.reading import open_regular
-from ulsam.data.class_numbers import class_numbers
 from ulsam.model.trained import EXPORTED, locate
 from ulsam.surgery.edited import added_layers, are_whole, changes, is_followed, note_weights
 

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 from torch import nn
 
+from ulsam.base.class_names import class_numbers
 from ulsam.base.distributed import start
 from ulsam.base.errors import Interrupted, UlsamError
 from ulsam.base.files import write_atomic
 from ulsam.base.logs import say
 from ulsam.base.threads import cpu_threads
-from ulsam.data.class_numbers import class_numbers
 from ulsam.data.labelled import check_no_class
 from ulsam.data.loading import eval_loader
 from ulsam.data.sources import AnyImages, check_one_class
