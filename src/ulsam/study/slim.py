@@ -35,7 +35,7 @@ from ulsam.study.slim_result import OriginalModel, SampleCounts, SlimmedScores, 
 from ulsam.surgery.cost import Cost, cost
 from ulsam.surgery.places import match
 from ulsam.training import parts, restore
-from ulsam.training.config import TrainConfig, read_config
+from ulsam.training.config import TrainConfig
 from ulsam.training.evaluate import evaluate_batches, spec_transform
 from ulsam.training.from_model_file import settings_of
 from ulsam.training.sample import ImageSample, draw_sample
@@ -160,9 +160,7 @@ def slim(
         record = _choose(asked, out, original, spec, config, locate(file))
         chosen = [*config.edits, asked.edit(record.data["chosen"]["blocks"])]
         config = dataclasses.replace(config, edits=chosen)
-        if (out / "run" / "config.yaml").exists():
-            wanted = {name: value for name, value in dataclasses.asdict(config).items() if value != "auto"}
-            restore.check_begun(read_config(out / "run" / "config.yaml"), wanted, out / "run")
+        restore.check_run(config, out / "run")
         write_atomic(out / "train.yaml", config.to_yaml())
         if fine_tune:
             summary = train_or_resume(config, out / "run")

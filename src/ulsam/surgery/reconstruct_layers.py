@@ -15,6 +15,7 @@ from ulsam.base.eval_mode import eval_mode
 from ulsam.base.logs import progress
 from ulsam.layer.inverted_residual import InvertedResidual
 from ulsam.surgery.edited import edited_blocks, put_back
+from ulsam.surgery.kept_blocks import calls_of
 
 STEPS, RATE = 500, 0.01  # of Adam; its rate falls to 0 as a cosine
 
@@ -65,7 +66,7 @@ def reconstruct_layers(model: nn.Module, batches: Sequence[Tensor], *, steps: in
         return []
     with eval_mode(model), enough_memory():
         whole, found = put_back(copy.deepcopy(model)), []
-        for name in _called(model, places, batches[0]):
+        for name in [call.name for call in calls_of(model, batches[0]) if call.name in places]:
             found += reconstruct_layer(model, whole, name, batches, steps=steps)
     return found
 
@@ -182,20 +183,6 @@ def _has_new(layer: nn.Module) -> bool:
 
 def _residual_of(layer: nn.Module) -> InvertedResidual:
     return next(module for module in layer.modules() if isinstance(module, InvertedResidual))
-
-
-def _called(model: nn.Module, places: Mapping[str, nn.Module], batch: Tensor) -> list[str]:
-    """The places in the order of their calls."""
-    order: list[str] = []
-    handles = [
-        layer.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, layer in places.items()
-    ]
-    try:
-        model(batch[:1].clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order
 
 
 def passing(model: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

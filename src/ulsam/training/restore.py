@@ -72,6 +72,17 @@ def check_begun(begun: Mapping[str, Any], wanted: Mapping[str, Any], run: Path) 
             )
 
 
+def check_run(config: TrainConfig, run: Path) -> None:
+    """Raise unless the run in this folder, if one has begun there, has these settings; what is at "auto" may be any.
+
+    Raises:
+        UlsamError: as :func:`check_begun`.
+    """
+    if (run / "config.yaml").exists():
+        wanted = {name: value for name, value in dataclasses.asdict(config).items() if value != "auto"}
+        check_begun(read_config(run / "config.yaml"), wanted, run)
+
+
 def check_prepared(run: Path, saved: Mapping[str, Any] | None, has_model: bool) -> None:
     """Raise unless a prepared model is given if and only if the run began with one.
 

@@ -1,6 +1,5 @@
 """Begin a run, or resume one."""
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ from ulsam.data.labelled import check_no_class
 from ulsam.training import restore
 from ulsam.training.callbacks import Callback
 from ulsam.training.checkpoint import read_checkpoint
-from ulsam.training.config import TrainConfig, config_of, read_config
+from ulsam.training.config import TrainConfig, config_of
 from ulsam.training.loop import Trainer
 from ulsam.training.machine import session
 from ulsam.training.run_lock import check_idle, run_lock
@@ -143,9 +142,8 @@ def train_or_resume(config: TrainConfig, out: str | os.PathLike[str]) -> TrainSu
     run = Path(out)
     if not (run / "config.yaml").exists():
         return train(config, run)
-    wanted = {name: value for name, value in dataclasses.asdict(config).items() if value != "auto"}
-    restore.check_begun(read_config(run / "config.yaml"), wanted, run)
+    restore.check_run(config, run)
     if (run / "summary.json").exists():
         return cast(TrainSummary, read_json(run / "summary.json"))
-    given = {name: wanted.get(name) for name in restore.CHANGEABLE_ON_RESUME}
-    return resume(run, {name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(config, name) for name in restore.CHANGEABLE_ON_RESUME}
+    return resume(run, {name: value for name, value in given.items() if value not in ("auto", None)})
