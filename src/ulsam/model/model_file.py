@@ -44,11 +44,12 @@ def open_model_file(path: str | os.PathLike[str]) -> Any:
         UlsamError: there is none, or it is no safetensors file.
     """
     path = locate(path)
-    known = [*names(), *timm.list_models()]
-    if not os.path.exists(path) and (near := difflib.get_close_matches(str(path), known, n=1)):
-        whose = "the package has a trained model" if near[0] in names() else "timm has a model"
-        hub = f"; the hub's is {HUB}{path}" if str(path).startswith("timm/") else ""
-        raise UlsamError(f"no model file {path}; {whose} {near[0]}{hub}")
+    if not os.path.exists(path):
+        known = [*names(), *timm.list_models()]
+        if near := difflib.get_close_matches(str(path), known, n=1):
+            whose = "the package has a trained model" if near[0] in names() else "timm has a model"
+            hub = f"; the hub's is {HUB}{path}" if str(path).startswith("timm/") else ""
+            raise UlsamError(f"no model file {path}; {whose} {near[0]}{hub}")
     if path.suffix in EXPORTED and path.exists():
         raise UlsamError(f"{path} is an exported model; this takes the .safetensors model file that it was made from")
     check_readable(path, "model file")
