@@ -70,7 +70,7 @@ def main() -> None:
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("uvicorn", "fastapi", "async-batcher", "onnxruntime", "torch")},
+            **{name: version(name) for name in ("uvicorn", "fastapi", "onnxruntime", "torch")},
         },
     }
     text = json.dumps(result, indent=1) + "\n"

@@ -1,17 +1,12 @@
-"""From an image's bytes to its probabilities, together with the images of other requests.
-
-The images are batched by async-batcher, 250 lines on asyncio alone without an open end: it is finished rather than
-left. Its younger likes sleep before a batch that is not full, need PyTorch, or have had one release.
-"""
+"""From an image's bytes to its probabilities, together with the images of other requests."""
 
 import asyncio
 import io
 import os
-from collections.abc import Sequence
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from async_batcher.batcher import AsyncBatcher
 
 from ulsam.apps.service_limits import Limits
 from ulsam.apps.service_metrics import Metrics
@@ -22,23 +17,67 @@ from ulsam.deploy.classifier import Classifier
 from ulsam.training.predict import Logits, probabilities
 
 LAST = 2.0
-"""Seconds for which the end waits for images that nobody waits for any more."""
+"""Seconds for which the end waits for images that are still being decoded."""
 
 LARGE = 4_000_000
 """Pixels of an image from which on the memory that it took is returned to the system."""
 
 
-class _Batches(AsyncBatcher):  # type: ignore[misc]  # carries no types
-    """Whenever the model is free it computes the images that wait by then; none waits for more to come."""
+class _Batches:
+    """Whenever the model is free it computes the images that wait by then; none waits for more to come.
 
-    def __init__(self, model: Classifier, limits: Limits, metrics: Metrics, executor: ThreadPoolExecutor) -> None:
-        super().__init__(max_batch_size=limits.batch, max_queue_time=0, executor=executor)
-        self.model, self.metrics = model, metrics
+    async-batcher does this too, but may miss its end: before Python 3.12 `asyncio.wait_for`, which it calls each
+    second, drops a cancellation that comes together with a result (https://github.com/python/cpython/issues/86296).
+    """
 
-    def process_batch(self, batch: Sequence[Pixels]) -> list[Logits]:
-        self.metrics.batch.observe(len(batch))
+    def __init__(self, model: Classifier, limits: Limits, metrics: Metrics) -> None:
+        self.model, self.limits, self.metrics = model, limits, metrics
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._waiting: deque[tuple[Pixels, asyncio.Future[Logits]]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    async def logits(self, image: Pixels) -> Logits:
+        """Of one image; once given up, it is passed over unless its batch has begun."""
+        row = asyncio.get_running_loop().create_future()
+        self._waiting.append((image, row))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._work())
+        return await row
+
+    async def close(self) -> None:
+        """End after the batch that is being computed; nobody may be waiting any more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._thread.shutdown()
+
+    async def _work(self) -> None:
+        while batch := self._next():
+            images, rows = zip(*batch, strict=True)
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(self._thread, self._logits, images)
+                answers = list(zip(rows, found, strict=True))
+            except Exception as error:
+                for row in rows:
+                    if not row.done():
+                        row.set_exception(error)
+            else:
+                for row, answer in answers:
+                    if not row.done():
+                        row.set_result(answer)
+
+    def _next(self) -> list[tuple[Pixels, asyncio.Future[Logits]]]:
+        batch: list[tuple[Pixels, asyncio.Future[Logits]]] = []
+        while self._waiting and len(batch) < self.limits.batch:
+            image, row = self._waiting.popleft()
+            if not row.done():
+                batch.append((image, row))
+        return batch
+
+    def _logits(self, images: tuple[Pixels, ...]) -> list[Logits]:
+        self.metrics.batch.observe(len(images))
         with self.metrics.model_seconds.time():
-            return list(self.model.logits(np.stack(batch)))
+            return list(self.model.logits(np.stack(images)))
 
 
 class ServiceEngine:
@@ -53,8 +92,7 @@ class ServiceEngine:
     def __init__(self, model: Classifier, limits: Limits, metrics: Metrics) -> None:
         self.model, self.limits, self.metrics = model, limits, metrics
         self._readers = Readers(os.cpu_count() or 1, limits.pixels)
-        self._runner = ThreadPoolExecutor(1, "model")
-        self._batches = _Batches(model, limits, metrics, self._runner)
+        self._batches = _Batches(model, limits, metrics)
 
     async def probabilities(self, content: bytes) -> Logits:
         """Of the classes [classes], for an image file's bytes.
@@ -64,15 +102,13 @@ class ServiceEngine:
             NotFinite: the model's outputs are not finite.
         """
         image = await asyncio.wrap_future(self._readers.submit(self._read, content))
-        # shielded: the batcher would take a request that was given up for an error of the whole batch
-        row: Logits = await asyncio.shield(self._batches.process(image))
+        row = await self._batches.logits(image)
         return probabilities(row[None], self.model.thresholds)[0]
 
     async def close(self) -> None:
         """End the threads; nothing may be waiting any more. An image that is still being decoded is left."""
-        await self._batches.stop(force=True)
+        await self._batches.close()
         self._readers.close(LAST)
-        self._runner.shutdown()
 
     def _read(self, content: bytes) -> Pixels:
         look, max_pixels = self.model.preprocessing, self.limits.pixels
