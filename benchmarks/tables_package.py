@@ -66,21 +66,25 @@ def _difference(minus: dict[str, Any]) -> str:
 
 
 def backbone_card(results: Path, name: str) -> str:
-    """The model that `backbone.py` packed, at each stage, beside the one with all blocks."""
+    """The model that `backbone.py` packed: its cost, and how far its features are from the whole model's."""
     packed = json.loads((results / f"packed_{name}.json").read_text())
-    titles = {"block": "reconstructed block by block", "joint": "then jointly"}
-    models = [
-        ("all blocks, ImageNet weights", packed["base"]),
-        *((titles[stage["scope"]], stage) for stage in packed["stages"]),
-        ("this model, in half precision", packed["packed"]),
-    ]
+    titles = {None: "as the edit leaves it", "block": "reconstructed block by block", "joint": "then jointly"}
+    errors = [(titles[stage["scope"]], stage["error"]) for stage in packed["stages"]]
+    params, macs = (
+        " | ".join(f"{packed[key][which] / 1e6:.2f} M" for which in ("this", "base")) for key in ("params", "macs")
+    )
     lines = [
-        f"| {packed['images']} images, each of another class | top-1 | same first class as with all blocks |",
+        "| without a classifier | this model | all blocks |",
         "| --- | --- | --- |",
-        *(f"| {title} | {100 * model['top1']:.1f} % | {100 * model['agreement']:.0f} % |" for title, model in models),
+        f"| parameters | {params} |",
+        f"| MACs | {macs} |",
+        *(f"| error of the last feature map, {title} | {error:.2f} | 0 |" for title, error in errors),
+        f"| the same in half precision | {packed['packed']:.2f} | 0 |",
     ]
+    images = packed["images"]
     note = (
-        f"{packed['steps']} steps for each kept block, and as many jointly, on one image of each of 500 other classes "
-        f"and {packed['views']} random crops of each. Size of the file: {packed['bytes'] / 1e6:.2f} MB."
+        f"Error: the sum of squared differences over the sum of squares, on {images['test']} images that nothing was "
+        f"trained on. {packed['steps']} steps for each kept block, and as many jointly, on {images['reconstruct']} "
+        f"images and {packed['views']} random crops of each. Size of the file: {packed['bytes'] / 1e6:.2f} MB."
     )
     return "\n".join([*lines, "", note])

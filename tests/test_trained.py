@@ -5,10 +5,14 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from scripts import BENCHMARKS
+from scripts import BENCHMARKS, load_benchmark
 from tiny import SETTINGS, draw_splits
 from ulsam.base.errors import UlsamError
 from ulsam.base.packed import read_packed
@@ -173,3 +177,40 @@ def test_the_script_slims_what_a_comparison_trained(script: ModuleType, tmp_path
     assert (other["tries"], f"{other['lr']:g}", other["longer"]) == ({}, rate, result["longer"])
     assert all(set(blocks) <= {"16", "17"} for blocks in other["blocks"])
     assert [file.stat().st_mtime_ns for file in trained] == before[1]
+
+
+@pytest.mark.slow
+def test_the_script_makes_a_start_that_training_begins_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_benchmark("backbone")
+    monkeypatch.setattr(backbone, "STEPS", 3)
+    monkeypatch.setattr(backbone, "VIEWS", 1)
+    for folder in ("src/ulsam/model/weights", "results"):
+        (tmp_path / folder).mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for split in ("reconstruct", "test"):
+        for number in range(4):
+            (tmp_path / split / f"n{number}").mkdir(parents=True)
+            pixels = random.integers(0, 256, (224, 224, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / f"n{number}" / "0.jpg")
+    torch.manual_seed(0)
+    save_file(timm.create_model("mobilenetv2_100", num_classes=0).state_dict(), tmp_path / "whole.safetensors")
+    backbone.main(tmp_path, tmp_path / "whole.safetensors", tmp_path)
+    packed = tmp_path / "src/ulsam/model/weights/mobilenetv2_100.imagenet_ulsam75.safetensors"
+    model, spec = load(packed)
+    result = json.loads((tmp_path / "results/packed_imagenet_ulsam75.json").read_text())
+    assert (spec.classes, list(map(str, spec.edits))) == ((), ["replace 13,14,16,17 g=4"])
+    assert [stage["scope"] for stage in result["stages"]] == [None, "block", "joint"]
+    assert result["macs"]["this"] == cost(model, spec.input_size).macs
+    whole = timm.create_model("mobilenetv2_100", num_classes=0).eval()
+    whole.load_state_dict(load_file(tmp_path / "whole.safetensors"))
+    center, _ = backbone.transforms_of(whole)
+    images = torch.cat(backbone.read(backbone.files(tmp_path / "test"), center))
+    with torch.inference_mode():
+        found, wanted = (one.forward_features(images) for one in (model, whole))
+    off = (found - wanted).square().sum() / wanted.square().sum()
+    assert result["packed"] == pytest.approx(off.item(), rel=1e-4)
+    data = draw_splits(tmp_path / "data", train=4, val=2)
+    own = {**SETTINGS, "model": str(packed), "epochs": 1, "val_every": 1, "lr": 1e-12, "data": str(data)}
+    train(TrainConfig.from_mapping(own), tmp_path / "run")
+    begun = load(tmp_path / "run" / "model.safetensors")[0]
+    torch.testing.assert_close(begun.conv_head.weight, model.conv_head.weight)

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     files = image_paths(args.paths)
     number = min(args.images, len(files))
     paths = [files[n * len(files) // number] for n in range(number)]
-    model, spec = model_and_spec(**model_from(args))
+    model, spec = model_and_spec(**model_from(args), classes=False)
     transform = spec_transform(spec)
     unreadable: dict[str, str] = {}
 

@@ -116,6 +116,7 @@ def _open_torch(name: str, backends: Collection[BenchBackend], folder: Path, siz
     else:
         spec = spec_of_name(name, size=size)
         model = load(name)[0] if means_file(name) else build(spec)[0].eval()
+    spec.check_classes()
     transform = spec_transform(spec)
     model_file, onnx_file = folder / "model.safetensors", folder / "model.onnx"
     write_atomic(model_file, file_content(model, spec))  # the spec built the model: nothing to compare

@@ -55,6 +55,7 @@ class Explainer:
 
     @torch.inference_mode(False)
     def __init__(self, model: nn.Module, spec: ModelSpec, *, watch: Watch | None = None) -> None:
+        spec.check_classes()
         spec.check_one_class("an explanation")
         if has_inference_tensors(model):
             model = plain_copy(model)

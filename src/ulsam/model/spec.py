@@ -213,6 +213,16 @@ class ModelSpec:
         if self.several:
             raise UlsamError(f"{what} is for one class an image, and this model gives several labels")
 
+    def check_classes(self) -> None:
+        """Raise unless the model has classes; a starting point for training has none.
+
+        >>> ModelSpec("resnet18", ()).check_classes()
+        Traceback (most recent call last):
+        ulsam.base.errors.UlsamError: the model has no classes yet: train it first, by ulsam train DATA --model FILE
+        """
+        if not self.classes:
+            raise UlsamError("the model has no classes yet: train it first, by ulsam train DATA --model FILE")
+
     def to_json(self) -> str:
         """One line of JSON.
 
