@@ -41,7 +41,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy src/ulsam
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --timeout 300
 
 # what failed beside other tests is tried once more by itself: some wait for processes that they start
 test-slow: $(INSTALLED)

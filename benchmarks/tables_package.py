@@ -83,8 +83,9 @@ def backbone_card(results: Path, name: str) -> str:
     ]
     images = packed["images"]
     note = (
-        f"Error: the sum of squared differences over the sum of squares, on {images['test']} images that nothing was "
-        f"trained on. {packed['steps']} steps for each kept block, and as many jointly, on {images['reconstruct']} "
-        f"images and {packed['views']} random crops of each. Size of the file: {packed['bytes'] / 1e6:.2f} MB."
+        f"Error: the sum of squared differences over the sum of squares, on {images['test']} images that it was not "
+        f"reconstructed on. {packed['steps']} steps for each kept block, and as many jointly, on "
+        f"{images['reconstruct']} images and {packed['views']} random crops of each. "
+        f"Size of the file: {packed['bytes'] / 1e6:.2f} MB."
     )
     return "\n".join([*lines, "", note])

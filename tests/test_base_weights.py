@@ -1,7 +1,9 @@
 """Weights from files for models and their edits, and files that are refused."""
 
+import copy
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,25 @@ def test_weights_of_a_model_with_fewer_edits_fill_the_rest(first, more, new):
     del old["blocks.4.0.conv_pw.weight"]
     with pytest.raises(UlsamError, match=r"blocks\.4\.0\.conv_pw\.weight is missing"):
         load_weights(model, old)
+
+
+@pytest.mark.parametrize("name", [SMALL, "efficientvit_m0", "levit_128s", "resnet18"])
+def test_weights_go_to_and_from_a_model_without_classes(name):
+    """Where timm leaves a norm out with the classifier too."""
+    bare, full = (seeded(timm.create_model(name, num_classes=n), variance) for n, variance in ((0, 1.0), (3, 2.0)))
+    state, before = bare.state_dict(), copy.deepcopy(full.state_dict())
+    state = {key: value.clone() for key, value in state.items()}
+    fresh = {note.partition(":")[0] for note in load_weights(full, state)}
+    assert fresh == {key for key in before.keys() - state.keys() if not key.endswith("num_batches_tracked")}
+    assert all(torch.equal(value, (state if key in state else before)[key]) for key, value in full.state_dict().items())
+    notes = load_weights(bare, before)
+    assert {note.partition(":")[0] for note in notes} == before.keys() - state.keys()
+    assert all(note.endswith("there, but the model has no classes: skipped") for note in notes)
+    assert all(torch.equal(value, before[key]) for key, value in bare.state_dict().items())
+    trunk = next(key for key in state if key.endswith("weight"))
+    for model, other in ((full, state), (bare, before)):
+        with pytest.raises(UlsamError, match=rf"{re.escape(trunk)} is missing$"):
+            load_weights(model, {key: value for key, value in other.items() if key != trunk})
 
 
 def test_presets_take_their_bases_weights(folder, tmp_path):

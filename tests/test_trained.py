@@ -209,6 +209,9 @@ def test_the_script_makes_a_start_that_training_begins_from(tmp_path: Path, monk
         found, wanted = (one.forward_features(images) for one in (model, whole))
     off = (found - wanted).square().sum() / wanted.square().sum()
     assert result["packed"] == pytest.approx(off.item(), rel=1e-4)
+    card = load_benchmark("tables_package").backbone_card(tmp_path / "results", "imagenet_ulsam75")
+    assert f"| MACs | {cost(model, spec.input_size).macs / 1e6:.2f} M | 299.49 M |" in card
+    assert f"| the same in half precision | {result['packed']:.2f} | 0 |" in card
     data = draw_splits(tmp_path / "data", train=4, val=2)
     own = {**SETTINGS, "model": str(packed), "epochs": 1, "val_every": 1, "lr": 1e-12, "data": str(data)}
     train(TrainConfig.from_mapping(own), tmp_path / "run")

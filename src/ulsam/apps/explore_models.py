@@ -14,7 +14,7 @@ from ulsam.explanation.captions import model_name
 from ulsam.explanation.explainer import Explainer
 from ulsam.explanation.explanation import Explanation
 from ulsam.explanation.measured_batches import look
-from ulsam.model.build import load
+from ulsam.model.given import model_and_spec
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def open_models(files: Sequence[str | os.PathLike[str]]) -> list[ExploredModel]:
     """
     models = []
     for file in files:
-        model, spec = load(file)
+        model, spec = model_and_spec(file)
         models.append(ExploredModel(printable(os.fspath(file)), model_name(spec), Explainer(model, spec)))
     return models
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import logging
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from ulsam.base.processes import return_freed_memory
 from ulsam.data.images import Pixels, image_pixels, read_pixels
 from ulsam.deploy.classifier import Classifier
 from ulsam.training.predict import Logits, probabilities
+
+_LOG = logging.getLogger(__name__)
 
 LAST = 2.0
 """Seconds for which the end waits for images that are still being decoded."""
@@ -47,24 +50,21 @@ class _Batches:
     async def close(self) -> None:
         """End after the batch that is being computed; nobody may be waiting any more."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await self._task
         self._thread.shutdown()
 
     async def _work(self) -> None:
         while batch := self._next():
             images, rows = zip(*batch, strict=True)
-            try:
-                found = await asyncio.get_running_loop().run_in_executor(self._thread, self._logits, images)
-                answers = list(zip(rows, found, strict=True))
-            except Exception as error:
-                for row in rows:
-                    if not row.done():
-                        row.set_exception(error)
-            else:
-                for row, answer in answers:
-                    if not row.done():
-                        row.set_result(answer)
+            found = await asyncio.get_running_loop().run_in_executor(self._thread, self._logits, images)
+            waiting = [number for number, row in enumerate(rows) if not row.done()]
+            for number in waiting:
+                if isinstance(found, Exception):
+                    rows[number].set_exception(found)
+                else:
+                    rows[number].set_result(found[number])
+            if isinstance(found, Exception) and not waiting:
+                _LOG.error("a batch failed that nobody waited for any more", exc_info=found)
 
     def _next(self) -> list[tuple[Pixels, asyncio.Future[Logits]]]:
         batch: list[tuple[Pixels, asyncio.Future[Logits]]] = []
@@ -74,10 +74,19 @@ class _Batches:
                 batch.append((image, row))
         return batch
 
-    def _logits(self, images: tuple[Pixels, ...]) -> list[Logits]:
+    def _logits(self, images: tuple[Pixels, ...]) -> list[Logits] | Exception:
+        """Of each image; or why there are none."""
         self.metrics.batch.observe(len(images))
-        with self.metrics.model_seconds.time():
-            return list(self.model.logits(np.stack(images)))
+        try:
+            with self.metrics.model_seconds.time():
+                found = list(self.model.logits(np.stack(images)))
+        except BaseException as error:  # what is no error, or ends a generator, would end the loop's task
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                return error
+            return RuntimeError(f"the model raised {error!r}")
+        if len(found) != len(images):
+            return ValueError(f"the model gave {len(found)} rows for {len(images)} images")
+        return found
 
 
 class ServiceEngine:

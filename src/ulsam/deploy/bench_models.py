@@ -116,11 +116,11 @@ def _open_torch(name: str, backends: Collection[BenchBackend], folder: Path, siz
     else:
         spec = spec_of_name(name, size=size)
         model = load(name)[0] if means_file(name) else build(spec)[0].eval()
-    spec.check_classes()
     transform = spec_transform(spec)
     model_file, onnx_file = folder / "model.safetensors", folder / "model.onnx"
     write_atomic(model_file, file_content(model, spec))  # the spec built the model: nothing to compare
     if {"onnxruntime", "openvino"} & set(backends):
+        spec.check_classes(f"{name}, which is to be exported,")
         write_atomic(onnx_file, engine_of(model, spec).files[".onnx"])
     files = {backend: str(model_file if backend in ("eager", "compile") else onnx_file) for backend in backends}
     pixels = generated_images(transform.preprocessing.size, transform.channels)

@@ -15,7 +15,7 @@ from ulsam import __version__
 from ulsam.base.errors import UlsamError, first_line
 from ulsam.base.files import check_empty, read_json, whole_folder, write_atomic, write_json
 from ulsam.deploy.model_card import model_card
-from ulsam.model.build import load
+from ulsam.model.given import model_and_spec
 from ulsam.model.hub import check_url
 from ulsam.model.spec import ModelSpec
 from ulsam.model.trained import locate
@@ -50,7 +50,7 @@ def push(model: str | os.PathLike[str], target: str | os.PathLike[str], *, priva
     ulsam.base.errors.UlsamError: no model file missing.safetensors
     """
     file = locate(model)
-    trained, spec = load(file)
+    trained, spec = model_and_spec(file)
     name = os.fspath(target)
     if not name.startswith(HUB):
         if private:

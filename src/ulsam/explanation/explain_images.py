@@ -23,7 +23,6 @@ from ulsam.explanation.image_list import list_images, reading_order
 from ulsam.explanation.map_numbers import MapNumbers
 from ulsam.explanation.measured_batches import add, check_any, explained
 from ulsam.explanation.panel import panel
-from ulsam.model.build import load
 from ulsam.model.given import model_and_spec
 from ulsam.model.spec import ModelSpec
 from ulsam.training.summary import spec_entry
@@ -71,7 +70,7 @@ def explain_images(
     check_plots("ulsam explain")
     out = Path(out)
     check_empty(out)
-    models = {"this model": model_and_spec(model, spec), **({"base": load(against)} if against is not None else {})}
+    models = {"this model": model_and_spec(model, spec), **({"base": model_and_spec(against)} if against else {})}
     listed = list_images(images, models["this model"][1].classes)
     tallies = {name: MapNumbers(*pair) for name, pair in models.items()} if numbers else {}
     if numbers:

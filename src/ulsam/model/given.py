@@ -29,9 +29,12 @@ def model_and_spec(
     if not isinstance(model, nn.Module):
         if spec is not None:
             raise UlsamError(f"{os.fspath(model)} is a file, which holds its own spec: leave `spec` out")
+        name = os.fspath(model)
         model, spec = load(model)
     elif spec is None:
         raise UlsamError("a model in memory needs its `spec`: ulsam.load(file) gives both")
+    else:
+        name = "the model"
     if classes:
-        spec.check_classes()
+        spec.check_classes(name)
     return model, spec

@@ -134,7 +134,7 @@ class ModelSpec:
 
     Args:
         base: timm's name of the model that was edited.
-        classes: names in the order of the outputs.
+        classes: names in the order of the outputs; none: the model outputs features, as a start for training.
         edits: in the order in which they are done.
         model_args: JSON keyword arguments for `timm.create_model`.
         input_size: C, H, W.
@@ -213,15 +213,21 @@ class ModelSpec:
         if self.several:
             raise UlsamError(f"{what} is for one class an image, and this model gives several labels")
 
-    def check_classes(self) -> None:
+    def check_classes(self, what: str = "the model") -> None:
         """Raise unless the model has classes; a starting point for training has none.
 
-        >>> ModelSpec("resnet18", ()).check_classes()
+        Args:
+            what: the model, for the message.
+
+        Raises:
+            UlsamError: it has none.
+
+        >>> ModelSpec("resnet18", ()).check_classes("start.safetensors")
         Traceback (most recent call last):
-        ulsam.base.errors.UlsamError: the model has no classes yet: train it first, by ulsam train DATA --model FILE
+        ulsam.base.errors.UlsamError: start.safetensors has no classes: `ulsam.train` gives it those of your images
         """
         if not self.classes:
-            raise UlsamError("the model has no classes yet: train it first, by ulsam train DATA --model FILE")
+            raise UlsamError(f"{what} has no classes: `ulsam.train` gives it those of your images")
 
     def to_json(self) -> str:
         """One line of JSON.
@@ -272,7 +278,7 @@ class ModelSpec:
             f"base        {self.base}",
             f"edits       {printable(edits)}",
             f"arguments   {json.dumps(dict(self.model_args))}",
-            f"classes     {len(self.classes)}: {printable(names)}",
+            f"classes     {len(self.classes)}: {printable(names)}" if names else "classes     none",
             f"input       {size}, {self.interpolation}, crop {self.crop_pct:g}",
             f"mean, std   {_numbers(self.mean)}; {_numbers(self.std)}",
         ]

@@ -1,6 +1,7 @@
 """Weights from elsewhere: the state dict in a safetensors file or a checkpoint of other programs; and into a model."""
 
 import argparse
+import copy
 import os
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> list[str]:
-    """Fill ``model`` with ``state``; only the classifier may be missing or of another shape.
+    """Fill ``model`` with ``state``; only the classifier may be missing, of another shape, or left over.
 
     An edited model also takes the state of the model that it was before some or all of its edits: the layers that these
     added then stay as they are, and the modules that they put aside are filled too, for `ulsam.undo` to bring back.
@@ -94,8 +95,16 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "t
     """
     state = _adapted(model, state, model.state_dict())
     own, put_aside = _expected(model, state)
-    fitting, notes, wrong = _compared(own, state, _head_names(model))
-    wrong += [f"{name} belongs to no layer" for name in state if name not in own and name not in put_aside]
+    head, left = _head_names(model), [name for name in state if name not in own and name not in put_aside]
+    if left or own.keys() - state.keys():
+        alone = _classifier_alone(model)
+        if not alone & state.keys():  # of a model without classes
+            head |= {name.rpartition(".")[0] for name in alone}
+        elif not model.num_classes:
+            state = {name: value for name, value in state.items() if name not in alone}
+    fitting, notes, wrong = _compared(own, state, head)
+    notes += [f"{name}: there, but the model has no classes: skipped" for name in left if name not in state]
+    wrong += [f"{name} belongs to no layer" for name in left if name in state]
     wrong += [
         f"{name} has another shape" for name in put_aside.keys() & state if put_aside[name].shape != state[name].shape
     ]
@@ -191,6 +200,15 @@ def _compared(
 def _head_names(model: nn.Module) -> set[str]:
     found = heads(model)
     return {name for name, module in model.named_modules() if any(module is head for head in found)}
+
+
+def _classifier_alone(model: nn.Module) -> set[str]:
+    """The entries that timm's model has only where it has classes: the classifier's, and those of a norm before it."""
+    if not hasattr(model, "reset_classifier"):
+        return set()
+    other: Any = copy.deepcopy(model)
+    other.reset_classifier(0 if model.num_classes else 1)
+    return set(model.state_dict()) ^ set(other.state_dict())
 
 
 def _fill_put_aside(model: nn.Module, filling: Mapping[str, Tensor]) -> None:
