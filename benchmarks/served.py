@@ -6,7 +6,8 @@ of this process with a connection each, which send one image after the other; th
 processor time, because they share the machine with the service. At last the service is asked to stop while they send:
 what it says it answered must be what they got. Nothing else may run.
 
-    python benchmarks/served.py cub100 runs/slim/model.onnx images/test
+    ulsam export mobilenetv2_100.grocery81_slim75 --out model.onnx
+    python benchmarks/served.py grocery81 model.onnx grocery81/test
 """
 
 import argparse

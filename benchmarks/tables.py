@@ -35,6 +35,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "slimmed_cub100": lambda results: slim.slimmed_table(results, "cub100_macs75"),
         "slimmed_grocery81": lambda results: slim.slimmed_table(results, "grocery81_macs75"),
         "slimmed_grocery81_latency": lambda results: slim.slimmed_table(results, "grocery81_latency85"),
+        "distillation": slim.distillation_table,
         "damage_cub100": lambda results: slim.damage_table(results, "cub100"),
         "forms_cub100": lambda results: compare.comparison_table(results, "forms_cub100"),
         "layer_cub100": lambda results: compare.comparison_table(
@@ -57,7 +58,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "deployed_cub100": lambda results: deploy.deployed_table(results, "cub100"),
         "deployed_grocery81": lambda results: deploy.deployed_table(results, "grocery81"),
         "quantized": deploy.quantized_table,
-        "served_cub100": lambda results: deploy.served_table(results, "cub100"),
+        "served_grocery81": lambda results: deploy.served_table(results, "grocery81"),
     },
     "docs/explain.md": {
         "cams": explain.cam_table,
