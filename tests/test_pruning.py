@@ -80,6 +80,7 @@ def test_the_least_important_channels_go_whatever_the_classifier_says(pruning: M
     assert not pruned.classifier.weight.any()
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_reconstructed(pruning: ModuleType, model: nn.Module) -> None:
     """Its features are compared with those of the channels that are left, and come nearer to them."""
     batches = [torch.randn(32, *SIZE, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]

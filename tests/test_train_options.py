@@ -288,6 +288,7 @@ def test_an_arm_may_be_a_model_file(data: Path, start: Path, tmp_path: Path) -> 
         Arm.parse("x: model=runs/gone").with_model_file(shared)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_model_files_is_reported_without_them(data: Path, tmp_path: Path) -> None:
     train(config(data, edits=["insert blocks.1 g=4"]), tmp_path / "first")
     arms = ["base", f"mine: model={tmp_path / 'first'}; insert blocks.2"]
