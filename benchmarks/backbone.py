@@ -48,6 +48,7 @@ def main(data: Path, weights: Path, root: Path = ROOT) -> None:
         print(stages[-1], flush=True)
     file = root / "src" / "ulsam" / "model" / "weights" / f"{BASE}.{NAME}.safetensors"
     pack(model, spec, file)
+    costs = {"base": ulsam.cost(whole), "this": ulsam.cost(model)}
     result = {
         "what": "ImageNet weights, edited and reconstructed without labels, stored in half precision; relative squared "
         "error of the last feature map against the whole model's, on other images",
@@ -55,8 +56,8 @@ def main(data: Path, weights: Path, root: Path = ROOT) -> None:
         "steps": STEPS,
         "views": VIEWS,
         "images": {"reconstruct": len(unlabeled), "test": sum(map(len, test))},
-        "macs": {"base": ulsam.cost(whole).macs, "this": ulsam.cost(model).macs},
-        "params": {"base": ulsam.cost(whole).params, "this": ulsam.cost(model).params},
+        "macs": {name: cost.macs for name, cost in costs.items()},
+        "params": {name: cost.params for name, cost in costs.items()},
         "stages": stages,
         "packed": error(features(ulsam.load(file)[0], test), wanted),
         "bytes": file.stat().st_size,

@@ -43,10 +43,18 @@ async def queued(tasks: int, model: Brightness, engine: ServiceEngine) -> None:
         await asyncio.sleep(0.01)
 
 
+def played(scene: Callable[[Brightness, ServiceEngine], Awaitable[T]], model: Brightness, batch: int = 4) -> T:
+    """What a scene returns, within 20 seconds."""
+
+    async def whole() -> T:
+        limits = Limits(batch=batch)
+        return await scene(model, ServiceEngine(model, limits, Metrics(limits)))
+
+    return asyncio.run(asyncio.wait_for(whole(), 20))
+
+
 def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other():
-    async def scene() -> tuple[list[int], list[Any]]:
-        model, limits = Brightness(), Limits(batch=4)
-        engine = ServiceEngine(model, limits, Metrics(limits))
+    async def scene(model: Brightness, engine: ServiceEngine) -> list[Any]:
         tasks = [asyncio.create_task(engine.probabilities(gray(20 * number))) for number in range(10)]
         await queued(10, model, engine)
         tasks[0].cancel()
@@ -54,11 +62,12 @@ def test_what_waits_is_computed_together_and_a_request_given_up_harms_no_other()
         model.go.set()
         found = await asyncio.gather(*tasks, return_exceptions=True)
         await engine.close()
-        return model.sizes, found
+        return found
 
-    sizes, found = asyncio.run(asyncio.wait_for(scene(), 20))
-    assert 8 <= sum(sizes) <= 10  # of those given up, what had begun is computed
-    assert max(sizes) == 4
+    model = Brightness()
+    found = played(scene, model)
+    assert 8 <= sum(model.sizes) <= 10  # of those given up, what had begun is computed
+    assert max(model.sizes) == 4
     for number, shares in enumerate(found):
         if number in (0, 6):
             assert isinstance(shares, asyncio.CancelledError)
@@ -73,16 +82,6 @@ async def begun(values: Sequence[int], model: Brightness, engine: ServiceEngine)
         tasks.append(asyncio.create_task(engine.probabilities(gray(value))))
         await queued(number + 1, model, engine)
     return tasks
-
-
-def played(scene: Callable[[Brightness, ServiceEngine], Awaitable[T]], model: Brightness, batch: int = 4) -> T:
-    """What a scene returns, within 20 seconds."""
-
-    async def whole() -> T:
-        limits = Limits(batch=batch)
-        return await scene(model, ServiceEngine(model, limits, Metrics(limits)))
-
-    return asyncio.run(asyncio.wait_for(whole(), 20))
 
 
 def test_what_was_given_up_before_its_batch_is_not_computed():

@@ -70,7 +70,9 @@ def explain_images(
     check_plots("ulsam explain")
     out = Path(out)
     check_empty(out)
-    models = {"this model": model_and_spec(model, spec), **({"base": model_and_spec(against)} if against else {})}
+    models = {"this model": model_and_spec(model, spec)}
+    if against is not None:
+        models["base"] = model_and_spec(against)
     listed = list_images(images, models["this model"][1].classes)
     tallies = {name: MapNumbers(*pair) for name, pair in models.items()} if numbers else {}
     if numbers:

@@ -26,15 +26,13 @@ def model_and_spec(
     Traceback (most recent call last):
     ulsam.base.errors.UlsamError: a model in memory needs its `spec`: ulsam.load(file) gives both
     """
+    name = "the model" if isinstance(model, nn.Module) else os.fspath(model)
     if not isinstance(model, nn.Module):
         if spec is not None:
-            raise UlsamError(f"{os.fspath(model)} is a file, which holds its own spec: leave `spec` out")
-        name = os.fspath(model)
+            raise UlsamError(f"{name} is a file, which holds its own spec: leave `spec` out")
         model, spec = load(model)
     elif spec is None:
         raise UlsamError("a model in memory needs its `spec`: ulsam.load(file) gives both")
-    else:
-        name = "the model"
     if classes:
         spec.check_classes(name)
     return model, spec
