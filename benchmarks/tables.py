@@ -53,6 +53,9 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
             results, "grocery81_ulsam75", "compare_grocery81", "remove + reconstruct 13,14,16,17"
         )
     },
+    "src/ulsam/model/weights/mobilenetv2_100.imagenet_ulsam75.md": {
+        "card": lambda results: package.backbone_card(results, "imagenet_ulsam75")
+    },
     "docs/deploy.md": {
         "exported": deploy.exported_table,
         "deployed_cub100": lambda results: deploy.deployed_table(results, "cub100"),

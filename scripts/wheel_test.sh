@@ -46,7 +46,7 @@ PATH=$work/tools/bin:$PATH "$work/tools/bin/python" -m auditwheel repair --wheel
 wheel=$(ls -t "$root"/dist/ulsam-*-py3-none-manylinux*.whl | head -1)
 names=$("${pythons[0]}" -m zipfile --list "$wheel")
 for wanted in ulsam/py.typed ulsam/layer/ops/kernels.so licenses/LICENSE entry_points.txt \
-    ulsam/model/weights/mobilenetv2_100.grocery81_{slim75,ulsam75}.{safetensors,md}; do
+    ulsam/model/weights/mobilenetv2_100.{grocery81_slim75,grocery81_ulsam75,imagenet_ulsam75}.{safetensors,md}; do
     grep -q "$wanted" <<<"$names" || { echo "the wheel lacks $wanted" >&2; exit 1; }
 done
 if grep -q "\.libs/" <<<"$names"; then echo "the wheel brings libraries of its own" >&2; exit 1; fi
