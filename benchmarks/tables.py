@@ -22,6 +22,7 @@ import tables_slim as slim
 from ulsam.base.errors import UlsamError
 
 ROOT = Path(__file__).parents[1]
+ALONE_OR_RECONSTRUCTED = tuple(f"remove {way}{at}" for way in ("", "+ reconstruct ") for at in ("14,17", "13,14,16,17"))
 #: By page: what stands between the lines <!-- NAME --> and <!-- /NAME -->, made from the folder of the results.
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"headline": headline.readme_table},
@@ -30,6 +31,9 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "cub100": lambda results: compare.comparison_table(results, "compare_cub100"),
         "more_cub100": lambda results: compare.comparison_table(results, "more_cub100"),
         "grocery81": lambda results: compare.comparison_table(results, "compare_grocery81"),
+        "rates_grocery81": lambda results: compare.comparison_table(
+            results, "rates_grocery81", against=ALONE_OR_RECONSTRUCTED
+        ),
         "imagenet": imagenet.imagenet_table,
         "v1_cub100": lambda results: compare.comparison_table(results, "compare_v1_cub100"),
         "slimmed_cub100": lambda results: slim.slimmed_table(results, "cub100_macs75"),
