@@ -30,8 +30,9 @@ def comparison(results: Path, name: str) -> dict[str, Any]:
 def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> str:
     """The tables of a comparison, with its notes and command; of the differences those at equal cost.
 
-    Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways. Where arms are many,
-    only the differences to the arms named in ``against``.
+    Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways. No size of the input
+    gives just the MACs of an edit, so what was reconstructed is compared with the base at each smaller input. Where
+    arms are many, only the differences to the arms named in ``against``.
     """
     found = comparison(results, name)
     arms = {arm["name"]: arm for arm in found["arms"]}
@@ -40,7 +41,7 @@ def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> s
         ours, other = arms[pair["arm"]], arms[pair["minus"]]
         if against and other["name"] not in against:
             continue
-        if alike(ours, other, "macs") or alike(ours, other, "params"):
+        if alike(ours, other, "macs") or alike(ours, other, "params") or _rivals(ours["name"], other["name"]):
             matched.append(pair)
     out = found["command"].rpartition("--out ")[2]
     packed = read_packed(results / f"{name}{SUFFIX}")
@@ -79,6 +80,15 @@ def write_figures(results: Path, name: str, target: Path) -> None:
 def is_pruned(name: str) -> bool:
     """Whether the arm is one of benchmarks/pruning.py."""
     return name.startswith("pruned-")
+
+
+def _rivals(name: str, other: str) -> bool:
+    """Whether the first is the base at a smaller input and the other was reconstructed.
+
+    >>> _rivals("base at 128 px", "remove + reconstruct 14,17"), _rivals("base", "remove + reconstruct 14,17")
+    (True, False)
+    """
+    return name.startswith("base at ") and "+ reconstruct " in other
 
 
 def alike(arm: dict[str, Any], other: dict[str, Any], measure: str) -> bool:

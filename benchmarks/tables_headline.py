@@ -22,6 +22,8 @@ README_ARMS = (
     "ULSAM 13,14,16,17",
     "remove + reconstruct 13,14,16,17",
     "ULSAM + reconstruct 13,14,16,17",
+    "base at 130 px",
+    "base at 128 px",
 )
 HEADER = [
     "| model | parameters | MACs | time of an image | test top-1, mean ± sd (seeds) | minus base | minus removal "
