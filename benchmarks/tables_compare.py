@@ -41,7 +41,7 @@ def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> s
         ours, other = arms[pair["arm"]], arms[pair["minus"]]
         if against and other["name"] not in against:
             continue
-        if alike(ours, other, "macs") or alike(ours, other, "params") or _rivals(ours["name"], other["name"]):
+        if alike(ours, other, "macs") or alike(ours, other, "params") or _rivals(pair["arm"], pair["minus"]):
             matched.append(pair)
     out = found["command"].rpartition("--out ")[2]
     packed = read_packed(results / f"{name}{SUFFIX}")
@@ -82,13 +82,13 @@ def is_pruned(name: str) -> bool:
     return name.startswith("pruned-")
 
 
-def _rivals(name: str, other: str) -> bool:
-    """Whether the first is the base at a smaller input and the other was reconstructed.
+def _rivals(*names: str) -> bool:
+    """Whether one of two arms is the base at a smaller input and the other was reconstructed.
 
-    >>> _rivals("base at 128 px", "remove + reconstruct 14,17"), _rivals("base", "remove + reconstruct 14,17")
+    >>> _rivals("remove + reconstruct 14,17", "base at 128 px"), _rivals("base", "remove + reconstruct 14,17")
     (True, False)
     """
-    return name.startswith("base at ") and "+ reconstruct " in other
+    return any(name.startswith("base at ") for name in names) and any("+ reconstruct " in name for name in names)
 
 
 def alike(arm: dict[str, Any], other: dict[str, Any], measure: str) -> bool:
