@@ -27,8 +27,8 @@ from ulsam.surgery.cost import cost
 from ulsam.training.config import TrainConfig
 from ulsam.training.train import train
 
-#: of an image that is a ramp from -2 to 2: the best class and its logit, or of a start the channel of the largest pooled
-#: feature and its value; to be renewed with the model
+#: of an image that is a ramp from -2 to 2: the best class and its logit, or of a start the largest pooled feature's
+#: channel and value; to be renewed with the model
 LOGITS = {
     "mobilenetv2_100.grocery81_slim75": ("08.Lemon", 2.035),
     "mobilenetv2_100.grocery81_ulsam75": ("12.Galia-Melon", 3.638),
