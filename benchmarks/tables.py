@@ -22,7 +22,6 @@ import tables_slim as slim
 from ulsam.base.errors import UlsamError
 
 ROOT = Path(__file__).parents[1]
-ALONE_OR_RECONSTRUCTED = tuple(f"remove {way}{at}" for way in ("", "+ reconstruct ") for at in ("14,17", "13,14,16,17"))
 #: By page: what stands between the lines <!-- NAME --> and <!-- /NAME -->, made from the folder of the results.
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"headline": headline.readme_table},
@@ -32,7 +31,14 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "more_cub100": lambda results: compare.comparison_table(results, "more_cub100"),
         "grocery81": lambda results: compare.comparison_table(results, "compare_grocery81"),
         "rates_grocery81": lambda results: compare.comparison_table(
-            results, "rates_grocery81", against=ALONE_OR_RECONSTRUCTED
+            results,
+            "rates_grocery81",
+            against=(
+                "remove 14,17",
+                "remove 13,14,16,17",
+                "remove + reconstruct 14,17",
+                "remove + reconstruct 13,14,16,17",
+            ),
         ),
         "imagenet": imagenet.imagenet_table,
         "v1_cub100": lambda results: compare.comparison_table(results, "compare_v1_cub100"),

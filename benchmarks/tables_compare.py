@@ -30,9 +30,9 @@ def comparison(results: Path, name: str) -> dict[str, Any]:
 def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> str:
     """The tables of a comparison, with its notes and command; of the differences those at equal cost.
 
-    Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways. No size of the input
-    gives just the MACs of an edit, so what was reconstructed is compared with the base at each smaller input. Where
-    arms are many, only the differences to the arms named in ``against``.
+    Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways. Not every
+    edit's MACs are those of a size of the input, so what was reconstructed is compared with the base at each smaller
+    input. Where arms are many, only the differences to the arms named in ``against``.
     """
     found = comparison(results, name)
     arms = {arm["name"]: arm for arm in found["arms"]}
