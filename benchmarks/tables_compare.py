@@ -32,7 +32,8 @@ def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> s
 
     Equal: MACs or parameters differ by 2 % at most, as those of a block replaced in several ways. Not every
     edit's MACs are those of a size of the input, so what was reconstructed is compared with the base at each smaller
-    input. Where arms are many, only the differences to the arms named in ``against``.
+    input. Where arms are many, only the differences to the arms named in ``against``. Pruned arms with a rate of
+    their own were trained in another comparison, where their command stands.
     """
     found = comparison(results, name)
     arms = {arm["name"]: arm for arm in found["arms"]}
@@ -46,7 +47,7 @@ def comparison_table(results: Path, name: str, against: Sequence[str] = ()) -> s
     out = found["command"].rpartition("--out ")[2]
     packed = read_packed(results / f"{name}{SUFFIX}")
     external = [content for file, content in packed.items() if file.endswith("/external_arm.json")]
-    commands = [f"`{external_command(arm, out)}`" for arm in external]
+    commands = [f"`{external_command(arm, out)}`" for arm in external if "lr" not in arm["settings"]]
     return "\n\n".join([table.markdown({**found, "differences": matched}).strip(), *commands])
 
 
