@@ -32,7 +32,9 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
             results,
             "rates_cub100",
             against=(
+                "remove 14,17",
                 "remove 13,14,16,17",
+                "ULSAM 13,14,16,17",
                 "remove + reconstruct 14,17",
                 "remove + reconstruct 13,14,16,17",
                 "ULSAM + reconstruct 14,17",

@@ -290,9 +290,9 @@ def test_a_page_that_was_changed_by_hand_is_noticed(copied, capsys):
 @pytest.mark.slow
 def test_a_run_that_was_changed_by_hand_is_noticed(copied, capsys):
     tables = load_benchmark("tables")
-    file = copied / "results" / "compare_cub100.jsonl.gz"
+    file = copied / "results" / "rates_cub100.jsonl.gz"
     runs = read_packed(file)
-    runs["arms/base/seed-0-0.02-8/summary.json"]["scores"]["top1"] += 0.01
+    runs["arms/base/seed-0/summary.json"]["scores"]["top1"] += 0.01
     write_packed(file, runs)
     assert tables.main(copied, check=True) == 1
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"README.md", "docs/results.md"}
