@@ -8,9 +8,10 @@ from tables_compare import alike, comparison, is_pruned
 
 from ulsam.study import compare_table as table
 
+BIRDS = "rates_cub100"
 #: the comparisons, and what they compare
 HEADLINES = {
-    "rates_cub100": "CUB-200-2011, 100 of its classes",
+    BIRDS: "CUB-200-2011, 100 of its classes",
     "compare_grocery81": "Grocery Store, 81 classes",
 }
 
@@ -34,7 +35,7 @@ HEADER = [
 
 def readme_table(results: Path) -> str:
     """A few rows of :func:`headline_table`, without its last column."""
-    lines = [*HEADER, *rows(comparison(results, "rates_cub100"), README_ARMS)]
+    lines = [*HEADER, *rows(comparison(results, BIRDS), README_ARMS)]
     return "\n".join(f"{line.rsplit('|', 2)[0]}|" for line in lines)
 
 
