@@ -91,16 +91,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = Path(args.compared) / "slimmed"
     place = root / args.name
 
-    def job(run: Run, lr: float, folder: Path) -> dict[str, Any]:
+    def job(run: Run, lr: float, folder: Path, **changes: Any) -> dict[str, Any]:
         given = dataclasses.asdict(run.config)  # all but what slimming decides is as in the run of the whole model
         settings = {name: value for name, value in given.items() if name not in RESERVED_SETTINGS and value is not None}
-        settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs}
+        settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs, **changes}
         return {"model": comparison.folder(run) / "model.safetensors", "out": folder, "settings": settings}
 
     best = further = args.rates[0]
     tries, tries_further = {}, {}
     if len(args.rates) > 1:
-        jobs = [job(whole, lr, place / f"choose-{lr:g}") | asked for lr in args.rates]
+        jobs = [job(whole, lr, place / f"choose-{lr:g}", reconstruct=True) | asked for lr in args.rates]
         _decide(jobs)
         on = [job(whole, lr, root / "trained-on" / f"choose-{lr:g}-{args.epochs}") for lr in args.rates]
         calls = [(slim, each) for each in jobs] + [(_train_on, each | {"data": grid.shared.data}) for each in on]
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         best = _best_rate({lr: result["slimmed"] for lr, result in tries.items()}, args.epochs, "slimmed")
         further = _best_rate(tries_further, args.epochs, "trained on")
     seeds = [run.config.seed for run in finals]
-    jobs = [job(run, best, place / f"seed-{run.config.seed}") | asked for run in finals]
+    jobs = [job(run, best, place / f"seed-{run.config.seed}", reconstruct=True) | asked for run in finals]
     if "latency" in wanted:  # nothing else may run while blocks are timed
         _in_processes([(slim, {**each, "fine_tune": False}) for each in jobs], 1)
     on = [
