@@ -14,7 +14,7 @@ from ulsam.study import compare_table as table
 from ulsam.study.statistics import difference
 
 #: Slimmed models of whose runs no summaries were kept.
-SUMMED_UP = ("cub100_macs75", "grocery81_macs75")
+SUMMED_UP = ("grocery81_macs75",)
 
 
 def slimmed_table(results: Path, name: str) -> str:
@@ -52,6 +52,9 @@ def slimmed_table(results: Path, name: str) -> str:
         tries = ", ".join(f"{100 * top1:.1f} at {rate}" for rate, top1 in found["tries_longer"].items())
         notes.append(f"That of the models trained further likewise, {tries}.")
     notes.append(f"Blocks replaced: {sets}.")
+    if places := found.get("places"):
+        said = ", ".join(f"{place} of {of}" for place, of in places)
+        notes.append(f"Place of the chosen set by its damage before reconstruction, among those reconstructed: {said}.")
     if ratios := found["latency"].get("slimmed_ratios"):
         shares = ", ".join(f"{ratio:.3f}" for ratio in ratios)
         threads = "1 thread" if found["latency"]["threads"] == 1 else f"{found['latency']['threads']} threads"
@@ -75,7 +78,8 @@ def slimmed_results(results: Path, name: str) -> dict[str, Any]:
     }
     first, *_ = found["whole"]["seeds"]
     slimmed = runs["slimmed"]
-    chosen = [packed[f"seed-{seed}/slim.json"]["chosen"] for seed in slimmed]
+    searches = [packed[f"seed-{seed}/slim.json"] for seed in slimmed]
+    chosen = [search["chosen"] for search in searches]
     said = {
         "blocks": [entry["blocks"] for entry in chosen],
         "slimmed_costs": [run["cost"] for run in slimmed.values()],
@@ -99,6 +103,13 @@ def slimmed_results(results: Path, name: str) -> dict[str, Any]:
             raise UlsamError(
                 f"results/slimmed_{name}.json is not what its runs say, of {key}: benchmarks/slimmed.py makes it"
             )
+    reconstructed = [search.get("measured_reconstructed", []) for search in searches]  # in the order of damage
+    if all(reconstructed):
+        places = [
+            (1 + [entry["blocks"] for entry in sets].index(kept["blocks"]), len(sets))
+            for sets, kept in zip(reconstructed, chosen, strict=True)
+        ]
+        return found | {"places": places}
     return found
 
 
