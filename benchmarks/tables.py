@@ -44,6 +44,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "imagenet": imagenet.imagenet_table,
         "v1_cub100": lambda results: compare.comparison_table(results, "compare_v1_cub100"),
         "slimmed_cub100": lambda results: slim.slimmed_table(results, "cub100_macs75"),
+        "slimmed_cub100_16": lambda results: slim.slimmed_table(results, "cub100_macs75_16"),
         "slimmed_grocery81": lambda results: slim.slimmed_table(results, "grocery81_macs75"),
         "slimmed_grocery81_latency": lambda results: slim.slimmed_table(results, "grocery81_latency85"),
         "distillation": slim.distillation_table,
