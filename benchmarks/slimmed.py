@@ -55,7 +55,6 @@ from ulsam.training.train import train_or_resume
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ("macs", "params", "latency")
-LEARNING = ("distill", "distill_temperature", "distill_features", "mixup")  # how to learn, as of `ulsam slim`
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-sets", type=int, default=100, metavar="N", help="as of ulsam slim (default: 100)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], metavar="LR")
     parser.add_argument("--epochs", type=int, default=8)
-    for name in LEARNING:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help="as of ulsam slim")
     parser.add_argument("--seeds", type=int, help="slim only this many of the base model's final runs (default: all)")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--package", metavar="NAME", help="put the first seed's model there, as ARCHITECTURE.DATA_WHAT")
@@ -93,13 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked["data"] = grid.shared.data
     root = Path(args.compared) / "slimmed"
     place = root / args.name
-    learning = {name: value for name in LEARNING if (value := getattr(args, name)) is not None}
-    way = "-".join([str(args.epochs), *(f"{name}={value:g}" for name, value in learning.items())])
 
     def job(run: Run, lr: float, folder: Path, **changes: Any) -> dict[str, Any]:
         given = dataclasses.asdict(run.config)  # all but what slimming decides is as in the run of the whole model
         settings = {name: value for name, value in given.items() if name not in RESERVED_SETTINGS and value is not None}
-        settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs, **learning, **changes}
+        settings |= {"lr": lr, "epochs": args.epochs, "val_every": args.epochs, **changes}
         return {"model": comparison.folder(run) / "model.safetensors", "out": folder, "settings": settings}
 
     best = further = args.rates[0]
@@ -107,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(args.rates) > 1:
         jobs = [job(whole, lr, place / f"choose-{lr:g}", reconstruct=True) | asked for lr in args.rates]
         _decide(jobs)
-        on = [job(whole, lr, root / "trained-on" / f"choose-{lr:g}-{way}") for lr in args.rates]
+        on = [job(whole, lr, root / "trained-on" / f"choose-{lr:g}-{args.epochs}") for lr in args.rates]
         calls = [(slim, each) for each in jobs] + [(_train_on, each | {"data": grid.shared.data}) for each in on]
         found = _in_processes(calls, args.jobs)[: len(jobs)]
         tries = {lr: each["result"] for lr, each in zip(args.rates, found, strict=True)}
@@ -118,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = [job(run, best, place / f"seed-{run.config.seed}", reconstruct=True) | asked for run in finals]
     if "latency" in wanted:  # nothing else may run while blocks are timed
         _in_processes([(slim, {**each, "fine_tune": False}) for each in jobs], 1)
-    on = [job(run, further, root / "trained-on" / f"seed-{run.config.seed}-{further:g}-{way}") for run in finals]
+    on = [
+        job(run, further, root / "trained-on" / f"seed-{run.config.seed}-{further:g}-{args.epochs}") for run in finals
+    ]
     calls = [(slim, each) for each in jobs] + [(_train_on, each | {"data": grid.shared.data}) for each in on]
     done = _in_processes(calls, args.jobs)[: len(jobs)]
 
