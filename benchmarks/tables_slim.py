@@ -58,7 +58,7 @@ def slimmed_table(results: Path, name: str) -> str:
     if ratios := found["latency"].get("slimmed_ratios"):
         shares = ", ".join(f"{ratio:.3f}" for ratio in ratios)
         threads = "1 thread" if found["latency"]["threads"] == 1 else f"{found['latency']['threads']} threads"
-        notes.append(f"Time of each seed's model, as a share: {shares} ({threads}).")
+        notes.append(f"Time of each seed's model, as a share: {shares} ({found['latency']['processor']}, {threads}).")
     return "\n".join([*lines, "", " ".join(notes)])
 
 
